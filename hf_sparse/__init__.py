@@ -1,0 +1,64 @@
+"""hf_sparse: make Hugging Face language models sparse, store them small, load them with AutoModel.
+
+Importing the package registers the compressed checkpoints with transformers. Everything below is
+imported when it is first used, so that the import stays fast and needs no optional package.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hf_sparse import registration as registration
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from hf_sparse.checkpoint.card import Metric as Metric
+    from hf_sparse.checkpoint.inspect import inspect_checkpoint as inspect_checkpoint
+    from hf_sparse.checkpoint.legacy import convert_legacy as convert_legacy
+    from hf_sparse.checkpoint.save import save_pretrained as save_pretrained
+    from hf_sparse.configuration_sparse import SparsityConfig as SparsityConfig
+    from hf_sparse.evaluation import accuracy as accuracy
+    from hf_sparse.evaluation import perplexity as perplexity
+    from hf_sparse.formats import FormatError as FormatError
+    from hf_sparse.hub import push_to_hub as push_to_hub
+    from hf_sparse.patterns import Pattern as Pattern
+    from hf_sparse.pruning.calibration import calibration_batches as calibration_batches
+    from hf_sparse.pruning.oneshot import prune_ as prune_
+    from hf_sparse.report import SparsityReport as SparsityReport
+    from hf_sparse.report import measure_sparsity as measure_sparsity
+
+_PUBLIC = {
+    "FormatError": "hf_sparse.formats",
+    "Metric": "hf_sparse.checkpoint.card",
+    "Pattern": "hf_sparse.patterns",
+    "SparsityConfig": "hf_sparse.configuration_sparse",
+    "SparsityReport": "hf_sparse.report",
+    "accuracy": "hf_sparse.evaluation",
+    "calibration_batches": "hf_sparse.pruning.calibration",
+    "convert_legacy": "hf_sparse.checkpoint.legacy",
+    "inspect_checkpoint": "hf_sparse.checkpoint.inspect",
+    "measure_sparsity": "hf_sparse.report",
+    "perplexity": "hf_sparse.evaluation",
+    "prune_": "hf_sparse.pruning.oneshot",
+    "push_to_hub": "hf_sparse.hub",
+    "save_pretrained": "hf_sparse.checkpoint.save",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    elif name.startswith("Sparse"):
+        value = getattr(importlib.import_module("hf_sparse.models"), name)
+    else:
+        raise AttributeError(f"module 'hf_sparse' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

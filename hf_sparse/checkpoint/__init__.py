@@ -1,0 +1,1 @@
+"""Compressed checkpoints: saving, loading through transformers, and inspecting."""

@@ -1,0 +1,137 @@
+"""Replacing a folder's files so that a kill at any moment leaves the old ones or the new ones.
+
+The new files are written and synced into a hidden folder first. Then, in one step:
+
+- a folder that does not exist yet is renamed into place;
+- one that holds a model is exchanged with the new one (Linux `renameat2`), into which its other
+  files were hard-linked before; sub-folders are moved over after the exchange;
+- one without a model gets the files moved in, `config.json` last: nothing loads without it.
+
+Where two folders cannot be exchanged (other systems, mount points) the files are moved in one by
+one, `config.json` last: each file is whole, but a kill in between may leave old beside new ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_COMMIT_FILE = "config.json"
+_RENAME_EXCHANGE, _AT_FDCWD = 2, -100
+
+
+@contextmanager
+def replacing(folder: Path, stale: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Give an empty folder to write in; its files replace those of `folder` when the block ends.
+
+    Args:
+        folder: where the files are to be. Other files in it stay.
+        stale: globs of files in `folder` to remove, unless they are written anew.
+
+    Raises:
+        OSError: the disk is full, or the folder or its parent cannot be written. Nothing in
+            `folder` has changed then, as after any error inside the block.
+    """
+    folder = Path(os.path.abspath(folder))
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; wanted a folder to save the model in")
+    exchange = (folder / _COMMIT_FILE).exists() and _can_exchange(folder)
+    parent = folder if folder.exists() and not exchange else folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.saving-", dir=parent))
+    try:
+        yield fresh
+        sync(fresh)
+        if not folder.exists():
+            fresh.chmod(0o777 & ~_umask())
+            fresh.rename(folder)
+        elif exchange:
+            _exchange(fresh, folder, stale)
+        else:
+            _move_in(fresh, folder, stale)
+        _sync_path(folder.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def sync(folder: Path) -> None:
+    """Force the files of a folder, and the folder, to the disk."""
+    for path in folder.rglob("*"):
+        _sync_path(path)
+    _sync_path(folder)
+
+
+def _exchange(fresh: Path, folder: Path, stale: tuple[str, ...]) -> None:
+    written = {path.name for path in fresh.iterdir()}
+    removed = _stale_files(folder, stale) - written
+    folders = []
+    for path in folder.iterdir():
+        if path.name in written or path.name in removed:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            folders.append(path.name)
+        else:
+            os.link(path, fresh / path.name, follow_symlinks=False)
+    shutil.copymode(folder, fresh)
+    _sync_path(fresh)
+    _rename_exchange(fresh, folder)
+    for name in folders:
+        (fresh / name).rename(folder / name)
+
+
+def _move_in(fresh: Path, folder: Path, stale: tuple[str, ...]) -> None:
+    written = sorted(path.name for path in fresh.iterdir())
+    for name in sorted(written, key=lambda name: name == _COMMIT_FILE):
+        os.replace(fresh / name, folder / name)
+    for name in _stale_files(folder, stale) - set(written):
+        (folder / name).unlink()
+    _sync_path(folder)
+
+
+def _stale_files(folder: Path, globs: tuple[str, ...]) -> set[str]:
+    return {path.name for glob in globs for path in folder.glob(glob) if path.is_file()}
+
+
+def _can_exchange(folder: Path) -> bool:
+    """Whether the file system exchanges folders beside `folder`, tried with two empty ones."""
+    if os.path.ismount(folder) or not os.access(folder.parent, os.W_OK):
+        return False
+    first = Path(tempfile.mkdtemp(prefix=f".{folder.name}.saving-", dir=folder.parent))
+    second = Path(tempfile.mkdtemp(prefix=f".{folder.name}.saving-", dir=folder.parent))
+    try:
+        _rename_exchange(first, second)
+    except OSError:
+        return False
+    finally:
+        first.rmdir()
+        second.rmdir()
+    return True
+
+
+def _rename_exchange(first: Path, second: Path) -> None:
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        raise OSError("this system has no renameat2")
+    paths = os.fsencode(first), os.fsencode(second)
+    if renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(second))
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,178 @@
+"""The loader that transformers calls for compressed checkpoints.
+
+transformers has one hook for weights that are not stored as they are used: quantizers. Ours
+restores the weights while they are read and then leaves no trace on the model, so that
+`.half()`, `save_pretrained(state_dict=...)` and training work as for a dense model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_sparse.checkpoint.reading import StoredTensor, read_headers
+from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.formats import FormatError, decompress, join, locate
+from hf_sparse.patterns import NM
+from hf_sparse.structure import is_conv1d
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+QUANT_METHOD = "hf_sparse"
+
+# The names that the parts of a weight have in a checkpoint, as transformers' patterns.
+_PART_PATTERNS = {
+    re.escape(join("weight", part)) + "$": part
+    for part in ("", "layout", "bitmask", "gap4", "gap8", "nm", "block")
+}
+
+
+@register_quantization_config(QUANT_METHOD)
+class SparseCheckpointConfig(QuantizationConfigMixin):
+    """`quantization_config` in the `config.json` of a compressed checkpoint."""
+
+    def __init__(self, quant_method: str = QUANT_METHOD, **values: Any) -> None:
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.sparsity = SparsityConfig.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored; the constructor takes the same values."""
+        return {"quant_method": self.quant_method, **self.sparsity.to_dict()}
+
+
+@register_quantizer(QUANT_METHOD)
+class SparseHfQuantizer(HfQuantizer):
+    """Restores compressed weights while transformers loads a checkpoint."""
+
+    requires_calibration = True
+    quantization_config: SparseCheckpointConfig
+
+    def __init__(self, quantization_config: SparseCheckpointConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._stored: dict[str, StoredTensor] = {}
+        self._dtype_plan: Mapping[str, torch.dtype] = {}
+        self._errors: list[FormatError] = []
+
+    @property
+    def is_trainable(self) -> bool:
+        """Loaded models are plain models."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """Loaded models are plain models."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        dtype: torch.dtype = torch.float32,
+        **kwargs: Any,
+    ) -> None:
+        files = [Path(file) for file in checkpoint_files or []]
+        if other := [file for file in files if file.suffix != ".safetensors"]:
+            raise FormatError(f"{other[0]}: compressed checkpoints are stored as safetensors alone")
+        self._stored = {stored.name: stored for stored in read_headers(files)}
+        self._dtype_plan = model._get_dtype_plan(dtype)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """One conversion, for every weight: those stored in one part pass as they are."""
+        return [WeightConverter(list(_PART_PATTERNS), "weight", [_RestoreWeight(self)])]
+
+    def restore(self, name: str, parts: dict[str, Tensor], model: PreTrainedModel) -> Tensor:
+        """The weight `name` of `model` from its parts, in the type that the model wants."""
+        parameter = model.get_parameter_or_buffer(name)
+        dtype = parameter.dtype
+        for pattern, planned in self._dtype_plan.items():
+            if re.search(pattern.replace("*", ".*"), name):
+                dtype = planned
+        if list(parts) == [""]:
+            weight = parts[""]
+        else:
+            try:
+                weight = self._decompress(name, parts, model)
+            except FormatError as error:
+                # transformers turns errors raised here into a table in the log. Ours are raised
+                # in `postprocess_model`, before the model is returned.
+                self._errors.append(error)
+                return torch.zeros(parameter.shape, dtype=dtype)
+        return weight.to(dtype) if weight.is_floating_point() else weight
+
+    def _decompress(self, name: str, parts: dict[str, Tensor], model: PreTrainedModel) -> Tensor:
+        stored = self._stored.get(name) or self._stored.get(
+            name.removeprefix(f"{model.base_model_prefix}.")
+        )
+        with locate(stored.place if stored else f"tensor {name}"):
+            weight = decompress(parts)
+            pattern = self.quantization_config.sparsity.pattern
+            if isinstance(pattern, NM) and parts.get("layout", weight)[3:].tolist() != [
+                pattern.n,
+                pattern.m,
+            ]:
+                transposed = is_conv1d(model.get_submodule(name.rpartition(".")[0]))
+                try:
+                    broken = pattern.violations(weight.T if transposed else weight)
+                except ValueError as error:
+                    raise FormatError(str(error)) from error
+                if broken:
+                    raise FormatError(
+                        f"{broken} groups have more than {pattern.n} nonzeros in {pattern.m}, but "
+                        f"config.json promises pattern '{pattern}'"
+                    )
+        return weight
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Raise what was wrong with the weights, then detach from the model.
+
+        Raises:
+            FormatError: a compressed tensor is damaged; no model is returned.
+        """
+        if self._errors:
+            more = f" ({len(self._errors) - 1} more like it)" if len(self._errors) > 1 else ""
+            raise FormatError(f"{self._errors[0]}{more}")
+        model.config.quantization_config = self.quantization_config
+        self.remove_quantization_config(model)
+        conversions: list[Any] = model._weight_conversions  # type: ignore[assignment]
+        model._weight_conversions = [  # type: ignore[assignment]
+            conversion
+            for conversion in conversions
+            if not isinstance(conversion, WeightConverter)
+            or not isinstance(conversion.operations[0], _RestoreWeight)
+        ]
+        if hasattr(model.config, "sparsity_config"):
+            model.config.sparsity_config = self.quantization_config.sparsity.to_dict()
+
+
+class _RestoreWeight(ConversionOps):
+    """Restores one weight from its parts."""
+
+    def __init__(self, hf_quantizer: SparseHfQuantizer) -> None:
+        # transformers casts the parts of other operations to the model's dtype before the call.
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _RestoreWeight:
+        return self  # transformers copies the operation for every tensor; it has no state
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        name = kwargs["full_layer_name"]
+        parts = {
+            _PART_PATTERNS[pattern]: tensors[0] if isinstance(tensors, list) else tensors
+            for pattern, tensors in input_dict.items()
+        }
+        return {name: self.hf_quantizer.restore(name, parts, kwargs["model"])}

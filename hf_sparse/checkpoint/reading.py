@@ -1,0 +1,148 @@
+"""Reading compressed tensors from files and state dicts; nothing in them is trusted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hf_sparse.formats import FormatError, decompress, group_parts, join, locate, split_name
+
+INDEX_NAME = "model.safetensors.index.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+def restore_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Decompress every compressed tensor of a state dict; the others pass as they are.
+
+    Raises:
+        FormatError: a compressed tensor is damaged; the message names it.
+    """
+    restored = {}
+    for name, parts in group_parts(state_dict).items():
+        if parts == [""]:
+            restored[name] = state_dict[name]
+            continue
+        with locate(name):
+            restored[name] = decompress({part: state_dict[join(name, part)] for part in parts})
+    return restored
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint: its name, the parts that it is stored in, and the file."""
+
+    name: str
+    parts: tuple[str, ...]
+    file: Path
+
+    @property
+    def place(self) -> str:
+        """Tensor and file, for error messages."""
+        return f"tensor {self.name} in {self.file}"
+
+    @property
+    def compressed(self) -> bool:
+        """Whether it is stored in more parts than its values."""
+        return self.parts != ("",)
+
+
+def read_headers(files: Sequence[Path]) -> list[StoredTensor]:
+    """List the tensors of safetensors files from their headers; weights are not read.
+
+    Raises:
+        FormatError: a file is truncated or no safetensors file, a part of a compressed tensor is
+            missing, or a file lacks a tensor that the index beside it promises.
+    """
+    tensors = []
+    for file in files:
+        with open_file(file) as reader:
+            names = list(reader.keys())
+        _check_index(file, names)
+        for name, parts in group_parts(names).items():
+            stored = StoredTensor(name, tuple(parts), file)
+            orphan = split_name(name)[1]
+            if orphan or (stored.compressed and ("layout" not in parts or len(parts) != 3)):
+                raise FormatError(
+                    f"{stored.place}: found the parts {[part or 'values' for part in parts]}; "
+                    "a compressed tensor has values, layout and one array of positions. The "
+                    "checkpoint is incomplete: copy or download it again."
+                )
+            tensors.append(stored)
+    return tensors
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """Read one tensor, decompressed.
+
+    Raises:
+        FormatError: it is damaged.
+    """
+    with open_file(stored.file) as reader, locate(stored.place):
+        parts = {part: reader.get_tensor(join(stored.name, part)) for part in stored.parts}
+        return decompress(parts) if stored.compressed else parts[""]
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, by its index where it has one.
+
+    Raises:
+        FormatError: there are none, the index is no JSON, or a shard that it names is missing.
+    """
+    index = folder / INDEX_NAME
+    if (folder / WEIGHTS_NAME).is_file():
+        return [folder / WEIGHTS_NAME]
+    if not index.is_file():
+        raise FormatError(f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}")
+    files = [folder / name for name in sorted(set(read_index(index).values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise FormatError(
+            f"{folder}: the shards {missing} that {INDEX_NAME} names are missing. Copy or download "
+            "the folder again."
+        )
+    return files
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor, from a shard index.
+
+    Raises:
+        FormatError: it is no such index.
+    """
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise FormatError(f"{index} is no shard index: {error!r}") from error
+    if not isinstance(weight_map, dict) or any("/" in str(name) for name in weight_map.values()):
+        raise FormatError(f"{index}: weight_map does not map tensors to files of its folder")
+    return weight_map
+
+
+@contextmanager
+def open_file(file: Path) -> Iterator[safe_open]:
+    """Open a safetensors file; its errors become FormatErrors that name the file."""
+    try:
+        with safe_open(file, framework="pt") as reader:
+            yield reader
+    except SafetensorError as error:
+        raise FormatError(
+            f"{file} cannot be read as safetensors ({error}). It is damaged or incomplete: copy or "
+            "download it again."
+        ) from error
+
+
+def _check_index(file: Path, names: Sequence[str]) -> None:
+    index = file.parent / INDEX_NAME
+    if file.name == WEIGHTS_NAME or not index.is_file():
+        return
+    promised = {name for name, shard in read_index(index).items() if shard == file.name}
+    if missing := sorted(promised - set(names)):
+        raise FormatError(
+            f"{file} lacks {len(missing)} tensors that {INDEX_NAME} promises, first {missing[0]}. "
+            "The shards are of different checkpoints: copy or download the folder again."
+        )

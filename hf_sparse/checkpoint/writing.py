@@ -1,0 +1,68 @@
+"""Writing the safetensors shards of a checkpoint, one shard in memory at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_sparse.formats import join
+
+
+class ShardWriter:
+    """Collects tensors into safetensors shards of at most `max_bytes` (a larger tensor has its own).
+
+    All parts of a tensor go into the same shard, so that a shard can be read on its own. Memory:
+    the tensors of one shard.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, variant: str | None = None) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._variant = f".{variant}" if variant else ""
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self.total_bytes = 0
+
+    def add(self, name: str, parts: Mapping[str, Tensor]) -> None:
+        """Add the parts of one tensor (`{"": tensor}` for a dense one)."""
+        size = sum(part.numel() * part.element_size() for part in parts.values())
+        if self._pending and self._pending_bytes + size > self._max_bytes:
+            self._flush()
+        for part, tensor in parts.items():
+            self._pending[join(name, part)] = tensor.contiguous()
+        self._pending_bytes += size
+        self.total_bytes += size
+
+    def close(self, total_parameters: int) -> None:
+        """Write the last shard, give the files their names and write the index if there are several.
+
+        Args:
+            total_parameters: weights in the model, for the index.
+        """
+        self._flush()
+        if len(self._shards) == 1:
+            self._shard(0).rename(self._folder / f"model{self._variant}.safetensors")
+            return
+        weight_map = {}
+        for number, names in enumerate(self._shards):
+            stem = f"model{self._variant}-{number + 1:05d}-of-{len(self._shards):05d}"
+            file = f"{stem}.safetensors"
+            self._shard(number).rename(self._folder / file)
+            weight_map.update(dict.fromkeys(names, file))
+        metadata = {"total_parameters": total_parameters, "total_size": self.total_bytes}
+        index = {"metadata": metadata, "weight_map": weight_map}
+        name = f"model.safetensors.index{self._variant}.json"
+        (self._folder / name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def _flush(self) -> None:
+        save_file(self._pending, self._shard(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def _shard(self, number: int) -> Path:
+        return self._folder / f"model.shard-{number}"

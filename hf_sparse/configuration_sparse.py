@@ -1,0 +1,159 @@
+"""SparsityConfig: what a sparse model is, in a few values that survive JSON.
+
+It describes the artefact, not how it was made: knobs of methods are arguments of those methods.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from hf_sparse.formats import FORMATS, FormatError
+from hf_sparse.patterns import Pattern
+
+# Raised when the meaning of a stored config or format changes; older readers then refuse it.
+CONFIG_VERSION = 1
+
+
+@dataclass(frozen=True, init=False)
+class SparsityConfig:
+    """The pattern, sparsity, place and storage of a model's zeros.
+
+    Args:
+        pattern: `"unstructured"`, `"2:4"` or any N:M, `"block:RxC"`, `"row"`, `"column"`, `"head"`.
+        sparsity: fraction of zeros in the targets, in `[0, 1)`. N:M fixes it (2:4 is 0.5): there
+            it may be left out, and another value is an error. Elsewhere it is needed.
+        targets: globs of the layers to be sparse, such as `"q_proj"` or `"model.layers.3.mlp.*"`.
+            None: every Linear and Conv1D in the repeated blocks, so that embeddings, norms,
+            poolers and task heads are left alone.
+        ignore: globs of layers to leave out of the targets.
+        format: how the weights are stored: `"auto"` (the smallest), or a key of
+            `hf_sparse.formats.FORMATS`.
+
+    A glob matches the whole dotted name of a layer, or the end of it from a dot on: `"q_proj"`
+    matches `model.layers.0.self_attn.q_proj`.
+
+    Raises:
+        ValueError: a value outside what is allowed.
+    """
+
+    pattern: Pattern
+    sparsity: float
+    targets: tuple[str, ...] | None
+    ignore: tuple[str, ...]
+    format: str
+
+    def __init__(
+        self,
+        pattern: str | Pattern = "unstructured",
+        sparsity: float | None = None,
+        targets: str | Sequence[str] | None = None,
+        ignore: str | Sequence[str] | None = None,
+        format: str = "auto",
+    ) -> None:
+        parsed = Pattern.parse(pattern)
+        if format not in FORMATS:
+            raise ValueError(f"unknown format {format!r}. Known formats: {', '.join(FORMATS)}.")
+        object.__setattr__(self, "pattern", parsed)
+        object.__setattr__(self, "sparsity", _checked_sparsity(parsed, sparsity))
+        object.__setattr__(self, "targets", _globs("targets", targets))
+        object.__setattr__(self, "ignore", _globs("ignore", ignore) or ())
+        object.__setattr__(self, "format", format)
+
+    def ignores(self, layer: str) -> bool:
+        """Whether `ignore` names the layer."""
+        return any(matches(layer, glob) for glob in self.ignore)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as stored in `config.json`; `from_dict` undoes it."""
+        return {
+            "version": CONFIG_VERSION,
+            "pattern": str(self.pattern),
+            "sparsity": self.sparsity,
+            "targets": None if self.targets is None else list(self.targets),
+            "ignore": list(self.ignore),
+            "format": self.format,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SparsityConfig:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            FormatError: written by a newer version of hf_sparse.
+            ValueError: an unknown key, or a value outside what is allowed.
+        """
+        values = dict(values)
+        version = values.pop("version", CONFIG_VERSION)
+        if not isinstance(version, int) or version < 1:
+            raise FormatError(f"sparsity config has version {version!r}; wanted 1 or more")
+        if version > CONFIG_VERSION:
+            raise FormatError(
+                f"sparsity config has version {version}, this hf_sparse reads up to "
+                f"{CONFIG_VERSION}. Upgrade it: pip install -U hf_sparse"
+            )
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(
+                f"unknown keys {unknown} in a sparsity config. Known keys: {', '.join(known)}."
+            )
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str | Path) -> SparsityConfig:
+        """Read JSON text, or the file at a Path."""
+        return cls.from_dict(json.loads(text.read_text() if isinstance(text, Path) else text))
+
+
+def matches(layer: str, glob: str) -> bool:
+    """Whether a glob names a layer: its whole dotted name, or the end of it from a dot on.
+
+    >>> matches("model.layers.0.self_attn.q_proj", "q_proj")
+    True
+    >>> matches("model.layers.0.self_attn.q_proj", "layers.0.*")
+    True
+    >>> matches("model.layers.0.self_attn.q_proj", "proj")
+    False
+    """
+    return fnmatchcase(layer, glob) or fnmatchcase(layer, f"*.{glob}")
+
+
+def _checked_sparsity(pattern: Pattern, sparsity: float | None) -> float:
+    implied = pattern.implied_sparsity
+    if sparsity is None:
+        if implied is None:
+            raise ValueError(
+                f"pattern '{pattern}' needs a sparsity, the fraction of zeros in [0, 1): "
+                f'SparsityConfig("{pattern}", sparsity=0.5).'
+            )
+        return implied
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float):
+        raise ValueError(f"sparsity is {sparsity!r}; wanted a number in [0, 1).")
+    if not 0 <= sparsity < 1:  # False for NaN too
+        raise ValueError(f"sparsity is {sparsity}; wanted a fraction of zeros in [0, 1).")
+    if implied is not None and not math.isclose(sparsity, implied, abs_tol=1e-6):
+        raise ValueError(
+            f"pattern '{pattern}' fixes the sparsity at {implied:.4g}, but sparsity={sparsity} was "
+            "asked for. Leave sparsity out, or choose another pattern."
+        )
+    return float(sparsity) if implied is None else implied
+
+
+def _globs(name: str, globs: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    if globs is None:
+        return None
+    globs = (globs,) if isinstance(globs, str) else tuple(globs)
+    if not all(isinstance(glob, str) and glob for glob in globs):
+        raise ValueError(f"{name} is {globs!r}; wanted globs of layer names, such as 'q_proj'.")
+    if name == "targets" and not globs:
+        raise ValueError("targets is empty; wanted globs, or None for every layer in the blocks.")
+    return globs

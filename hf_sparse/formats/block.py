@@ -1,0 +1,56 @@
+"""Format `block`: whole blocks of R x C weights, and one bit per block that tells which are kept.
+
+    values (kept * R * C,)    the blocks in row-major order of blocks, each block row-major
+    block  (ceil(blocks / 8),) bit i % 8 of byte i // 8 is set where block i is kept
+
+A block is kept when any of its weights is not zero; zeros inside it are stored as values.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_sparse.formats import bits
+from hf_sparse.formats.bits import Bits, nonzero_mask
+from hf_sparse.formats.error import FormatError
+
+
+def encode(weights: Bits, height: int, width: int) -> tuple[Bits, NDArray[np.uint8]]:
+    """Values and packed block mask of `weights` `(rows, columns)`, tiled by height x width."""
+    rows, columns = weights.shape
+    blocks = weights.reshape(rows // height, height, columns // width, width).transpose(0, 2, 1, 3)
+    kept: NDArray[np.bool_] = np.any(nonzero_mask(blocks), axis=(2, 3))
+    values = blocks[kept].reshape(-1)
+    values[~nonzero_mask(values)] = 0  # -0.0 becomes 0.0, as in every format
+    return values, bits.pack_mask(kept)
+
+
+def decode(
+    values: Bits, packed: NDArray[np.uint8], rows: int, columns: int, height: int, width: int
+) -> Bits:
+    """Rebuild the weights `(rows, columns)`.
+
+    Raises:
+        FormatError: the blocks do not tile the shape, or mask and values do not agree.
+    """
+    if height < 1 or width < 1 or rows % height or columns % width:
+        raise FormatError(
+            f"blocks of {height} x {width} do not tile a weight of {rows} x {columns}"
+        )
+    down, across = rows // height, columns // width
+    if packed.size != -(-down * across // 8):
+        raise FormatError(f"block mask has {packed.size} bytes, wanted {-(-down * across // 8)}")
+    if down * across % 8 and packed[-1] >> (down * across % 8):
+        raise FormatError(f"block mask marks blocks behind the last one, index {down * across - 1}")
+    kept = bits.unpack_mask(packed, down * across)
+    marked = int(np.count_nonzero(kept))
+    if values.size != marked * height * width:
+        raise FormatError(
+            f"block mask keeps {marked} blocks of {height} x {width}, but {values.size} values are "
+            "stored"
+        )
+    blocks = np.zeros((down * across, height, width), values.dtype)
+    blocks[kept] = values.reshape(marked, height, width)
+    tiles = blocks.reshape(down, across, height, width).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(tiles).reshape(rows, columns)

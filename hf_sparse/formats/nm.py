@@ -1,0 +1,127 @@
+"""Format `nm`: exactly N values for each M consecutive weights, and which of them they are.
+
+    values (groups * N,)   the values of each group in order; a group with fewer than N nonzeros
+                           is filled up with zeros at its lowest free positions
+    nm     (bytes,)        the position set of each group, as its rank among the C(M, N) sets
+
+Sets are ranked by their bitmask (bit j = weight j of the group) in ascending order. As many ranks
+as fit share one little-endian word, first rank least significant: `word = r0 + r1 C + r2 C^2 ...`.
+For 2:4 that is three groups in a byte (6^3 = 216): 2.667 bits a group, where entropy wants 2.585.
+The last word is filled up with rank 0.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from math import comb
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_sparse.formats.bits import Bits, nonzero_mask
+from hf_sparse.formats.error import FormatError
+
+# The tables have 2^M entries.
+LARGEST_M = 16
+
+
+@cache
+def word_layout(n: int, m: int) -> tuple[int, int]:
+    """Bytes of a word and ranks in it: the densest choice, the shorter word if two are equal."""
+    sets = comb(m, n)
+    choices = []
+    for size in (1, 2, 4, 8):
+        ranks = 0
+        while sets ** (ranks + 1) <= 2 ** (8 * size):
+            ranks += 1
+        if ranks:
+            choices.append((size / ranks, size, ranks))
+    _, size, ranks = min(choices)
+    return size, ranks
+
+
+@cache
+def _tables(n: int, m: int) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
+    """Rank of each group mask (after filling up; -1 if it has too many bits), positions by rank."""
+    masks = np.arange(2**m)
+    marked = (masks[:, None] >> np.arange(m)) & 1
+    ordered = masks[marked.sum(axis=1) == n]
+    positions = np.nonzero(marked[ordered])[1].reshape(-1, n)
+    missing = n - marked.sum(axis=1)
+    fill = (1 - marked) * (np.cumsum(1 - marked, axis=1) <= missing[:, None])
+    filled = masks + (fill << np.arange(m)).sum(axis=1)
+    ranks = np.where(missing >= 0, np.searchsorted(ordered, filled), -1)
+    return ranks.astype(np.int32), positions.astype(np.int8)
+
+
+def encode(weights: Bits, n: int, m: int) -> tuple[Bits, NDArray[np.uint8]]:
+    """Values and packed ranks of flat `weights`, a multiple of `m` in number.
+
+    Raises:
+        ValueError: a group has more than `n` nonzeros.
+    """
+    groups = weights.reshape(-1, m)
+    nonzero = nonzero_mask(groups)
+    masks = np.zeros(groups.shape[0], np.uint16)
+    for position in range(m):
+        masks |= nonzero[:, position].astype(np.uint16) << np.uint16(position)
+    table, positions = _tables(n, m)
+    ranks = table[masks]
+    if (bad := np.flatnonzero(ranks < 0)).size:
+        raise ValueError(
+            f"{bad.size} of {masks.size} groups have more than {n} nonzeros in {m} (first: group "
+            f"{bad[0]}), so the weight is not {n}:{m} sparse. Prune it to {n}:{m}, or store it with "
+            "pattern 'unstructured'."
+        )
+    values = np.take_along_axis(groups, positions[ranks].astype(np.intp), axis=1).reshape(-1)
+    values[~nonzero_mask(values)] = 0  # -0.0 becomes 0.0, as in every format
+    return values, _pack(ranks, n, m)
+
+
+def decode(values: Bits, packed: NDArray[np.uint8], count: int, n: int, m: int) -> Bits:
+    """Rebuild the `count` flat weights.
+
+    Raises:
+        FormatError: wrong number of values or words, or a word that is no set of positions.
+    """
+    groups = count // m
+    if count % m or values.size != groups * n:
+        raise FormatError(
+            f"{n}:{m} stores {values.size} values, wanted {groups * n} for {count} weights"
+        )
+    ranks = _unpack(packed, groups, n, m)
+    positions = _tables(n, m)[1][ranks].astype(np.int64)
+    positions += np.arange(0, count, m)[:, None]
+    weights = np.zeros(count, values.dtype)
+    weights[positions.reshape(-1)] = values
+    return weights
+
+
+def _pack(ranks: NDArray[np.int32], n: int, m: int) -> NDArray[np.uint8]:
+    size, per_word = word_layout(n, m)
+    words = np.zeros(-(-ranks.size // per_word), np.uint64)
+    for digit in range(per_word):
+        part = ranks[digit::per_word].astype(np.uint64)
+        words[: part.size] += part * np.uint64(comb(m, n) ** digit)
+    return words.astype(f"<u{size}").view(np.uint8)
+
+
+def _unpack(packed: NDArray[np.uint8], groups: int, n: int, m: int) -> NDArray[np.int64]:
+    size, per_word = word_layout(n, m)
+    wanted = -(-groups // per_word) * size
+    if packed.size != wanted:
+        raise FormatError(f"{n}:{m} positions have {packed.size} bytes, wanted {wanted}")
+    words = packed.view(f"<u{size}")
+    sets = comb(m, n)
+    if words.size and int(words.max()) >= sets**per_word:
+        raise FormatError(
+            f"{n}:{m} positions hold the word {words.max()}, wanted < {sets**per_word}"
+        )
+    powers = np.array([sets**digit for digit in range(per_word)], np.uint64)
+    # Bytes are looked up in a table instead of being divided one by one.
+    dividends = np.arange(256) if size == 1 else words
+    digits = dividends[:, None].astype(np.uint64) // powers % np.uint64(sets)
+    ranks: NDArray[np.int64] = (digits[words] if size == 1 else digits).astype(np.int64).reshape(-1)
+    if ranks[groups:].any():
+        raise FormatError(f"{n}:{m} positions hold ranks behind the last group, {groups - 1}")
+    return ranks[:groups]

@@ -1,0 +1,85 @@
+"""SparseBertConfig and its siblings: the family's config under a model type of its own.
+
+The type `sparse_bert` is what makes a compressed checkpoint fail loudly where hf_sparse is not
+installed: a config of type `bert` would load there with randomly initialised weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from hf_sparse.models.families import FAMILIES, sparse_type
+
+
+class SparseConfigMixin:
+    """What a Sparse config adds to the config of its family.
+
+    Attributes:
+        sparsity_config: the `SparsityConfig` as a dict, of the checkpoint that the model was
+            loaded from or of the last `prune_`; None if neither. It is stored in the
+            checkpoint's `quantization_config`, where transformers looks for its loader.
+    """
+
+    base_model_type: ClassVar[str]
+    model_type: ClassVar[str]
+    sparsity_config: dict[str, Any] | None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        from hf_sparse.models.modeling import register_models
+
+        kwargs.pop("model_type", None)
+        self.sparsity_config = kwargs.pop("sparsity_config", None)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        register_models(self.base_model_type)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As the family's; the config of a dense checkpoint is taken for one of this class."""
+        config, unused = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
+        if config.get("model_type") == cls.base_model_type:
+            config["model_type"] = cls.model_type
+        return config, unused
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values of the config, under the family's model type.
+
+        Libraries ask this dict which family a model is of (PEFT for its default target modules);
+        the sparse type is for files, see `to_json_string`.
+        """
+        values: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        values["model_type"] = self.base_model_type
+        return values
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The config as stored in `config.json`, under the sparse model type."""
+        values = json.loads(super().to_json_string(use_diff))  # type: ignore[misc]
+        values["model_type"] = self.model_type
+        values.pop("sparsity_config", None)
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def base_config_class(model_type: str) -> type[PreTrainedConfig]:
+    """The transformers config class of a family."""
+    module = importlib.import_module(f"transformers.models.{model_type}.configuration_{model_type}")
+    config_class: type[PreTrainedConfig] = getattr(module, f"{FAMILIES[model_type]}Config")
+    return config_class
+
+
+def _define(model_type: str) -> type[PreTrainedConfig]:
+    base = base_config_class(model_type)
+    name = f"Sparse{base.__name__}"
+    body = {
+        "model_type": sparse_type(model_type),
+        "base_model_type": model_type,
+        "__module__": __name__,
+        "__doc__": f"{base.__name__} of a sparse checkpoint. Takes the same arguments.",
+    }
+    return type(name, (SparseConfigMixin, base), body)
+
+
+CONFIGS = {model_type: _define(model_type) for model_type in FAMILIES}
+globals().update({config.__name__: config for config in CONFIGS.values()})

@@ -1,0 +1,122 @@
+"""SparseBertModel and its siblings: the transformers class plus the sparse contract.
+
+Forward code is inherited, never copied. The classes are made from transformers' own when they are
+first asked for, since importing those takes about a second.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_sparse.models.configuration import CONFIGS
+from hf_sparse.models.families import FAMILIES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class SparseModelMixin:
+    """The sparse contract: weights are compressed when saved, and restored when loaded."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save the model compressed; arguments as `PreTrainedModel.save_pretrained`.
+
+        Of those, `push_to_hub=True` uploads the folder after saving. See
+        `hf_sparse.save_pretrained` for what is stored and how, and for the errors.
+        """
+        from hf_sparse.checkpoint.save import save_model
+
+        save_model(self, Path(save_directory), **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Upload the compressed model and its card: see `hf_sparse.push_to_hub`."""
+        from hf_sparse.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **kwargs)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As `torch.nn.Module.load_state_dict`; compressed tensors are restored first.
+
+        Trainer resumes from checkpoints through this method.
+
+        Raises:
+            FormatError: a compressed tensor is damaged.
+        """
+        from hf_sparse.checkpoint.reading import restore_state_dict
+
+        restored = restore_state_dict(state_dict)
+        return super().load_state_dict(restored, strict, assign)  # type: ignore[misc]
+
+
+@cache
+def model_classes(model_type: str) -> dict[str, type[PreTrainedModel]]:
+    """The Sparse classes of a family by name, one for each public class of transformers."""
+    module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    from transformers import PreTrainedModel
+
+    bases = [getattr(module, name) for name in module.__all__]
+    bases = [base for base in bases if inspect.isclass(base) and issubclass(base, PreTrainedModel)]
+    classes = {
+        f"Sparse{base.__name__}": _define(base, model_type)
+        for base in bases
+        if not base.__name__.endswith("PreTrainedModel")
+    }
+    return classes
+
+
+def _define(base: type[PreTrainedModel], model_type: str) -> type[PreTrainedModel]:
+    body = {
+        "config_class": CONFIGS[model_type],
+        "__module__": "hf_sparse.models",
+        "__doc__": (
+            f"{base.__name__} that is stored compressed. Takes the same arguments; "
+            "`from_pretrained` reads dense and compressed checkpoints alike."
+        ),
+    }
+    return type(f"Sparse{base.__name__}", (SparseModelMixin, base), body)
+
+
+@cache
+def register_models(model_type: str) -> None:
+    """Register the Sparse classes and the tokenizer of a family with transformers' Auto classes."""
+    from transformers import AutoTokenizer
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+
+    config_class = CONFIGS[model_type]
+    base_config = config_class.__mro__[2]
+    classes = model_classes(model_type)
+    for auto_class in list[Any](vars(modeling_auto).values()):
+        mapping = getattr(auto_class, "_model_mapping", None)
+        if mapping is None or base_config not in mapping:
+            continue
+        base = mapping[base_config]
+        base = base[0] if isinstance(base, tuple | list) else base
+        auto_class.register(config_class, classes[f"Sparse{base.__name__}"], exist_ok=True)
+    if base_config in TOKENIZER_MAPPING:
+        AutoTokenizer.register(config_class, TOKENIZER_MAPPING[base_config], exist_ok=True)
+
+
+def family_of(name: str) -> str | None:
+    """The family whose classes have names like `name`, or None."""
+    for model_type, prefix in FAMILIES.items():
+        if name.startswith(f"Sparse{prefix}"):
+            return model_type
+    return None
+
+
+def sparse_class_name(model: torch.nn.Module) -> str:
+    """The name of the Sparse class for a model, which may be sparse already."""
+    name = type(model).__name__.removeprefix("FSDP")
+    return name if isinstance(model, SparseModelMixin) else f"Sparse{name}"

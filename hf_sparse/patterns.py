@@ -1,0 +1,303 @@
+"""Sparsity patterns: which zeros a weight may have.
+
+A pattern is parsed once from its notation into an immutable value and printed back with `str`:
+
+| notation       | zeros come as                                              | `sparsity` counts |
+|----------------|------------------------------------------------------------|-------------------|
+| `unstructured` | single weights                                             | weights           |
+| `2:4` (N:M)    | at most N nonzeros in each M consecutive weights of a row  | fixed: 1 - N/M    |
+| `block:RxC`    | whole blocks of R rows (out) x C columns (in)              | blocks            |
+| `row`          | whole rows: one output feature                             | rows              |
+| `column`       | whole columns: one input feature                           | columns           |
+| `head:D`       | D consecutive rows: the output features of one head        | heads             |
+
+`head` without a size is completed by `Head.with_size(head_dim)` from the model's config.
+
+Every tensor here is `(out_features, in_features)`; layers that store the transpose (GPT-2's
+`Conv1D`) are turned at the edge, never in a pattern.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NOTATIONS = ("unstructured", "N:M (2:4, 4:8, ...)", "block:RxC", "row", "column", "head", "head:D")
+
+
+class Pattern(ABC):
+    """What the zeros of a weight look like. Immutable; equal when the notation is equal."""
+
+    @property
+    def implied_sparsity(self) -> float | None:
+        """The sparsity that the pattern itself fixes, or None where it is free."""
+        return None
+
+    @abstractmethod
+    def keep(self, scores: Tensor, sparsity: float, *, per_row: bool = False) -> Tensor:
+        """Choose the weights to keep: those of highest score that the pattern allows.
+
+        Args:
+            scores: importance of each weight, finite and `>= 0`, `(out_features, in_features)`.
+            sparsity: fraction of units (see the module's table) to prune, in `[0, 1)`.
+            per_row: choose within each row (row of blocks) instead of over the whole matrix.
+                It has no meaning for N:M, `row`, `column` and `head`, and changes nothing there.
+
+        Returns:
+            Boolean mask of `scores.shape`. Exactly `round(sparsity * units)` units are False; of
+            units with equal scores the one with the lower index is pruned first.
+
+        Raises:
+            ValueError: the pattern does not divide the shape, or a score is not finite.
+        """
+
+    @abstractmethod
+    def violations(self, weight: Tensor) -> int:
+        """Count the groups of `weight` `(out_features, in_features)` that break the pattern.
+
+        N:M: groups with more than N nonzeros. Blocks, rows, columns, heads: groups that are partly
+        zero. Unstructured: always 0, since every set of zeros is allowed.
+        """
+
+    def follows(self, weight: Tensor) -> bool:
+        """Whether no group of `weight` `(out_features, in_features)` breaks the pattern."""
+        return self.violations(weight) == 0
+
+    @staticmethod
+    def parse(notation: str | Pattern) -> Pattern:
+        """Read a pattern from its notation; a Pattern is returned as it is.
+
+        Raises:
+            ValueError: not one of the notations.
+        """
+        if isinstance(notation, Pattern):
+            return notation
+        if not isinstance(notation, str):
+            raise ValueError(
+                f"pattern is a {type(notation).__name__}: {notation!r}. Wanted a string, one of "
+                f"{', '.join(NOTATIONS)}."
+            )
+        if notation in _PLAIN:
+            return _PLAIN[notation]
+        for shape, pattern in _SIZED.items():
+            if match := re.fullmatch(shape, notation):
+                return pattern(*map(int, match.groups()))
+        raise ValueError(
+            f"unknown pattern {notation!r}. Known patterns: {', '.join(NOTATIONS)}. "
+            "For example '2:4' keeps at most 2 of 4 consecutive weights."
+        )
+
+
+@dataclass(frozen=True)
+class Unstructured(Pattern):
+    """Single weights anywhere."""
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+    def keep(self, scores: Tensor, sparsity: float, *, per_row: bool = False) -> Tensor:
+        _check(scores, sparsity)
+        grouped = scores if per_row else scores.reshape(1, -1)
+        pruned = lowest(grouped, round(sparsity * grouped.shape[1]))
+        return ~pruned.view(scores.shape)
+
+    def violations(self, weight: Tensor) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class NM(Pattern):
+    """At most `n` nonzeros in each `m` consecutive weights along in_features."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n < self.m:
+            raise ValueError(
+                f"pattern '{self.n}:{self.m}': wanted N:M with 1 <= N < M, as in '2:4'."
+            )
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def implied_sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def groups(self, weight: Tensor) -> Tensor:
+        """View `(out_features, in_features)` as `(groups, m)`."""
+        columns = weight.shape[1]
+        if columns % self.m:
+            raise ValueError(
+                f"in_features is {columns}, which is not divisible by M = {self.m} of pattern "
+                f"'{self}'. Leave the layer out with `ignore`, or choose another pattern."
+            )
+        return weight.reshape(-1, self.m)
+
+    def keep(self, scores: Tensor, sparsity: float, *, per_row: bool = False) -> Tensor:
+        _check(scores, sparsity)
+        groups = self.groups(scores)
+        index = torch.arange(self.m, device=scores.device)
+        # The rank of a weight is the number of weights in its group that are pruned before it.
+        rank = torch.zeros(groups.shape, dtype=torch.int16, device=scores.device)
+        for other in range(self.m):
+            rival = groups[:, other : other + 1]
+            rank += (rival < groups) | ((rival == groups) & (other < index))
+        return (rank >= self.m - self.n).view(scores.shape)
+
+    def violations(self, weight: Tensor) -> int:
+        return int(((self.groups(weight) != 0).sum(dim=1) > self.n).sum())
+
+
+class GroupPattern(Pattern):
+    """Weights are zero in whole rectangular groups."""
+
+    @abstractmethod
+    def group_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns of one group in a `(rows, columns)` weight."""
+
+    def blocks(self, weight: Tensor) -> Tensor:
+        """View `(out, in)` as `(out / R, R, in / C, C)` for groups of R x C.
+
+        Raises:
+            ValueError: the groups do not tile the weight.
+        """
+        rows, columns = weight.shape
+        height, width = self.group_shape(rows, columns)
+        if rows % height or columns % width:
+            raise ValueError(
+                f"a weight of shape ({rows}, {columns}) cannot be divided into groups of "
+                f"{height} x {width} (out x in), as pattern '{self}' wants. Leave the layer out with "
+                "`ignore`, or choose another pattern."
+            )
+        return weight.reshape(rows // height, height, columns // width, width)
+
+    def keep(self, scores: Tensor, sparsity: float, *, per_row: bool = False) -> Tensor:
+        """As `Pattern.keep`; the score of a group is the sum of its squared scores."""
+        _check(scores, sparsity)
+        blocks = self.blocks(scores)
+        units = blocks.float().square().sum(dim=(1, 3))
+        grouped = units if per_row and units.shape[1] > 1 else units.reshape(1, -1)
+        kept = ~lowest(grouped, round(sparsity * grouped.shape[1])).view(units.shape)
+        return kept[:, None, :, None].expand(blocks.shape).reshape(scores.shape)
+
+    def violations(self, weight: Tensor) -> int:
+        nonzero = self.blocks(weight) != 0
+        some, every = nonzero.any(dim=3).any(dim=1), nonzero.all(dim=3).all(dim=1)
+        return int((some & ~every).sum())
+
+
+@dataclass(frozen=True)
+class Block(GroupPattern):
+    """Whole blocks of `rows` (out) x `columns` (in) weights."""
+
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.columns < 1:
+            raise ValueError(f"pattern '{self}': wanted block:RxC with R, C >= 1, as 'block:4x1'.")
+
+    def __str__(self) -> str:
+        return f"block:{self.rows}x{self.columns}"
+
+    def group_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        return self.rows, self.columns
+
+
+@dataclass(frozen=True)
+class Row(GroupPattern):
+    """Whole rows: one output feature each."""
+
+    def __str__(self) -> str:
+        return "row"
+
+    def group_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        return 1, columns
+
+
+@dataclass(frozen=True)
+class Column(GroupPattern):
+    """Whole columns: one input feature each."""
+
+    def __str__(self) -> str:
+        return "column"
+
+    def group_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        return rows, 1
+
+
+@dataclass(frozen=True)
+class Head(GroupPattern):
+    """`head_dim` consecutive rows: the output features of one attention head."""
+
+    head_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.head_dim is not None and self.head_dim < 1:
+            raise ValueError(f"pattern '{self}': wanted head:D with D >= 1, as 'head:64'.")
+
+    def __str__(self) -> str:
+        return "head" if self.head_dim is None else f"head:{self.head_dim}"
+
+    def with_size(self, head_dim: int) -> Head:
+        """The same pattern with its size known."""
+        return Head(head_dim)
+
+    def group_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        if self.head_dim is None:
+            raise ValueError(
+                "pattern 'head' has no size. Write it with the rows of one head, as 'head:64'."
+            )
+        return self.head_dim, columns
+
+
+_PLAIN: dict[str, Pattern] = {
+    "unstructured": Unstructured(),
+    "row": Row(),
+    "column": Column(),
+    "head": Head(),
+}
+_SIZED: dict[str, type[NM] | type[Block] | type[Head]] = {
+    r"(\d{1,4}):(\d{1,4})": NM,
+    r"block:(\d{1,6})x(\d{1,6})": Block,
+    r"head:(\d{1,6})": Head,
+}
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """Mark the `count` lowest scores of each row, exactly.
+
+    Of equal scores the one with the lower index is marked first, as a stable ascending sort would
+    do; this selects in linear time instead of sorting.
+
+    Args:
+        scores: `(rows, columns)`.
+        count: `0 <= count <= columns`.
+
+    Returns:
+        Boolean `(rows, columns)` with `count` True in each row.
+    """
+    if count == 0:
+        return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    scores = scores.float()
+    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    below, tied = scores < threshold, scores == threshold
+    missing = count - below.sum(dim=1, keepdim=True)
+    return below | (tied & (tied.cumsum(dim=1, dtype=torch.int32) <= missing))
+
+
+def _check(scores: Tensor, sparsity: float) -> None:
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity is {sparsity}; wanted a fraction of zeros in [0, 1).")
+    if scores.ndim != 2:
+        raise ValueError(
+            f"scores have shape {tuple(scores.shape)}; wanted (out_features, in_features)."
+        )
+    if not torch.isfinite(scores).all():
+        raise ValueError("scores contain NaN or infinity; wanted finite scores.")

@@ -1,0 +1,15 @@
+"""Registers hf_sparse with transformers; importing the package imports this module.
+
+The loader of compressed checkpoints and the config classes are registered at once, the model
+classes when a config of their family is made: importing them takes about a second.
+"""
+
+from __future__ import annotations
+
+from transformers import AutoConfig
+
+from hf_sparse.checkpoint import quantizer as quantizer
+from hf_sparse.models.configuration import CONFIGS
+
+for config_class in CONFIGS.values():
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

@@ -1,0 +1,167 @@
+"""SparsityReport: how sparse a model is, counted exactly, and how it became so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.patterns import Pattern
+from hf_sparse.structure import num_parameters, target_layers, with_head_size
+
+
+@dataclass(frozen=True)
+class TensorSparsity:
+    """Exact counts of one weight `(out_features, in_features)`."""
+
+    name: str
+    shape: tuple[int, int]
+    zeros: int
+    violations: int
+
+    @property
+    def numel(self) -> int:
+        """Weights in the tensor."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return self.zeros / self.numel if self.numel else 0.0
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """The sparsity of the target tensors and of the whole model.
+
+    Attributes:
+        tensors: one entry per target weight; shared weights count once.
+        pattern: the notation that `violations` were counted against.
+        parameters: weights in the whole model, targets and the rest, shared ones once.
+        method: how the zeros were made; None for a report that only measures.
+        options: the values of the method's own options.
+        seconds: time that pruning took; None for a report that only measures.
+        notes: what the method wants the reader to know.
+    """
+
+    tensors: tuple[TensorSparsity, ...]
+    pattern: str
+    parameters: int
+    method: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def zeros(self) -> int:
+        """Zeros in the targets."""
+        return sum(tensor.zeros for tensor in self.tensors)
+
+    @property
+    def numel(self) -> int:
+        """Weights in the targets."""
+        return sum(tensor.numel for tensor in self.tensors)
+
+    @property
+    def violations(self) -> int:
+        """Groups that break the pattern, in all targets (see `Pattern.violations`)."""
+        return sum(tensor.violations for tensor in self.tensors)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in the targets."""
+        return self.zeros / self.numel if self.numel else 0.0
+
+    @property
+    def model_sparsity(self) -> float:
+        """Zeros in the targets as a fraction of all weights of the model."""
+        return self.zeros / self.parameters if self.parameters else 0.0
+
+    def to_json(self) -> str:
+        """All counts and totals as JSON text."""
+        totals = {
+            "zeros": self.zeros,
+            "numel": self.numel,
+            "sparsity": self.sparsity,
+            "violations": self.violations,
+            "model_sparsity": self.model_sparsity,
+        }
+        return json.dumps({**asdict(self), **totals}, indent=2)
+
+    def __str__(self) -> str:
+        rows = [
+            (tensor.name, f"{tensor.shape[0]} x {tensor.shape[1]}", tensor.zeros, tensor.violations)
+            for tensor in self.tensors
+        ]
+        lines = [
+            (name, shape, f"{zeros:,}", f"{tensor.sparsity:.4f}", f"{violations:,}")
+            for (name, shape, zeros, violations), tensor in zip(rows, self.tensors, strict=True)
+        ]
+        total = ("total", "", f"{self.zeros:,}", f"{self.sparsity:.4f}", f"{self.violations:,}")
+        head = ("tensor", "out x in", "zeros", "sparsity", f"not {self.pattern}")
+        footer = (
+            f"{self.zeros:,} zeros in {self.parameters:,} weights of the model "
+            f"({self.model_sparsity:.4f})"
+        )
+        if self.method:
+            footer += f"; {self.method} in {self.seconds:.1f} s"
+        return "\n".join([format_table(head, [*lines, total]), footer, *self.notes])
+
+
+def measure_sparsity(model: nn.Module, config: SparsityConfig | None = None) -> SparsityReport:
+    """Count the zeros of a model, exactly.
+
+    Args:
+        model: any model; its weights are only read, one at a time.
+        config: which layers to count, and the pattern to check them against. None: every Linear
+            and Conv1D in the repeated blocks, `unstructured`.
+
+    Returns:
+        The report; tied and shared weights count once.
+
+    Raises:
+        ValueError: nothing matches the config's targets, or the pattern cannot divide a weight
+            (the message names it).
+    """
+    if config is not None:
+        config = with_head_size(config, model)
+    pattern = Pattern.parse("unstructured") if config is None else config.pattern
+    tensors = (
+        count_zeros(layer.weight_name, layer.weight, pattern)
+        for layer in target_layers(model, config)
+    )
+    return SparsityReport(tuple(tensors), str(pattern), num_parameters(model))
+
+
+def count_zeros(name: str, weight: Tensor, pattern: Pattern) -> TensorSparsity:
+    """Count one weight `(out_features, in_features)`.
+
+    Raises:
+        ValueError: the pattern cannot divide the weight; the message names it.
+    """
+    rows, columns = weight.shape
+    zeros = weight.numel() - int(torch.count_nonzero(weight))
+    try:
+        violations = pattern.violations(weight)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return TensorSparsity(name, (rows, columns), zeros, violations)
+
+
+def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Plain text table, first column to the left and the others to the right."""
+    rows = [head, *rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -1,0 +1,189 @@
+"""The parts of a model that sparsity is about: its repeated blocks and its weight matrices.
+
+Nothing here knows a model family by name: blocks are the items of the outermost ModuleLists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse.configuration_sparse import SparsityConfig, matches
+from hf_sparse.patterns import Head
+
+
+@dataclass(frozen=True)
+class TargetLayer:
+    """A layer whose weight is to be sparse."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def weight_name(self) -> str:
+        """The name of the weight in the model's state dict."""
+        return f"{self.name}.weight" if self.name else "weight"
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored `(in_features, out_features)`, as GPT-2's Conv1D does."""
+        return is_conv1d(self.module)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight as the module stores it."""
+        weight = self.module.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as `(out_features, in_features)`: a view, so that writes reach the model."""
+        weight = self.parameter.data
+        return weight.T if self.transposed else weight
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether the module is transformers' Conv1D, a Linear with its weight transposed."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether the module multiplies by a weight matrix: Linear or Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The repeated blocks of one part of a model, in order: an encoder's, or a decoder's."""
+
+    name: str
+    blocks: tuple[nn.Module, ...]
+
+    def layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """The Linear and Conv1D layers inside the blocks, with their full names."""
+        for index, block in enumerate(self.blocks):
+            for name, module in block.named_modules(prefix=f"{self.name}.{index}"):
+                if is_matrix(module):
+                    yield name, module
+
+
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """Find the repeated blocks: the outermost ModuleLists whose items contain weight matrices.
+
+    Returns:
+        One stack per such list, in the order of the model's modules. Empty when there is none.
+    """
+    stacks: list[Stack] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or not len(module):
+            continue
+        if any(name.startswith(f"{stack.name}.") for stack in stacks):
+            continue
+        items = tuple(module)
+        same_class = len({type(item) for item in items}) == 1
+        if same_class and not is_matrix(items[0]) and _contains_matrix(items[0]):
+            stacks.append(Stack(name, items))
+    return stacks
+
+
+def _contains_matrix(module: nn.Module) -> bool:
+    return any(is_matrix(child) for child in module.modules())
+
+
+def target_layers(model: nn.Module, config: SparsityConfig | None = None) -> list[TargetLayer]:
+    """The layers that a config makes sparse, each weight once, in the order of the model.
+
+    Args:
+        model: any model. Weights shared by several names are listed under the first of them.
+        config: its `targets` and `ignore` choose. None: every layer in the blocks.
+
+    Raises:
+        ValueError: nothing matches `targets`, or the model has no repeated blocks to default to.
+    """
+    targets = None if config is None else config.targets
+    if targets is None:
+        stacks = find_stacks(model)
+        if not stacks:
+            raise ValueError(
+                f"{type(model).__name__} has no ModuleList of blocks to find weights in. Name the "
+                "layers: SparsityConfig(..., targets=[...])."
+            )
+        named = [layer for stack in stacks for layer in stack.layers()]
+    else:
+        candidates = [
+            (name, module)
+            for name, module in model.named_modules()
+            if is_matrix(module) or isinstance(module, nn.Embedding)
+        ]
+        for glob in targets:
+            if not any(matches(name, glob) for name, _ in candidates):
+                known = ", ".join(name for name, _ in candidates[:8])
+                raise ValueError(
+                    f"targets: {glob!r} matches no layer of {type(model).__name__}. Its layers are "
+                    f"{known}{', ...' if len(candidates) > 8 else ''}."
+                )
+        named = [
+            (name, module)
+            for name, module in candidates
+            if any(matches(name, glob) for glob in targets)
+        ]
+    chosen: dict[int, TargetLayer] = {}
+    for name, module in named:
+        if config is None or not config.ignores(name):
+            chosen.setdefault(id(module.weight), TargetLayer(name, module))
+    if not chosen:
+        raise ValueError(
+            f"no layer of {type(model).__name__} is left to be sparse: ignore="
+            f"{list(config.ignore) if config else []} leaves out every target."
+        )
+    return list(chosen.values())
+
+
+def with_head_size(config: SparsityConfig, model: nn.Module) -> SparsityConfig:
+    """Complete pattern `head` with the size of the model's heads; other configs stay as they are.
+
+    Raises:
+        ValueError: the model's config tells no head size, or the config names no targets: which
+            layers hold heads in their rows cannot be guessed.
+    """
+    if not isinstance(config.pattern, Head):
+        return config
+    if config.targets is None:
+        raise ValueError(
+            "pattern 'head' needs targets: name the layers whose rows are heads, such as "
+            "targets=['q_proj', 'k_proj', 'v_proj']."
+        )
+    if config.pattern.head_dim is not None:
+        return config
+    described = getattr(model, "config", None)
+    head_dim = getattr(described, "head_dim", None)
+    if head_dim is None:
+        heads = getattr(described, "num_attention_heads", None)
+        hidden = getattr(described, "hidden_size", None)
+        if not heads or not hidden:
+            raise ValueError(
+                f"the config of {type(model).__name__} tells no head size. Write the rows of one "
+                "head into the pattern, as 'head:64'."
+            )
+        head_dim = hidden // heads
+    pattern = config.pattern.with_size(head_dim)
+    return SparsityConfig(pattern, config.sparsity, config.targets, config.ignore, config.format)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """The number of weights in the model, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise a ValueError that names the tensor if it holds NaN or infinity."""
+    if not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise ValueError(
+            f"{name} has {bad} values that are NaN or infinite; wanted finite ones. The model "
+            "or its dtype is damaged: load it again, in float32 if it was in float16."
+        )
