@@ -37,6 +37,10 @@ class Pattern(ABC):
         """The sparsity that the pattern itself fixes, or None where it is free."""
         return None
 
+    def check_shape(self, rows: int, columns: int) -> None:
+        """Raise a ValueError if the pattern cannot divide a `(rows, columns)` weight."""
+        return None
+
     @abstractmethod
     def keep(self, scores: Tensor, sparsity: float, *, per_row: bool = False) -> Tensor:
         """Choose the weights to keep: those of highest score that the pattern allows.
@@ -129,14 +133,16 @@ class NM(Pattern):
     def implied_sparsity(self) -> float:
         return 1 - self.n / self.m
 
-    def groups(self, weight: Tensor) -> Tensor:
-        """View `(out_features, in_features)` as `(groups, m)`."""
-        columns = weight.shape[1]
+    def check_shape(self, rows: int, columns: int) -> None:
         if columns % self.m:
             raise ValueError(
                 f"in_features is {columns}, which is not divisible by M = {self.m} of pattern "
                 f"'{self}'. Leave the layer out with `ignore`, or choose another pattern."
             )
+
+    def groups(self, weight: Tensor) -> Tensor:
+        """View `(out_features, in_features)` as `(groups, m)`."""
+        self.check_shape(*weight.shape)
         return weight.reshape(-1, self.m)
 
     def keep(self, scores: Tensor, sparsity: float, *, per_row: bool = False) -> Tensor:
@@ -161,13 +167,7 @@ class GroupPattern(Pattern):
     def group_shape(self, rows: int, columns: int) -> tuple[int, int]:
         """Rows and columns of one group in a `(rows, columns)` weight."""
 
-    def blocks(self, weight: Tensor) -> Tensor:
-        """View `(out, in)` as `(out / R, R, in / C, C)` for groups of R x C.
-
-        Raises:
-            ValueError: the groups do not tile the weight.
-        """
-        rows, columns = weight.shape
+    def check_shape(self, rows: int, columns: int) -> None:
         height, width = self.group_shape(rows, columns)
         if rows % height or columns % width:
             raise ValueError(
@@ -175,16 +175,31 @@ class GroupPattern(Pattern):
                 f"{height} x {width} (out x in), as pattern '{self}' wants. Leave the layer out with "
                 "`ignore`, or choose another pattern."
             )
+
+    def blocks(self, weight: Tensor) -> Tensor:
+        """View `(out, in)` as `(out / R, R, in / C, C)` for groups of R x C."""
+        rows, columns = weight.shape
+        self.check_shape(rows, columns)
+        height, width = self.group_shape(rows, columns)
         return weight.reshape(rows // height, height, columns // width, width)
+
+    def unit_scores(self, scores: Tensor) -> Tensor:
+        """The score of each group, the sum of its squared scores: `(out / R, in / C)`."""
+        return self.blocks(scores).float().square().sum(dim=(1, 3))
+
+    def spread(self, units: Tensor, shape: torch.Size) -> Tensor:
+        """Repeat a value per group, `(out / R, in / C)`, for each weight of a `shape` weight."""
+        height, width = self.group_shape(*shape)
+        tiles = units[:, None, :, None].expand(-1, height, -1, width)
+        return tiles.reshape(shape)
 
     def keep(self, scores: Tensor, sparsity: float, *, per_row: bool = False) -> Tensor:
         """As `Pattern.keep`; the score of a group is the sum of its squared scores."""
         _check(scores, sparsity)
-        blocks = self.blocks(scores)
-        units = blocks.float().square().sum(dim=(1, 3))
+        units = self.unit_scores(scores)
         grouped = units if per_row and units.shape[1] > 1 else units.reshape(1, -1)
         kept = ~lowest(grouped, round(sparsity * grouped.shape[1])).view(units.shape)
-        return kept[:, None, :, None].expand(blocks.shape).reshape(scores.shape)
+        return self.spread(kept, scores.shape)
 
     def violations(self, weight: Tensor) -> int:
         nonzero = self.blocks(weight) != 0

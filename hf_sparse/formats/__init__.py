@@ -43,6 +43,18 @@ FORMATS = {
 LAYOUT = "layout"
 _COMPANIONS = ("bitmask", "gap4", "gap8", "nm", "block", LAYOUT)
 _NUM_PARAMETERS = {"bitmask": 0, "gap4": 0, "gap8": 0, "nm": 2, "block": 2}
+# The float types whose zeros are the bit patterns 0 and "sign bit alone". Of others (fp8 "fnuz",
+# e8m0, packed fp4) those bits mean NaN or a power of two, and would be lost as zeros.
+_FLOATS = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+# A layout is believed up to this many weights: gap codes and blocks do not bound it by their size.
+_LARGEST_WEIGHT = 2**40
 
 
 def compress(
@@ -55,7 +67,8 @@ def compress(
     """Compress one weight, losslessly.
 
     Args:
-        weight: 2-D, any float type, `(out_features, in_features)`, or its transpose.
+        weight: 2-D, fp64, fp32, fp16, bf16 or fp8 (e4m3fn, e5m2), `(out_features, in_features)`,
+            or its transpose.
         format: a key of `FORMATS`. `auto` takes the smallest of those that can hold the weight.
         pattern: what `nm` and `block` follow, and `auto` may use; `unstructured` if None.
         transposed: the weight is stored `(in_features, out_features)`, as GPT-2's `Conv1D` does.
@@ -71,10 +84,10 @@ def compress(
     pattern = Unstructured() if pattern is None else pattern
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}. Known formats: {', '.join(FORMATS)}.")
-    if weight.ndim != 2 or not weight.is_floating_point():
+    if weight.ndim != 2 or weight.dtype not in _FLOATS:
         raise ValueError(
             f"a weight of shape {tuple(weight.shape)} and type {weight.dtype} cannot be compressed; "
-            "wanted a 2-D floating point tensor."
+            f"wanted a 2-D tensor of {', '.join(map(str, _FLOATS))}."
         )
     weight = weight.detach().cpu()
     if format == "dense":
@@ -94,18 +107,21 @@ def decompress(parts: Mapping[str, Tensor]) -> Tensor:
         FormatError: the parts contradict each other. Nothing is trusted: types, lengths, counts
             and ranges are checked before a weight is returned.
     """
-    values = parts[""]
     name, rows, columns, transposed, parameters = read_layout(parts)
+    values = parts[""]
     stored = bits.as_bits(values.cpu())
-    coded = parts[name].cpu().numpy()
-    if name == "bitmask":
-        flat = bitmask.decode(stored, coded, rows * columns)
-    elif name == "nm":
-        flat = nm.decode(stored, coded, rows * columns, *parameters)
-    elif name == "block":
-        flat = block.decode(stored, coded, rows, columns, *parameters)
-    else:
-        flat = gap.decode(stored, coded, rows * columns, int(name.removeprefix("gap")))
+    coded = parts[name].cpu().contiguous().numpy()
+    try:
+        if name == "bitmask":
+            flat = bitmask.decode(stored, coded, rows * columns)
+        elif name == "nm":
+            flat = nm.decode(stored, coded, rows * columns, *parameters)
+        elif name == "block":
+            flat = block.decode(stored, coded, rows, columns, *parameters)
+        else:
+            flat = gap.decode(stored, coded, rows * columns, int(name.removeprefix("gap")))
+    except MemoryError as error:
+        raise FormatError(f"a weight of {rows} x {columns} does not fit in memory") from error
     weight = bits.as_weight(flat.reshape(rows, columns), values.dtype)
     return (weight.T.contiguous() if transposed else weight).to(values.device)
 
@@ -123,12 +139,16 @@ def read_layout(parts: Mapping[str, Tensor]) -> tuple[str, int, int, bool, tuple
             f"{', '.join(_NUM_PARAMETERS)}"
         )
     name, values, layout = names[0], parts[""], parts[LAYOUT]
-    if values.ndim != 1 or not values.is_floating_point():
+    if values.ndim != 1 or values.dtype not in _FLOATS:
         raise FormatError(
-            f"values have shape {tuple(values.shape)} and type {values.dtype}; wanted 1-D floats"
+            f"values have shape {tuple(values.shape)} and type {values.dtype}; wanted 1-D floats of "
+            f"{', '.join(map(str, _FLOATS))}"
         )
     if parts[name].ndim != 1 or parts[name].dtype != torch.uint8:
-        raise FormatError(f"'{name}' is {parts[name].dtype}; wanted a 1-D tensor of bytes")
+        raise FormatError(
+            f"'{name}' has shape {tuple(parts[name].shape)} and type {parts[name].dtype}; wanted "
+            "1-D bytes"
+        )
     if layout.dtype != torch.int64 or layout.shape != (3 + _NUM_PARAMETERS[name],):
         raise FormatError(
             f"'{LAYOUT}' has shape {tuple(layout.shape)} and type {layout.dtype}; wanted "
@@ -136,6 +156,7 @@ def read_layout(parts: Mapping[str, Tensor]) -> tuple[str, int, int, bool, tuple
         )
     rows, columns, transposed, *parameters = layout.tolist()
     sizes_fit = 0 <= rows < 2**31 and 0 <= columns < 2**31 and transposed in (0, 1)
+    sizes_fit &= rows * columns <= _LARGEST_WEIGHT
     if name == "nm":
         n, m = parameters
         sizes_fit &= 1 <= n < m <= nm.LARGEST_M and columns % max(m, 1) == 0

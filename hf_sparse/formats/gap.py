@@ -43,7 +43,8 @@ def decode(values: Bits, coded: NDArray[np.uint8], count: int, width: int) -> Bi
     """Rebuild the `count` flat weights.
 
     Raises:
-        FormatError: another number of codes than values, or a position out of range.
+        FormatError: another number of codes than values, a position out of range, or skips behind
+            the last value.
     """
     skip = 2**width - 1
     if width == 8:
@@ -57,6 +58,8 @@ def decode(values: Bits, coded: NDArray[np.uint8], count: int, width: int) -> Bi
         raise FormatError(
             f"gap{width} places {placed} nonzeros, but {values.size} values are stored"
         )
+    if codes.size and not places[-(8 // width) :].any():
+        raise FormatError(f"gap{width} goes on behind the last nonzero")
     # A placing code g moves g + 1 weights on, a skip moves `skip`. 256 would not fit in 8 bits.
     steps = codes + places if width == 4 else codes.astype(np.uint16) + places
     ends = np.cumsum(steps, dtype=np.int64)

@@ -1,0 +1,1 @@
+"""One-shot pruning: zeros chosen after training."""
