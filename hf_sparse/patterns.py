@@ -19,6 +19,7 @@ Every tensor here is `(out_features, in_features)`; layers that store the transp
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class Pattern(ABC):
         if notation in _PLAIN:
             return _PLAIN[notation]
         for shape, pattern in _SIZED.items():
-            if match := re.fullmatch(shape, notation):
+            if match := re.fullmatch(shape, notation, re.ASCII):
                 return pattern(*map(int, match.groups()))
         raise ValueError(
             f"unknown pattern {notation!r}. Known patterns: {', '.join(NOTATIONS)}. "
@@ -185,7 +186,7 @@ class GroupPattern(Pattern):
 
     def unit_scores(self, scores: Tensor) -> Tensor:
         """The score of each group, the sum of its squared scores: `(out / R, in / C)`."""
-        return self.blocks(scores).float().square().sum(dim=(1, 3))
+        return _widened(self.blocks(scores)).square().sum(dim=(1, 3))
 
     def spread(self, units: Tensor, shape: torch.Size) -> Tensor:
         """Repeat a value per group, `(out / R, in / C)`, for each weight of a `shape` weight."""
@@ -196,7 +197,9 @@ class GroupPattern(Pattern):
     def keep(self, scores: Tensor, sparsity: float, *, per_row: bool = False) -> Tensor:
         """As `Pattern.keep`; the score of a group is the sum of its squared scores."""
         _check(scores, sparsity)
-        units = self.unit_scores(scores)
+        # A power of two as scale: squares neither overflow nor vanish, and ties stay ties.
+        exponent = math.frexp(float(scores.max()))[1] if scores.numel() else 0
+        units = self.unit_scores(_widened(scores) * 2.0 ** -max(exponent, -120))
         grouped = units if per_row and units.shape[1] > 1 else units.reshape(1, -1)
         kept = ~lowest(grouped, round(sparsity * grouped.shape[1])).view(units.shape)
         return self.spread(kept, scores.shape)
@@ -233,7 +236,7 @@ class Row(GroupPattern):
         return "row"
 
     def group_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        return 1, columns
+        return 1, max(columns, 1)
 
 
 @dataclass(frozen=True)
@@ -244,7 +247,7 @@ class Column(GroupPattern):
         return "column"
 
     def group_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        return rows, 1
+        return max(rows, 1), 1
 
 
 @dataclass(frozen=True)
@@ -269,7 +272,7 @@ class Head(GroupPattern):
             raise ValueError(
                 "pattern 'head' has no size. Write it with the rows of one head, as 'head:64'."
             )
-        return self.head_dim, columns
+        return self.head_dim, max(columns, 1)
 
 
 _PLAIN: dict[str, Pattern] = {
@@ -300,11 +303,15 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     """
     if count == 0:
         return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    scores = scores.float()
+    scores = _widened(scores)
     threshold = scores.kthvalue(count, dim=1, keepdim=True).values
     below, tied = scores < threshold, scores == threshold
     missing = count - below.sum(dim=1, keepdim=True)
     return below | (tied & (tied.cumsum(dim=1, dtype=torch.int32) <= missing))
+
+
+def _widened(scores: Tensor) -> Tensor:
+    return scores if scores.dtype == torch.float64 else scores.float()
 
 
 def _check(scores: Tensor, sparsity: float) -> None:

@@ -93,24 +93,32 @@ class SparsityReport:
         }
         return json.dumps({**asdict(self), **totals}, indent=2)
 
+    def summary(self) -> str:
+        """The totals in a few lines, without the table of tensors."""
+        lines = [
+            f"{len(self.tensors)} tensors, pattern {self.pattern}: {self.zeros:,} zeros in "
+            f"{self.numel:,} weights ({self.sparsity:.4f}), {self.violations:,} violations",
+            f"whole model: {self.zeros:,} zeros in {self.parameters:,} weights "
+            f"({self.model_sparsity:.4f})",
+        ]
+        if self.method is not None:
+            options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+            lines.append(f"{self.method}{options}: {self.seconds:.1f} s")
+        return "\n".join([*lines, *self.notes])
+
     def __str__(self) -> str:
         rows = [
-            (tensor.name, f"{tensor.shape[0]} x {tensor.shape[1]}", tensor.zeros, tensor.violations)
+            (
+                tensor.name,
+                f"{tensor.shape[0]} x {tensor.shape[1]}",
+                f"{tensor.zeros:,}",
+                f"{tensor.sparsity:.4f}",
+                f"{tensor.violations:,}",
+            )
             for tensor in self.tensors
         ]
-        lines = [
-            (name, shape, f"{zeros:,}", f"{tensor.sparsity:.4f}", f"{violations:,}")
-            for (name, shape, zeros, violations), tensor in zip(rows, self.tensors, strict=True)
-        ]
-        total = ("total", "", f"{self.zeros:,}", f"{self.sparsity:.4f}", f"{self.violations:,}")
-        head = ("tensor", "out x in", "zeros", "sparsity", f"not {self.pattern}")
-        footer = (
-            f"{self.zeros:,} zeros in {self.parameters:,} weights of the model "
-            f"({self.model_sparsity:.4f})"
-        )
-        if self.method:
-            footer += f"; {self.method} in {self.seconds:.1f} s"
-        return "\n".join([format_table(head, [*lines, total]), footer, *self.notes])
+        head = ("tensor", "out x in", "zeros", "sparsity", "violations")
+        return f"{format_table(head, rows)}\n{self.summary()}"
 
 
 def measure_sparsity(model: nn.Module, config: SparsityConfig | None = None) -> SparsityReport:

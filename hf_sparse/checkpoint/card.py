@@ -36,6 +36,7 @@ def write_card(
     config: SparsityConfig,
     report: SparsityReport,
     metrics: Sequence[Metric],
+    tags: Sequence[str] = (),
 ) -> None:
     """Write the model card of a checkpoint.
 
@@ -45,6 +46,7 @@ def write_card(
         config: pattern, sparsity and format that it is saved with.
         report: the exact counts, and how the zeros were made if `prune_` made them.
         metrics: figures to print; none are invented.
+        tags: for the Hub, beside the card's own.
     """
     base = model.config.name_or_path
     if not base or Path(base).exists() or base.count("/") > 1:  # a local folder tells nobody much
@@ -52,7 +54,7 @@ def write_card(
     data = ModelCardData(
         base_model=base,
         library_name="transformers",
-        tags=["sparse", "hf_sparse", str(config.pattern)],
+        tags=["sparse", "hf_sparse", str(config.pattern), *tags],
     )
     compressed = config.format != "dense"
     usage = _usage(type(model).__name__, compressed)

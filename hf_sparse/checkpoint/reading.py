@@ -51,6 +51,11 @@ class StoredTensor:
         """Whether it is stored in more parts than its values."""
         return self.parts != ("",)
 
+    @property
+    def format(self) -> str:
+        """The format that it is stored in."""
+        return next((part for part in self.parts if part not in ("", "layout")), "dense")
+
 
 def read_headers(files: Sequence[Path]) -> list[StoredTensor]:
     """List the tensors of safetensors files from their headers; weights are not read.
@@ -77,15 +82,14 @@ def read_headers(files: Sequence[Path]) -> list[StoredTensor]:
     return tensors
 
 
-def read_tensor(stored: StoredTensor) -> Tensor:
-    """Read one tensor, decompressed.
+def read_parts(stored: StoredTensor) -> dict[str, Tensor]:
+    """Read the parts of one tensor, by the names that `decompress` takes.
 
     Raises:
-        FormatError: it is damaged.
+        FormatError: the file is damaged.
     """
-    with open_file(stored.file) as reader, locate(stored.place):
-        parts = {part: reader.get_tensor(join(stored.name, part)) for part in stored.parts}
-        return decompress(parts) if stored.compressed else parts[""]
+    with open_file(stored.file) as reader:
+        return {part: reader.get_tensor(join(stored.name, part)) for part in stored.parts}
 
 
 def checkpoint_files(folder: Path) -> list[Path]:

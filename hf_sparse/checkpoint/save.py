@@ -31,7 +31,7 @@ from hf_sparse.structure import TargetLayer, num_parameters, target_layers, with
 
 STUB_NAME = "modeling_hf_sparse.py"
 # Weight files of an earlier save that a new one replaces.
-_WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index*.json", "pytorch_model*.bin*")
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index*.json", "pytorch_model*.bin*")
 # A fine-tuned model may lose a few zeros to training; more than this is worth a warning.
 _LOST_SPARSITY = 0.005
 
@@ -44,6 +44,7 @@ def save_pretrained(
     tokenizer: Any = None,
     report: SparsityReport | None = None,
     metrics: Sequence[Metric] = (),
+    tags: Sequence[str] = (),
     **kwargs: Any,
 ) -> Path:
     """Save a model so that `AutoModel*.from_pretrained(folder)` gives the same weights back.
@@ -61,6 +62,7 @@ def save_pretrained(
         tokenizer: saved beside the model if given.
         report: the `prune_` report, for the method on the model card.
         metrics: measured figures for the model card.
+        tags: for the model card, beside its own.
         **kwargs: `max_shard_size` (default `"5GB"`), `state_dict`, `is_main_process`, `variant`
             as in `PreTrainedModel.save_pretrained`.
 
@@ -76,7 +78,14 @@ def save_pretrained(
     """
     folder = Path(folder)
     save_model(
-        model, folder, config=config, tokenizer=tokenizer, report=report, metrics=metrics, **kwargs
+        model,
+        folder,
+        config=config,
+        tokenizer=tokenizer,
+        report=report,
+        metrics=metrics,
+        tags=tags,
+        **kwargs,
     )
     return folder
 
@@ -89,6 +98,7 @@ def save_model(
     tokenizer: Any = None,
     report: SparsityReport | None = None,
     metrics: Sequence[Metric] = (),
+    tags: Sequence[str] = (),
     is_main_process: bool = True,
     state_dict: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str = "5GB",
@@ -120,10 +130,12 @@ def save_model(
     if not is_main_process:
         return
     config = with_head_size(config or _config_of(model), model)
+    for name in ("save_peft_format", "save_original_format"):  # have no meaning here
+        kwargs.pop(name, None)
     state_dict = _tensors_to_store(model, state_dict, config)
     targets = _targets_by_weight(model, config)
     counts = []
-    with replacing(folder, _WEIGHT_FILES) as fresh:
+    with replacing(folder, WEIGHT_FILES) as fresh:
         _write_configs(model, config, fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
@@ -140,11 +152,12 @@ def save_model(
         measured = SparsityReport(tuple(counts), str(config.pattern), num_parameters(model))
         _warn_if_zeros_were_lost(config, measured)
         if report is not None or metrics or not (folder / CARD_NAME).exists():
-            write_card(fresh / CARD_NAME, model, config, report or measured, metrics)
+            write_card(fresh / CARD_NAME, model, config, report or measured, metrics, tags)
     if push_to_hub:
-        from hf_sparse.hub import upload_folder
+        from hf_sparse.hub import push_to_hub as push
 
-        upload_folder(folder, kwargs.pop("repo_id", folder.name), **kwargs)
+        repo_id = kwargs.pop("repo_id", folder.name)
+        push(model, repo_id, config, tokenizer=tokenizer, report=report, metrics=metrics, **kwargs)
 
 
 def _config_of(model: PreTrainedModel) -> SparsityConfig:

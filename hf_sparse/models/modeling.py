@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class SparseModelMixin:
     """The sparse contract: weights are compressed when saved, and restored when loaded."""
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the model compressed; arguments as `PreTrainedModel.save_pretrained`.
 
         Of those, `push_to_hub=True` uploads the folder after saving. See
@@ -37,7 +37,7 @@ class SparseModelMixin:
 
         save_model(self, Path(save_directory), **kwargs)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+    def push_to_hub(self: Any, repo_id: str, **kwargs: Any) -> Any:
         """Upload the compressed model and its card: see `hf_sparse.push_to_hub`."""
         from hf_sparse.hub import push_to_hub
 

