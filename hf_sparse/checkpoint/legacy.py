@@ -42,7 +42,6 @@ from hf_sparse.checkpoint.reading import checkpoint_files, open_file
 from hf_sparse.checkpoint.save import save_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FormatError, bits, join, locate
-from hf_sparse.patterns import Pattern
 from hf_sparse.report import count_zeros
 from hf_sparse.structure import target_layers
 
@@ -200,7 +199,9 @@ def _measure(
 ) -> SparsityConfig:
     """The new config: ignored layers, and the pattern and sparsity of the others, measured."""
     pattern = "2:4" if sparsity.get("sparsity_structure") == "2:4" else "unstructured"
-    old_ignore = sparsity.get("ignore") or ()
+    config = SparsityConfig(pattern, 0.5, format=format)
+    old_ignore = sparsity.get("ignore")
+    old_ignore = old_ignore if isinstance(old_ignore, list) else []
     zeros, numel, ignore = 0, 0, []
     for layer in target_layers(model):
         name = layer.weight_name
@@ -211,7 +212,7 @@ def _measure(
         weight = weights[name].T if layer.transposed else weights[name]
         with locate(weights.place(name)):
             try:
-                count = count_zeros(name, weight, Pattern.parse(pattern))
+                count = count_zeros(name, weight, config.pattern)
             except ValueError as error:
                 raise FormatError(str(error)) from error
             if count.violations:

@@ -99,11 +99,12 @@ def register_models(model_type: str) -> None:
     classes = model_classes(model_type)
     for auto_class in list[Any](vars(modeling_auto).values()):
         mapping = getattr(auto_class, "_model_mapping", None)
-        if mapping is None or base_config not in mapping:
+        if not inspect.isclass(auto_class) or mapping is None or base_config not in mapping:
             continue
         base = mapping[base_config]
         base = base[0] if isinstance(base, tuple | list) else base
-        auto_class.register(config_class, classes[f"Sparse{base.__name__}"], exist_ok=True)
+        if (name := f"Sparse{base.__name__}") in classes:  # some configs have heads of others
+            auto_class.register(config_class, classes[name], exist_ok=True)
     if base_config in TOKENIZER_MAPPING:
         AutoTokenizer.register(config_class, TOKENIZER_MAPPING[base_config], exist_ok=True)
 

@@ -1,6 +1,6 @@
 """Writes the golden files: one small weight in every format, as `<format>.safetensors`.
 
-    python tests/golden/make_golden.py
+    python -m tests.golden.make_golden
 
 The files fix the bytes of the format (docs/format.md). They are made once: a change of a file is
 a change of the format, which needs a new `CONFIG_VERSION`. `tests/test_golden.py` compares them

@@ -1,0 +1,102 @@
+"""The layers of the package, and what importing it pulls in."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_sparse
+
+PACKAGE = Path(hf_sparse.__file__).parent
+# A module imports only from layers above its own, and from its own package.
+LAYERS = [
+    ["patterns", "models.families"],
+    ["formats"],
+    ["configuration_sparse"],
+    ["structure"],
+    ["report"],
+    ["pruning"],
+    ["checkpoint", "models", "hub"],
+    ["evaluation"],
+    ["registration"],
+    ["cli"],
+]
+OPTIONAL = ("datasets", "evaluate", "peft", "onnx", "onnxruntime", "llvmlite", "matplotlib")
+HEAVY = ("transformers.modeling_utils", "transformers.trainer")
+
+
+def layer_of(module: str) -> int:
+    names = module.removeprefix("hf_sparse.")
+    found = [
+        index
+        for index, layer in enumerate(LAYERS)
+        for name in layer
+        if names == name or names.startswith(f"{name}.")
+    ]
+    assert found, f"{module} has no layer: add it to LAYERS"
+    return min(found)
+
+
+def imports_of(file: Path) -> set[str]:
+    tree = ast.parse(file.read_text())
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "hf_sparse":
+            names.update(f"hf_sparse.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_sparse."):
+            names.add(node.module)
+    return names
+
+
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_layers_above(file: Path) -> None:
+    module = "hf_sparse." + ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+    module = module.removesuffix(".__init__")
+    own = layer_of(module)
+    for imported in imports_of(file):
+        if importlib.util.find_spec(imported) is None:
+            continue  # a name of the public page, used by the command line
+        assert layer_of(imported) <= own, f"{module} imports {imported}"
+
+
+def loaded_modules(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint(' '.join(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_the_import_pulls_in_nothing_optional_or_slow() -> None:
+    loaded = loaded_modules("import hf_sparse")
+    assert not loaded.intersection(OPTIONAL)
+    assert not loaded.intersection(HEAVY)
+    assert "hf_sparse.registration" in loaded
+
+
+def test_using_the_package_pulls_in_nothing_optional() -> None:
+    code = (
+        "import torch, hf_sparse\n"
+        "config = hf_sparse.SparseBertConfig(hidden_size=8, num_attention_heads=2, vocab_size=9,\n"
+        "    intermediate_size=16, num_hidden_layers=1)\n"
+        "model = hf_sparse.SparseBertModel(config)\n"
+        "batches = [torch.ones(1, 4, dtype=int)]\n"
+        "hf_sparse.prune_(model, hf_sparse.SparsityConfig('2:4'), 'wanda', batches)\n"
+        "import hf_sparse.checkpoint.save"
+    )
+    loaded = loaded_modules(code)
+    assert not loaded.intersection(OPTIONAL)
+
+
+def test_the_public_page_is_complete() -> None:
+    for name in hf_sparse.__all__:
+        assert getattr(hf_sparse, name) is not None
+    assert set(hf_sparse.__all__) <= set(dir(hf_sparse))
