@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedModel
 
-from hf_sparse.checkpoint.card import Metric
+from hf_sparse.checkpoint.card import CARD_NAME, Metric
 from hf_sparse.checkpoint.save import WEIGHT_FILES, save_pretrained
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.report import SparsityReport
@@ -36,7 +36,8 @@ def push_to_hub(
     """Upload a model compressed, with a model card that holds what is known and measured.
 
     What is uploaded is exactly the folder that `save_pretrained` writes; weight files of an
-    earlier upload that it does not replace are removed in the same commit.
+    earlier upload that it does not replace are removed in the same commit. A card that is there
+    already is only replaced when a report or metrics are given.
 
     Args:
         model: as in `save_pretrained`, with `config`, `tokenizer`, `report` and `metrics`.
@@ -72,6 +73,7 @@ def push_to_hub(
             token=token,
             revision=revision,
             create_pr=create_pr,
+            keep_card=report is None and not metrics,
         )
 
 
@@ -82,16 +84,22 @@ def upload_folder(
     private: bool | None = None,
     token: bool | str | None = None,
     commit_message: str = "Upload sparse model",
+    keep_card: bool = False,
     **commit: Any,
 ) -> CommitInfo:
-    """Upload a checkpoint folder, sub-folders included, to a repository that is made if need be."""
+    """Upload a checkpoint folder, sub-folders included, to a repository that is made if need be.
+
+    With `keep_card` the repository's own model card stays, if it has one.
+    """
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True)
+    kept = keep_card and api.file_exists(repo.repo_id, CARD_NAME)
     info: CommitInfo = api.upload_folder(
         repo_id=repo.repo_id,
         folder_path=folder,
         commit_message=commit_message,
         delete_patterns=list(WEIGHT_FILES),
+        ignore_patterns=[CARD_NAME] if kept else None,
         **commit,
     )
     return info

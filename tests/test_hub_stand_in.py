@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hub_stand_in import HubStandIn
+from tests.hub_stand_in import HubStandIn
 
 PUSH_AND_PULL = """
 import sys

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Phi3Config,
@@ -225,6 +227,26 @@ def test_first_releases_stored_every_tensor_compressed(tied: bool, tmp_path: Pat
     loaded = AutoModelForCausalLM.from_pretrained(convert_legacy(old, tmp_path / "new"))
     assert same_bits(model, loaded)
     assert torch.equal(logits(model), logits(loaded))
+
+
+def test_transposed_weights_of_another_family(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "n_positions": 16, "n_embd": 20, "n_layer": 2, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes))
+    for block in model.transformer.h:
+        for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+            weight = layer.weight.data.T  # (out_features, in_features)
+            weight[~NM(2, 4).keep(torch.rand(weight.shape), 0.5)] = 0.0
+    old = write_legacy(
+        tmp_path / "old", model, structure="2:4", encoded=lambda name: "h.0.mlp" in name
+    )
+    edit_config(old, lambda c: c["quantization_config"]["sparsity_config"].update(ignore=None))
+    loaded = AutoModelForCausalLM.from_pretrained(convert_legacy(old, tmp_path / "new"))
+    assert type(loaded).__name__ == "SparseGPT2LMHeadModel"
+    assert same_bits(model, loaded)
+    config = inspect_checkpoint(tmp_path / "new").config
+    assert config is not None
+    assert str(config.pattern) == "2:4"
 
 
 def test_stock_transformers_gives_random_weights_without_an_error(tmp_path: Path) -> None:
@@ -532,8 +554,9 @@ def test_code_named_in_the_config_is_not_run(tmp_path: Path) -> None:
     (old / "evil.py").write_text("raise SystemExit")
     names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     edit_config(old, lambda config: config.update(auto_map=names))
-    new = convert_legacy(old, tmp_path / "new")
-    assert "evil" not in (new / "config.json").read_text()
+    for format in ("auto", "dense"):
+        new = convert_legacy(old, tmp_path / format, format=format)
+        assert "evil" not in (new / "config.json").read_text()
 
 
 def test_old_output_survives_a_failure_and_is_replaced_by_success(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.report import SparsityReport
@@ -48,11 +48,9 @@ def write_card(
         metrics: figures to print; none are invented.
         tags: for the Hub, beside the card's own.
     """
-    base = model.config.name_or_path
-    if not base or Path(base).exists() or base.count("/") > 1:  # a local folder tells nobody much
-        base = None
+    base = base_model(model.config)
     data = ModelCardData(
-        base_model=base,
+        base_model=base or None,
         library_name="transformers",
         tags=["sparse", "hf_sparse", str(config.pattern), *tags],
     )
@@ -68,7 +66,17 @@ def write_card(
     ModelCard("\n\n".join(sections) + "\n").save(file)
 
 
-def _description(base: str | None, config: SparsityConfig, report: SparsityReport) -> str:
+def base_model(config: PreTrainedConfig) -> str:
+    """Hub name of the dense model that a model comes from; `""` if it is not known."""
+    recorded: str | None = getattr(config, "base_model", None)
+    if recorded is not None:
+        return recorded
+    name = config.name_or_path or ""
+    # A local folder tells nobody much.
+    return "" if Path(name).exists() or name.count("/") > 1 else name
+
+
+def _description(base: str, config: SparsityConfig, report: SparsityReport) -> str:
     rows = [
         ("base model", base or "not recorded"),
         ("method", report.method or "not recorded"),

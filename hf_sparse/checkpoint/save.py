@@ -17,7 +17,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hf_sparse.checkpoint.atomic import replacing
-from hf_sparse.checkpoint.card import CARD_NAME, Metric, write_card
+from hf_sparse.checkpoint.card import CARD_NAME, Metric, base_model, write_card
 from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
 from hf_sparse.checkpoint.writing import ShardWriter
 from hf_sparse.configuration_sparse import SparsityConfig
@@ -251,7 +251,7 @@ def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
         model_config.architectures = [type(model).__name__]
         return model_config
     values = model.config.to_dict()
-    for key in ("sparsity_config", "auto_map", "quantization_config"):
+    for key in ("sparsity_config", "base_model", "auto_map", "quantization_config"):
         values.pop(key, None)
     model_config = base_config_class(model.config.base_model_type).from_dict(values)
     model_config.architectures = [type(model).__name__.removeprefix("Sparse")]
@@ -270,6 +270,7 @@ def _sparse_config(model: PreTrainedModel, config: SparsityConfig) -> PreTrained
             f"checkpoint with; families: {', '.join(FAMILIES)}. Save with format='dense': "
             "SparsityConfig(..., format='dense')."
         )
+    model_config.base_model = base_model(model.config)
     model_config.architectures = [sparse_class_name(model)]
     model_config.quantization_config = SparseCheckpointConfig(**config.to_dict()).to_dict()
     return model_config

@@ -22,17 +22,21 @@ class SparseConfigMixin:
         sparsity_config: the `SparsityConfig` as a dict, of the checkpoint that the model was
             loaded from or of the last `prune_`; None if neither. It is stored in the
             checkpoint's `quantization_config`, where transformers looks for its loader.
+        base_model: Hub name of the dense model, `""` if it is not known; None before the first
+            save, which takes it from `name_or_path`.
     """
 
     base_model_type: ClassVar[str]
     model_type: ClassVar[str]
     sparsity_config: dict[str, Any] | None
+    base_model: str | None
 
     def __post_init__(self, **kwargs: Any) -> None:
         from hf_sparse.models.modeling import register_models
 
         kwargs.pop("model_type", None)
         self.sparsity_config = kwargs.pop("sparsity_config", None)
+        self.base_model = kwargs.pop("base_model", None)
         super().__post_init__(**kwargs)  # type: ignore[misc]
         register_models(self.base_model_type)
 

@@ -97,9 +97,12 @@ def register_models(model_type: str) -> None:
     config_class = CONFIGS[model_type]
     base_config = config_class.__mro__[2]
     classes = model_classes(model_type)
-    for auto_class in list[Any](vars(modeling_auto).values()):
+    classes_there: list[Any] = [
+        item for item in vars(modeling_auto).values() if inspect.isclass(item)
+    ]
+    for auto_class in classes_there:
         mapping = getattr(auto_class, "_model_mapping", None)
-        if not inspect.isclass(auto_class) or mapping is None or base_config not in mapping:
+        if mapping is None or base_config not in mapping:
             continue
         base = mapping[base_config]
         base = base[0] if isinstance(base, tuple | list) else base

@@ -1,0 +1,163 @@
+"""The hf-sparse command, run as a user would."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
+
+import hf_sparse
+from hf_sparse.cli import main
+from tests.tiny_models import VOCABULARY, prose, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(prose()[:4000])
+    rows = [json.dumps({"text": text}) for text in prose()[:20000].split("\n\n")]
+    (tmp_path / "text.jsonl").write_text("\n".join(rows))
+    return tmp_path / "dense"
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def prune(dense: Path, output: Path, *arguments: object) -> int:
+    data = ("--calibration", dense.parent / "text.jsonl", "--num-samples", 4, "--window", 32)
+    return run("prune", dense, output, *data, *arguments)
+
+
+def test_prune_eval_and_inspect(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prune(dense, tmp_path / "sparse", "--pattern", "2:4", "--tensors") == 0
+    assert "model.layers.0.self_attn.q_proj.weight" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    assert hf_sparse.measure_sparsity(model, hf_sparse.SparsityConfig("2:4")).violations == 0
+
+    text = ("--text", dense.parent / "text.txt", "--window", 32)
+    assert run("eval", tmp_path / "sparse", "--dense", dense, *text, "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    expected = hf_sparse.perplexity(model, tiny_tokenizer(), prose()[:4000], 32)
+    assert figures["sparse"] == pytest.approx(expected)
+    assert figures["dense"] != figures["sparse"]
+    assert run("eval", tmp_path / "sparse", *text) == 0
+    assert "--dense" in capsys.readouterr().out
+
+    assert run("inspect", tmp_path / "sparse") == 0
+    assert "pattern 2:4" in capsys.readouterr().out
+    assert run("inspect", tmp_path / "sparse", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["report"]["sparsity"] == 0.5
+    assert set(found["formats"].values()) == {"nm"}
+    assert run("inspect", dense) == 0
+    assert "a dense checkpoint" in capsys.readouterr().out
+
+
+def test_prune_with_magnitude_targets_and_format(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run(
+        "prune",
+        dense,
+        tmp_path / "sparse",
+        "--method",
+        "magnitude",
+        "--scope",
+        "global",
+        "--sparsity",
+        0.7,
+        "--targets",
+        "mlp.*",
+        "--ignore",
+        "layers.0.*",
+        "--format",
+        "gap8",
+        "--json",
+    )
+    assert code == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["options"] == {"scope": "global"}
+    assert report["sparsity"] == pytest.approx(0.7, abs=1e-3)
+    assert {tensor["name"].split(".")[2] for tensor in report["tensors"]} == {"1", "2"}
+    formats = hf_sparse.inspect_checkpoint(tmp_path / "sparse").formats
+    assert set(formats.values()) == {"gap8"}
+    assert len(formats) == 6
+
+
+def test_eval_of_a_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        vocab_size=VOCABULARY,
+        pad_token_id=1,
+    )
+    model = BertForSequenceClassification(config)
+    hf_sparse.save_pretrained(model, tmp_path / "model", tokenizer=tiny_tokenizer())
+    rows = [{"premise": word, "hypothesis": "b", "label": i % 2} for i, word in enumerate("abcdef")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    labelled = ("--labels", tmp_path / "rows.jsonl", "--fields", "premise,hypothesis")
+    assert run("eval", tmp_path / "model", *labelled, "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    texts = [(row["premise"], row["hypothesis"]) for row in rows]
+    labels = [row["label"] for row in rows]
+    assert figures["metric"] == "accuracy"
+    assert figures["sparse"] == hf_sparse.accuracy(model, tiny_tokenizer(), texts, labels)
+    assert run("eval", tmp_path / "model", "--labels", tmp_path / "rows.jsonl") == 1
+    assert "has no field 'sentence'; it has premise, hypothesis, label" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pattern", "2-4"], "unknown pattern '2-4'"),
+        (["--pattern", "2:4", "--sparsity", "0.7"], "fixes the sparsity at 0.5"),
+        (["--sparsity", "1.5"], "sparsity is 1.5"),
+        ([], "needs a sparsity"),
+        (["--sparsity", "0.5", "--targets", "q_prj"], "'q_prj' matches no layer"),
+        (["--sparsity", "0.5", "--method", "magnitude", "--scope", "all"], "one of layer, global"),
+        (["--sparsity", "0.5", "--scope", "layer"], "has no option scope"),
+        (["--sparsity", "0.5", "--num-samples", "999"], "num_samples is 999"),
+    ],
+)
+def test_wrong_use_is_told_and_nothing_is_written(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list, message: str
+) -> None:
+    assert prune(dense, tmp_path / "out", *arguments) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_files_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", tmp_path) == 1
+    assert "config.json" in capsys.readouterr().err
+    assert run("eval", tmp_path, "--text", tmp_path / "none.txt") == 1
+    with pytest.raises(SystemExit, match="2"):
+        run("eval", tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        run()
+
+
+@pytest.mark.parametrize("command", ["prune", "eval", "inspect", "push"])
+def test_help_is_complete(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        run(command, "--help")
+    text = capsys.readouterr().out
+    assert "--json" in text
+
+
+def test_the_command_is_installed() -> None:
+    command = Path(sys.executable).with_name("hf-sparse")
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"hf_sparse {hf_sparse.__version__}"

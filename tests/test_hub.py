@@ -1,0 +1,68 @@
+"""Publishing and pulling with the real client, against a stand-in for the Hub."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.hub_stand_in import HubStandIn
+
+SCRIPT = """
+import sys
+import torch, transformers, hf_sparse
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+model = tiny_model("llama")
+model.config.name_or_path = "someone/tiny-llama"
+config = hf_sparse.SparsityConfig("2:4")
+report = hf_sparse.prune_(model, config, "magnitude")
+metrics = [hf_sparse.Metric("perplexity, prose", 12.5, 11.25)]
+hf_sparse.push_to_hub(model, "user/tiny-sparse", config, tokenizer=tiny_tokenizer(),
+                      report=report, metrics=metrics, tags=["tiny"], max_shard_size="20KB")
+
+pulled = transformers.AutoModelForCausalLM.from_pretrained("user/tiny-sparse")
+assert type(pulled).__name__ == "SparseLlamaForCausalLM", type(pulled)
+for name, value in model.state_dict().items():
+    assert torch.equal(value, pulled.state_dict()[name]), name
+tokenizer = transformers.AutoTokenizer.from_pretrained("user/tiny-sparse")
+assert tokenizer("prose")["input_ids"] == tiny_tokenizer()("prose")["input_ids"]
+
+pulled.push_to_hub("user/tiny-sparse", commit_message="One file", tokenizer=tokenizer)
+pulled.save_pretrained(sys.argv[1], push_to_hub=True, repo_id="user/other")
+from hf_sparse.cli import main
+assert main(["push", sys.argv[1], "user/third", "--json"]) == 0
+again = transformers.AutoModelForCausalLM.from_pretrained("user/third")
+assert torch.equal(again.model.norm.weight, model.model.norm.weight)
+print("PULLED")
+"""
+
+
+def test_push_and_pull(tmp_path: Path) -> None:
+    with HubStandIn() as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(tmp_path / "saved")],
+            capture_output=True,
+            text=True,
+            env=hub.environment(tmp_path / "home"),
+            cwd=Path(__file__).parent.parent,
+        )
+        assert done.stdout.endswith("PULLED\n"), done.stdout + done.stderr
+        files = hub.files("user/tiny-sparse")
+        assert "One file" in hub.commits("user/tiny-sparse")
+        others = [set(hub.files(name)) for name in ("user/other", "user/third")]
+        cards = [hub.files(name)["README.md"] for name in ("user/other", "user/third")]
+    weights = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_hf_sparse.py",
+    }
+    tokenizer = {"tokenizer.json", "tokenizer_config.json"}
+    given = {".gitattributes", "README.md"}
+    assert set(files) == weights | tokenizer | given
+    assert all(other == weights | given for other in others)
+    # The second push knew neither method nor metrics: the card that was there stays.
+    for text in (b"base_model: someone/tiny-llama", b"| method | magnitude |", b"| 11.25 | 12.5 |"):
+        assert text in files["README.md"]
+    assert all(b"base_model: someone/tiny-llama" in card for card in cards)
