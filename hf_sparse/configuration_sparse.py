@@ -90,7 +90,7 @@ class SparsityConfig:
         """
         values = dict(values)
         version = values.pop("version", CONFIG_VERSION)
-        if not isinstance(version, int) or version < 1:
+        if type(version) is not int or version < 1:
             raise FormatError(f"sparsity config has version {version!r}; wanted 1 or more")
         if version > CONFIG_VERSION:
             raise FormatError(

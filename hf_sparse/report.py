@@ -103,7 +103,8 @@ class SparsityReport:
         ]
         if self.method is not None:
             options = "".join(f", {name}={value!r}" for name, value in self.options.items())
-            lines.append(f"{self.method}{options}: {self.seconds:.1f} s")
+            seconds = "" if self.seconds is None else f": {self.seconds:.1f} s"
+            lines.append(f"{self.method}{options}{seconds}")
         return "\n".join([*lines, *self.notes])
 
     def __str__(self) -> str:

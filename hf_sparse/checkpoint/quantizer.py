@@ -7,7 +7,9 @@ restores the weights while they are read and then leaves no trace on the model, 
 
 from __future__ import annotations
 
+import copy
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_sparse.checkpoint.reading import StoredTensor, read_headers
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.formats import FormatError, decompress, join, locate
+from hf_sparse.formats import FormatError, decompress, join, locate, read_layout
 from hf_sparse.patterns import NM
 from hf_sparse.structure import is_conv1d
 
@@ -87,7 +89,7 @@ class SparseHfQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """One conversion, for every weight: those stored in one part pass as they are."""
-        return [WeightConverter(list(_PART_PATTERNS), "weight", [_RestoreWeight(self)])]
+        return [_WeightConverter(list(_PART_PATTERNS), "weight", [_RestoreWeight(self)])]
 
     def restore(self, name: str, parts: dict[str, Tensor], model: PreTrainedModel) -> Tensor:
         """The weight `name` of `model` from its parts, in the type that the model wants."""
@@ -113,22 +115,18 @@ class SparseHfQuantizer(HfQuantizer):
             name.removeprefix(f"{model.base_model_prefix}.")
         )
         with locate(stored.place if stored else f"tensor {name}"):
+            _, rows, columns, transposed, parameters = read_layout(parts)
+            shape = (columns, rows) if transposed else (rows, columns)
+            wanted = tuple(model.get_parameter_or_buffer(name).shape)
+            if shape != wanted:
+                raise FormatError(
+                    f"shape mismatch: {shape} is stored, the model of config.json wants {wanted}"
+                )
             weight = decompress(parts)
             pattern = self.quantization_config.sparsity.pattern
-            if isinstance(pattern, NM) and parts.get("layout", weight)[3:].tolist() != [
-                pattern.n,
-                pattern.m,
-            ]:
-                transposed = is_conv1d(model.get_submodule(name.rpartition(".")[0]))
-                try:
-                    broken = pattern.violations(weight.T if transposed else weight)
-                except ValueError as error:
-                    raise FormatError(str(error)) from error
-                if broken:
-                    raise FormatError(
-                        f"{broken} groups have more than {pattern.n} nonzeros in {pattern.m}, but "
-                        f"config.json promises pattern '{pattern}'"
-                    )
+            if isinstance(pattern, NM) and parameters != (pattern.n, pattern.m):
+                conv1d = is_conv1d(model.get_submodule(name.rpartition(".")[0]))
+                _check_promise(weight.T if conv1d else weight, pattern)
         return weight
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -144,13 +142,33 @@ class SparseHfQuantizer(HfQuantizer):
         self.remove_quantization_config(model)
         conversions: list[Any] = model._weight_conversions  # type: ignore[assignment]
         model._weight_conversions = [  # type: ignore[assignment]
-            conversion
-            for conversion in conversions
-            if not isinstance(conversion, WeightConverter)
-            or not isinstance(conversion.operations[0], _RestoreWeight)
+            conversion for conversion in conversions if not isinstance(conversion, _WeightConverter)
         ]
         if hasattr(model.config, "sparsity_config"):
             model.config.sparsity_config = self.quantization_config.sparsity.to_dict()
+
+
+def _check_promise(weight: Tensor, pattern: NM) -> None:
+    """Raise a FormatError if a weight `(out_features, in_features)` breaks the promised pattern."""
+    try:
+        broken = pattern.violations(weight)
+    except ValueError as error:
+        raise FormatError(str(error)) from error
+    if broken:
+        raise FormatError(
+            f"{broken} groups have more than {pattern.n} nonzeros in {pattern.m}, but config.json "
+            f"promises pattern '{pattern}'"
+        )
+
+
+class _WeightConverter(WeightConverter):
+    """A converter that is cheap to copy: transformers copies it for every tensor."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _WeightConverter:
+        clone = copy.copy(self)
+        clone.collected_tensors = defaultdict(list)
+        clone.layer_targets = defaultdict(set)
+        return clone
 
 
 class _RestoreWeight(ConversionOps):
@@ -159,9 +177,6 @@ class _RestoreWeight(ConversionOps):
     def __init__(self, hf_quantizer: SparseHfQuantizer) -> None:
         # transformers casts the parts of other operations to the model's dtype before the call.
         self.hf_quantizer = hf_quantizer
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _RestoreWeight:
-        return self  # transformers copies the operation for every tensor; it has no state
 
     def convert(
         self,

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.checkpoint.card import CARD_NAME, Metric, base_model, write_card
@@ -127,6 +128,7 @@ def save_model(
             "distributed_checkpoint=True is not supported for compressed models: gather the weights "
             "and pass state_dict=."
         )
+    _check_not_quantized(model)
     if not is_main_process:
         return
     config = with_head_size(config or _config_of(model), model)
@@ -158,6 +160,17 @@ def save_model(
 
         repo_id = kwargs.pop("repo_id", folder.name)
         push(model, repo_id, config, tokenizer=tokenizer, report=report, metrics=metrics, **kwargs)
+
+
+def _check_not_quantized(model: PreTrainedModel) -> None:
+    """Refuse weights that are no plain floats; those of a GGUF file are restored when loaded."""
+    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    method = getattr(method, "quant_method", None)
+    if method is not None and method != QuantizationMethod.GGUF:
+        raise ValueError(
+            f"the model is quantized with {getattr(method, 'value', method)}, but zeros are stored "
+            "as floats. Load it without quantization, or call model.dequantize() first."
+        )
 
 
 def _config_of(model: PreTrainedModel) -> SparsityConfig:
@@ -248,6 +261,7 @@ def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The config under the family's own model type."""
     if not isinstance(model.config, SparseConfigMixin):
         model_config = copy.deepcopy(model.config)
+        vars(model_config).pop("quantization_config", None)  # of a GGUF file
         model_config.architectures = [type(model).__name__]
         return model_config
     values = model.config.to_dict()

@@ -94,9 +94,15 @@ def compress(
         return {"": weight}
     if format != "auto":
         return _encode(weight, format, pattern, transposed)
-    candidates = _unstructured_candidates(weight)
-    if (extra := _format_of(pattern, weight, transposed)) is not None:
-        candidates = [*candidates, _encode(weight, extra, pattern, transposed)]
+    flat = bits.as_bits(weight).reshape(-1)
+    mask = bits.nonzero_mask(flat)
+    structured = _encode_structured(weight, pattern, transposed)
+    # No unstructured format is smaller than the values and the shorter of bitmask and 4-bit gaps.
+    nnz = int(np.count_nonzero(mask))
+    least = nnz * weight.element_size() + min(-(-mask.size // 8), nnz // 2)
+    candidates = [] if structured is None else [structured]
+    if structured is None or num_bytes(structured) > least:
+        candidates += _encode_unstructured(weight, flat, mask, nnz)
     return min([*candidates, {"": weight}], key=num_bytes)
 
 
@@ -196,24 +202,24 @@ def group_parts(keys: Iterable[str]) -> dict[str, list[str]]:
     return grouped
 
 
-def _format_of(pattern: Pattern, weight: Tensor, transposed: bool) -> str | None:
-    """The structured format that can hold the weight, if the pattern gives one."""
-    oriented = weight.T if transposed else weight
-    if isinstance(pattern, NM) and pattern.m <= nm.LARGEST_M:
-        fits = oriented.shape[1] % pattern.m == 0 and pattern.follows(oriented)
-        return "nm" if fits else None
-    if isinstance(pattern, GroupPattern):
-        height, width = pattern.group_shape(*oriented.shape)
-        return None if oriented.shape[0] % height or oriented.shape[1] % width else "block"
-    return None
+def _encode_structured(
+    weight: Tensor, pattern: Pattern, transposed: bool
+) -> dict[str, Tensor] | None:
+    """The weight in the format of its pattern; None if the pattern has none, or does not hold."""
+    name = "nm" if isinstance(pattern, NM) else "block"
+    if isinstance(pattern, Unstructured) or (isinstance(pattern, NM) and pattern.m > nm.LARGEST_M):
+        return None
+    try:
+        return _encode(weight, name, pattern, transposed)
+    except ValueError:  # the pattern does not divide the weight, or the weight does not follow it
+        return None
 
 
-def _unstructured_candidates(weight: Tensor) -> list[dict[str, Tensor]]:
-    """Bitmask and those gap codes that can be shorter than it. They share their values."""
-    flat = bits.as_bits(weight).reshape(-1)
-    mask = bits.nonzero_mask(flat)
-    nnz = int(np.count_nonzero(mask))
-    if (nnz * weight.element_size() + mask.size / 8) >= flat.nbytes:
+def _encode_unstructured(
+    weight: Tensor, flat: bits.Bits, mask: NDArray[np.bool_], nnz: int
+) -> list[dict[str, Tensor]]:
+    """The smallest of bitmask and the gap codes that can be shorter; none if dense is."""
+    if nnz * weight.element_size() + mask.size / 8 >= flat.nbytes:
         return []
     coded = {"bitmask": bitmask.encode(mask)}
     for name, width in (("gap4", 4), ("gap8", 8)):

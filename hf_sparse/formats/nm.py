@@ -18,7 +18,7 @@ from math import comb
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_sparse.formats.bits import Bits, nonzero_mask
+from hf_sparse.formats.bits import Bits, nonzero_mask, place, take
 from hf_sparse.formats.error import FormatError
 
 # The tables have 2^M entries.
@@ -41,17 +41,16 @@ def word_layout(n: int, m: int) -> tuple[int, int]:
 
 
 @cache
-def _tables(n: int, m: int) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
-    """Rank of each group mask (after filling up; -1 if it has too many bits), positions by rank."""
+def _tables(n: int, m: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Rank by group mask (after filling up; -1 if it has too many bits), and mask by rank."""
     masks = np.arange(2**m)
     marked = (masks[:, None] >> np.arange(m)) & 1
     ordered = masks[marked.sum(axis=1) == n]
-    positions = np.nonzero(marked[ordered])[1].reshape(-1, n)
     missing = n - marked.sum(axis=1)
     fill = (1 - marked) * (np.cumsum(1 - marked, axis=1) <= missing[:, None])
     filled = masks + (fill << np.arange(m)).sum(axis=1)
     ranks = np.where(missing >= 0, np.searchsorted(ordered, filled), -1)
-    return ranks.astype(np.int32), positions.astype(np.int8)
+    return ranks.astype(np.int32), marked[ordered].astype(bool)
 
 
 def encode(weights: Bits, n: int, m: int) -> tuple[Bits, NDArray[np.uint8]]:
@@ -60,20 +59,19 @@ def encode(weights: Bits, n: int, m: int) -> tuple[Bits, NDArray[np.uint8]]:
     Raises:
         ValueError: a group has more than `n` nonzeros.
     """
-    groups = weights.reshape(-1, m)
-    nonzero = nonzero_mask(groups)
-    masks = np.zeros(groups.shape[0], np.uint16)
-    for position in range(m):
-        masks |= nonzero[:, position].astype(np.uint16) << np.uint16(position)
-    table, positions = _tables(n, m)
-    ranks = table[masks]
-    if (bad := np.flatnonzero(ranks < 0)).size:
+    nonzero = nonzero_mask(weights)
+    ranks_by_mask, masks_by_rank = _tables(n, m)
+    ranks = ranks_by_mask[_group_masks(nonzero, m)]
+    if ranks.size and ranks.min() < 0:
+        bad = np.flatnonzero(ranks < 0)
         raise ValueError(
-            f"{bad.size} of {masks.size} groups have more than {n} nonzeros in {m} (first: group "
+            f"{bad.size} of {ranks.size} groups have more than {n} nonzeros in {m} (first: group "
             f"{bad[0]}), so the weight is not {n}:{m} sparse. Prune it to {n}:{m}, or store it with "
             "pattern 'unstructured'."
         )
-    values = np.take_along_axis(groups, positions[ranks].astype(np.intp), axis=1).reshape(-1)
+    if np.count_nonzero(nonzero) == ranks.size * n:
+        return take(weights, nonzero), _pack(ranks, n, m)
+    values = take(weights, masks_by_rank[ranks].reshape(-1))
     values[~nonzero_mask(values)] = 0  # -0.0 becomes 0.0, as in every format
     return values, _pack(ranks, n, m)
 
@@ -89,12 +87,22 @@ def decode(values: Bits, packed: NDArray[np.uint8], count: int, n: int, m: int) 
         raise FormatError(
             f"{n}:{m} stores {values.size} values, wanted {groups * n} for {count} weights"
         )
-    ranks = _unpack(packed, groups, n, m)
-    positions = _tables(n, m)[1][ranks].astype(np.int64)
-    positions += np.arange(0, count, m)[:, None]
-    weights = np.zeros(count, values.dtype)
-    weights[positions.reshape(-1)] = values
-    return weights
+    return place(values, _unpack(packed, groups, n, m))
+
+
+def _group_masks(nonzero: NDArray[np.bool_], m: int) -> NDArray[np.unsignedinteger]:
+    """The mask of each group of `m` flat entries as a number, bit j = entry j."""
+    if 8 % m == 0 or m == 16:  # groups lie within a byte, or are two bytes
+        packed = np.packbits(nonzero, bitorder="little")
+        if m == 16:
+            return packed.view("<u2")
+        shifts = np.arange(0, 8, m, dtype=np.uint8)
+        masks = (packed[:, None] >> shifts) & np.uint8(2**m - 1)
+        return masks.reshape(-1)[: nonzero.size // m]
+    masks = np.zeros(nonzero.size // m, np.uint16)
+    for position in range(m):
+        masks |= nonzero[position::m].astype(np.uint16) << np.uint16(position)
+    return masks
 
 
 def _pack(ranks: NDArray[np.int32], n: int, m: int) -> NDArray[np.uint8]:
@@ -106,22 +114,26 @@ def _pack(ranks: NDArray[np.int32], n: int, m: int) -> NDArray[np.uint8]:
     return words.astype(f"<u{size}").view(np.uint8)
 
 
-def _unpack(packed: NDArray[np.uint8], groups: int, n: int, m: int) -> NDArray[np.int64]:
+def _unpack(packed: NDArray[np.uint8], groups: int, n: int, m: int) -> NDArray[np.bool_]:
+    """Which of the flat weights have a value."""
     size, per_word = word_layout(n, m)
     wanted = -(-groups // per_word) * size
     if packed.size != wanted:
         raise FormatError(f"{n}:{m} positions have {packed.size} bytes, wanted {wanted}")
     words = packed.view(f"<u{size}")
-    sets = comb(m, n)
+    sets, masks_by_rank = comb(m, n), _tables(n, m)[1]
     if words.size and int(words.max()) >= sets**per_word:
         raise FormatError(
             f"{n}:{m} positions hold the word {words.max()}, wanted < {sets**per_word}"
         )
     powers = np.array([sets**digit for digit in range(per_word)], np.uint64)
+    if behind := groups % per_word:
+        last = np.uint64(words[-1]) // powers[behind:] % np.uint64(sets)
+        if last.any():
+            raise FormatError(f"{n}:{m} positions hold ranks behind the last group, {groups - 1}")
     # Bytes are looked up in a table instead of being divided one by one.
-    dividends = np.arange(256) if size == 1 else words
-    digits = dividends[:, None].astype(np.uint64) // powers % np.uint64(sets)
-    ranks: NDArray[np.int64] = (digits[words] if size == 1 else digits).astype(np.int64).reshape(-1)
-    if ranks[groups:].any():
-        raise FormatError(f"{n}:{m} positions hold ranks behind the last group, {groups - 1}")
-    return ranks[:groups]
+    dividends = np.arange(sets**per_word) if size == 1 else words
+    ranks = dividends[:, None].astype(np.uint64) // powers % np.uint64(sets)
+    masks = masks_by_rank[ranks].reshape(-1, per_word * m)
+    mask: NDArray[np.bool_] = masks[words] if size == 1 else masks
+    return mask.reshape(-1)[: groups * m]
