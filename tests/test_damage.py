@@ -75,7 +75,10 @@ DAMAGE = {
         put(f"{TENSOR}.bitmask", lambda t: t.to(torch.int32)),
         "wanted 1-D bytes",
     ),
-    "rows wrong": (put(f"{TENSOR}.layout", lambda t: t * torch.tensor([2, 1, 1])), "wanted 512"),
+    "rows wrong": (
+        put(f"{TENSOR}.layout", lambda t: t * torch.tensor([2, 1, 1])),
+        "shape mismatch|wanted 512",
+    ),
     "rows negative": (put(f"{TENSOR}.layout", lambda t: -t), "no layout of 'bitmask'"),
     "layout cut": (put(f"{TENSOR}.layout", lambda t: t[:2]), "wanted 3 int64"),
     "values 2-D": (put(TENSOR, lambda t: t.reshape(2, -1)), "wanted 1-D"),

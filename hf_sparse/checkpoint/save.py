@@ -22,11 +22,11 @@ from hf_sparse.checkpoint.card import CARD_NAME, Metric, base_model, write_card
 from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
 from hf_sparse.checkpoint.writing import ShardWriter
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.formats import compress
+from hf_sparse.formats import compress, num_nonzeros
 from hf_sparse.models.configuration import CONFIGS, SparseConfigMixin, base_config_class
 from hf_sparse.models.families import FAMILIES
 from hf_sparse.models.modeling import sparse_class_name
-from hf_sparse.patterns import NM, Unstructured
+from hf_sparse.patterns import NM
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros, measure_sparsity
 from hf_sparse.structure import TargetLayer, num_parameters, target_layers, with_head_size
 
@@ -218,7 +218,9 @@ def _compress(
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     if not isinstance(pattern, NM) or "nm" in parts:
-        return parts, count_zeros(name, weight, Unstructured())
+        return parts, TensorSparsity(
+            name, (weight.shape[0], weight.shape[1]), tensor.numel() - num_nonzeros(parts), 0
+        )
     count = count_zeros(name, weight, pattern)
     if count.violations:
         raise ValueError(

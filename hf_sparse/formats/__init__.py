@@ -176,6 +176,13 @@ def num_bytes(parts: Mapping[str, Tensor]) -> int:
     return sum(part.numel() * part.element_size() for part in parts.values())
 
 
+def num_nonzeros(parts: Mapping[str, Tensor]) -> int:
+    """Nonzero weights in the parts that `compress` gave, without restoring the weight."""
+    if parts.keys() & {"bitmask", "gap4", "gap8"}:
+        return parts[""].numel()
+    return int(np.count_nonzero(bits.nonzero_mask(bits.as_bits(parts[""].cpu()))))
+
+
 def join(name: str, part: str) -> str:
     """The name in the checkpoint of a part of tensor `name`."""
     return f"{name}.{part}" if part else name

