@@ -27,7 +27,7 @@ style: $(VENV)/dev
 
 bench: $(VENV)/demo
 	$(BIN)/python benchmarks/checkpoints.py
-	$(BIN)/python benchmarks/wanda.py
+	$(BIN)/python benchmarks/wanda.py $(if $(DATA),--data $(DATA))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
