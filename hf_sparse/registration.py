@@ -9,7 +9,16 @@ from __future__ import annotations
 from transformers import AutoConfig
 
 from hf_sparse.checkpoint import quantizer as quantizer
-from hf_sparse.models.configuration import CONFIGS
+from hf_sparse.models.configuration import CONFIGS, SparseConfigMixin
+
+
+def _register_models(model_type: str) -> None:
+    from hf_sparse.models.modeling import register_models
+
+    register_models(model_type)
+
+
+SparseConfigMixin.when_made = staticmethod(_register_models)
 
 for config_class in CONFIGS.values():
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

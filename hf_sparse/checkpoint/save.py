@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from accelerate.utils import convert_file_size_to_int
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -25,7 +26,6 @@ from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import compress, num_nonzeros
 from hf_sparse.models.configuration import CONFIGS, SparseConfigMixin, base_config_class
 from hf_sparse.models.families import FAMILIES
-from hf_sparse.models.modeling import sparse_class_name
 from hf_sparse.patterns import NM
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros, measure_sparsity
 from hf_sparse.structure import TargetLayer, num_parameters, target_layers, with_head_size
@@ -64,8 +64,8 @@ def save_pretrained(
         report: the `prune_` report, for the method on the model card.
         metrics: measured figures for the model card.
         tags: for the model card, beside its own.
-        **kwargs: `max_shard_size` (default `"5GB"`), `state_dict`, `is_main_process`, `variant`
-            as in `PreTrainedModel.save_pretrained`.
+        **kwargs: `max_shard_size` (default `"5GB"`), `state_dict`, `is_main_process` and `variant`
+            as in `PreTrainedModel.save_pretrained`. Of several processes the first one saves.
 
     Returns:
         The folder.
@@ -104,7 +104,6 @@ def save_model(
     state_dict: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str = "5GB",
     variant: str | None = None,
-    push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
     """`save_pretrained` with the arguments of `PreTrainedModel.save_pretrained`."""
@@ -119,7 +118,6 @@ def save_model(
             folder,
             is_main_process=is_main_process,
             state_dict=None if state_dict is None else dict(state_dict),
-            push_to_hub=push_to_hub,
             **kwargs,
         )
         return
@@ -129,11 +127,12 @@ def save_model(
             "and pass state_dict=."
         )
     _check_not_quantized(model)
-    if not is_main_process:
+    if not is_main_process or (dist.is_initialized() and dist.get_rank() != 0):
         return
     config = with_head_size(config or _config_of(model), model)
-    for name in ("save_peft_format", "save_original_format"):  # have no meaning here
-        kwargs.pop(name, None)
+    unknown = set(kwargs) - {"save_peft_format", "save_original_format"}  # no meaning here
+    if unknown:
+        raise TypeError(f"save_pretrained has no argument {', '.join(sorted(unknown))}.")
     state_dict = _tensors_to_store(model, state_dict, config)
     targets = _targets_by_weight(model, config)
     counts = []
@@ -155,11 +154,6 @@ def save_model(
         _warn_if_zeros_were_lost(config, measured)
         if report is not None or metrics or not (folder / CARD_NAME).exists():
             write_card(fresh / CARD_NAME, model, config, report or measured, metrics, tags)
-    if push_to_hub:
-        from hf_sparse.hub import push_to_hub as push
-
-        repo_id = kwargs.pop("repo_id", folder.name)
-        push(model, repo_id, config, tokenizer=tokenizer, report=report, metrics=metrics, **kwargs)
 
 
 def _check_not_quantized(model: PreTrainedModel) -> None:
@@ -287,6 +281,7 @@ def _sparse_config(model: PreTrainedModel, config: SparsityConfig) -> PreTrained
             "SparsityConfig(..., format='dense')."
         )
     model_config.base_model = base_model(model.config)
-    model_config.architectures = [sparse_class_name(model)]
+    name = type(model).__name__.removeprefix("FSDP").removeprefix("Sparse")
+    model_config.architectures = [f"Sparse{name}"]
     model_config.quantization_config = SparseCheckpointConfig(**config.to_dict()).to_dict()
     return model_config

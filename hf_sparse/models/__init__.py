@@ -10,7 +10,6 @@ from typing import Any
 
 from hf_sparse.models import configuration
 from hf_sparse.models.families import FAMILIES
-from hf_sparse.models.modeling import family_of, model_classes
 
 __all__ = ["FAMILIES"]
 
@@ -18,9 +17,12 @@ __all__ = ["FAMILIES"]
 def __getattr__(name: str) -> Any:
     if name.startswith("Sparse") and name.endswith("Config") and hasattr(configuration, name):
         return getattr(configuration, name)
-    family = family_of(name)
-    if family is not None and name in model_classes(family):
-        return model_classes(family)[name]
+    for family, prefix in FAMILIES.items():
+        if name.startswith(f"Sparse{prefix}"):
+            from hf_sparse.models.modeling import model_classes
+
+            if name in model_classes(family):
+                return model_classes(family)[name]
     raise AttributeError(
         f"hf_sparse has no class {name!r}. It has 'Sparse' + the transformers class for "
         f"{', '.join(FAMILIES.values())}."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -26,19 +27,19 @@ class SparseConfigMixin:
             save, which takes it from `name_or_path`.
     """
 
+    # Called with the family of every config that is made: registers the model classes.
+    when_made: ClassVar[Callable[[str], None]] = staticmethod(lambda model_type: None)
     base_model_type: ClassVar[str]
     model_type: ClassVar[str]
     sparsity_config: dict[str, Any] | None
     base_model: str | None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        from hf_sparse.models.modeling import register_models
-
         kwargs.pop("model_type", None)
         self.sparsity_config = kwargs.pop("sparsity_config", None)
         self.base_model = kwargs.pop("base_model", None)
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        register_models(self.base_model_type)
+        type(self).when_made(self.base_model_type)
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -12,36 +12,53 @@ import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
+from hf_sparse.checkpoint.reading import restore_state_dict
+from hf_sparse.checkpoint.save import save_model
+from hf_sparse.hub import push_to_hub as push
 from hf_sparse.models.configuration import CONFIGS
-from hf_sparse.models.families import FAMILIES
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+_UPLOAD_ARGUMENTS = {
+    "commit_message",
+    "commit_description",
+    "private",
+    "token",
+    "create_pr",
+    "tags",
+}
 
 
 class SparseModelMixin:
     """The sparse contract: weights are compressed when saved, and restored when loaded."""
 
-    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(
+        self: Any,
+        save_directory: str | os.PathLike[str],
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Save the model compressed; arguments as `PreTrainedModel.save_pretrained`.
 
-        Of those, `push_to_hub=True` uploads the folder after saving. See
+        With `push_to_hub=True` it is uploaded too, to `repo_id` or the name of the folder; all
+        other arguments but those of `hf_sparse.push_to_hub` are for saving. See
         `hf_sparse.save_pretrained` for what is stored and how, and for the errors.
         """
-        from hf_sparse.checkpoint.save import save_model
-
+        upload = {name: kwargs.pop(name) for name in _UPLOAD_ARGUMENTS & kwargs.keys()}
         save_model(self, Path(save_directory), **kwargs)
+        if push_to_hub:
+            push(self, repo_id or Path(save_directory).name, **upload)
 
     def push_to_hub(self: Any, repo_id: str, **kwargs: Any) -> Any:
         """Upload the compressed model and its card: see `hf_sparse.push_to_hub`."""
-        from hf_sparse.hub import push_to_hub
-
-        return push_to_hub(self, repo_id, **kwargs)
+        return push(self, repo_id, **kwargs)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
@@ -53,8 +70,6 @@ class SparseModelMixin:
         Raises:
             FormatError: a compressed tensor is damaged.
         """
-        from hf_sparse.checkpoint.reading import restore_state_dict
-
         restored = restore_state_dict(state_dict)
         return super().load_state_dict(restored, strict, assign)  # type: ignore[misc]
 
@@ -63,8 +78,6 @@ class SparseModelMixin:
 def model_classes(model_type: str) -> dict[str, type[PreTrainedModel]]:
     """The Sparse classes of a family by name, one for each public class of transformers."""
     module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
-    from transformers import PreTrainedModel
-
     bases = [getattr(module, name) for name in module.__all__]
     bases = [base for base in bases if inspect.isclass(base) and issubclass(base, PreTrainedModel)]
     classes = {
@@ -90,10 +103,6 @@ def _define(base: type[PreTrainedModel], model_type: str) -> type[PreTrainedMode
 @cache
 def register_models(model_type: str) -> None:
     """Register the Sparse classes and the tokenizer of a family with transformers' Auto classes."""
-    from transformers import AutoTokenizer
-    from transformers.models.auto import modeling_auto
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
-
     config_class = CONFIGS[model_type]
     base_config = config_class.__mro__[2]
     classes = model_classes(model_type)
@@ -110,17 +119,3 @@ def register_models(model_type: str) -> None:
             auto_class.register(config_class, classes[name], exist_ok=True)
     if base_config in TOKENIZER_MAPPING:
         AutoTokenizer.register(config_class, TOKENIZER_MAPPING[base_config], exist_ok=True)
-
-
-def family_of(name: str) -> str | None:
-    """The family whose classes have names like `name`, or None."""
-    for model_type, prefix in FAMILIES.items():
-        if name.startswith(f"Sparse{prefix}"):
-            return model_type
-    return None
-
-
-def sparse_class_name(model: torch.nn.Module) -> str:
-    """The name of the Sparse class for a model, which may be sparse already."""
-    name = type(model).__name__.removeprefix("FSDP")
-    return name if isinstance(model, SparseModelMixin) else f"Sparse{name}"

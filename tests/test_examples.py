@@ -1,0 +1,103 @@
+"""The example scripts, and the code and commands of the README, on a tiny model."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import hf_sparse
+from hf_sparse.cli import main
+from tests.tiny_models import prose, tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(prose()[:20_000])
+    return tmp_path / "dense"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_prune_and_reload(dense: Path, tmp_path: Path) -> None:
+    text = str(tmp_path / "text.txt")
+    arguments = [
+        "--model",
+        dense,
+        "--calibration",
+        text,
+        "--text",
+        text,
+        "--output",
+        tmp_path / "out",
+    ]
+    small = ["--num-samples", 2, "--window", 32, "--max-windows", 4]
+    command = [sys.executable, ROOT / "examples/prune_and_reload.py", *arguments, *small]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for row in ("dense ", "Wanda unstructured", "Wanda 2:4"):
+        assert row in done.stdout
+    for name in ("unstructured-sparse", "2-4-sparse"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / name)
+        assert hf_sparse.measure_sparsity(model).sparsity == pytest.approx(0.5, abs=1e-3)
+        assert (
+            "| perplexity, 4 x 32 tokens |" in (tmp_path / "out" / name / "README.md").read_text()
+        )
+
+
+def test_the_first_code_of_the_readme(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = blocks("python")[0]
+    for found, instead in (
+        ("HuggingFaceTB/SmolLM2-135M", str(dense)),
+        ("calibration.txt", str(tmp_path / "text.txt")),
+        ("num_samples=128, window=512", "num_samples=4, window=32"),
+    ):
+        assert found in code
+        code = code.replace(found, instead)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    assert type(names["model"]).__name__ == "SparseLlamaForCausalLM"
+    assert hf_sparse.inspect_checkpoint(tmp_path / "smollm2-sparse").report.sparsity == 0.5
+
+
+def test_the_commands_of_the_readme(dense: Path, tmp_path: Path) -> None:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("hf-sparse")]
+    assert [command[0] for command in commands] == ["prune", "eval", "inspect", "push"]
+    instead = {
+        "MODEL": str(dense),
+        "OUTPUT": str(tmp_path / "sparse"),
+        "text.jsonl": str(tmp_path / "text.txt"),
+        "held_out.txt": str(tmp_path / "text.txt"),
+    }
+    small = {"prune": ["--num-samples", "2", "--window", "32"], "eval": ["--window", "32"]}
+    for command in commands[:3]:
+        arguments = [instead.get(argument, argument) for argument in command]
+        assert main([*arguments, *small.get(command[0], [])]) == 0
+
+
+def test_the_readme_tells_every_method_format_and_family() -> None:
+    from hf_sparse.formats import FORMATS
+    from hf_sparse.models.families import FAMILIES
+    from hf_sparse.pruning.oneshot import METHODS
+
+    for name in (*METHODS, *FORMATS, *FAMILIES):
+        assert f"`{name}`" in README
+    for name in hf_sparse.__all__[1:]:
+        if name[0].islower():
+            assert f"`{name}" in README or f"hf_sparse.{name}" in README, name
