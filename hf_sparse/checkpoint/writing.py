@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -60,7 +61,10 @@ class ShardWriter:
         (self._folder / name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def _flush(self) -> None:
-        save_file(self._pending, self._shard(len(self._shards)), metadata={"format": "pt"})
+        try:
+            save_file(self._pending, self._shard(len(self._shards)), metadata={"format": "pt"})
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(f"the weights cannot be written: {error}") from error
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
