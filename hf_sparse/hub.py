@@ -11,7 +11,8 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedModel
 
 from hf_sparse.checkpoint.card import CARD_NAME, Metric
-from hf_sparse.checkpoint.save import WEIGHT_FILES, save_pretrained
+from hf_sparse.checkpoint.save import save_pretrained
+from hf_sparse.checkpoint.writing import is_weight_file
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.report import SparsityReport
 
@@ -93,13 +94,13 @@ def upload_folder(
     """
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True)
-    kept = keep_card and api.file_exists(repo.repo_id, CARD_NAME)
+    there = api.list_repo_files(repo.repo_id, revision=commit.get("revision"))
     info: CommitInfo = api.upload_folder(
         repo_id=repo.repo_id,
         folder_path=folder,
         commit_message=commit_message,
-        delete_patterns=list(WEIGHT_FILES),
-        ignore_patterns=[CARD_NAME] if kept else None,
+        delete_patterns=[name for name in there if is_weight_file(name)] or None,
+        ignore_patterns=[CARD_NAME] if keep_card and CARD_NAME in there else None,
         **commit,
     )
     return info

@@ -49,8 +49,9 @@ class Pattern(ABC):
         Args:
             scores: importance of each weight, finite and `>= 0`, `(out_features, in_features)`.
             sparsity: fraction of units (see the module's table) to prune, in `[0, 1)`.
-            per_row: choose within each row (row of blocks) instead of over the whole matrix.
-                It has no meaning for N:M, `row`, `column` and `head`, and changes nothing there.
+            per_row: choose within each row (row of blocks) instead of over the whole matrix;
+                the counts of two rows differ by at most 1. It has no meaning for N:M, `row`,
+                `column` and `head`, and changes nothing there.
 
         Returns:
             Boolean mask of `scores.shape`. Exactly `round(sparsity * units)` units are False; of
@@ -107,8 +108,7 @@ class Unstructured(Pattern):
     def keep(self, scores: Tensor, sparsity: float, *, per_row: bool = False) -> Tensor:
         _check(scores, sparsity)
         grouped = scores if per_row else scores.reshape(1, -1)
-        pruned = lowest(grouped, round(sparsity * grouped.shape[1]))
-        return ~pruned.view(scores.shape)
+        return ~_lowest_share(grouped, sparsity).view(scores.shape)
 
     def violations(self, weight: Tensor) -> int:
         return 0
@@ -201,7 +201,7 @@ class GroupPattern(Pattern):
         exponent = math.frexp(float(scores.max()))[1] if scores.numel() else 0
         units = self.unit_scores(_widened(scores) * 2.0 ** -max(exponent, -120))
         grouped = units if per_row and units.shape[1] > 1 else units.reshape(1, -1)
-        kept = ~lowest(grouped, round(sparsity * grouped.shape[1])).view(units.shape)
+        kept = ~_lowest_share(grouped, sparsity).view(units.shape)
         return self.spread(kept, scores.shape)
 
     def violations(self, weight: Tensor) -> int:
@@ -286,6 +286,20 @@ _SIZED: dict[str, type[NM] | type[Block] | type[Head]] = {
     r"block:(\d{1,6})x(\d{1,6})": Block,
     r"head:(\d{1,6})": Head,
 }
+
+
+def _lowest_share(scores: Tensor, share: float) -> Tensor:
+    """Mark `round(share * scores.numel())` scores, as evenly over the rows as whole counts allow."""
+    rows = scores.shape[0]
+    upto = [round(share * scores.numel()) * row // max(rows, 1) for row in range(rows + 1)]
+    counts = torch.tensor(upto, device=scores.device).diff()
+    marked = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    for count in counts.unique().tolist():
+        chosen = counts == count
+        if chosen.all():
+            return lowest(scores, count)
+        marked[chosen] = lowest(scores[chosen], count)
+    return marked
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:

@@ -36,7 +36,12 @@ class TargetLayer:
     def parameter(self) -> nn.Parameter:
         """The weight as the module stores it."""
         weight = self.module.weight
-        assert isinstance(weight, nn.Parameter)
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(
+                f"{self.weight_name} is no parameter, it is computed from others (a mask of "
+                "torch.nn.utils.prune, or a parametrization). Make it permanent first: "
+                "torch.nn.utils.prune.remove, or torch.nn.utils.parametrize.remove_parametrizations."
+            )
         return weight
 
     @property
@@ -66,9 +71,18 @@ class Stack:
     def layers(self) -> Iterator[tuple[str, nn.Module]]:
         """The Linear and Conv1D layers inside the blocks, with their full names."""
         for index, block in enumerate(self.blocks):
-            for name, module in block.named_modules(prefix=f"{self.name}.{index}"):
-                if is_matrix(module):
-                    yield name, module
+            yield from matrices(block, f"{self.name}.{index}")
+
+
+def matrices(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The Linear and Conv1D layers inside a module; of layers with a PEFT adapter, the base layer."""
+    adapted = [
+        name for name, child in module.named_modules(prefix=prefix) if hasattr(child, "base_layer")
+    ]
+    for name, child in module.named_modules(prefix=prefix):
+        owner = next((owner for owner in adapted if name.startswith(f"{owner}.")), None)
+        if is_matrix(child) and (owner is None or name == f"{owner}.base_layer"):
+            yield name, child
 
 
 def find_stacks(model: nn.Module) -> list[Stack]:
@@ -84,14 +98,9 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         if any(name.startswith(f"{stack.name}.") for stack in stacks):
             continue
         items = tuple(module)
-        same_class = len({type(item) for item in items}) == 1
-        if same_class and not is_matrix(items[0]) and _contains_matrix(items[0]):
+        if all(not is_matrix(item) and next(matrices(item), None) for item in items):
             stacks.append(Stack(name, items))
     return stacks
-
-
-def _contains_matrix(module: nn.Module) -> bool:
-    return any(is_matrix(child) for child in module.modules())
 
 
 def target_layers(model: nn.Module, config: SparsityConfig | None = None) -> list[TargetLayer]:
@@ -114,11 +123,8 @@ def target_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
             )
         named = [layer for stack in stacks for layer in stack.layers()]
     else:
-        candidates = [
-            (name, module)
-            for name, module in model.named_modules()
-            if is_matrix(module) or isinstance(module, nn.Embedding)
-        ]
+        embeddings = (item for item in model.named_modules() if isinstance(item[1], nn.Embedding))
+        candidates = [*embeddings, *matrices(model)]
         for glob in targets:
             if not any(matches(name, glob) for name, _ in candidates):
                 known = ", ".join(name for name, _ in candidates[:8])
@@ -150,6 +156,10 @@ def with_head_size(config: SparsityConfig, model: nn.Module) -> SparsityConfig:
         ValueError: the model's config tells no head size, or the config names no targets: which
             layers hold heads in their rows cannot be guessed.
     """
+    if not isinstance(config, SparsityConfig):
+        raise ValueError(
+            f"config is {config!r}; wanted a SparsityConfig, as SparsityConfig('2:4')."
+        )
     if not isinstance(config.pattern, Head):
         return config
     if config.targets is None:
@@ -174,6 +184,13 @@ def with_head_size(config: SparsityConfig, model: nn.Module) -> SparsityConfig:
     return SparsityConfig(pattern, config.sparsity, config.targets, config.ignore, config.format)
 
 
+def stacked_weights(model: nn.Module) -> int:
+    """Weights in the blocks that are stacks of matrices, such as the experts of a mixture."""
+    blocks = [block for stack in find_stacks(model) for block in stack.blocks]
+    stacked = {id(p): p.numel() for block in blocks for p in block.parameters() if p.ndim > 2}
+    return sum(stacked.values())
+
+
 def num_parameters(model: nn.Module) -> int:
     """The number of weights in the model, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -181,6 +198,7 @@ def num_parameters(model: nn.Module) -> int:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise a ValueError that names the tensor if it holds NaN or infinity."""
+    tensor = tensor.float() if tensor.element_size() == 1 else tensor  # fp8 cannot tell
     if not torch.isfinite(tensor).all():
         bad = int((~torch.isfinite(tensor)).sum())
         raise ValueError(

@@ -246,7 +246,7 @@ def test_files_are_replaced_whole(
         monkeypatch.setattr(atomic, "_can_exchange", lambda folder: False)
     target = tmp_path / "model"
     for content in ("old", "new"):
-        with atomic.replacing(target, ("w-*",)) as fresh:
+        with atomic.replacing(target, lambda name: name.startswith("w-")) as fresh:
             (fresh / "config.json").write_text(content)
             (fresh / f"w-{content}").write_text(content)
         (target / "mine").write_text("mine")
@@ -272,6 +272,33 @@ def test_an_error_while_writing_leaves_the_old_files(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_subfolders_links_and_the_working_directory_survive(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(folder)
+    (folder / "checkpoint-1").mkdir()
+    (folder / "checkpoint-1" / "optimizer.pt").write_text("mine")
+    (folder / "model_ema.safetensors").write_text("mine")
+    link = folder.parent / "link"
+    link.symlink_to(folder)
+    model.save_pretrained(link)
+    assert link.is_symlink()
+    monkeypatch.chdir(folder)
+    model.save_pretrained(".")
+    assert Path.cwd() == folder
+    assert (folder / "checkpoint-1" / "optimizer.pt").read_text() == "mine"
+    assert (folder / "model_ema.safetensors").read_text() == "mine"
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["link", folder.name]
+    load(folder)
+
+
+def test_variants_stand_side_by_side(folder: Path) -> None:
+    model = load(folder)
+    model.half().save_pretrained(folder, variant="fp16", max_shard_size="20KB")
+    load(folder)
+    AutoModelForCausalLM.from_pretrained(folder, variant="fp16")
+
+
 def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     """Two versions are saved in turn by a process that is killed at many moments."""
     code = (
@@ -281,7 +308,7 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path) -> None:
         "version = 0\n"
         "while True:\n"
         "    version += 1\n"
-        "    with replacing(target, ('w-*',)) as fresh:\n"
+        "    with replacing(target, lambda name: name.startswith('w-')) as fresh:\n"
         "        for name in ('config.json', 'a', 'b', f'w-{version}'):\n"
         "            (fresh / name).write_text(str(version))\n"
         "    print(version, flush=True)\n"

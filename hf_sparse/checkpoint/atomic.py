@@ -4,11 +4,12 @@ The new files are written and synced into a hidden folder first. Then, in one st
 
 - a folder that does not exist yet is renamed into place;
 - one that holds a model is exchanged with the new one (Linux `renameat2`), into which its other
-  files were hard-linked before; sub-folders are moved over after the exchange;
+  files were hard-linked before;
 - one without a model gets the files moved in, `config.json` last: nothing loads without it.
 
-Where two folders cannot be exchanged (other systems, mount points) the files are moved in one by
-one, `config.json` last: each file is whole, but a kill in between may leave old beside new ones.
+A folder that holds sub-folders, that is the working directory or a mount point, or that lies on a
+system without `renameat2`, gets its files moved in one by one, `config.json` last: each file is
+whole, and nothing else is touched, but a kill between two moves may leave old files beside new ones.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import ctypes
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,18 +27,18 @@ _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 
 
 @contextmanager
-def replacing(folder: Path, stale: tuple[str, ...] = ()) -> Iterator[Path]:
+def replacing(folder: Path, is_stale: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
     """Give an empty folder to write in; its files replace those of `folder` when the block ends.
 
     Args:
-        folder: where the files are to be. Other files in it stay.
-        stale: globs of files in `folder` to remove, unless they are written anew.
+        folder: where the files are to be, or a link to it. Other files in it stay.
+        is_stale: whether a file of that name in `folder` is to be removed, unless written anew.
 
     Raises:
         OSError: the disk is full, or the folder or its parent cannot be written. Nothing in
             `folder` has changed then, as after any error inside the block.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; wanted a folder to save the model in")
     exchange = (folder / _COMMIT_FILE).exists() and _can_exchange(folder)
@@ -51,9 +52,9 @@ def replacing(folder: Path, stale: tuple[str, ...] = ()) -> Iterator[Path]:
             fresh.chmod(0o777 & ~_umask())
             fresh.rename(folder)
         elif exchange:
-            _exchange(fresh, folder, stale)
+            _exchange(fresh, folder, is_stale)
         else:
-            _move_in(fresh, folder, stale)
+            _move_in(fresh, folder, is_stale)
         _sync_path(folder.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -66,40 +67,31 @@ def sync(folder: Path) -> None:
     _sync_path(folder)
 
 
-def _exchange(fresh: Path, folder: Path, stale: tuple[str, ...]) -> None:
+def _exchange(fresh: Path, folder: Path, is_stale: Callable[[str], bool]) -> None:
     written = {path.name for path in fresh.iterdir()}
-    removed = _stale_files(folder, stale) - written
-    folders = []
     for path in folder.iterdir():
-        if path.name in written or path.name in removed:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            folders.append(path.name)
-        else:
+        if path.name not in written and not is_stale(path.name):
             os.link(path, fresh / path.name, follow_symlinks=False)
     shutil.copymode(folder, fresh)
     _sync_path(fresh)
     _rename_exchange(fresh, folder)
-    for name in folders:
-        (fresh / name).rename(folder / name)
 
 
-def _move_in(fresh: Path, folder: Path, stale: tuple[str, ...]) -> None:
+def _move_in(fresh: Path, folder: Path, is_stale: Callable[[str], bool]) -> None:
     written = sorted(path.name for path in fresh.iterdir())
     for name in sorted(written, key=lambda name: name == _COMMIT_FILE):
         os.replace(fresh / name, folder / name)
-    for name in _stale_files(folder, stale) - set(written):
-        (folder / name).unlink()
+    for path in list(folder.iterdir()):
+        if path.name not in written and path.is_file() and is_stale(path.name):
+            path.unlink()
     _sync_path(folder)
 
 
-def _stale_files(folder: Path, globs: tuple[str, ...]) -> set[str]:
-    return {path.name for glob in globs for path in folder.glob(glob) if path.is_file()}
-
-
 def _can_exchange(folder: Path) -> bool:
-    """Whether the file system exchanges folders beside `folder`, tried with two empty ones."""
+    """Whether `folder` holds files alone, and the file system exchanges folders, which is tried."""
     if os.path.ismount(folder) or not os.access(folder.parent, os.W_OK):
+        return False
+    if folder.samefile(os.curdir) or any(path.is_dir() for path in folder.iterdir()):
         return False
     first = Path(tempfile.mkdtemp(prefix=f".{folder.name}.saving-", dir=folder.parent))
     second = Path(tempfile.mkdtemp(prefix=f".{folder.name}.saving-", dir=folder.parent))

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.checkpoint.card import CARD_NAME, Metric, base_model, write_card
 from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
-from hf_sparse.checkpoint.writing import ShardWriter
+from hf_sparse.checkpoint.writing import ShardWriter, is_weight_file
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import compress, num_nonzeros
 from hf_sparse.models.configuration import CONFIGS, SparseConfigMixin, base_config_class
@@ -31,8 +31,6 @@ from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros, measur
 from hf_sparse.structure import TargetLayer, num_parameters, target_layers, with_head_size
 
 STUB_NAME = "modeling_hf_sparse.py"
-# Weight files of an earlier save that a new one replaces.
-WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index*.json", "pytorch_model*.bin*")
 # A fine-tuned model may lose a few zeros to training; more than this is worth a warning.
 _LOST_SPARSITY = 0.005
 
@@ -136,7 +134,7 @@ def save_model(
     state_dict = _tensors_to_store(model, state_dict, config)
     targets = _targets_by_weight(model, config)
     counts = []
-    with replacing(folder, WEIGHT_FILES) as fresh:
+    with replacing(folder, lambda name: is_weight_file(name, variant)) as fresh:
         _write_configs(model, config, fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_sparse.formats import join
+
+
+def is_weight_file(name: str, variant: str | None = None) -> bool:
+    """Whether a file of a checkpoint folder holds weights, or their index, of that variant."""
+    infix = f".{re.escape(variant)}" if variant else ""
+    shard = r"(-\d{5}-of-\d{5})?"
+    files = rf"model{infix}{shard}\.safetensors|pytorch_model{infix}{shard}\.bin"
+    indices = rf"model\.safetensors\.index{infix}\.json|pytorch_model\.bin\.index{infix}\.json"
+    return re.fullmatch(f"{files}|{indices}", name) is not None
 
 
 class ShardWriter:

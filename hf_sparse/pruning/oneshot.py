@@ -20,6 +20,7 @@ from hf_sparse.structure import (
     TargetLayer,
     check_finite,
     find_stacks,
+    stacked_weights,
     target_layers,
     with_head_size,
 )
@@ -92,6 +93,10 @@ def prune_(
             f"Its options: {', '.join(known) or 'none'}."
         )
     config = with_head_size(config, model)
+    if any(getattr(module, "_compiled_call_impl", None) for module in model.modules()) or hasattr(
+        model, "_orig_mod"
+    ):
+        raise ValueError("the model is compiled by torch.compile. Prune it first, then compile it.")
     layers = target_layers(model, config)
     _check_layers(layers, config)
     start = time.perf_counter()
@@ -110,6 +115,12 @@ def prune_(
     else:
         notes = chosen.prune(layers, config, **options)
     seconds = time.perf_counter() - start
+    if config.targets is None and (missed := stacked_weights(model)):
+        notes = (
+            *(notes or ()),
+            f"{missed:,} weights in the blocks are no matrices of their own (the experts of a mixture, "
+            "convolutions) and were not pruned.",
+        )
     described: Any = getattr(model, "config", None)
     if hasattr(described, "sparsity_config"):
         described.sparsity_config = config.to_dict()
@@ -143,10 +154,7 @@ def _check_batches(
         raise ValueError(
             f"batches is one {type(batches).__name__}; wanted a list of them: batches=[batch]."
         )
-    checked = [
-        {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-        for batch in batches or ()
-    ]
+    checked = [_check_batch(batch) for batch in batches or ()]
     if not checked:
         raise ValueError(
             f"method '{method}' needs calibration data and got none. Give batches=, for example "
@@ -156,10 +164,25 @@ def _check_batches(
     return [
         {
             name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in b.items()
+            for name, value in batch.items()
         }
-        for b in checked
+        for batch in checked
     ]
+
+
+def _check_batch(batch: Any) -> dict[str, Any]:
+    """One batch as a dict of inputs, without a cache: blocks are called more than once."""
+    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    values = list(inputs.values()) if isinstance(inputs, Mapping) else []
+    dimensions = [value.ndim for value in values if isinstance(value, Tensor)]
+    if max(dimensions, default=0) < 2 or getattr(inputs.get("input_ids"), "ndim", 2) < 2:
+        raise ValueError(
+            f"a batch is {type(batch).__name__} {str(batch)[:60]!r}; wanted a dict of tensors, or "
+            "input_ids of shape (batch, tokens)."
+        )
+    if inputs.get("past_key_values") is not None:
+        raise ValueError("a batch has past_key_values; wanted whole sequences without a cache.")
+    return {name: value for name, value in inputs.items() if name != "use_cache"}
 
 
 @contextmanager
