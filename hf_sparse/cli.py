@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,8 @@ def evaluate(options: argparse.Namespace) -> int:
             figures[name] = _measure(options, *load(source, gguf_file, options.dtype))
     metric = "accuracy" if options.labels else "perplexity"
     if options.json:
-        print(json.dumps({"metric": metric, "window": options.window, **figures}))
+        finite = {name: f if math.isfinite(f) else None for name, f in figures.items()}
+        print(json.dumps({"metric": metric, "window": options.window, **finite}))
     else:
         rows = [(name, f"{figure:.4f}") for name, figure in figures.items()]
         print(format_table(("model", metric), rows))
@@ -143,7 +145,7 @@ def read_documents(files: Sequence[str]) -> list[str]:
         if file.suffix == ".jsonl":
             documents += [row["text"] for row in _read_rows(file, ["text"])]
         else:
-            documents.append(file.read_text(encoding="utf-8"))
+            documents.append(_read_text(file))
     return documents
 
 
@@ -167,18 +169,34 @@ def _measure(options: argparse.Namespace, model: Any, tokenizer: Any) -> float:
     )
 
 
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text: {error}") from error
+
+
 def _read_rows(file: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line; every text field must be a string."""
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_read_text(file).split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-            missing = [field for field in fields if field not in row]
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{file}, line {number} is no JSON object: {error}") from error
-        if missing:
-            raise ValueError(
-                f"{file}, line {number} has no field {missing[0]!r}; it has {', '.join(row)}."
-            )
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number} is no JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}, line {number} is no JSON object, but {line[:40]!r}.")
+        for field in fields:
+            if field not in row:
+                raise ValueError(
+                    f"{file}, line {number} has no field {field!r}; it has {', '.join(row)}."
+                )
+            if field != "label" and not isinstance(row[field], str):
+                raise ValueError(
+                    f"{file}, line {number}: {field} is {row[field]!r}; wanted a text."
+                )
         rows.append(row)
     return rows
 

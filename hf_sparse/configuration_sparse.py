@@ -151,6 +151,8 @@ def _checked_sparsity(pattern: Pattern, sparsity: float | None) -> float:
 def _globs(name: str, globs: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if globs is None:
         return None
+    if not isinstance(globs, str | Sequence):
+        raise ValueError(f"{name} is {globs!r}; wanted globs of layer names, such as 'q_proj'.")
     globs = (globs,) if isinstance(globs, str) else tuple(globs)
     if not all(isinstance(glob, str) and glob for glob in globs):
         raise ValueError(f"{name} is {globs!r}; wanted globs of layer names, such as 'q_proj'.")

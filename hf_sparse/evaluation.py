@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from hf_sparse.pruning.calibration import token_windows
@@ -43,27 +43,61 @@ def perplexity(
         batch_size: windows in one forward pass; memory is mostly batch_size * window * vocabulary.
 
     Returns:
-        `exp` of the mean negative log-likelihood over all windows.
+        `exp` of the mean negative log-likelihood over all windows; infinity if that overflows.
 
     Raises:
-        ValueError: the text is shorter than one window, or the model has no language-model head.
+        ValueError: the text is shorter than one window, the window longer than the model can take,
+            or the model is no causal language model, or gives NaN.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; wanted 1 or more.")
     documents = [text] if isinstance(text, str) else text
     windows = token_windows(tokenizer, documents, window, max_windows)
     device = next(model.parameters()).device
     total = 0.0
     with _evaluating(model):
+        _check_causal(model, windows[:1].to(device))
         for batch in tqdm(windows.split(batch_size), desc="Perplexity"):
             ids = batch.to(device)
-            logits = getattr(model(input_ids=ids), "logits", None)
-            if logits is None or logits.shape[:2] != ids.shape:
-                raise ValueError(
-                    f"{type(model).__name__} gives no logits over the vocabulary; wanted a causal "
-                    "language model, as AutoModelForCausalLM loads."
-                )
-            for scores, target in zip(logits[:, :-1], ids[:, 1:], strict=True):
+            for scores, target in zip(_logits(model, ids)[:, :-1], ids[:, 1:], strict=True):
                 total += float(nn.functional.cross_entropy(scores.float(), target))
-    return math.exp(total / len(windows))
+    if math.isnan(total):
+        raise ValueError(
+            f"{type(model).__name__} gives outputs that are not finite. Load it in float32 or "
+            "bfloat16; a damaged or float16 model does this."
+        )
+    mean = total / len(windows)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits over the vocabulary `(batch, tokens, vocabulary)` for ids `(batch, tokens)`."""
+    try:
+        logits: Tensor | None = getattr(model(input_ids=ids), "logits", None)
+    except IndexError as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot take {ids.shape[1]} tokens with ids up to {ids.max()}. "
+            "Take a window of at most its max_position_embeddings, and its own tokenizer."
+        ) from error
+    if logits is None or logits.shape[:2] != ids.shape:
+        raise ValueError(
+            f"{type(model).__name__} gives no logits over the vocabulary; wanted a causal language "
+            "model, as AutoModelForCausalLM loads."
+        )
+    return logits
+
+
+def _check_causal(model: nn.Module, ids: Tensor) -> None:
+    """Refuse a model whose output for a token depends on later ones: it sees what it predicts."""
+    ids = ids[:, :16]
+    changed = ids.clone()
+    changed[:, -1] = ids[:, 0] if ids[0, 0] != ids[0, -1] else ids[:, -1] - 1
+    before, after = _logits(model, ids)[:, :-1], _logits(model, changed)[:, :-1]
+    if (before - after).abs().max() > 1e-4 * before.abs().max():
+        raise ValueError(
+            f"{type(model).__name__} sees the tokens that it is to predict; wanted a causal language "
+            "model, as AutoModelForCausalLM loads."
+        )
 
 
 @torch.inference_mode()
@@ -71,7 +105,7 @@ def accuracy(
     model: nn.Module,
     tokenizer: Any,
     texts: Sequence[str] | Sequence[tuple[str, str]],
-    labels: Sequence[int],
+    labels: Sequence[int] | Sequence[str],
     *,
     batch_size: int = 32,
     max_length: int | None = None,
@@ -82,7 +116,7 @@ def accuracy(
         model: a sequence classification model.
         tokenizer: of the model.
         texts: single texts, or pairs of texts.
-        labels: index of the right class for each text.
+        labels: index of the right class for each text, or its name in the model's `label2id`.
         batch_size: texts in one forward pass; texts of similar length share one.
         max_length: tokens after which a text is cut; None: the tokenizer's own limit.
 
@@ -90,12 +124,14 @@ def accuracy(
         A fraction in `[0, 1]`.
 
     Raises:
-        ValueError: texts and labels differ in number, or there are none.
+        ValueError: texts and labels differ in number, there are none, or a label is no class of the
+            model.
     """
     if len(texts) != len(labels) or not texts:
         raise ValueError(
             f"found {len(texts)} texts and {len(labels)} labels; wanted as many of each, at least one."
         )
+    indices = _class_indices(model, labels)
     device = next(model.parameters()).device
     order = sorted(range(len(texts)), key=lambda index: sum(map(len, texts[index])))
     right = 0
@@ -111,9 +147,22 @@ def accuracy(
             ).to(device)
             guesses = model(**inputs).logits.argmax(dim=-1).tolist()
             right += sum(
-                guess == labels[index] for guess, index in zip(guesses, chosen, strict=True)
+                guess == indices[index] for guess, index in zip(guesses, chosen, strict=True)
             )
     return right / len(labels)
+
+
+def _class_indices(model: nn.Module, labels: Sequence[int] | Sequence[str]) -> list[int]:
+    described: Any = model.config
+    names: dict[Any, int] = described.label2id
+    indices: list[Any] = [names.get(label, label) for label in labels]
+    for index in indices:
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(names):
+            raise ValueError(
+                f"label {index!r} is no class of the model; wanted 0 to {len(names) - 1}, or one of "
+                f"{', '.join(names)}."
+            )
+    return indices
 
 
 @contextmanager

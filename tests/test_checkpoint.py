@@ -18,6 +18,8 @@ from transformers import (
     BertModel,
     Trainer,
     TrainingArguments,
+    ViTConfig,
+    ViTModel,
 )
 
 import hf_sparse
@@ -358,3 +360,41 @@ def test_the_card_tells_only_what_is_known(tmp_path: Path) -> None:
         assert text in card, text
     load(tmp_path).save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == card
+
+
+def test_a_card_that_has_become_false_is_written_anew(tmp_path: Path) -> None:
+    model = pruned("llama")
+    hf_sparse.save_pretrained(model, tmp_path, SparsityConfig("2:4"))
+    config = SparsityConfig("unstructured", 0.9)
+    hf_sparse.prune_(model, config, "magnitude")
+    hf_sparse.save_pretrained(model, tmp_path, config)
+    assert "| pattern | unstructured |" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("# Mine")
+    hf_sparse.save_pretrained(model, tmp_path, config)
+    assert (tmp_path / "README.md").read_text() == "# Mine"
+
+
+def test_names_of_the_original_checkpoint_are_checked_and_restored(tmp_path: Path) -> None:
+    config = ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    model = ViTModel(config)
+    with pytest.raises(ValueError, match="promises pattern '2:4'"):
+        hf_sparse.save_pretrained(model, tmp_path, SparsityConfig("2:4", format="dense"))
+    hf_sparse.prune_(model, SparsityConfig("2:4"), "magnitude")
+    hf_sparse.save_pretrained(model, tmp_path, SparsityConfig("2:4", format="dense"))
+    model.save_pretrained(tmp_path / "plain")
+    names = load_file(tmp_path / "plain" / "model.safetensors").keys()
+    assert load_file(tmp_path / "model.safetensors").keys() == names
+    assert_same(model, AutoModel.from_pretrained(tmp_path))
+
+
+def test_incomplete_state_dicts_and_unknown_arguments_are_refused(tmp_path: Path) -> None:
+    model = pruned("llama")
+    wrapped = {f"module.{name}": value for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"lacks 29 of 29 weights.*it has 'module"):
+        hf_sparse.save_pretrained(model, tmp_path, SparsityConfig("2:4"), state_dict=wrapped)
+    with pytest.raises(TypeError, match="no argument max_shard"):
+        hf_sparse.save_pretrained(model, tmp_path, SparsityConfig("2:4"), max_shard="1GB")
+    assert not list(tmp_path.iterdir())

@@ -149,6 +149,24 @@ def test_missing_files_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[
         run()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a\xe2\x80\xa8b"}\n\n{"txt": "c"}', "line 3 has no field 'text'; it has txt"),
+        (b'"the text"', "line 1 is no JSON object"),
+        (b'{"text": null}', "line 1: text is None; wanted a text"),
+        (b"{", "line 1 is no JSON"),
+        (b'{"text": "\xe9"}', "is no UTF-8 text"),
+    ],
+)
+def test_bad_lines_are_named(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
+) -> None:
+    (tmp_path / "text.jsonl").write_bytes(content)
+    assert prune(dense, tmp_path / "out", "--pattern", "2:4") == 1
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["prune", "eval", "inspect", "push"])
 def test_help_is_complete(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 import hf_sparse
 from hf_sparse import accuracy, calibration_batches, perplexity
@@ -49,6 +49,25 @@ def test_perplexity_refuses_models_without_a_language_head_and_short_texts() -> 
         perplexity(tiny_model("llama"), tiny_tokenizer(), "short", 512)
     with pytest.raises(ValueError, match="window is 1"):
         perplexity(tiny_model("llama"), tiny_tokenizer(), prose()[:500], 1)
+
+
+def test_perplexity_refuses_models_that_see_what_they_predict() -> None:
+    config = tiny_model("bert").config
+    with pytest.raises(ValueError, match="BertForMaskedLM sees the tokens that it is to predict"):
+        perplexity(BertForMaskedLM(config), tiny_tokenizer(), prose()[:2000], 32)
+
+
+def test_perplexity_tells_what_it_cannot_measure() -> None:
+    model, tokenizer, text = tiny_model("gpt2"), tiny_tokenizer(), prose()[:20_000]
+    with pytest.raises(ValueError, match="GPT2LMHeadModel cannot take 512 tokens"):
+        perplexity(model, tokenizer, text, 512)
+    for wrong in ({"batch_size": 0}, {"max_windows": 0}):
+        with pytest.raises(ValueError, match="wanted 1 or more"):
+            perplexity(model, tokenizer, text, 32, **wrong)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        perplexity(model, tokenizer, text, 32)
 
 
 def test_documents_are_joined_by_one_end_of_sequence_token() -> None:
@@ -105,6 +124,18 @@ def test_accuracy_counts_each_text_once_whatever_the_padding(pairs: bool) -> Non
     assert len(set(guesses)) > 1
     labels = [(guess + (index < 5)) % 3 for index, guess in enumerate(guesses)]
     assert accuracy(model, tokenizer, inputs, labels, batch_size=6) == 15 / 20
+
+
+def test_labels_may_be_names_and_must_be_classes() -> None:
+    model, texts = classifier(), ["a", "b"]
+    figures = [
+        accuracy(model, tiny_tokenizer(), texts, labels)
+        for labels in ([0, 2], ["LABEL_0", "LABEL_2"])
+    ]
+    assert figures[0] == figures[1]
+    for wrong in ("0", 3, -1, 1.0, None):
+        with pytest.raises(ValueError, match="is no class of the model; wanted 0 to 2"):
+            accuracy(model, tiny_tokenizer(), texts, [0, wrong])
 
 
 def test_accuracy_refuses_texts_and_labels_of_different_number() -> None:

@@ -6,9 +6,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, MixtralConfig
 
-from hf_sparse import SparsityConfig, measure_sparsity, prune_
+import hf_sparse
+from hf_sparse import Pattern, SparsityConfig, measure_sparsity, prune_
 from hf_sparse.pruning.magnitude import kth_smallest
 from hf_sparse.pruning.oneshot import METHODS
 from hf_sparse.pruning.wanda import wanda_mask
@@ -123,11 +126,89 @@ def test_tokens_that_the_attention_mask_leaves_out_do_not_count() -> None:
         assert (a.weight == b.weight).float().mean() > 0.99
 
 
+@torch.no_grad()
+def test_a_decoder_has_masks_of_its_own() -> None:
+    """Encoder and decoder inputs of equal length, padded differently."""
+    batch = tiny_batches("t5", count=1, padded=True)[0]
+    batch["decoder_input_ids"] = batch["input_ids"].flip(1)
+    batch["decoder_attention_mask"] = batch["attention_mask"].flip(0)
+    model = tiny_model("t5")
+    attention = model.decoder.block[0].layer
+    weights = {
+        "decoder_attention_mask": attention[0].SelfAttention.q,
+        "attention_mask": attention[1].EncDecAttention.k,
+    }
+    seen: dict[nn.Module, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args: seen.update({module: args[0]}))
+        for layer in weights.values()
+    ]
+    model(**batch)
+    for hook in hooks:
+        hook.remove()
+    expected = {
+        name: wanda_mask(
+            layer.weight, seen[layer][batch[name].bool()].norm(dim=0), Pattern.parse("2:4"), 0.5
+        )
+        for name, layer in weights.items()
+    }
+    targets = [
+        "decoder.block.0.layer.0.SelfAttention.q",
+        "decoder.block.0.layer.1.EncDecAttention.k",
+    ]
+    prune_(model, SparsityConfig("2:4", targets=targets), "wanda", [batch])
+    for name, layer in weights.items():
+        assert torch.equal(layer.weight != 0, expected[name]), name
+
+
+def test_a_cache_in_a_batch_changes_nothing() -> None:
+    one, other = tiny_model("llama"), tiny_model("llama")
+    batches = tiny_batches("llama")
+    prune_(one, SparsityConfig("2:4"), "wanda", batches)
+    prune_(other, SparsityConfig("2:4"), "wanda", [{**b, "use_cache": True} for b in batches])
+    for a, b in zip(target_layers(one), target_layers(other), strict=True):
+        assert torch.equal(a.weight, b.weight)
+
+
+def test_experts_that_are_not_pruned_are_named() -> None:
+    config = MixtralConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        vocab_size=256,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    report = prune_(model, SparsityConfig("2:4"), "wanda", tiny_batches("llama"))
+    experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
+    assert f"{experts:,} weights in the blocks are no matrices" in report.notes[0]
+
+
+def test_adapters_are_left_alone() -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama")
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    report = prune_(model, SparsityConfig("2:4"), "wanda", tiny_batches("llama"))
+    names = [tensor.name for tensor in report.tensors]
+    assert not any("lora" in name for name in names)
+    assert "model.layers.0.self_attn.q_proj.base_layer.weight" in names
+    with pytest.raises(ValueError, match="has adapters"):
+        hf_sparse.save_pretrained(model, "nowhere", SparsityConfig("2:4"))
+
+
+def test_weights_that_are_computed_are_refused() -> None:
+    model = tiny_model("llama")
+    torch.nn.utils.prune.l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.5)
+    for call in (measure_sparsity, lambda model: hf_sparse.save_pretrained(model, "nowhere")):
+        with pytest.raises(ValueError, match=r"up_proj.weight is no parameter.*prune.remove"):
+            call(model)
+
+
 def test_wanda_mask_by_hand() -> None:
     weight = torch.tensor([[1.0, -2.0, 3.0, -4.0], [4.0, 3.0, 2.0, 1.0]])
     norms = torch.tensor([8.0, 4.0, 2.0, 1.0])
-    from hf_sparse import Pattern
-
     mask = wanda_mask(weight, norms, Pattern.parse("unstructured"), 0.5)
     # Scores 8 8 6 4 and 32 12 4 1.
     assert mask.tolist() == [[True, True, False, False], [True, True, False, False]]
@@ -206,6 +287,9 @@ def test_tied_weights_stay_tied() -> None:
         ({"method": "wanda"}, "needs calibration data"),
         ({"method": "wanda", "batches": []}, "needs calibration data"),
         ({"method": "wanda", "batches": torch.ones(1, 4)}, "wanted a list"),
+        ({"method": "wanda", "batches": ["text"]}, "a batch is str 'text'"),
+        ({"method": "wanda", "batches": [torch.ones(4)]}, r"shape \(batch, tokens\)"),
+        ({"method": "wanda", "batches": [{"input_ids": [[1, 2]]}]}, "wanted a dict of tensors"),
         ({"method": "magnitude", "scope": "everywhere"}, "wanted one of layer, global"),
         ({"method": "magnitude", "damping": 0.1}, "no option damping"),
     ],
@@ -213,6 +297,16 @@ def test_tied_weights_stay_tied() -> None:
 def test_bad_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prune_(tiny_model("llama"), SparsityConfig("unstructured", 0.5), **arguments)
+
+
+def test_a_pattern_alone_is_no_config() -> None:
+    with pytest.raises(ValueError, match=r"config is '2:4'; wanted a SparsityConfig"):
+        prune_(tiny_model("llama"), "2:4", "magnitude")
+
+
+def test_a_compiled_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="Prune it first"):
+        prune_(torch.compile(tiny_model("llama")), SparsityConfig("2:4"), "magnitude")
 
 
 def test_global_scope_has_no_meaning_for_nm() -> None:

@@ -76,17 +76,32 @@ def base_model(config: PreTrainedConfig) -> str:
     return "" if Path(name).exists() or name.count("/") > 1 else name
 
 
-def _description(base: str, config: SparsityConfig, report: SparsityReport) -> str:
-    rows = [
-        ("base model", base or "not recorded"),
-        ("method", report.method or "not recorded"),
-        *((f"option {name}", str(value)) for name, value in sorted(report.options.items())),
+def needs_card(file: Path, config: SparsityConfig, report: SparsityReport) -> bool:
+    """Whether there is no card, or one of ours that tells other facts than `report` counts."""
+    if not file.exists():
+        return True
+    text = file.read_text(encoding="utf-8", errors="replace")
+    facts = _markdown(("", ""), _facts(config, report)).splitlines()[2:]
+    return "| zeros in the whole model |" in text and not all(fact in text for fact in facts)
+
+
+def _facts(config: SparsityConfig, report: SparsityReport) -> list[tuple[str, str]]:
+    return [
         ("pattern", str(config.pattern)),
         ("sparsity of the target weights", f"{report.sparsity:.4f}"),
         ("zeros", f"{report.zeros:,} of {report.numel:,} target weights"),
         ("weights in the whole model", f"{report.parameters:,}"),
         ("zeros in the whole model", f"{report.model_sparsity:.4f}"),
         ("storage format", config.format),
+    ]
+
+
+def _description(base: str, config: SparsityConfig, report: SparsityReport) -> str:
+    rows = [
+        ("base model", base or "not recorded"),
+        ("method", report.method or "not recorded"),
+        *((f"option {name}", str(value)) for name, value in sorted(report.options.items())),
+        *_facts(config, report),
     ]
     return _markdown(("", ""), rows)
 

@@ -82,6 +82,8 @@ def read_sparsity_config(folder: Path) -> SparsityConfig | None:
         entry = values.get("quantization_config") or {}
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise FormatError(f"{path} is no JSON object: {error}") from error
+    if not isinstance(entry, dict):
+        raise FormatError(f"{path}: quantization_config is {entry!r}, wanted an object")
     if entry.get("quant_method") != "hf_sparse":
         return None
     with locate(str(path)):

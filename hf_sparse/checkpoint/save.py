@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_sparse.checkpoint.atomic import replacing
-from hf_sparse.checkpoint.card import CARD_NAME, Metric, base_model, write_card
+from hf_sparse.checkpoint.card import CARD_NAME, Metric, base_model, needs_card, write_card
 from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
 from hf_sparse.checkpoint.writing import ShardWriter, is_weight_file
 from hf_sparse.configuration_sparse import SparsityConfig
@@ -56,8 +56,8 @@ def save_pretrained(
     Args:
         model: a transformers model. Compressed: of a family in `FAMILIES`.
         folder: made if it does not exist. Other files in it stay.
-        config: pattern, targets and format. None: what the model was loaded or pruned with, or
-            `unstructured` at the sparsity that is measured.
+        config: pattern, targets and format. None: what a Sparse model was loaded or pruned
+            with; for other models `unstructured`, at the sparsity that is measured.
         tokenizer: saved beside the model if given.
         report: the `prune_` report, for the method on the model card.
         metrics: measured figures for the model card.
@@ -76,6 +76,11 @@ def save_pretrained(
         OSError: the folder cannot be written or the disk is full. Nothing has changed then.
     """
     folder = Path(folder)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "the model has adapters, which a sparse checkpoint does not hold. Save it without them "
+            "(model.delete_adapter), or merge them; model.save_pretrained saves the adapter alone."
+        )
     save_model(
         model,
         folder,
@@ -131,7 +136,7 @@ def save_model(
     unknown = set(kwargs) - {"save_peft_format", "save_original_format"}  # no meaning here
     if unknown:
         raise TypeError(f"save_pretrained has no argument {', '.join(sorted(unknown))}.")
-    state_dict = _tensors_to_store(model, state_dict, config)
+    state_dict = _tensors_to_store(model, state_dict)
     targets = _targets_by_weight(model, config)
     counts = []
     with replacing(folder, lambda name: is_weight_file(name, variant)) as fresh:
@@ -139,18 +144,14 @@ def save_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         writer = ShardWriter(fresh, convert_file_size_to_int(max_shard_size), variant)
-        for name in list(state_dict):
-            tensor = _load_offloaded(model, name, state_dict.pop(name))
-            if name in targets:
-                parts, count = _compress(name, tensor, targets[name], config)
-                counts.append(count)
-            else:
-                parts = {"": tensor}
+        for name, parts, count in _stored_parts(model, state_dict, targets, config):
             writer.add(name, parts)
+            if count is not None:
+                counts.append(count)
         writer.close(num_parameters(model))
         measured = SparsityReport(tuple(counts), str(config.pattern), num_parameters(model))
         _warn_if_zeros_were_lost(config, measured)
-        if report is not None or metrics or not (folder / CARD_NAME).exists():
+        if report is not None or metrics or needs_card(folder / CARD_NAME, config, measured):
             write_card(fresh / CARD_NAME, model, config, report or measured, metrics, tags)
 
 
@@ -174,16 +175,44 @@ def _config_of(model: PreTrainedModel) -> SparsityConfig:
 
 
 def _tensors_to_store(
-    model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None, config: SparsityConfig
+    model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """The state dict without tied weights, under the names that transformers stores."""
-    stored = dict(model.state_dict() if state_dict is None else state_dict)
+    """The state dict without tied weights."""
+    own = dict(model.state_dict())
     for name in model._keys_to_ignore_on_save or ():
-        stored.pop(name, None)
-    stored = remove_tied_weights_from_state_dict(stored, model)
-    if config.format == "dense":  # other programs want the names of the original checkpoint
-        stored = revert_weight_conversion(model, stored)
-    return stored
+        own.pop(name, None)
+    own = remove_tied_weights_from_state_dict(own, model)
+    if state_dict is None:
+        return own
+    if missing := sorted(own.keys() - state_dict.keys()):
+        raise ValueError(
+            f"state_dict lacks {len(missing)} of {len(own)} weights of {type(model).__name__}, first "
+            f"{missing[0]!r}; it has {next(iter(state_dict), 'nothing')!r}. Remove what a wrapper "
+            "put before the names, and give all weights."
+        )
+    return remove_tied_weights_from_state_dict(dict(state_dict), model)
+
+
+def _stored_parts(
+    model: PreTrainedModel,
+    state_dict: dict[str, Tensor],
+    targets: Mapping[str, TargetLayer],
+    config: SparsityConfig,
+) -> Iterator[tuple[str, dict[str, Tensor], TensorSparsity | None]]:
+    """The name, parts and, for targets, counts of every tensor; empties the state dict."""
+    dense = {}
+    for name in list(state_dict):
+        tensor, count = _load_offloaded(model, name, state_dict.pop(name)), None
+        parts = {"": tensor}
+        if name in targets:
+            parts, count = _compress(name, tensor, targets[name], config)
+        if config.format == "dense":
+            dense[name] = tensor
+            parts = {}
+        yield name, parts, count
+    # Other programs want the names of the original checkpoint.
+    for name, tensor in revert_weight_conversion(model, dense).items() if dense else ():
+        yield name, {"": tensor}, None
 
 
 def _load_offloaded(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:

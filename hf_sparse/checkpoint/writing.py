@@ -40,7 +40,7 @@ class ShardWriter:
         self.total_bytes = 0
 
     def add(self, name: str, parts: Mapping[str, Tensor]) -> None:
-        """Add the parts of one tensor (`{"": tensor}` for a dense one)."""
+        """Add the parts of one tensor: `{"": tensor}` for a dense one, none to pass it over."""
         size = sum(part.numel() * part.element_size() for part in parts.values())
         if self._pending and self._pending_bytes + size > self._max_bytes:
             self._flush()

@@ -31,6 +31,8 @@ def token_windows(
     """
     if window < 2:
         raise ValueError(f"window is {window}; wanted at least 2 tokens.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"{limit} windows were asked for; wanted 1 or more.")
     joint = tokenizer.eos_token_id
     joint = tokenizer.sep_token_id if joint is None else joint
     ids: list[int] = []
@@ -72,6 +74,8 @@ def calibration_batches(
     Raises:
         ValueError: there is less text than `num_samples` windows.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; wanted 1 or more.")
     windows = token_windows(tokenizer, documents, window, num_samples)
     if len(windows) < num_samples:
         raise ValueError(

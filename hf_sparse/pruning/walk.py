@@ -46,13 +46,39 @@ class Call:
         return _hidden_of(module(hidden, *args, **kwargs))
 
 
+@dataclass(frozen=True)
+class TokenMasks:
+    """Which tokens of a batch count, `(batch, tokens)`; None: all.
+
+    Attributes:
+        tokens: of the tokens that go through the blocks.
+        encoder: of the encoder's tokens that a decoder attends to.
+        encoder_states: the encoder's hidden states, `(batch, tokens, hidden_size)`.
+    """
+
+    tokens: Tensor | None = None
+    encoder: Tensor | None = None
+    encoder_states: Tensor | None = None
+
+    def of(self, inputs: Tensor) -> Tensor | None:
+        """The mask of a layer's inputs `(..., in_features)`, flat over tokens; None if all count."""
+        states = self.encoder_states
+        is_encoder = states is not None and inputs.data_ptr() == states.data_ptr()
+        mask = self.encoder if is_encoder else self.tokens
+        if mask is None or mask.all():
+            return None
+        mask = mask.bool().reshape(-1, mask.shape[-1])  # several choices are folded into the batch
+        fits = inputs.ndim == 2 and inputs.shape[0] == mask.numel()
+        return mask.reshape(-1) if fits or inputs.shape[:-1] == mask.shape else None
+
+
 @dataclass
 class Sample:
     """A batch on its way through the blocks."""
 
     hidden: Tensor
     calls: list[Call]
-    token_mask: Tensor | None
+    masks: TokenMasks
 
 
 Run = Callable[[], None]
@@ -64,7 +90,7 @@ def walk(
     stacks: Sequence[Stack],
     batches: Sequence[Batch],
     prune_block: PruneBlock,
-    on_batch: Callable[[Tensor | None], None],
+    on_batch: Callable[[TokenMasks], None],
     device: torch.device | None = None,
 ) -> None:
     """Prune the blocks in order, each on the outputs of the pruned blocks before it.
@@ -76,8 +102,7 @@ def walk(
         prune_block: called with a block, its name, and a function that runs the calibration data
             through it; hooks on the block's layers see the inputs, and weights may be changed
             afterwards.
-        on_batch: called before each batch of such a run with the batch's token mask, True where a
-            token counts, or None if all do.
+        on_batch: called before each batch of such a run with the batch's token masks.
         device: where blocks run; None: where they are.
 
     Raises:
@@ -103,14 +128,14 @@ def _run(
     block: nn.Module,
     samples: list[Sample],
     calls: slice,
-    on_batch: Callable[[Tensor | None], None],
+    on_batch: Callable[[TokenMasks], None],
     device: torch.device | None,
     *,
     advance: bool,
 ) -> None:
     """Run every sample through some calls of a block; keep the outputs if `advance`."""
     for sample in samples:
-        on_batch(sample.token_mask)
+        on_batch(sample.masks)
         hidden = sample.hidden if device is None else sample.hidden.to(device)
         for call in sample.calls[calls]:
             hidden = call(block, hidden)
@@ -170,7 +195,7 @@ def _record_real(model: nn.Module, stack: Stack, batch: Batch) -> tuple[Sample, 
     _forward_recorded(model, stack, batch, record)
     if not calls:
         raise ValueError(f"the model's forward never calls the blocks of {stack.name}.")
-    return Sample(entered[0], calls, _token_mask(batch)), extras
+    return Sample(entered[0], calls, token_masks(batch, calls[0])), extras
 
 
 def _record_passing(
@@ -189,7 +214,7 @@ def _record_passing(
         return (hidden,) if tuples else hidden
 
     _forward_recorded(model, stack, batch, record)
-    return Sample(entered[0], calls, _token_mask(batch))
+    return Sample(entered[0], calls, token_masks(batch, calls[0]))
 
 
 def _forward_recorded(
@@ -234,9 +259,20 @@ def _hidden_of(output: Any) -> Tensor:
     return hidden
 
 
-def _token_mask(batch: Batch) -> Tensor | None:
-    mask = batch.get("attention_mask")
-    return mask.bool().reshape(-1) if mask is not None and not mask.all() else None
+def token_masks(batch: Batch, call: Call | None = None) -> TokenMasks:
+    """The masks of a batch for the blocks that are called like `call`; None: for the output."""
+    states = None
+    if call is not None:
+        others = [call.kwargs.get("encoder_hidden_states"), *call.args]
+        states = next((x for x in others if isinstance(x, Tensor) and _are_states(x)), None)
+    encoder = batch.get("attention_mask")
+    if states is None and (call is not None or "decoder_input_ids" not in batch):
+        return TokenMasks(encoder)
+    return TokenMasks(batch.get("decoder_attention_mask"), encoder, states)
+
+
+def _are_states(tensor: Tensor) -> bool:
+    return tensor.ndim == 3 and tensor.is_floating_point()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Pattern
-from hf_sparse.pruning.walk import Batch, Run, walk
+from hf_sparse.pruning.walk import Batch, Run, TokenMasks, token_masks, walk
 from hf_sparse.structure import Stack, TargetLayer
 
 
@@ -115,8 +115,7 @@ def _prune_on(
 
 def _run_model(model: nn.Module, batches: Sequence[Batch], norms: InputNorms) -> None:
     for batch in batches:
-        mask = batch.get("attention_mask")
-        norms.on_batch(None if mask is None or mask.all() else mask.bool().reshape(-1))
+        norms.on_batch(token_masks(batch))
         model(**batch)
 
 
@@ -127,11 +126,11 @@ class InputNorms:
         self._accelerator = accelerator
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
-        self._token_mask: Tensor | None = None
+        self._masks = TokenMasks()
 
-    def on_batch(self, token_mask: Tensor | None) -> None:
-        """Which tokens of the next inputs count, flat `(tokens,)`; None: all."""
-        self._token_mask = token_mask
+    def on_batch(self, masks: TokenMasks) -> None:
+        """Which tokens of the next inputs count."""
+        self._masks = masks
 
     @contextmanager
     def collecting(self, layers: Sequence[TargetLayer]) -> Iterator[None]:
@@ -174,8 +173,9 @@ class InputNorms:
         return sums.sqrt()
 
     def _add(self, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs = args[0].detach().reshape(-1, args[0].shape[-1])
-        if self._token_mask is not None and self._token_mask.numel() == inputs.shape[0]:
-            inputs = inputs[self._token_mask.to(inputs.device)]
+        inputs, mask = args[0].detach(), self._masks.of(args[0])
+        inputs = inputs.reshape(-1, inputs.shape[-1])
+        if mask is not None:
+            inputs = inputs[mask.to(inputs.device)]
         self._sums[name] += torch.linalg.vector_norm(inputs.float(), dim=0).double().square()
         self._tokens[name] += inputs.shape[0]
