@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 import hf_sparse
 from hf_sparse.formats import FORMATS
+from hf_sparse.patterns import NOTATIONS
 from hf_sparse.pruning.oneshot import METHODS
 from hf_sparse.report import format_table
 
@@ -29,7 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         disable_progress_bar()
     try:
         code: int = options.run(options)
-    except (ValueError, OSError, ImportError, HfHubHTTPError) as error:
+    except Exception as error:
+        # What went wrong on the network has no common class: the client's library decides it.
+        network = type(error).__module__.startswith(("httpx", "httpcore"))
+        if not network and not isinstance(
+            error, ValueError | OSError | ImportError | HfHubHTTPError
+        ):
+            raise
         print(f"hf-sparse: error: {error}", file=sys.stderr)
         return 1
     return code
@@ -37,23 +44,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def prune(options: argparse.Namespace) -> int:
     """Prune a model and save it."""
+    if Path(options.output).resolve() == Path(options.model).resolve():
+        raise ValueError(f"OUTPUT is MODEL, {options.model}: the dense model would be lost.")
+    if (
+        options.sparsity is None
+        and hf_sparse.Pattern.parse(options.pattern).implied_sparsity is None
+    ):
+        raise ValueError(f"pattern '{options.pattern}' needs a sparsity: --sparsity 0.5")
     config = hf_sparse.SparsityConfig(
         options.pattern, options.sparsity, options.targets, options.ignore, options.format
     )
-    model, tokenizer = load(options.model, options.gguf_file, options.dtype)
-    own = {"scope": options.scope} if options.scope else {}
+    needs_calibration = METHODS[options.method].needs_calibration
+    if needs_calibration and not options.calibration:
+        raise ValueError(f"method '{options.method}' needs calibration text: --calibration FILE")
+    documents = read_documents(options.calibration) if needs_calibration else []
+    model, tokenizer = load(options.model, options)
     batches = None
-    if options.calibration:
+    if needs_calibration:
         batches = hf_sparse.calibration_batches(
             tokenizer,
-            read_documents(options.calibration),
+            documents,
             num_samples=options.num_samples,
             window=options.window,
             batch_size=options.batch_size,
         )
+    own = {"scope": options.scope} if options.scope else {}
     report = hf_sparse.prune_(model, config, options.method, batches, **own)
     folder = hf_sparse.save_pretrained(
-        model, options.output, config, tokenizer=tokenizer, report=report
+        model,
+        options.output,
+        config,
+        tokenizer=tokenizer,
+        report=report,
+        base_model=options.base_model,
     )
     if options.json:
         print(report.to_json())
@@ -68,8 +91,7 @@ def evaluate(options: argparse.Namespace) -> int:
     figures = {}
     for name, source in (("sparse", options.model), ("dense", options.dense)):
         if source is not None:
-            gguf_file = options.gguf_file if name == "dense" or not options.dense else None
-            figures[name] = _measure(options, *load(source, gguf_file, options.dtype))
+            figures[name] = _measure(options, *load(source, options))
     metric = "accuracy" if options.labels else "perplexity"
     if options.json:
         finite = {name: f if math.isfinite(f) else None for name, f in figures.items()}
@@ -92,11 +114,9 @@ def inspect(options: argparse.Namespace) -> int:
         described["report"] = json.loads(report.to_json())
         print(json.dumps(described, indent=2))
     else:
-        print(report if options.tensors else report.summary())
-        formats = sorted(set(found.formats.values()))
-        promised = found.config or "none: a dense checkpoint"
-        print(f"config: {promised}")
-        print(f"formats: {', '.join(formats)}; {found.file_bytes:,} bytes in weight files")
+        if options.tensors:
+            print(report)
+        print(found)
     if found.config is not None and found.config.pattern.implied_sparsity and report.violations:
         print(
             f"hf-sparse: error: {report.violations} groups break the promised pattern "
@@ -117,25 +137,47 @@ def push(options: argparse.Namespace) -> int:
     return 0
 
 
-def load(source: str, gguf_file: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
+def convert(options: argparse.Namespace) -> int:
+    """Convert an old checkpoint."""
+    folder = hf_sparse.convert_legacy(options.folder, options.output)
+    print(json.dumps({"folder": str(folder)}) if options.json else f"saved to {folder}")
+    return 0
+
+
+def load(source: str, options: argparse.Namespace) -> tuple[Any, Any]:
     """Load a model with the head that it was saved with, and its tokenizer.
 
     Raises:
-        ValueError: the config names no class that transformers or hf_sparse has.
+        ValueError: there is no such folder, the config names no class that transformers or
+            hf_sparse has, or the tokenizer is not the model's.
     """
     import transformers
 
-    known = {"gguf_file": gguf_file} if gguf_file else {}
+    folder = Path(source)
+    if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise ValueError(f"no such folder: {source}")
+    gguf_file = options.gguf_file
+    known = {"gguf_file": gguf_file} if gguf_file and (folder / gguf_file).exists() else {}
     config = transformers.AutoConfig.from_pretrained(source, **known)
-    name = (config.architectures or ["AutoModelForCausalLM" if gguf_file else ""])[0]
+    name = (config.architectures or ["AutoModelForCausalLM" if known else ""])[0]
     model_class = getattr(hf_sparse if name.startswith("Sparse") else transformers, name, None)
     if model_class is None:
         raise ValueError(
             f"{source}: config.json names the class {name!r}, which is not in transformers "
             f"{transformers.__version__}. Save the model again with a current version."
         )
-    model = model_class.from_pretrained(source, dtype=dtype, **known)
-    return model, transformers.AutoTokenizer.from_pretrained(source, **known)
+    model = model_class.from_pretrained(source, dtype=options.dtype, **known)
+    given = {"pretrained_model_name_or_path": options.tokenizer or source}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        **given, **({} if options.tokenizer else known)
+    )
+    # Without its files a tokenizer of special tokens alone is made, which reads every text the same.
+    if len(tokenizer) < 0.5 * config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {options.tokenizer or source} has {len(tokenizer)} tokens, the model "
+            f"{config.vocab_size}: its files are missing. Name the right one with --tokenizer."
+        )
+    return model, tokenizer
 
 
 def read_documents(files: Sequence[str]) -> list[str]:
@@ -212,6 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_inspect(commands)
     _add_push(commands)
+    _add_convert(commands)
     return parser
 
 
@@ -221,7 +264,9 @@ def _add_prune(commands: Any) -> None:
     command.add_argument("model", help="folder or Hub name of the dense model")
     command.add_argument("output", help="folder to save the sparse model in")
     command.add_argument(
-        "--pattern", default="unstructured", help="unstructured (default), 2:4, ..."
+        "--pattern",
+        default="unstructured",
+        help=f"one of {', '.join(NOTATIONS)} (default unstructured)",
     )
     command.add_argument("--sparsity", type=float, help="fraction of zeros; N:M fixes it")
     command.add_argument(
@@ -231,6 +276,7 @@ def _add_prune(commands: Any) -> None:
     command.add_argument("--targets", nargs="+", metavar="GLOB", help="layers to prune")
     command.add_argument("--ignore", nargs="+", metavar="GLOB", help="layers to leave out")
     command.add_argument("--format", default="auto", choices=FORMATS, help="storage (default auto)")
+    command.add_argument("--base-model", help="Hub name of the dense model, for the model card")
     command.add_argument(
         "--calibration", nargs="+", metavar="FILE", help='.jsonl with "text" fields, or plain text'
     )
@@ -248,7 +294,9 @@ def _add_eval(commands: Any) -> None:
         "--text", nargs="+", metavar="FILE", help="text for perplexity: .jsonl or plain"
     )
     data.add_argument("--labels", nargs="+", metavar="FILE", help=".jsonl with texts and a label")
-    command.add_argument("--fields", default="sentence", help="text fields of --labels, by commas")
+    command.add_argument(
+        "--fields", default="sentence", help="text fields of --labels, by commas (default sentence)"
+    )
     command.add_argument("--max-windows", type=int, help="use only the first windows")
     _add_data(command)
 
@@ -266,6 +314,13 @@ def _add_push(commands: Any) -> None:
     command.add_argument("--private", action="store_true", help="make the repository private")
 
 
+def _add_convert(commands: Any) -> None:
+    summary = "convert a sparse-bitmask checkpoint of compressed-tensors"
+    command = _command(commands, "convert", convert, summary)
+    command.add_argument("folder", help="the old checkpoint folder")
+    command.add_argument("output", help="folder to save the converted model in")
+
+
 def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
     command.set_defaults(run=run)
@@ -276,6 +331,7 @@ def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.Argum
 def _add_data(command: argparse.ArgumentParser) -> None:
     command.add_argument("--window", type=int, default=512, help="tokens in a window (default 512)")
     command.add_argument("--batch-size", type=int, default=1, help="windows at a time (default 1)")
+    command.add_argument("--tokenizer", help="folder or Hub name, if the model's folder has none")
     command.add_argument(
         "--dtype", default="auto", help="float32, bfloat16, ... (default as stored)"
     )

@@ -74,7 +74,10 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits over the vocabulary `(batch, tokens, vocabulary)` for ids `(batch, tokens)`."""
     try:
         logits: Tensor | None = getattr(model(input_ids=ids), "logits", None)
-    except IndexError as error:
+    except (IndexError, RuntimeError) as error:
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if isinstance(error, RuntimeError) and (limit is None or ids.shape[1] <= limit):
+            raise
         raise ValueError(
             f"{type(model).__name__} cannot take {ids.shape[1]} tokens with ids up to {ids.max()}. "
             "Take a window of at most its max_position_embeddings, and its own tokenizer."
@@ -145,7 +148,13 @@ def accuracy(
                 max_length=max_length,
                 return_tensors="pt",
             ).to(device)
-            guesses = model(**inputs).logits.argmax(dim=-1).tolist()
+            logits = getattr(model(**inputs), "logits", None)
+            if logits is None or logits.ndim != 2:
+                raise ValueError(
+                    f"{type(model).__name__} gives no scores per class; wanted a sequence classifier, "
+                    "as AutoModelForSequenceClassification loads."
+                )
+            guesses = logits.argmax(dim=-1).tolist()
             right += sum(
                 guess == indices[index] for guess, index in zip(guesses, chosen, strict=True)
             )

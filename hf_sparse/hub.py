@@ -33,6 +33,7 @@ def push_to_hub(
     create_pr: bool = False,
     max_shard_size: int | str = "5GB",
     tags: Sequence[str] = (),
+    base_model: str | None = None,
 ) -> CommitInfo:
     """Upload a model compressed, with a model card that holds what is known and measured.
 
@@ -41,7 +42,8 @@ def push_to_hub(
     already is only replaced when a report or metrics are given.
 
     Args:
-        model: as in `save_pretrained`, with `config`, `tokenizer`, `report` and `metrics`.
+        model: as in `save_pretrained`, with `config`, `tokenizer`, `report`, `metrics` and
+            `base_model`.
         repo_id: `"name"` or `"user/name"`; made if it does not exist.
         commit_message, commit_description, private, token, revision, create_pr, max_shard_size:
             as in `PreTrainedModel.push_to_hub`.
@@ -63,6 +65,7 @@ def push_to_hub(
             report=report,
             metrics=metrics,
             tags=tags,
+            base_model=base_model,
             max_shard_size=max_shard_size,
         )
         return upload_folder(

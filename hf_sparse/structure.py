@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from hf_sparse.configuration_sparse import SparsityConfig, matches
 from hf_sparse.patterns import Head
 
+# The attribute of a model that remembers the SparsityConfig of the last `prune_`.
+PRUNED_WITH = "_hf_sparse_pruned_with"
+
 
 @dataclass(frozen=True)
 class TargetLayer:

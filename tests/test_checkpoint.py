@@ -207,19 +207,47 @@ def test_a_family_without_sparse_classes_is_told_what_to_do(tmp_path: Path) -> N
     assert_same(model, load(tmp_path / "b", "gpt_neox"))
 
 
-def test_a_broken_promise_is_not_saved(tmp_path: Path) -> None:
-    model = pruned("llama")
-    hf_sparse.save_pretrained(model, tmp_path, SparsityConfig("2:4"))
-    loaded = load(tmp_path)
-    before = (tmp_path / "model.safetensors").read_bytes()
+def broken(folder: Path) -> nn.Module:
+    """A loaded 2:4 model that training has filled."""
+    hf_sparse.save_pretrained(pruned("llama"), folder, SparsityConfig("2:4"))
+    loaded = load(folder)
     with torch.no_grad():
         loaded.model.layers[0].self_attn.q_proj.weight.fill_(1.0)
-    with pytest.raises(
-        ValueError, match=r"q_proj.weight: 256 groups have more than 2 nonzeros in 4"
-    ):
-        loaded.save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors").read_bytes() == before
-    assert not list(tmp_path.parent.glob(".*saving*"))
+    return loaded
+
+
+def test_a_broken_promise_is_not_saved(tmp_path: Path) -> None:
+    model = broken(tmp_path / "a")
+    before = (tmp_path / "a" / "model.safetensors").read_bytes()
+    message = r"q_proj.weight: 256 groups have more than 2 nonzeros in 4"
+    with pytest.raises(ValueError, match=message):
+        hf_sparse.save_pretrained(model, tmp_path / "a", SparsityConfig("2:4"))
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_training_may_break_a_promise_that_nobody_repeats(tmp_path: Path) -> None:
+    model = broken(tmp_path / "a")
+    with pytest.warns(UserWarning, match="Saved as 'unstructured' instead"):
+        model.save_pretrained(tmp_path / "b")
+    again = load(tmp_path / "b")
+    assert_same(model, again)
+    assert again.config.sparsity_config["pattern"] == "unstructured"
+    sparsity = hf_sparse.measure_sparsity(model).sparsity
+    assert again.config.sparsity_config["sparsity"] == pytest.approx(sparsity)
+
+
+def test_a_plain_model_remembers_what_it_was_pruned_with(tmp_path: Path) -> None:
+    hf_sparse.save_pretrained(pruned("llama"), tmp_path)
+    assert load(tmp_path).config.sparsity_config["pattern"] == "2:4"
+
+
+def test_a_checkpoint_of_another_family_is_refused(tmp_path: Path) -> None:
+    hf_sparse.save_pretrained(pruned("llama"), tmp_path, SparsityConfig("2:4"))
+    with pytest.raises(ValueError, match="type 'sparse_llama', but SparseBertConfig is of"):
+        hf_sparse.SparseBertModel.from_pretrained(tmp_path)
+    with pytest.raises(FormatError, match=r"none of the weights.*belongs to BertModel"):
+        BertModel.from_pretrained(tmp_path)
 
 
 def test_lost_zeros_are_warned_about(tmp_path: Path) -> None:

@@ -139,9 +139,37 @@ def test_wrong_use_is_told_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_source_is_not_overwritten(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prune(dense, dense, "--pattern", "2:4") == 1
+    assert "the dense model would be lost" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_tokenizer_is_not_measured(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = ("--text", dense.parent / "text.txt", "--window", 32, "--json")
+    assert run("eval", dense, *text) == 0
+    expected = json.loads(capsys.readouterr().out)
+    config = BertConfig(hidden_size=32, num_attention_heads=4, intermediate_size=64)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "bare")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"sentence": "a", "label": 0}))
+    assert run("eval", tmp_path / "bare", "--labels", rows) == 1
+    assert "its files are missing" in capsys.readouterr().err
+    (tmp_path / "tokenizer").mkdir()
+    for file in dense.glob("tokenizer*"):
+        file.rename(tmp_path / "tokenizer" / file.name)
+    assert run("eval", dense, *text, "--tokenizer", tmp_path / "tokenizer") == 0
+    assert json.loads(capsys.readouterr().out) == expected
+
+
 def test_missing_files_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", tmp_path) == 1
     assert "config.json" in capsys.readouterr().err
+    assert run("inspect", tmp_path / "none") == 1
+    nowhere = ("prune", tmp_path / "none", tmp_path / "out", "--pattern", "2:4")
+    assert run(*nowhere, "--method", "magnitude") == 1
+    assert capsys.readouterr().err.count("no such folder") == 2
     assert run("eval", tmp_path, "--text", tmp_path / "none.txt") == 1
     with pytest.raises(SystemExit, match="2"):
         run("eval", tmp_path)
@@ -167,7 +195,7 @@ def test_bad_lines_are_named(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["prune", "eval", "inspect", "push"])
+@pytest.mark.parametrize("command", ["prune", "eval", "inspect", "push", "convert"])
 def test_help_is_complete(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         run(command, "--help")

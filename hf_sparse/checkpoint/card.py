@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.report import SparsityReport
 
 CARD_NAME = "README.md"
+# A row that every card of ours has.
+_OUR_FACT = "zeros in the whole model"
 
 
 @dataclass(frozen=True)
@@ -30,40 +33,84 @@ class Metric:
     dense: float | None = None
 
 
-def write_card(
-    file: Path,
-    model: PreTrainedModel,
-    config: SparsityConfig,
-    report: SparsityReport,
-    metrics: Sequence[Metric],
-    tags: Sequence[str] = (),
-) -> None:
-    """Write the model card of a checkpoint.
+@dataclass(frozen=True)
+class Card:
+    """What is known of a checkpoint.
 
     Args:
-        file: the card's path.
         model: the model that is saved.
         config: pattern, sparsity and format that it is saved with.
-        report: the exact counts, and how the zeros were made if `prune_` made them.
+        measured: the exact counts of what is saved.
+        formats: the formats of the target weights, counted.
+        report: how the zeros were made, if `prune_` made them.
         metrics: figures to print; none are invented.
         tags: for the Hub, beside the card's own.
+        base: Hub name of the dense model; None: what the model's config tells.
     """
-    base = base_model(model.config)
-    data = ModelCardData(
-        base_model=base or None,
-        library_name="transformers",
-        tags=["sparse", "hf_sparse", str(config.pattern), *tags],
-    )
-    compressed = config.format != "dense"
-    usage = _usage(type(model).__name__, compressed)
-    sections = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# Sparse {type(model).__name__.removeprefix('Sparse')}",
-        _description(base, config, report),
-        "## Metrics\n\n" + _metrics(metrics),
-        "## How to load\n\n" + usage,
-    ]
-    ModelCard("\n\n".join(sections) + "\n").save(file)
+
+    model: PreTrainedModel
+    config: SparsityConfig
+    measured: SparsityReport
+    formats: Mapping[str, int]
+    report: SparsityReport | None = None
+    metrics: Sequence[Metric] = ()
+    tags: Sequence[str] = ()
+    base: str | None = None
+
+    def write(self, file: Path, old: Path) -> None:
+        """Write the card to `file`, unless the one at `old` is to stay.
+
+        A card of somebody else stays, with a warning if there is news for it; one of ours stays
+        while its facts are true and no report or metrics are given.
+        """
+        news = self.report is not None or bool(self.metrics)
+        text = old.read_text(encoding="utf-8", errors="replace") if old.exists() else None
+        if text is not None and _OUR_FACT not in text:
+            if news:
+                warnings.warn(
+                    f"{old} is no card of hf_sparse and stays; move it away to have one written.",
+                    stacklevel=5,
+                )
+            return
+        if text is None or news or not all(row in text for row in _rows(self._facts())):
+            ModelCard(self._text()).save(file)
+
+    def _text(self) -> str:
+        base = base_model(self.model.config) if self.base is None else self.base
+        sparse = ["sparse", str(self.config.pattern)] if self.config.sparsity else []
+        data = ModelCardData(
+            base_model=base or None,
+            library_name="transformers",
+            tags=["hf_sparse", *sparse, *self.tags],
+        )
+        name = type(self.model).__name__.removeprefix("Sparse")
+        how = [("base model", base or "not recorded")]
+        if self.report is None:
+            how.append(("method", "not recorded"))
+        else:
+            options = sorted(self.report.options.items())
+            how += [("method", self.report.method or "not recorded")]
+            how += [(f"option {option}", str(value)) for option, value in options]
+        sections = [
+            f"---\n{data.to_yaml()}\n---",
+            f"# {'Sparse ' if self.config.sparsity else ''}{name}",
+            _markdown(("", ""), [*how, *self._facts()]),
+            "## Metrics\n\n" + _metrics(self.metrics),
+            "## How to load\n\n" + _usage(name, self.config.format != "dense"),
+        ]
+        return "\n\n".join(sections) + "\n"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        measured = self.measured
+        formats = ", ".join(f"{name} ({count})" for name, count in sorted(self.formats.items()))
+        return [
+            ("pattern", str(self.config.pattern)),
+            ("sparsity of the target weights", f"{measured.sparsity:.4f}"),
+            ("zeros", f"{measured.zeros:,} of {measured.numel:,} target weights"),
+            ("weights in the whole model", f"{measured.parameters:,}"),
+            (_OUR_FACT, f"{measured.model_sparsity:.4f}"),
+            ("storage of the target weights", formats or "none"),
+        ]
 
 
 def base_model(config: PreTrainedConfig) -> str:
@@ -74,36 +121,6 @@ def base_model(config: PreTrainedConfig) -> str:
     name = config.name_or_path or ""
     # A local folder tells nobody much.
     return "" if Path(name).exists() or name.count("/") > 1 else name
-
-
-def needs_card(file: Path, config: SparsityConfig, report: SparsityReport) -> bool:
-    """Whether there is no card, or one of ours that tells other facts than `report` counts."""
-    if not file.exists():
-        return True
-    text = file.read_text(encoding="utf-8", errors="replace")
-    facts = _markdown(("", ""), _facts(config, report)).splitlines()[2:]
-    return "| zeros in the whole model |" in text and not all(fact in text for fact in facts)
-
-
-def _facts(config: SparsityConfig, report: SparsityReport) -> list[tuple[str, str]]:
-    return [
-        ("pattern", str(config.pattern)),
-        ("sparsity of the target weights", f"{report.sparsity:.4f}"),
-        ("zeros", f"{report.zeros:,} of {report.numel:,} target weights"),
-        ("weights in the whole model", f"{report.parameters:,}"),
-        ("zeros in the whole model", f"{report.model_sparsity:.4f}"),
-        ("storage format", config.format),
-    ]
-
-
-def _description(base: str, config: SparsityConfig, report: SparsityReport) -> str:
-    rows = [
-        ("base model", base or "not recorded"),
-        ("method", report.method or "not recorded"),
-        *((f"option {name}", str(value)) for name, value in sorted(report.options.items())),
-        *_facts(config, report),
-    ]
-    return _markdown(("", ""), rows)
 
 
 def _metrics(metrics: Sequence[Metric]) -> str:
@@ -140,7 +157,7 @@ def _usage(class_name: str, compressed: bool) -> str:
         f'model = {auto}.from_pretrained("REPO_OR_FOLDER")'
     )
     note = (
-        "The weights are stored compressed; without hf_sparse the model does not load."
+        "The checkpoint is stored compressed; without hf_sparse the model does not load."
         if compressed
         else "The zeros are stored in place; no other package is needed."
     )
@@ -148,5 +165,8 @@ def _usage(class_name: str, compressed: bool) -> str:
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in [head, *rows]]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+    return "\n".join([*_rows([head]), "|---" * len(head) + "|", *_rows(rows)])
+
+
+def _rows(rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in rows]

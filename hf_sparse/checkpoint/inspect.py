@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from hf_sparse.checkpoint.reading import checkpoint_files, read_headers, read_parts
-from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.configuration_sparse import SparsityConfig, matches
 from hf_sparse.formats import FormatError, decompress, locate, num_bytes, read_layout
 from hf_sparse.patterns import Unstructured
 from hf_sparse.report import SparsityReport, count_zeros
@@ -20,8 +22,8 @@ class CheckpointSparsity:
 
     Attributes:
         config: the `SparsityConfig` in `config.json`; None for a dense checkpoint.
-        report: exact counts of every tensor that is stored compressed, or of every 2-D tensor of a
-            dense checkpoint.
+        report: exact counts of every tensor that is stored compressed, and of the other matrices
+            in numbered blocks that the config's globs name (all, without a config).
         formats: the format of each of those tensors.
         stored_bytes: bytes of each of them in the files, headers aside.
         file_bytes: size of all weight files.
@@ -33,6 +35,18 @@ class CheckpointSparsity:
     stored_bytes: dict[str, int]
     file_bytes: int
 
+    def __str__(self) -> str:
+        formats = Counter(self.formats.values())
+        stored = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(formats.items()))
+        lines = [self.report.summary(), f"{self.file_bytes:,} bytes in weight files; {stored}"]
+        if self.config is None:
+            return "\n".join([*lines, "a dense checkpoint: config.json promises nothing"])
+        promised, found = self.config.sparsity, self.report.sparsity
+        lines.append(f"config.json promises {self.config.pattern}, sparsity {promised:.4f}")
+        if found < promised - 0.005:
+            lines.append(f"the zeros are lost: promised {promised:.4f}, found {found:.4f}")
+        return "\n".join(lines)
+
 
 def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
     """Read what a checkpoint holds, checking every compressed tensor on the way.
@@ -43,23 +57,24 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
     Memory: one tensor.
 
     Raises:
-        FileNotFoundError: there is no `config.json`.
+        FileNotFoundError: there is no such folder, or no `config.json` in it.
         FormatError: the checkpoint is damaged. Groups that break the promised pattern are counted
             in the report.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}")
     config = read_sparsity_config(folder)
     pattern = Unstructured() if config is None else config.pattern
     files = checkpoint_files(folder)
     stored = read_headers(files)
-    compressed = [tensor for tensor in stored if tensor.compressed]
     counts, formats, sizes, parameters = [], {}, {}, 0
     for tensor in stored:
         parts = read_parts(tensor)
         with locate(tensor.place):
             weight = decompress(parts) if tensor.compressed else parts[""]
         parameters += weight.numel()
-        if tensor.compressed or (not compressed and weight.ndim == 2):
+        if tensor.compressed or (weight.ndim == 2 and _may_be_target(tensor.name, config)):
             transposed = tensor.compressed and read_layout(parts)[3]
             counts.append(count_zeros(tensor.name, weight.T if transposed else weight, pattern))
             formats[tensor.name] = tensor.format
@@ -67,6 +82,16 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
     report = SparsityReport(tuple(counts), str(pattern), parameters)
     total = sum(file.stat().st_size for file in files)
     return CheckpointSparsity(config, report, formats, sizes, total)
+
+
+def _may_be_target(name: str, config: SparsityConfig | None) -> bool:
+    """Whether a matrix of that name is a target, as far as names tell: without a model."""
+    layer = name.removesuffix(".weight")
+    if config is None or config.targets is None:
+        chosen = re.search(r"\.\d+\.", layer) is not None
+    else:
+        chosen = any(matches(layer, glob) for glob in config.targets)
+    return chosen and layer != name and not (config is not None and config.ignores(layer))
 
 
 def read_sparsity_config(folder: Path) -> SparsityConfig | None:

@@ -85,6 +85,13 @@ class SparseHfQuantizer(HfQuantizer):
         if other := [file for file in files if file.suffix != ".safetensors"]:
             raise FormatError(f"{other[0]}: compressed checkpoints are stored as safetensors alone")
         self._stored = {stored.name: stored for stored in read_headers(files)}
+        wanted = {name.removeprefix(f"{model.base_model_prefix}.") for name in model.state_dict()}
+        stored_names = {name.removeprefix(f"{model.base_model_prefix}.") for name in self._stored}
+        if self._stored and not wanted & stored_names:
+            raise FormatError(
+                f"none of the weights in {files[0]} belongs to {type(model).__name__}. Load the "
+                "checkpoint with AutoModel, or the class that its config.json names."
+            )
         self._dtype_plan = model._get_dtype_plan(dtype)
 
     def get_weight_conversions(self) -> list[WeightConverter]:

@@ -11,7 +11,15 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hf_sparse.formats import FormatError, decompress, group_parts, join, locate, split_name
+from hf_sparse.formats import (
+    FormatError,
+    decompress,
+    format_of,
+    group_parts,
+    join,
+    locate,
+    split_name,
+)
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -54,7 +62,7 @@ class StoredTensor:
     @property
     def format(self) -> str:
         """The format that it is stored in."""
-        return next((part for part in self.parts if part not in ("", "layout")), "dense")
+        return format_of(self.parts)
 
 
 def read_headers(files: Sequence[Path]) -> list[StoredTensor]:

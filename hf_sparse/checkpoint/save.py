@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,25 +12,28 @@ from typing import Any
 import torch.distributed as dist
 from accelerate.utils import convert_file_size_to_int
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_sparse.checkpoint.atomic import replacing
-from hf_sparse.checkpoint.card import CARD_NAME, Metric, base_model, needs_card, write_card
-from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
+from hf_sparse.checkpoint.card import CARD_NAME, Card, Metric
+from hf_sparse.checkpoint.config_files import write_configs
 from hf_sparse.checkpoint.writing import ShardWriter, is_weight_file
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.formats import compress, num_nonzeros
-from hf_sparse.models.configuration import CONFIGS, SparseConfigMixin, base_config_class
-from hf_sparse.models.families import FAMILIES
+from hf_sparse.formats import compress, format_of, num_nonzeros
 from hf_sparse.patterns import NM
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros, measure_sparsity
-from hf_sparse.structure import TargetLayer, num_parameters, target_layers, with_head_size
+from hf_sparse.structure import (
+    PRUNED_WITH,
+    TargetLayer,
+    num_parameters,
+    target_layers,
+    with_head_size,
+)
 
-STUB_NAME = "modeling_hf_sparse.py"
 # A fine-tuned model may lose a few zeros to training; more than this is worth a warning.
 _LOST_SPARSITY = 0.005
 
@@ -44,6 +47,7 @@ def save_pretrained(
     report: SparsityReport | None = None,
     metrics: Sequence[Metric] = (),
     tags: Sequence[str] = (),
+    base_model: str | None = None,
     **kwargs: Any,
 ) -> Path:
     """Save a model so that `AutoModel*.from_pretrained(folder)` gives the same weights back.
@@ -56,12 +60,14 @@ def save_pretrained(
     Args:
         model: a transformers model. Compressed: of a family in `FAMILIES`.
         folder: made if it does not exist. Other files in it stay.
-        config: pattern, targets and format. None: what a Sparse model was loaded or pruned
-            with; for other models `unstructured`, at the sparsity that is measured.
+        config: pattern, targets and format. None: what the model was pruned with or loaded with,
+            or else `unstructured` at the sparsity that is measured.
         tokenizer: saved beside the model if given.
         report: the `prune_` report, for the method on the model card.
         metrics: measured figures for the model card.
         tags: for the model card, beside its own.
+        base_model: Hub name of the dense model, for the card. None: what the model was loaded
+            from, if that was no folder.
         **kwargs: `max_shard_size` (default `"5GB"`), `state_dict`, `is_main_process` and `variant`
             as in `PreTrainedModel.save_pretrained`. Of several processes the first one saves.
 
@@ -72,7 +78,9 @@ def save_pretrained(
 
     Raises:
         ValueError: the model's family is not in `FAMILIES`, a weight breaks the N:M pattern that
-            the config promises, or the format cannot hold it. Nothing has been written then.
+            `config` promises, or the format cannot hold it. Nothing has been written then. (With
+            `config=None` a broken N:M promise is a warning, and the model is saved as
+            `unstructured`: a Trainer must be able to write its checkpoints.)
         OSError: the folder cannot be written or the disk is full. Nothing has changed then.
     """
     folder = Path(folder)
@@ -89,6 +97,7 @@ def save_pretrained(
         report=report,
         metrics=metrics,
         tags=tags,
+        base_model=base_model,
         **kwargs,
     )
     return folder
@@ -103,6 +112,7 @@ def save_model(
     report: SparsityReport | None = None,
     metrics: Sequence[Metric] = (),
     tags: Sequence[str] = (),
+    base_model: str | None = None,
     is_main_process: bool = True,
     state_dict: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str = "5GB",
@@ -132,27 +142,47 @@ def save_model(
     _check_not_quantized(model)
     if not is_main_process or (dist.is_initialized() and dist.get_rank() != 0):
         return
-    config = with_head_size(config or _config_of(model), model)
     unknown = set(kwargs) - {"save_peft_format", "save_original_format"}  # no meaning here
     if unknown:
         raise TypeError(f"save_pretrained has no argument {', '.join(sorted(unknown))}.")
-    state_dict = _tensors_to_store(model, state_dict)
-    targets = _targets_by_weight(model, config)
-    counts = []
-    with replacing(folder, lambda name: is_weight_file(name, variant)) as fresh:
-        _write_configs(model, config, fresh)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(fresh)
-        writer = ShardWriter(fresh, convert_file_size_to_int(max_shard_size), variant)
-        for name, parts, count in _stored_parts(model, state_dict, targets, config):
-            writer.add(name, parts)
-            if count is not None:
-                counts.append(count)
-        writer.close(num_parameters(model))
-        measured = SparsityReport(tuple(counts), str(config.pattern), num_parameters(model))
-        _warn_if_zeros_were_lost(config, measured)
-        if report is not None or metrics or needs_card(folder / CARD_NAME, config, measured):
-            write_card(fresh / CARD_NAME, model, config, report or measured, metrics, tags)
+
+    def save(config: SparsityConfig) -> None:
+        stored = _tensors_to_store(model, state_dict)
+        counts: list[TensorSparsity] = []
+        formats: Counter[str] = Counter()
+        with replacing(folder, lambda name: is_weight_file(name, variant)) as fresh:
+            write_configs(model, config, fresh, base_model)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(fresh)
+            writer = ShardWriter(fresh, convert_file_size_to_int(max_shard_size), variant)
+            for name, parts, count in _stored_parts(model, stored, config):
+                writer.add(name, parts)
+                if count is not None:
+                    counts.append(count)
+                    formats[format_of(parts)] += 1
+            writer.close(num_parameters(model))
+            measured = SparsityReport(tuple(counts), str(config.pattern), num_parameters(model))
+            _warn_if_zeros_were_lost(config, measured)
+            card = Card(model, config, measured, formats, report, metrics, tags, base_model)
+            card.write(fresh / CARD_NAME, folder / CARD_NAME)
+
+    promised = with_head_size(config or _config_of(model), model)
+    try:
+        save(promised)
+    except BrokenPatternError as error:
+        if config is not None:
+            raise
+        warnings.warn(
+            f"{error} Saved as 'unstructured' instead: training without a mask fills zeros.",
+            stacklevel=3,
+        )
+        places = (promised.targets, promised.ignore)
+        measured = measure_sparsity(model, SparsityConfig("unstructured", 0.0, *places))
+        save(SparsityConfig("unstructured", _measured_sparsity(measured), *places))
+
+
+class BrokenPatternError(ValueError):
+    """A weight breaks the pattern that the config promises."""
 
 
 def _check_not_quantized(model: PreTrainedModel) -> None:
@@ -168,10 +198,17 @@ def _check_not_quantized(model: PreTrainedModel) -> None:
 
 def _config_of(model: PreTrainedModel) -> SparsityConfig:
     """What the model was loaded or pruned with, or else what is measured."""
+    pruned: SparsityConfig | None = vars(model).get(PRUNED_WITH)
+    if pruned is not None:
+        return pruned
     recorded = getattr(model.config, "sparsity_config", None)
     if recorded is not None:
         return SparsityConfig.from_dict(recorded)
-    return SparsityConfig("unstructured", min(measure_sparsity(model).sparsity, 0.999999))
+    return SparsityConfig("unstructured", _measured_sparsity(measure_sparsity(model)))
+
+
+def _measured_sparsity(report: SparsityReport) -> float:
+    return min(report.sparsity, 0.999999)  # a config promises less than 1
 
 
 def _tensors_to_store(
@@ -196,10 +233,10 @@ def _tensors_to_store(
 def _stored_parts(
     model: PreTrainedModel,
     state_dict: dict[str, Tensor],
-    targets: Mapping[str, TargetLayer],
     config: SparsityConfig,
 ) -> Iterator[tuple[str, dict[str, Tensor], TensorSparsity | None]]:
     """The name, parts and, for targets, counts of every tensor; empties the state dict."""
+    targets = _targets_by_weight(model, config)
     dense = {}
     for name in list(state_dict):
         tensor, count = _load_offloaded(model, name, state_dict.pop(name)), None
@@ -244,7 +281,7 @@ def _compress(
         )
     count = count_zeros(name, weight, pattern)
     if count.violations:
-        raise ValueError(
+        raise BrokenPatternError(
             f"{name}: {count.violations} groups have more than {pattern.n} nonzeros in {pattern.m}, "
             f"but the config promises pattern '{pattern}'. Prune the model to it again, or save with "
             f'config=SparsityConfig("unstructured", sparsity={count.sparsity:.2f}).'
@@ -260,55 +297,3 @@ def _warn_if_zeros_were_lost(config: SparsityConfig, measured: SparsityReport) -
             "restore them.",
             stacklevel=4,
         )
-
-
-def _write_configs(model: PreTrainedModel, config: SparsityConfig, folder: Path) -> None:
-    """Write `config.json`, the generation config, and the stub for `trust_remote_code`."""
-    if config.format == "dense":
-        model_config = _dense_config(model)
-    else:
-        model_config = _sparse_config(model, config)
-        config_class = type(model_config).__name__
-        model_config.auto_map = {"AutoConfig": f"{STUB_NAME.removesuffix('.py')}.{config_class}"}
-        (folder / STUB_NAME).write_text(
-            '"""This checkpoint is compressed by hf_sparse: pip install hf_sparse"""\n\n'
-            f'from hf_sparse import {config_class}\n\n__all__ = ["{config_class}"]\n'
-        )
-    model_config.dtype = model.dtype
-    (folder / "config.json").write_text(model_config.to_json_string())
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-
-
-def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The config under the family's own model type."""
-    if not isinstance(model.config, SparseConfigMixin):
-        model_config = copy.deepcopy(model.config)
-        vars(model_config).pop("quantization_config", None)  # of a GGUF file
-        model_config.architectures = [type(model).__name__]
-        return model_config
-    values = model.config.to_dict()
-    for key in ("sparsity_config", "base_model", "auto_map", "quantization_config"):
-        values.pop(key, None)
-    model_config = base_config_class(model.config.base_model_type).from_dict(values)
-    model_config.architectures = [type(model).__name__.removeprefix("Sparse")]
-    return model_config
-
-
-def _sparse_config(model: PreTrainedModel, config: SparsityConfig) -> PreTrainedConfig:
-    """The config under the family's sparse model type, with what transformers loads it by."""
-    if isinstance(model.config, SparseConfigMixin):
-        model_config: PreTrainedConfig = copy.deepcopy(model.config)
-    elif model.config.model_type in FAMILIES:
-        model_config = CONFIGS[model.config.model_type].from_dict(model.config.to_dict())
-    else:
-        raise ValueError(
-            f"models of type '{model.config.model_type}' have no Sparse class to load a compressed "
-            f"checkpoint with; families: {', '.join(FAMILIES)}. Save with format='dense': "
-            "SparsityConfig(..., format='dense')."
-        )
-    model_config.base_model = base_model(model.config)
-    name = type(model).__name__.removeprefix("FSDP").removeprefix("Sparse")
-    model_config.architectures = [f"Sparse{name}"]
-    model_config.quantization_config = SparseCheckpointConfig(**config.to_dict()).to_dict()
-    return model_config

@@ -176,6 +176,11 @@ def num_bytes(parts: Mapping[str, Tensor]) -> int:
     return sum(part.numel() * part.element_size() for part in parts.values())
 
 
+def format_of(parts: Iterable[str]) -> str:
+    """The name of the format that parts of these names belong to."""
+    return next((part for part in parts if part not in ("", LAYOUT)), "dense")
+
+
 def num_nonzeros(parts: Mapping[str, Tensor]) -> int:
     """Nonzero weights in the parts that `compress` gave, without restoring the weight."""
     if parts.keys() & {"bitmask", "gap4", "gap8"}:

@@ -14,6 +14,19 @@ from hf_sparse.models.families import FAMILIES
 __all__ = ["FAMILIES"]
 
 
+def __dir__() -> list[str]:
+    """The names of the Sparse classes that have an Auto class, and of their configs."""
+    from transformers.models.auto import modeling_auto
+
+    names = {config.__name__ for config in configuration.CONFIGS.values()}
+    for mapping, heads in vars(modeling_auto).items():
+        if mapping.endswith("_MAPPING_NAMES"):
+            for family, prefix in FAMILIES.items():
+                head = heads.get(family, "")
+                names |= {f"Sparse{head}"} if str(head).startswith(prefix) else set()
+    return sorted(names)
+
+
 def __getattr__(name: str) -> Any:
     if name.startswith("Sparse") and name.endswith("Config") and hasattr(configuration, name):
         return getattr(configuration, name)

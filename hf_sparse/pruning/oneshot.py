@@ -17,6 +17,7 @@ from hf_sparse.pruning import magnitude, wanda
 from hf_sparse.pruning.walk import Batch
 from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure import (
+    PRUNED_WITH,
     TargetLayer,
     check_finite,
     find_stacks,
@@ -102,6 +103,7 @@ def prune_(
     start = time.perf_counter()
     if chosen.needs_calibration:
         inputs = _check_batches(method, batches, model)
+        _check_lengths(inputs, model)
         with _quiet(model):
             notes = chosen.prune(
                 layers,
@@ -121,9 +123,7 @@ def prune_(
             f"{missed:,} weights in the blocks are no matrices of their own (the experts of a mixture, "
             "convolutions) and were not pruned.",
         )
-    described: Any = getattr(model, "config", None)
-    if hasattr(described, "sparsity_config"):
-        described.sparsity_config = config.to_dict()
+    vars(model)[PRUNED_WITH] = config
     return replace(
         measure_sparsity(model, config),
         method=method,
@@ -168,6 +168,18 @@ def _check_batches(
         }
         for batch in checked
     ]
+
+
+def _check_lengths(batches: list[Batch], model: nn.Module) -> None:
+    """Refuse sequences that are longer than the model's learned positions."""
+    length = max((b["input_ids"].shape[-1] for b in batches if "input_ids" in b), default=0)
+    for name, module in model.named_modules():
+        learned = isinstance(module, nn.Embedding) and name.endswith(("position_embeddings", "wpe"))
+        if learned and length > module.num_embeddings:
+            raise ValueError(
+                f"a batch has sequences of {length} tokens, but {type(model).__name__} has learned "
+                f"{module.num_embeddings} positions. Take a smaller window."
+            )
 
 
 def _check_batch(batch: Any) -> dict[str, Any]:

@@ -1,0 +1,70 @@
+"""The config files of a checkpoint: under the sparse model type, or the family's own."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_sparse.checkpoint.card import base_model
+from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
+from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.models.configuration import CONFIGS, SparseConfigMixin, base_config_class
+from hf_sparse.models.families import FAMILIES
+
+STUB_NAME = "modeling_hf_sparse.py"
+
+
+def write_configs(
+    model: PreTrainedModel, config: SparsityConfig, folder: Path, base: str | None = None
+) -> None:
+    """Write `config.json`, the generation config, and the stub for `trust_remote_code`."""
+    if config.format == "dense":
+        model_config = _dense_config(model)
+    else:
+        model_config = _sparse_config(model, config)
+        model_config.base_model = base_model(model.config) if base is None else base
+        config_class = type(model_config).__name__
+        model_config.auto_map = {"AutoConfig": f"{STUB_NAME.removesuffix('.py')}.{config_class}"}
+        (folder / STUB_NAME).write_text(
+            '"""This checkpoint is compressed by hf_sparse: pip install hf_sparse"""\n\n'
+            f'from hf_sparse import {config_class}\n\n__all__ = ["{config_class}"]\n'
+        )
+    model_config.dtype = model.dtype
+    (folder / "config.json").write_text(model_config.to_json_string())
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The config under the family's own model type."""
+    if not isinstance(model.config, SparseConfigMixin):
+        model_config = copy.deepcopy(model.config)
+        vars(model_config).pop("quantization_config", None)  # of a GGUF file
+        model_config.architectures = [type(model).__name__]
+        return model_config
+    values = model.config.to_dict()
+    for key in ("sparsity_config", "base_model", "auto_map", "quantization_config"):
+        values.pop(key, None)
+    model_config = base_config_class(model.config.base_model_type).from_dict(values)
+    model_config.architectures = [type(model).__name__.removeprefix("Sparse")]
+    return model_config
+
+
+def _sparse_config(model: PreTrainedModel, config: SparsityConfig) -> PreTrainedConfig:
+    """The config under the family's sparse model type, with what transformers loads it by."""
+    if isinstance(model.config, SparseConfigMixin):
+        model_config: PreTrainedConfig = copy.deepcopy(model.config)
+    elif model.config.model_type in FAMILIES:
+        model_config = CONFIGS[model.config.model_type].from_dict(model.config.to_dict())
+    else:
+        raise ValueError(
+            f"models of type '{model.config.model_type}' have no Sparse class to load a compressed "
+            f"checkpoint with; families: {', '.join(FAMILIES)}. Save with format='dense': "
+            "SparsityConfig(..., format='dense')."
+        )
+    name = type(model).__name__.removeprefix("FSDP").removeprefix("Sparse")
+    model_config.architectures = [f"Sparse{name}"]
+    model_config.quantization_config = SparseCheckpointConfig(**config.to_dict()).to_dict()
+    return model_config
