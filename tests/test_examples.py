@@ -78,7 +78,7 @@ def test_the_first_code_of_the_readme(
 def test_the_commands_of_the_readme(dense: Path, tmp_path: Path) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("hf-sparse")]
-    assert [command[0] for command in commands] == ["prune", "eval", "inspect", "push"]
+    assert [command[0] for command in commands] == ["prune", "eval", "inspect", "push", "convert"]
     instead = {
         "MODEL": str(dense),
         "OUTPUT": str(tmp_path / "sparse"),
@@ -89,6 +89,13 @@ def test_the_commands_of_the_readme(dense: Path, tmp_path: Path) -> None:
     for command in commands[:3]:
         arguments = [instead.get(argument, argument) for argument in command]
         assert main([*arguments, *small.get(command[0], [])]) == 0
+
+
+def test_the_links_of_the_readme_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    for link in links:
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+    assert "docs/format.md" in links
 
 
 def test_the_readme_tells_every_method_format_and_family() -> None:
