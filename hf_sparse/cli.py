@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 
 import hf_sparse
 from hf_sparse.formats import FORMATS
 from hf_sparse.patterns import NOTATIONS
 from hf_sparse.pruning.oneshot import METHODS
 from hf_sparse.report import format_table
+
+_EXPECTED = (ValueError, OSError, ImportError, HfHubHTTPError, SafetensorError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

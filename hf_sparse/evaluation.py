@@ -94,7 +94,7 @@ def _check_causal(model: nn.Module, ids: Tensor) -> None:
     """Refuse a model whose output for a token depends on later ones: it sees what it predicts."""
     ids = ids[:, :16]
     changed = ids.clone()
-    changed[:, -1] = ids[:, 0] if ids[0, 0] != ids[0, -1] else ids[:, -1] - 1
+    changed[:, -1] = (ids[:, -1] - 1).abs()  # another id of the vocabulary
     before, after = _logits(model, ids)[:, :-1], _logits(model, changed)[:, :-1]
     if (before - after).abs().max() > 1e-4 * before.abs().max():
         raise ValueError(
@@ -164,7 +164,7 @@ def accuracy(
 def _class_indices(model: nn.Module, labels: Sequence[int] | Sequence[str]) -> list[int]:
     described: Any = model.config
     names: dict[Any, int] = described.label2id
-    indices: list[Any] = [names.get(label, label) for label in labels]
+    indices: list[Any] = [names.get(x, x) if isinstance(x, str) else x for x in labels]
     for index in indices:
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(names):
             raise ValueError(

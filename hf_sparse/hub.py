@@ -31,9 +31,9 @@ def push_to_hub(
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    max_shard_size: int | str = "5GB",
     tags: Sequence[str] = (),
     base_model: str | None = None,
+    **saving: Any,
 ) -> CommitInfo:
     """Upload a model compressed, with a model card that holds what is known and measured.
 
@@ -45,9 +45,10 @@ def push_to_hub(
         model: as in `save_pretrained`, with `config`, `tokenizer`, `report`, `metrics` and
             `base_model`.
         repo_id: `"name"` or `"user/name"`; made if it does not exist.
-        commit_message, commit_description, private, token, revision, create_pr, max_shard_size:
-            as in `PreTrainedModel.push_to_hub`.
+        commit_message, commit_description, private, token, revision, create_pr: as in
+            `PreTrainedModel.push_to_hub`.
         tags: for the model card, beside its own.
+        **saving: other arguments of `save_pretrained`, such as `max_shard_size`.
 
     Returns:
         The commit.
@@ -66,7 +67,7 @@ def push_to_hub(
             metrics=metrics,
             tags=tags,
             base_model=base_model,
-            max_shard_size=max_shard_size,
+            **saving,
         )
         return upload_folder(
             folder,

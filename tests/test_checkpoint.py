@@ -171,6 +171,8 @@ def test_weights_on_disk_run_and_are_saved_again(tmp_path: Path) -> None:
     ids = torch.arange(2, 14)[None]
     with torch.no_grad():
         torch.testing.assert_close(placed(ids).logits, model(ids).logits)
+    hf_sparse.save_pretrained(placed, tmp_path / "c")
+    assert_same(model, load(tmp_path / "c"))
     with pytest.raises(ValueError, match="meta device"):
         hf_sparse.prune_(placed, SparsityConfig("2:4"), "magnitude")
     placed.save_pretrained(tmp_path / "b")
@@ -228,13 +230,26 @@ def test_a_broken_promise_is_not_saved(tmp_path: Path) -> None:
 
 def test_training_may_break_a_promise_that_nobody_repeats(tmp_path: Path) -> None:
     model = broken(tmp_path / "a")
-    with pytest.warns(UserWarning, match="Saved as 'unstructured' instead"):
+    with pytest.warns(UserWarning, match="It is saved as 'unstructured'"):
         model.save_pretrained(tmp_path / "b")
     again = load(tmp_path / "b")
     assert_same(model, again)
     assert again.config.sparsity_config["pattern"] == "unstructured"
     sparsity = hf_sparse.measure_sparsity(model).sparsity
     assert again.config.sparsity_config["sparsity"] == pytest.approx(sparsity)
+
+
+@pytest.mark.parametrize("format", ["nm", "dense"])
+def test_a_broken_promise_keeps_the_format_where_it_can(tmp_path: Path, format: str) -> None:
+    model = tiny_model("llama")
+    hf_sparse.prune_(model, SparsityConfig("2:4", format=format), "magnitude")
+    filled = {name: value + 0.01 for name, value in model.state_dict().items()}
+    with pytest.warns(UserWarning, match="with sparsity 0.0000"):
+        hf_sparse.save_pretrained(model, tmp_path, state_dict=filled)
+    model.load_state_dict(filled)
+    again = load(tmp_path)
+    assert_same(model, again)
+    assert type(again).__name__.startswith("Sparse") == (format == "nm")
 
 
 def test_a_plain_model_remembers_what_it_was_pruned_with(tmp_path: Path) -> None:

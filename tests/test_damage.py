@@ -292,6 +292,18 @@ def test_subfolders_links_and_the_working_directory_survive(
     load(folder)
 
 
+def test_files_in_subfolders_are_replaced(tmp_path: Path) -> None:
+    for content in ("old", "new"):
+        with atomic.replacing(tmp_path / "model") as fresh:
+            (fresh / "config.json").write_text(content)
+            (fresh / "chat_templates").mkdir()
+            (fresh / "chat_templates" / "tool.jinja").write_text(content)
+        (tmp_path / "model" / "chat_templates" / "mine").write_text("mine")
+    files = {path.name: path.read_text() for path in (tmp_path / "model").rglob("*.j*")}
+    assert files == {"config.json": "new", "tool.jinja": "new"}
+    assert (tmp_path / "model" / "chat_templates" / "mine").exists()
+
+
 def test_variants_stand_side_by_side(folder: Path) -> None:
     model = load(folder)
     model.half().save_pretrained(folder, variant="fp16", max_shard_size="20KB")

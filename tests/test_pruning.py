@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.utils.prune
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, MixtralConfig
 
 import hf_sparse
 from hf_sparse import Pattern, SparsityConfig, measure_sparsity, prune_
@@ -159,6 +159,36 @@ def test_a_decoder_has_masks_of_its_own() -> None:
     prune_(model, SparsityConfig("2:4", targets=targets), "wanda", [batch])
     for name, layer in weights.items():
         assert torch.equal(layer.weight != 0, expected[name]), name
+
+
+def test_padding_of_a_decoder_with_cross_attention_changes_nothing() -> None:
+    config = BertConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        vocab_size=256,
+        is_decoder=True,
+        add_cross_attention=True,
+    )
+    masks = []
+    for filling in (5, 9):
+        torch.manual_seed(0)
+        model = BertLMHeadModel(config).eval()
+        batch = tiny_batches("bert", count=1, padded=True)[0]
+        batch["encoder_hidden_states"] = torch.randn(2, 12, 32)
+        batch["encoder_attention_mask"] = batch["attention_mask"].flip(0)
+        batch["input_ids"][batch["attention_mask"] == 0] = filling
+        batch["encoder_hidden_states"][batch["encoder_attention_mask"] == 0] = filling
+        prune_(model, SparsityConfig("unstructured", 0.5), "wanda", [batch])
+        masks.append([layer.weight != 0 for layer in target_layers(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "bert"])
+def test_sequences_beyond_the_learned_positions_are_refused(family: str) -> None:
+    with pytest.raises(ValueError, match="has learned 128 positions"):
+        prune_(tiny_model(family), SparsityConfig("2:4"), "wanda", tiny_batches(family, length=129))
 
 
 def test_a_cache_in_a_batch_changes_nothing() -> None:

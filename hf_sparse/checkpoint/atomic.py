@@ -78,11 +78,12 @@ def _exchange(fresh: Path, folder: Path, is_stale: Callable[[str], bool]) -> Non
 
 
 def _move_in(fresh: Path, folder: Path, is_stale: Callable[[str], bool]) -> None:
-    written = sorted(path.name for path in fresh.iterdir())
-    for name in sorted(written, key=lambda name: name == _COMMIT_FILE):
-        os.replace(fresh / name, folder / name)
+    files = [path.relative_to(fresh) for path in fresh.rglob("*") if path.is_file()]
+    for file in sorted(files, key=lambda file: (file.name == _COMMIT_FILE, file)):
+        (folder / file).parent.mkdir(exist_ok=True)
+        os.replace(fresh / file, folder / file)
     for path in list(folder.iterdir()):
-        if path.name not in written and path.is_file() and is_stale(path.name):
+        if Path(path.name) not in files and path.is_file() and is_stale(path.name):
             path.unlink()
     _sync_path(folder)
 

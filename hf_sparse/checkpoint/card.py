@@ -61,9 +61,9 @@ class Card:
         """Write the card to `file`, unless the one at `old` is to stay.
 
         A card of somebody else stays, with a warning if there is news for it; one of ours stays
-        while its facts are true and no report or metrics are given.
+        while its facts are true and nothing is given that it does not know.
         """
-        news = self.report is not None or bool(self.metrics)
+        news = self.report is not None or bool(self.metrics or self.tags or self.base)
         text = old.read_text(encoding="utf-8", errors="replace") if old.exists() else None
         if text is not None and _OUR_FACT not in text:
             if news:
@@ -72,7 +72,8 @@ class Card:
                     stacklevel=5,
                 )
             return
-        if text is None or news or not all(row in text for row in _rows(self._facts())):
+        usage = _usage(self._name, self.config.format != "dense")
+        if text is None or news or not all(part in text for part in [usage, *_rows(self._facts())]):
             ModelCard(self._text()).save(file)
 
     def _text(self) -> str:
@@ -83,7 +84,6 @@ class Card:
             library_name="transformers",
             tags=["hf_sparse", *sparse, *self.tags],
         )
-        name = type(self.model).__name__.removeprefix("Sparse")
         how = [("base model", base or "not recorded")]
         if self.report is None:
             how.append(("method", "not recorded"))
@@ -93,12 +93,16 @@ class Card:
             how += [(f"option {option}", str(value)) for option, value in options]
         sections = [
             f"---\n{data.to_yaml()}\n---",
-            f"# {'Sparse ' if self.config.sparsity else ''}{name}",
+            f"# {'Sparse ' if self.config.sparsity else ''}{self._name}",
             _markdown(("", ""), [*how, *self._facts()]),
             "## Metrics\n\n" + _metrics(self.metrics),
-            "## How to load\n\n" + _usage(name, self.config.format != "dense"),
+            "## How to load\n\n" + _usage(self._name, self.config.format != "dense"),
         ]
         return "\n\n".join(sections) + "\n"
+
+    @property
+    def _name(self) -> str:
+        return type(self.model).__name__.removeprefix("Sparse")
 
     def _facts(self) -> list[tuple[str, str]]:
         measured = self.measured

@@ -37,18 +37,23 @@ def write_configs(
         model.generation_config.save_pretrained(folder)
 
 
+def _dense_class_name(model: PreTrainedModel) -> str:
+    """The name of the transformers class, of a Sparse class too; FSDP renames classes."""
+    return type(model).__name__.removeprefix("FSDP").removeprefix("Sparse")
+
+
 def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The config under the family's own model type."""
     if not isinstance(model.config, SparseConfigMixin):
         model_config = copy.deepcopy(model.config)
         vars(model_config).pop("quantization_config", None)  # of a GGUF file
-        model_config.architectures = [type(model).__name__]
+        model_config.architectures = [_dense_class_name(model)]
         return model_config
     values = model.config.to_dict()
     for key in ("sparsity_config", "base_model", "auto_map", "quantization_config"):
         values.pop(key, None)
     model_config = base_config_class(model.config.base_model_type).from_dict(values)
-    model_config.architectures = [type(model).__name__.removeprefix("Sparse")]
+    model_config.architectures = [_dense_class_name(model)]
     return model_config
 
 
@@ -64,7 +69,6 @@ def _sparse_config(model: PreTrainedModel, config: SparsityConfig) -> PreTrained
             f"checkpoint with; families: {', '.join(FAMILIES)}. Save with format='dense': "
             "SparsityConfig(..., format='dense')."
         )
-    name = type(model).__name__.removeprefix("FSDP").removeprefix("Sparse")
-    model_config.architectures = [f"Sparse{name}"]
+    model_config.architectures = [f"Sparse{_dense_class_name(model)}"]
     model_config.quantization_config = SparseCheckpointConfig(**config.to_dict()).to_dict()
     return model_config

@@ -9,11 +9,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_sparse.checkpoint.reading import checkpoint_files, read_headers, read_parts
+from torch import Tensor
+
+from hf_sparse.checkpoint.reading import StoredTensor, checkpoint_files, read_headers, read_parts
 from hf_sparse.configuration_sparse import SparsityConfig, matches
 from hf_sparse.formats import FormatError, decompress, locate, num_bytes, read_layout
-from hf_sparse.patterns import Unstructured
-from hf_sparse.report import SparsityReport, count_zeros
+from hf_sparse.patterns import Pattern, Unstructured
+from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,20 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
             weight = decompress(parts) if tensor.compressed else parts[""]
         parameters += weight.numel()
         if tensor.compressed or (weight.ndim == 2 and _may_be_target(tensor.name, config)):
-            transposed = tensor.compressed and read_layout(parts)[3]
-            counts.append(count_zeros(tensor.name, weight.T if transposed else weight, pattern))
+            counts.append(_count(tensor, parts, weight, pattern))
             formats[tensor.name] = tensor.format
             sizes[tensor.name] = num_bytes(parts)
     report = SparsityReport(tuple(counts), str(pattern), parameters)
     total = sum(file.stat().st_size for file in files)
     return CheckpointSparsity(config, report, formats, sizes, total)
+
+
+def _count(
+    tensor: StoredTensor, parts: dict[str, Tensor], weight: Tensor, pattern: Pattern
+) -> TensorSparsity:
+    if not tensor.compressed:  # nothing tells how its layer orients it
+        return count_zeros(tensor.name, weight, Unstructured())
+    return count_zeros(tensor.name, weight.T if read_layout(parts)[3] else weight, pattern)
 
 
 def _may_be_target(name: str, config: SparsityConfig | None) -> bool:

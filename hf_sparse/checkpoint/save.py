@@ -24,8 +24,8 @@ from hf_sparse.checkpoint.config_files import write_configs
 from hf_sparse.checkpoint.writing import ShardWriter, is_weight_file
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import compress, format_of, num_nonzeros
-from hf_sparse.patterns import NM
-from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros, measure_sparsity
+from hf_sparse.patterns import NM, Pattern, Unstructured
+from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.structure import (
     PRUNED_WITH,
     TargetLayer,
@@ -140,49 +140,38 @@ def save_model(
             "and pass state_dict=."
         )
     _check_not_quantized(model)
-    if not is_main_process or (dist.is_initialized() and dist.get_rank() != 0):
+    if not is_saving_process(is_main_process):
         return
     unknown = set(kwargs) - {"save_peft_format", "save_original_format"}  # no meaning here
     if unknown:
         raise TypeError(f"save_pretrained has no argument {', '.join(sorted(unknown))}.")
 
-    def save(config: SparsityConfig) -> None:
-        stored = _tensors_to_store(model, state_dict)
-        counts: list[TensorSparsity] = []
-        formats: Counter[str] = Counter()
-        with replacing(folder, lambda name: is_weight_file(name, variant)) as fresh:
-            write_configs(model, config, fresh, base_model)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(fresh)
-            writer = ShardWriter(fresh, convert_file_size_to_int(max_shard_size), variant)
-            for name, parts, count in _stored_parts(model, stored, config):
-                writer.add(name, parts)
-                if count is not None:
-                    counts.append(count)
-                    formats[format_of(parts)] += 1
-            writer.close(num_parameters(model))
-            measured = SparsityReport(tuple(counts), str(config.pattern), num_parameters(model))
-            _warn_if_zeros_were_lost(config, measured)
-            card = Card(model, config, measured, formats, report, metrics, tags, base_model)
-            card.write(fresh / CARD_NAME, folder / CARD_NAME)
-
-    promised = with_head_size(config or _config_of(model), model)
-    try:
-        save(promised)
-    except BrokenPatternError as error:
-        if config is not None:
-            raise
-        warnings.warn(
-            f"{error} Saved as 'unstructured' instead: training without a mask fills zeros.",
-            stacklevel=3,
-        )
-        places = (promised.targets, promised.ignore)
-        measured = measure_sparsity(model, SparsityConfig("unstructured", 0.0, *places))
-        save(SparsityConfig("unstructured", _measured_sparsity(measured), *places))
+    stored = _tensors_to_store(model, state_dict)
+    if config is None:
+        config = _implied_config(model, stored)
+    config = with_head_size(config, model)
+    counts: list[TensorSparsity] = []
+    formats: Counter[str] = Counter()
+    with replacing(folder, lambda name: is_weight_file(name, variant)) as fresh:
+        write_configs(model, config, fresh, base_model)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
+        writer = ShardWriter(fresh, convert_file_size_to_int(max_shard_size), variant)
+        for name, parts, count in _stored_parts(model, stored, config):
+            writer.add(name, parts)
+            if count is not None:
+                counts.append(count)
+                formats[format_of(parts)] += 1
+        writer.close(num_parameters(model))
+        measured = SparsityReport(tuple(counts), str(config.pattern), num_parameters(model))
+        _warn_if_zeros_were_lost(config, measured)
+        card = Card(model, config, measured, formats, report, metrics, tags, base_model)
+        card.write(fresh / CARD_NAME, folder / CARD_NAME)
 
 
-class BrokenPatternError(ValueError):
-    """A weight breaks the pattern that the config promises."""
+def is_saving_process(is_main_process: bool) -> bool:
+    """Whether this process, of several, is the one that saves."""
+    return is_main_process and not (dist.is_initialized() and dist.get_rank() != 0)
 
 
 def _check_not_quantized(model: PreTrainedModel) -> None:
@@ -196,19 +185,35 @@ def _check_not_quantized(model: PreTrainedModel) -> None:
         )
 
 
-def _config_of(model: PreTrainedModel) -> SparsityConfig:
-    """What the model was loaded or pruned with, or else what is measured."""
-    pruned: SparsityConfig | None = vars(model).get(PRUNED_WITH)
-    if pruned is not None:
-        return pruned
+def _implied_config(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> SparsityConfig:
+    """What the model was pruned or loaded with, as far as it still holds; else what is measured."""
     recorded = getattr(model.config, "sparsity_config", None)
-    if recorded is not None:
-        return SparsityConfig.from_dict(recorded)
-    return SparsityConfig("unstructured", _measured_sparsity(measure_sparsity(model)))
-
-
-def _measured_sparsity(report: SparsityReport) -> float:
-    return min(report.sparsity, 0.999999)  # a config promises less than 1
+    promised: SparsityConfig | None = vars(model).get(PRUNED_WITH)
+    if promised is None and recorded is not None:
+        promised = SparsityConfig.from_dict(recorded)
+    if promised is not None and not isinstance(promised.pattern, NM):
+        return promised
+    targets, ignore = (None, None) if promised is None else (promised.targets, promised.ignore)
+    pattern: Pattern = Unstructured() if promised is None else promised.pattern
+    layers = _targets_by_weight(model, SparsityConfig("unstructured", 0.0, targets, ignore))
+    counts = []
+    for name in layers.keys() & stored.keys():
+        tensor = _load_offloaded(model, name, stored[name])
+        counts.append(count_zeros(name, tensor.T if layers[name].transposed else tensor, pattern))
+    found = SparsityReport(tuple(counts), str(pattern), num_parameters(model))
+    if promised is not None and not found.violations:
+        return promised
+    format = "auto"
+    if promised is not None:
+        format = "auto" if promised.format == "nm" else promised.format
+        warnings.warn(
+            f"the model was {promised.pattern}, but {found.violations} groups have more nonzeros now: "
+            "training without a mask fills zeros. It is saved as 'unstructured', with sparsity "
+            f"{found.sparsity:.4f}.",
+            stacklevel=4,
+        )
+    sparsity = min(found.sparsity, 0.999999)  # a config promises less than 1
+    return SparsityConfig("unstructured", sparsity, targets, ignore, format)
 
 
 def _tensors_to_store(
@@ -259,7 +264,7 @@ def _load_offloaded(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor
 
 def _targets_by_weight(model: PreTrainedModel, config: SparsityConfig) -> dict[str, TargetLayer]:
     """The target layers, under every name that their weights have in the state dict."""
-    layers = {id(layer.module.weight): layer for layer in target_layers(model, config)}
+    layers = {id(layer.parameter): layer for layer in target_layers(model, config)}
     return {
         name: layers[id(parameter)]
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -281,7 +286,7 @@ def _compress(
         )
     count = count_zeros(name, weight, pattern)
     if count.violations:
-        raise BrokenPatternError(
+        raise ValueError(
             f"{name}: {count.violations} groups have more than {pattern.n} nonzeros in {pattern.m}, "
             f"but the config promises pattern '{pattern}'. Prune the model to it again, or save with "
             f'config=SparsityConfig("unstructured", sparsity={count.sparsity:.2f}).'

@@ -20,9 +20,9 @@ class SparseConfigMixin:
     """What a Sparse config adds to the config of its family.
 
     Attributes:
-        sparsity_config: the `SparsityConfig` as a dict, of the checkpoint that the model was
-            loaded from or of the last `prune_`; None if neither. It is stored in the
-            checkpoint's `quantization_config`, where transformers looks for its loader.
+        sparsity_config: the `SparsityConfig`, as a dict, of the checkpoint that the model was
+            loaded from; None if it was dense. In files it is the `quantization_config`, where
+            transformers looks for its loader.
         base_model: Hub name of the dense model, `""` if it is not known; None before the first
             save, which takes it from `name_or_path`.
     """

@@ -20,7 +20,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from hf_sparse.checkpoint.reading import restore_state_dict
-from hf_sparse.checkpoint.save import save_model
+from hf_sparse.checkpoint.save import is_saving_process, save_model
 from hf_sparse.hub import push_to_hub as push
 from hf_sparse.models.configuration import CONFIGS
 
@@ -53,8 +53,8 @@ class SparseModelMixin:
         """
         upload = {name: kwargs.pop(name) for name in _UPLOAD_ARGUMENTS & kwargs.keys()}
         save_model(self, Path(save_directory), **kwargs)
-        if push_to_hub:
-            push(self, repo_id or Path(save_directory).name, **upload)
+        if push_to_hub and is_saving_process(kwargs.get("is_main_process", True)):
+            push(self, repo_id or Path(save_directory).name, **upload, **kwargs)
 
     def push_to_hub(self: Any, repo_id: str, **kwargs: Any) -> Any:
         """Upload the compressed model and its card: see `hf_sparse.push_to_hub`."""

@@ -174,11 +174,15 @@ def _check_lengths(batches: list[Batch], model: nn.Module) -> None:
     """Refuse sequences that are longer than the model's learned positions."""
     length = max((b["input_ids"].shape[-1] for b in batches if "input_ids" in b), default=0)
     for name, module in model.named_modules():
-        learned = isinstance(module, nn.Embedding) and name.endswith(("position_embeddings", "wpe"))
-        if learned and length > module.num_embeddings:
+        learned = name.endswith(("position_embeddings", "embed_positions", "wpe"))
+        if not learned or not isinstance(module, nn.Embedding):
+            continue
+        known = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        limit = min(module.num_embeddings, known or module.num_embeddings)
+        if length > limit:
             raise ValueError(
                 f"a batch has sequences of {length} tokens, but {type(model).__name__} has learned "
-                f"{module.num_embeddings} positions. Take a smaller window."
+                f"{limit} positions. Take a smaller window."
             )
 
 

@@ -62,14 +62,18 @@ class TokenMasks:
 
     def of(self, inputs: Tensor) -> Tensor | None:
         """The mask of a layer's inputs `(..., in_features)`, flat over tokens; None if all count."""
-        states = self.encoder_states
-        is_encoder = states is not None and inputs.data_ptr() == states.data_ptr()
-        mask = self.encoder if is_encoder else self.tokens
+        mask = self.encoder if self._are_encoder_states(inputs) else self.tokens
         if mask is None or mask.all():
             return None
         mask = mask.bool().reshape(-1, mask.shape[-1])  # several choices are folded into the batch
         fits = inputs.ndim == 2 and inputs.shape[0] == mask.numel()
         return mask.reshape(-1) if fits or inputs.shape[:-1] == mask.shape else None
+
+    def _are_encoder_states(self, inputs: Tensor) -> bool:
+        states = self.encoder_states
+        if states is None or states.shape != inputs.shape:
+            return False
+        return torch.equal(states.to(inputs.device), inputs)
 
 
 @dataclass
@@ -265,6 +269,9 @@ def token_masks(batch: Batch, call: Call | None = None) -> TokenMasks:
     if call is not None:
         others = [call.kwargs.get("encoder_hidden_states"), *call.args]
         states = next((x for x in others if isinstance(x, Tensor) and _are_states(x)), None)
+    if "encoder_hidden_states" in batch:  # a decoder alone: the masks have other names
+        states = batch["encoder_hidden_states"]
+        return TokenMasks(batch.get("attention_mask"), batch.get("encoder_attention_mask"), states)
     encoder = batch.get("attention_mask")
     if states is None and (call is not None or "decoder_input_ids" not in batch):
         return TokenMasks(encoder)

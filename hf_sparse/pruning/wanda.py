@@ -72,6 +72,11 @@ def prune(
     """
     device = None if accelerator is None else accelerator.device
     if accelerator is not None and accelerator.num_processes > 1:
+        if len(batches) < accelerator.num_processes:
+            raise ValueError(
+                f"{len(batches)} batches cannot be shared by {accelerator.num_processes} processes; "
+                "give at least one for each."
+            )
         batches = batches[accelerator.process_index :: accelerator.num_processes]
     norms = InputNorms(accelerator)
     inside = {
