@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -219,15 +221,28 @@ def test_a_full_disk_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPat
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder_is_an_error(folder: Path) -> None:
     model = load(folder)
-    folder.parent.chmod(0o500)
-    try:
-        with pytest.raises(PermissionError):
-            model.save_pretrained(folder)
-    finally:
-        folder.parent.chmod(0o700)
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(shutil.copytree(folder, Path(temporary) / "model"))
+        before = snapshot(copy)
+        for place in (copy, copy.parent):
+            place.chmod(0o555)
+        child = os.fork()
+        if child == 0:  # root may write anywhere, so the child becomes somebody else
+            try:
+                if os.geteuid() == 0:
+                    os.setuid(65534)
+                model.save_pretrained(copy)
+            except PermissionError as error:
+                os._exit(0 if str(copy) in str(error) else 2)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        copy.parent.chmod(0o700)
+        assert snapshot(copy) == before
+        assert [path.name for path in copy.parent.iterdir()] == ["model"]
+        copy.chmod(0o700)
 
 
 def test_a_file_in_the_way_is_an_error(folder: Path) -> None:
