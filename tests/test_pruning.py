@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,7 +217,7 @@ def test_experts_that_are_not_pruned_are_named() -> None:
     assert f"{experts:,} weights in the blocks are no matrices" in report.notes[0]
 
 
-def test_adapters_are_left_alone() -> None:
+def test_adapters_are_left_alone(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = tiny_model("llama")
     model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]))
@@ -225,13 +226,13 @@ def test_adapters_are_left_alone() -> None:
     assert not any("lora" in name for name in names)
     assert "model.layers.0.self_attn.q_proj.base_layer.weight" in names
     with pytest.raises(ValueError, match="has adapters"):
-        hf_sparse.save_pretrained(model, "nowhere", SparsityConfig("2:4"))
+        hf_sparse.save_pretrained(model, tmp_path, SparsityConfig("2:4"))
 
 
-def test_weights_that_are_computed_are_refused() -> None:
+def test_weights_that_are_computed_are_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
     torch.nn.utils.prune.l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.5)
-    for call in (measure_sparsity, lambda model: hf_sparse.save_pretrained(model, "nowhere")):
+    for call in (measure_sparsity, lambda model: hf_sparse.save_pretrained(model, tmp_path)):
         with pytest.raises(ValueError, match=r"up_proj.weight is no parameter.*prune.remove"):
             call(model)
 
