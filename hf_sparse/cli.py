@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
 import hf_sparse
+from hf_sparse.documents import read_documents, read_rows
 from hf_sparse.formats import FORMATS
 from hf_sparse.patterns import NOTATIONS
 from hf_sparse.pruning.oneshot import METHODS
@@ -183,17 +184,6 @@ def load(source: str, options: argparse.Namespace) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def read_documents(files: Sequence[str]) -> list[str]:
-    """Texts from files: each line's "text" of a .jsonl file, or a whole file of another kind."""
-    documents = []
-    for file in map(Path, files):
-        if file.suffix == ".jsonl":
-            documents += [row["text"] for row in _read_rows(file, ["text"])]
-        else:
-            documents.append(_read_text(file))
-    return documents
-
-
 def _measure(options: argparse.Namespace, model: Any, tokenizer: Any) -> float:
     if not options.labels:
         return hf_sparse.perplexity(
@@ -205,45 +195,13 @@ def _measure(options: argparse.Namespace, model: Any, tokenizer: Any) -> float:
             batch_size=options.batch_size,
         )
     fields = options.fields.split(",")
-    rows = [row for file in options.labels for row in _read_rows(Path(file), [*fields, "label"])]
+    rows = [row for file in options.labels for row in read_rows(Path(file), [*fields, "label"])]
     texts: Any = [
         row[fields[0]] if len(fields) == 1 else tuple(row[f] for f in fields) for row in rows
     ]
     return hf_sparse.accuracy(
         model, tokenizer, texts, [row["label"] for row in rows], batch_size=options.batch_size
     )
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no UTF-8 text: {error}") from error
-
-
-def _read_rows(file: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line; every text field must be a string."""
-    rows = []
-    for number, line in enumerate(_read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {number} is no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{file}, line {number} is no JSON object, but {line[:40]!r}.")
-        for field in fields:
-            if field not in row:
-                raise ValueError(
-                    f"{file}, line {number} has no field {field!r}; it has {', '.join(row)}."
-                )
-            if field != "label" and not isinstance(row[field], str):
-                raise ValueError(
-                    f"{file}, line {number}: {field} is {row[field]!r}; wanted a text."
-                )
-        rows.append(row)
-    return rows
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -24,7 +24,7 @@ LAYERS = [
     ["checkpoint"],
     ["hub"],
     ["models"],
-    ["evaluation"],
+    ["evaluation", "documents"],
     ["registration"],
     ["cli"],
 ]
