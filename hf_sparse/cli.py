@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         # What went wrong on the network has no common class: the client's library decides it.
         network = type(error).__module__.startswith(("httpx", "httpcore"))
-        if not network and not isinstance(
-            error, ValueError | OSError | ImportError | HfHubHTTPError
-        ):
+        if not network and not isinstance(error, _EXPECTED):
             raise
         print(f"hf-sparse: error: {error}", file=sys.stderr)
         return 1
@@ -92,10 +90,11 @@ def prune(options: argparse.Namespace) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     """Measure a model, and the dense one beside it."""
+    measure = _measurement(options)
     figures = {}
     for name, source in (("sparse", options.model), ("dense", options.dense)):
         if source is not None:
-            figures[name] = _measure(options, *load(source, options))
+            figures[name] = measure(*load(source, options))
     metric = "accuracy" if options.labels else "perplexity"
     if options.json:
         finite = {name: f if math.isfinite(f) else None for name, f in figures.items()}
@@ -184,12 +183,14 @@ def load(source: str, options: argparse.Namespace) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _measure(options: argparse.Namespace, model: Any, tokenizer: Any) -> float:
+def _measurement(options: argparse.Namespace) -> Callable[[Any, Any], float]:
+    """What is measured of a model and its tokenizer; the texts are read once, before any model."""
     if not options.labels:
-        return hf_sparse.perplexity(
+        documents = read_documents(options.text)
+        return lambda model, tokenizer: hf_sparse.perplexity(
             model,
             tokenizer,
-            read_documents(options.text),
+            documents,
             options.window,
             max_windows=options.max_windows,
             batch_size=options.batch_size,
@@ -199,8 +200,9 @@ def _measure(options: argparse.Namespace, model: Any, tokenizer: Any) -> float:
     texts: Any = [
         row[fields[0]] if len(fields) == 1 else tuple(row[f] for f in fields) for row in rows
     ]
-    return hf_sparse.accuracy(
-        model, tokenizer, texts, [row["label"] for row in rows], batch_size=options.batch_size
+    labels = [row["label"] for row in rows]
+    return lambda model, tokenizer: hf_sparse.accuracy(
+        model, tokenizer, texts, labels, batch_size=options.batch_size
     )
 
 

@@ -81,6 +81,10 @@ class SparsityReport:
         """Zeros in the targets as a fraction of all weights of the model."""
         return self.zeros / self.parameters if self.parameters else 0.0
 
+    def has_lost_zeros(self, promised: float) -> bool:
+        """Whether the sparsity is below a promised one by more than a few zeros."""
+        return self.sparsity < promised - 0.005
+
     def to_json(self) -> str:
         """All counts and totals as JSON text."""
         totals = {

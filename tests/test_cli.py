@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 import hf_sparse
 from hf_sparse.cli import main
-from tests.tiny_models import VOCABULARY, prose, tiny_model, tiny_tokenizer
+from tests.tiny_models import prose, tiny_classifier, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -94,16 +93,7 @@ def test_prune_with_magnitude_targets_and_format(
 
 
 def test_eval_of_a_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=32,
-        num_attention_heads=4,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        vocab_size=VOCABULARY,
-        pad_token_id=1,
-    )
-    model = BertForSequenceClassification(config)
+    model = tiny_classifier()
     hf_sparse.save_pretrained(model, tmp_path / "model", tokenizer=tiny_tokenizer())
     rows = [{"premise": word, "hypothesis": "b", "label": i % 2} for i, word in enumerate("abcdef")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -142,6 +132,12 @@ def test_wrong_use_is_told_and_nothing_is_written(
 def test_the_source_is_not_overwritten(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert prune(dense, dense, "--pattern", "2:4") == 1
     assert "the dense model would be lost" in capsys.readouterr().err
+
+
+def test_a_damaged_dense_model_is_told(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (dense / "model.safetensors").write_bytes(b"short")
+    assert run("eval", dense, "--text", dense.parent / "text.txt") == 1
+    assert "hf-sparse: error:" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_tokenizer_is_not_measured(

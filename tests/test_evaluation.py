@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+from transformers import BertForMaskedLM
 
 import hf_sparse
 from hf_sparse import accuracy, calibration_batches, perplexity
 from hf_sparse.pruning.calibration import token_windows
-from tests.tiny_models import VOCABULARY, prose, tiny_model, tiny_tokenizer
+from tests.tiny_models import VOCABULARY, prose, tiny_classifier, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -94,24 +94,9 @@ def test_too_little_calibration_text_is_an_error() -> None:
         calibration_batches(tiny_tokenizer(), [prose()[:300]], window=16)
 
 
-def classifier() -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=32,
-        num_attention_heads=4,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        vocab_size=VOCABULARY,
-        num_labels=3,
-        initializer_range=0.5,
-        pad_token_id=1,
-    )
-    return BertForSequenceClassification(config).eval()
-
-
 @pytest.mark.parametrize("pairs", [False, True])
 def test_accuracy_counts_each_text_once_whatever_the_padding(pairs: bool) -> None:
-    model, tokenizer = classifier(), tiny_tokenizer()
+    model, tokenizer = tiny_classifier(), tiny_tokenizer()
     words = prose().split()[:300]
     texts = [" ".join(words[i * 7 : i * 7 + 1 + i % 9]) for i in range(20)]
     inputs = list(zip(texts, reversed(texts), strict=True)) if pairs else texts
@@ -127,7 +112,7 @@ def test_accuracy_counts_each_text_once_whatever_the_padding(pairs: bool) -> Non
 
 
 def test_labels_may_be_names_and_must_be_classes() -> None:
-    model, texts = classifier(), ["a", "b"]
+    model, texts = tiny_classifier(), ["a", "b"]
     figures = [
         accuracy(model, tiny_tokenizer(), texts, labels)
         for labels in ([0, 2], ["LABEL_0", "LABEL_2"])
@@ -140,7 +125,7 @@ def test_labels_may_be_names_and_must_be_classes() -> None:
 
 def test_accuracy_refuses_texts_and_labels_of_different_number() -> None:
     with pytest.raises(ValueError, match="found 1 texts and 2 labels"):
-        accuracy(classifier(), tiny_tokenizer(), ["a"], [0, 1])
+        accuracy(tiny_classifier(), tiny_tokenizer(), ["a"], [0, 1])
 
 
 def test_pruning_changes_perplexity_a_little_and_everything_pruned_a_lot() -> None:

@@ -13,6 +13,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
+    BertForSequenceClassification,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -96,6 +97,13 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
             if parameter.ndim == 1:
                 parameter += 0.02 * torch.randn_like(parameter)
     return model.eval()
+
+
+def tiny_classifier() -> BertForSequenceClassification:
+    """A random classifier of three classes that tells texts apart, in eval mode."""
+    torch.manual_seed(0)
+    changes = {"num_labels": 3, "initializer_range": 0.5, "num_hidden_layers": 2}
+    return BertForSequenceClassification(BertConfig(**{**_DECODER, **changes})).eval()
 
 
 def tiny_batches(family: str, count: int = 3, length: int = 12, padded: bool = False) -> list[Any]:

@@ -44,15 +44,14 @@ def _dense_class_name(model: PreTrainedModel) -> str:
 
 def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The config under the family's own model type."""
-    if not isinstance(model.config, SparseConfigMixin):
+    if isinstance(model.config, SparseConfigMixin):
+        values = model.config.to_dict()
+        for key in ("sparsity_config", "base_model", "auto_map", "quantization_config"):
+            values.pop(key, None)
+        model_config = base_config_class(model.config.base_model_type).from_dict(values)
+    else:
         model_config = copy.deepcopy(model.config)
         vars(model_config).pop("quantization_config", None)  # of a GGUF file
-        model_config.architectures = [_dense_class_name(model)]
-        return model_config
-    values = model.config.to_dict()
-    for key in ("sparsity_config", "base_model", "auto_map", "quantization_config"):
-        values.pop(key, None)
-    model_config = base_config_class(model.config.base_model_type).from_dict(values)
     model_config.architectures = [_dense_class_name(model)]
     return model_config
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from hf_sparse.checkpoint.quantizer import QUANT_METHOD, SparseCheckpointConfig
 from hf_sparse.checkpoint.reading import StoredTensor, checkpoint_files, read_headers, read_parts
 from hf_sparse.configuration_sparse import SparsityConfig, matches
 from hf_sparse.formats import FormatError, decompress, locate, num_bytes, read_layout
@@ -45,7 +46,7 @@ class CheckpointSparsity:
             return "\n".join([*lines, "a dense checkpoint: config.json promises nothing"])
         promised, found = self.config.sparsity, self.report.sparsity
         lines.append(f"config.json promises {self.config.pattern}, sparsity {promised:.4f}")
-        if found < promised - 0.005:
+        if self.report.has_lost_zeros(promised):
             lines.append(f"the zeros are lost: promised {promised:.4f}, found {found:.4f}")
         return "\n".join(lines)
 
@@ -118,9 +119,7 @@ def read_sparsity_config(folder: Path) -> SparsityConfig | None:
         raise FormatError(f"{path} is no JSON object: {error}") from error
     if not isinstance(entry, dict):
         raise FormatError(f"{path}: quantization_config is {entry!r}, wanted an object")
-    if entry.get("quant_method") != "hf_sparse":
+    if entry.get("quant_method") != QUANT_METHOD:
         return None
     with locate(str(path)):
-        return SparsityConfig.from_dict(
-            {key: value for key, value in entry.items() if key != "quant_method"}
-        )
+        return SparseCheckpointConfig(**entry).sparsity

@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_sparse.checkpoint.reading import StoredTensor, read_headers
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.formats import FormatError, decompress, join, locate, read_layout
+from hf_sparse.formats import COMPANIONS, FormatError, decompress, join, locate, read_layout
 from hf_sparse.patterns import NM
 from hf_sparse.structure import is_conv1d
 
@@ -33,10 +33,7 @@ if TYPE_CHECKING:
 QUANT_METHOD = "hf_sparse"
 
 # The names that the parts of a weight have in a checkpoint, as transformers' patterns.
-_PART_PATTERNS = {
-    re.escape(join("weight", part)) + "$": part
-    for part in ("", "layout", "bitmask", "gap4", "gap8", "nm", "block")
-}
+_PART_PATTERNS = {re.escape(join("weight", part)) + "$": part for part in ("", *COMPANIONS)}
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -145,7 +142,6 @@ class SparseHfQuantizer(HfQuantizer):
         if self._errors:
             more = f" ({len(self._errors) - 1} more like it)" if len(self._errors) > 1 else ""
             raise FormatError(f"{self._errors[0]}{more}")
-        model.config.quantization_config = self.quantization_config
         self.remove_quantization_config(model)
         conversions: list[Any] = model._weight_conversions  # type: ignore[assignment]
         model._weight_conversions = [  # type: ignore[assignment]

@@ -34,9 +34,6 @@ from hf_sparse.structure import (
     with_head_size,
 )
 
-# A fine-tuned model may lose a few zeros to training; more than this is worth a warning.
-_LOST_SPARSITY = 0.005
-
 
 def save_pretrained(
     model: PreTrainedModel,
@@ -295,7 +292,7 @@ def _compress(
 
 
 def _warn_if_zeros_were_lost(config: SparsityConfig, measured: SparsityReport) -> None:
-    if measured.sparsity < config.sparsity - _LOST_SPARSITY:
+    if measured.has_lost_zeros(config.sparsity):
         warnings.warn(
             f"the model is saved with sparsity {measured.sparsity:.4f}, but its config promises "
             f"{config.sparsity:.4f}: training without a mask fills zeros. Prune it again to "

@@ -20,6 +20,7 @@ from hf_sparse.formats.error import FormatError, locate
 from hf_sparse.patterns import NM, GroupPattern, Pattern, Unstructured
 
 __all__ = [
+    "COMPANIONS",
     "FORMATS",
     "FormatError",
     "compress",
@@ -41,7 +42,8 @@ FORMATS = {
     "block": "one bit per block of a block, row, column or head pattern",
 }
 LAYOUT = "layout"
-_COMPANIONS = ("bitmask", "gap4", "gap8", "nm", "block", LAYOUT)
+# The names of the parts that a weight may have beside its values.
+COMPANIONS = ("bitmask", "gap4", "gap8", "nm", "block", LAYOUT)
 _NUM_PARAMETERS = {"bitmask": 0, "gap4": 0, "gap8": 0, "nm": 2, "block": 2}
 # The float types whose zeros are the bit patterns 0 and "sign bit alone". Of others (fp8 "fnuz",
 # e8m0, packed fp4) those bits mean NaN or a power of two, and would be lost as zeros.
@@ -196,7 +198,7 @@ def join(name: str, part: str) -> str:
 def split_name(key: str) -> tuple[str, str]:
     """The tensor and the part that a name in a checkpoint stands for: undoes `join`."""
     name, _, part = key.rpartition(".")
-    return (name, part) if name and part in _COMPANIONS else (key, "")
+    return (name, part) if name and part in COMPANIONS else (key, "")
 
 
 def group_parts(keys: Iterable[str]) -> dict[str, list[str]]:

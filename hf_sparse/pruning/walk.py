@@ -86,7 +86,7 @@ class Sample:
 
 
 Run = Callable[[], None]
-PruneBlock = Callable[[nn.Module, str, Run], None]
+PruneBlock = Callable[[nn.Module, Run], None]
 
 
 def walk(
@@ -103,7 +103,7 @@ def walk(
         model: a transformers model in eval mode.
         stacks: its blocks, from `find_stacks`.
         batches: model inputs.
-        prune_block: called with a block, its name, and a function that runs the calibration data
+        prune_block: called with a block and a function that runs the calibration data
             through it; hooks on the block's layers see the inputs, and weights may be changed
             afterwards.
         on_batch: called before each batch of such a run with the batch's token masks.
@@ -123,7 +123,7 @@ def walk(
             position += repeats
             run = partial(_run, block, samples, calls, on_batch, device)
             with _placed(block, device):
-                prune_block(block, f"{stack.name}.{block_index}", partial(run, advance=False))
+                prune_block(block, partial(run, advance=False))
                 if position < len(order):
                     run(advance=True)
 

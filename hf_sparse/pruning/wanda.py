@@ -90,7 +90,7 @@ def prune(
         )
     notes: list[str] = []
 
-    def prune_block(block: nn.Module, name: str, run: Run) -> None:
+    def prune_block(block: nn.Module, run: Run) -> None:
         modules = {id(module) for module in block.modules()}
         notes.extend(
             _prune_on(
