@@ -19,10 +19,19 @@ if TYPE_CHECKING:
     from hf_sparse.checkpoint.legacy import convert_legacy as convert_legacy
     from hf_sparse.checkpoint.save import save_pretrained as save_pretrained
     from hf_sparse.configuration_sparse import SparsityConfig as SparsityConfig
+    from hf_sparse.distillation import Distillation as Distillation
     from hf_sparse.evaluation import accuracy as accuracy
     from hf_sparse.evaluation import perplexity as perplexity
     from hf_sparse.formats import FormatError as FormatError
     from hf_sparse.hub import push_to_hub as push_to_hub
+    from hf_sparse.optim.groups import sparse_param_groups as sparse_param_groups
+    from hf_sparse.optim.schedules import Schedule as Schedule
+    from hf_sparse.optim.shrinkage import add_shrinkage as add_shrinkage
+    from hf_sparse.optim.sparse_optimizers import SparseAdamW as SparseAdamW
+    from hf_sparse.optim.sparse_optimizers import SparseSGD as SparseSGD
+    from hf_sparse.optim.sparsifier import Sparsifier as Sparsifier
+    from hf_sparse.optim.trainer import SparsityCallback as SparsityCallback
+    from hf_sparse.optim.trainer import trainer_optimizer as trainer_optimizer
     from hf_sparse.patterns import Pattern as Pattern
     from hf_sparse.pruning.calibration import calibration_batches as calibration_batches
     from hf_sparse.pruning.oneshot import prune_ as prune_
@@ -30,12 +39,19 @@ if TYPE_CHECKING:
     from hf_sparse.report import measure_sparsity as measure_sparsity
 
 _PUBLIC = {
+    "Distillation": "hf_sparse.distillation",
     "FormatError": "hf_sparse.formats",
     "Metric": "hf_sparse.checkpoint.card",
     "Pattern": "hf_sparse.patterns",
+    "Schedule": "hf_sparse.optim.schedules",
+    "SparseAdamW": "hf_sparse.optim.sparse_optimizers",
+    "SparseSGD": "hf_sparse.optim.sparse_optimizers",
+    "Sparsifier": "hf_sparse.optim.sparsifier",
+    "SparsityCallback": "hf_sparse.optim.trainer",
     "SparsityConfig": "hf_sparse.configuration_sparse",
     "SparsityReport": "hf_sparse.report",
     "accuracy": "hf_sparse.evaluation",
+    "add_shrinkage": "hf_sparse.optim.shrinkage",
     "calibration_batches": "hf_sparse.pruning.calibration",
     "convert_legacy": "hf_sparse.checkpoint.legacy",
     "inspect_checkpoint": "hf_sparse.checkpoint.inspect",
@@ -44,6 +60,8 @@ _PUBLIC = {
     "prune_": "hf_sparse.pruning.oneshot",
     "push_to_hub": "hf_sparse.hub",
     "save_pretrained": "hf_sparse.checkpoint.save",
+    "sparse_param_groups": "hf_sparse.optim.groups",
+    "trainer_optimizer": "hf_sparse.optim.trainer",
 }
 
 __all__ = ["__version__", *_PUBLIC]

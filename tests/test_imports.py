@@ -16,11 +16,12 @@ PACKAGE = Path(hf_sparse.__file__).parent
 # A module imports only from layers above its own, and from its own package.
 LAYERS = [
     ["patterns", "models.families"],
+    ["selection"],
     ["formats"],
     ["configuration_sparse"],
     ["structure"],
     ["report"],
-    ["pruning", "models.configuration"],
+    ["pruning", "optim", "distillation", "models.configuration"],
     ["checkpoint"],
     ["hub"],
     ["models"],

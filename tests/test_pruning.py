@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, Mixt
 
 import hf_sparse
 from hf_sparse import Pattern, SparsityConfig, measure_sparsity, prune_
-from hf_sparse.pruning.magnitude import kth_smallest
 from hf_sparse.pruning.oneshot import METHODS
 from hf_sparse.pruning.wanda import wanda_mask
+from hf_sparse.selection import kth_smallest
 from hf_sparse.structure import find_stacks, target_layers
 from tests.tiny_models import CONFIGS, UNKNOWN, tiny_batches, tiny_model
 

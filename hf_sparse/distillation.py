@@ -1,0 +1,185 @@
+"""Distillation: a model in training learns from the outputs of its dense original.
+
+Source: Hinton et al., "Distilling the Knowledge in a Neural Network", https://arxiv.org/abs/1503.02531.
+
+    loss <- (1 - logits) * loss + logits * T^2 KL(teacher / T || student / T) + hidden * mean_l MSE_l
+
+For models with one output (regression) the divergence is the mean squared error of the logits.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# The outputs that transformers' heads call logits: question answering has two.
+_LOGITS = ("logits", "start_logits", "end_logits")
+
+
+class Distillation:
+    """Adds the teacher's loss to the loss of a model's forward, in training mode.
+
+    It is a pair of forward hooks, so that Trainer, Accelerate and a plain loop see nothing but
+    another loss.
+
+    >>> distillation = Distillation(teacher).attach(model)   # doctest: +SKIP
+    >>> trainer.train()                                      # doctest: +SKIP
+    >>> distillation.remove()                                # doctest: +SKIP
+
+    Args:
+        teacher: a model that takes the same inputs, usually the dense original; it is put into
+            eval mode and its weights are frozen.
+        logits: weight of the logits' divergence, in `[0, 1]`; the task's own loss gets the rest.
+        hidden: weight of the hidden states' squared error, embeddings and every block; needs the
+            same number and size of blocks.
+        temperature: of the softmax, `> 0`.
+
+    Memory: the teacher, and its activations of one batch (without gradients).
+
+    Raises:
+        ValueError: weights outside what is allowed, or both 0.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        logits: float = 0.5,
+        hidden: float = 0.0,
+        temperature: float = 2.0,
+    ) -> None:
+        if not 0 <= logits <= 1 or not 0 <= hidden < float("inf") or logits + hidden == 0:
+            raise ValueError(
+                f"logits={logits} and hidden={hidden}; wanted 0 <= logits <= 1 and hidden >= 0, "
+                "not both 0."
+            )
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature is {temperature}; wanted a number > 0.")
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.logits = logits
+        self.hidden = hidden
+        self.temperature = temperature
+        self._handles: list[Any] = []
+
+    def attach(self, model: nn.Module) -> Distillation:
+        """Let `model` learn from the teacher until `remove` is called.
+
+        Raises:
+            ValueError: the model is the teacher, or this is attached already.
+        """
+        if model is self.teacher:
+            raise ValueError(
+                "the model is its own teacher; wanted another one: copy.deepcopy(model)."
+            )
+        if self._handles:
+            raise ValueError("this Distillation is attached already; make one for each model.")
+        self._handles = [
+            model.register_forward_pre_hook(self._ask_for_states, with_kwargs=True),
+            model.register_forward_hook(self._add_loss, with_kwargs=True),
+        ]
+        return self
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _ask_for_states(
+        self, model: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        if model.training and self.hidden:
+            return args, {**kwargs, "output_hidden_states": True}
+        return None
+
+    def _add_loss(self, model: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
+        if not model.training:
+            return None
+        inputs = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        inputs = {**inputs, **inputs.pop("kwargs", {})}
+        if getattr(outputs, "loss", None) is None:
+            raise ValueError(
+                "the model returned no loss to add the teacher's to. Give it labels, and leave "
+                "return_dict at True."
+            )
+        device = outputs.loss.device
+        if next(self.teacher.parameters()).device != device:
+            self.teacher.to(device)
+        counted = inputs.pop("num_items_in_batch", None)
+        labels = inputs.pop("labels", None)
+        for name in ("start_positions", "end_positions"):
+            inputs.pop(name, None)
+        with torch.no_grad():
+            taught = self.teacher(**inputs)
+        added = outputs.loss.new_zeros(())
+        if self.logits:
+            added = self.logits * self._divergence(outputs, taught, inputs, labels)
+        if self.hidden:
+            added = added + self.hidden * _states_error(outputs, taught, inputs)
+        if counted is not None and isinstance(labels, Tensor):
+            # transformers divides summed losses by the labels of all accumulated batches: so do we.
+            added = added * int((labels[..., 1:] != -100).sum()) / counted
+        outputs["loss"] = (1 - self.logits) * outputs.loss + added
+        return outputs
+
+    def _divergence(
+        self, outputs: Mapping[str, Any], taught: Mapping[str, Any], inputs: Any, labels: Any
+    ) -> Tensor:
+        names = [name for name in _LOGITS if outputs.get(name) is not None]
+        if not names:
+            raise ValueError(f"the outputs have no logits: {', '.join(outputs)}.")
+        terms = []
+        for name in names:
+            student, teacher = outputs[name].float(), taught[name].float()
+            if student.shape != teacher.shape:
+                raise ValueError(
+                    f"{name} are {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}. Wanted "
+                    "a teacher with the same head."
+                )
+            if student.shape[-1] == 1:
+                terms.append(functional.mse_loss(student, teacher))
+                continue
+            if student.ndim == 3:  # tokens: only those that have a label
+                chosen = _labelled(student, inputs, labels)
+                student, teacher = student[chosen], teacher[chosen]
+            divergence = functional.kl_div(
+                functional.log_softmax(student / self.temperature, dim=-1),
+                functional.log_softmax(teacher / self.temperature, dim=-1),
+                reduction="batchmean",
+                log_target=True,
+            )
+            terms.append(divergence * self.temperature**2)
+        return torch.stack(terms).mean()
+
+
+def _labelled(logits: Tensor, inputs: Mapping[str, Any], labels: Any) -> Tensor:
+    """Mark the tokens whose logits count: boolean `(batch, tokens)`."""
+    if isinstance(labels, Tensor) and labels.shape == logits.shape[:2]:
+        chosen = labels != -100
+        return chosen if bool(chosen.any()) else torch.ones_like(chosen)
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == logits.shape[:2]:
+        return mask.bool()
+    return torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+
+
+def _states_error(outputs: Any, taught: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """Mean squared error of the hidden states over the tokens that are no padding."""
+    student, teacher = outputs.hidden_states, taught.hidden_states
+    if len(student) != len(teacher) or student[0].shape != teacher[0].shape:
+        raise ValueError(
+            f"the model has {len(student)} hidden states of {tuple(student[0].shape)}, the teacher "
+            f"{len(teacher)} of {tuple(teacher[0].shape)}. Wanted the same: use hidden=0."
+        )
+    mask = inputs.get("attention_mask")
+    flat = [state.flatten(0, -2) for state in (*student, *teacher)]
+    if isinstance(mask, Tensor) and mask.numel() == flat[0].shape[0]:
+        kept = mask.reshape(-1).bool()
+        flat = [state[kept] for state in flat]
+    pairs = zip(flat[: len(student)], flat[len(student) :], strict=True)
+    return torch.stack([functional.mse_loss(a.float(), b.float()) for a, b in pairs]).mean()

@@ -1,0 +1,66 @@
+"""Param groups: which weights of a model are shrunk, and which decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.patterns import Unstructured
+from hf_sparse.structure import TargetLayer, target_layers, with_head_size
+
+
+def sparse_param_groups(
+    model: nn.Module, config: SparsityConfig, *, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Sort a model's trainable parameters into groups for a sparse optimizer.
+
+    Args:
+        model: any model; shared weights (ALBERT's layers) are listed once.
+        config: pattern and targets. The default targets leave embeddings, norms, biases, poolers and
+            task heads alone.
+        weight_decay: of matrices; biases and norms do not decay.
+
+    Returns:
+        Groups of `(name, parameter)`: the targets, with `pattern` set (those stored transposed,
+        GPT-2's Conv1D, apart), then the rest with `pattern=None`. Empty groups are left out.
+
+    Raises:
+        ValueError: targets that match nothing, that are frozen, or that the pattern cannot divide.
+    """
+    config = with_head_size(config, model)
+    layers = target_layers(model, config)
+    pattern = str(config.pattern)
+    if frozen := [layer.weight_name for layer in layers if not layer.parameter.requires_grad]:
+        raise ValueError(
+            f"{len(frozen)} of {len(layers)} targets are frozen ({frozen[0]}, ...): they would stay "
+            "dense. Call requires_grad_(True) on them, or leave them out with `ignore`."
+        )
+    for layer in layers:
+        try:
+            config.pattern.check_shape(*layer.weight.shape)
+        except ValueError as error:
+            raise ValueError(f"{layer.weight_name}: {error}") from error
+    anyhow = isinstance(config.pattern, Unstructured)  # any order of the weights does
+    targets: dict[int, TargetLayer] = {id(layer.parameter): layer for layer in layers}
+    plain: list[Any] = []
+    transposed: list[Any] = []
+    matrices: list[Any] = []
+    vectors: list[Any] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        target = targets.get(id(parameter))
+        if target is not None:
+            (transposed if target.transposed and not anyhow else plain).append((name, parameter))
+        else:
+            (matrices if parameter.ndim > 1 else vectors).append((name, parameter))
+    sparse = {"pattern": pattern, "weight_decay": weight_decay}
+    groups: list[dict[str, Any]] = [
+        {"params": plain, **sparse, "transposed": False},
+        {"params": transposed, **sparse, "transposed": True},
+        {"params": matrices, "pattern": None, "weight_decay": weight_decay},
+        {"params": vectors, "pattern": None, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

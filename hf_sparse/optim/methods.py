@@ -1,0 +1,282 @@
+"""Ways to reach a wanted sparsity while training: the proximal one and the field's baselines.
+
+| method      | source                                                                          |
+|-------------|---------------------------------------------------------------------------------|
+| `proximal`  | SparseOptimizer, https://arxiv.org/abs/2306.15656                               |
+| `magnitude` | gradual magnitude pruning, Zhu and Gupta, https://arxiv.org/abs/1710.01878      |
+| `movement`  | soft movement pruning, Sanh et al., https://arxiv.org/abs/2005.07683            |
+
+A method is told, from time to time, which share of the units should be zero by now.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from hf_sparse.optim.penalties import PENALTIES
+from hf_sparse.optim.projection import magnitude, pattern_of, project_, saliency
+from hf_sparse.optim.sharding import processes_of
+from hf_sparse.optim.shrinkage import (
+    Group,
+    SparseParameter,
+    sparse_groups,
+    sparse_parameters,
+    unit_strength,
+    was_skipped,
+)
+from hf_sparse.patterns import NM, GroupPattern, Pattern
+
+# Distances that are enough to place a quantile: its standard error is below 0.05 % of the units.
+_SAMPLE = 1 << 20
+# The most that the strength of a gradual penalty changes at a time: too strong, and a share of the
+# units becomes zero at once; too weak, and all zeros grow again.
+_STEEPEST = 1.3
+
+
+class TrainingMethod(Protocol):
+    """What a `Sparsifier` drives."""
+
+    def __init__(self, optimizer: Optimizer, **options: Any) -> None: ...
+
+    def approach(self, share: float, steps: int) -> None:
+        """See to it that in `steps` steps about `share` of the units are zero."""
+
+    def release(self) -> None:
+        """Get ready to finish after the next step."""
+
+    def finish(self, share: float) -> None:
+        """Make exactly `share` of the units zero."""
+
+
+class Proximal:
+    """The prox inside the optimizer's step, with `lam` set so that the sparsity follows.
+
+    A gradual penalty (l1, group lasso, N:M) moves each unit by a known amount per step, so the
+    strength that makes a share `s` of them zero within `n` steps can be read off the weights:
+    `lam` is the `s`-quantile of the distances to zero, divided by `n`. What the gradient undoes
+    shows in the next distances; and where the zeros lag behind, the aim is as much higher. For l0
+    the quantile itself is the threshold.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def approach(self, share: float, steps: int) -> None:
+        groups = sparse_groups(self._optimizer)
+        if any(unit_strength(group) == 0 for group in groups):
+            return  # warm-up begins with a rate of 0: nothing moves
+        if any(group["scale"] == "adaptive" for group in groups) and not self._has_moments():
+            return
+        gradual = PENALTIES[groups[0]["penalty"]].gradual
+        distances = self._distances()
+        due = groups[0].get("sparsity_due", 0.0)
+        lag = max(due - self._mean((distances == 0).float().mean()), 0.0) if gradual else 0.0
+        rank = round(min(share + lag, (1 + share) / 2) * distances.numel())
+        lam = self._mean(distances.kthvalue(rank).values) if rank else 0.0
+        if not math.isfinite(lam):
+            raise ValueError(
+                "the weights in training are NaN or infinite: lower the learning rate."
+            )
+        groups[0]["sparsity_due"] = share
+        if gradual:
+            lam, old = lam / steps, groups[0]["lam"]
+            lam = min(max(lam, old / _STEEPEST), old * _STEEPEST) if old else lam
+        for group in groups:
+            group["lam"] = lam
+
+    def release(self) -> None:
+        # One step without shrinkage moves every zero a little: a surplus of them can be undone.
+        for group in sparse_groups(self._optimizer):
+            group["lam"] = 0.0
+
+    def finish(self, share: float) -> None:
+        project_(self._optimizer, share, saliency)
+
+    def _has_moments(self) -> bool:
+        return all("step" in sparse.state for sparse in sparse_parameters(self._optimizer))
+
+    @torch.no_grad()
+    def _distances(self) -> Tensor:
+        """The distances to zero of the units, or of every n-th of them if they are many."""
+        parameters = list(sparse_parameters(self._optimizer))
+        stride = max(sum(sparse.weight.numel() for sparse in parameters) // _SAMPLE, 1)
+        return torch.cat([_distance(sparse).reshape(-1)[::stride] for sparse in parameters])
+
+    def _mean(self, value: Tensor) -> float:
+        """The mean of a number over the processes that hold shards."""
+        processes = processes_of(sparse.parameter for sparse in sparse_parameters(self._optimizer))
+        total = value.reshape(1).clone()
+        processes.sum_(total)
+        return float(total) / processes.size
+
+
+def _distance(sparse: SparseParameter) -> Tensor:
+    group, metric, alpha = sparse.group, sparse.metric(), sparse.alpha()
+    unit: Any = unit_strength(group) if alpha is None else alpha.float() * unit_strength(group)
+    pattern = Pattern.parse(group["pattern"])
+    return PENALTIES[group["penalty"]].distance(sparse.weight, unit, metric, pattern)
+
+
+class GradualMagnitude:
+    """Gradual magnitude pruning: from time to time the smallest weights go, for good."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def approach(self, share: float, steps: int) -> None:
+        for group in sparse_groups(self._optimizer):
+            group["frozen"] = True
+        project_(self._optimizer, share, magnitude)
+
+    def release(self) -> None:
+        pass
+
+    def finish(self, share: float) -> None:
+        project_(self._optimizer, share, magnitude)
+
+
+class SoftMovement:
+    """Soft movement pruning: learned scores, kept where they move away from zero.
+
+        weights used   W * M,  M = [sigmoid(S) > threshold]
+        dL/dS          dL/d(W * M) * W + strength * sigmoid'(S)      (straight through M)
+
+    S starts at 0 and is trained by Adam. Departures from the paper: the strength of the penalty is
+    relative to the root mean square of `dL/d(W M) * W` and is steered (integral control on its
+    logarithm) so that the sparsity follows the schedule; the run ends with the top scores, so that
+    the sparsity is exact; in N:M groups the top N scores of a growing share of groups stay, since
+    a threshold cannot give them. Groups share one score.
+
+    Memory: four tensors per weight in the optimizer's state: S, its two moments, the dense values.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        score_lr: float = 1e-2,
+        threshold: float = 0.1,
+        gain: float = 2.0,
+    ) -> None:
+        if not 0 < threshold < 0.5:
+            raise ValueError(f"threshold is {threshold}; wanted a number in (0, 0.5).")
+        if score_lr <= 0 or gain <= 0:
+            raise ValueError(f"score_lr={score_lr} and gain={gain}; wanted numbers > 0.")
+        self._optimizer = optimizer
+        self._pattern = pattern_of(optimizer)
+        self._score_lr = score_lr
+        self._logit = math.log(threshold / (1 - threshold))
+        self._gain = gain
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    def approach(self, share: float, steps: int) -> None:
+        groups = sparse_groups(self._optimizer)
+        for group in groups:
+            group.setdefault("movement_share", 0.0)
+            group.setdefault("movement_strength", 1.0)
+            group["movement_share"] = share
+            error = share - self._masked_share()
+            group["movement_strength"] *= math.exp(self._gain * error)
+
+    def release(self) -> None:
+        pass
+
+    def finish(self, share: float) -> None:
+        self._restore()
+        project_(self._optimizer, share, _movement_score)
+        self._hook.remove()
+        for sparse in sparse_parameters(self._optimizer):
+            for name in _MOVEMENT:
+                self._optimizer.state[sparse.parameter].pop(name, None)
+
+    def _masked_share(self) -> float:
+        masked = total = 0
+        for sparse in sparse_parameters(self._optimizer):
+            masked += int((sparse.weight == 0).sum())
+            total += sparse.weight.numel()
+        return masked / max(total, 1)
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        """Give the weights their dense values back."""
+        for sparse in sparse_parameters(self._optimizer):
+            if "movement_dense" in sparse.state:
+                sparse.weight.copy_(sparse.view(sparse.state["movement_dense"]))
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if was_skipped(optimizer):
+            return
+        for group in sparse_groups(optimizer):
+            if "movement_share" not in group or group["frozen"]:
+                continue
+            for sparse in sparse_parameters(optimizer, [group]):
+                if sparse.parameter.grad is not None:
+                    self._learn(group, sparse)
+        if isinstance(self._pattern, NM):
+            self._mask_groups()
+
+    def _learn(self, group: Group, sparse: SparseParameter) -> None:
+        """One step on the scores of a parameter, whose own step is done."""
+        parameter, state = sparse.parameter, self._optimizer.state[sparse.parameter]
+        if "movement_scores" not in state:
+            for name in _MOVEMENT[:3]:
+                state[name] = torch.zeros_like(parameter)
+            state["movement_dense"] = parameter.detach().clone()
+            state["movement_step"] = torch.zeros(())
+        scores, dense = state["movement_scores"], state["movement_dense"]
+        kept = parameter != 0 if isinstance(self._pattern, NM) else scores > self._logit
+        gradient = self._shared(sparse, parameter.grad * dense)
+        dense.copy_(torch.where(kept, parameter.detach(), dense))
+        size = gradient.square().mean().sqrt()
+        chance = scores.sigmoid()
+        gradient += group["movement_strength"] * size * chance * (1 - chance)
+        adamw(
+            [scores], [gradient], [state["movement_exp_avg"]], [state["movement_exp_avg_sq"]], [],
+            [state["movement_step"]], foreach=False, amsgrad=False, beta1=0.9, beta2=0.999,
+            lr=self._score_lr, weight_decay=0.0, eps=1e-12, maximize=False,
+        )  # fmt: skip
+        if not isinstance(self._pattern, NM):
+            parameter.copy_(dense * (scores > self._logit))
+
+    def _shared(self, sparse: SparseParameter, gradient: Tensor) -> Tensor:
+        """The gradient of the scores: each group's mean, for its weights share a score."""
+        if not isinstance(self._pattern, GroupPattern):
+            return gradient
+        blocks = self._pattern.blocks(sparse.view(gradient))
+        blocks.copy_(blocks.mean(dim=(1, 3), keepdim=True).expand_as(blocks))
+        return gradient
+
+    def _mask_groups(self) -> None:
+        """Keep the top N scores of the groups that are due, and all of the others."""
+        self._restore()
+        share = max(group.get("movement_share", 0.0) for group in sparse_groups(self._optimizer))
+        project_(self._optimizer, share, _movement_score)
+
+
+def _movement_score(sparse: SparseParameter) -> Tensor:
+    """The chance to stay, `sigmoid(S)`, fp32; |w| where nothing was learned."""
+    if "movement_scores" not in sparse.state:
+        return magnitude(sparse)
+    return sparse.view(sparse.state["movement_scores"]).float().sigmoid()
+
+
+_MOVEMENT = (
+    "movement_scores",
+    "movement_exp_avg",
+    "movement_exp_avg_sq",
+    "movement_dense",
+    "movement_step",
+)
+
+TRAINING_METHODS: dict[str, type[TrainingMethod]] = {
+    "proximal": Proximal,
+    "magnitude": GradualMagnitude,
+    "movement": SoftMovement,
+}

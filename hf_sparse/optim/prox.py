@@ -1,0 +1,234 @@
+"""Proximal operators: the shrinkage steps of sparse training.
+
+    prox_{tau R}(w) = argmin_u  tau R(u) + 1/2 ||u - w||^2
+
+| function               | R(w)                                     | convex |
+|------------------------|------------------------------------------|--------|
+| `soft_threshold_`      | sum_i |w_i|                              | yes    |
+| `hard_threshold_`      | number of nonzeros                       | no     |
+| `group_soft_threshold_`| sum_g sqrt(|g|) ||w_g||_2                | yes    |
+| `group_hard_threshold_`| sum_g |g| [w_g != 0]                     | no     |
+| `nm_shrink_`           | sum over groups of M of e_{N+1}(|w|)     | no     |
+
+With `tau_i` per weight the first two are the operators of `sum_i tau_i r(w_i)`. Everything works in
+place on lists of weights, in fp32 for 16-bit weights; NaN stays NaN, zero stays zero.
+
+Sources: soft and hard thresholds, group lasso: Parikh and Boyd, "Proximal Algorithms", 2014, and
+Yuan and Lin, 2006. N:M: the regulariser of ProxSparse, https://arxiv.org/abs/2502.00258.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from math import prod
+
+import torch
+from torch import Tensor
+
+from hf_sparse.patterns import NM, GroupPattern
+
+# A strength for all weights, or one tensor per weight tensor, broadcast against it.
+Tau = float | Sequence[Tensor]
+
+MAX_GROUP = 8
+_SWEEPS = 60
+_CHUNK = 1 << 16
+
+
+def soft_threshold_(weights: Sequence[Tensor], tau: Tau, *, foreach: bool = False) -> None:
+    """`w <- sign(w) max(|w| - tau, 0)`, the prox of `tau ||w||_1`.
+
+    Args:
+        weights: any shapes, changed in place.
+        tau: `>= 0`; one number, or a tensor per weight tensor.
+        foreach: use multi-tensor kernels, which need a temporary copy of all weights. Faster on
+            a GPU, slower on a CPU.
+    """
+    if foreach and _all_wide(weights):
+        inside = _foreach_clip(list(weights), tau)
+        torch._foreach_sub_(list(weights), inside)
+    elif isinstance(tau, float | int):
+        _each_(weights, lambda w, out: torch.ops.aten.softshrink.out(w, tau, out=out))
+    else:
+        _each_with_(weights, tau, lambda w, t: w.sub_(w.clamp(-t, t)))
+
+
+def hard_threshold_(weights: Sequence[Tensor], tau: Tau) -> None:
+    """`w <- w if |w| > sqrt(2 tau) else 0`, the prox of `tau ||w||_0`.
+
+    Args:
+        weights: any shapes, changed in place.
+        tau: `>= 0`; one number, or a tensor per weight tensor.
+    """
+    if isinstance(tau, float | int):
+        threshold = (2 * tau) ** 0.5
+        _each_(weights, lambda w, out: torch.ops.aten.hardshrink.out(w, threshold, out=out))
+    else:
+        _each_with_(weights, tau, lambda w, t: w.masked_fill_(w.square() <= 2 * t, 0.0))
+
+
+def group_soft_threshold_(weights: Sequence[Tensor], tau: float, pattern: GroupPattern) -> None:
+    """`w_g <- w_g max(1 - tau sqrt(|g|) / ||w_g||_2, 0)`, the prox of the group lasso.
+
+    Args:
+        weights: `(out_features, in_features)` each, changed in place.
+        tau: `>= 0`.
+        pattern: what a group is.
+
+    Raises:
+        ValueError: the pattern cannot divide a weight.
+    """
+    for weight in weights:
+        height, width = pattern.group_shape(*weight.shape)
+        norms = pattern.unit_scores(weight).sqrt()
+        shrunk = (norms - tau * (height * width) ** 0.5).clamp_min(0)
+        factors = shrunk / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        _scale_groups_(weight, factors, pattern)
+
+
+def group_hard_threshold_(
+    weights: Sequence[Tensor], tau: float, pattern: GroupPattern, metric: Sequence[Tensor] | None
+) -> None:
+    """`w_g <- w_g if 1/2 sum_g d_i w_i^2 > tau |g| else 0`, the prox of `tau |g| [w_g != 0]`.
+
+    Args:
+        weights: `(out_features, in_features)` each, changed in place.
+        tau: `>= 0`.
+        pattern: what a group is.
+        metric: `d > 0` of each weight, of its shape; None: 1, the Euclidean prox.
+
+    Raises:
+        ValueError: the pattern cannot divide a weight.
+    """
+    for index, weight in enumerate(weights):
+        height, width = pattern.group_shape(*weight.shape)
+        scaled = weight if metric is None else weight * metric[index].sqrt()
+        losses = pattern.unit_scores(scaled) / 2
+        pruned = losses <= tau * height * width
+        pattern.blocks(weight).masked_fill_(pruned[:, None, :, None], 0.0)
+
+
+def nm_shrink_(weights: Sequence[Tensor], tau: float, pattern: NM) -> None:
+    """Shrink towards at most N nonzeros in each M: the prox of `tau e_{N+1}(|w|)` per group.
+
+    `e_k` is the elementary symmetric polynomial: for 2:4 the sum of the four products of three.
+    It is zero if and only if the group follows the pattern. Signs come off and the group is
+    sorted, `z1 >= z2 >= ...`; for each number `s = N .. M` of weights that stay, coordinate
+    descent solves
+
+        u_i = max(z_i - tau e_N(the other s - 1), 0)
+
+    from 0 upwards, smallest first, and the candidate of lowest objective wins, the sparser one of
+    equals. Source: EnumALM of ProxSparse, for any N:M with M <= 8.
+
+    Args:
+        weights: `(out_features, in_features)` each, changed in place.
+        tau: `>= 0`. Relative to the size of the weights: `prox_tau(c z) = c prox_{tau c^(N-1)}(z)`.
+        pattern: N:M.
+
+    Memory: about 20 chunks of 65,536 groups beside the weights.
+
+    Raises:
+        ValueError: M is over 8, or does not divide the rows.
+    """
+    if pattern.m > MAX_GROUP:
+        raise ValueError(
+            f"the N:M regulariser has {pattern.m} weights in a group of '{pattern}'; wanted at "
+            f"most {MAX_GROUP}: its terms grow combinatorially. Use penalty='l0'."
+        )
+    for weight in weights:
+        groups = pattern.groups(weight)
+        for chunk in groups.split(_CHUNK):
+            crowded = (chunk != 0).sum(dim=1) > pattern.n  # the others are their own prox
+            chunk[crowded] = _nm_prox(chunk[crowded].float(), tau, pattern.n).to(weight.dtype)
+        if groups.data_ptr() != weight.data_ptr():  # a transposed weight was copied
+            weight.copy_(groups.view(weight.shape))
+
+
+def _nm_prox(groups: Tensor, tau: float, n: int) -> Tensor:
+    """The prox of `tau e_{n+1}` for groups `(count, m)`, fp32."""
+    z, order = groups.abs().sort(dim=1, descending=True, stable=True)
+    best = z.clone()
+    best[:, n:] = 0
+    lowest = z[:, n:].square().sum(dim=1) / 2
+    for size in range(n + 1, z.shape[1] + 1):
+        u = _descend(z[:, :size], tau, n)
+        value = (u - z[:, :size]).square().sum(dim=1) + z[:, size:].square().sum(dim=1)
+        value = value / 2 + tau * _symmetric(list(u.T), n + 1)
+        better = value < lowest
+        lowest = torch.where(better, value, lowest)
+        best[:, :size] = torch.where(better[:, None], u, best[:, :size])
+        best[:, size:].masked_fill_(better[:, None], 0.0)
+    best = torch.zeros_like(best).scatter_(1, order, best)
+    signed = torch.where(groups < 0, -best, best)
+    return torch.where(groups.isnan().any(dim=1, keepdim=True), groups, signed)
+
+
+def _descend(z: Tensor, tau: float, n: int) -> Tensor:
+    """Coordinate descent on `1/2 ||u - z||^2 + tau e_{n+1}(u)`, `u >= 0`; z `(count, size)`."""
+    u = [torch.zeros_like(column) for column in z.T]
+    for sweep in range(_SWEEPS):
+        before = torch.stack(u) if sweep % 4 == 3 else None
+        for i in reversed(range(len(u))):
+            others = u[:i] + u[i + 1 :]
+            u[i] = (z[:, i] - tau * _symmetric(others, n)).clamp_min_(0)
+        if before is not None and torch.allclose(torch.stack(u), before, rtol=1e-6, atol=1e-9):
+            break
+    return torch.stack(u, dim=1)
+
+
+def _symmetric(values: Sequence[Tensor], degree: int) -> Tensor:
+    """The elementary symmetric polynomial: the sum of the products of `degree` values."""
+    if degree == 2:  # without the sum of all pairs: a b + (a + b) c + ...
+        total, pairs = values[0], torch.zeros_like(values[0])
+        for value in values[1:]:
+            pairs = torch.addcmul(pairs, total, value)
+            total = total + value
+        return pairs
+    total = torch.zeros_like(values[0])
+    for chosen in combinations(values, degree):
+        total += prod(chosen[1:], start=chosen[0])
+    return total
+
+
+def _all_wide(tensors: Sequence[Tensor]) -> bool:
+    return all(tensor.element_size() >= 4 for tensor in tensors)
+
+
+def _foreach_clip(weights: list[Tensor], tau: Tau) -> list[Tensor]:
+    """The weights clipped to `[-tau, tau]`, as new tensors."""
+    if isinstance(tau, float | int):
+        clipped = torch._foreach_clamp_max(weights, tau)
+        torch._foreach_clamp_min_(clipped, -tau)
+    else:
+        clipped = torch._foreach_clamp_max(weights, list(tau))
+        torch._foreach_clamp_min_(clipped, torch._foreach_neg(list(tau)))
+    return list(clipped)
+
+
+def _each_(weights: Sequence[Tensor], operator: Callable[[Tensor, Tensor], object]) -> None:
+    for weight in weights:
+        if weight.element_size() >= 4:
+            operator(weight, weight)
+        else:
+            wide = weight.float()
+            operator(wide, wide)
+            weight.copy_(wide)
+
+
+def _each_with_(
+    weights: Sequence[Tensor], taus: Sequence[Tensor], operator: Callable[[Tensor, Tensor], object]
+) -> None:
+    for weight, tau in zip(weights, taus, strict=True):
+        if weight.element_size() >= 4:
+            operator(weight, tau)
+        else:
+            wide = weight.float()
+            operator(wide, tau)
+            weight.copy_(wide)
+
+
+def _scale_groups_(weight: Tensor, factors: Tensor, pattern: GroupPattern) -> None:
+    blocks = pattern.blocks(weight)
+    blocks.copy_(blocks * factors[:, None, :, None])

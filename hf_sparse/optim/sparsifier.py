@@ -1,0 +1,158 @@
+"""Sparsifier: brings a model in training to an exact sparsity, then freezes its zeros."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.optim.methods import TRAINING_METHODS
+from hf_sparse.optim.projection import count_zero_units, measured_sparsity, pattern_of
+from hf_sparse.optim.schedules import Schedule
+from hf_sparse.optim.shrinkage import attach, freeze, sparse_groups
+from hf_sparse.patterns import NM, Head
+
+
+def check_method(method: str) -> None:
+    """Raise a ValueError if there is no such method."""
+    if method not in TRAINING_METHODS:
+        raise ValueError(
+            f"unknown method {method!r}. Known methods: {', '.join(TRAINING_METHODS)}."
+        )
+
+
+class Sparsifier:
+    """Drives the sparse groups of an optimizer to the sparsity of a config.
+
+    Call `step()` after each optimizer step, as for a learning rate scheduler:
+
+    >>> optimizer = SparseAdamW(sparse_param_groups(model, config), lr=5e-5)   # doctest: +SKIP
+    >>> sparsifier = Sparsifier(optimizer, config, total_steps=1000)           # doctest: +SKIP
+    >>> loss.backward(); optimizer.step(); sparsifier.step()                   # doctest: +SKIP
+
+    Three phases follow each other: nothing until `schedule.begin`; rising sparsity until
+    `schedule.end`, where the wanted number of zeros is made exact; recovery with frozen zeros until
+    `total_steps`.
+
+    All units of all targets compete: by one `lam`, and by one threshold at the end.
+
+    Args:
+        optimizer: with sparse groups (`sparse_param_groups`); wrapped by Accelerate is fine.
+        config: the wanted pattern and sparsity.
+        total_steps: optimizer steps of the whole run.
+        method: a key of `hf_sparse.optim.methods.TRAINING_METHODS`: `"proximal"`, or the baselines
+            `"magnitude"` and `"movement"`, for which `lam` and `penalty` have no meaning.
+        schedule: a `Schedule`, or its shape.
+        interval: steps between two adjustments.
+        **options: the method's own.
+
+    What it has to remember is kept in the optimizer's param groups, and so in its `state_dict`.
+
+    Raises:
+        ValueError: an unknown method or schedule, no sparse groups, or groups of another pattern.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        config: SparsityConfig,
+        total_steps: int,
+        *,
+        method: str = "proximal",
+        schedule: Schedule | str = "cubic",
+        interval: int = 10,
+        **options: Any,
+    ) -> None:
+        check_method(method)
+        if total_steps < 1 or interval < 1:
+            raise ValueError(
+                f"total_steps={total_steps} and interval={interval}; wanted numbers >= 1."
+            )
+        self.optimizer = getattr(optimizer, "optimizer", optimizer)
+        self.config = config
+        self.total_steps = total_steps
+        self.schedule = Schedule(schedule) if isinstance(schedule, str) else schedule
+        self.interval = interval
+        found = pattern_of(self.optimizer)
+        sized = isinstance(config.pattern, Head) and isinstance(found, Head)
+        if found != config.pattern and not sized:
+            raise ValueError(
+                f"the optimizer's groups have pattern '{found}', the config has "
+                f"'{config.pattern}'. Make both from one SparsityConfig."
+            )
+        attach(self.optimizer)
+        self._share = 1.0 if isinstance(config.pattern, NM) else config.sparsity
+        self._method = TRAINING_METHODS[method](self.optimizer, **options)
+        _ = self._state  # notes the zeros that are there at the beginning
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        """Steps taken, the share of zeros at the beginning, whether the target is reached."""
+        group = sparse_groups(self.optimizer)[0]
+        if "sparsifier" not in group:
+            initial = 0.0 if isinstance(self.config.pattern, NM) else self.sparsity
+            group["sparsifier"] = {
+                "steps": 0,
+                "initial": min(initial, self._share),
+                "finished": False,
+            }
+        state: dict[str, Any] = group["sparsifier"]
+        return state
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        return int(self._state["steps"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether the wanted sparsity is reached and its zeros are frozen."""
+        return bool(self._state["finished"])
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in the sparse groups now, counted."""
+        return measured_sparsity(self.optimizer)
+
+    @property
+    def lam(self) -> float:
+        """The strength of the penalty now."""
+        return float(sparse_groups(self.optimizer)[0]["lam"])
+
+    def step(self) -> None:
+        """Follow one more step of the optimizer.
+
+        Raises:
+            ValueError: the weights are no longer finite.
+        """
+        state = self._state
+        state["steps"] += 1
+        if state["finished"]:
+            return
+        left = self.schedule.last_step(self.total_steps) - state["steps"]
+        if left <= 0:
+            self.finish()
+        elif left == 1:
+            self._method.release()
+        elif state["steps"] % self.interval == 0:
+            due = self.schedule.progress(state["steps"] + self.interval, self.total_steps)
+            if due > 0:
+                start = state["initial"]
+                self._method.approach(start + (self._share - start) * due, self.interval)
+
+    def finish(self) -> None:
+        """Make the sparsity exact now, and freeze the zeros."""
+        self._method.finish(self._share)
+        freeze(self.optimizer)
+        self._state["finished"] = True
+
+    def check(self) -> None:
+        """Raise a ValueError if the zeros that the config promises are not there."""
+        zero, units = count_zero_units(self.optimizer)
+        if zero < round(self._share * units):
+            raise ValueError(
+                f"{zero:,} of {units:,} units of pattern '{self.config.pattern}' are zero in the "
+                f"trained weights; promised was a share of {self._share}. Something wrote into the "
+                "weights after the mask was frozen: another callback, or an older checkpoint."
+            )

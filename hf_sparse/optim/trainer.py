@@ -1,0 +1,205 @@
+"""Sparse training in transformers' Trainer: the optimizer's factory and the callback."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.optim.groups import sparse_param_groups
+from hf_sparse.optim.penalties import PENALTIES
+from hf_sparse.optim.schedules import Schedule
+from hf_sparse.optim.shrinkage import SETTINGS, add_shrinkage
+from hf_sparse.optim.sparse_optimizers import SparseAdamW, SparseMixin
+from hf_sparse.optim.sparsifier import Sparsifier, check_method
+from hf_sparse.patterns import NM
+from hf_sparse.structure import PRUNED_WITH
+
+OptimizerFactory = Callable[[], Callable[..., Optimizer]]
+
+
+def trainer_optimizer(
+    config: SparsityConfig,
+    *,
+    optimizer_cls: Callable[..., Optimizer] = SparseAdamW,
+    weight_decay: float = 0.0,
+    penalty: str | None = None,
+    scale: str | None = None,
+    **kwargs: Any,
+) -> tuple[OptimizerFactory, dict[str, Any]]:
+    """The value for `Trainer(optimizer_cls_and_kwargs=...)`.
+
+    A factory, since only it sees the model: so just the config's targets are shrunk.
+
+    Args:
+        config: pattern and targets.
+        optimizer_cls: `SparseAdamW`, `SparseSGD`, or any other torch optimizer: that one gets the
+            shrinkage as step hooks.
+        weight_decay: of matrices; Trainer's own argument does not reach a factory.
+        penalty, scale: None chooses by pattern: l0 in Adam's metric, or the N:M regulariser.
+        **kwargs: `lr`, `lam`, ... of the optimizer and of `SparseAdamW`.
+
+    Returns:
+        The factory and its keyword arguments.
+
+    Raises:
+        ValueError: when Trainer makes the optimizer: a setting outside what is allowed, targets that
+            match nothing, DeepSpeed ZeRO.
+    """
+    if not isinstance(config, SparsityConfig):
+        raise ValueError(
+            f"config is {config!r}; wanted a SparsityConfig, as SparsityConfig('2:4')."
+        )
+    if penalty is None:
+        penalty = "nm" if isinstance(config.pattern, NM) else "l0"
+    if penalty not in PENALTIES:
+        raise ValueError(f"unknown penalty {penalty!r}; wanted one of {', '.join(PENALTIES)}.")
+    if scale is None:
+        fitting = optimizer_cls is SparseAdamW and PENALTIES[penalty].adaptive
+        scale = "adaptive" if fitting else "lr"
+
+    def factory() -> Callable[..., Optimizer]:
+        def make(model: nn.Module, **arguments: Any) -> Optimizer:
+            if is_deepspeed_zero3_enabled():
+                raise ValueError(
+                    "DeepSpeed ZeRO flattens parameters: their matrices cannot be shrunk. Train "
+                    "with DDP or FSDP2 instead."
+                )
+            shrinking = {name: arguments.pop(name) for name in SETTINGS if name in arguments}
+            groups = sparse_param_groups(model, config, weight_decay=weight_decay)
+            for group in groups:
+                group.update(penalty=penalty, scale=scale, **shrinking)
+            optimizer = optimizer_cls(groups, **arguments)
+            return optimizer if isinstance(optimizer, SparseMixin) else add_shrinkage(optimizer)
+
+        return make
+
+    return factory, kwargs
+
+
+class SparsityCallback(TrainerCallback):
+    """Brings the model that a Trainer trains to the sparsity of a config.
+
+    It drives a `Sparsifier` with the Trainer's steps, logs `sparsity` and `lam`, keeps the Trainer from
+    taking a checkpoint of before the end of the schedule for the best one, and checks at the end
+    that the promised zeros are there. Training resumes from checkpoints without further ado.
+
+    >>> sparsity = SparsityCallback(config)                                   # doctest: +SKIP
+    >>> trainer = Trainer(..., callbacks=[sparsity],                          # doctest: +SKIP
+    ...     optimizer_cls_and_kwargs=trainer_optimizer(config, lr=2e-4))
+
+    Args:
+        config: the wanted pattern, sparsity and targets; the same as `trainer_optimizer` got.
+        method: `"proximal"`, `"magnitude"` (gradual magnitude pruning) or `"movement"` (soft).
+        schedule: a `Schedule`, or its shape: `"cubic"`, `"linear"`, `"constant"`.
+        interval: steps between two adjustments.
+        **options: the method's own.
+
+    Raises:
+        ValueError: when training begins: an optimizer without sparse groups or with another pattern,
+            DeepSpeed. When it ends: the promised sparsity is not there.
+    """
+
+    def __init__(
+        self,
+        config: SparsityConfig,
+        *,
+        method: str = "proximal",
+        schedule: Schedule | str = "cubic",
+        interval: int = 10,
+        **options: Any,
+    ) -> None:
+        self.config = config
+        self.schedule = Schedule(schedule) if isinstance(schedule, str) else schedule
+        check_method(method)
+        self._arguments = {"method": method, "interval": interval, **options}
+        self.sparsifier: Sparsifier | None = None
+
+    def log_through(self, trainer: Any) -> None:
+        """Let all of a Trainer's loggers see sparsity and lam.
+
+        Trainer puts its loggers (TensorBoard, W&B, ...) before a user's callbacks, and values are
+        handed on in that order; this puts the callback first. Without it they are in the
+        progress output and in `log_history` alone.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Set up the Sparsifier, for a new run or a resumed one."""
+        if getattr(args, "deepspeed", None):
+            raise ValueError(
+                "DeepSpeed ZeRO flattens parameters: their matrices cannot be shrunk. Train with "
+                "DDP or FSDP2 instead."
+            )
+        self.sparsifier = Sparsifier(
+            optimizer, self.config, state.max_steps, schedule=self.schedule, **self._arguments
+        )
+        if self.sparsifier.steps != state.global_step:
+            raise ValueError(
+                f"the optimizer's state has seen {self.sparsifier.steps} steps of the sparsity "
+                f"schedule, the Trainer {state.global_step}. Resume from a checkpoint that has "
+                "its optimizer.pt (save_only_model=False), or start a new run."
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Follow one optimizer step."""
+        assert self.sparsifier is not None
+        self.sparsifier.step()
+        if not self.sparsifier.finished:
+            # A model with too few zeros is not a candidate for the best one.
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add sparsity and lam to what is logged."""
+        if self.sparsifier is None or logs is None or "loss" not in logs:
+            return
+        values = {"sparsity": self.sparsifier.sparsity, "lam": self.sparsifier.lam}
+        logs.update(values)
+        state.log_history[-1].update(values)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Finish early if training was stopped early; check the promise."""
+        assert self.sparsifier is not None
+        if not self.sparsifier.finished:
+            warnings.warn(
+                f"training ended at step {state.global_step} of {state.max_steps}, before the sparsity "
+                f"schedule: {self.sparsifier.sparsity:.3f} of the weights were zero, now "
+                f"{self.config.sparsity} are, without recovery.",
+                UserWarning,
+                stacklevel=2,
+            )
+            self.sparsifier.finish()
+        self.sparsifier.check()
+        vars(model)[PRUNED_WITH] = self.config
