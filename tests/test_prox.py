@@ -36,6 +36,8 @@ def regularisers(notation: str) -> tuple[Callable[[Tensor, float], Tensor], Regu
             prox.group_soft_threshold_([out], tau, parsed)
         elif kind == "group-l0":
             prox.group_hard_threshold_([out], tau, parsed, None)
+        elif kind == "nm-l0":
+            prox.nm_hard_threshold_([out], tau, parsed, None)
         else:
             prox.nm_shrink_([out], tau, parsed)
         return out
@@ -52,6 +54,8 @@ def regularisers(notation: str) -> tuple[Callable[[Tensor, float], Tensor], Regu
             norms = group_sizes(parsed, weight)
             return (norms * size**0.5).sum() if kind == "group" else (norms != 0).sum() * size
         groups = parsed.groups(weight).abs()
+        if kind == "nm-l0":
+            return ((groups != 0).sum(dim=1) > parsed.n).sum().to(weight.dtype) * parsed.m
         chosen = torch.combinations(torch.arange(parsed.m), parsed.n + 1)
         return groups[:, chosen].prod(dim=2).sum()
 
@@ -63,6 +67,7 @@ OPERATORS = [
     "l0",
     *(f"group {name}" for name in BLOCKS),
     *(f"group-l0 {name}" for name in BLOCKS),
+    *(f"nm-l0 {name}" for name in ("2:4", "1:4", "3:4")),
     *(f"nm {name}" for name in ("2:4", "1:4", "1:2", "3:4", "2:5")),
 ]
 

@@ -25,6 +25,7 @@ from hf_sparse.optim.sharding import processes_of
 from hf_sparse.optim.shrinkage import (
     Group,
     SparseParameter,
+    set_strength,
     sparse_groups,
     sparse_parameters,
     unit_strength,
@@ -87,13 +88,11 @@ class Proximal:
         if gradual:
             lam, old = lam / steps, groups[0]["lam"]
             lam = min(max(lam, old / _STEEPEST), old * _STEEPEST) if old else lam
-        for group in groups:
-            group["lam"] = lam
+        set_strength(self._optimizer, lam)
 
     def release(self) -> None:
         # One step without shrinkage moves every zero a little: a surplus of them can be undone.
-        for group in sparse_groups(self._optimizer):
-            group["lam"] = 0.0
+        set_strength(self._optimizer, 0.0)
 
     def finish(self, share: float) -> None:
         project_(self._optimizer, share, saliency)
@@ -106,7 +105,7 @@ class Proximal:
         """The distances to zero of the units, or of every n-th of them if they are many."""
         parameters = list(sparse_parameters(self._optimizer))
         stride = max(sum(sparse.weight.numel() for sparse in parameters) // _SAMPLE, 1)
-        return torch.cat([_distance(sparse).reshape(-1)[::stride] for sparse in parameters])
+        return torch.cat([_distances(sparse, stride).reshape(-1) for sparse in parameters])
 
     def _mean(self, value: Tensor) -> float:
         """The mean of a number over the processes that hold shards."""
@@ -116,11 +115,24 @@ class Proximal:
         return float(total) / processes.size
 
 
-def _distance(sparse: SparseParameter) -> Tensor:
-    group, metric, alpha = sparse.group, sparse.metric(), sparse.alpha()
+def _distances(sparse: SparseParameter, stride: int) -> Tensor:
+    """The distances to zero of the units in every `stride`-th row of units."""
+    group, pattern = sparse.group, Pattern.parse(sparse.group["pattern"])
+    height = (
+        pattern.group_shape(*sparse.weight.shape)[0] if isinstance(pattern, GroupPattern) else 1
+    )
+    stride = min(stride, max(sparse.weight.shape[0] // height, 1))
+
+    def sampled(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or stride == 1:
+            return tensor
+        rows: Tensor = tensor.unflatten(0, (-1, height))[::stride]  # type: ignore[no-untyped-call]
+        return rows.flatten(0, 1)
+
+    alpha = sampled(sparse.alpha())
     unit: Any = unit_strength(group) if alpha is None else alpha.float() * unit_strength(group)
-    pattern = Pattern.parse(group["pattern"])
-    return PENALTIES[group["penalty"]].distance(sparse.weight, unit, metric, pattern)
+    weight = sampled(sparse.weight)
+    return PENALTIES[group["penalty"]].distance(weight, unit, sampled(sparse.metric()), pattern)
 
 
 class GradualMagnitude:
@@ -128,6 +140,7 @@ class GradualMagnitude:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
+        set_strength(optimizer, 0.0)
 
     def approach(self, share: float, steps: int) -> None:
         for group in sparse_groups(self._optimizer):
@@ -169,6 +182,7 @@ class SoftMovement:
         if score_lr <= 0 or gain <= 0:
             raise ValueError(f"score_lr={score_lr} and gain={gain}; wanted numbers > 0.")
         self._optimizer = optimizer
+        set_strength(optimizer, 0.0)
         self._pattern = pattern_of(optimizer)
         self._score_lr = score_lr
         self._logit = math.log(threshold / (1 - threshold))
@@ -177,6 +191,11 @@ class SoftMovement:
 
     def approach(self, share: float, steps: int) -> None:
         groups = sparse_groups(self._optimizer)
+        if processes_of(sparse.parameter for sparse in sparse_parameters(self._optimizer)).size > 1:
+            raise ValueError(
+                "movement pruning does not work on sharded parameters. Train with DDP, or use "
+                "method='proximal' or 'magnitude' under FSDP2."
+            )
         for group in groups:
             group.setdefault("movement_share", 0.0)
             group.setdefault("movement_strength", 1.0)

@@ -69,6 +69,8 @@ def _shrink_l0(
 ) -> None:
     if isinstance(pattern, GroupPattern):
         prox.group_hard_threshold_(weights, strength, pattern, metric)
+    elif isinstance(pattern, NM):
+        prox.nm_hard_threshold_(weights, strength, pattern, metric)
     else:
         prox.hard_threshold_(weights, _in_metric(strength, metric))
 
@@ -102,12 +104,13 @@ def _distance_l1(
 
 
 def _distance_l0(weight: Tensor, unit: float, metric: Tensor | None, pattern: Pattern) -> Tensor:
+    squares = weight.float().square()
+    losses = squares if metric is None else squares * metric
     if isinstance(pattern, GroupPattern):
-        scaled = weight if metric is None else weight * metric.sqrt()
-        height, width = pattern.group_shape(*weight.shape)
-        return pattern.unit_scores(scaled) / (2 * height * width * unit)
-    squared = weight.float().square()
-    losses = squared if metric is None else squared * metric
+        return pattern.blocks(losses).mean(dim=(1, 3)).div(2 * unit)
+    if isinstance(pattern, NM):
+        surplus = pattern.groups(losses).topk(pattern.m - pattern.n, largest=False).values
+        return surplus.sum(dim=1).div(2 * pattern.m * unit)
     return losses.div(2 * unit)
 
 
@@ -134,7 +137,7 @@ PENALTIES = {
     ),
     "l0": Penalty(
         "hard threshold: what stays is not shrunk",
-        (Unstructured, GroupPattern),
+        (Unstructured, GroupPattern, NM),
         _shrink_l0,
         _distance_l0,
         gradual=False,

@@ -8,6 +8,7 @@
 | `hard_threshold_`      | number of nonzeros                       | no     |
 | `group_soft_threshold_`| sum_g sqrt(|g|) ||w_g||_2                | yes    |
 | `group_hard_threshold_`| sum_g |g| [w_g != 0]                     | no     |
+| `nm_hard_threshold_`   | M times the groups that break N:M        | no     |
 | `nm_shrink_`           | sum over groups of M of e_{N+1}(|w|)     | no     |
 
 With `tau_i` per weight the first two are the operators of `sum_i tau_i r(w_i)`. Everything works in
@@ -103,10 +104,37 @@ def group_hard_threshold_(
     """
     for index, weight in enumerate(weights):
         height, width = pattern.group_shape(*weight.shape)
-        scaled = weight if metric is None else weight * metric[index].sqrt()
-        losses = pattern.unit_scores(scaled) / 2
-        pruned = losses <= tau * height * width
+        squares = (weight if weight.element_size() >= 4 else weight.float()).square()
+        losses = squares if metric is None else squares.mul_(metric[index])
+        pruned = pattern.blocks(losses).sum(dim=(1, 3)) <= 2 * tau * height * width
         pattern.blocks(weight).masked_fill_(pruned[:, None, :, None], 0.0)
+
+
+def nm_hard_threshold_(
+    weights: Sequence[Tensor], tau: float, pattern: NM, metric: Sequence[Tensor] | None
+) -> None:
+    """Prune the surplus of a group where that costs no more than `tau M`, or leave the group.
+
+    The prox of `tau M [the group has more than N nonzeros]`: the cost of pruning is
+    `1/2 sum d_i w_i^2` over the M - N lowest terms.
+
+    Args:
+        weights: `(out_features, in_features)` each, changed in place.
+        tau: `>= 0`.
+        pattern: N:M.
+        metric: `d > 0` of each weight, of its shape; None: 1, the Euclidean prox.
+
+    Raises:
+        ValueError: M does not divide the rows.
+    """
+    for index, weight in enumerate(weights):
+        squares = (weight if weight.element_size() >= 4 else weight.float()).square()
+        losses = pattern.groups(squares if metric is None else squares.mul_(metric[index]))
+        lowest = losses.topk(pattern.m - pattern.n, largest=False)
+        pruned = lowest.values.sum(dim=1, keepdim=True) <= 2 * tau * pattern.m
+        groups = pattern.groups(weight)
+        kept = groups.gather(1, lowest.indices).masked_fill_(pruned, 0.0)
+        weight.copy_(groups.scatter(1, lowest.indices, kept).view(weight.shape))
 
 
 def nm_shrink_(weights: Sequence[Tensor], tau: float, pattern: NM) -> None:

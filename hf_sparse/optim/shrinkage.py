@@ -148,8 +148,10 @@ def sparse_parameters(
     """The parameters of the sparse groups, as they are now."""
     for number, group in enumerate(sparse_groups(optimizer) if groups is None else groups):
         names = group.get("param_names")
+        pattern = Pattern.parse(group["pattern"])
         for index, parameter in enumerate(group["params"]):
             name = names[index] if names else f"parameter {index} of group {number}"
+            check_shardable(name, parameter, pattern)  # FSDP2 replaces parameters after __init__
             state = optimizer.state[parameter]
             yield SparseParameter(name, group, parameter, state)
 
@@ -312,6 +314,12 @@ def _reweight(optimizer: Optimizer, group: Group, stepped: list[SparseParameter]
         eps = group["reweight_eps"] or float(local_part(size).float().median())
         tiny = torch.finfo(size.dtype).tiny  # a tensor of zeros has median 0
         optimizer.state[sparse.parameter]["alpha"] = (max(eps, tiny)) / (size + max(eps, tiny))
+
+
+def set_strength(optimizer: Optimizer, lam: float) -> None:
+    """Set `lam` of all sparse groups."""
+    for group in sparse_groups(optimizer):
+        group["lam"] = lam
 
 
 def freeze(optimizer: Optimizer) -> None:

@@ -18,7 +18,6 @@ from hf_sparse.optim.schedules import Schedule
 from hf_sparse.optim.shrinkage import SETTINGS, add_shrinkage
 from hf_sparse.optim.sparse_optimizers import SparseAdamW, SparseMixin
 from hf_sparse.optim.sparsifier import Sparsifier, check_method
-from hf_sparse.patterns import NM
 from hf_sparse.structure import PRUNED_WITH
 
 OptimizerFactory = Callable[[], Callable[..., Optimizer]]
@@ -29,7 +28,7 @@ def trainer_optimizer(
     *,
     optimizer_cls: Callable[..., Optimizer] = SparseAdamW,
     weight_decay: float = 0.0,
-    penalty: str | None = None,
+    penalty: str = "l0",
     scale: str | None = None,
     **kwargs: Any,
 ) -> tuple[OptimizerFactory, dict[str, Any]]:
@@ -42,7 +41,8 @@ def trainer_optimizer(
         optimizer_cls: `SparseAdamW`, `SparseSGD`, or any other torch optimizer: that one gets the
             shrinkage as step hooks.
         weight_decay: of matrices; Trainer's own argument does not reach a factory.
-        penalty, scale: None chooses by pattern: l0 in Adam's metric, or the N:M regulariser.
+        penalty: as for `SparseAdamW`; l0 is what did best (see docs/results.md).
+        scale: None is `"adaptive"` where optimizer and penalty have it, else `"lr"`.
         **kwargs: `lr`, `lam`, ... of the optimizer and of `SparseAdamW`.
 
     Returns:
@@ -56,8 +56,6 @@ def trainer_optimizer(
         raise ValueError(
             f"config is {config!r}; wanted a SparsityConfig, as SparsityConfig('2:4')."
         )
-    if penalty is None:
-        penalty = "nm" if isinstance(config.pattern, NM) else "l0"
     if penalty not in PENALTIES:
         raise ValueError(f"unknown penalty {penalty!r}; wanted one of {', '.join(PENALTIES)}.")
     if scale is None:

@@ -1,0 +1,128 @@
+"""Sparse training on two processes: DDP and FSDP2 give what one process gives."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_sparse import SparsityConfig
+from hf_sparse.patterns import Pattern
+
+ROOT = Path(__file__).parent.parent
+WORKER = """
+import sys
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from hf_sparse import Schedule, SparseAdamW, SparsityConfig, Sparsifier, sparse_param_groups
+from tests.tiny_models import tiny_model
+
+folder, kind, pattern, method = sys.argv[1:]
+accelerator = Accelerator(cpu=True)
+model = tiny_model("llama", tie_word_embeddings=False)
+config = SparsityConfig(pattern, None if ":" in pattern and pattern[0].isdigit() else 0.6)
+if kind == "fsdp2":  # Accelerate has FSDP for accelerators only
+    for block in model.model.layers:
+        fully_shard(block, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+groups = sparse_param_groups(model, config)
+optimizer = SparseAdamW(groups, lr=1e-3, penalty="l0", scale="adaptive")
+if kind != "fsdp2":
+    model, optimizer = accelerator.prepare(model, optimizer)
+sparsifier = Sparsifier(optimizer, config, 12, method=method, interval=2)
+generator = torch.Generator().manual_seed(0)
+rank, size = accelerator.process_index, accelerator.num_processes
+model.train()
+for step in range(12):
+    ids = torch.randint(2, 256, (4, 12), generator=generator)[rank::size]
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    sparsifier.step()
+sparsifier.check()
+state = accelerator.unwrap_model(model).state_dict()
+state = {k: v.full_tensor() if kind == "fsdp2" else v for k, v in state.items()}
+if accelerator.is_main_process:
+    save_file({k: v.contiguous() for k, v in state.items()}, f"{folder}/{kind}.safetensors")
+print("sparsity", sparsifier.sparsity)
+"""
+
+
+def launch(folder: Path, kind: str, pattern: str, method: str = "proximal") -> str:
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    processes = 1 if kind == "one" else 2
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [sys.executable, *command, str(script), str(folder), kind, pattern, method],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    return done.stdout if done.returncode == 0 else f"failed: {done.stdout}{done.stderr}"
+
+
+def same_share(one: dict, other: dict) -> float:
+    """The share of weights that are zero, or not, in both."""
+    same = sum(int(((one[name] == 0) == (other[name] == 0)).sum()) for name in one)
+    return same / sum(value.numel() for value in one.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "pattern", "method"),
+    [
+        ("ddp", "unstructured", "proximal"),
+        ("ddp", "block:4x1", "proximal"),
+        ("ddp", "unstructured", "movement"),
+        ("fsdp2", "unstructured", "proximal"),
+        ("fsdp2", "unstructured", "magnitude"),
+        ("fsdp2", "2:4", "proximal"),
+        ("fsdp2", "block:1x4", "proximal"),
+        ("fsdp2", "row", "magnitude"),
+    ],
+)
+def test_two_processes_give_the_result_of_one(
+    kind: str, pattern: str, method: str, tmp_path: Path
+) -> None:
+    for name in ("one", kind):
+        output = launch(tmp_path, name, pattern, method)
+        assert "sparsity" in output, output
+    one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", kind))
+    assert same_share(one, two) > 0.99
+    close = [torch.isclose(value, two[name], atol=2e-3).float() for name, value in one.items()]
+    assert torch.cat([part.flatten() for part in close]).mean() > 0.995
+    targets = [name for name in two if "layers" in name and two[name].ndim == 2]
+    zeros = sum(int((two[name] == 0).sum()) for name in targets)
+    numel = sum(two[name].numel() for name in targets)
+    if pattern != "row":
+        config = SparsityConfig(pattern, None if pattern == "2:4" else 0.6)
+        assert zeros == pytest.approx(config.sparsity * numel, abs=4)
+    assert all(Pattern.parse(pattern).follows(two[name]) for name in targets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pattern", "method", "message"),
+    [
+        ("block:4x1", "proximal", "groups of pattern 'block:4x1' span rows"),
+        ("column", "magnitude", "groups of pattern 'column' span rows"),
+        ("unstructured", "movement", "movement pruning does not work on sharded parameters"),
+    ],
+)
+def test_what_shards_cannot_do_is_refused(
+    pattern: str, method: str, message: str, tmp_path: Path
+) -> None:
+    output = launch(tmp_path, "fsdp2", pattern, method)
+    assert output.startswith("failed")
+    assert message in output
