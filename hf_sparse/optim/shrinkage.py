@@ -322,7 +322,14 @@ def set_strength(optimizer: Optimizer, lam: float) -> None:
         group["lam"] = lam
 
 
-def freeze(optimizer: Optimizer) -> None:
-    """From now on the zeros of the sparse groups stay zero, and nothing is shrunk."""
+def freeze_zeros(optimizer: Optimizer) -> None:
+    """From now on the zeros of the sparse groups stay zero, and nothing is shrunk.
+
+    Fine-tunes a sparse model without filling its zeros. The zeros that the weights have at each step are
+    kept, whatever made them.
+
+    Args:
+        optimizer: with sparse groups: a `SparseAdamW` or `SparseSGD`, or after `add_shrinkage`.
+    """
     for group in sparse_groups(optimizer):
         group["frozen"] = True

@@ -10,7 +10,7 @@ from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.optim.methods import TRAINING_METHODS
 from hf_sparse.optim.projection import count_zero_units, measured_sparsity, pattern_of
 from hf_sparse.optim.schedules import Schedule
-from hf_sparse.optim.shrinkage import attach, freeze, sparse_groups
+from hf_sparse.optim.shrinkage import attach, freeze_zeros, sparse_groups
 from hf_sparse.patterns import NM, Head
 
 
@@ -144,7 +144,7 @@ class Sparsifier:
     def finish(self) -> None:
         """Make the sparsity exact now, and freeze the zeros."""
         self._method.finish(self._share)
-        freeze(self.optimizer)
+        freeze_zeros(self.optimizer)
         self._state["finished"] = True
 
     def check(self) -> None:

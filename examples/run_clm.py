@@ -1,0 +1,99 @@
+"""Fine-tune a causal language model and make it sparse.
+
+    python examples/run_clm.py --model_name_or_path gpt2 --dataset_name Salesforce/wikitext \\
+        --dataset_config wikitext-2-raw-v1 --sparsity 0.5 --output_dir gpt2-sparse
+    python examples/run_clm.py --model_name_or_path gpt2 --train_file train.txt \\
+        --validation_file validation.txt --pattern 2:4 --output_dir gpt2-sparse
+
+Files are plain text, or JSON lines with `text`. Texts are joined by the end-of-text token and cut
+into windows of `--block_size` tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+from datasets import load_dataset
+from sparsity import compare, few, load, load_tokenizer, parse
+from transformers import AutoModelForCausalLM, Trainer, default_data_collator
+
+
+@dataclass
+class DataArguments:
+    """Where the text comes from."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub name with a column text."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
+    train_file: str | None = field(default=None, metadata={"help": "Plain text or JSON lines."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Plain text or JSON lines."}
+    )
+    block_size: int = field(default=512, metadata={"help": "Tokens of a window."})
+
+
+def load_data(data: DataArguments) -> Any:
+    """The splits `train` and `validation` with a column `text`."""
+    if data.dataset_name:
+        return load_dataset(data.dataset_name, data.dataset_config)
+    if not (data.train_file and data.validation_file):
+        raise ValueError("wanted --dataset_name, or --train_file and --validation_file.")
+    files = {"train": data.train_file, "validation": data.validation_file}
+    if data.train_file.endswith("txt"):
+        return load_dataset("text", data_files=files, sample_by="paragraph")
+    return load_dataset("json", data_files=files)
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+    """Train, save and compare; returns the scores."""
+    sparsity, data, training = parse(DataArguments, argv)
+    raw = load_data(data)
+    tokenizer = load_tokenizer(sparsity.model_name_or_path)
+
+    def windows(rows: dict[str, list]) -> dict[str, list]:
+        end = [tokenizer.eos_token_id]
+        found = tokenizer(rows["text"], add_special_tokens=False)["input_ids"]
+        tokens = list(chain.from_iterable(text + end for text in found))
+        starts = range(0, len(tokens) - data.block_size + 1, data.block_size)
+        cut = [tokens[start : start + data.block_size] for start in starts]
+        return {"input_ids": cut, "labels": cut}
+
+    splits = {}
+    for name in ("train", "validation"):
+        cut = raw[name].map(windows, batched=True, remove_columns=raw[name].column_names)
+        if not len(cut):
+            raise ValueError(
+                f"{name} has fewer than {data.block_size} tokens: lower --block_size, or give more."
+            )
+        splits[name] = few(cut, sparsity.smoke)
+
+    def make_trainer(model: Any, **arguments: Any) -> Trainer:
+        return Trainer(
+            model,
+            training,
+            train_dataset=splits["train"],
+            eval_dataset=splits["validation"],
+            data_collator=default_data_collator,
+            **arguments,
+        )
+
+    def evaluate(trainer: Trainer) -> dict[str, float]:
+        return {"perplexity": math.exp(trainer.evaluate()["eval_loss"])}
+
+    return compare(
+        sparsity,
+        training,
+        AutoModelForCausalLM,
+        lambda path: load(AutoModelForCausalLM, path),
+        make_trainer,
+        evaluate,
+        tokenizer,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Fine-tune a multiple-choice model and make it sparse: RACE and anything of its layout.
+
+    python examples/run_multiple_choice.py --model_name_or_path albert-base-v2 \\
+        --dataset_name ehovy/race --dataset_config middle --sparsity 0.8 --output_dir albert-race-sparse
+    python examples/run_multiple_choice.py --model_name_or_path albert-base-v2 \\
+        --train_file train.jsonl --validation_file validation.jsonl --pattern 2:4 --output_dir out
+
+Files are JSON lines with `article`, `question`, `options` (the same number in every line) and
+`answer` (A, B, ...). A question with a gap `_` is filled by the option, as in RACE.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import load_dataset
+from sparsity import compare, few, load, load_tokenizer, parse
+from transformers import AutoModelForMultipleChoice, DataCollatorForMultipleChoice, Trainer
+
+
+@dataclass
+class DataArguments:
+    """Where the questions come from."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub name, such as ehovy/race."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
+    train_file: str | None = field(default=None, metadata={"help": "JSON lines."})
+    validation_file: str | None = field(default=None, metadata={"help": "JSON lines."})
+    max_seq_length: int = field(default=512, metadata={"help": "Longer articles are cut."})
+
+
+def load_data(data: DataArguments) -> Any:
+    """The splits `train` and `validation`."""
+    if data.dataset_name:
+        return load_dataset(data.dataset_name, data.dataset_config)
+    if not (data.train_file and data.validation_file):
+        raise ValueError("wanted --dataset_name, or --train_file and --validation_file.")
+    files = {"train": data.train_file, "validation": data.validation_file}
+    return load_dataset("json", data_files=files)
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+    """Train, save and compare; returns the scores."""
+    sparsity, data, training = parse(DataArguments, argv)
+    raw = load_data(data)
+    if missing := {"article", "question", "options", "answer"} - set(raw["train"].column_names):
+        raise ValueError(f"columns {sorted(missing)} are missing; wanted the layout of RACE.")
+    tokenizer = load_tokenizer(sparsity.model_name_or_path)
+
+    def tokenize(row: dict[str, Any]) -> dict[str, Any]:
+        question, options = row["question"], row["options"]
+        filled = [
+            question.replace("_", option) if "_" in question else f"{question} {option}"
+            for option in options
+        ]
+        found = tokenizer(
+            [row["article"]] * len(options),
+            filled,
+            truncation="only_first",
+            max_length=data.max_seq_length,
+        )
+        return {**found, "label": ord(row["answer"]) - ord("A")}
+
+    splits = {
+        name: few(raw[name], sparsity.smoke).map(tokenize, remove_columns=raw[name].column_names)
+        for name in ("train", "validation")
+    }
+
+    def make_trainer(model: Any, **arguments: Any) -> Trainer:
+        return Trainer(
+            model,
+            training,
+            train_dataset=splits["train"],
+            eval_dataset=splits["validation"],
+            data_collator=DataCollatorForMultipleChoice(tokenizer),
+            compute_metrics=lambda found: {
+                "accuracy": np.mean(found.predictions.argmax(axis=1) == found.label_ids)
+            },
+            **arguments,
+        )
+
+    return compare(
+        sparsity,
+        training,
+        AutoModelForMultipleChoice,
+        lambda path: load(AutoModelForMultipleChoice, path),
+        make_trainer,
+        lambda trainer: {"accuracy": float(trainer.evaluate()["eval_accuracy"])},
+        tokenizer,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""What the training examples share: their sparsity arguments, and dense beside sparse.
+
+Each example trains the dense model and then, from the same start and with the same budget, the
+sparse one; saves the sparse model; loads it back with its Auto class; and prints both scores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
+
+import hf_sparse
+from hf_sparse.report import format_table
+
+OPTIMIZERS = ("sparse_adamw", "magnitude", "movement", "none")
+
+
+@dataclass
+class SparsityArguments:
+    """How sparse the model becomes, and how."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Hub name or folder of the model to start from."}
+    )
+    pattern: str = field(
+        default="unstructured", metadata={"help": "unstructured, 2:4, block:4x1, ..."}
+    )
+    sparsity: float | None = field(
+        default=None, metadata={"help": "Fraction of zeros; not for N:M."}
+    )
+    optimizer: str = field(
+        default="sparse_adamw",
+        metadata={
+            "help": "How the zeros come; none trains the dense model only.",
+            "choices": OPTIMIZERS,
+        },
+    )
+    penalty: str = field(default="l0", metadata={"help": "Of sparse_adamw: see docs/training.md."})
+    schedule: str = field(default="cubic", metadata={"help": "constant, linear or cubic."})
+    begin: float = field(
+        default=0.1, metadata={"help": "Fraction of the run before the first zeros."}
+    )
+    end: float = field(default=0.6, metadata={"help": "Fraction after which the zeros are frozen."})
+    distil: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the dense model's hidden states and logits as a teacher; 0: none."
+        },
+    )
+    dense_model: str | None = field(
+        default=None,
+        metadata={"help": "A dense model trained on the task, instead of training one."},
+    )
+    smoke: bool = field(
+        default=False, metadata={"help": "A few steps on a few examples, to try it."}
+    )
+
+    def config(self) -> hf_sparse.SparsityConfig:
+        """The wanted sparsity."""
+        return hf_sparse.SparsityConfig(self.pattern, self.sparsity)
+
+
+def parse(data_arguments: type, argv: list[str] | None) -> tuple[SparsityArguments, Any, Any]:
+    """Read the command line: sparsity, data and Trainer arguments."""
+    parser = HfArgumentParser((SparsityArguments, data_arguments, TrainingArguments))
+    sparsity, data, training = parser.parse_args_into_dataclasses(argv)
+    if sparsity.optimizer != "none":
+        sparsity.config()  # refuses nonsense before anything is loaded
+    if sparsity.smoke:
+        training = dataclasses.replace(training, max_steps=10, logging_steps=2, report_to=[])
+    return sparsity, data, training
+
+
+def load(auto_class: Any, path: str, **changes: Any) -> Any:
+    """A model of the Auto class; a Sparse class where the family has one."""
+    config = AutoConfig.from_pretrained(path, **changes)
+    sparse = getattr(hf_sparse, f"Sparse{type(config).__name__}", None)
+    if sparse is not None:
+        config = sparse.from_pretrained(path, **changes)
+    return auto_class.from_pretrained(path, config=config)
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model."""
+    return AutoTokenizer.from_pretrained(path)
+
+
+def few(dataset: Any, smoke: bool) -> Any:
+    """The data set, or the first 32 examples of it."""
+    return dataset.select(range(min(32, len(dataset)))) if smoke else dataset
+
+
+def compare(
+    sparsity: SparsityArguments,
+    training: TrainingArguments,
+    auto_class: Any,
+    make_model: Callable[[str], Any],
+    make_trainer: Callable[..., Trainer],
+    evaluate: Callable[[Trainer], dict[str, float]],
+    tokenizer: Any,
+) -> dict[str, dict[str, float]]:
+    """Train dense and sparse, save the sparse model to `output_dir`, load it, print both scores.
+
+    Args:
+        sparsity, training: the arguments.
+        auto_class: loads what was saved.
+        make_model: a model from a path.
+        make_trainer: `(model, **arguments of Trainer)`.
+        evaluate: scores of a trainer's model by name.
+        tokenizer: saved with the model.
+
+    Returns:
+        The scores of `"dense"` and `"sparse"`.
+    """
+    dense = make_trainer(make_model(sparsity.dense_model or sparsity.model_name_or_path))
+    if sparsity.dense_model is None:
+        dense.train()
+    scores = {"dense": evaluate(dense)}
+    if sparsity.optimizer == "none":
+        dense.save_model(training.output_dir)
+    else:
+        scores["sparse"] = _train_sparse(
+            sparsity,
+            training,
+            auto_class,
+            make_model,
+            make_trainer,
+            evaluate,
+            tokenizer,
+            dense,
+            scores,
+        )
+    names = list(scores["dense"])
+    rows = [(kind, *(f"{found[name]:.4f}" for name in names)) for kind, found in scores.items()]
+    print(format_table(("model", *names), rows))
+    return scores
+
+
+def _train_sparse(
+    sparsity: SparsityArguments,
+    training: TrainingArguments,
+    auto_class: Any,
+    make_model: Callable[[str], Any],
+    make_trainer: Callable[..., Trainer],
+    evaluate: Callable[[Trainer], dict[str, float]],
+    tokenizer: Any,
+    dense: Trainer,
+    scores: dict[str, dict[str, float]],
+) -> dict[str, float]:
+    config = sparsity.config()
+    model = make_model(sparsity.model_name_or_path)
+    if sparsity.distil:
+        weight = sparsity.distil
+        hf_sparse.Distillation(dense.model, logits=min(weight, 1.0), hidden=weight).attach(model)
+    proximal = sparsity.optimizer == "sparse_adamw"
+    callback = hf_sparse.SparsityCallback(
+        config,
+        method="proximal" if proximal else sparsity.optimizer,
+        schedule=hf_sparse.Schedule(sparsity.schedule, sparsity.begin, sparsity.end),
+    )
+    factory = hf_sparse.trainer_optimizer(
+        config,
+        lr=training.learning_rate,
+        weight_decay=training.weight_decay,
+        penalty=sparsity.penalty if proximal else "l0",
+    )
+    trainer = make_trainer(model, optimizer_cls_and_kwargs=factory, callbacks=[callback])
+    callback.log_through(trainer)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+
+    folder = Path(training.output_dir)
+    metrics = [
+        hf_sparse.Metric(name, sparse=value, dense=scores["dense"][name])
+        for name, value in evaluate(trainer).items()
+    ]
+    hf_sparse.save_pretrained(trainer.model, folder, config, tokenizer=tokenizer, metrics=metrics)
+    loaded = auto_class.from_pretrained(folder)
+    print(hf_sparse.measure_sparsity(loaded, config).summary())
+    return evaluate(make_trainer(loaded))
