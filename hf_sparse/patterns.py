@@ -23,6 +23,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -148,14 +149,18 @@ class NM(Pattern):
 
     def keep(self, scores: Tensor, sparsity: float, *, per_row: bool = False) -> Tensor:
         _check(scores, sparsity)
-        groups = self.groups(scores)
-        index = torch.arange(self.m, device=scores.device)
+        return ~self.surplus(scores).view(scores.shape)
+
+    def surplus(self, scores: Tensor) -> Tensor:
+        """Mark the M - N lowest scores of each group, of equal ones the first: `(groups, m)`."""
+        columns = self.groups(scores).unbind(1)
         # The rank of a weight is the number of weights in its group that are pruned before it.
-        rank = torch.zeros(groups.shape, dtype=torch.int16, device=scores.device)
-        for other in range(self.m):
-            rival = groups[:, other : other + 1]
-            rank += (rival < groups) | ((rival == groups) & (other < index))
-        return (rank >= self.m - self.n).view(scores.shape)
+        rank = [torch.zeros_like(column, dtype=torch.int16) for column in columns]
+        for first, second in combinations(range(self.m), 2):
+            before = columns[first] <= columns[second]
+            rank[second] += before
+            rank[first] += ~before
+        return torch.stack(rank, dim=1) < self.m - self.n
 
     def violations(self, weight: Tensor) -> int:
         return int(((self.groups(weight) != 0).sum(dim=1) > self.n).sum())

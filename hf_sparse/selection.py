@@ -43,8 +43,8 @@ def unit_scores(scores: Tensor, pattern: Pattern) -> Tensor:
         height, width = pattern.group_shape(*scores.shape)
         return pattern.unit_scores(scores) / (height * width)
     if isinstance(pattern, NM):
-        lowest = pattern.groups(scores.float()).topk(pattern.m - pattern.n, largest=False).values
-        return lowest.square().sum(dim=1)
+        squares = pattern.groups(scores.float()).square()
+        return (squares * pattern.surplus(scores)).sum(dim=1)
     return scores.float()
 
 
@@ -53,8 +53,7 @@ def unit_weights(pruned: Tensor, scores: Tensor, pattern: Pattern) -> Tensor:
     if isinstance(pattern, GroupPattern):
         return pattern.spread(pruned, scores.shape)
     if isinstance(pattern, NM):
-        surplus = pattern.groups(~pattern.keep(scores, pattern.implied_sparsity))
-        return (surplus & pruned[:, None]).view(scores.shape)
+        return (pattern.surplus(scores) & pruned[:, None]).view(scores.shape)
     return pruned
 
 

@@ -72,7 +72,7 @@ def _shrink_l0(
     elif isinstance(pattern, NM):
         prox.nm_hard_threshold_(weights, strength, pattern, metric)
     else:
-        prox.hard_threshold_(weights, _in_metric(strength, metric))
+        prox.hard_threshold_(weights, strength, metric)
 
 
 def _shrink_groups(
@@ -109,8 +109,8 @@ def _distance_l0(weight: Tensor, unit: float, metric: Tensor | None, pattern: Pa
     if isinstance(pattern, GroupPattern):
         return pattern.blocks(losses).mean(dim=(1, 3)).div(2 * unit)
     if isinstance(pattern, NM):
-        surplus = pattern.groups(losses).topk(pattern.m - pattern.n, largest=False).values
-        return surplus.sum(dim=1).div(2 * pattern.m * unit)
+        lost = (pattern.groups(losses) * pattern.surplus(losses)).sum(dim=1)
+        return lost.div(2 * pattern.m * unit)
     return losses.div(2 * unit)
 
 

@@ -55,18 +55,23 @@ def soft_threshold_(weights: Sequence[Tensor], tau: Tau, *, foreach: bool = Fals
         _each_with_(weights, tau, lambda w, t: w.sub_(w.clamp(-t, t)))
 
 
-def hard_threshold_(weights: Sequence[Tensor], tau: Tau) -> None:
-    """`w <- w if |w| > sqrt(2 tau) else 0`, the prox of `tau ||w||_0`.
+def hard_threshold_(
+    weights: Sequence[Tensor], tau: float, metric: Sequence[Tensor] | None = None
+) -> None:
+    """`w <- w if 1/2 d w^2 > tau else 0`, the prox of `tau ||w||_0`.
 
     Args:
         weights: any shapes, changed in place.
-        tau: `>= 0`; one number, or a tensor per weight tensor.
+        tau: `>= 0`.
+        metric: `d > 0` of each weight, of its shape; None: 1, the Euclidean prox.
     """
-    if isinstance(tau, float | int):
+    if metric is None:
         threshold = (2 * tau) ** 0.5
         _each_(weights, lambda w, out: torch.ops.aten.hardshrink.out(w, threshold, out=out))
-    else:
-        _each_with_(weights, tau, lambda w, t: w.masked_fill_(w.square() <= 2 * t, 0.0))
+        return
+    for weight, diagonal in zip(weights, metric, strict=True):
+        wide = weight if weight.element_size() >= 4 else weight.float()
+        weight.mul_((diagonal * wide).mul_(wide) > 2 * tau)
 
 
 def group_soft_threshold_(weights: Sequence[Tensor], tau: float, pattern: GroupPattern) -> None:
@@ -106,8 +111,8 @@ def group_hard_threshold_(
         height, width = pattern.group_shape(*weight.shape)
         squares = (weight if weight.element_size() >= 4 else weight.float()).square()
         losses = squares if metric is None else squares.mul_(metric[index])
-        pruned = pattern.blocks(losses).sum(dim=(1, 3)) <= 2 * tau * height * width
-        pattern.blocks(weight).masked_fill_(pruned[:, None, :, None], 0.0)
+        kept = pattern.blocks(losses).sum(dim=(1, 3)) > 2 * tau * height * width
+        pattern.blocks(weight).mul_(kept[:, None, :, None])
 
 
 def nm_hard_threshold_(
@@ -129,12 +134,10 @@ def nm_hard_threshold_(
     """
     for index, weight in enumerate(weights):
         squares = (weight if weight.element_size() >= 4 else weight.float()).square()
-        losses = pattern.groups(squares if metric is None else squares.mul_(metric[index]))
-        lowest = losses.topk(pattern.m - pattern.n, largest=False)
-        pruned = lowest.values.sum(dim=1, keepdim=True) <= 2 * tau * pattern.m
-        groups = pattern.groups(weight)
-        kept = groups.gather(1, lowest.indices).masked_fill_(pruned, 0.0)
-        weight.copy_(groups.scatter(1, lowest.indices, kept).view(weight.shape))
+        losses = squares if metric is None else squares.mul_(metric[index])
+        surplus = pattern.surplus(losses)
+        lost = (pattern.groups(losses) * surplus).sum(dim=1, keepdim=True)
+        weight.mul_((~surplus | (lost > 2 * tau * pattern.m)).view(weight.shape))
 
 
 def nm_shrink_(weights: Sequence[Tensor], tau: float, pattern: NM) -> None:
@@ -259,4 +262,7 @@ def _each_with_(
 
 def _scale_groups_(weight: Tensor, factors: Tensor, pattern: GroupPattern) -> None:
     blocks = pattern.blocks(weight)
-    blocks.copy_(blocks * factors[:, None, :, None])
+    if weight.element_size() >= 4:
+        blocks.mul_(factors[:, None, :, None])
+    else:
+        blocks.copy_(blocks * factors[:, None, :, None])

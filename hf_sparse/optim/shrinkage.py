@@ -54,7 +54,7 @@ SETTINGS: dict[str, Any] = {
 # What a saved state must agree on with the optimizer that reads it.
 _FIXED = ("penalty", "scale", "pattern", "transposed")
 _ATTACHED = "_hf_sparse_attached"
-_ZEROS = "_hf_sparse_zeros"
+_KEPT = "_hf_sparse_kept"
 _ALL = slice(None)
 # Weights that are shrunk together: few enough for their temporaries to stay in the cache.
 _CHUNK = 1 << 17
@@ -93,7 +93,7 @@ def attach(optimizer: Optimizer) -> None:
     if _ATTACHED in vars(optimizer):
         return
     vars(optimizer)[_ATTACHED] = True
-    optimizer.register_step_pre_hook(_remember_zeros)
+    optimizer.register_step_pre_hook(_remember_mask)
     optimizer.register_step_post_hook(_shrink)
     optimizer.register_load_state_dict_pre_hook(_check_resumed)
 
@@ -130,7 +130,7 @@ class SparseParameter:
         correction = 1 - self.group["betas"][1] ** float(self.state["step"])
         part = self.view(moments)[rows]
         root = (part if part.element_size() >= 4 else part.float()).sqrt()
-        return root.div_(math.sqrt(correction)).add_(self.group["eps"])
+        return root.mul_(1 / math.sqrt(correction)).add_(self.group["eps"])
 
     def alpha(self, rows: slice = _ALL) -> Tensor | None:
         """The factors of reweighted l1, once they are set; else None."""
@@ -233,17 +233,17 @@ def _check_resumed(optimizer: Optimizer, saved: dict[str, Any]) -> None:
                 )
 
 
-def _remember_zeros(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Before a step: note where the weights of frozen groups are zero."""
-    vars(optimizer)[_ZEROS] = [
-        sparse.weight == 0 for sparse in sparse_parameters(optimizer) if sparse.group["frozen"]
+def _remember_mask(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Before a step: note which weights of frozen groups are not zero."""
+    vars(optimizer)[_KEPT] = [
+        sparse.weight != 0 for sparse in sparse_parameters(optimizer) if sparse.group["frozen"]
     ]
 
 
 @torch.no_grad()
 def _shrink(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """After a step: shrink the sparse groups, and clear what grew in frozen ones."""
-    zeros = iter(vars(optimizer).pop(_ZEROS))
+    kept = iter(vars(optimizer).pop(_KEPT))
     if was_skipped(optimizer):
         return
     for group in sparse_groups(optimizer):
@@ -251,7 +251,7 @@ def _shrink(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         stepped = [sparse for sparse in members if sparse.parameter.grad is not None]
         if group["frozen"]:
             for sparse in members:
-                sparse.weight.masked_fill_(next(zeros), 0.0)
+                sparse.weight.mul_(next(kept))
         elif group["lam"] > 0 and stepped:
             if PENALTIES[group["penalty"]].reweighted:
                 _reweight(optimizer, group, stepped)
@@ -325,8 +325,8 @@ def set_strength(optimizer: Optimizer, lam: float) -> None:
 def freeze_zeros(optimizer: Optimizer) -> None:
     """From now on the zeros of the sparse groups stay zero, and nothing is shrunk.
 
-    Fine-tunes a sparse model without filling its zeros. The zeros that the weights have at each step are
-    kept, whatever made them.
+    Fine-tunes a sparse model without filling its zeros. The zeros that the weights have at each
+    step are kept, whatever made them.
 
     Args:
         optimizer: with sparse groups: a `SparseAdamW` or `SparseSGD`, or after `add_shrinkage`.
