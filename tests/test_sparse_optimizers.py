@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import hf_sparse
 from hf_sparse import SparseAdamW, SparseSGD, SparsityConfig, add_shrinkage, sparse_param_groups
+from hf_sparse.optim.parameters import sparse_groups
 from hf_sparse.optim.penalties import PENALTIES
-from hf_sparse.optim.shrinkage import freeze_zeros, sparse_groups
+from hf_sparse.optim.shrinkage import freeze_zeros
 from hf_sparse.patterns import Pattern
 from tests.tiny_models import tiny_model
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hf_sparse.optim.parameters import SparseParameter, sparse_groups, sparse_parameters
 from hf_sparse.optim.sharding import processes_of
-from hf_sparse.optim.shrinkage import SparseParameter, sparse_groups, sparse_parameters
 from hf_sparse.patterns import Pattern
 from hf_sparse.selection import global_masks, unit_scores
 

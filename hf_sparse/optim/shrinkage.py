@@ -24,35 +24,24 @@ fp16 GradScaler skips shrinks nothing. All settings live in the param groups, an
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_sparse.optim.penalties import PENALTIES, SCALES, default_penalty
-from hf_sparse.optim.sharding import check_shardable, local_part
-from hf_sparse.patterns import GroupPattern, Pattern, Unstructured
+from hf_sparse.optim.parameters import (
+    Group,
+    SparseParameter,
+    sparse_groups,
+    sparse_parameters,
+    unit_strength,
+)
+from hf_sparse.optim.penalties import PENALTIES
+from hf_sparse.optim.settings import SETTINGS, check_group, check_resumed
+from hf_sparse.optim.sharding import local_part
+from hf_sparse.patterns import GroupPattern, Pattern
 
-Group = dict[str, Any]
-
-# What a param group holds beside the optimizer's own settings.
-SETTINGS: dict[str, Any] = {
-    "lam": 0.0,
-    "penalty": None,  # by pattern: see default_penalty
-    "scale": "lr",
-    "pattern": "unstructured",
-    "transposed": False,
-    "frozen": False,
-    "reweight_every": 100,
-    "reweight_eps": None,
-    "shrink_steps": 0,
-}
-# What a saved state must agree on with the optimizer that reads it.
-_FIXED = ("penalty", "scale", "pattern", "transposed")
 _ATTACHED = "_hf_sparse_attached"
 _KEPT = "_hf_sparse_kept"
 _ALL = slice(None)
@@ -95,142 +84,7 @@ def attach(optimizer: Optimizer) -> None:
     vars(optimizer)[_ATTACHED] = True
     optimizer.register_step_pre_hook(_remember_mask)
     optimizer.register_step_post_hook(_shrink)
-    optimizer.register_load_state_dict_pre_hook(_check_resumed)
-
-
-@dataclass(frozen=True)
-class SparseParameter:
-    """A parameter of a sparse group, with what its shrinkage needs."""
-
-    name: str
-    group: Group
-    parameter: Tensor
-    state: Mapping[str, Any]
-
-    @property
-    def weight(self) -> Tensor:
-        """The values of this process as `(out_features, in_features)`; writes reach the model."""
-        return self.view(self.parameter.detach())
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """A tensor of the parameter's shape as `weight` is seen; a scalar as a vector."""
-        tensor = local_part(tensor)
-        return tensor.T if self.group["transposed"] else torch.atleast_1d(tensor)
-
-    def metric(self, rows: slice = _ALL) -> Tensor | None:
-        """The diagonal of Adam's metric, `sqrt(v) + eps`, for scale `adaptive`; else None."""
-        if self.group["scale"] != "adaptive":
-            return None
-        moments = self.state.get("max_exp_avg_sq", self.state.get("exp_avg_sq"))
-        if moments is None:
-            raise ValueError(
-                f"{self.name}: scale='adaptive' needs Adam's second moments (exp_avg_sq), which this "
-                "optimizer does not keep in its state. Use scale='lr' or 'constant'."
-            )
-        correction = 1 - self.group["betas"][1] ** float(self.state["step"])
-        part = self.view(moments)[rows]
-        root = (part if part.element_size() >= 4 else part.float()).sqrt()
-        return root.mul_(1 / math.sqrt(correction)).add_(self.group["eps"])
-
-    def alpha(self, rows: slice = _ALL) -> Tensor | None:
-        """The factors of reweighted l1, once they are set; else None."""
-        return self.view(self.state["alpha"])[rows] if "alpha" in self.state else None
-
-
-def sparse_groups(optimizer: Optimizer) -> list[Group]:
-    """The param groups that are to be sparse: those with a pattern."""
-    return [group for group in optimizer.param_groups if group.get("pattern") is not None]
-
-
-def sparse_parameters(
-    optimizer: Optimizer, groups: Iterable[Group] | None = None
-) -> Iterator[SparseParameter]:
-    """The parameters of the sparse groups, as they are now."""
-    for number, group in enumerate(sparse_groups(optimizer) if groups is None else groups):
-        names = group.get("param_names")
-        pattern = Pattern.parse(group["pattern"])
-        for index, parameter in enumerate(group["params"]):
-            name = names[index] if names else f"parameter {index} of group {number}"
-            check_shardable(name, parameter, pattern)  # FSDP2 replaces parameters after __init__
-            state = optimizer.state[parameter]
-            yield SparseParameter(name, group, parameter, state)
-
-
-def check_group(group: Group) -> None:
-    """Check the settings of a param group and that the pattern fits its parameters.
-
-    Raises:
-        ValueError: what was found, and what was wanted.
-    """
-    if group["pattern"] is None:
-        return
-    pattern = Pattern.parse(group["pattern"])
-    group["pattern"] = str(pattern)
-    group["penalty"] = group["penalty"] or default_penalty(pattern)
-    lam = group["lam"]
-    if isinstance(lam, bool) or not isinstance(lam, int | float) or not 0 <= lam < math.inf:
-        raise ValueError(f"lam is {lam!r}; wanted a finite number >= 0.")
-    for name, allowed in (("penalty", tuple(PENALTIES)), ("scale", SCALES)):
-        if group[name] not in allowed:
-            raise ValueError(f"unknown {name} {group[name]!r}; wanted one of {', '.join(allowed)}.")
-    penalty = PENALTIES[group["penalty"]]
-    penalty.check_pattern(group["penalty"], pattern)
-    if group["scale"] == "adaptive" and not penalty.adaptive:
-        raise ValueError(
-            f"penalty '{group['penalty']}' has no closed form in Adam's metric. Use scale='lr' or "
-            "'constant', or penalty='l0'."
-        )
-    every, eps = group["reweight_every"], group["reweight_eps"]
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"reweight_every is {every!r}; wanted a number of steps >= 1.")
-    if eps is not None and not 0 < eps < math.inf:
-        raise ValueError(
-            f"reweight_eps is {eps!r}; wanted a number > 0, or None for the median |w|."
-        )
-    names = group.get("param_names")
-    for index, parameter in enumerate(group["params"]):
-        name = names[index] if names else f"parameter {index}"
-        _check_parameter(name, parameter, pattern, group["transposed"])
-
-
-def _check_parameter(name: str, parameter: Tensor, pattern: Pattern, transposed: bool) -> None:
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "ds_tensor"):
-        raise ValueError(
-            f"{name} is partitioned by DeepSpeed ZeRO, which flattens parameters: their matrices "
-            "cannot be shrunk. Train with DDP or FSDP2 instead."
-        )
-    if not isinstance(pattern, Unstructured):
-        if parameter.ndim != 2:
-            raise ValueError(
-                f"{name} has shape {tuple(parameter.shape)}; pattern '{pattern}' wants matrices "
-                "(out_features, in_features). Put it into a group with pattern=None, as "
-                "hf_sparse.sparse_param_groups does."
-            )
-        rows, columns = reversed(parameter.shape) if transposed else parameter.shape
-        try:
-            pattern.check_shape(rows, columns)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-    check_shardable(name, parameter, pattern)
-
-
-def _check_resumed(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    groups = saved["param_groups"]
-    if len(groups) != len(optimizer.param_groups):
-        return  # torch says it better
-    for number, (old, new) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
-        for name in _FIXED:
-            if name not in old:
-                raise ValueError(
-                    f"param group {number} was saved by an optimizer without shrinkage (it has no "
-                    f"{name!r}). Start a new run from the saved model instead of resuming."
-                )
-            if old[name] != new[name]:
-                raise ValueError(
-                    f"param group {number} was saved with {name}={old[name]!r}, the optimizer that "
-                    f"resumes has {name}={new[name]!r}. Resume with the settings of the first run, "
-                    "or start a new one."
-                )
+    optimizer.register_load_state_dict_pre_hook(check_resumed)
 
 
 def _remember_mask(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -300,11 +154,6 @@ def _chunks(shape: torch.Size, pattern: Pattern) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def unit_strength(group: Group) -> float:
-    """The strength of the penalty in one step at `lam = 1`."""
-    return 1.0 if group["scale"] == "constant" else float(group["lr"])
-
-
 def _reweight(optimizer: Optimizer, group: Group, stepped: list[SparseParameter]) -> None:
     """Set `alpha = eps / (|w| + eps)` where a new round begins."""
     for sparse in stepped:
@@ -314,12 +163,6 @@ def _reweight(optimizer: Optimizer, group: Group, stepped: list[SparseParameter]
         eps = group["reweight_eps"] or float(local_part(size).float().median())
         tiny = torch.finfo(size.dtype).tiny  # a tensor of zeros has median 0
         optimizer.state[sparse.parameter]["alpha"] = (max(eps, tiny)) / (size + max(eps, tiny))
-
-
-def set_strength(optimizer: Optimizer, lam: float) -> None:
-    """Set `lam` of all sparse groups."""
-    for group in sparse_groups(optimizer):
-        group["lam"] = lam
 
 
 def freeze_zeros(optimizer: Optimizer) -> None:

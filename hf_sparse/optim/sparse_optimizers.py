@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
-from hf_sparse.optim.shrinkage import SETTINGS, add_shrinkage, attach, check_group
+from hf_sparse.optim.settings import SETTINGS, check_group
+from hf_sparse.optim.shrinkage import add_shrinkage, attach
 
 
 class SparseMixin(torch.optim.Optimizer):

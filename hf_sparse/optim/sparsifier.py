@@ -8,9 +8,10 @@ from torch.optim import Optimizer
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.optim.methods import TRAINING_METHODS
+from hf_sparse.optim.parameters import sparse_groups
 from hf_sparse.optim.projection import count_zero_units, measured_sparsity, pattern_of
 from hf_sparse.optim.schedules import Schedule
-from hf_sparse.optim.shrinkage import attach, freeze_zeros, sparse_groups
+from hf_sparse.optim.shrinkage import attach, freeze_zeros
 from hf_sparse.patterns import NM, Head
 
 

@@ -15,7 +15,8 @@ from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.optim.groups import sparse_param_groups
 from hf_sparse.optim.penalties import PENALTIES
 from hf_sparse.optim.schedules import Schedule
-from hf_sparse.optim.shrinkage import SETTINGS, add_shrinkage
+from hf_sparse.optim.settings import SETTINGS
+from hf_sparse.optim.shrinkage import add_shrinkage
 from hf_sparse.optim.sparse_optimizers import SparseAdamW, SparseMixin
 from hf_sparse.optim.sparsifier import Sparsifier, check_method
 from hf_sparse.structure import PRUNED_WITH

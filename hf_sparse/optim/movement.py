@@ -1,0 +1,168 @@
+"""Soft movement pruning: weights that move away from zero stay.
+
+Source: Sanh et al., "Movement Pruning: Adaptive Sparsity by Fine-Tuning",
+https://arxiv.org/abs/2005.07683.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from hf_sparse.optim.parameters import (
+    Group,
+    SparseParameter,
+    set_strength,
+    sparse_groups,
+    sparse_parameters,
+)
+from hf_sparse.optim.projection import magnitude, pattern_of, project_
+from hf_sparse.optim.sharding import processes_of
+from hf_sparse.optim.shrinkage import was_skipped
+from hf_sparse.patterns import NM, GroupPattern
+
+
+class SoftMovement:
+    """Soft movement pruning: learned scores, kept where they move away from zero.
+
+        weights used   W * M,  M = [sigmoid(S) > threshold]
+        dL/dS          dL/d(W * M) * W + strength * sigmoid'(S)      (straight through M)
+
+    S starts at 0 and is trained by Adam. Departures from the paper: the strength of the penalty is
+    relative to the root mean square of `dL/d(W M) * W` and is steered (integral control on its
+    logarithm) so that the sparsity follows the schedule; the run ends with the top scores, so that
+    the sparsity is exact; in N:M groups the top N scores of a growing share of groups stay, since
+    a threshold cannot give them. Groups share one score.
+
+    Memory: four tensors per weight in the optimizer's state: S, its two moments, the dense values.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        score_lr: float = 1e-2,
+        threshold: float = 0.1,
+        gain: float = 2.0,
+    ) -> None:
+        if not 0 < threshold < 0.5:
+            raise ValueError(f"threshold is {threshold}; wanted a number in (0, 0.5).")
+        if score_lr <= 0 or gain <= 0:
+            raise ValueError(f"score_lr={score_lr} and gain={gain}; wanted numbers > 0.")
+        self._optimizer = optimizer
+        set_strength(optimizer, 0.0)
+        self._pattern = pattern_of(optimizer)
+        self._score_lr = score_lr
+        self._logit = math.log(threshold / (1 - threshold))
+        self._gain = gain
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    def approach(self, share: float, steps: int) -> None:
+        groups = sparse_groups(self._optimizer)
+        if processes_of(sparse.parameter for sparse in sparse_parameters(self._optimizer)).size > 1:
+            raise ValueError(
+                "movement pruning does not work on sharded parameters. Train with DDP, or use "
+                "method='proximal' or 'magnitude' under FSDP2."
+            )
+        for group in groups:
+            group.setdefault("movement_share", 0.0)
+            group.setdefault("movement_strength", 1.0)
+            group["movement_share"] = share
+            error = share - self._masked_share()
+            group["movement_strength"] *= math.exp(self._gain * error)
+
+    def release(self) -> None:
+        pass
+
+    def finish(self, share: float) -> None:
+        self._restore()
+        project_(self._optimizer, share, _movement_score)
+        self._hook.remove()
+        for sparse in sparse_parameters(self._optimizer):
+            for name in _MOVEMENT:
+                self._optimizer.state[sparse.parameter].pop(name, None)
+
+    def _masked_share(self) -> float:
+        masked = total = 0
+        for sparse in sparse_parameters(self._optimizer):
+            masked += int((sparse.weight == 0).sum())
+            total += sparse.weight.numel()
+        return masked / max(total, 1)
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        """Give the weights their dense values back."""
+        for sparse in sparse_parameters(self._optimizer):
+            if "movement_dense" in sparse.state:
+                sparse.weight.copy_(sparse.view(sparse.state["movement_dense"]))
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if was_skipped(optimizer):
+            return
+        for group in sparse_groups(optimizer):
+            if "movement_share" not in group or group["frozen"]:
+                continue
+            for sparse in sparse_parameters(optimizer, [group]):
+                if sparse.parameter.grad is not None:
+                    self._learn(group, sparse)
+        if isinstance(self._pattern, NM):
+            self._mask_groups()
+
+    def _learn(self, group: Group, sparse: SparseParameter) -> None:
+        """One step on the scores of a parameter, whose own step is done."""
+        parameter, state = sparse.parameter, self._optimizer.state[sparse.parameter]
+        if "movement_scores" not in state:
+            for name in _MOVEMENT[:3]:
+                state[name] = torch.zeros_like(parameter)
+            state["movement_dense"] = parameter.detach().clone()
+            state["movement_step"] = torch.zeros(())
+        scores, dense = state["movement_scores"], state["movement_dense"]
+        kept = parameter != 0 if isinstance(self._pattern, NM) else scores > self._logit
+        gradient = self._shared(sparse, parameter.grad * dense)
+        dense.copy_(torch.where(kept, parameter.detach(), dense))
+        size = gradient.square().mean().sqrt()
+        chance = scores.sigmoid()
+        gradient += group["movement_strength"] * size * chance * (1 - chance)
+        adamw(
+            [scores], [gradient], [state["movement_exp_avg"]], [state["movement_exp_avg_sq"]], [],
+            [state["movement_step"]], foreach=False, amsgrad=False, beta1=0.9, beta2=0.999,
+            lr=self._score_lr, weight_decay=0.0, eps=1e-12, maximize=False,
+        )  # fmt: skip
+        if not isinstance(self._pattern, NM):
+            parameter.copy_(dense * (scores > self._logit))
+
+    def _shared(self, sparse: SparseParameter, gradient: Tensor) -> Tensor:
+        """The gradient of the scores: each group's mean, for its weights share a score."""
+        if not isinstance(self._pattern, GroupPattern):
+            return gradient
+        blocks = self._pattern.blocks(sparse.view(gradient))
+        blocks.copy_(blocks.mean(dim=(1, 3), keepdim=True).expand_as(blocks))
+        return gradient
+
+    def _mask_groups(self) -> None:
+        """Keep the top N scores of the groups that are due, and all of the others."""
+        self._restore()
+        share = max(group.get("movement_share", 0.0) for group in sparse_groups(self._optimizer))
+        project_(self._optimizer, share, _movement_score)
+
+
+def _movement_score(sparse: SparseParameter) -> Tensor:
+    """The chance to stay, `sigmoid(S)`, fp32; |w| where nothing was learned."""
+    if "movement_scores" not in sparse.state:
+        return magnitude(sparse)
+    return sparse.view(sparse.state["movement_scores"]).float().sigmoid()
+
+
+_MOVEMENT = (
+    "movement_scores",
+    "movement_exp_avg",
+    "movement_exp_avg_sq",
+    "movement_dense",
+    "movement_step",
+)

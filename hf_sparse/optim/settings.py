@@ -1,0 +1,111 @@
+"""The settings of shrinkage in an optimizer's param groups, and their checks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hf_sparse.optim.parameters import Group
+from hf_sparse.optim.penalties import PENALTIES, SCALES, default_penalty
+from hf_sparse.optim.sharding import check_shardable
+from hf_sparse.patterns import Pattern, Unstructured
+
+# What a param group holds beside the optimizer's own settings.
+SETTINGS: dict[str, Any] = {
+    "lam": 0.0,
+    "penalty": None,  # by pattern: see default_penalty
+    "scale": "lr",
+    "pattern": "unstructured",
+    "transposed": False,
+    "frozen": False,
+    "reweight_every": 100,
+    "reweight_eps": None,
+    "shrink_steps": 0,
+}
+# What a saved state must agree on with the optimizer that reads it.
+_FIXED = ("penalty", "scale", "pattern", "transposed")
+
+
+def check_group(group: Group) -> None:
+    """Check the settings of a param group and that the pattern fits its parameters.
+
+    Raises:
+        ValueError: what was found, and what was wanted.
+    """
+    if group["pattern"] is None:
+        return
+    pattern = Pattern.parse(group["pattern"])
+    group["pattern"] = str(pattern)
+    group["penalty"] = group["penalty"] or default_penalty(pattern)
+    lam = group["lam"]
+    if isinstance(lam, bool) or not isinstance(lam, int | float) or not 0 <= lam < math.inf:
+        raise ValueError(f"lam is {lam!r}; wanted a finite number >= 0.")
+    for name, allowed in (("penalty", tuple(PENALTIES)), ("scale", SCALES)):
+        if group[name] not in allowed:
+            raise ValueError(f"unknown {name} {group[name]!r}; wanted one of {', '.join(allowed)}.")
+    penalty = PENALTIES[group["penalty"]]
+    penalty.check_pattern(group["penalty"], pattern)
+    if group["scale"] == "adaptive" and not penalty.adaptive:
+        raise ValueError(
+            f"penalty '{group['penalty']}' has no closed form in Adam's metric. Use scale='lr' or "
+            "'constant', or penalty='l0'."
+        )
+    every, eps = group["reweight_every"], group["reweight_eps"]
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"reweight_every is {every!r}; wanted a number of steps >= 1.")
+    if eps is not None and not 0 < eps < math.inf:
+        raise ValueError(
+            f"reweight_eps is {eps!r}; wanted a number > 0, or None for the median |w|."
+        )
+    names = group.get("param_names")
+    for index, parameter in enumerate(group["params"]):
+        name = names[index] if names else f"parameter {index}"
+        _check_parameter(name, parameter, pattern, group["transposed"])
+
+
+def _check_parameter(name: str, parameter: Tensor, pattern: Pattern, transposed: bool) -> None:
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "ds_tensor"):
+        raise ValueError(
+            f"{name} is partitioned by DeepSpeed ZeRO, which flattens parameters: their matrices "
+            "cannot be shrunk. Train with DDP or FSDP2 instead."
+        )
+    if not isinstance(pattern, Unstructured):
+        if parameter.ndim != 2:
+            raise ValueError(
+                f"{name} has shape {tuple(parameter.shape)}; pattern '{pattern}' wants matrices "
+                "(out_features, in_features). Put it into a group with pattern=None, as "
+                "hf_sparse.sparse_param_groups does."
+            )
+        rows, columns = reversed(parameter.shape) if transposed else parameter.shape
+        try:
+            pattern.check_shape(rows, columns)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    check_shardable(name, parameter, pattern)
+
+
+def check_resumed(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """A hook of `load_state_dict`: refuse the state of another kind of run.
+
+    Raises:
+        ValueError: another penalty, scale or pattern, or an optimizer without shrinkage.
+    """
+    groups = saved["param_groups"]
+    if len(groups) != len(optimizer.param_groups):
+        return  # torch says it better
+    for number, (old, new) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+        for name in _FIXED:
+            if name not in old:
+                raise ValueError(
+                    f"param group {number} was saved by an optimizer without shrinkage (it has no "
+                    f"{name!r}). Start a new run from the saved model instead of resuming."
+                )
+            if old[name] != new[name]:
+                raise ValueError(
+                    f"param group {number} was saved with {name}={old[name]!r}, the optimizer that "
+                    f"resumes has {name}={new[name]!r}. Resume with the settings of the first run, "
+                    "or start a new one."
+                )
