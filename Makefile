@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 INSTALL := $(PIP) install -q -c constraints.txt
 
-.PHONY: demo test test-slow quality style bench clean
+.PHONY: demo test test-slow quality style bench sst2 clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/prune_and_reload.py
@@ -28,6 +28,11 @@ style: $(VENV)/dev
 bench: $(VENV)/demo
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/wanda.py $(if $(DATA),--data $(DATA))
+
+# Retrains the best SST-2 model of docs/results.md: make sst2 DATA=folder_with_glue_tasks
+sst2: $(VENV)/demo $(VENV)/dev
+	$(BIN)/python benchmarks/glue_sparsity.py --data $(DATA) --save bench_output/minilm-sst2-sparse \
+		--work bench_output/glue --out bench_output/sst2.jsonl --threads 2
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

