@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 # The outputs that transformers' heads call logits: question answering has two.
 _LOGITS = ("logits", "start_logits", "end_logits")
@@ -145,7 +146,7 @@ class Distillation:
                 terms.append(functional.mse_loss(student, teacher))
                 continue
             if student.ndim == 3:  # tokens: only those that have a label
-                chosen = _labelled(student, inputs, labels)
+                chosen = _labelled(student, inputs, labels, shifted=_is_causal_lm(self.teacher))
                 student, teacher = student[chosen], teacher[chosen]
             divergence = functional.kl_div(
                 functional.log_softmax(student / self.temperature, dim=-1),
@@ -157,10 +158,21 @@ class Distillation:
         return torch.stack(terms).mean()
 
 
-def _labelled(logits: Tensor, inputs: Mapping[str, Any], labels: Any) -> Tensor:
-    """Mark the tokens whose logits count: boolean `(batch, tokens)`."""
+def _is_causal_lm(model: nn.Module) -> bool:
+    """Whether the logits of a token predict the token after it."""
+    names = {base.__name__ for base in type(model).__mro__}
+    return not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+
+
+def _labelled(logits: Tensor, inputs: Mapping[str, Any], labels: Any, shifted: bool) -> Tensor:
+    """Mark the tokens whose logits count: boolean `(batch, tokens)`.
+
+    Those with a label; if `shifted`, those whose next token has one.
+    """
     if isinstance(labels, Tensor) and labels.shape == logits.shape[:2]:
         chosen = labels != -100
+        if shifted:
+            chosen = functional.pad(chosen[:, 1:], (0, 1), value=False)
         return chosen if bool(chosen.any()) else torch.ones_like(chosen)
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == logits.shape[:2]:

@@ -1,0 +1,219 @@
+"""Distillation: the loss against its formula, and what it must not touch."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForQuestionAnswering, BertConfig, Trainer, TrainingArguments
+
+from hf_sparse import Distillation
+from tests.tiny_models import CONFIGS, tiny_batches, tiny_classifier, tiny_model
+
+
+def without_dropout(model: Any) -> Any:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0
+    return model.train()
+
+
+def student_of(teacher: Any, noise: float = 0.05) -> Any:
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter += noise * torch.randn_like(parameter)
+    return without_dropout(student)
+
+
+def batch(padded: bool = True) -> dict[str, Tensor]:
+    [inputs] = tiny_batches("bert", 1, padded=padded)
+    return {**inputs, "labels": torch.tensor([0, 2])}
+
+
+def entropies(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || student) at a temperature, one per row, in double precision."""
+    p = (teacher.double() / temperature).softmax(-1)
+    q = (student.double() / temperature).softmax(-1)
+    return (p * (p.log() - q.log())).sum(-1)
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_the_loss_of_a_classifier_is_the_formula(weight: float) -> None:
+    teacher = tiny_classifier()
+    student = student_of(teacher)
+    inputs = batch()
+    plain = student(**inputs)
+    wanted = entropies(plain.logits, teacher(**inputs).logits, 3.0).mean() * 9
+    Distillation(teacher, logits=weight, temperature=3.0).attach(student)
+    found = student(**inputs).loss
+    assert float(found) == pytest.approx(
+        float((1 - weight) * plain.loss + weight * wanted), rel=1e-5
+    )
+    found.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert student.classifier.weight.grad.abs().sum() > 0
+
+
+def test_hidden_states_count_without_padding() -> None:
+    teacher = tiny_classifier()
+    student = student_of(teacher)
+    inputs = batch()
+    mine = student(**inputs, output_hidden_states=True)
+    theirs = teacher(**inputs, output_hidden_states=True)
+    kept = inputs["attention_mask"].bool()
+    errors = [
+        (a[kept] - b[kept]).square().mean()
+        for a, b in zip(mine.hidden_states, theirs.hidden_states, strict=True)
+    ]
+    Distillation(teacher, logits=0.0, hidden=2.0).attach(student)
+    wanted = float(mine.loss + 2.0 * sum(errors) / len(errors))
+    assert float(student(**inputs).loss) == pytest.approx(wanted, rel=1e-5)
+    changed = dict(inputs, input_ids=torch.where(kept, inputs["input_ids"], 7))
+    assert float(student(**changed).loss) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_model_like_its_teacher_has_nothing_to_learn() -> None:
+    teacher = tiny_classifier()
+    student = without_dropout(copy.deepcopy(teacher))
+    Distillation(teacher, logits=1.0, hidden=1.0).attach(student)
+    assert float(student(**batch()).loss) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_evaluation_and_removal_leave_the_model_as_it_was() -> None:
+    teacher = tiny_classifier()
+    student = student_of(teacher)
+    inputs = batch()
+    wanted = float(student(**inputs).loss)
+    distillation = Distillation(teacher).attach(student)
+    assert float(student(**inputs).loss) != wanted
+    student.eval()
+    assert float(student(**inputs).loss) == pytest.approx(wanted, rel=1e-6)
+    assert student(**inputs).hidden_states is None
+    student.train()
+    distillation.remove()
+    assert float(student(**inputs).loss) == pytest.approx(wanted, rel=1e-6)
+    assert list(student.state_dict()) == list(teacher.state_dict())
+
+
+def test_regression_question_answering_and_language_models() -> None:
+    torch.manual_seed(0)
+    teacher = tiny_classifier()
+    teacher.config.num_labels = 1
+    teacher.num_labels = 1
+    teacher.config.problem_type = "regression"
+    teacher.classifier = torch.nn.Linear(teacher.config.hidden_size, 1)
+    student = student_of(teacher)
+    inputs = dict(batch(), labels=torch.tensor([0.5, 2.0]))
+    wanted = (student(**inputs).logits - teacher(**inputs).logits).square().mean()
+    Distillation(teacher, logits=1.0).attach(student)
+    assert float(student(**inputs).loss) == pytest.approx(float(wanted), rel=1e-5)
+
+    described = CONFIGS["bert"]
+    assert isinstance(described, BertConfig)
+    reader = AutoModelForQuestionAnswering.from_config(described).eval()
+    student = student_of(reader)
+    [inputs] = tiny_batches("bert", 1)
+    places = {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])}
+    mine, theirs = student(**inputs, **places), reader(**inputs)
+    wanted = (
+        4
+        * torch.stack(
+            [
+                entropies(mine[name], theirs[name], 2.0).mean()
+                for name in ("start_logits", "end_logits")
+            ]
+        ).mean()
+    )
+    Distillation(reader, logits=1.0).attach(student)
+    assert float(student(**inputs, **places).loss) == pytest.approx(float(wanted), rel=1e-4)
+
+    writer = tiny_model("gpt2")
+    student = student_of(writer)
+    [inputs] = tiny_batches("gpt2", 1)
+    labels = inputs["input_ids"].clone()
+    labels[:, :5] = -100
+    mine, theirs = student(**inputs).logits, writer(**inputs).logits
+    # The logits of a token predict the next one: those count whose next token has a label.
+    counted = labels[:, 1:] != -100
+    wanted = 4 * entropies(mine[:, :-1][counted], theirs[:, :-1][counted], 2.0).mean()
+    Distillation(writer, logits=1.0).attach(student)
+    assert float(student(**inputs, labels=labels).loss) == pytest.approx(float(wanted), rel=1e-4)
+
+
+@pytest.mark.parametrize("logits", [1.0, 0.5])
+def test_gradient_accumulation_changes_nothing_for_language_models(
+    logits: float, tmp_path: Path
+) -> None:
+    teacher = tiny_model("gpt2")
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in (4, 12, 7, 12):
+        ids = torch.randint(2, 200, (12,), generator=generator)
+        labels = ids.clone()
+        labels[length:] = -100
+        rows.append({"input_ids": ids, "labels": labels})
+    found = []
+    for size in (4, 1):
+        student = student_of(teacher)
+        Distillation(teacher, logits=logits).attach(student)
+        args = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+            max_steps=1,
+            learning_rate=1e-2,
+            optim="sgd",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+            max_grad_norm=0.0,
+        )
+        Trainer(student, args, train_dataset=rows).train()
+        found.append(
+            torch.cat([parameter.detach().flatten() for parameter in student.parameters()])
+        )
+    start = torch.cat([p.detach().flatten() for p in student_of(teacher).parameters()])
+    moved = (found[0] - start).norm()
+    assert moved > 0
+    assert (found[0] - found[1]).norm() < 1e-3 * moved
+
+
+def test_bad_input_is_refused() -> None:
+    teacher = tiny_classifier()
+    for settings in ({"logits": 1.5}, {"logits": 0.0}, {"hidden": -1.0}, {"logits": float("nan")}):
+        with pytest.raises(ValueError, match="wanted 0 <= logits <= 1"):
+            Distillation(teacher, **settings)
+    with pytest.raises(ValueError, match="temperature is 0"):
+        Distillation(teacher, temperature=0.0)
+    with pytest.raises(ValueError, match="its own teacher"):
+        Distillation(teacher).attach(teacher)
+    student = student_of(teacher)
+    distillation = Distillation(teacher).attach(student)
+    with pytest.raises(ValueError, match="attached already"):
+        distillation.attach(student)
+    inputs = batch()
+    del inputs["labels"]
+    with pytest.raises(ValueError, match="no loss"):
+        student(**inputs)
+    distillation.remove()
+    other = without_dropout(tiny_classifier())
+    other.classifier = torch.nn.Linear(32, 5)
+    other.num_labels = other.config.num_labels = 5
+    Distillation(teacher).attach(other)
+    with pytest.raises(ValueError, match="same head"):
+        other(**batch())
+    shallow = tiny_classifier()
+    shallow.bert.encoder.layer = shallow.bert.encoder.layer[:1]
+    student = student_of(teacher)
+    Distillation(shallow, hidden=1.0).attach(student)
+    with pytest.raises(ValueError, match="hidden states"):
+        student(**batch())
