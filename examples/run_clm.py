@@ -16,42 +16,21 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from datasets import load_dataset
-from sparsity import compare, few, load, load_tokenizer, parse
+from sparsity import DataArguments, Task, compare, few, load, load_splits, load_tokenizer, parse
 from transformers import AutoModelForCausalLM, Trainer, default_data_collator
 
 
 @dataclass
-class DataArguments:
-    """Where the text comes from."""
+class TextArguments(DataArguments):
+    """And how they are cut."""
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub name with a column text."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_file: str | None = field(default=None, metadata={"help": "Plain text or JSON lines."})
-    validation_file: str | None = field(
-        default=None, metadata={"help": "Plain text or JSON lines."}
-    )
     block_size: int = field(default=512, metadata={"help": "Tokens of a window."})
-
-
-def load_data(data: DataArguments) -> Any:
-    """The splits `train` and `validation` with a column `text`."""
-    if data.dataset_name:
-        return load_dataset(data.dataset_name, data.dataset_config)
-    if not (data.train_file and data.validation_file):
-        raise ValueError("wanted --dataset_name, or --train_file and --validation_file.")
-    files = {"train": data.train_file, "validation": data.validation_file}
-    if data.train_file.endswith("txt"):
-        return load_dataset("text", data_files=files, sample_by="paragraph")
-    return load_dataset("json", data_files=files)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Train, save and compare; returns the scores."""
-    sparsity, data, training = parse(DataArguments, argv)
-    raw = load_data(data)
+    sparsity, data, training = parse(TextArguments, argv)
+    raw = load_splits(data)
     tokenizer = load_tokenizer(sparsity.model_name_or_path)
 
     def windows(rows: dict[str, list]) -> dict[str, list]:
@@ -84,15 +63,14 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     def evaluate(trainer: Trainer) -> dict[str, float]:
         return {"perplexity": math.exp(trainer.evaluate()["eval_loss"])}
 
-    return compare(
-        sparsity,
-        training,
+    task = Task(
         AutoModelForCausalLM,
         lambda path: load(AutoModelForCausalLM, path),
         make_trainer,
         evaluate,
         tokenizer,
     )
+    return compare(sparsity, training, task)
 
 
 if __name__ == "__main__":

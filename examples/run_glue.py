@@ -1,7 +1,7 @@
 """Fine-tune a classifier (or a regressor) and make it sparse: GLUE and anything of its shape.
 
     python examples/run_glue.py --model_name_or_path bert-base-uncased --dataset_name nyu-mll/glue \\
-        --task_name sst2 --sparsity 0.8 --output_dir bert-sst2-sparse --learning_rate 5e-5
+        --dataset_config sst2 --sparsity 0.8 --output_dir bert-sst2-sparse --learning_rate 5e-5
     python examples/run_glue.py --model_name_or_path bert-base-uncased --train_file train.jsonl \\
         --validation_file validation.jsonl --pattern block:4x1 --sparsity 0.7 --output_dir out
 
@@ -15,43 +15,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from datasets import load_dataset
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import matthews_corrcoef
-from sparsity import compare, few, load, load_tokenizer, parse
+from sparsity import DataArguments, Task, compare, few, load, load_splits, load_tokenizer, parse
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer
 
 
 @dataclass
-class DataArguments:
-    """Where the examples come from."""
+class TextArguments(DataArguments):
+    """And how they are cut."""
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub name, such as nyu-mll/glue."}
-    )
-    task_name: str | None = field(
-        default=None, metadata={"help": "Its configuration, such as sst2."}
-    )
-    train_file: str | None = field(default=None, metadata={"help": "JSON lines or CSV."})
-    validation_file: str | None = field(default=None, metadata={"help": "JSON lines or CSV."})
     max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut."})
-
-
-def load_data(data: DataArguments) -> Any:
-    """The splits `train` and `validation`."""
-    if data.dataset_name:
-        return load_dataset(data.dataset_name, data.task_name)
-    if not (data.train_file and data.validation_file):
-        raise ValueError("wanted --dataset_name, or --train_file and --validation_file.")
-    kind = "csv" if data.train_file.endswith("csv") else "json"
-    files = {"train": data.train_file, "validation": data.validation_file}
-    return load_dataset(kind, data_files=files)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Train, save and compare; returns the scores."""
-    sparsity, data, training = parse(DataArguments, argv)
-    raw = load_data(data)
+    sparsity, data, training = parse(TextArguments, argv)
+    raw = load_splits(data)
     columns = raw["train"].features
     texts = [name for name, kind in columns.items() if kind.dtype in ("string", "large_string")]
     if "label" not in columns or not 1 <= len(texts) <= 2:
@@ -99,15 +79,14 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         chosen = ("pearson", "spearman") if regression else ("accuracy", "matthews")
         return {name: float(found[f"eval_{name}"]) for name in chosen}
 
-    return compare(
-        sparsity,
-        training,
+    task = Task(
         AutoModelForSequenceClassification,
         lambda path: load(AutoModelForSequenceClassification, path, num_labels=labels),
         make_trainer,
         evaluate,
         tokenizer,
     )
+    return compare(sparsity, training, task)
 
 
 if __name__ == "__main__":

@@ -15,38 +15,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from datasets import load_dataset
-from sparsity import compare, few, load, load_tokenizer, parse
+from sparsity import DataArguments, Task, compare, few, load, load_splits, load_tokenizer, parse
 from transformers import AutoModelForMultipleChoice, DataCollatorForMultipleChoice, Trainer
 
 
 @dataclass
-class DataArguments:
-    """Where the questions come from."""
+class QuestionArguments(DataArguments):
+    """And how they are cut."""
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub name, such as ehovy/race."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_file: str | None = field(default=None, metadata={"help": "JSON lines."})
-    validation_file: str | None = field(default=None, metadata={"help": "JSON lines."})
     max_seq_length: int = field(default=512, metadata={"help": "Longer articles are cut."})
-
-
-def load_data(data: DataArguments) -> Any:
-    """The splits `train` and `validation`."""
-    if data.dataset_name:
-        return load_dataset(data.dataset_name, data.dataset_config)
-    if not (data.train_file and data.validation_file):
-        raise ValueError("wanted --dataset_name, or --train_file and --validation_file.")
-    files = {"train": data.train_file, "validation": data.validation_file}
-    return load_dataset("json", data_files=files)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Train, save and compare; returns the scores."""
-    sparsity, data, training = parse(DataArguments, argv)
-    raw = load_data(data)
+    sparsity, data, training = parse(QuestionArguments, argv)
+    raw = load_splits(data)
     if missing := {"article", "question", "options", "answer"} - set(raw["train"].column_names):
         raise ValueError(f"columns {sorted(missing)} are missing; wanted the layout of RACE.")
     tokenizer = load_tokenizer(sparsity.model_name_or_path)
@@ -83,15 +66,14 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             **arguments,
         )
 
-    return compare(
-        sparsity,
-        training,
+    task = Task(
         AutoModelForMultipleChoice,
         lambda path: load(AutoModelForMultipleChoice, path),
         make_trainer,
         lambda trainer: {"accuracy": float(trainer.evaluate()["eval_accuracy"])},
         tokenizer,
     )
+    return compare(sparsity, training, task)
 
 
 if __name__ == "__main__":

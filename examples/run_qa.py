@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, load_dataset
-from sparsity import compare, few, load, load_tokenizer, parse
+from datasets import Dataset
+from sparsity import DataArguments, Task, compare, few, load, load_splits, load_tokenizer, parse
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, Trainer
 
 BEST = 20  # starts and ends that are paired
@@ -29,14 +29,9 @@ LONGEST_ANSWER = 30  # tokens
 
 
 @dataclass
-class DataArguments:
-    """Where the questions come from."""
+class QuestionArguments(DataArguments):
+    """And how they are cut."""
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub name: rajpurkar/squad, squad_v2."}
-    )
-    train_file: str | None = field(default=None, metadata={"help": "JSON in SQuAD's layout."})
-    validation_file: str | None = field(default=None, metadata={"help": "JSON in SQuAD's layout."})
     max_seq_length: int = field(default=384, metadata={"help": "Tokens of a window."})
     doc_stride: int = field(default=128, metadata={"help": "Tokens that two windows share."})
 
@@ -62,16 +57,7 @@ def read_squad(path: str) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def load_data(data: DataArguments) -> dict[str, Any]:
-    """The splits `train` and `validation`."""
-    if data.dataset_name:
-        return load_dataset(data.dataset_name)
-    if not (data.train_file and data.validation_file):
-        raise ValueError("wanted --dataset_name, or --train_file and --validation_file.")
-    return {"train": read_squad(data.train_file), "validation": read_squad(data.validation_file)}
-
-
-def windows(rows: dict[str, list], tokenizer: Any, data: DataArguments) -> Any:
+def windows(rows: dict[str, list], tokenizer: Any, data: QuestionArguments) -> Any:
     """Cut contexts into windows; with each go its row, offsets and which tokens are context."""
     found = tokenizer(
         [question.strip() for question in rows["question"]],
@@ -93,7 +79,7 @@ def windows(rows: dict[str, list], tokenizer: Any, data: DataArguments) -> Any:
     return found
 
 
-def training_windows(rows: dict[str, list], tokenizer: Any, data: DataArguments) -> Any:
+def training_windows(rows: dict[str, list], tokenizer: Any, data: QuestionArguments) -> Any:
     """Windows with the tokens where the answer starts and ends; the first token where it is not."""
     found = windows(rows, tokenizer, data)
     starts, ends = [], []
@@ -166,8 +152,8 @@ def _f1(words: list[str], reference: list[str]) -> float:
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Train, save and compare; returns the scores."""
-    sparsity, data, training = parse(DataArguments, argv)
-    raw = load_data(data)
+    sparsity, data, training = parse(QuestionArguments, argv)
+    raw = load_splits(data, read_squad)
     tokenizer = load_tokenizer(sparsity.model_name_or_path)
     if not tokenizer.is_fast:
         raise ValueError("the tokenizer is a slow one, without offsets; wanted a fast tokenizer.")
@@ -190,15 +176,14 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         found = best_answers(list(validation), questions, starts, ends)
         return squad_scores(found, [row["text"] for row in validation["answers"]])
 
-    return compare(
-        sparsity,
-        training,
+    task = Task(
         AutoModelForQuestionAnswering,
         lambda path: load(AutoModelForQuestionAnswering, path),
         make_trainer,
         evaluate,
         tokenizer,
     )
+    return compare(sparsity, training, task)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datasets import load_dataset
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
 
 import hf_sparse
@@ -65,6 +66,37 @@ class SparsityArguments:
         return hf_sparse.SparsityConfig(self.pattern, self.sparsity)
 
 
+@dataclass
+class DataArguments:
+    """Where the examples come from: the Hub, or two files."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub name of a data set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
+    train_file: str | None = field(default=None, metadata={"help": "File to train on."})
+    validation_file: str | None = field(default=None, metadata={"help": "File to evaluate on."})
+
+
+def load_splits(data: DataArguments, read: Callable[[str], Any] | None = None) -> Any:
+    """The splits `train` and `validation`.
+
+    Args:
+        data: where from.
+        read: a data set from a file, where `datasets` does not know the layout.
+    """
+    if data.dataset_name:
+        return load_dataset(data.dataset_name, data.dataset_config)
+    if not (data.train_file and data.validation_file):
+        raise ValueError("wanted --dataset_name, or --train_file and --validation_file.")
+    files = {"train": data.train_file, "validation": data.validation_file}
+    if missing := [file for file in files.values() if not Path(file).is_file()]:
+        raise ValueError(f"there is no file {', '.join(missing)}.")
+    if read:
+        return {name: read(file) for name, file in files.items()}
+    kind = {".csv": "csv", ".txt": "text"}.get(Path(data.train_file).suffix, "json")
+    options = {"sample_by": "paragraph"} if kind == "text" else {}
+    return load_dataset(kind, data_files=files, **options)
+
+
 def parse(data_arguments: type, argv: list[str] | None) -> tuple[SparsityArguments, Any, Any]:
     """Read the command line: sparsity, data and Trainer arguments."""
     parser = HfArgumentParser((SparsityArguments, data_arguments, TrainingArguments))
@@ -95,46 +127,43 @@ def few(dataset: Any, smoke: bool) -> Any:
     return dataset.select(range(min(32, len(dataset)))) if smoke else dataset
 
 
-def compare(
-    sparsity: SparsityArguments,
-    training: TrainingArguments,
-    auto_class: Any,
-    make_model: Callable[[str], Any],
-    make_trainer: Callable[..., Trainer],
-    evaluate: Callable[[Trainer], dict[str, float]],
-    tokenizer: Any,
-) -> dict[str, dict[str, float]]:
-    """Train dense and sparse, save the sparse model to `output_dir`, load it, print both scores.
+@dataclass
+class Task:
+    """What an example does besides sparsity.
 
-    Args:
-        sparsity, training: the arguments.
-        auto_class: loads what was saved.
+    Attributes:
+        auto_class: loads the models.
         make_model: a model from a path.
         make_trainer: `(model, **arguments of Trainer)`.
         evaluate: scores of a trainer's model by name.
         tokenizer: saved with the model.
+    """
+
+    auto_class: Any
+    make_model: Callable[[str], Any]
+    make_trainer: Callable[..., Trainer]
+    evaluate: Callable[[Trainer], dict[str, float]]
+    tokenizer: Any
+
+
+def compare(
+    sparsity: SparsityArguments, training: TrainingArguments, task: Task
+) -> dict[str, dict[str, float]]:
+    """Train dense and sparse, save the sparse model to `output_dir`, load it, print both scores.
 
     Returns:
         The scores of `"dense"` and `"sparse"`.
     """
-    dense = make_trainer(make_model(sparsity.dense_model or sparsity.model_name_or_path))
+    start = sparsity.dense_model or sparsity.model_name_or_path
+    dense = task.make_trainer(task.make_model(start))
     if sparsity.dense_model is None:
         dense.train()
-    scores = {"dense": evaluate(dense)}
+    scores = {"dense": task.evaluate(dense)}
     if sparsity.optimizer == "none":
         dense.save_model(training.output_dir)
+        task.tokenizer.save_pretrained(training.output_dir)
     else:
-        scores["sparse"] = _train_sparse(
-            sparsity,
-            training,
-            auto_class,
-            make_model,
-            make_trainer,
-            evaluate,
-            tokenizer,
-            dense,
-            scores,
-        )
+        scores["sparse"] = _train_sparse(sparsity, training, task, dense.model, scores["dense"])
     names = list(scores["dense"])
     rows = [(kind, *(f"{found[name]:.4f}" for name in names)) for kind, found in scores.items()]
     print(format_table(("model", *names), rows))
@@ -144,19 +173,15 @@ def compare(
 def _train_sparse(
     sparsity: SparsityArguments,
     training: TrainingArguments,
-    auto_class: Any,
-    make_model: Callable[[str], Any],
-    make_trainer: Callable[..., Trainer],
-    evaluate: Callable[[Trainer], dict[str, float]],
-    tokenizer: Any,
-    dense: Trainer,
-    scores: dict[str, dict[str, float]],
+    task: Task,
+    dense: Any,
+    dense_scores: dict[str, float],
 ) -> dict[str, float]:
     config = sparsity.config()
-    model = make_model(sparsity.model_name_or_path)
+    model = task.make_model(sparsity.model_name_or_path)
     if sparsity.distil:
         weight = sparsity.distil
-        hf_sparse.Distillation(dense.model, logits=min(weight, 1.0), hidden=weight).attach(model)
+        hf_sparse.Distillation(dense, logits=min(weight, 1.0), hidden=weight).attach(model)
     proximal = sparsity.optimizer == "sparse_adamw"
     callback = hf_sparse.SparsityCallback(
         config,
@@ -169,16 +194,23 @@ def _train_sparse(
         weight_decay=training.weight_decay,
         penalty=sparsity.penalty if proximal else "l0",
     )
-    trainer = make_trainer(model, optimizer_cls_and_kwargs=factory, callbacks=[callback])
+    trainer = task.make_trainer(model, optimizer_cls_and_kwargs=factory, callbacks=[callback])
     callback.log_through(trainer)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
 
     folder = Path(training.output_dir)
     metrics = [
-        hf_sparse.Metric(name, sparse=value, dense=scores["dense"][name])
-        for name, value in evaluate(trainer).items()
+        hf_sparse.Metric(name, sparse=value, dense=dense_scores[name])
+        for name, value in task.evaluate(trainer).items()
     ]
-    hf_sparse.save_pretrained(trainer.model, folder, config, tokenizer=tokenizer, metrics=metrics)
-    loaded = auto_class.from_pretrained(folder)
+    hf_sparse.save_pretrained(
+        trainer.model,
+        folder,
+        config,
+        tokenizer=task.tokenizer,
+        report=callback.report,
+        metrics=metrics,
+    )
+    loaded = task.auto_class.from_pretrained(folder)
     print(hf_sparse.measure_sparsity(loaded, config).summary())
-    return evaluate(make_trainer(loaded))
+    return task.evaluate(task.make_trainer(loaded))

@@ -102,6 +102,7 @@ def test_run_glue(family: str, arguments: list, kind: str, tmp_path: Path, capsy
     promised = 0.6 if arguments[1] == 0.6 else 0.5
     assert hf_sparse.measure_sparsity(model).sparsity == pytest.approx(promised, abs=1e-3)
     card = (tmp_path / "out" / "README.md").read_text()
+    assert ("movement" if "movement" in arguments else "SparseAdamW") in card
     assert f"{scores['sparse']['accuracy']:.2f}"[:4] in card
     printed = capsys.readouterr().out
     assert "dense" in printed
@@ -211,7 +212,7 @@ def test_squad_scores_and_targets() -> None:
         "context": [context],
         "answers": [{"text": ["nine ten"], "answer_start": [context.index("nine ten")]}],
     }
-    data = module.DataArguments(max_seq_length=24, doc_stride=6)
+    data = module.QuestionArguments(max_seq_length=24, doc_stride=6)
     cut = module.training_windows(rows, tiny_tokenizer(), data)
     spans = set(zip(cut["start_positions"], cut["end_positions"], strict=True))
     start, end = max(spans)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,12 +15,14 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.optim.groups import sparse_param_groups
+from hf_sparse.optim.parameters import sparse_groups
 from hf_sparse.optim.penalties import PENALTIES
 from hf_sparse.optim.schedules import Schedule
 from hf_sparse.optim.settings import SETTINGS
 from hf_sparse.optim.shrinkage import add_shrinkage
 from hf_sparse.optim.sparse_optimizers import SparseAdamW, SparseMixin
 from hf_sparse.optim.sparsifier import Sparsifier, check_method
+from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure import PRUNED_WITH
 
 OptimizerFactory = Callable[[], Callable[..., Optimizer]]
@@ -100,6 +104,10 @@ class SparsityCallback(TrainerCallback):
         interval: steps between two adjustments.
         **options: the method's own.
 
+    Attributes:
+        report: after training, exact counts with method, options and time, for
+            `hf_sparse.save_pretrained(report=...)`.
+
     Raises:
         ValueError: when training begins: an optimizer without sparse groups or with another pattern,
             DeepSpeed. When it ends: the promised sparsity is not there.
@@ -119,6 +127,8 @@ class SparsityCallback(TrainerCallback):
         check_method(method)
         self._arguments = {"method": method, "interval": interval, **options}
         self.sparsifier: Sparsifier | None = None
+        self.report: SparsityReport | None = None
+        self._start = 0.0
 
     def log_through(self, trainer: Any) -> None:
         """Let all of a Trainer's loggers see sparsity and lam.
@@ -146,6 +156,7 @@ class SparsityCallback(TrainerCallback):
                 "DeepSpeed ZeRO flattens parameters: their matrices cannot be shrunk. Train with "
                 "DDP or FSDP2 instead."
             )
+        self._start = time.perf_counter()
         self.sparsifier = Sparsifier(
             optimizer, self.config, state.max_steps, schedule=self.schedule, **self._arguments
         )
@@ -202,3 +213,17 @@ class SparsityCallback(TrainerCallback):
             self.sparsifier.finish()
         self.sparsifier.check()
         vars(model)[PRUNED_WITH] = self.config
+        group = sparse_groups(self.sparsifier.optimizer)[0]
+        proximal = self._arguments["method"] == "proximal"
+        self.report = replace(
+            measure_sparsity(model, self.config),
+            method=type(self.sparsifier.optimizer).__name__
+            if proximal
+            else self._arguments["method"],
+            options={
+                **({key: group[key] for key in ("penalty", "scale")} if proximal else {}),
+                "schedule": f"{self.schedule.shape} {self.schedule.begin} to {self.schedule.end}",
+                "steps": state.global_step,
+            },
+            seconds=time.perf_counter() - self._start,
+        )
