@@ -8,9 +8,10 @@ from torch.optim import Optimizer
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.optim.methods import TRAINING_METHODS
-from hf_sparse.optim.parameters import sparse_groups
+from hf_sparse.optim.parameters import sparse_groups, sparse_parameters
 from hf_sparse.optim.projection import count_zero_units, measured_sparsity, pattern_of
 from hf_sparse.optim.schedules import Schedule
+from hf_sparse.optim.sharding import processes_of
 from hf_sparse.optim.shrinkage import attach, freeze_zeros
 from hf_sparse.patterns import NM, Head
 
@@ -115,6 +116,12 @@ class Sparsifier:
     def sparsity(self) -> float:
         """Fraction of zeros in the sparse groups now, counted."""
         return measured_sparsity(self.optimizer)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are spread over several processes."""
+        members = sparse_parameters(self.optimizer)
+        return processes_of(sparse.parameter for sparse in members).size > 1
 
     @property
     def lam(self) -> float:

@@ -106,7 +106,7 @@ class SparsityCallback(TrainerCallback):
 
     Attributes:
         report: after training, exact counts with method, options and time, for
-            `hf_sparse.save_pretrained(report=...)`.
+            `hf_sparse.save_pretrained(report=...)`; None under FSDP2.
 
     Raises:
         ValueError: when training begins: an optimizer without sparse groups or with another pattern,
@@ -213,6 +213,8 @@ class SparsityCallback(TrainerCallback):
             self.sparsifier.finish()
         self.sparsifier.check()
         vars(model)[PRUNED_WITH] = self.config
+        if self.sparsifier.is_sharded:
+            return  # the weights are not all here to be counted
         group = sparse_groups(self.sparsifier.optimizer)[0]
         proximal = self._arguments["method"] == "proximal"
         self.report = replace(
