@@ -37,6 +37,11 @@ def main(argv: list[str] | None = None) -> float:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model)
     tokens = tokenizer(options.text.read_text(), return_tensors="pt", verbose=False)["input_ids"][0]
+    if options.window < 2 or len(tokens) < options.window:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, --window is {options.window}; wanted at least one "
+            "window of 2 tokens or more."
+        )
     windows = list(
         tokens[: len(tokens) // options.window * options.window].view(-1, options.window)
     )

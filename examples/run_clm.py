@@ -31,6 +31,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Train, save and compare; returns the scores."""
     sparsity, data, training = parse(TextArguments, argv)
     raw = load_splits(data)
+    if "text" not in raw["train"].column_names:
+        raise ValueError(f"columns are {raw['train'].column_names}; wanted `text`.")
+    if data.block_size < 2:
+        raise ValueError(f"--block_size is {data.block_size}; wanted 2 or more.")
     tokenizer = load_tokenizer(sparsity.model_name_or_path)
 
     def windows(rows: dict[str, list]) -> dict[str, list]:
@@ -53,15 +57,15 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     def make_trainer(model: Any, **arguments: Any) -> Trainer:
         return Trainer(
             model,
-            training,
             train_dataset=splits["train"],
             eval_dataset=splits["validation"],
             data_collator=default_data_collator,
-            **arguments,
+            **{"args": training, **arguments},
         )
 
     def evaluate(trainer: Trainer) -> dict[str, float]:
-        return {"perplexity": math.exp(trainer.evaluate()["eval_loss"])}
+        loss = trainer.evaluate()["eval_loss"]
+        return {"perplexity": math.exp(loss) if loss < 700 else math.inf}
 
     task = Task(
         AutoModelForCausalLM,

@@ -5,8 +5,9 @@
     python examples/run_glue.py --model_name_or_path bert-base-uncased --train_file train.jsonl \\
         --validation_file validation.jsonl --pattern block:4x1 --sparsity 0.7 --output_dir out
 
-Files are JSON lines or CSV with `label` (a whole number is a class, any other number a value to
-regress) and one or two columns of text.
+Files are JSON lines or CSV with `label` (whole numbers are classes, numbers with a fraction values to
+regress) and one or two columns of text, named as in GLUE: `sentence`, or
+`sentence1` and `sentence2`, ...
 """
 
 from __future__ import annotations
@@ -20,6 +21,16 @@ from sklearn.metrics import matthews_corrcoef
 from sparsity import DataArguments, Task, compare, few, load, load_splits, load_tokenizer, parse
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer
 
+# The text columns of GLUE's tasks and of most others.
+TEXTS = [
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("sentence",),
+    ("text",),
+]
+
 
 @dataclass
 class TextArguments(DataArguments):
@@ -28,16 +39,30 @@ class TextArguments(DataArguments):
     max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut."})
 
 
+def count_labels(raw: Any) -> int:
+    """The number of classes; 1 for values to regress."""
+    found = {label for split in ("train", "validation") for label in raw[split]["label"]}
+    if found and all(isinstance(label, float) and label == label for label in found):
+        return 1
+    if len(found) > 1 and found == set(range(len(found))) and bool not in map(type, found):
+        return len(found)
+    raise ValueError(
+        f"labels are {sorted(map(str, found))[:10]}; wanted the classes 0, 1, ... (two or more, whole "
+        "numbers), or numbers with a fraction to regress, and none missing."
+    )
+
+
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Train, save and compare; returns the scores."""
     sparsity, data, training = parse(TextArguments, argv)
     raw = load_splits(data)
-    columns = raw["train"].features
-    texts = [name for name, kind in columns.items() if kind.dtype in ("string", "large_string")]
-    if "label" not in columns or not 1 <= len(texts) <= 2:
-        raise ValueError(f"columns are {list(columns)}; wanted `label` and one or two of text.")
-    regression = columns["label"].dtype.startswith("float")
-    labels = 1 if regression else len(set(raw["train"]["label"]))
+    columns = raw["train"].column_names
+    texts = next((names for names in TEXTS if set(names) <= set(columns)), None)
+    if "label" not in columns or texts is None:
+        known = "; ".join(" and ".join(names) for names in TEXTS)
+        raise ValueError(f"columns are {columns}; wanted `label`, and one of these: {known}.")
+    labels = count_labels(raw)
+    regression = labels == 1
     tokenizer = load_tokenizer(sparsity.model_name_or_path)
 
     def tokenize(rows: dict[str, list]) -> dict[str, Any]:
@@ -66,12 +91,11 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     def make_trainer(model: Any, **arguments: Any) -> Trainer:
         return Trainer(
             model,
-            training,
             train_dataset=splits["train"],
             eval_dataset=splits["validation"],
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=score,
-            **arguments,
+            **{"args": training, **arguments},
         )
 
     def evaluate(trainer: Trainer) -> dict[str, float]:

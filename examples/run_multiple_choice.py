@@ -32,6 +32,16 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     raw = load_splits(data)
     if missing := {"article", "question", "options", "answer"} - set(raw["train"].column_names):
         raise ValueError(f"columns {sorted(missing)} are missing; wanted the layout of RACE.")
+    counts = {
+        len(options) for split in ("train", "validation") for options in raw[split]["options"]
+    }
+    letters = {chr(ord("A") + number) for number in range(min(counts, default=0))}
+    answers = {answer for split in ("train", "validation") for answer in raw[split]["answer"]}
+    if len(counts) != 1 or not answers <= letters:
+        raise ValueError(
+            f"questions have {sorted(counts)} options, answers are {sorted(map(str, answers))[:9]}; "
+            "wanted the same number of options everywhere, and letters from A on."
+        )
     tokenizer = load_tokenizer(sparsity.model_name_or_path)
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
@@ -56,14 +66,13 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     def make_trainer(model: Any, **arguments: Any) -> Trainer:
         return Trainer(
             model,
-            training,
             train_dataset=splits["train"],
             eval_dataset=splits["validation"],
             data_collator=DataCollatorForMultipleChoice(tokenizer),
             compute_metrics=lambda found: {
                 "accuracy": np.mean(found.predictions.argmax(axis=1) == found.label_ids)
             },
-            **arguments,
+            **{"args": training, **arguments},
         )
 
     task = Task(

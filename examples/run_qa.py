@@ -169,7 +169,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
 
     def make_trainer(model: Any, **arguments: Any) -> Trainer:
         collator = DataCollatorWithPadding(tokenizer)
-        return Trainer(model, training, train_dataset=features, data_collator=collator, **arguments)
+        settings = {"args": training, **arguments}
+        return Trainer(model, train_dataset=features, data_collator=collator, **settings)
 
     def evaluate(trainer: Trainer) -> dict[str, float]:
         starts, ends = trainer.predict(inputs).predictions[:2]

@@ -65,6 +65,14 @@ class SparsityArguments:
         """The wanted sparsity."""
         return hf_sparse.SparsityConfig(self.pattern, self.sparsity)
 
+    def callback(self) -> hf_sparse.SparsityCallback:
+        """What leads there."""
+        return hf_sparse.SparsityCallback(
+            self.config(),
+            method="proximal" if self.optimizer == "sparse_adamw" else self.optimizer,
+            schedule=hf_sparse.Schedule(self.schedule, self.begin, self.end),
+        )
+
 
 @dataclass
 class DataArguments:
@@ -101,8 +109,11 @@ def parse(data_arguments: type, argv: list[str] | None) -> tuple[SparsityArgumen
     """Read the command line: sparsity, data and Trainer arguments."""
     parser = HfArgumentParser((SparsityArguments, data_arguments, TrainingArguments))
     sparsity, data, training = parser.parse_args_into_dataclasses(argv)
-    if sparsity.optimizer != "none":
-        sparsity.config()  # refuses nonsense before anything is loaded
+    if sparsity.optimizer != "none":  # refuse nonsense before anything is loaded
+        sparsity.callback()
+        hf_sparse.trainer_optimizer(sparsity.config(), penalty=sparsity.penalty)
+    if not 0 <= sparsity.distil < float("inf"):
+        raise ValueError(f"--distil is {sparsity.distil}; wanted a number >= 0.")
     if sparsity.smoke:
         training = dataclasses.replace(training, max_steps=10, logging_steps=2, report_to=[])
     return sparsity, data, training
@@ -118,8 +129,8 @@ def load(auto_class: Any, path: str, **changes: Any) -> Any:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model."""
-    return AutoTokenizer.from_pretrained(path)
+    """The tokenizer of a model, with room for pads at the right: positions are counted from left."""
+    return AutoTokenizer.from_pretrained(path, padding_side="right")
 
 
 def few(dataset: Any, smoke: bool) -> Any:
@@ -134,7 +145,7 @@ class Task:
     Attributes:
         auto_class: loads the models.
         make_model: a model from a path.
-        make_trainer: `(model, **arguments of Trainer)`.
+        make_trainer: `(model, **arguments of Trainer)`; `args` may be others than the parsed.
         evaluate: scores of a trainer's model by name.
         tokenizer: saved with the model.
     """
@@ -154,20 +165,29 @@ def compare(
     Returns:
         The scores of `"dense"` and `"sparse"`.
     """
-    start = sparsity.dense_model or sparsity.model_name_or_path
-    dense = task.make_trainer(task.make_model(start))
-    if sparsity.dense_model is None:
-        dense.train()
+    dense = _dense_trainer(sparsity, training, task)
     scores = {"dense": task.evaluate(dense)}
-    if sparsity.optimizer == "none":
-        dense.save_model(training.output_dir)
-        task.tokenizer.save_pretrained(training.output_dir)
-    else:
+    if sparsity.optimizer != "none":
         scores["sparse"] = _train_sparse(sparsity, training, task, dense.model, scores["dense"])
     names = list(scores["dense"])
     rows = [(kind, *(f"{found[name]:.4f}" for name in names)) for kind, found in scores.items()]
     print(format_table(("model", *names), rows))
     return scores
+
+
+def _dense_trainer(sparsity: SparsityArguments, training: TrainingArguments, task: Task) -> Trainer:
+    """A trainer with the dense model: trained, and saved to `dense` in the output folder, or given."""
+    folder = Path(training.output_dir, "dense")
+    there = sparsity.dense_model
+    if there is None and training.resume_from_checkpoint and (folder / "config.json").exists():
+        there = str(folder)  # an interrupted run has got this far
+    plain = dataclasses.replace(training, output_dir=str(folder))
+    dense = task.make_trainer(task.make_model(there or sparsity.model_name_or_path), args=plain)
+    if there is None:
+        dense.train()
+        dense.save_model()
+        task.tokenizer.save_pretrained(folder)
+    return dense
 
 
 def _train_sparse(
@@ -183,11 +203,7 @@ def _train_sparse(
         weight = sparsity.distil
         hf_sparse.Distillation(dense, logits=min(weight, 1.0), hidden=weight).attach(model)
     proximal = sparsity.optimizer == "sparse_adamw"
-    callback = hf_sparse.SparsityCallback(
-        config,
-        method="proximal" if proximal else sparsity.optimizer,
-        schedule=hf_sparse.Schedule(sparsity.schedule, sparsity.begin, sparsity.end),
-    )
+    callback = sparsity.callback()
     factory = hf_sparse.trainer_optimizer(
         config,
         lr=training.learning_rate,
@@ -198,19 +214,14 @@ def _train_sparse(
     callback.log_through(trainer)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
 
-    folder = Path(training.output_dir)
-    metrics = [
-        hf_sparse.Metric(name, sparse=value, dense=dense_scores[name])
-        for name, value in task.evaluate(trainer).items()
-    ]
-    hf_sparse.save_pretrained(
-        trainer.model,
-        folder,
-        config,
-        tokenizer=task.tokenizer,
-        report=callback.report,
-        metrics=metrics,
-    )
+    folder, described = Path(training.output_dir), {"report": callback.report}
+    hf_sparse.save_pretrained(trainer.model, folder, config, tokenizer=task.tokenizer, **described)
     loaded = task.auto_class.from_pretrained(folder)
     print(hf_sparse.measure_sparsity(loaded, config).summary())
-    return task.evaluate(task.make_trainer(loaded))
+    scores = task.evaluate(task.make_trainer(loaded))
+    described["metrics"] = [
+        hf_sparse.Metric(name, sparse=value, dense=dense_scores[name])
+        for name, value in scores.items()
+    ]
+    hf_sparse.save_pretrained(trainer.model, folder, config, tokenizer=task.tokenizer, **described)
+    return scores

@@ -59,6 +59,10 @@ class Distillation:
                 f"logits={logits} and hidden={hidden}; wanted 0 <= logits <= 1 and hidden >= 0, "
                 "not both 0."
             )
+        if not isinstance(teacher, nn.Module):
+            raise ValueError(
+                f"teacher is {teacher!r}; wanted a model: AutoModel....from_pretrained."
+            )
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature is {temperature}; wanted a number > 0.")
         self.teacher = teacher.eval().requires_grad_(False)
@@ -73,9 +77,23 @@ class Distillation:
         Raises:
             ValueError: the model is the teacher, or this is attached already.
         """
-        if model is self.teacher:
+        taught = {id(parameter) for parameter in self.teacher.parameters()}
+        if any(id(parameter) in taught for parameter in model.parameters()):
             raise ValueError(
-                "the model is its own teacher; wanted another one: copy.deepcopy(model)."
+                "the model is its own teacher, or shares weights with it; wanted another one: "
+                "copy.deepcopy(model)."
+            )
+        configs = getattr(model, "config", None), getattr(self.teacher, "config", None)
+        mine, theirs = (getattr(config, "vocab_size", None) for config in configs)
+        if mine is not None and theirs is not None and mine > theirs:
+            raise ValueError(
+                f"the model knows {mine} tokens, its teacher {theirs}. Wanted a teacher with the "
+                "same tokenizer."
+            )
+        if any(getattr(config, "is_encoder_decoder", False) for config in configs):
+            raise ValueError(
+                "distillation works for encoders and for decoders; this model is both, an "
+                "encoder-decoder."
             )
         if self._handles:
             raise ValueError("this Distillation is attached already; make one for each model.")
@@ -103,6 +121,7 @@ class Distillation:
             return None
         inputs = inspect.signature(model.forward).bind(*args, **kwargs).arguments
         inputs = {**inputs, **inputs.pop("kwargs", {})}
+        inputs.pop("return_dict", None)
         if getattr(outputs, "loss", None) is None:
             raise ValueError(
                 "the model returned no loss to add the teacher's to. Give it labels, and leave "
@@ -116,13 +135,13 @@ class Distillation:
         for name in ("start_positions", "end_positions"):
             inputs.pop(name, None)
         with torch.no_grad():
-            taught = self.teacher(**inputs)
+            taught = self.teacher(**inputs, return_dict=True)
         added = outputs.loss.new_zeros(())
         if self.logits:
             added = self.logits * self._divergence(outputs, taught, inputs, labels)
         if self.hidden:
             added = added + self.hidden * _states_error(outputs, taught, inputs)
-        if counted is not None and isinstance(labels, Tensor):
+        if counted is not None and isinstance(labels, Tensor) and _is_causal_lm(self.teacher):
             # transformers divides summed losses by the labels of all accumulated batches: so do we.
             added = added * int((labels[..., 1:] != -100).sum()) / counted
         outputs["loss"] = (1 - self.logits) * outputs.loss + added
@@ -132,8 +151,14 @@ class Distillation:
         self, outputs: Mapping[str, Any], taught: Mapping[str, Any], inputs: Any, labels: Any
     ) -> Tensor:
         names = [name for name in _LOGITS if outputs.get(name) is not None]
-        if not names:
-            raise ValueError(f"the outputs have no logits: {', '.join(outputs)}.")
+        for found in (outputs, taught):
+            if not names or any(found.get(name) is None for name in names):
+                raise ValueError(
+                    f"the teacher's outputs are {', '.join(taught)}, the model's "
+                    f"{', '.join(outputs)}; wanted the same logits in both: models with the same "
+                    "head."
+                )
+        problem = getattr(getattr(self.teacher, "config", None), "problem_type", None)
         terms = []
         for name in names:
             student, teacher = outputs[name].float(), taught[name].float()
@@ -142,8 +167,11 @@ class Distillation:
                     f"{name} are {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}. Wanted "
                     "a teacher with the same head."
                 )
-            if student.shape[-1] == 1:
+            if student.shape[-1] == 1 or problem == "regression":
                 terms.append(functional.mse_loss(student, teacher))
+                continue
+            if problem == "multi_label_classification":
+                terms.append(_bernoulli_divergence(student, teacher, self.temperature))
                 continue
             if student.ndim == 3:  # tokens: only those that have a label
                 chosen = _labelled(student, inputs, labels, shifted=_is_causal_lm(self.teacher))
@@ -156,6 +184,14 @@ class Distillation:
             )
             terms.append(divergence * self.temperature**2)
         return torch.stack(terms).mean()
+
+
+def _bernoulli_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """The mean divergence of independent labels, times the squared temperature."""
+    chance = (teacher / temperature).sigmoid()
+    crossed = functional.binary_cross_entropy_with_logits(student / temperature, chance)
+    own = functional.binary_cross_entropy_with_logits(teacher / temperature, chance)
+    return (crossed - own) * temperature**2
 
 
 def _is_causal_lm(model: nn.Module) -> bool:

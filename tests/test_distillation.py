@@ -217,3 +217,56 @@ def test_bad_input_is_refused() -> None:
     Distillation(shallow, hidden=1.0).attach(student)
     with pytest.raises(ValueError, match="hidden states"):
         student(**batch())
+
+
+def test_a_classifier_in_trainer_gets_the_whole_loss_of_the_teacher(tmp_path: Path) -> None:
+    teacher = tiny_classifier()
+    student = student_of(teacher)
+    [inputs] = tiny_batches("bert", 1)
+    rows = [{"input_ids": ids, "labels": 1} for ids in inputs["input_ids"]]
+    wanted = 4 * entropies(student(**inputs).logits, teacher(**inputs).logits, 2.0).mean()
+    Distillation(teacher, logits=1.0).attach(student)
+    args = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, max_steps=1, logging_steps=1, use_cpu=True,
+        report_to=[], disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    run = Trainer(student, args, train_dataset=rows)
+    run.train()
+    assert run.state.log_history[0]["loss"] == pytest.approx(float(wanted), rel=1e-3)
+
+
+def test_several_labels_and_several_values() -> None:
+    for problem in ("multi_label_classification", "regression"):
+        teacher = tiny_classifier()
+        teacher.config.problem_type = problem
+        student = student_of(teacher)
+        inputs = dict(batch(), labels=torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]))
+        mine, theirs = student(**inputs).logits, teacher(**inputs).logits
+        if problem == "regression":
+            wanted = float((mine - theirs).square().mean())
+        else:
+            pairs = [
+                torch.stack([logits.double() / 2, torch.zeros_like(logits).double()], dim=-1)
+                for logits in (mine, theirs)
+            ]
+            wanted = float(4 * entropies(pairs[0], pairs[1], 1.0).mean())
+        Distillation(teacher, logits=1.0).attach(student)
+        assert float(student(**inputs).loss) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_teachers_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="wanted a model"):
+        Distillation("bert-base-uncased")  # type: ignore[arg-type]
+    student = without_dropout(tiny_classifier())
+    headless = Distillation(tiny_model("bert")).attach(student)
+    with pytest.raises(ValueError, match=r"same\s+head"):
+        student(**batch())
+    headless.remove()
+    with pytest.raises(ValueError, match="shares weights"):
+        Distillation(copy.copy(student)).attach(student)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        Distillation(tiny_model("t5")).attach(tiny_model("t5", seed=1))
+    small = tiny_classifier()
+    small.config.vocab_size = 100
+    with pytest.raises(ValueError, match="knows 256 tokens, its teacher 100"):
+        Distillation(small).attach(without_dropout(tiny_classifier()))

@@ -414,3 +414,43 @@ def test_resume_with_other_settings_is_refused() -> None:
         SparseAdamW(parameters(), lam=1.0, pattern="block:2x1").load_state_dict(saved)
     with pytest.raises(ValueError, match="without shrinkage"):
         SparseAdamW(parameters()).load_state_dict(torch.optim.AdamW(parameters()).state_dict())
+
+
+def test_groups_added_later_to_any_optimizer_are_checked_and_shrunk() -> None:
+    weights, later = parameters(), parameters(1)
+    optimizer = add_shrinkage(torch.optim.SGD(weights, lr=1e-2), lam=5.0)
+    optimizer.add_param_group({"params": later})
+    steps(optimizer, [*weights, *later], 0, 5)
+    assert zeros(later) > 0
+    optimizer = add_shrinkage(torch.optim.SGD(parameters(), lr=1e-2), lam=5.0, pattern="2:4")
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3, 6))]})
+    with pytest.raises(ValueError, match="not divisible by M = 4"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("lam", [float("nan"), -1.0, float("inf")])
+def test_a_strength_changed_to_nonsense_is_noticed(lam: float) -> None:
+    weights = parameters()
+    optimizer = SparseAdamW(weights, lr=1e-3, lam=1.0)
+    optimizer.param_groups[0]["lam"] = lam
+    with pytest.raises(ValueError, match="lam is"):
+        steps(optimizer, weights, 0, 1)
+
+
+def test_a_rate_of_zero_shrinks_nothing() -> None:
+    weights = parameters()
+    optimizer = SparseAdamW(weights, lr=0.0, lam=0.1, scale="constant")
+    before = [weight.detach().clone() for weight in weights]
+    steps(optimizer, weights, 0, 3)
+    assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+
+
+def test_a_copy_of_any_optimizer_can_be_frozen() -> None:
+    weights = parameters()
+    twin = copy.deepcopy(add_shrinkage(torch.optim.SGD(weights, lr=1e-2)))
+    others = twin.param_groups[0]["params"]
+    with torch.no_grad():
+        others[0][0] = 0
+    freeze_zeros(twin)
+    steps(twin, others, 0, 3)
+    assert (others[0][0] == 0).all()

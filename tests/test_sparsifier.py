@@ -193,12 +193,19 @@ def test_bad_input_is_refused() -> None:
         Sparsifier(optimizer, config, 10, schedule="cosine")
     with pytest.raises(ValueError, match="unknown method 'lottery'"):
         Sparsifier(optimizer, config, 10, method="lottery")
-    with pytest.raises(ValueError, match="total_steps=0"):
+    with pytest.raises(ValueError, match="total_steps is 0"):
         Sparsifier(optimizer, config, 0)
     with pytest.raises(ValueError, match="have pattern 'unstructured', the config has '2:4'"):
         Sparsifier(optimizer, config_of("2:4"), 10)
     with pytest.raises(ValueError, match="sparse_param_groups"):
         Sparsifier(torch.optim.AdamW(model.parameters()), config, 10)
+    with pytest.raises(ValueError, match=r"interval is 2\.5"):
+        Sparsifier(optimizer, config, 10, interval=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"begin='0\.1'"):
+        Schedule("cubic", "0.1", 0.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="score_lr=nan"):
+        Sparsifier(optimizer, config, 10, method="movement", score_lr=float("nan"))
+    optimizer = SparseAdamW(sparse_param_groups(model, config))
     with pytest.raises(ValueError, match=r"threshold is 0\.7"):
         Sparsifier(optimizer, config, 10, method="movement", threshold=0.7)
 
@@ -224,3 +231,100 @@ def test_the_check_notices_lost_zeros() -> None:
             parameter.add_(1e-3)
     with pytest.raises(ValueError, match=r"promised was a share of 0\.6"):
         sparsifier.check()
+
+
+@pytest.mark.parametrize("method", TRAINING_METHODS)
+def test_nothing_happens_before_the_beginning(method: str) -> None:
+    model = tiny_model("gpt2")
+    schedule = Schedule("constant", 0.55, 0.9)
+    _, sparsifier = run(
+        model, config_of("unstructured"), 40, stop=21, method=method, schedule=schedule
+    )
+    assert sparsifier.sparsity == 0
+    assert sparsifier.lam == 0
+
+
+@pytest.mark.parametrize("method", TRAINING_METHODS)
+def test_a_short_run_adjusts_more_often(method: str) -> None:
+    model = tiny_model("gpt2")
+    config = config_of("unstructured")
+    optimizer = SparseAdamW(sparse_param_groups(model, config), lr=1e-3, penalty="l0")
+    sparsifier = Sparsifier(optimizer, config, 15, method=method, schedule=Schedule(end=0.6))
+    assert sparsifier.interval == 1
+    found = []
+    for batch in tiny_batches("gpt2", 15):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sparsifier.step()
+        found.append(sparsifier.sparsity)
+    assert found[-1] == pytest.approx(0.6, abs=1e-4)
+    if method != "movement":
+        assert 0 < found[3] < found[5] < 0.6
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "method"), [(0.8, "proximal"), (0.3, "proximal"), (0.6, "magnitude")]
+)
+@pytest.mark.parametrize("stop", [14, 39])
+def test_another_target_on_the_way_is_refused(sparsity: float, method: str, stop: int) -> None:
+    model = tiny_model("gpt2")
+    optimizer, _ = run(model, config_of("unstructured"), stop=stop)
+    with pytest.raises(ValueError, match=r"on its way to a share of 0\.6 by method 'proximal'"):
+        Sparsifier(optimizer, config_of("unstructured", sparsity), 40, method=method)
+
+
+def test_a_snapshot_of_the_state_does_not_move_on() -> None:
+    model = tiny_model("gpt2")
+    optimizer, sparsifier = run(model, config_of("unstructured"), stop=5)
+    saved = optimizer.state_dict()
+    sparsifier.step()
+    assert saved["param_groups"][0]["sparsifier"]["steps"] == 5
+
+
+def test_a_target_without_gradient_is_named_in_time() -> None:
+    model = tiny_model("gpt2")
+    config = config_of("unstructured")
+    optimizer = SparseAdamW(
+        sparse_param_groups(model, config), lr=1e-3, penalty="l0", scale="adaptive"
+    )
+    sparsifier = Sparsifier(optimizer, config, 40)
+    for batch in tiny_batches("gpt2", 1):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+    model.transformer.h[2].mlp.c_fc.weight.grad = None
+    optimizer.step()
+    sparsifier.step()
+    with pytest.raises(ValueError, match=r"h\.2\.mlp\.c_fc\.weight has had no gradient"):
+        sparsifier.step()
+
+
+def test_a_group_at_rest_does_not_stop_the_others() -> None:
+    model = tiny_model("gpt2")
+    config = config_of("unstructured")
+    groups = sparse_param_groups(model, config)
+    still = {**groups[0], "params": groups[0]["params"][:2], "lr": 0.0}
+    groups[0]["params"] = groups[0]["params"][2:]
+    optimizer = SparseAdamW([*groups, still], lr=1e-3, penalty="l0", scale="adaptive")
+    sparsifier = Sparsifier(optimizer, config, 40)
+    for batch in tiny_batches("gpt2", 20):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sparsifier.step()
+    assert sparsifier.lam > 0
+    assert sparsifier.sparsity > 0.2
+
+
+def test_a_first_step_that_the_scaler_skipped_is_waited_for() -> None:
+    model = tiny_model("gpt2")
+    config = config_of("unstructured")
+    groups = sparse_param_groups(model, config)
+    optimizer = SparseAdamW(groups, lr=1e-3, penalty="l0", scale="adaptive", fused=True)
+    sparsifier = Sparsifier(optimizer, config, 40, interval=1)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float("inf"))
+    optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(1.0)  # as GradScaler does
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf
+    sparsifier.step()
+    assert sparsifier.lam == 0

@@ -187,7 +187,8 @@ def test_resume_with_another_pattern_is_refused(tmp_path: Path) -> None:
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
-def test_the_best_checkpoint_is_a_sparse_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [4, 1])
+def test_the_best_checkpoint_is_a_sparse_one(every: int, tmp_path: Path) -> None:
     class Worsen(TrainerCallback):
         """Makes the evaluation worse with every step, so that the first model looks best."""
 
@@ -200,9 +201,9 @@ def test_the_best_checkpoint_is_a_sparse_one(tmp_path: Path) -> None:
         tmp_path,
         callbacks=(Worsen(),),
         eval_strategy="steps",
-        eval_steps=4,
+        eval_steps=every,
         save_strategy="steps",
-        save_steps=4,
+        save_steps=every,
         load_best_model_at_end=True,
         metric_for_best_model="step_score",
         greater_is_better=True,
@@ -264,3 +265,39 @@ def test_bad_arguments_are_refused_at_once() -> None:
         SparsityCallback(CONFIG, schedule="cosine")
     with pytest.raises(ValueError, match="unknown penalty 'l7'"):
         trainer_optimizer(CONFIG, penalty="l7")
+
+
+def test_other_targets_than_the_optimizers_are_refused(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    few = SparsityConfig(sparsity=0.6, targets="layer.0.*")
+    run.optimizer_cls_and_kwargs = trainer_optimizer(few, lr=1e-3)
+    with pytest.raises(ValueError, match="Give the same SparsityConfig"):
+        run.train()
+
+
+def test_a_second_run_of_a_trainer_is_refused_clearly(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.train()
+    with pytest.raises(ValueError, match="Make a new Trainer"):
+        run.train()
+
+
+def test_settings_that_the_config_owns_are_refused() -> None:
+    for setting in ({"pattern": "2:4"}, {"frozen": True}, {"transposed": True}):
+        with pytest.raises(ValueError, match="cannot be given to trainer_optimizer"):
+            trainer_optimizer(CONFIG, lr=1e-3, **setting)
+    with pytest.raises(ValueError, match="wanted a SparsityConfig"):
+        SparsityCallback("2:4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="does not have the callback"):
+        SparsityCallback(CONFIG).log_through(Trainer(tiny_classifier()))
+
+
+def test_the_report_tells_how_it_was_made(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.train()
+    [sparsity] = [c for c in run.callback_handler.callbacks if isinstance(c, SparsityCallback)]
+    assert sparsity.report is not None
+    assert sparsity.report.method == "SparseAdamW"
+    assert sparsity.report.options["penalty"] == "l0"
+    assert sparsity.report.options["steps"] == 20
+    assert sparsity.report.zeros == round(0.6 * sparsity.report.numel)

@@ -236,8 +236,66 @@ def test_bad_arguments_are_told_before_anything_is_loaded(tmp_path: Path) -> Non
     arguments = ["--model_name_or_path", "nowhere", "--output_dir", tmp_path]
     with pytest.raises(ValueError, match="needs a sparsity"):
         run("run_glue", *arguments)
+    with pytest.raises(ValueError, match="--distil is -1"):
+        run("run_glue", *arguments, "--pattern", "2:4", "--distil", -1)
+    with pytest.raises(ValueError, match="unknown penalty 'l9'"):
+        run("run_glue", *arguments, "--pattern", "2:4", "--penalty", "l9")
+    with pytest.raises(ValueError, match="there is no file nowhere"):
+        run(
+            "run_clm",
+            *arguments,
+            "--pattern",
+            "2:4",
+            "--train_file",
+            "nowhere",
+            "--validation_file",
+            "x",
+        )
     with pytest.raises(ValueError, match="wanted --dataset_name"):
         run("run_clm", *arguments, "--pattern", "2:4")
+
+
+@pytest.mark.parametrize(
+    ("example", "rows", "message"),
+    [
+        ("run_glue", [{"words": "a", "label": 1}], "columns are"),
+        ("run_glue", [{"sentence": "a b", "label": 1}] * 3, "wanted the classes 0, 1"),
+        (
+            "run_glue",
+            [{"sentence": "a", "label": "x"}, {"sentence": "b", "label": "y"}],
+            "labels are",
+        ),
+        ("run_clm", [{"story": "a"}], "wanted `text`"),
+        (
+            "run_multiple_choice",
+            [{"article": "a", "question": "b", "options": ["c", "d"], "answer": "C"}],
+            "letters from A on",
+        ),
+    ],
+)
+def test_data_that_do_not_fit_are_refused(
+    example: str, rows: list[dict], message: str, tmp_path: Path
+) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    data = ("--train_file", file, "--validation_file", file, "--pattern", "2:4")
+    with pytest.raises(ValueError, match=message):
+        run(example, *common(tmp_path, "bert"), *data)
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    files = [
+        write_lines(tmp_path / f"{name}.jsonl", labelled(40 + i)) for i, name in enumerate("tv")
+    ]
+    arguments = common(tmp_path, "bert")
+    arguments[arguments.index("--save_strategy") + 1] = "steps"
+    arguments += ["--train_file", files[0], "--validation_file", files[1], "--sparsity", 0.6]
+    first = run("run_glue", *arguments, "--save_steps", 5)
+    weights = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
+    checkpoint = tmp_path / "out" / "checkpoint-5"
+    again = run("run_glue", *arguments, "--resume_from_checkpoint", checkpoint)
+    assert again == first
+    resumed = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
+    assert all((value == resumed[name]).all() for name, value in weights.items())
 
 
 def test_every_example_is_tested() -> None:

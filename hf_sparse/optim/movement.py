@@ -26,6 +26,9 @@ from hf_sparse.optim.sharding import processes_of
 from hf_sparse.optim.shrinkage import was_skipped
 from hf_sparse.patterns import NM, GroupPattern
 
+_HOOK = "_hf_sparse_movement"
+_STRONGEST = 1e6
+
 
 class SoftMovement:
     """Soft movement pruning: learned scores, kept where they move away from zero.
@@ -52,15 +55,18 @@ class SoftMovement:
     ) -> None:
         if not 0 < threshold < 0.5:
             raise ValueError(f"threshold is {threshold}; wanted a number in (0, 0.5).")
-        if score_lr <= 0 or gain <= 0:
-            raise ValueError(f"score_lr={score_lr} and gain={gain}; wanted numbers > 0.")
+        if not 0 < score_lr < math.inf or not 0 < gain < math.inf:
+            raise ValueError(f"score_lr={score_lr} and gain={gain}; wanted finite numbers > 0.")
         self._optimizer = optimizer
         set_strength(optimizer, 0.0)
         self._pattern = pattern_of(optimizer)
         self._score_lr = score_lr
         self._logit = math.log(threshold / (1 - threshold))
         self._gain = gain
+        if former := vars(optimizer).get(_HOOK):
+            former.remove()
         self._hook = optimizer.register_step_post_hook(self._after_step)
+        vars(optimizer)[_HOOK] = self._hook
 
     def approach(self, share: float, steps: int) -> None:
         groups = sparse_groups(self._optimizer)
@@ -74,7 +80,8 @@ class SoftMovement:
             group.setdefault("movement_strength", 1.0)
             group["movement_share"] = share
             error = share - self._masked_share()
-            group["movement_strength"] *= math.exp(self._gain * error)
+            strength = group["movement_strength"] * math.exp(self._gain * error)
+            group["movement_strength"] = min(strength, _STRONGEST)
 
     def release(self) -> None:
         pass

@@ -45,11 +45,18 @@ class SparseParameter:
         if self.group["scale"] != "adaptive":
             return None
         moments = self.state.get("max_exp_avg_sq", self.state.get("exp_avg_sq"))
+        if moments is None and "betas" in self.group:
+            raise ValueError(
+                f"{self.name} has had no gradient so far, so that Adam has no metric for it. Leave it "
+                "out with SparsityConfig(ignore=...), or use scale='lr'."
+            )
         if moments is None:
             raise ValueError(
                 f"{self.name}: scale='adaptive' needs Adam's second moments (exp_avg_sq), which this "
                 "optimizer does not keep in its state. Use scale='lr' or 'constant'."
             )
+        if not float(self.state["step"]):
+            raise ValueError(f"{self.name}: Adam has taken no step yet, it has no metric.")
         correction = 1 - self.group["betas"][1] ** float(self.state["step"])
         part = self.view(moments)[rows]
         root = (part if part.element_size() >= 4 else part.float()).sqrt()

@@ -45,10 +45,10 @@ class Proximal:
         self._optimizer = optimizer
 
     def approach(self, share: float, steps: int) -> None:
-        groups = sparse_groups(self._optimizer)
-        if any(unit_strength(group) == 0 for group in groups):
+        groups = [group for group in sparse_groups(self._optimizer) if unit_strength(group)]
+        if not groups:
             return  # warm-up begins with a rate of 0: nothing moves
-        if any(group["scale"] == "adaptive" for group in groups) and not self._has_moments():
+        if groups[0]["scale"] == "adaptive" and not self._has_moments():
             return
         gradual = PENALTIES[groups[0]["penalty"]].gradual
         distances = self._distances()
@@ -74,12 +74,15 @@ class Proximal:
         project_(self._optimizer, share, saliency)
 
     def _has_moments(self) -> bool:
-        return all("step" in sparse.state for sparse in sparse_parameters(self._optimizer))
+        """Whether Adam has taken a step: a GradScaler may have skipped all so far."""
+        members = sparse_parameters(self._optimizer)
+        return any(float(sparse.state.get("step", 0)) for sparse in members)
 
     @torch.no_grad()
     def _distances(self) -> Tensor:
         """The distances to zero of the units, or of every n-th of them if they are many."""
-        parameters = list(sparse_parameters(self._optimizer))
+        groups = [group for group in sparse_groups(self._optimizer) if unit_strength(group)]
+        parameters = list(sparse_parameters(self._optimizer, groups))
         stride = max(sum(sparse.weight.numel() for sparse in parameters) // _SAMPLE, 1)
         return torch.cat([_distances(sparse, stride).reshape(-1) for sparse in parameters])
 

@@ -34,6 +34,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise ValueError(f"unknown schedule {self.shape!r}; wanted one of {', '.join(SHAPES)}.")
+        if any(isinstance(time, bool | str) for time in (self.begin, self.end)):
+            raise ValueError(f"begin={self.begin!r}, end={self.end!r}; wanted numbers in [0, 1].")
         if not 0 <= self.begin <= self.end <= 1:
             raise ValueError(
                 f"the schedule runs from {self.begin} to {self.end} of the training; wanted fractions "

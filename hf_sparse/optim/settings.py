@@ -94,9 +94,10 @@ def check_resumed(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         ValueError: another penalty, scale or pattern, or an optimizer without shrinkage.
     """
     groups = saved["param_groups"]
-    if len(groups) != len(optimizer.param_groups):
+    same = len(groups) == len(optimizer.param_groups)
+    if not same and all("penalty" in group for group in groups):
         return  # torch says it better
-    for number, (old, new) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+    for number, (old, new) in enumerate(zip(groups, optimizer.param_groups, strict=False)):
         for name in _FIXED:
             if name not in old:
                 raise ValueError(

@@ -13,6 +13,8 @@ prox of the penalty follows:
 | `adaptive` | `lr * lam * alpha_i / (sqrt(v_i) + eps)` | the exact prox in Adam's metric           |
 | `constant` | `lam * alpha_i`                          | keeps shrinking while the rate decays     |
 
+At a learning rate of 0 nothing is shrunk, whatever the scale.
+
 `alpha_i` is 1 but for reweighted l1, where every `reweight_every` steps
 `alpha_i = eps / (|w_i| + eps)`: RPP's weights times the constant `eps`, so that `lam` has the size it
 has for l1. `eps` is the median |w| of each tensor unless given.
@@ -24,6 +26,7 @@ fp16 GradScaler skips shrinks nothing. All settings live in the param groups, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,7 +61,7 @@ def add_shrinkage(optimizer: Optimizer, **settings: Any) -> Optimizer:
             do not set their own. `scale="adaptive"` needs Adam's `exp_avg_sq`.
 
     Returns:
-        The optimizer.
+        The optimizer. A copy or a pickle of it has no hooks: call this again on it.
 
     Raises:
         ValueError: an unknown setting, a value outside what is allowed, or a parameter that the
@@ -89,6 +92,9 @@ def attach(optimizer: Optimizer) -> None:
 
 def _remember_mask(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Before a step: note which weights of frozen groups are not zero."""
+    for group in sparse_groups(optimizer):
+        if group["penalty"] is None:  # added to a plain optimizer after add_shrinkage
+            check_group(group)
     vars(optimizer)[_KEPT] = [
         sparse.weight != 0 for sparse in sparse_parameters(optimizer) if sparse.group["frozen"]
     ]
@@ -106,7 +112,9 @@ def _shrink(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if group["frozen"]:
             for sparse in members:
                 sparse.weight.mul_(next(kept))
-        elif group["lam"] > 0 and stepped:
+        elif not 0 <= group["lam"] < math.inf:
+            raise ValueError(f"lam is {group['lam']!r}; wanted a finite number >= 0.")
+        elif group["lam"] > 0 and group["lr"] > 0 and stepped:
             if PENALTIES[group["penalty"]].reweighted:
                 _reweight(optimizer, group, stepped)
             _shrink_group(group, stepped)
@@ -174,5 +182,6 @@ def freeze_zeros(optimizer: Optimizer) -> None:
     Args:
         optimizer: with sparse groups: a `SparseAdamW` or `SparseSGD`, or after `add_shrinkage`.
     """
+    attach(optimizer)
     for group in sparse_groups(optimizer):
         group["frozen"] = True

@@ -14,6 +14,10 @@ from hf_sparse.optim.schedules import Schedule
 from hf_sparse.optim.sharding import processes_of
 from hf_sparse.optim.shrinkage import attach, freeze_zeros
 from hf_sparse.patterns import NM, Head
+from hf_sparse.structure import check_finite
+
+# The least number of adjustments over a schedule.
+_ADJUSTMENTS = 10
 
 
 def check_method(method: str) -> None:
@@ -46,7 +50,7 @@ class Sparsifier:
         method: a key of `hf_sparse.optim.methods.TRAINING_METHODS`: `"proximal"`, or the baselines
             `"magnitude"` and `"movement"`, for which `lam` and `penalty` have no meaning.
         schedule: a `Schedule`, or its shape.
-        interval: steps between two adjustments.
+        interval: steps between two adjustments; fewer where the schedule has not ten of them.
         **options: the method's own.
 
     What it has to remember is kept in the optimizer's param groups, and so in its `state_dict`.
@@ -67,15 +71,15 @@ class Sparsifier:
         **options: Any,
     ) -> None:
         check_method(method)
-        if total_steps < 1 or interval < 1:
-            raise ValueError(
-                f"total_steps={total_steps} and interval={interval}; wanted numbers >= 1."
-            )
+        for name, value in (("total_steps", total_steps), ("interval", interval)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; wanted a whole number >= 1.")
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
         self.config = config
         self.total_steps = total_steps
-        self.schedule = Schedule(schedule) if isinstance(schedule, str) else schedule
-        self.interval = interval
+        self.schedule = schedule if isinstance(schedule, Schedule) else Schedule(schedule)
+        steps = self.schedule.last_step(total_steps) - self.schedule.begin * total_steps
+        self.interval = max(1, min(interval, int(steps / _ADJUSTMENTS)))
         found = pattern_of(self.optimizer)
         sized = isinstance(config.pattern, Head) and isinstance(found, Head)
         if found != config.pattern and not sized:
@@ -85,8 +89,9 @@ class Sparsifier:
             )
         attach(self.optimizer)
         self._share = 1.0 if isinstance(config.pattern, NM) else config.sparsity
+        self._method_name = method
+        _ = self._state  # notes the zeros that are there, or that this optimizer is another's
         self._method = TRAINING_METHODS[method](self.optimizer, **options)
-        _ = self._state  # notes the zeros that are there at the beginning
 
     @property
     def _state(self) -> dict[str, Any]:
@@ -95,12 +100,25 @@ class Sparsifier:
         if "sparsifier" not in group:
             initial = 0.0 if isinstance(self.config.pattern, NM) else self.sparsity
             group["sparsifier"] = {
+                "method": self._method_name,
+                "share": self._share,
                 "steps": 0,
                 "initial": min(initial, self._share),
                 "finished": False,
             }
         state: dict[str, Any] = group["sparsifier"]
+        if (state["method"], state["share"]) != (self._method_name, self._share):
+            raise ValueError(
+                f"the optimizer is on its way to a share of {state['share']} by method "
+                f"'{state['method']}', after {state['steps']} steps; wanted is {self._share} by "
+                f"'{self._method_name}'. Resume with the settings of the first run, or make a new "
+                "optimizer."
+            )
         return state
+
+    def _update(self, **changes: Any) -> None:
+        """Change the state: by a new dict, since `state_dict` hands out this one."""
+        sparse_groups(self.optimizer)[0]["sparsifier"] = {**self._state, **changes}
 
     @property
     def steps(self) -> int:
@@ -134,29 +152,33 @@ class Sparsifier:
         Raises:
             ValueError: the weights are no longer finite.
         """
-        state = self._state
-        state["steps"] += 1
-        if state["finished"]:
+        self._update(steps=self.steps + 1)
+        if self.finished:
             return
-        left = self.schedule.last_step(self.total_steps) - state["steps"]
+        left = self.schedule.last_step(self.total_steps) - self.steps
         if left <= 0:
             self.finish()
         elif left == 1:
             self._method.release()
-        elif state["steps"] % self.interval == 0:
-            due = self.schedule.progress(state["steps"] + self.interval, self.total_steps)
-            if due > 0:
-                start = state["initial"]
-                self._method.approach(start + (self._share - start) * due, self.interval)
+        elif self.steps % self.interval == 0 and self.steps >= self._first_step:
+            due = self.schedule.progress(self.steps + self.interval, self.total_steps)
+            start = self._state["initial"]
+            self._method.approach(start + (self._share - start) * due, self.interval)
+
+    @property
+    def _first_step(self) -> float:
+        return self.schedule.begin * self.total_steps
 
     def finish(self) -> None:
         """Make the sparsity exact now, and freeze the zeros."""
         self._method.finish(self._share)
         freeze_zeros(self.optimizer)
-        self._state["finished"] = True
+        self._update(finished=True)
 
     def check(self) -> None:
         """Raise a ValueError if the zeros that the config promises are not there."""
+        for sparse in sparse_parameters(self.optimizer):
+            check_finite(sparse.name, sparse.weight)
         zero, units = count_zero_units(self.optimizer)
         if zero < round(self._share * units):
             raise ValueError(

@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.optim.groups import sparse_param_groups
-from hf_sparse.optim.parameters import sparse_groups
+from hf_sparse.optim.parameters import sparse_groups, sparse_parameters
 from hf_sparse.optim.penalties import PENALTIES
 from hf_sparse.optim.schedules import Schedule
 from hf_sparse.optim.settings import SETTINGS
@@ -23,9 +23,19 @@ from hf_sparse.optim.shrinkage import add_shrinkage
 from hf_sparse.optim.sparse_optimizers import SparseAdamW, SparseMixin
 from hf_sparse.optim.sparsifier import Sparsifier, check_method
 from hf_sparse.report import SparsityReport, measure_sparsity
-from hf_sparse.structure import PRUNED_WITH
+from hf_sparse.structure import PRUNED_WITH, target_layers, with_head_size
+
+# Settings of shrinkage that are not for trainer_optimizer to give.
+_OWNED = {"pattern", "transposed", "frozen", "shrink_steps"}
 
 OptimizerFactory = Callable[[], Callable[..., Optimizer]]
+
+
+def _check_config(config: SparsityConfig) -> None:
+    if not isinstance(config, SparsityConfig):
+        raise ValueError(
+            f"config is {config!r}; wanted a SparsityConfig, as SparsityConfig('2:4')."
+        )
 
 
 def trainer_optimizer(
@@ -57,14 +67,18 @@ def trainer_optimizer(
         ValueError: when Trainer makes the optimizer: a setting outside what is allowed, targets that
             match nothing, DeepSpeed ZeRO.
     """
-    if not isinstance(config, SparsityConfig):
+    _check_config(config)
+    if owned := sorted(_OWNED & set(kwargs)):
         raise ValueError(
-            f"config is {config!r}; wanted a SparsityConfig, as SparsityConfig('2:4')."
+            f"{', '.join(owned)} cannot be given to trainer_optimizer: the config tells the pattern, "
+            "and the callback freezes."
         )
     if penalty not in PENALTIES:
         raise ValueError(f"unknown penalty {penalty!r}; wanted one of {', '.join(PENALTIES)}.")
     if scale is None:
-        fitting = optimizer_cls is SparseAdamW and PENALTIES[penalty].adaptive
+        maker = getattr(optimizer_cls, "func", optimizer_cls)  # of a functools.partial
+        adam = isinstance(maker, type) and issubclass(maker, SparseAdamW)
+        fitting = adam and PENALTIES[penalty].adaptive
         scale = "adaptive" if fitting else "lr"
 
     def factory() -> Callable[..., Optimizer]:
@@ -122,6 +136,7 @@ class SparsityCallback(TrainerCallback):
         interval: int = 10,
         **options: Any,
     ) -> None:
+        _check_config(config)
         self.config = config
         self.schedule = Schedule(schedule) if isinstance(schedule, str) else schedule
         check_method(method)
@@ -138,6 +153,10 @@ class SparsityCallback(TrainerCallback):
         progress output and in `log_history` alone.
         """
         callbacks = trainer.callback_handler.callbacks
+        if self not in callbacks:
+            raise ValueError(
+                "this trainer does not have the callback; wanted callbacks=[sparsity]."
+            )
         callbacks.remove(self)
         callbacks.insert(0, self)
 
@@ -160,6 +179,12 @@ class SparsityCallback(TrainerCallback):
         self.sparsifier = Sparsifier(
             optimizer, self.config, state.max_steps, schedule=self.schedule, **self._arguments
         )
+        self._check_targets(model)
+        if self.sparsifier.steps > state.global_step == 0:
+            raise ValueError(
+                f"the Trainer's optimizer has already taken {self.sparsifier.steps} steps of a "
+                "sparsity schedule. Make a new Trainer for a new run."
+            )
         if self.sparsifier.steps != state.global_step:
             raise ValueError(
                 f"the optimizer's state has seen {self.sparsifier.steps} steps of the sparsity "
@@ -167,13 +192,32 @@ class SparsityCallback(TrainerCallback):
                 "its optimizer.pt (save_only_model=False), or start a new run."
             )
 
+    def _check_targets(self, model: nn.Module) -> None:
+        """The optimizer must shrink what the config promises: no more and no less."""
+        assert self.sparsifier is not None
+        shrunk = {
+            id(sparse.parameter): sparse.name
+            for sparse in sparse_parameters(self.sparsifier.optimizer)
+        }
+        config = with_head_size(self.config, model)
+        wanted = {id(layer.parameter): layer.weight_name for layer in target_layers(model, config)}
+        if set(shrunk) != set(wanted):
+            extra = [name for key, name in shrunk.items() if key not in wanted]
+            missing = [name for key, name in wanted.items() if key not in shrunk]
+            raise ValueError(
+                f"the optimizer shrinks {len(shrunk)} weights, the callback's config has "
+                f"{len(wanted)} targets; they differ in {(extra + missing)[0]}. Give the same "
+                "SparsityConfig to trainer_optimizer and SparsityCallback."
+            )
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Follow one optimizer step."""
         assert self.sparsifier is not None
+        finished = self.sparsifier.finished
         self.sparsifier.step()
-        if not self.sparsifier.finished:
+        if not finished:
             # A model with too few zeros is not a candidate for the best one.
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
