@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> float:
     parser.add_argument("--lr", type=float, default=2e-4)
     options = parser.parse_args(argv)
 
+    config = SparsityConfig(options.pattern, options.sparsity)
+
     accelerator = Accelerator(gradient_accumulation_steps=options.accumulate)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model)
@@ -46,7 +48,6 @@ def main(argv: list[str] | None = None) -> float:
         tokens[: len(tokens) // options.window * options.window].view(-1, options.window)
     )
 
-    config = SparsityConfig(options.pattern, options.sparsity)
     groups = sparse_param_groups(model, config, weight_decay=0.01)
     optimizer = SparseAdamW(groups, lr=options.lr, penalty="l0", scale="adaptive")
     scheduler = get_scheduler("linear", optimizer, options.steps // 10, options.steps)

@@ -153,6 +153,11 @@ def _f1(words: list[str], reference: list[str]) -> float:
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Train, save and compare; returns the scores."""
     sparsity, data, training = parse(QuestionArguments, argv)
+    if not 0 <= data.doc_stride <= data.max_seq_length // 2:
+        raise ValueError(
+            f"--doc_stride is {data.doc_stride}; wanted at most half of --max_seq_length, "
+            f"{data.max_seq_length // 2}."
+        )
     raw = load_splits(data, read_squad)
     tokenizer = load_tokenizer(sparsity.model_name_or_path)
     if not tokenizer.is_fast:

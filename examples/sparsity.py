@@ -32,8 +32,12 @@ class SparsityArguments:
         default="unstructured", metadata={"help": "unstructured, 2:4, block:4x1, ..."}
     )
     sparsity: float | None = field(
-        default=None, metadata={"help": "Fraction of zeros; not for N:M."}
+        default=None, metadata={"help": "Fraction of zeros; needed, but for N:M."}
     )
+    targets: list[str] | None = field(
+        default=None, metadata={"help": "Layers to be sparse, such as query key; all by default."}
+    )
+    ignore: list[str] | None = field(default=None, metadata={"help": "Layers to leave dense."})
     optimizer: str = field(
         default="sparse_adamw",
         metadata={
@@ -58,12 +62,13 @@ class SparsityArguments:
         metadata={"help": "A dense model trained on the task, instead of training one."},
     )
     smoke: bool = field(
-        default=False, metadata={"help": "A few steps on a few examples, to try it."}
+        default=False,
+        metadata={"help": "10 steps on 32 examples, to try it; the scores mean nothing."},
     )
 
     def config(self) -> hf_sparse.SparsityConfig:
         """The wanted sparsity."""
-        return hf_sparse.SparsityConfig(self.pattern, self.sparsity)
+        return hf_sparse.SparsityConfig(self.pattern, self.sparsity, self.targets, self.ignore)
 
     def callback(self) -> hf_sparse.SparsityCallback:
         """What leads there."""
@@ -111,9 +116,11 @@ def parse(data_arguments: type, argv: list[str] | None) -> tuple[SparsityArgumen
     sparsity, data, training = parser.parse_args_into_dataclasses(argv)
     if sparsity.optimizer != "none":  # refuse nonsense before anything is loaded
         sparsity.callback()
-        hf_sparse.trainer_optimizer(sparsity.config(), penalty=sparsity.penalty)
+        hf_sparse.trainer_optimizer(sparsity.config(), lr=1.0, penalty=sparsity.penalty)
     if not 0 <= sparsity.distil < float("inf"):
         raise ValueError(f"--distil is {sparsity.distil}; wanted a number >= 0.")
+    if str(training.resume_from_checkpoint).lower() == "true":
+        training = dataclasses.replace(training, resume_from_checkpoint=True)
     if sparsity.smoke:
         training = dataclasses.replace(training, max_steps=10, logging_steps=2, report_to=[])
     return sparsity, data, training

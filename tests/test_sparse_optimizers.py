@@ -222,6 +222,8 @@ def test_resume_is_bit_exact(penalty: str, pattern: str, frozen: bool, tmp_path:
     optimizer = make(weights)
     steps(optimizer, weights, 0, 6)
     if frozen:
+        with torch.no_grad():
+            weights[0][0] = 0
         freeze_zeros(optimizer)
     torch.save([weights, optimizer.state_dict()], tmp_path / "state.pt")
     steps(optimizer, weights, 6, 6)
@@ -325,10 +327,36 @@ def test_any_optimizer_can_shrink(optimizer_cls: Any) -> None:
 
 
 def test_adaptive_needs_the_moments() -> None:
-    weights = parameters()
-    optimizer = add_shrinkage(torch.optim.SGD(weights, lr=1e-2), lam=1.0, scale="adaptive")
     with pytest.raises(ValueError, match="exp_avg_sq"):
-        steps(optimizer, weights, 0, 1)
+        add_shrinkage(torch.optim.SGD(parameters(), lr=1e-2), lam=1.0, scale="adaptive")
+
+    class Lion(torch.optim.Adam):
+        """Has betas, but no second moments."""
+
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for weight in group["params"]:
+                    self.state[weight]["exp_avg"] = weight.grad.clone()
+
+    optimizer = add_shrinkage(Lion(parameters()), lam=1.0, scale="adaptive")
+    with pytest.raises(ValueError, match="has had no gradient so far"):
+        steps(optimizer, optimizer.param_groups[0]["params"], 0, 1)
+
+
+def test_only_optimizers_with_shrinkage_and_zeros_can_be_frozen() -> None:
+    with pytest.raises(ValueError, match="AdamW has no shrinkage"):
+        freeze_zeros(torch.optim.AdamW(parameters()))
+    with pytest.raises(ValueError, match="no zeros to keep"):
+        freeze_zeros(SparseAdamW(parameters()))
+
+
+def test_weight_decay_is_the_optimizers_unless_given() -> None:
+    model, config = tiny_model("bert"), SparsityConfig(sparsity=0.5)
+    optimizer = SparseAdamW(sparse_param_groups(model, config), weight_decay=0.3)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3, 0.0]
+    groups = sparse_param_groups(model, config, weight_decay=0.2)
+    optimizer = SparseAdamW(groups, weight_decay=0.3)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.2, 0.0]
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", "gpt2", "llama"])

@@ -117,7 +117,7 @@ def test_trainer_gives_the_promised_zeros_and_a_compressed_checkpoint(
 
 def test_only_targets_are_shrunk() -> None:
     config = SparsityConfig(sparsity=0.5, targets="layer.0.*")
-    factory, kwargs = trainer_optimizer(config, lr=1e-3, lam=1e5, penalty="l1", scale="lr")
+    factory, kwargs = trainer_optimizer(config, lr=1e-3, lam=1e5, penalty="l1", weight_decay=0.0)
     model = tiny_classifier()
     optimizer = factory()(model, **kwargs)
     for parameter in model.parameters():
@@ -258,13 +258,13 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
 
 def test_bad_arguments_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match="wanted a SparsityConfig"):
-        trainer_optimizer("2:4")  # type: ignore[arg-type]
+        trainer_optimizer("2:4", lr=1e-3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown method 'lottery'"):
         SparsityCallback(CONFIG, method="lottery")
     with pytest.raises(ValueError, match="unknown schedule"):
         SparsityCallback(CONFIG, schedule="cosine")
     with pytest.raises(ValueError, match="unknown penalty 'l7'"):
-        trainer_optimizer(CONFIG, penalty="l7")
+        trainer_optimizer(CONFIG, lr=1e-3, penalty="l7")
 
 
 def test_other_targets_than_the_optimizers_are_refused(tmp_path: Path) -> None:
@@ -301,3 +301,26 @@ def test_the_report_tells_how_it_was_made(tmp_path: Path) -> None:
     assert sparsity.report.options["penalty"] == "l0"
     assert sparsity.report.options["steps"] == 20
     assert sparsity.report.zeros == round(0.6 * sparsity.report.numel)
+
+
+def test_fine_tuning_a_sparse_model_keeps_its_zeros(tmp_path: Path) -> None:
+    model = tiny_classifier()
+    hf_sparse.prune_(model, CONFIG, "magnitude")
+    zeros = {name: value == 0 for name, value in model.named_parameters()}
+    run = Trainer(
+        model,
+        arguments(tmp_path),
+        train_dataset=Sentences(),
+        optimizer_cls_and_kwargs=trainer_optimizer(CONFIG, lr=1e-3, keep_zeros=True),
+    )
+    run.train()
+    for name, value in run.model.named_parameters():
+        if "layer" in name and value.ndim == 2:
+            assert torch.equal(value == 0, zeros[name]), name
+    with pytest.raises(ValueError, match="no zeros to keep"):
+        Trainer(
+            tiny_classifier(),
+            arguments(tmp_path),
+            train_dataset=Sentences(),
+            optimizer_cls_and_kwargs=trainer_optimizer(CONFIG, lr=1e-3, keep_zeros=True),
+        ).train()

@@ -12,7 +12,7 @@ from hf_sparse.structure import TargetLayer, target_layers, with_head_size
 
 
 def sparse_param_groups(
-    model: nn.Module, config: SparsityConfig, *, weight_decay: float = 0.0
+    model: nn.Module, config: SparsityConfig, *, weight_decay: float | None = None
 ) -> list[dict[str, Any]]:
     """Sort a model's trainable parameters into groups for a sparse optimizer.
 
@@ -20,7 +20,7 @@ def sparse_param_groups(
         model: any model; shared weights (ALBERT's layers) are listed once.
         config: pattern and targets. The default targets leave embeddings, norms, biases, poolers and
             task heads alone.
-        weight_decay: of matrices; biases and norms do not decay.
+        weight_decay: of matrices; None leaves it to the optimizer. Biases and norms do not decay.
 
     Returns:
         Groups of `(name, parameter)`: the targets, with `pattern` set (those stored transposed,
@@ -56,11 +56,12 @@ def sparse_param_groups(
             (transposed if target.transposed and not anyhow else plain).append((name, parameter))
         else:
             (matrices if parameter.ndim > 1 else vectors).append((name, parameter))
-    sparse = {"pattern": pattern, "weight_decay": weight_decay}
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+    sparse = {"pattern": pattern, **decay}
     groups: list[dict[str, Any]] = [
         {"params": plain, **sparse, "transposed": False},
         {"params": transposed, **sparse, "transposed": True},
-        {"params": matrices, "pattern": None, "weight_decay": weight_decay},
+        {"params": matrices, "pattern": None, **decay},
         {"params": vectors, "pattern": None, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

@@ -42,7 +42,7 @@ def pattern_of(optimizer: Optimizer) -> Pattern:
         raise ValueError(
             f"the optimizer's sparse groups have the patterns {sorted(patterns)}; wanted one. Make "
             "the groups with hf_sparse.sparse_param_groups(model, config), or in a Trainer with "
-            "optimizer_cls_and_kwargs=hf_sparse.trainer_optimizer(config)."
+            "optimizer_cls_and_kwargs=hf_sparse.trainer_optimizer(config, lr=...)."
         )
     return Pattern.parse(patterns.pop())
 

@@ -54,15 +54,18 @@ class Proximal:
         distances = self._distances()
         due = groups[0].get("sparsity_due", 0.0)
         lag = max(due - self._mean((distances == 0).float().mean()), 0.0) if gradual else 0.0
-        rank = round(min(share + lag, (1 + share) / 2) * distances.numel())
+        rank = round(min(share + 2 * lag, (1 + share) / 2) * distances.numel())
         lam = self._mean(distances.kthvalue(rank).values) if rank else 0.0
         if not math.isfinite(lam):
             raise ValueError(
                 "the weights in training are NaN or infinite: lower the learning rate."
             )
         groups[0]["sparsity_due"] = share
-        if gradual:
-            lam, old = lam / steps, groups[0]["lam"]
+        old = groups[0]["lam"]
+        if not gradual:
+            lam = lam or old  # as many zeros as are due: the threshold that holds them stays
+        else:
+            lam /= steps
             lam = min(max(lam, old / _STEEPEST), old * _STEEPEST) if old else lam
         set_strength(self._optimizer, lam)
 

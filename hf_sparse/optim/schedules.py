@@ -28,8 +28,8 @@ class Schedule:
     """
 
     shape: str = "cubic"
-    begin: float = 0.0
-    end: float = 0.7
+    begin: float = 0.1
+    end: float = 0.6
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:

@@ -29,6 +29,15 @@ SETTINGS: dict[str, Any] = {
 _FIXED = ("penalty", "scale", "pattern", "transposed")
 
 
+def check_settings(optimizer: Optimizer) -> None:
+    """Raise a ValueError if the optimizer does not shrink: it was never given to add_shrinkage."""
+    if not all(set(SETTINGS) <= set(group) for group in optimizer.param_groups):
+        raise ValueError(
+            f"{type(optimizer).__name__} has no shrinkage. Use SparseAdamW or SparseSGD, or call "
+            "hf_sparse.add_shrinkage(optimizer) first."
+        )
+
+
 def check_group(group: Group) -> None:
     """Check the settings of a param group and that the pattern fits its parameters.
 
@@ -52,6 +61,11 @@ def check_group(group: Group) -> None:
         raise ValueError(
             f"penalty '{group['penalty']}' has no closed form in Adam's metric. Use scale='lr' or "
             "'constant', or penalty='l0'."
+        )
+    if group["scale"] == "adaptive" and "betas" not in group:
+        raise ValueError(
+            "scale='adaptive' is Adam's metric (exp_avg_sq), which this optimizer does not have. Use "
+            "scale='lr' or 'constant'."
         )
     every, eps = group["reweight_every"], group["reweight_eps"]
     if not isinstance(every, int) or every < 1:

@@ -41,7 +41,7 @@ from hf_sparse.optim.parameters import (
     unit_strength,
 )
 from hf_sparse.optim.penalties import PENALTIES
-from hf_sparse.optim.settings import SETTINGS, check_group, check_resumed
+from hf_sparse.optim.settings import SETTINGS, check_group, check_resumed, check_settings
 from hf_sparse.optim.sharding import local_part
 from hf_sparse.patterns import GroupPattern, Pattern
 
@@ -181,7 +181,20 @@ def freeze_zeros(optimizer: Optimizer) -> None:
 
     Args:
         optimizer: with sparse groups: a `SparseAdamW` or `SparseSGD`, or after `add_shrinkage`.
+
+    Raises:
+        ValueError: an optimizer without shrinkage, or weights without zeros.
     """
+    check_settings(optimizer)
+    if not any(bool((sparse.weight == 0).any()) for sparse in sparse_parameters(optimizer)):
+        raise ValueError(
+            "the optimizer's sparse groups have no zeros to keep. Is it made for the sparse model?"
+        )
+    freeze_groups(optimizer)
+
+
+def freeze_groups(optimizer: Optimizer) -> None:
+    """Freeze the sparse groups, with or without zeros in them."""
     attach(optimizer)
     for group in sparse_groups(optimizer):
         group["frozen"] = True

@@ -11,8 +11,9 @@ from hf_sparse.optim.methods import TRAINING_METHODS
 from hf_sparse.optim.parameters import sparse_groups, sparse_parameters
 from hf_sparse.optim.projection import count_zero_units, measured_sparsity, pattern_of
 from hf_sparse.optim.schedules import Schedule
+from hf_sparse.optim.settings import check_settings
 from hf_sparse.optim.sharding import processes_of
-from hf_sparse.optim.shrinkage import attach, freeze_zeros
+from hf_sparse.optim.shrinkage import attach, freeze_groups
 from hf_sparse.patterns import NM, Head
 from hf_sparse.structure import check_finite
 
@@ -53,7 +54,8 @@ class Sparsifier:
         interval: steps between two adjustments; fewer where the schedule has not ten of them.
         **options: the method's own.
 
-    What it has to remember is kept in the optimizer's param groups, and so in its `state_dict`.
+    What it has to remember is kept in the optimizer's param groups, and so in its `state_dict`. A loop
+    that stops before `total_steps` calls `finish()`.
 
     Raises:
         ValueError: an unknown method or schedule, no sparse groups, or groups of another pattern.
@@ -81,6 +83,14 @@ class Sparsifier:
         steps = self.schedule.last_step(total_steps) - self.schedule.begin * total_steps
         self.interval = max(1, min(interval, int(steps / _ADJUSTMENTS)))
         found = pattern_of(self.optimizer)
+        check_settings(self.optimizer)
+        for sparse in sparse_parameters(self.optimizer):
+            if sparse.parameter.ndim < 2:
+                raise ValueError(
+                    f"the optimizer shrinks {sparse.name}, of shape {tuple(sparse.parameter.shape)}: a "
+                    "norm or a bias. Sort the parameters: "
+                    "SparseAdamW(hf_sparse.sparse_param_groups(model, config))."
+                )
         sized = isinstance(config.pattern, Head) and isinstance(found, Head)
         if found != config.pattern and not sized:
             raise ValueError(
@@ -172,7 +182,7 @@ class Sparsifier:
     def finish(self) -> None:
         """Make the sparsity exact now, and freeze the zeros."""
         self._method.finish(self._share)
-        freeze_zeros(self.optimizer)
+        freeze_groups(self.optimizer)
         self._update(finished=True)
 
     def check(self) -> None:

@@ -19,7 +19,7 @@ from hf_sparse.optim.parameters import sparse_groups, sparse_parameters
 from hf_sparse.optim.penalties import PENALTIES
 from hf_sparse.optim.schedules import Schedule
 from hf_sparse.optim.settings import SETTINGS
-from hf_sparse.optim.shrinkage import add_shrinkage
+from hf_sparse.optim.shrinkage import add_shrinkage, freeze_zeros
 from hf_sparse.optim.sparse_optimizers import SparseAdamW, SparseMixin
 from hf_sparse.optim.sparsifier import Sparsifier, check_method
 from hf_sparse.report import SparsityReport, measure_sparsity
@@ -41,8 +41,10 @@ def _check_config(config: SparsityConfig) -> None:
 def trainer_optimizer(
     config: SparsityConfig,
     *,
+    lr: float,
     optimizer_cls: Callable[..., Optimizer] = SparseAdamW,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
+    keep_zeros: bool = False,
     penalty: str = "l0",
     scale: str | None = None,
     **kwargs: Any,
@@ -55,10 +57,13 @@ def trainer_optimizer(
         config: pattern and targets.
         optimizer_cls: `SparseAdamW`, `SparseSGD`, or any other torch optimizer: that one gets the
             shrinkage as step hooks.
-        weight_decay: of matrices; Trainer's own argument does not reach a factory.
+        lr: learning rate; Trainer's own arguments do not reach a factory.
+        weight_decay: of matrices; None is the optimizer's own default.
+        keep_zeros: freeze the zeros that the model has, for fine-tuning a sparse model without a
+            `SparsityCallback`.
         penalty: as for `SparseAdamW`; l0 is what did best (see docs/results.md).
         scale: None is `"adaptive"` where optimizer and penalty have it, else `"lr"`.
-        **kwargs: `lr`, `lam`, ... of the optimizer and of `SparseAdamW`.
+        **kwargs: `lam`, `betas`, ... of the optimizer and of `SparseAdamW`.
 
     Returns:
         The factory and its keyword arguments.
@@ -71,7 +76,7 @@ def trainer_optimizer(
     if owned := sorted(_OWNED & set(kwargs)):
         raise ValueError(
             f"{', '.join(owned)} cannot be given to trainer_optimizer: the config tells the pattern, "
-            "and the callback freezes."
+            "and keep_zeros freezes."
         )
     if penalty not in PENALTIES:
         raise ValueError(f"unknown penalty {penalty!r}; wanted one of {', '.join(PENALTIES)}.")
@@ -93,11 +98,15 @@ def trainer_optimizer(
             for group in groups:
                 group.update(penalty=penalty, scale=scale, **shrinking)
             optimizer = optimizer_cls(groups, **arguments)
-            return optimizer if isinstance(optimizer, SparseMixin) else add_shrinkage(optimizer)
+            if not isinstance(optimizer, SparseMixin):
+                add_shrinkage(optimizer)
+            if keep_zeros:
+                freeze_zeros(optimizer)
+            return optimizer
 
         return make
 
-    return factory, kwargs
+    return factory, {"lr": lr, **kwargs}
 
 
 class SparsityCallback(TrainerCallback):
