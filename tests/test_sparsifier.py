@@ -332,3 +332,21 @@ def test_a_first_step_that_the_scaler_skipped_is_waited_for() -> None:
     del optimizer.grad_scale, optimizer.found_inf
     sparsifier.step()
     assert sparsifier.lam == 0
+
+
+@pytest.mark.parametrize("scale", ["lr", "adaptive"])
+def test_l0_holds_its_zeros_when_no_more_are_due(scale: str) -> None:
+    model = tiny_model("gpt2")
+    config = config_of("unstructured")
+    groups = sparse_param_groups(model, config)
+    optimizer = SparseAdamW(groups, lr=1e-3, penalty="l0", scale=scale)
+    schedule = Schedule("constant", 0.0, 1.0)
+    sparsifier = Sparsifier(optimizer, config, 60, schedule=schedule, interval=2)
+    found = []
+    for batch in tiny_batches("gpt2", 50):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sparsifier.step()
+        found.append(sparsifier.sparsity)
+    assert min(found[10:]) > 0.55
