@@ -101,8 +101,10 @@ class Recipe:
     temperature: float = 2.0
 
 
-def train(cell: Cell, recipe: Recipe, root: Path, work: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """Run one cell: the trained model, its tokenizer, and what came out."""
+def train(
+    cell: Cell, recipe: Recipe, root: Path, work: Path
+) -> tuple[Any, Any, Sparsifier | None, dict[str, Any]]:
+    """Run one cell: the trained model, its tokenizer, its sparsifier, and what came out."""
     task = TASKS[cell.task]
     random.seed(cell.seed)
     torch.manual_seed(cell.seed)
@@ -174,21 +176,22 @@ def train(cell: Cell, recipe: Recipe, root: Path, work: Path) -> tuple[Any, Any,
         "seconds": round(seconds, 1),
         "loss": statistics.mean(losses[-100:]),
     }
-    return model, tokenizer, result
+    return model, tokenizer, sparsifier, result
 
 
 def save(cell: Cell, recipe: Recipe, args: argparse.Namespace) -> None:
     """Train one cell, and its teacher if that is missing, and save the sparse model compressed."""
     dense = Cell(cell.task, "dense", "-", 0.0, cell.seed)
-    if dense.name not in done(args.out) or not teacher_file(cell, args.work).exists():
-        record(dense, train(dense, recipe, args.data, args.work)[2], recipe, args.out)
-    model, tokenizer, result = train(cell, recipe, args.data, args.work)
+    if not is_done(dense, args):
+        record(dense, train(dense, recipe, args.data, args.work)[-1], recipe, args.out)
+    model, tokenizer, sparsifier, result = train(cell, recipe, args.data, args.work)
     metric = f"{TASKS[cell.task].metric}, {cell.task} validation"
     hf_sparse.save_pretrained(
         model,
         args.save,
         hf_sparse.SparsityConfig(cell.pattern, cell.sparsity),
         tokenizer=tokenizer,
+        report=sparsifier.report(model, result["seconds"]) if sparsifier else None,
         base_model="sentence-transformers/all-MiniLM-L6-v2",
         metrics=[hf_sparse.Metric(metric, result["score"], done(args.out)[dense.name]["score"])],
     )
@@ -199,7 +202,7 @@ def run(todo: list[Cell], recipe: Recipe, args: argparse.Namespace) -> None:
     """Run the cells that are not done and that no other process is at."""
     claims = args.work / "claims"
     claims.mkdir(parents=True, exist_ok=True)
-    while todo := [cell for cell in todo if cell.name not in done(args.out)]:
+    while todo := [cell for cell in todo if not is_done(cell, args)]:
         ready = [
             cell for cell in todo if not cell.method.endswith("distil") or has_teacher(cell, args)
         ]
@@ -209,9 +212,9 @@ def run(todo: list[Cell], recipe: Recipe, args: argparse.Namespace) -> None:
                     fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     continue
-                if cell.name in done(args.out):
+                if is_done(cell, args):
                     continue
-                record(cell, train(cell, recipe, args.data, args.work)[2], recipe, args.out)
+                record(cell, train(cell, recipe, args.data, args.work)[-1], recipe, args.out)
                 break
         else:
             time.sleep(20)  # the others are at what is left
@@ -230,10 +233,15 @@ def teacher_file(cell: Cell, work: Path) -> Path:
     return work / "teachers" / f"{cell.task}-{cell.seed}.pt"
 
 
+def is_done(cell: Cell, args: argparse.Namespace) -> bool:
+    """Whether a cell has its line; a dense one also the model that teaches others."""
+    taught = cell.method != "dense" or teacher_file(cell, args.work).exists()
+    return cell.name in done(args.out) and taught
+
+
 def has_teacher(cell: Cell, args: argparse.Namespace) -> bool:
     """Whether the dense model of the same task and seed is trained."""
-    trained = Cell(cell.task, "dense", "-", 0.0, cell.seed).name in done(args.out)
-    return trained and teacher_file(cell, args.work).exists()
+    return is_done(Cell(cell.task, "dense", "-", 0.0, cell.seed), args)
 
 
 def done(out: Path) -> dict[str, dict[str, Any]]:

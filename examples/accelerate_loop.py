@@ -72,7 +72,10 @@ def main(argv: list[str] | None = None) -> float:
     sparsifier.check()
     if accelerator.is_main_process:
         trained = accelerator.unwrap_model(model)
-        hf_sparse.save_pretrained(trained, options.output, config, tokenizer=tokenizer)
+        report = sparsifier.report(trained)
+        hf_sparse.save_pretrained(
+            trained, options.output, config, tokenizer=tokenizer, report=report
+        )
     accelerator.print(f"sparsity {sparsifier.sparsity:.4f}, saved to {options.output}")
     return sparsifier.sparsity
 

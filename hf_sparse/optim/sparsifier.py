@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 from hf_sparse.configuration_sparse import SparsityConfig
@@ -15,6 +17,7 @@ from hf_sparse.optim.settings import check_settings
 from hf_sparse.optim.sharding import processes_of
 from hf_sparse.optim.shrinkage import attach, freeze_groups
 from hf_sparse.patterns import NM, Head
+from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure import check_finite
 
 # The least number of adjustments over a schedule.
@@ -184,6 +187,27 @@ class Sparsifier:
         self._method.finish(self._share)
         freeze_groups(self.optimizer)
         self._update(finished=True)
+
+    def report(self, model: nn.Module, seconds: float | None = None) -> SparsityReport:
+        """Exact counts and how they came about, for `hf_sparse.save_pretrained(report=...)`.
+
+        Args:
+            model: the model that was trained; not under FSDP2, where no process has all its weights.
+            seconds: time that the training took.
+        """
+        group = sparse_groups(self.optimizer)[0]
+        proximal = self._method_name == "proximal"
+        shape, begin, end = self.schedule.shape, self.schedule.begin, self.schedule.end
+        return replace(
+            measure_sparsity(model, self.config),
+            method=type(self.optimizer).__name__ if proximal else self._method_name,
+            options={
+                **({key: group[key] for key in ("penalty", "scale")} if proximal else {}),
+                "schedule": f"{shape} {begin} to {end}",
+                "steps": self.steps,
+            },
+            seconds=seconds,
+        )
 
     def check(self) -> None:
         """Raise a ValueError if the zeros that the config promises are not there."""

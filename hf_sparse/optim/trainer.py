@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -15,14 +14,14 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.optim.groups import sparse_param_groups
-from hf_sparse.optim.parameters import sparse_groups, sparse_parameters
+from hf_sparse.optim.parameters import sparse_parameters
 from hf_sparse.optim.penalties import PENALTIES
 from hf_sparse.optim.schedules import Schedule
 from hf_sparse.optim.settings import SETTINGS
 from hf_sparse.optim.shrinkage import add_shrinkage, freeze_zeros
 from hf_sparse.optim.sparse_optimizers import SparseAdamW, SparseMixin
 from hf_sparse.optim.sparsifier import Sparsifier, check_method
-from hf_sparse.report import SparsityReport, measure_sparsity
+from hf_sparse.report import SparsityReport
 from hf_sparse.structure import PRUNED_WITH, target_layers, with_head_size
 
 # Settings of shrinkage that are not for trainer_optimizer to give.
@@ -266,19 +265,5 @@ class SparsityCallback(TrainerCallback):
             self.sparsifier.finish()
         self.sparsifier.check()
         vars(model)[PRUNED_WITH] = self.config
-        if self.sparsifier.is_sharded:
-            return  # the weights are not all here to be counted
-        group = sparse_groups(self.sparsifier.optimizer)[0]
-        proximal = self._arguments["method"] == "proximal"
-        self.report = replace(
-            measure_sparsity(model, self.config),
-            method=type(self.sparsifier.optimizer).__name__
-            if proximal
-            else self._arguments["method"],
-            options={
-                **({key: group[key] for key in ("penalty", "scale")} if proximal else {}),
-                "schedule": f"{self.schedule.shape} {self.schedule.begin} to {self.schedule.end}",
-                "steps": state.global_step,
-            },
-            seconds=time.perf_counter() - self._start,
-        )
+        if not self.sparsifier.is_sharded:  # else the weights are not all here to be counted
+            self.report = self.sparsifier.report(model, time.perf_counter() - self._start)
