@@ -114,6 +114,14 @@ class SparsityConfig:
         return cls.from_dict(json.loads(text.read_text() if isinstance(text, Path) else text))
 
 
+def check_config(config: Any) -> None:
+    """Raise a ValueError if this is no SparsityConfig."""
+    if not isinstance(config, SparsityConfig):
+        raise ValueError(
+            f"config is {config!r}; wanted a SparsityConfig, as SparsityConfig('2:4')."
+        )
+
+
 def matches(layer: str, glob: str) -> bool:
     """Whether a glob names a layer: its whole dotted name, or the end of it from a dot on.
 

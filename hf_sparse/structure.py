@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.configuration_sparse import SparsityConfig, matches
-from hf_sparse.patterns import Head
+from hf_sparse.configuration_sparse import SparsityConfig, check_config, matches
+from hf_sparse.patterns import Head, Pattern
 
 # The attribute of a model that remembers the SparsityConfig of the last `prune_`.
 PRUNED_WITH = "_hf_sparse_pruned_with"
@@ -159,10 +159,7 @@ def with_head_size(config: SparsityConfig, model: nn.Module) -> SparsityConfig:
         ValueError: the model's config tells no head size, or the config names no targets: which
             layers hold heads in their rows cannot be guessed.
     """
-    if not isinstance(config, SparsityConfig):
-        raise ValueError(
-            f"config is {config!r}; wanted a SparsityConfig, as SparsityConfig('2:4')."
-        )
+    check_config(config)
     if not isinstance(config.pattern, Head):
         return config
     if config.targets is None:
@@ -197,6 +194,14 @@ def stacked_weights(model: nn.Module) -> int:
 def num_parameters(model: nn.Module) -> int:
     """The number of weights in the model, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_divides(pattern: Pattern, name: str, rows: int, columns: int) -> None:
+    """Raise a ValueError that names the weight if the pattern cannot divide it."""
+    try:
+        pattern.check_shape(rows, columns)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

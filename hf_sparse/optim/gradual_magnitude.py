@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from torch.optim import Optimizer
 
-from hf_sparse.optim.parameters import set_strength, sparse_groups
+from hf_sparse.optim.parameters import set_strength
 from hf_sparse.optim.projection import magnitude, project_
+from hf_sparse.optim.shrinkage import freeze_groups
 
 
 class GradualMagnitude:
@@ -19,8 +20,7 @@ class GradualMagnitude:
         set_strength(optimizer, 0.0)
 
     def approach(self, share: float, steps: int) -> None:
-        for group in sparse_groups(self._optimizer):
-            group["frozen"] = True
+        freeze_groups(self._optimizer)
         project_(self._optimizer, share, magnitude)
 
     def release(self) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Unstructured
-from hf_sparse.structure import TargetLayer, target_layers, with_head_size
+from hf_sparse.structure import TargetLayer, check_divides, target_layers, with_head_size
 
 
 def sparse_param_groups(
@@ -38,10 +38,7 @@ def sparse_param_groups(
             "dense. Call requires_grad_(True) on them, or leave them out with `ignore`."
         )
     for layer in layers:
-        try:
-            config.pattern.check_shape(*layer.weight.shape)
-        except ValueError as error:
-            raise ValueError(f"{layer.weight_name}: {error}") from error
+        check_divides(config.pattern, layer.weight_name, *layer.weight.shape)
     anyhow = isinstance(config.pattern, Unstructured)  # any order of the weights does
     targets: dict[int, TargetLayer] = {id(layer.parameter): layer for layer in layers}
     plain: list[Any] = []

@@ -21,7 +21,7 @@ from hf_sparse.optim.parameters import (
     sparse_groups,
     sparse_parameters,
 )
-from hf_sparse.optim.projection import magnitude, pattern_of, project_
+from hf_sparse.optim.projection import magnitude, measured_sparsity, pattern_of, project_
 from hf_sparse.optim.sharding import processes_of
 from hf_sparse.optim.shrinkage import was_skipped
 from hf_sparse.patterns import NM, GroupPattern
@@ -75,12 +75,10 @@ class SoftMovement:
                 "movement pruning does not work on sharded parameters. Train with DDP, or use "
                 "method='proximal' or 'magnitude' under FSDP2."
             )
+        factor = math.exp(self._gain * (share - measured_sparsity(self._optimizer)))
         for group in groups:
-            group.setdefault("movement_share", 0.0)
-            group.setdefault("movement_strength", 1.0)
             group["movement_share"] = share
-            error = share - self._masked_share()
-            strength = group["movement_strength"] * math.exp(self._gain * error)
+            strength = group.get("movement_strength", 1.0) * factor
             group["movement_strength"] = min(strength, _STRONGEST)
 
     def release(self) -> None:
@@ -93,13 +91,6 @@ class SoftMovement:
         for sparse in sparse_parameters(self._optimizer):
             for name in _MOVEMENT:
                 self._optimizer.state[sparse.parameter].pop(name, None)
-
-    def _masked_share(self) -> float:
-        masked = total = 0
-        for sparse in sparse_parameters(self._optimizer):
-            masked += int((sparse.weight == 0).sum())
-            total += sparse.weight.numel()
-        return masked / max(total, 1)
 
     @torch.no_grad()
     def _restore(self) -> None:

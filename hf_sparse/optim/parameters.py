@@ -18,6 +18,8 @@ from hf_sparse.optim.sharding import check_shardable, local_part
 from hf_sparse.patterns import Pattern
 
 Group = dict[str, Any]
+# Some rows of a weight: a slice, or their indices.
+Rows = slice | Tensor
 _ALL = slice(None)
 
 
@@ -40,7 +42,7 @@ class SparseParameter:
         tensor = local_part(tensor)
         return tensor.T if self.group["transposed"] else torch.atleast_1d(tensor)
 
-    def metric(self, rows: slice = _ALL) -> Tensor | None:
+    def metric(self, rows: Rows = _ALL) -> Tensor | None:
         """The diagonal of Adam's metric, `sqrt(v) + eps`, for scale `adaptive`; else None."""
         if self.group["scale"] != "adaptive":
             return None
@@ -62,7 +64,7 @@ class SparseParameter:
         root = (part if part.element_size() >= 4 else part.float()).sqrt()
         return root.mul_(1 / math.sqrt(correction)).add_(self.group["eps"])
 
-    def alpha(self, rows: slice = _ALL) -> Tensor | None:
+    def alpha(self, rows: Rows = _ALL) -> Tensor | None:
         """The factors of reweighted l1, once they are set; else None."""
         return self.view(self.state["alpha"])[rows] if "alpha" in self.state else None
 

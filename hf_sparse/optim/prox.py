@@ -46,13 +46,13 @@ def soft_threshold_(weights: Sequence[Tensor], tau: Tau, *, foreach: bool = Fals
         foreach: use multi-tensor kernels, which need a temporary copy of all weights. Faster on
             a GPU, slower on a CPU.
     """
-    if foreach and _all_wide(weights):
+    if foreach and all(map(_is_wide, weights)):
         inside = _foreach_clip(list(weights), tau)
         torch._foreach_sub_(list(weights), inside)
     elif isinstance(tau, float | int):
-        _each_(weights, lambda w, out: torch.ops.aten.softshrink.out(w, tau, out=out))
+        _each_(lambda w: torch.ops.aten.softshrink.out(w, tau, out=w), weights)
     else:
-        _each_with_(weights, tau, lambda w, t: w.sub_(w.clamp(-t, t)))
+        _each_(lambda w, t: w.sub_(w.clamp(-t, t)), weights, tau)
 
 
 def hard_threshold_(
@@ -67,10 +67,10 @@ def hard_threshold_(
     """
     if metric is None:
         threshold = (2 * tau) ** 0.5
-        _each_(weights, lambda w, out: torch.ops.aten.hardshrink.out(w, threshold, out=out))
+        _each_(lambda w: torch.ops.aten.hardshrink.out(w, threshold, out=w), weights)
         return
     for weight, diagonal in zip(weights, metric, strict=True):
-        wide = weight if weight.element_size() >= 4 else weight.float()
+        wide = _wide(weight)
         weight.mul_((diagonal * wide).mul_(wide) > 2 * tau)
 
 
@@ -85,12 +85,15 @@ def group_soft_threshold_(weights: Sequence[Tensor], tau: float, pattern: GroupP
     Raises:
         ValueError: the pattern cannot divide a weight.
     """
-    for weight in weights:
+
+    def shrink_(weight: Tensor) -> None:
         height, width = pattern.group_shape(*weight.shape)
         norms = pattern.unit_scores(weight).sqrt()
         shrunk = (norms - tau * (height * width) ** 0.5).clamp_min(0)
         factors = shrunk / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-        _scale_groups_(weight, factors, pattern)
+        pattern.blocks(weight).mul_(factors[:, None, :, None])
+
+    _each_(shrink_, weights)
 
 
 def group_hard_threshold_(
@@ -109,7 +112,7 @@ def group_hard_threshold_(
     """
     for index, weight in enumerate(weights):
         height, width = pattern.group_shape(*weight.shape)
-        squares = (weight if weight.element_size() >= 4 else weight.float()).square()
+        squares = _wide(weight).square()
         losses = squares if metric is None else squares.mul_(metric[index])
         kept = pattern.blocks(losses).sum(dim=(1, 3)) > 2 * tau * height * width
         pattern.blocks(weight).mul_(kept[:, None, :, None])
@@ -133,7 +136,7 @@ def nm_hard_threshold_(
         ValueError: M does not divide the rows.
     """
     for index, weight in enumerate(weights):
-        squares = (weight if weight.element_size() >= 4 else weight.float()).square()
+        squares = _wide(weight).square()
         losses = squares if metric is None else squares.mul_(metric[index])
         surplus = pattern.surplus(losses)
         lost = (pattern.groups(losses) * surplus).sum(dim=1, keepdim=True)
@@ -223,8 +226,13 @@ def _symmetric(values: Sequence[Tensor], degree: int) -> Tensor:
     return total
 
 
-def _all_wide(tensors: Sequence[Tensor]) -> bool:
-    return all(tensor.element_size() >= 4 for tensor in tensors)
+def _is_wide(tensor: Tensor) -> bool:
+    return tensor.element_size() >= 4
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor itself, or in fp32 if it has 16 bits or fewer."""
+    return tensor if _is_wide(tensor) else tensor.float()
 
 
 def _foreach_clip(weights: list[Tensor], tau: Tau) -> list[Tensor]:
@@ -238,31 +246,12 @@ def _foreach_clip(weights: list[Tensor], tau: Tau) -> list[Tensor]:
     return list(clipped)
 
 
-def _each_(weights: Sequence[Tensor], operator: Callable[[Tensor, Tensor], object]) -> None:
-    for weight in weights:
-        if weight.element_size() >= 4:
-            operator(weight, weight)
-        else:
-            wide = weight.float()
-            operator(wide, wide)
-            weight.copy_(wide)
-
-
-def _each_with_(
-    weights: Sequence[Tensor], taus: Sequence[Tensor], operator: Callable[[Tensor, Tensor], object]
+def _each_(
+    operator: Callable[..., object], weights: Sequence[Tensor], *more: Sequence[Tensor]
 ) -> None:
-    for weight, tau in zip(weights, taus, strict=True):
-        if weight.element_size() >= 4:
-            operator(weight, tau)
-        else:
-            wide = weight.float()
-            operator(wide, tau)
+    """Apply an in-place operator to each weight, in fp32; `more` gives it further tensors."""
+    for weight, *others in zip(weights, *more, strict=True):
+        wide = _wide(weight)
+        operator(wide, *others)
+        if wide is not weight:
             weight.copy_(wide)
-
-
-def _scale_groups_(weight: Tensor, factors: Tensor, pattern: GroupPattern) -> None:
-    blocks = pattern.blocks(weight)
-    if weight.element_size() >= 4:
-        blocks.mul_(factors[:, None, :, None])
-    else:
-        blocks.copy_(blocks * factors[:, None, :, None])

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_sparse.optim.parameters import (
+    Group,
     SparseParameter,
     set_strength,
     sparse_groups,
@@ -51,7 +52,7 @@ class Proximal:
         if groups[0]["scale"] == "adaptive" and not self._has_moments():
             return
         gradual = PENALTIES[groups[0]["penalty"]].gradual
-        distances = self._distances()
+        distances = self._distances(groups)
         due = groups[0].get("sparsity_due", 0.0)
         lag = max(due - self._mean((distances == 0).float().mean()), 0.0) if gradual else 0.0
         rank = round(min(share + 2 * lag, (1 + share) / 2) * distances.numel())
@@ -82,9 +83,8 @@ class Proximal:
         return any(float(sparse.state.get("step", 0)) for sparse in members)
 
     @torch.no_grad()
-    def _distances(self) -> Tensor:
+    def _distances(self, groups: list[Group]) -> Tensor:
         """The distances to zero of the units, or of every n-th of them if they are many."""
-        groups = [group for group in sparse_groups(self._optimizer) if unit_strength(group)]
         parameters = list(sparse_parameters(self._optimizer, groups))
         stride = max(sum(sparse.weight.numel() for sparse in parameters) // _SAMPLE, 1)
         return torch.cat([_distances(sparse, stride).reshape(-1) for sparse in parameters])
@@ -100,18 +100,12 @@ class Proximal:
 def _distances(sparse: SparseParameter, stride: int) -> Tensor:
     """The distances to zero of the units in every `stride`-th row of units."""
     group, pattern = sparse.group, Pattern.parse(sparse.group["pattern"])
-    height = (
-        pattern.group_shape(*sparse.weight.shape)[0] if isinstance(pattern, GroupPattern) else 1
-    )
-    stride = min(stride, max(sparse.weight.shape[0] // height, 1))
-
-    def sampled(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or stride == 1:
-            return tensor
-        rows: Tensor = tensor.unflatten(0, (-1, height))[::stride]  # type: ignore[no-untyped-call]
-        return rows.flatten(0, 1)
-
-    alpha = sampled(sparse.alpha())
+    shape = sparse.weight.shape
+    height = pattern.group_shape(*shape)[0] if isinstance(pattern, GroupPattern) else 1
+    units = torch.arange(shape[0], device=sparse.weight.device).view(-1, height)
+    rows = units[:: min(stride, max(len(units), 1))].reshape(-1)
+    alpha = sparse.alpha(rows)
     unit: Any = unit_strength(group) if alpha is None else alpha.float() * unit_strength(group)
-    weight = sampled(sparse.weight)
-    return PENALTIES[group["penalty"]].distance(weight, unit, sampled(sparse.metric()), pattern)
+    return PENALTIES[group["penalty"]].distance(
+        sparse.weight[rows], unit, sparse.metric(rows), pattern
+    )

@@ -12,6 +12,7 @@ from hf_sparse.optim.parameters import Group
 from hf_sparse.optim.penalties import PENALTIES, SCALES, default_penalty
 from hf_sparse.optim.sharding import check_shardable
 from hf_sparse.patterns import Pattern, Unstructured
+from hf_sparse.structure import check_divides
 
 # What a param group holds beside the optimizer's own settings.
 SETTINGS: dict[str, Any] = {
@@ -94,10 +95,7 @@ def _check_parameter(name: str, parameter: Tensor, pattern: Pattern, transposed:
                 "hf_sparse.sparse_param_groups does."
             )
         rows, columns = reversed(parameter.shape) if transposed else parameter.shape
-        try:
-            pattern.check_shape(rows, columns)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        check_divides(pattern, name, rows, columns)
     check_shardable(name, parameter, pattern)
 
 

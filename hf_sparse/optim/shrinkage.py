@@ -53,7 +53,7 @@ _CHUNK = 1 << 17
 
 
 def add_shrinkage(optimizer: Optimizer, **settings: Any) -> Optimizer:
-    """Give any torch optimizer a shrinkage step: Lion, Muon, 8-bit Adam and the like.
+    """Give a torch optimizer that takes param groups a shrinkage step.
 
     Args:
         optimizer: changed in place; its `step()` stays as it is, a step hook is added to it.

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.optim.groups import sparse_param_groups
 from hf_sparse.optim.parameters import sparse_parameters
 from hf_sparse.optim.penalties import PENALTIES
@@ -26,15 +26,12 @@ from hf_sparse.structure import PRUNED_WITH, target_layers, with_head_size
 
 # Settings of shrinkage that are not for trainer_optimizer to give.
 _OWNED = {"pattern", "transposed", "frozen", "shrink_steps"}
+_NO_ZERO = (
+    "DeepSpeed ZeRO flattens parameters: their matrices cannot be shrunk. Train with DDP or FSDP2 "
+    "instead."
+)
 
 OptimizerFactory = Callable[[], Callable[..., Optimizer]]
-
-
-def _check_config(config: SparsityConfig) -> None:
-    if not isinstance(config, SparsityConfig):
-        raise ValueError(
-            f"config is {config!r}; wanted a SparsityConfig, as SparsityConfig('2:4')."
-        )
 
 
 def trainer_optimizer(
@@ -71,7 +68,7 @@ def trainer_optimizer(
         ValueError: when Trainer makes the optimizer: a setting outside what is allowed, targets that
             match nothing, DeepSpeed ZeRO.
     """
-    _check_config(config)
+    check_config(config)
     if owned := sorted(_OWNED & set(kwargs)):
         raise ValueError(
             f"{', '.join(owned)} cannot be given to trainer_optimizer: the config tells the pattern, "
@@ -88,10 +85,7 @@ def trainer_optimizer(
     def factory() -> Callable[..., Optimizer]:
         def make(model: nn.Module, **arguments: Any) -> Optimizer:
             if is_deepspeed_zero3_enabled():
-                raise ValueError(
-                    "DeepSpeed ZeRO flattens parameters: their matrices cannot be shrunk. Train "
-                    "with DDP or FSDP2 instead."
-                )
+                raise ValueError(_NO_ZERO)
             shrinking = {name: arguments.pop(name) for name in SETTINGS if name in arguments}
             groups = sparse_param_groups(model, config, weight_decay=weight_decay)
             for group in groups:
@@ -144,7 +138,7 @@ class SparsityCallback(TrainerCallback):
         interval: int = 10,
         **options: Any,
     ) -> None:
-        _check_config(config)
+        check_config(config)
         self.config = config
         self.schedule = Schedule(schedule) if isinstance(schedule, str) else schedule
         check_method(method)
@@ -179,10 +173,7 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         """Set up the Sparsifier, for a new run or a resumed one."""
         if getattr(args, "deepspeed", None):
-            raise ValueError(
-                "DeepSpeed ZeRO flattens parameters: their matrices cannot be shrunk. Train with "
-                "DDP or FSDP2 instead."
-            )
+            raise ValueError(_NO_ZERO)
         self._start = time.perf_counter()
         self.sparsifier = Sparsifier(
             optimizer, self.config, state.max_steps, schedule=self.schedule, **self._arguments

@@ -19,6 +19,7 @@ from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure import (
     PRUNED_WITH,
     TargetLayer,
+    check_divides,
     check_finite,
     find_stacks,
     stacked_weights,
@@ -141,10 +142,7 @@ def _check_layers(layers: list[TargetLayer], config: SparsityConfig) -> None:
                 "without offloading it to disk."
             )
         check_finite(layer.weight_name, layer.weight)
-        try:
-            config.pattern.check_shape(*layer.weight.shape)
-        except ValueError as error:
-            raise ValueError(f"{layer.weight_name}: {error}") from error
+        check_divides(config.pattern, layer.weight_name, *layer.weight.shape)
 
 
 def _check_batches(
