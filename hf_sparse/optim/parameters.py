@@ -47,7 +47,7 @@ class SparseParameter:
         if self.group["scale"] != "adaptive":
             return None
         moments = self.state.get("max_exp_avg_sq", self.state.get("exp_avg_sq"))
-        if moments is None and "betas" in self.group:
+        if moments is None and not self.state:
             raise ValueError(
                 f"{self.name} has had no gradient so far, so that Adam has no metric for it. Leave it "
                 "out with SparsityConfig(ignore=...), or use scale='lr'."
