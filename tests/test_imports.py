@@ -21,7 +21,7 @@ LAYERS = [
     ["configuration_sparse"],
     ["structure"],
     ["report"],
-    ["pruning", "optim", "distillation", "models.configuration"],
+    ["pruning", "optim", "distillation", "runtime", "models.configuration"],
     ["checkpoint"],
     ["hub"],
     ["models"],

@@ -1,0 +1,1 @@
+"""The sparse compiler: weights with zeros become machine code for this CPU, through LLVM."""

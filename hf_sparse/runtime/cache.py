@@ -1,0 +1,126 @@
+"""Keys and values in tiles, as the kernels read them, inside transformers' own cache objects.
+
+`generate` makes a DynamicCache; the compiled stack replaces its layers, which are still empty, by
+`TileLayer`s. Beam search, batch expansion and cropping work on these as on transformers' own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+
+class TileLayer(CacheLayerMixin):
+    """The cache of one block.
+
+    Attributes:
+        tiles: `(batch, capacity / width, 2 * key features, width)` float32, keys before values.
+        length: tokens that are there.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.rows, self.width, self.length = rows, width, 0
+        self.tiles: Tensor = torch.empty(0)
+
+    def reserve(self, batch: int, tokens: int) -> None:
+        """Make room for `tokens` tokens of `batch` sequences, and keep what is there."""
+        entries = -(-tokens // self.width)
+        if not self.is_initialized:
+            self.tiles = torch.zeros(batch, entries, self.rows, self.width)
+            self.is_initialized = True
+        elif self.tiles.shape[1] < entries:
+            more = max(entries, 2 * self.tiles.shape[1]) - self.tiles.shape[1]
+            grown = torch.zeros(self.tiles.shape[0], more, self.rows, self.width)
+            self.tiles = torch.cat([self.tiles, grown], dim=1)
+        if self.tiles.shape[0] != batch:
+            raise ValueError(
+                f"past_key_values holds {self.tiles.shape[0]} sequences, the input has {batch}."
+            )
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.update(key_states, value_states)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values `(batch, heads, tokens, head_dim)` and return all of them."""
+        batch, heads, tokens, dim = key_states.shape
+        self.reserve(batch, self.length + tokens)
+        for start, states in ((0, key_states), (heads * dim, value_states)):
+            flat = states.float().permute(0, 2, 1, 3).reshape(batch, tokens, heads * dim)
+            for token in range(tokens):
+                tile, place = divmod(self.length + token, self.width)
+                self.tiles[:, tile, start : start + heads * dim, place] = flat[:, token]
+        self.length += tokens
+        flat = self.tiles.permute(0, 1, 3, 2).reshape(batch, -1, 2, heads, dim)[:, : self.length]
+        keys, values = flat.permute(2, 0, 3, 1, 4)
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.length = 0
+
+    def offload(self) -> None:
+        raise ValueError("a compiled model's cache is in memory already: use no offloaded cache.")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens."""
+        self.length -= min(abs(tokens_to_remove), self.length)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.tiles = self.tiles.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.tiles = self.tiles[indices]
+
+
+def tile_layers(cache: Any, blocks: int, rows: int, width: int) -> list[TileLayer]:
+    """The layers of a Cache as TileLayers; empty ones, or dynamic ones, are replaced.
+
+    Raises:
+        ValueError: the cache is of another kind (static, quantised, offloaded).
+    """
+    layers: list[TileLayer] = cache.layers
+    if len(layers) == blocks and isinstance(layers[0], TileLayer):
+        return layers
+    if getattr(cache, "offloading", False):
+        raise ValueError("an offloaded cache cannot be used: a compiled model runs on the CPU.")
+    layers = []
+    for index in range(blocks):
+        old: Any = cache.layers[index] if index < len(cache.layers) else DynamicLayer()
+        if not isinstance(old, DynamicLayer):
+            raise ValueError(
+                f"past_key_values has a {type(old).__name__}; a compiled model needs a DynamicCache, "
+                "transformers' default: leave cache_implementation out."
+            )
+        layer = TileLayer(rows, width)
+        if old.is_initialized and old.get_seq_length():
+            if old.is_sliding:
+                raise ValueError(
+                    "past_key_values of a sliding window was filled by another model and lacks "
+                    "tokens: start with an empty cache."
+                )
+            keys: Any = old.keys
+            values: Any = old.values
+            layer.update(keys, values)
+        layers.append(layer)
+    cache.layers = layers
+    return layers

@@ -1,0 +1,177 @@
+"""`hf_sparse.compile`: a transformers model whose blocks run as machine code.
+
+The compiled model is of the same class and has the same config, embeddings, heads and `generate`;
+only its list of blocks is another one. The first block runs the whole stack, the others hand its
+results on, so that transformers' own code around them, which collects hidden states, keeps working.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from hf_sparse.runtime.blocks import Stack, find_blocks, pack_blocks, why_not_compiled
+from hf_sparse.runtime.families import COMPILED
+from hf_sparse.runtime.jit import DEFAULT_CACHE
+from hf_sparse.runtime.runner import Runner
+from hf_sparse.runtime.target import named
+
+# The name of the attention in the compiled model's config: masks reach the blocks as they were given.
+ATTENTION = "hf_sparse"
+
+
+def _as_given(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    return attention_mask
+
+
+def compile(
+    model: PreTrainedModel, *, target: str | None = None, cache: Path | str | None = DEFAULT_CACHE
+) -> PreTrainedModel:
+    """Compile a model's blocks for this CPU; zeros in the weights become speed.
+
+    Works on whatever zeros are there, whoever made them; a layer without enough of them is
+    computed densely by the same kernels. The weights are packed, in float32; the model that was
+    given stays as it is, and may be deleted: only embeddings, norms and heads are shared with it.
+
+    Args:
+        model: a transformers model of a family in `COMPILED`, on the CPU.
+        target: `avx512`, `avx2` or `portable`; what the CPU can do best by default.
+        cache: folder that keeps the machine code, or None to keep none.
+
+    Returns:
+        A model with the same class, config, `forward` and `generate`, for inference only.
+
+    Raises:
+        ImportError: llvmlite is not installed.
+        ValueError: the family is not one of those that are compiled, or the model is not on the CPU.
+    """
+    chosen = named(target)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"compile takes a transformers model, not a {type(model).__name__}.")
+    if model.device.type != "cpu":
+        raise ValueError(f"the model is on {model.device}; wanted the CPU: model.to('cpu') first.")
+    reason = why_not_compiled(model.config)
+    if reason is not None:
+        raise ValueError(f"{type(model).__name__} cannot be compiled: {reason}.")
+    family = COMPILED[model.config.model_type]
+    base: Any = model.base_model
+    owner, name, modules = find_blocks(base, family)
+    stack = pack_blocks(model.config, family, modules, family.stack)
+    compiled = _without_blocks(model, getattr(owner, name))
+    compiled.config._attn_implementation = ATTENTION
+    AttentionMaskInterface.register(ATTENTION, _as_given)
+    runner = Runner(stack, chosen, None if cache is None else Path(cache))
+    new_owner: Any = compiled.base_model.get_submodule(family.stack.rpartition(".")[0])
+    layer_class = _compiled_class(type(modules[0]))
+    results = threading.local()
+    layers = [layer_class(runner, results, index) for index in range(len(modules))]
+    setattr(new_owner, name, nn.ModuleList(layers))
+    if compiled.config.model_type == "albert":  # its loop goes over groups of layers
+        new_owner.config = copy.copy(new_owner.config)
+        new_owner.config.num_hidden_layers = new_owner.config.num_hidden_groups = len(layers)
+    compiled.eval()
+    return compiled
+
+
+def stack_of(model: nn.Module) -> Stack:
+    """The packed weights of a compiled model.
+
+    Raises:
+        ValueError: the model is not compiled.
+    """
+    for module in model.modules():
+        if isinstance(module, CompiledLayer):
+            return module.runner.stack
+    raise ValueError(
+        f"this {type(model).__name__} is not compiled: hf_sparse.compile(model) first."
+    )
+
+
+def _without_blocks(model: PreTrainedModel, blocks: nn.Module) -> PreTrainedModel:
+    """A copy of a model that shares its tensors and has no blocks."""
+    memo: dict[int, Any] = {id(blocks): nn.ModuleList()}
+    inside = {id(tensor) for tensor in [*blocks.parameters(), *blocks.buffers()]}
+    for parameter in model.parameters():
+        if id(parameter) not in inside:
+            memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer
+    return copy.deepcopy(model, memo)
+
+
+class CompiledLayer(nn.Module):
+    """One block of a compiled model. Also an instance of the family's own class of blocks."""
+
+    arguments: tuple[str, ...] = ()
+
+    def __init__(self, runner: Runner, results: threading.local, index: int) -> None:
+        nn.Module.__init__(self)
+        self.runner, self.results, self.index = runner, results, index
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run all blocks if this is the first one, and give this one's hidden states."""
+        if self.index == 0:
+            given = dict(zip(self.arguments, args, strict=False)) | kwargs
+            self.results.states = self._run(hidden_states, given)
+        states: Tensor = self.results.states
+        last = self.index == len(self.runner.stack.blocks) - 1
+        if last:
+            self.results.states = None
+        return states if states.ndim == 3 else states[self.index]
+
+    def _run(self, hidden: Tensor, given: dict[str, Any]) -> Tensor:
+        if self.training:
+            raise ValueError("a compiled model is for inference: call its eval() first.")
+        if hidden.requires_grad:
+            raise ValueError(
+                "a compiled model has no gradients: use torch.no_grad(), or train the model that "
+                "was compiled."
+            )
+        if hidden.device.type != "cpu":
+            raise ValueError(f"the input is on {hidden.device}; a compiled model runs on the CPU.")
+        if given.get("encoder_hidden_states") is not None:
+            raise ValueError("encoder_hidden_states: cross-attention is not compiled.")
+        if given.get("output_attentions"):
+            raise ValueError(
+                "output_attentions: a compiled model never forms the attention weights. Ask the "
+                "model that was compiled."
+            )
+        mask = given.get("attention_mask")
+        if mask is not None and mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask has {mask.ndim} dimensions; a compiled model takes masks of shape "
+                "(batch, tokens) only."
+            )
+        cache = given.get("past_key_values")
+        positions = given.get("position_ids")
+        causal = self.runner.stack.causal
+        unmasked = causal and mask is None and cache is None
+        if unmasked and positions is not None and (positions.diff(dim=-1) != 1).any():
+            raise ValueError(
+                "position_ids start anew within a sequence: packed sequences are not compiled. "
+                "Give each text a row of the batch."
+            )
+        output = self.runner(
+            hidden.detach().float(),
+            mask,
+            given.get("position_embeddings"),
+            cache if causal else None,
+            # Whoever hooked a block wants to see its output.
+            states=bool(self._forward_hooks),
+        )
+        return output.to(hidden.dtype)
+
+
+def _compiled_class(layer_class: type[nn.Module]) -> type[CompiledLayer]:
+    """CompiledLayer as a subclass of a family's block, by which transformers finds its outputs."""
+    names = tuple(inspect.signature(layer_class.forward).parameters)[2:]
+    return type(
+        f"Compiled{layer_class.__name__}", (CompiledLayer, layer_class), {"arguments": names}
+    )

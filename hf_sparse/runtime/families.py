@@ -1,0 +1,127 @@
+"""COMPILED: how each family's blocks are built, as a table of names. One entry each.
+
+A block is attention and a two-layer perceptron, each with a norm and a residual. What differs
+between families is where the parts are and which comes first; the forward code is not repeated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# transformers' names of activations, and the kernels that compute them.
+ACTIVATION_NAMES = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where the parts of a family's blocks are.
+
+    Attributes:
+        stack: path of the list of blocks in the base model.
+        qkv: the projections to queries, keys and values, or the one that gives all three.
+        out: the projection behind attention.
+        up, down: the perceptron's layers.
+        norms: attention's and the perceptron's.
+        gate: the layer whose activation multiplies `up`, if the family has one.
+        head_norms: norms of each head's queries and keys, if the family has them.
+        norm: `layer` or `rms`.
+        norm_first: norms come before attention and perceptron, else behind the residual; or the
+            name of the config's attribute that tells.
+        causal: a token sees those before it and itself.
+        rotary: positions are rotations of queries and keys.
+        activation: the config's attribute that names the activation.
+        supported: attributes of the config, and the values of them that are compiled.
+    """
+
+    stack: str
+    qkv: tuple[str, ...]
+    out: str
+    up: str
+    down: str
+    norms: tuple[str, str]
+    gate: str | None = None
+    head_norms: tuple[str, str] | None = None
+    norm: str = "layer"
+    norm_first: bool | str = True
+    causal: bool = True
+    rotary: bool = False
+    activation: str = "hidden_act"
+    supported: dict[str, tuple[object, ...]] = field(default_factory=dict)
+
+
+def _llama(head_norms: tuple[str, str] | None = None) -> Blocks:
+    return Blocks(
+        stack="layers",
+        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        out="self_attn.o_proj",
+        up="mlp.up_proj",
+        down="mlp.down_proj",
+        gate="mlp.gate_proj",
+        norms=("input_layernorm", "post_attention_layernorm"),
+        head_norms=head_norms,
+        norm="rms",
+        rotary=True,
+    )
+
+
+COMPILED = {
+    "bert": Blocks(
+        stack="encoder.layer",
+        qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
+        out="attention.output.dense",
+        up="intermediate.dense",
+        down="output.dense",
+        norms=("attention.output.LayerNorm", "output.LayerNorm"),
+        norm_first=False,
+        causal=False,
+        supported={"is_decoder": (False,), "add_cross_attention": (False, None)},
+    ),
+    "albert": Blocks(
+        stack="encoder.albert_layer_groups",
+        qkv=("attention.query", "attention.key", "attention.value"),
+        out="attention.dense",
+        up="ffn",
+        down="ffn_output",
+        norms=("attention.LayerNorm", "full_layer_layer_norm"),
+        norm_first=False,
+        causal=False,
+    ),
+    "gpt2": Blocks(
+        stack="h",
+        qkv=("attn.c_attn",),
+        out="attn.c_proj",
+        up="mlp.c_fc",
+        down="mlp.c_proj",
+        norms=("ln_1", "ln_2"),
+        activation="activation_function",
+        supported={
+            "add_cross_attention": (False, None),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+        },
+    ),
+    "opt": Blocks(
+        stack="decoder.layers",
+        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        out="self_attn.out_proj",
+        up="fc1",
+        down="fc2",
+        norms=("self_attn_layer_norm", "final_layer_norm"),
+        norm_first="do_layer_norm_before",
+        activation="activation_function",
+    ),
+    "llama": _llama(),
+    "mistral": _llama(),
+    "qwen2": _llama(),
+    "qwen3": _llama(("self_attn.q_norm", "self_attn.k_norm")),
+}

@@ -1,0 +1,221 @@
+"""A weight matrix, packed for the kernel that suits its zeros."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_sparse.runtime import spmm
+from hf_sparse.runtime.decode import COLUMNS, GROUP
+from hf_sparse.runtime.latency import NOMINAL, Rates
+from hf_sparse.runtime.packing import DECODE_ROWS, DecodeWeight, PackedWeight, pack, pack_decode
+from hf_sparse.runtime.program import Argument, Operation
+
+# Below this fraction of zeros reading the bitmask costs more than the zeros save.
+MIN_DECODE_SPARSITY = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """`y = W x + bias` on tiles.
+
+    Attributes:
+        name: what the user calls the layer.
+        parts: the weight, cut into ranges of columns that are multiplied one after the other.
+        edges: `len(parts) + 1` columns, where the parts begin and end.
+        bias: `(rows,)`, or None.
+        zeros: weights that are zero.
+        single: the weight for single tokens: packed, or as it is, `(rows, columns)` in whole
+            vectors; None if there are no single tokens (`prepare_single`).
+    """
+
+    name: str
+    parts: tuple[PackedWeight, ...]
+    edges: tuple[int, ...]
+    bias: Tensor | None
+    zeros: int
+    single: DecodeWeight | Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Features that come out."""
+        return self.parts[0].rows
+
+    @property
+    def columns(self) -> int:
+        """Features that go in."""
+        return self.edges[-1]
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of weights that are zero."""
+        return self.zeros / (self.rows * self.columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight."""
+        single = 0 if self.single is None else self.single.nbytes
+        return sum(part.nbytes for part in self.parts) + single
+
+    def operations(
+        self,
+        x: Argument,
+        y: Argument,
+        vectors: int,
+        *,
+        add: bool = False,
+        part: int = 0,
+        chunk: int | None = None,
+    ) -> list[Operation]:
+        """Multiply one part's columns, all rows or one chunk of them.
+
+        Args:
+            x: address of the tile that holds the part's columns.
+            y: address of the whole output tile.
+            vectors: width of the tiles.
+            add: onto what is in `y`. The bias comes with the first part.
+            part: which columns.
+            chunk: which rows, all by default.
+        """
+        packed = self.parts[part]
+        bias = self.bias if part == 0 else None
+        if bias is None:
+            if not add and part == 0:
+                bias = _no_bias(self.rows)
+            start = spmm.START_SUM if bias is None else spmm.START_BIAS
+        else:
+            start = spmm.START_SUM_BIAS if add else spmm.START_BIAS
+        bias_address = 0 if bias is None else bias.data_ptr()
+        chunks = range(len(packed.chunks) - 1) if chunk is None else (chunk,)
+        kernel = spmm.name(packed.height, vectors)
+        streams = (packed.panels, packed.groups, packed.values, packed.indices, packed.order)
+        found: list[Operation] = []
+        for number in chunks:
+            first = packed.chunks[number]
+            panels, groups, values, indices, order = (
+                stream.ctypes.data + int(at) * stream.strides[0]
+                for stream, at in zip(streams, first, strict=True)
+            )
+            count = int(packed.chunks[number + 1][0] - first[0])
+            found.append(
+                (kernel, panels, count, groups, values, indices, order, x, y, bias_address, start)
+            )
+        return found
+
+    def row_operation(
+        self, x: int, y: int, first: int, last: int, *, add: bool = False
+    ) -> Operation:
+        """Multiply rows `first` to `last` (a multiple of `DECODE_ROWS`, or all) with one token.
+
+        Args:
+            x: address of the token's features, in whole vectors.
+            y: address of all output features.
+            first, last: which rows.
+            add: onto what is in `y`.
+        """
+        place, bias = y + 4 * first, 0
+        if self.bias is not None:
+            bias = self.bias.data_ptr() + 4 * first
+        groups = -(-(last - first) // GROUP)
+        if isinstance(self.single, Tensor):
+            stride = 4 * self.single.shape[1]
+            weight = self.single.data_ptr() + first * stride
+            columns = self.single.shape[1]
+            return ("dense_rows", weight, stride, x, place, bias, groups, columns, int(add))
+        assert self.single is not None
+        row_words = self.single.words.shape[1]
+        words = self.single.words.ctypes.data + first // GROUP * row_words * 8
+        start = int(self.single.starts[first // DECODE_ROWS])
+        values = self.single.values.ctypes.data + 4 * start
+        return ("sparse_rows", words, values, x, place, bias, groups, row_words, int(add))
+
+    @property
+    def chunk_rows(self) -> list[tuple[int, int]]:
+        """First and last (exclusive) row of each chunk."""
+        rows = [int(row) for row in self.parts[0].chunk_rows]
+        return list(pairwise(rows))
+
+
+@functools.cache
+def _no_bias(rows: int) -> Tensor:
+    return torch.zeros(rows)
+
+
+def choose_height(weight: np.ndarray, rates: Rates = NOMINAL) -> int:
+    """Rows of a block for which the kernel is predicted to be fastest: 1, 2 or 4.
+
+    Args:
+        weight: `(rows, columns)`.
+        rates: speed of the kernels.
+    """
+    rows, columns = weight.shape
+    best, least = 1, float("inf")
+    nonzero = weight != 0
+    for height in sorted(spmm.UNROLL):
+        if rows % height or (height > 1 and columns > 1 << 16):
+            continue
+        stored = nonzero.reshape(rows // height, height, columns).any(axis=1)
+        density = np.count_nonzero(stored) / stored.size
+        seconds = density / rates.rate(height, density)
+        if seconds < least:
+            best, least = height, seconds
+    return best
+
+
+def pack_linear(
+    name: str,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    column_chunk: int | None = None,
+    single: bool = False,
+    rates: Rates = NOMINAL,
+) -> Linear:
+    """Pack a weight `(out_features, in_features)`.
+
+    Args:
+        name: of the layer.
+        weight: any float type; packed as float32.
+        bias: `(out_features,)` or None.
+        column_chunk: multiply this many columns at a time, as separate parts.
+        single: also pack it for single tokens.
+        rates: speed of the kernels, by which the one to use is chosen.
+    """
+    array = weight.detach().float().numpy()
+    columns = array.shape[1]
+    edges = tuple(range(0, columns, column_chunk or columns)) + (columns,)
+    height = choose_height(array, rates)
+    parts = tuple(pack(array[:, start:stop], height) for start, stop in pairwise(edges))
+    zeros = array.size - int(np.count_nonzero(array))
+    return Linear(
+        name,
+        parts,
+        edges,
+        None if bias is None else _whole_groups(bias),
+        zeros,
+        _single(array, zeros) if single else None,
+    )
+
+
+def _whole_groups(bias: Tensor) -> Tensor:
+    """A bias with zeros up to a whole group of rows, which the kernels read at once."""
+    padded = torch.zeros(-(-len(bias) // GROUP) * GROUP)
+    padded[: len(bias)] = bias.detach()
+    return padded
+
+
+def _single(array: np.ndarray, zeros: int) -> DecodeWeight | Tensor:
+    """The weight for single tokens: packed if that is fewer bytes by a margin, else padded."""
+    if zeros >= MIN_DECODE_SPARSITY * array.size:
+        return pack_decode(array)
+    rows, columns = (
+        -(-size // unit) * unit for size, unit in zip(array.shape, (GROUP, COLUMNS), strict=True)
+    )
+    padded = torch.zeros(rows, columns)
+    padded[: array.shape[0], : array.shape[1]] = torch.from_numpy(array)
+    return padded

@@ -1,0 +1,341 @@
+"""Weights in the order in which the kernels read them.
+
+`pack` sorts and pairs the rows of a sparse weight (`spmm.py` tells why); the weight itself is not
+kept. `unpack` gives it back, which is what tests and `check` rely on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_sparse.runtime.decode import COLUMNS, GROUP
+from hf_sparse.runtime.spmm import INDEX_BYTES, SIDE_BY_SIDE, UNROLL
+
+Array = NDArray
+
+# Rows that are finished before the next ones begin: their sums stay in L2.
+CHUNK_ROWS = 768
+# Columns of a panel: 128 rows of a 64-token tile are 32 KB, which stay in L1.
+PANEL_COLUMNS = 128
+# Bytes that kernels may read beyond a stream's end.
+_PADDING = 64
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A sparse weight `(rows, columns)` as the streams that `spmm` reads.
+
+    Attributes:
+        height: rows of a block; 1 for single weights.
+        nonzeros: stored weights, the padding of pairs not counted.
+        panels, groups, values, indices, order: the streams, see `spmm.py`.
+        chunks: `(chunks + 1, 5)`, where each chunk of rows starts in the five streams.
+        chunk_rows: `(chunks + 1,)`, the first row of each chunk.
+    """
+
+    rows: int
+    columns: int
+    height: int
+    nonzeros: int
+    panels: Array
+    groups: Array
+    values: Array
+    indices: Array
+    order: Array
+    chunks: Array
+    chunk_rows: Array
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all streams."""
+        streams = (self.panels, self.groups, self.values, self.indices, self.order)
+        return sum(stream.nbytes for stream in streams)
+
+
+def pack(weight: Array, height: int = 1, chunk_rows: int = CHUNK_ROWS) -> PackedWeight:
+    """Pack a weight; what is zero is not stored.
+
+    Args:
+        weight: `(rows, columns)` float32.
+        height: pack blocks of `height` x 1 weights; a key of `spmm.UNROLL`. Blocks that are only
+            partly zero are stored whole.
+        chunk_rows: rows that are finished before the next begin, a multiple of `height`.
+
+    Raises:
+        ValueError: `height` does not divide the rows.
+    """
+    rows, columns = weight.shape
+    if rows % height:
+        raise ValueError(f"{rows} rows cannot be divided into blocks of {height} x 1.")
+    panel = PANEL_COLUMNS if INDEX_BYTES[height] == 1 else columns
+    if panel > 1 << 16:
+        raise ValueError(f"{columns} columns: blocks are packed for at most {1 << 16}.")
+    edges = [*range(0, rows, chunk_rows), rows]
+    parts = [
+        _pack_chunk(weight[start:stop], height, panel, start) for start, stop in pairwise(edges)
+    ]
+    sizes = np.array([[len(stream) for stream in streams] for streams, _ in parts], np.int64)
+    chunks = np.zeros((len(parts) + 1, 5), np.int64)
+    np.cumsum(sizes, axis=0, out=chunks[1:])
+    panels, groups, values, indices, order = (
+        _joined([streams[number] for streams, _ in parts]) for number in range(5)
+    )
+    return PackedWeight(
+        rows,
+        columns,
+        height,
+        sum(nonzeros for _, nonzeros in parts),
+        panels,
+        groups,
+        values,
+        indices,
+        order,
+        chunks,
+        np.array(edges, np.int64),
+    )
+
+
+def _joined(parts: list[Array]) -> Array:
+    """One stream, with room behind it for what kernels read too far."""
+    tail = np.zeros((-(-_PADDING // parts[0].itemsize), *parts[0].shape[1:]), parts[0].dtype)
+    return np.concatenate([*parts, tail])
+
+
+def _pack_chunk(
+    weight: Array, height: int, panel_columns: int, first_row: int
+) -> tuple[tuple[Array, ...], int]:
+    """The five streams of one chunk of rows, and the number of its nonzeros."""
+    rows, columns = weight.shape
+    unroll, sides = UNROLL[height], SIDE_BY_SIDE[height]
+    blocks, panels = rows // height, -(-columns // panel_columns)
+    mask = weight != 0
+    if height > 1:
+        mask = mask.reshape(blocks, height, columns).any(axis=1)
+    found = np.flatnonzero(mask)
+    block, column = np.divmod(found, columns)
+    panel = column // panel_columns
+    segment = block * panels + panel
+    counts = np.bincount(segment, minlength=blocks * panels)
+    starts = np.cumsum(counts) - counts
+    rank = np.arange(len(found)) - starts[segment]
+
+    base = np.zeros(blocks * panels, np.int64)  # where the pair of a segment begins
+    padded = np.zeros(blocks * panels, np.int64)  # nonzeros of a pair's longer side
+    own_side = np.zeros(blocks * panels, np.int64)
+    described, groups, order, twice, total = [], [], [], [], 0
+    for number in range(panels):
+        length = counts[number::panels]
+        kept = np.argsort(length, kind="stable")
+        if number:  # rows without nonzeros here have nothing to do, except to start
+            kept = kept[np.count_nonzero(length == 0) :]
+        if len(kept) % sides:  # computed twice, side by side, and written twice
+            twice.append(kept[-1] * panels + number)
+            kept = np.append(kept, kept[-1])
+        pairs = kept.reshape(-1, sides)
+        longer = length[pairs[:, -1]]
+        pair_starts = total + np.cumsum(longer * sides) - longer * sides
+        total += int(longer.sum()) * sides
+        for side in range(sides - 1, -1, -1):
+            segments = pairs[:, side] * panels + number
+            base[segments], padded[segments], own_side[segments] = pair_starts, longer, side
+        lengths, repeated = np.unique(longer, return_counts=True)
+        groups.append(np.stack([lengths % unroll, repeated, lengths // unroll], axis=1))
+        described.append((number * panel_columns, len(lengths), int(number == 0)))
+        order.append(pairs.reshape(-1) * height + first_row)
+
+    def place(segment: Array, rank: Array, side: Array | int) -> Array:
+        rest = padded[segment] % unroll
+        later = rank - rest
+        turn, within = np.divmod(later, unroll)
+        first = side * rest + rank
+        other = rest * sides + turn * (unroll * sides) + side * unroll + within
+        placed: Array = base[segment] + np.where(later < 0, first, other)
+        return placed
+
+    indices = np.zeros(total, np.uint8 if INDEX_BYTES[height] == 1 else np.uint16)
+    values = np.zeros((total, height), np.float32)
+    local = column - panel * panel_columns
+    stored = weight.reshape(blocks, height, columns)[block, :, column]
+    slots = place(segment, rank, own_side[segment])
+    indices[slots], values[slots] = local, stored
+    for chosen in twice:
+        at = np.flatnonzero(segment == chosen)
+        slots = place(segment[at], rank[at], 1)
+        indices[slots], values[slots] = local[at], stored[at]
+    streams = (
+        np.array(described, np.int32),
+        np.concatenate(groups).astype(np.int32),
+        values.reshape(-1),
+        indices,
+        np.concatenate(order).astype(np.int32),
+    )
+    return streams, len(found) * height
+
+
+# Rows after which the streams of a DecodeWeight can be entered: threads share rows at these.
+DECODE_ROWS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeWeight:
+    """A weight `(rows, columns)` as the streams that `sparse_rows` of `decode.py` reads.
+
+    Attributes:
+        words: `(ceil(rows / 4), ceil(columns / 16))` uint64, 16 bits for each row of a group.
+        values: the nonzeros: by groups, by words, by rows.
+        starts: where every `DECODE_ROWS` rows begin in `values`, and where the last ones end.
+    """
+
+    rows: int
+    columns: int
+    words: Array
+    values: Array
+    starts: Array
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all streams."""
+        return self.words.nbytes + self.values.nbytes
+
+
+def pack_decode(weight: Array) -> DecodeWeight:
+    """Pack a weight `(rows, columns)` float32 for single tokens."""
+    rows, columns = weight.shape
+    parts = [
+        _pack_decode_rows(weight[start : start + DECODE_ROWS])
+        for start in range(0, rows, DECODE_ROWS)
+    ]
+    starts = np.cumsum([0, *(len(values) for _, values in parts)])
+    tail = np.zeros(_PADDING // 4, np.float32)
+    return DecodeWeight(
+        rows,
+        columns,
+        np.concatenate([words for words, _ in parts]),
+        np.concatenate([*(values for _, values in parts), tail]),
+        starts.astype(np.int64),
+    )
+
+
+def _pack_decode_rows(weight: Array) -> tuple[Array, Array]:
+    rows, columns = weight.shape
+    padded = np.zeros((-(-rows // GROUP) * GROUP, -(-columns // COLUMNS) * COLUMNS), np.float32)
+    padded[:rows, :columns] = weight
+    # (groups, words, 4 rows, 16 columns): the order of the bits and of the values.
+    ordered = padded.reshape(len(padded) // GROUP, GROUP, -1, COLUMNS).swapaxes(1, 2)
+    mask = ordered != 0
+    words = np.packbits(mask.reshape(*mask.shape[:2], -1), axis=-1, bitorder="little")
+    return words.view("<u8")[..., 0], ordered[mask]
+
+
+def unpack(packed: PackedWeight) -> Array:
+    """The weight that was packed, `(rows, columns)` float32."""
+    weight = np.zeros((packed.rows, packed.columns), np.float32)
+    height = packed.height
+    unroll, sides = UNROLL[height], SIDE_BY_SIDE[height]
+    for chunk, following in pairwise(packed.chunks):
+        at_panel, at_group, _, at, at_row = (int(start) for start in chunk)
+        last = int(following[0])
+        for first, groups, _ in packed.panels[at_panel:last]:
+            for remainder, pairs, rounds in packed.groups[at_group : at_group + groups]:
+                for _ in range(pairs):
+                    rows = packed.order[at_row : at_row + sides]
+                    at_row += sides
+                    for count in [remainder, *[unroll] * rounds]:
+                        for row in rows:
+                            columns = first + packed.indices[at : at + count].astype(np.int64)
+                            values = packed.values[height * at : height * (at + count)]
+                            # What pads the shorter row of a pair is zero and hides nothing.
+                            kept = values.reshape(-1, height).any(axis=1)
+                            block = values.reshape(-1, height)[kept].T
+                            weight[row : row + height, columns[kept]] = block
+                            at += count
+            at_group += groups
+    return weight
+
+
+def unpack_decode(packed: DecodeWeight) -> Array:
+    """The weight that was packed, `(rows, columns)` float32."""
+    groups, words = packed.words.shape
+    bits = np.unpackbits(packed.words.view(np.uint8), bitorder="little").astype(bool)
+    ordered = np.zeros(bits.size, np.float32)
+    ordered[bits] = packed.values[: np.count_nonzero(bits)]
+    weight = ordered.reshape(groups, words, GROUP, COLUMNS).swapaxes(1, 2)
+    return weight.reshape(groups * GROUP, -1)[: packed.rows, : packed.columns]
+
+
+def check(packed: PackedWeight) -> None:
+    """Check that a packed weight, read from a file, leads the kernels nowhere but into its streams.
+
+    Raises:
+        ValueError: a count, a row or a column is out of range; the message tells which.
+    """
+    height = packed.height
+    _require(height in UNROLL, f"blocks of {height} rows; wanted {list(UNROLL)}")
+    unroll, sides = UNROLL[height], SIDE_BY_SIDE[height]
+    streams = {
+        "panels": (packed.panels, np.int32, 2),
+        "groups": (packed.groups, np.int32, 2),
+        "values": (packed.values, np.float32, 1),
+        "indices": (packed.indices, np.uint8 if INDEX_BYTES[height] == 1 else np.uint16, 1),
+        "order": (packed.order, np.int32, 1),
+    }
+    chunks = packed.chunks
+    _require(chunks.ndim == 2 and chunks.shape[1] == 5 and len(chunks) > 1, "no chunks")
+    _require(
+        bool((np.diff(chunks, axis=0) >= 0).all() and (chunks[0] == 0).all()), "chunks go back"
+    )
+    for column, (name, (stream, kind, dimensions)) in enumerate(streams.items()):
+        _require(stream.dtype == kind and stream.ndim == dimensions, f"{name} are {stream.dtype}")
+        _require(dimensions == 1 or stream.shape[1] == 3, f"{name} are no triples")
+        padding = -(-_PADDING // (stream.itemsize * (stream.shape[1] if dimensions == 2 else 1)))
+        _require(len(stream) >= chunks[-1, column] + min(padding, 1), f"{name} are cut off")
+    rows = packed.chunk_rows
+    _require(len(rows) == len(chunks) and rows[0] == 0 and rows[-1] == packed.rows, "chunk rows")
+    for number, (first, last) in enumerate(pairwise(chunks)):
+        panels, groups, values, indices, order = (
+            stream[start:stop]
+            for (stream, _, _), start, stop in zip(streams.values(), first, last, strict=True)
+        )
+        remainder, pairs, rounds = groups.T.astype(np.int64)
+        _require(bool((panels[:, 1] >= 0).all()), "a panel has fewer than no groups")
+        _require(int(panels[:, 1].sum()) == len(groups), "panels and groups do not match")
+        _require(bool(np.isin(panels[:, 2], (0, 1)).all()), "a panel neither starts nor goes on")
+        _require(bool(((remainder >= 0) & (remainder < unroll)).all()), "a remainder is too large")
+        _require(bool(((pairs >= 0) & (rounds >= 0)).all()), "a count is negative")
+        counts = pairs * sides * (remainder + rounds * unroll)
+        _require(int(counts.sum()) == len(indices), "groups and indices do not match")
+        _require(len(values) == len(indices) * height, "indices and values do not match")
+        _require(int(pairs.sum()) * sides == len(order), "groups and rows do not match")
+        inside = (order >= rows[number]) & (order <= rows[number + 1] - height)
+        _require(bool(inside.all()), "a row is out of range")
+        owner = np.repeat(np.arange(len(panels)), panels[:, 1])
+        starts = np.repeat(panels[owner, 0].astype(np.int64), counts)
+        _require(bool((panels[:, 0] >= 0).all()), "a panel begins before the first column")
+        _require(bool((starts + indices < packed.columns).all()), "a column is out of range")
+
+
+def check_decode(packed: DecodeWeight) -> None:
+    """As `check`, for single tokens.
+
+    Raises:
+        ValueError: the bits name more values, or others, than there are.
+    """
+    shape = (-(-packed.rows // GROUP), -(-packed.columns // COLUMNS))
+    _require(packed.words.dtype == np.uint64, f"words are {packed.words.dtype}")
+    _require(packed.words.shape == shape, f"words have the shape {packed.words.shape}, not {shape}")
+    _require(packed.values.dtype == np.float32, f"values are {packed.values.dtype}")
+    counts = np.bitwise_count(packed.words).sum(axis=1, dtype=np.int64)
+    each = np.add.reduceat(counts, np.arange(0, len(counts), DECODE_ROWS // GROUP))
+    wanted = np.cumsum([0, *each])
+    _require(np.array_equal(packed.starts, wanted), "starts do not match the bits")
+    room = wanted[-1] + _PADDING // 4
+    _require(len(packed.values) >= room, "values are cut off")
+
+
+def _require(holds: bool, problem: str) -> None:
+    if not holds:
+        raise ValueError(f"a packed weight is damaged: {problem}. Compile the model again.")

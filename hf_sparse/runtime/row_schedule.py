@@ -1,0 +1,202 @@
+"""The operations of a stack for one new token of each sequence: generation.
+
+The weights are read once for all sequences, each thread its rows. Threads meet where one needs what
+others computed: five times in a block. Norms are computed by every thread for itself; a thread that
+has a group of heads rotates, stores and attends for them alone.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hf_sparse.runtime.activation import UNROLL
+from hf_sparse.runtime.blocks import Block, Norm, Stack
+from hf_sparse.runtime.jit import Code
+from hf_sparse.runtime.linear import Linear
+from hf_sparse.runtime.packing import DECODE_ROWS
+from hf_sparse.runtime.program import Operation, Program, Slot, aligned
+from hf_sparse.runtime.schedule import Shape, cache_tables
+
+
+def fits(stack: Stack, lanes: int) -> bool:
+    """Whether a stack's single tokens can be computed by rows: else they go as narrow tiles."""
+    sizes = [stack.hidden, *([stack.head_dim] if stack.blocks[0].head_norms else [])]
+    return stack.causal and stack.norm_first and not any(size % lanes for size in sizes)
+
+
+class RowProgram:
+    """A program for one new token of each of `shape.batch` sequences, with its buffers.
+
+    Attributes:
+        residual: `(batch, hidden)`: the input before a run, the output behind it.
+        masks, tables: as `TileProgram`'s.
+    """
+
+    def __init__(self, stack: Stack, code: Code, lanes: int, width: int, shape: Shape) -> None:
+        self.stack, self.shape, self.lanes, self.width = stack, shape, lanes, width
+        batch, threads = shape.batch, shape.threads
+        self.residual = aligned(batch, stack.hidden)
+        self.masks = torch.zeros(batch, shape.capacity)
+        entries = shape.capacity // width
+        self.tables = cache_tables(len(stack.blocks), batch, entries, width)
+        self._normed = aligned(threads, batch, stack.hidden)
+        self._qkv = aligned(batch, _padded(stack.query_rows + 2 * stack.key_rows))
+        self._context = aligned(batch, _padded(stack.query_rows))
+        self._gate = aligned(batch, _padded(stack.intermediate))
+        self._up = aligned(batch, _padded(stack.intermediate))
+        self._scores = aligned(threads, shape.capacity)
+        self._buffers = [
+            self.residual,
+            self.masks,
+            self._normed,
+            self._qkv,
+            self._context,
+            self._gate,
+            self._up,
+            self._scores,
+        ]
+        phases = [
+            phase for index, block in enumerate(stack.blocks) for phase in self._block(index, block)
+        ]
+        self.program = Program(code, phases, [stack, self.__dict__])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return 4 * sum(buffer.numel() for buffer in self._buffers)
+
+    def _block(self, index: int, block: Block) -> list[list[list[Operation]]]:
+        stack, threads = self.stack, range(self.shape.threads)
+        opening = block.gate or block.up
+        return [
+            [
+                [
+                    *self._norm(block.norms[0], thread),
+                    *self._multiply(block.qkv, self._normed[thread], self._qkv, thread),
+                ]
+                for thread in threads
+            ],
+            [self._attend(index, block, thread) for thread in threads],
+            [
+                self._multiply(block.out, self._context, self.residual, thread, add=True)
+                for thread in threads
+            ],
+            [
+                [
+                    *self._norm(block.norms[1], thread),
+                    *self._multiply(opening, self._normed[thread], self._gate, thread),
+                    *(
+                        self._multiply(block.up, self._normed[thread], self._up, thread)
+                        if block.gate
+                        else []
+                    ),
+                    *self._activate(stack.activation, opening, block.gate is not None, thread),
+                ]
+                for thread in threads
+            ],
+            [
+                self._multiply(block.down, self._gate, self.residual, thread, add=True)
+                for thread in threads
+            ],
+        ]
+
+    def _rows(self, linear: Linear, thread: int) -> tuple[int, int]:
+        """A thread's rows of a weight."""
+        units = -(-linear.rows // DECODE_ROWS)
+        first, last = (
+            round(units * number / self.shape.threads) * DECODE_ROWS
+            for number in (thread, thread + 1)
+        )
+        return first, min(last, linear.rows)
+
+    def _norm(self, norm: Norm, thread: int) -> list[Operation]:
+        weight, bias = norm.weight.data_ptr(), norm.bias.data_ptr()
+        x, y = self.residual.data_ptr(), self._normed[thread].data_ptr()
+        groups, name = self.shape.batch, f"{self.stack.norm}_norm_row"
+        return [(name, x, y, self.stack.hidden, groups, weight, bias, norm.epsilon)]
+
+    def _multiply(
+        self, linear: Linear, x: torch.Tensor, y: torch.Tensor, thread: int, add: bool = False
+    ) -> list[Operation]:
+        """A thread's rows; the same rows for all sequences, while they are in cache."""
+        first, last = self._rows(linear, thread)
+        if first >= last:
+            return []
+        return [
+            linear.row_operation(
+                x[b].data_ptr(), y[b].data_ptr(), start, min(start + unit, last), add=add
+            )
+            for unit in [last - first if self.shape.batch == 1 else 4 * DECODE_ROWS]
+            for start in range(first, last, unit)
+            for b in range(self.shape.batch)
+        ]
+
+    def _activate(self, name: str, linear: Linear, gated: bool, thread: int) -> list[Operation]:
+        first, last = self._rows(linear, thread)
+        if first >= last:
+            return []
+        round_size = UNROLL * self.lanes
+        count = -(-(last - first) // round_size) * UNROLL
+        found: list[Operation] = []
+        for b in range(self.shape.batch):
+            gate = self._gate[b].data_ptr() + 4 * first
+            up = self._up[b].data_ptr() + 4 * first
+            found.append((f"{name}_gate" if gated else name, gate, up if gated else gate, count))
+        return found
+
+    def _attend(self, index: int, block: Block, thread: int) -> list[Operation]:
+        """For a thread's heads of keys and the queries that share them: all of attention."""
+        stack, shape = self.stack, self.shape
+        first, last = (
+            round(stack.key_heads * number / shape.threads) for number in (thread, thread + 1)
+        )
+        if first == last:
+            return []
+        heads, dim = last - first, stack.head_dim
+        group = stack.heads // stack.key_heads
+        found: list[Operation] = []
+        for b in range(shape.batch):
+            row = self._qkv[b].data_ptr()
+            queries = row + 4 * first * group * dim
+            keys = row + 4 * (stack.query_rows + first * dim)
+            values = keys + 4 * stack.key_rows
+            parts = ((queries, heads * group), (keys, heads))
+            if block.head_norms is not None:
+                for norm, (place, count) in zip(block.head_norms, parts, strict=True):
+                    weight, bias = norm.weight.data_ptr(), norm.bias.data_ptr()
+                    found.append(
+                        ("rms_norm_row", place, place, dim, count, weight, bias, norm.epsilon)
+                    )
+            if stack.rotary:
+                angles = Slot("cos", 4 * b * dim), Slot("sin", 4 * b * dim)
+                found += [("rotary_row", place, count, dim, *angles) for place, count in parts]
+            table = self.tables[index, b].ctypes.data
+            past = Slot("past")
+            for place, offset in ((keys, 0), (values, stack.key_rows)):
+                feature = offset + first * dim
+                found.append(("append", place, heads * dim, 1, 4, table, feature, past, self.width))
+            found.append(
+                (
+                    "attention_row",
+                    queries,
+                    self._context[b].data_ptr() + 4 * first * group * dim,
+                    heads * group,
+                    dim,
+                    first * dim,
+                    stack.key_rows + first * dim,
+                    group,
+                    table,
+                    self.width,
+                    self.masks[b].data_ptr(),
+                    Slot("past", 1),
+                    block.window,
+                    self._scores[thread].data_ptr(),
+                    stack.scale,
+                )
+            )
+        return found
+
+
+def _padded(rows: int) -> int:
+    """Rows up to a whole unit that a thread may write."""
+    return -(-rows // DECODE_ROWS) * DECODE_ROWS

@@ -1,0 +1,147 @@
+"""Running a packed stack: programs are made for each shape of input, and kept."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from hf_sparse.runtime import row_schedule
+from hf_sparse.runtime.attention import UNSEEN
+from hf_sparse.runtime.blocks import Stack
+from hf_sparse.runtime.cache import TileLayer, tile_layers
+from hf_sparse.runtime.kernels import kernels
+from hf_sparse.runtime.row_schedule import RowProgram
+from hf_sparse.runtime.schedule import Shape, TileProgram
+from hf_sparse.runtime.target import Target
+
+# Bytes of buffers of programs that are kept for later calls of the same shape.
+_KEPT_BYTES = 128 << 20
+# Masks and tables grow by this many tokens at a time, so that generation seldom needs a new program.
+_CAPACITY = 512
+
+
+class Runner:
+    """A stack on a target. Safe to call from several threads: a program serves one call at a time."""
+
+    def __init__(self, stack: Stack, target: Target, cache: Path | None) -> None:
+        self.stack, self.target = stack, target
+        self._code = kernels(target, cache)
+        self._lock = threading.Lock()
+        self._idle: OrderedDict[Shape, list[TileProgram | RowProgram]] = OrderedDict()
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        cache: Cache | None = None,
+        states: bool = False,
+    ) -> Tensor:
+        """Run all blocks.
+
+        Args:
+            hidden: `(batch, tokens, hidden)` float32.
+            mask: `(batch, past + tokens)`, true for the keys that are seen, or None for all.
+            rotation: cos and sin, `(batch or 1, tokens, head_dim)`, if the stack is rotary.
+            cache: receives keys and values, and has those of the past.
+            states: return what each block gives, not only the last.
+
+        Returns:
+            `(batch, tokens, hidden)`, with `states` `(blocks, batch, tokens, hidden)`.
+        """
+        batch, tokens, _ = hidden.shape
+        layers: list[TileLayer] = []
+        past = 0
+        if cache is not None:
+            rows, width = 2 * self.stack.key_rows, self.target.widths[0]
+            layers = tile_layers(cache, len(self.stack.blocks), rows, width)
+            past = layers[0].length
+            for layer in layers:
+                layer.reserve(batch, past + tokens)
+        if mask is not None and mask.shape != (batch, past + tokens):
+            raise ValueError(
+                f"attention_mask has the shape {tuple(mask.shape)}; wanted {(batch, past + tokens)}: "
+                "a number for each token, those in past_key_values included."
+            )
+        unit = _CAPACITY if cache is not None else self.target.widths[0]
+        capacity = -(-(past + tokens) // unit) * unit
+        threads = torch.get_num_threads()
+        shape = Shape(batch, tokens, threads, cache is not None, capacity, states)
+        program = self._take(shape)
+        try:
+            output = self._run(program, hidden, mask, rotation, layers, past)
+        finally:
+            self._give_back(shape, program)
+        for layer in layers:
+            layer.length += tokens
+        return output
+
+    def _run(
+        self,
+        program: TileProgram | RowProgram,
+        hidden: Tensor,
+        mask: Tensor | None,
+        rotation: tuple[Tensor, Tensor] | None,
+        layers: list[TileLayer],
+        past: int,
+    ) -> Tensor:
+        shape = program.shape
+        if mask is None:
+            program.masks.zero_()
+        else:
+            program.masks[:, : mask.shape[1]].copy_(mask == 0).mul_(UNSEEN)
+        addresses = {"past": past}
+        if rotation is not None:
+            shaped = (shape.batch, shape.tokens, self.stack.head_dim)
+            cos, sin = (angles.float().expand(shaped).contiguous() for angles in rotation)
+            addresses |= {"cos": cos.data_ptr(), "sin": sin.data_ptr()}
+        if layers:
+            _fill(program.tables, layers)
+        if isinstance(program, RowProgram):
+            program.residual.copy_(hidden[:, 0])
+            program.program.run(**addresses)
+            return program.residual[:, None].clone()
+        hidden = hidden.contiguous()
+        sizes = (len(self.stack.blocks),) if shape.states else ()
+        output = torch.empty(*sizes, *hidden.shape)
+        program.program.run(hidden=hidden.data_ptr(), output=output.data_ptr(), **addresses)
+        return output
+
+    def _take(self, shape: Shape) -> TileProgram | RowProgram:
+        with self._lock:
+            idle = self._idle.get(shape)
+            if idle:
+                self._idle.move_to_end(shape)
+                return idle.pop()
+        single = shape.tokens == 1 and shape.cached and not shape.states
+        widths = self.target.widths
+        if single and row_schedule.fits(self.stack, self.target.lanes):
+            return RowProgram(self.stack, self._code, self.target.lanes, widths[0], shape)
+        return TileProgram(self.stack, self._code, widths, shape)
+
+    def _give_back(self, shape: Shape, program: TileProgram | RowProgram) -> None:
+        with self._lock:
+            self._idle.setdefault(shape, []).append(program)
+            self._idle.move_to_end(shape)
+            kept = [(key, one) for key, programs in self._idle.items() for one in programs]
+            size = sum(one.nbytes for _, one in kept)
+            for key, one in kept[:-1]:
+                if size <= _KEPT_BYTES:
+                    break
+                self._idle[key].remove(one)
+                size -= one.nbytes
+
+
+def _fill(tables: np.ndarray, layers: list[TileLayer]) -> None:
+    """Write the addresses of the cache's tiles."""
+    batch, entries, rows, width = layers[0].tiles.shape
+    entries = min(entries, tables.shape[2])
+    bases = np.array([layer.tiles.data_ptr() for layer in layers])
+    starts = bases[:, None] + np.arange(batch) * (4 * layers[0].tiles.stride(0))
+    tables[:, :, :entries, 0] = starts[:, :, None] + np.arange(entries) * (4 * rows * width)

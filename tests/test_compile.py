@@ -1,0 +1,305 @@
+"""Compiled models against the models that they were compiled from."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    DynamicCache,
+    GPT2Config,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    T5Config,
+    T5Model,
+    pipeline,
+)
+
+import hf_sparse
+from hf_sparse.runtime import jit, target
+from hf_sparse.runtime.compiled import stack_of
+from hf_sparse.runtime.families import COMPILED
+from tests.tiny_models import CONFIGS, tiny_tokenizer
+
+CAUSAL = [name for name, family in COMPILED.items() if family.causal]
+TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
+
+
+def random_model(config: PreTrainedConfig, sparsity: float = 0.6) -> PreTrainedModel:
+    torch.manual_seed(0)
+    causal = COMPILED[config.model_type].causal
+    auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    model = auto.from_config(config).eval()
+    for parameter in model.parameters():
+        # Norms and biases that matter, matrices whose products are not all near zero.
+        with torch.no_grad():
+            parameter.mul_(4) if parameter.ndim > 1 else parameter.add_(
+                0.1 * torch.randn_like(parameter)
+            )
+    hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", sparsity), "magnitude")
+    return model
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, tuple[PreTrainedModel, PreTrainedModel]]:
+    found = {}
+    for name in COMPILED:
+        model = random_model(CONFIGS[name])
+        found[name] = (model, hf_sparse.compile(model))
+    return found
+
+
+def inputs(batch: int, tokens: int, left: int = 0, right: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(3, 256, (batch, tokens), generator=generator)
+    mask = torch.ones(batch, tokens, dtype=torch.long)
+    mask[0, :left] = 0
+    mask[0, tokens - right :] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (1, 5), (3, 37), (2, 100)])
+def test_forward_and_hidden_states(models: dict, name: str, batch: int, tokens: int) -> None:
+    model, compiled = models[name]
+    causal = COMPILED[name].causal
+    padding = {} if tokens < 5 else {"left": 3} if causal else {"right": 3}
+    given = inputs(batch, tokens, **padding)
+    with torch.no_grad():
+        wanted = model(**given, output_hidden_states=True)
+        plain = compiled(**given)
+        found = compiled(**given, output_hidden_states=True)
+    seen = given["attention_mask"].bool()
+    torch.testing.assert_close(plain.logits[seen], found.logits[seen], **TOLERANCE)
+    torch.testing.assert_close(found.logits[seen], wanted.logits[seen], **TOLERANCE)
+    assert len(found.hidden_states) == len(wanted.hidden_states)
+    for state, reference in zip(found.hidden_states, wanted.hidden_states, strict=True):
+        torch.testing.assert_close(state[seen], reference[seen], **TOLERANCE)
+    assert type(compiled) is type(model)
+    assert compiled.config.to_diff_dict() == model.config.to_diff_dict()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads_gives_the_same(models: dict, threads: int) -> None:
+    _, compiled = models["bert"]
+    given = inputs(5, 70, right=9)
+    with torch.no_grad():
+        torch.set_num_threads(1)
+        wanted = compiled(**given).logits
+        torch.set_num_threads(threads)
+        assert torch.equal(compiled(**given).logits, wanted)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}])
+def test_generate(models: dict, name: str, options: dict) -> None:
+    model, compiled = models[name]
+    given = inputs(2, 9, left=3)
+    length = {"max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 1}
+    wanted = model.generate(**given, do_sample=False, **length, **options)
+    assert torch.equal(compiled.generate(**given, do_sample=False, **length, **options), wanted)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_cache_goes_on_from_any_position(models: dict, name: str) -> None:
+    """Several tokens at a time behind a past, across tiles, as one long input."""
+    model, compiled = models[name]
+    ids = inputs(2, 100)["input_ids"]
+    with torch.no_grad():
+        wanted = model(ids).logits
+        cache = DynamicCache(config=compiled.config)
+        parts = [
+            compiled(part, past_key_values=cache).logits for part in ids.split((3, 1, 70, 1, 25), 1)
+        ]
+    assert cache.get_seq_length() == 100
+    torch.testing.assert_close(torch.cat(parts, dim=1), wanted, **TOLERANCE)
+
+
+def test_a_cache_that_the_model_filled_is_taken_over(models: dict) -> None:
+    model, compiled = models["llama"]
+    ids = inputs(2, 40)["input_ids"]
+    with torch.no_grad():
+        cache = model(ids[:, :30], use_cache=True).past_key_values
+        found = compiled(ids[:, 30:], past_key_values=cache).logits
+        wanted = model(ids).logits[:, 30:]
+    torch.testing.assert_close(found, wanted, **TOLERANCE)
+    cache.crop(-5)
+    with torch.no_grad():
+        again = compiled(ids[:, 35:], past_key_values=cache).logits
+    torch.testing.assert_close(again, found[:, 5:], **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_embd=36, n_head=3, n_layer=2, vocab_size=256, n_inner=50),
+        OPTConfig(
+            hidden_size=32,
+            num_attention_heads=4,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            vocab_size=256,
+            word_embed_proj_dim=16,
+            do_layer_norm_before=False,
+        ),
+        type(CONFIGS["mistral"])(**{**CONFIGS["mistral"].to_dict(), "sliding_window": 7}),
+        type(CONFIGS["albert"])(**{**CONFIGS["albert"].to_dict(), "inner_group_num": 2}),
+        type(CONFIGS["bert"])(**{**CONFIGS["bert"].to_dict(), "hidden_act": "relu"}),
+    ],
+    ids=["odd-sizes", "norms-behind", "window", "groups", "relu"],
+)
+def test_variants_of_families(config: PreTrainedConfig) -> None:
+    model = random_model(config)
+    compiled = hf_sparse.compile(model)
+    given = inputs(2, 33)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**given).logits, model(**given).logits, **TOLERANCE)
+    if config.model_type in CAUSAL:
+        length = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, "pad_token_id": 1}
+        assert torch.equal(model.generate(**given, **length), compiled.generate(**given, **length))
+
+
+@pytest.mark.parametrize("name", [name for name in target.targets() if name != "avx512"])
+@pytest.mark.parametrize("family", ["bert", "qwen3"])
+def test_other_vector_widths(models: dict, name: str, family: str) -> None:
+    model, _ = models[family]
+    try:
+        compiled = hf_sparse.compile(model, target=name)
+    except ValueError as error:
+        pytest.skip(str(error))
+    given = inputs(3, 37)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**given).logits, model(**given).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.95])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block:2x1", "block:4x1", "block:16x1"])
+def test_patterns_find_their_kernel(pattern: str, sparsity: float) -> None:
+    model = random_model(CONFIGS["bert"], 0.0)
+    if sparsity:
+        fixed = None if pattern == "2:4" else 0.8
+        hf_sparse.prune_(model, hf_sparse.SparsityConfig(pattern, fixed), "magnitude")
+    compiled = hf_sparse.compile(model)
+    wanted = {"unstructured": 1, "2:4": 1, "block:2x1": 2}.get(pattern, 4) if sparsity else 4
+    stack = stack_of(compiled)
+    heights = {linear.parts[0].height for block in stack.blocks for linear in block.linears}
+    assert heights == {wanted}
+    given = inputs(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**given).logits, model(**given).logits, **TOLERANCE)
+
+
+def test_the_model_stays_as_it_was_and_shares_what_is_not_packed(models: dict) -> None:
+    model, compiled = models["bert"]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    names = {name for name, _ in compiled.named_parameters()}
+    assert names
+    assert not any("encoder" in name for name in names)
+    shared = dict(model.named_parameters())
+    for name, parameter in compiled.named_parameters():
+        assert parameter.data_ptr() == shared[name].data_ptr()
+
+
+def test_half_precision_models_are_computed_in_float32() -> None:
+    model = random_model(CONFIGS["llama"]).bfloat16()
+    compiled = hf_sparse.compile(model)
+    given = inputs(2, 12)
+    with torch.no_grad():
+        found, wanted = compiled(**given).logits, model.float()(**given).logits
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), wanted, atol=0.05, rtol=0.05)
+
+
+def test_concurrent_callers_and_models(models: dict) -> None:
+    given = [inputs(1 + number % 3, 5 + 7 * number) for number in range(6)]
+    chosen = [models["bert"][1], models["gpt2"][1]]
+    with torch.no_grad():
+        wanted = [[model(**one).logits for one in given] for model in chosen]
+    failures = []
+
+    def work(seed: int) -> None:
+        with torch.no_grad():
+            for turn in range(30):
+                which, number = (seed + turn) % 2, (seed * 5 + turn) % 6
+                found = chosen[which](**given[number]).logits
+                if not torch.equal(found, wanted[which][number]):
+                    failures.append((which, number))
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+def test_pipeline(models: dict) -> None:
+    tools = tiny_tokenizer()
+    results = [
+        pipeline("text-generation", model=model, tokenizer=tools)(
+            "The value of", max_new_tokens=5, do_sample=False
+        )
+        for model in models["gpt2"]
+    ]
+    assert results[0] == results[1]
+
+
+def test_bad_input_is_refused(models: dict) -> None:
+    _, compiled = models["llama"]
+    given = inputs(1, 6)
+    with pytest.raises(ValueError, match="4 dimensions"):
+        compiled(given["input_ids"], attention_mask=torch.zeros(1, 1, 6, 6))
+    with pytest.raises(ValueError, match="shape"):
+        compiled(given["input_ids"], attention_mask=torch.ones(1, 9))
+    with pytest.raises(ValueError, match="packed sequences"):
+        compiled(
+            given["input_ids"], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False
+        )
+    with pytest.raises(ValueError, match="output_attentions"):
+        models["bert"][1](**given, output_attentions=True)
+    with pytest.raises(ValueError, match="inference"):
+        compiled.train()(**given)
+    compiled.eval()
+    embeds = torch.randn(1, 6, 32, requires_grad=True)
+    with pytest.raises(ValueError, match="no gradients"):
+        compiled(inputs_embeds=embeds)
+    with pytest.raises(ValueError, match="StaticLayer"):
+        compiled.generate(**given, max_new_tokens=3, cache_implementation="static")
+
+
+def test_models_that_cannot_be_compiled_are_refused() -> None:
+    with pytest.raises(ValueError, match="family 't5'"):
+        hf_sparse.compile(T5Model(T5Config(d_model=16, num_layers=1, d_ff=16, vocab_size=9)))
+    with pytest.raises(ValueError, match="Linear"):
+        hf_sparse.compile(torch.nn.Linear(2, 2))
+    config = GPT2Config(n_embd=32, n_head=2, n_layer=1, scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx"):
+        hf_sparse.compile(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(ValueError, match="target 'sse9'"):
+        hf_sparse.compile(random_model(CONFIGS["bert"]), target="sse9")
+    with pytest.raises(ValueError, match="not compiled"):
+        stack_of(random_model(CONFIGS["bert"]))
+
+
+def test_the_code_cache_is_used_and_checked(
+    tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_sparse.runtime import kernels
+
+    chosen = target.host()
+    functions = [kernels.tiles.copy(chosen)]
+    jit.compile_kernels(functions, chosen, tmp_path)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for damaged in (whole[:-1], b"", b"foreign", whole[:60] + b"\0" + whole[61:]):
+        file.write_bytes(damaged)
+        jit.compile_kernels(functions, chosen, tmp_path)
+        assert file.read_bytes() == whole
+    monkeypatch.setattr(jit, "_compile", None)  # from here on nothing is compiled
+    jit.compile_kernels(functions, chosen, tmp_path)
+    with pytest.raises(TypeError):
+        jit.compile_kernels(functions, chosen, None)

@@ -1,0 +1,351 @@
+"""Every kernel against its reference, on all targets and over one table of sizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hf_sparse.runtime import (
+    activation,
+    attention,
+    decode,
+    normalisation,
+    packing,
+    spmm,
+    target,
+)
+from hf_sparse.runtime.jit import Code
+from hf_sparse.runtime.kernels import kernels
+from hf_sparse.runtime.program import Program, Slot, aligned
+
+TARGETS = list(target.targets())
+# Rows, columns: tiny, odd, more than a panel and a chunk, real.
+SIZES = [(4, 1), (12, 7), (36, 129), (772, 256), (768, 768)]
+
+
+@pytest.fixture(params=TARGETS)
+def chosen(request: pytest.FixtureRequest) -> target.Target:
+    order = list(target.targets())
+    if order.index(request.param) < order.index(target.host().name):
+        pytest.skip(f"this CPU cannot run {request.param}")
+    return target.named(request.param)
+
+
+@pytest.fixture
+def code(chosen: target.Target, tmp_path_factory: pytest.TempPathFactory) -> Code:
+    return kernels(chosen, tmp_path_factory.getbasetemp().parent / "kernels")
+
+
+def address(array: np.ndarray | torch.Tensor) -> int:
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr()
+
+
+def random_tile(rows: int, width: int, seed: int = 0) -> torch.Tensor:
+    tile = aligned(rows, width)
+    return tile.copy_(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)))
+
+
+def sparse_weight(rows: int, columns: int, height: int, sparsity: float) -> np.ndarray:
+    random = np.random.default_rng(rows + columns)
+    kept = random.random((rows // height, columns)) >= sparsity
+    weight = random.standard_normal((rows, columns)) * np.repeat(kept, height, axis=0)
+    return weight.astype(np.float32)
+
+
+def call_spmm(
+    code: Code,
+    packed: packing.PackedWeight,
+    vectors: int,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    bias: np.ndarray,
+    start: int,
+) -> None:
+    streams = (packed.panels, packed.groups, packed.values, packed.indices, packed.order)
+    for first, following in zip(packed.chunks, packed.chunks[1:], strict=False):
+        panels, *rest = (
+            stream.ctypes.data + int(at) * stream.strides[0]
+            for stream, at in zip(streams, first, strict=True)
+        )
+        count = int(following[0] - first[0])
+        name = spmm.name(packed.height, vectors)
+        code.call(name, panels, count, *rest, address(x), address(y), address(bias), start)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("height", spmm.UNROLL)
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
+def test_packing_loses_nothing(rows: int, columns: int, height: int, sparsity: float) -> None:
+    weight = sparse_weight(rows, columns, height, sparsity)
+    packed = packing.pack(weight, height)
+    assert np.array_equal(packing.unpack(packed), weight)
+    assert packed.nonzeros == np.count_nonzero(weight)
+    packing.check(packed)
+
+
+@pytest.mark.parametrize("height", spmm.UNROLL)
+@pytest.mark.parametrize("vectors", [1, 2, 4])
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
+def test_spmm(
+    code: Code, chosen: target.Target, rows: int, columns: int, vectors: int, height: int
+) -> None:
+    weight = sparse_weight(rows, columns, height, 0.8)
+    packed = packing.pack(weight, height)
+    x = random_tile(columns, vectors * chosen.lanes)
+    before = random_tile(rows, vectors * chosen.lanes, seed=1)
+    bias = np.random.default_rng(0).standard_normal(rows).astype(np.float32)
+    product = weight.astype(np.float64) @ x.double().numpy()
+    wanted = {
+        spmm.START_SUM: before.numpy() + product,
+        spmm.START_BIAS: bias[:, None] + product,
+        spmm.START_SUM_BIAS: before.numpy() + bias[:, None] + product,
+    }
+    for start, reference in wanted.items():
+        y = aligned(*before.shape).copy_(before)
+        call_spmm(code, packed, vectors, x, y, bias, start)
+        np.testing.assert_allclose(y.numpy(), reference, atol=2e-5 * columns**0.5)
+
+
+def test_spmm_of_a_permuted_weight_permutes_the_result(code: Code, chosen: target.Target) -> None:
+    weight = sparse_weight(64, 300, 1, 0.7)
+    order = np.random.default_rng(1).permutation(64)
+    x = random_tile(300, chosen.lanes)
+    results = []
+    for matrix in (weight, weight[order]):
+        y = aligned(64, chosen.lanes)
+        call_spmm(code, packing.pack(matrix), 1, x, y, np.zeros(64, np.float32), spmm.START_BIAS)
+        results.append(y.numpy())
+    assert np.array_equal(results[0][order], results[1])
+
+
+@pytest.mark.parametrize("name", activation.ACTIVATIONS)
+def test_activation(code: Code, chosen: target.Target, name: str) -> None:
+    unit = chosen.lanes * activation.UNROLL
+    x, gate = aligned(64 * unit), random_tile(64, unit).view(-1)
+    x.copy_(torch.linspace(-12, 12, len(x)))
+    reference = activation.activation_ref(name, x.numpy())
+    both = x.clone(), aligned(len(x)).copy_(x)
+    code.call(name, address(both[1]), address(both[1]), len(x) // chosen.lanes)
+    np.testing.assert_allclose(both[1].numpy(), reference, atol=2e-6)
+    gated = aligned(len(x)).copy_(x)
+    code.call(f"{name}_gate", address(gated), address(gate), len(x) // chosen.lanes)
+    np.testing.assert_allclose(gated.numpy(), reference * gate.numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 4])
+@pytest.mark.parametrize("norm", normalisation.NORMS)
+@pytest.mark.parametrize("features", [1, 37, 768])
+def test_normalisation(
+    code: Code, chosen: target.Target, features: int, norm: str, vectors: int
+) -> None:
+    x = random_tile(2 * features, vectors * chosen.lanes) + 3
+    x = aligned(*x.shape).copy_(x)
+    y = aligned(*x.shape)
+    weight, bias = np.random.default_rng(0).standard_normal((2, features)).astype(np.float32)
+    name = normalisation.name(norm, vectors)
+    code.call(name, address(x), address(y), features, 2, address(weight), address(bias), 1e-5)
+    for half in range(2):
+        rows = slice(half * features, (half + 1) * features)
+        wanted = normalisation.normalisation_ref(norm, x[rows].numpy(), weight, bias, 1e-5)
+        np.testing.assert_allclose(y[rows].numpy(), wanted, atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 4])
+@pytest.mark.parametrize(("features", "missing"), [(1, 0), (37, 3), (128, 1)])
+def test_tiles_transpose_and_come_back(
+    code: Code, chosen: target.Target, features: int, missing: int, vectors: int
+) -> None:
+    width = vectors * chosen.lanes
+    tokens = width - missing
+    x = torch.randn(tokens, features)
+    tile, back = aligned(features, width), torch.full((tokens, features), torch.nan)
+    code.call(f"to_tile{vectors}", address(x), address(tile), features, tokens, 4 * features)
+    assert torch.equal(tile[:, :tokens], x.T)
+    assert torch.equal(tile[:, tokens:], x[-1:].T.expand(-1, missing))
+    code.call(f"from_tile{vectors}", address(tile), address(back), features, tokens, 4 * features)
+    assert torch.equal(back, x)
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`x (heads, head_dim, tokens)`."""
+    half = x.shape[1] // 2
+    turned = torch.cat([-x[:, half:], x[:, :half]], dim=1)
+    return x * cos + turned * sin
+
+
+@pytest.mark.parametrize("vectors", [1, 4])
+def test_rotary(code: Code, chosen: target.Target, vectors: int) -> None:
+    width = vectors * chosen.lanes
+    x, cos, sin = random_tile(3 * 20, width), random_tile(20, width, 1), random_tile(20, width, 2)
+    wanted = rotated(x.view(3, 20, width), cos, sin).view(60, width)
+    code.call(f"rotary{vectors}", address(x), 3, 20, address(cos), address(sin))
+    torch.testing.assert_close(x, wanted)
+
+
+def key_tiles(
+    keys: np.ndarray, values: np.ndarray, width: int
+) -> tuple[list[torch.Tensor], np.ndarray]:
+    """Keys and values `(heads, tokens, head_dim)` as tiles of `width` tokens, and their table."""
+    heads, tokens, dim = keys.shape
+    tiles = []
+    for start in range(0, tokens, width):
+        tile = aligned(2 * heads * dim, width)
+        for half, source in enumerate((keys, values)):
+            part = source[:, start : start + width].transpose(0, 2, 1).reshape(heads * dim, -1)
+            rows = slice(half * heads * dim, (half + 1) * heads * dim)
+            tile[rows, : part.shape[1]] = torch.from_numpy(part)
+        tiles.append(tile)
+    return tiles, np.array([(address(tile), 4 * width, width) for tile in tiles], np.int64)
+
+
+ATTENTION = [
+    # heads, heads of keys, head_dim, keys, causal, window
+    (2, 2, 4, 1, False, None),
+    (4, 2, 32, 77, True, None),
+    (3, 1, 80, 130, True, 17),
+    (2, 2, 64, 128, False, None),
+    (1, 1, 96, 333, True, None),
+    (2, 1, 128, 64, True, 64),
+]
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+@pytest.mark.parametrize("vectors", [1, 2, 4])
+def test_attention(code: Code, chosen: target.Target, vectors: int, case: tuple) -> None:
+    heads, key_heads, dim, tokens, causal, window = case
+    width = vectors * chosen.lanes
+    random = np.random.default_rng(tokens)
+    keys, values = random.standard_normal((2, key_heads, tokens, dim)).astype(np.float32)
+    tiles, table = key_tiles(keys, values, chosen.widths[0])
+    mask = np.zeros(len(tiles) * chosen.widths[0], np.float32)
+    mask[1:tokens:5] = attention.UNSEEN
+    q, out = random_tile(heads * dim, width), aligned(heads * dim, width)
+    first = max(tokens - width, 0) if causal else 1 << 29
+    window = window or 1 << 30
+    group = heads // key_heads
+    code.call(
+        attention.name(vectors),
+        *(address(q), address(out), heads, dim, 0, key_heads * dim, group),
+        *(address(table), len(table), address(mask), tokens, first, window, dim**-0.5),
+    )
+    wanted = attention.attention_ref(
+        q.view(heads, dim, width).transpose(1, 2).numpy(),
+        np.repeat(keys, group, 0),
+        np.repeat(values, group, 0),
+        mask[:tokens],
+        dim**-0.5,
+        first,
+        window,
+    )
+    found = out.view(heads, dim, width).transpose(1, 2).numpy()
+    np.testing.assert_allclose(found, wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention_of_one_token(code: Code, chosen: target.Target, case: tuple) -> None:
+    heads, key_heads, dim, tokens, _, window = case
+    random = np.random.default_rng(tokens)
+    keys, values = random.standard_normal((2, key_heads, tokens, dim)).astype(np.float32)
+    width = chosen.widths[0]
+    tiles, table = key_tiles(keys, values, width)
+    mask = np.zeros(len(tiles) * width, np.float32)
+    mask[1:tokens:5] = attention.UNSEEN
+    q, out = aligned(heads * dim), aligned(heads * dim)
+    q.copy_(torch.from_numpy(random.standard_normal(heads * dim)))
+    scores, window, group = aligned(len(mask)), window or 1 << 30, heads // key_heads
+    code.call(
+        "attention_row",
+        *(address(q), address(out), heads, dim, 0, key_heads * dim, group, address(table), width),
+        *(address(mask), tokens, window, address(scores), dim**-0.5),
+    )
+    wanted = attention.attention_ref(
+        q.view(heads, 1, dim).numpy(),
+        np.repeat(keys, group, 0),
+        np.repeat(values, group, 0),
+        mask[:tokens],
+        dim**-0.5,
+        tokens - 1,
+        window,
+    )
+    np.testing.assert_allclose(out.view(heads, 1, dim).numpy(), wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
+@pytest.mark.parametrize("add", [False, True])
+def test_rows_of_one_token(code: Code, rows: int, columns: int, sparsity: float, add: bool) -> None:
+    weight = sparse_weight(rows, columns, 1, sparsity)
+    packed = packing.pack_decode(weight)
+    assert np.array_equal(packing.unpack_decode(packed), weight)
+    whole = -(-columns // decode.COLUMNS) * decode.COLUMNS
+    x = aligned(whole)
+    x[:columns] = torch.randn(columns)
+    bias = torch.randn(rows)
+    y = torch.randn(rows)
+    wanted = weight.astype(np.float64) @ x[:columns].numpy() + bias.numpy()
+    wanted = wanted + y.numpy() if add else wanted
+    padded = np.zeros((rows, whole), np.float32)
+    padded[:, :columns] = weight
+    groups = rows // decode.GROUP
+    second = y.clone()
+    words = (address(packed.words), address(packed.values))
+    ends = (address(bias), groups)
+    code.call("sparse_rows", *words, address(x), address(y), *ends, packed.words.shape[1], int(add))
+    dense = (address(padded), 4 * whole, address(x), address(second), *ends, whole, int(add))
+    code.call("dense_rows", *dense)
+    for found in (y, second):
+        np.testing.assert_allclose(found.numpy(), wanted, atol=1e-5 * whole**0.5)
+
+
+@pytest.mark.parametrize("norm", normalisation.NORMS)
+def test_norm_and_rotary_of_one_token(code: Code, chosen: target.Target, norm: str) -> None:
+    features = 3 * chosen.lanes
+    x, y = aligned(2, features).copy_(torch.randn(2, features)), aligned(2, features)
+    weight, bias = np.random.default_rng(0).standard_normal((2, features)).astype(np.float32)
+    ends = (address(weight), address(bias), 1e-5)
+    code.call(f"{norm}_norm_row", address(x), address(y), features, 2, *ends)
+    wanted = normalisation.normalisation_ref(norm, x.T.numpy(), weight, bias, 1e-5)
+    np.testing.assert_allclose(y.T.numpy(), wanted, atol=1e-5)
+    q, cos, sin = torch.randn(3, 6), torch.randn(6), torch.randn(6)
+    turned = rotated(q[..., None], cos[:, None], sin[:, None])[..., 0]
+    code.call("rotary_row", address(q), 3, 6, address(cos), address(sin))
+    torch.testing.assert_close(q, turned)
+
+
+def test_append_and_copy(code: Code, chosen: target.Target) -> None:
+    width = chosen.widths[0]
+    x = random_tile(6, width)
+    tiles = [aligned(8, width), aligned(8, width)]
+    table = np.array([(address(tile), 4 * width, width) for tile in tiles], np.int64)
+    position = width - 2
+    code.call("append", address(x), 6, 5, 4 * width, address(table), 1, position, width)
+    both = torch.cat(tiles, dim=1)
+    assert torch.equal(both[1:7, position : position + 5], x[:, :5])
+    assert both.count_nonzero() == 30
+    code.call("copy", address(x), address(tiles[0]), 6 * 4)
+    assert torch.equal(tiles[0][:6], x)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_program_runs_its_phases_in_order(
+    code: Code, chosen: target.Target, threads: int
+) -> None:
+    """Each phase copies what the one before wrote, in another thread's list."""
+    vectors, phases = 4, 6
+    rows = [aligned(threads, vectors * chosen.lanes) for _ in range(phases + 1)]
+    source = random_tile(threads, vectors * chosen.lanes)
+    listed = []
+    for phase in range(phases):
+        lists = []
+        for thread in range(threads):
+            moved = (thread + 1) % threads
+            x = Slot("x", 4 * vectors * chosen.lanes * moved)
+            given = x if phase == 0 else address(rows[phase][moved])
+            lists.append([("copy", given, address(rows[phase + 1][thread]), vectors)])
+        listed.append(lists)
+    program = Program(code, listed, [rows])
+    for _ in range(20):
+        rows[-1].zero_()
+        program.run(x=address(source))
+        assert torch.equal(rows[-1], source.roll(-phases, dims=0))
