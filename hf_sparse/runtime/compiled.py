@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hf_sparse.runtime.blocks import Stack, find_blocks, pack_blocks, why_not_co
 from hf_sparse.runtime.families import COMPILED
 from hf_sparse.runtime.jit import DEFAULT_CACHE
 from hf_sparse.runtime.runner import Runner
+from hf_sparse.runtime.sparse_linear import CompiledHead
 from hf_sparse.runtime.target import named
 
 # The name of the attention in the compiled model's config: masks reach the blocks as they were given.
@@ -67,15 +69,19 @@ def compile(
     compiled = _without_blocks(model, getattr(owner, name))
     compiled.config._attn_implementation = ATTENTION
     AttentionMaskInterface.register(ATTENTION, _as_given)
-    runner = Runner(stack, chosen, None if cache is None else Path(cache))
+    folder = None if cache is None else Path(cache)
+    runner = Runner(stack, chosen, folder)
     new_owner: Any = compiled.base_model.get_submodule(family.stack.rpartition(".")[0])
     layer_class = _compiled_class(type(modules[0]))
     results = threading.local()
     layers = [layer_class(runner, results, index) for index in range(len(modules))]
-    setattr(new_owner, name, nn.ModuleList(layers))
+    setattr(new_owner, name, CompiledBlocks(layers))
     if compiled.config.model_type == "albert":  # its loop goes over groups of layers
         new_owner.config = copy.copy(new_owner.config)
         new_owner.config.num_hidden_layers = new_owner.config.num_hidden_groups = len(layers)
+    head = compiled.get_output_embeddings()
+    if stack.causal and CompiledHead.suits(head):
+        compiled.set_output_embeddings(CompiledHead(head, chosen, folder))
     compiled.eval()
     return compiled
 
@@ -104,6 +110,21 @@ def _without_blocks(model: PreTrainedModel, blocks: nn.Module) -> PreTrainedMode
     for buffer in model.buffers():
         memo[id(buffer)] = buffer
     return copy.deepcopy(model, memo)
+
+
+class CompiledBlocks(nn.ModuleList):
+    """The list of blocks. A loop over it meets the first one only, unless someone listens to them.
+
+    The first one runs all, so that calling the others would cost time and do nothing.
+    """
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        layers = list(super().__iter__())
+        return iter(layers if layers[0]._forward_hooks else layers[:1])
+
+    def __getitem__(self, index: Any) -> Any:
+        whole = isinstance(index, slice) and len(range(len(self))[index]) == len(self)
+        return self if whole else super().__getitem__(index)
 
 
 class CompiledLayer(nn.Module):

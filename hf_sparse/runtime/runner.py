@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +14,13 @@ from hf_sparse.runtime.attention import UNSEEN
 from hf_sparse.runtime.blocks import Stack
 from hf_sparse.runtime.cache import TileLayer, tile_layers
 from hf_sparse.runtime.kernels import kernels
+from hf_sparse.runtime.pool import Pool
 from hf_sparse.runtime.row_schedule import RowProgram
 from hf_sparse.runtime.schedule import Shape, TileProgram
 from hf_sparse.runtime.target import Target
 
 # Bytes of buffers of programs that are kept for later calls of the same shape.
-_KEPT_BYTES = 128 << 20
+KEPT_BYTES = 128 << 20
 # Masks and tables grow by this many tokens at a time, so that generation seldom needs a new program.
 _CAPACITY = 512
 
@@ -32,8 +31,7 @@ class Runner:
     def __init__(self, stack: Stack, target: Target, cache: Path | None) -> None:
         self.stack, self.target = stack, target
         self._code = kernels(target, cache)
-        self._lock = threading.Lock()
-        self._idle: OrderedDict[Shape, list[TileProgram | RowProgram]] = OrderedDict()
+        self._programs: Pool[TileProgram | RowProgram] = Pool(KEPT_BYTES)
 
     def __call__(
         self,
@@ -73,11 +71,8 @@ class Runner:
         capacity = -(-(past + tokens) // unit) * unit
         threads = torch.get_num_threads()
         shape = Shape(batch, tokens, threads, cache is not None, capacity, states)
-        program = self._take(shape)
-        try:
+        with self._programs.borrow(shape, lambda: self._make(shape)) as program:
             output = self._run(program, hidden, mask, rotation, layers, past)
-        finally:
-            self._give_back(shape, program)
         for layer in layers:
             layer.length += tokens
         return output
@@ -113,29 +108,12 @@ class Runner:
         program.program.run(hidden=hidden.data_ptr(), output=output.data_ptr(), **addresses)
         return output
 
-    def _take(self, shape: Shape) -> TileProgram | RowProgram:
-        with self._lock:
-            idle = self._idle.get(shape)
-            if idle:
-                self._idle.move_to_end(shape)
-                return idle.pop()
+    def _make(self, shape: Shape) -> TileProgram | RowProgram:
         single = shape.tokens == 1 and shape.cached and not shape.states
         widths = self.target.widths
         if single and row_schedule.fits(self.stack, self.target.lanes):
             return RowProgram(self.stack, self._code, self.target.lanes, widths[0], shape)
         return TileProgram(self.stack, self._code, widths, shape)
-
-    def _give_back(self, shape: Shape, program: TileProgram | RowProgram) -> None:
-        with self._lock:
-            self._idle.setdefault(shape, []).append(program)
-            self._idle.move_to_end(shape)
-            kept = [(key, one) for key, programs in self._idle.items() for one in programs]
-            size = sum(one.nbytes for _, one in kept)
-            for key, one in kept[:-1]:
-                if size <= _KEPT_BYTES:
-                    break
-                self._idle[key].remove(one)
-                size -= one.nbytes
 
 
 def _fill(tables: np.ndarray, layers: list[TileLayer]) -> None:

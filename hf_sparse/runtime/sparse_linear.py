@@ -1,0 +1,210 @@
+"""Single layers as machine code: for models that are not compiled whole, and for output heads.
+
+Both are torch custom operations on a number that stands for the layer, so that `torch.compile` and
+`torch.export` see one opaque call with a known shape.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse.runtime.decode import COLUMNS, GROUP
+from hf_sparse.runtime.kernels import kernels
+from hf_sparse.runtime.linear import Linear
+from hf_sparse.runtime.packing import DECODE_ROWS
+from hf_sparse.runtime.pool import Pool
+from hf_sparse.runtime.program import Operation, Program, Slot, aligned
+from hf_sparse.runtime.target import Target
+from hf_sparse.runtime.tiling import Tile, cut, share
+
+_KEPT_BYTES = 16 << 20
+# Tokens that a head multiplies one by one; torch is faster for more.
+_FEW = 4
+
+_NUMBERS = itertools.count()
+_LAYERS: weakref.WeakValueDictionary[int, CompiledLinear | CompiledHead] = (
+    weakref.WeakValueDictionary()
+)
+
+
+@torch.library.custom_op("hf_sparse::linear", mutates_args=())
+def _linear(x: Tensor, layer: int, out_features: int) -> Tensor:
+    return _LAYERS[layer].multiply(x)
+
+
+@_linear.register_fake
+def _(x: Tensor, layer: int, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+class _Layer(nn.Module):
+    """What the two have in common: a number, checks, and programs by the number of tokens."""
+
+    in_features: int
+    out_features: int
+
+    def _register(self, target: Target, cache: Path | None) -> None:
+        self._number = next(_NUMBERS)
+        _LAYERS[self._number] = self  # type: ignore[assignment]
+        self._target, self._code = target, kernels(target, cache)
+        self._programs: Pool[Any] = Pool(_KEPT_BYTES)
+
+    def _checked(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise ValueError("a compiled model is for inference: call its eval() first.")
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError("a compiled layer has no gradients: use torch.no_grad().")
+        if x.device.type != "cpu" or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"the input is {tuple(x.shape)} on {x.device}; wanted (..., {self.in_features}) on "
+                "the CPU."
+            )
+        return x
+
+
+class CompiledLinear(_Layer):
+    """A packed layer in place of a Linear or Conv1D.
+
+    Args:
+        packed: the weight `(out_features, in_features)`.
+        target: what the code is for.
+        cache: folder of the machine code, or None.
+    """
+
+    def __init__(self, packed: Linear, target: Target, cache: Path | None) -> None:
+        super().__init__()
+        self.packed = packed
+        self.in_features, self.out_features = packed.columns, packed.rows
+        self._register(target, cache)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x (..., in_features)` to `(..., out_features)`, computed in float32."""
+        result: Tensor = torch.ops.hf_sparse.linear(
+            self._checked(x), self._number, self.out_features
+        )
+        return result
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The operation itself."""
+        flat = x.detach().reshape(-1, self.in_features).float().contiguous()
+        output = torch.empty(len(flat), self.out_features)
+        if len(flat):
+            key = (len(flat), torch.get_num_threads())
+            with self._programs.borrow(key, lambda: _TileLinear(self, *key)) as program:
+                program.program.run(x=flat.data_ptr(), y=output.data_ptr())
+        return output.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+
+class _TileLinear:
+    """A program that multiplies `tokens` tokens."""
+
+    def __init__(self, layer: CompiledLinear, tokens: int, threads: int) -> None:
+        self._packed, widths = layer.packed, layer._target.widths
+        lists = share(cut(0, tokens, widths), threads)
+        self._x = aligned(threads, layer.in_features, widths[0])
+        self._y = aligned(threads, layer.out_features, widths[0])
+        operations = [
+            [operation for tile in part for operation in self._operations(tile, thread)]
+            for thread, part in enumerate(lists)
+        ]
+        self.program = Program(layer._code, [operations], [self.__dict__])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return 4 * (self._x.numel() + self._y.numel())
+
+    def _operations(self, tile: Tile, thread: int) -> list[Operation]:
+        packed = self._packed
+        x, y = self._x[thread].data_ptr(), self._y[thread].data_ptr()
+        columns, rows = packed.columns, packed.rows
+        source, goal = Slot("x", 4 * columns * tile.start), Slot("y", 4 * rows * tile.start)
+        return [
+            (f"to_tile{tile.vectors}", source, x, columns, tile.tokens, 4 * columns),
+            *packed.operations(x, y, tile.vectors),
+            (f"from_tile{tile.vectors}", y, goal, rows, tile.tokens, 4 * rows),
+        ]
+
+
+class CompiledHead(_Layer):
+    """An output head that reads torch's own weight: no copy, and faster for a few tokens.
+
+    Args:
+        linear: the head; its weight may be shared with the embeddings.
+        target: what the code is for.
+        cache: folder of the machine code, or None.
+    """
+
+    def __init__(self, linear: nn.Linear, target: Target, cache: Path | None) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._register(target, cache)
+
+    @staticmethod
+    def suits(linear: nn.Module | None) -> bool:
+        """Whether a head is a float32 Linear of whole vectors and groups of rows."""
+        if type(linear) is not nn.Linear or linear.weight.dtype != torch.float32:
+            return False
+        whole = not (linear.in_features % COLUMNS or linear.out_features % GROUP)
+        return whole and linear.weight.is_contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x (..., in_features)` to `(..., out_features)`."""
+        tokens = x.numel() // self.in_features
+        if tokens > _FEW or not tokens or x.dtype != torch.float32:
+            return nn.functional.linear(x, self.weight, self.bias)
+        result: Tensor = torch.ops.hf_sparse.linear(
+            self._checked(x), self._number, self.out_features
+        )
+        return result
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The operation itself."""
+        flat = x.detach().reshape(-1, self.in_features).contiguous()
+        output = torch.empty(len(flat), self.out_features)
+        key = (len(flat), torch.get_num_threads(), self.weight.data_ptr())
+        with self._programs.borrow(key, lambda: _RowHead(self, *key[:2])) as program:
+            program.program.run(x=flat.data_ptr(), y=output.data_ptr())
+        return output.view(*x.shape[:-1], self.out_features)
+
+
+class _RowHead:
+    """A program that multiplies a few tokens, one after the other, by a thread's rows."""
+
+    nbytes = 0
+
+    def __init__(self, head: CompiledHead, tokens: int, threads: int) -> None:
+        rows, columns = head.out_features, head.in_features
+        units = -(-rows // DECODE_ROWS)
+        edges = [min(round(units * t / threads) * DECODE_ROWS, rows) for t in range(threads + 1)]
+        bias = 0 if head.bias is None else head.bias.data_ptr()
+        weight, stride = head.weight.data_ptr(), 4 * columns
+        lists: list[list[Operation]] = []
+        for first, last in itertools.pairwise(edges):
+            lists.append([])
+            # Few rows at a time where there are several tokens: they are read from the cache then.
+            unit = max(last - first, 1) if tokens == 1 else DECODE_ROWS
+            for start in range(first, last, unit):
+                groups = (min(start + unit, last) - start) // GROUP
+                for token in range(tokens):
+                    lists[-1].append(
+                        (
+                            "dense_rows",
+                            weight + start * stride,
+                            stride,
+                            Slot("x", token * stride),
+                            Slot("y", 4 * (token * rows + start)),
+                            bias and bias + 4 * start,
+                            groups,
+                            columns,
+                            0,
+                        )
+                    )
+        self.program = Program(head._code, [lists], [head.weight, head.bias])
