@@ -17,7 +17,8 @@ from hf_sparse.runtime import (
 )
 from hf_sparse.runtime.jit import Code
 from hf_sparse.runtime.kernels import kernels
-from hf_sparse.runtime.program import Program, Slot, aligned
+from hf_sparse.runtime.memory import aligned
+from hf_sparse.runtime.program import Program, Slot
 
 TARGETS = list(target.targets())
 # Rows, columns: tiny, odd, more than a panel and a chunk, real.

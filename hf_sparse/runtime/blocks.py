@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from hf_sparse.runtime.families import ACTIVATION_NAMES, COMPILED, Blocks
 from hf_sparse.runtime.latency import NOMINAL, Rates
 from hf_sparse.runtime.linear import Linear, pack_linear
+from hf_sparse.runtime.memory import Shelf
 from hf_sparse.runtime.packing import CHUNK_ROWS
 from hf_sparse.structure import is_conv1d
 
@@ -124,12 +125,13 @@ def pack_blocks(
     """Pack the weights of all blocks. The modules are read, not kept."""
     heads, key_heads, head_dim = _sizes(config)
     packed: dict[int, Block] = {}
+    shelves = Shelf(), Shelf() if family.causal else None
     blocks = []
     for index, module in enumerate(modules):
         if id(module) not in packed:
             window = _window(config, index)
             name = f"{prefix}.{index}"
-            packed[id(module)] = _pack_block(family, module, name, window, rates)
+            packed[id(module)] = _pack_block(family, module, name, window, shelves, rates)
         blocks.append(packed[id(module)])
     first = family.norm_first
     return Stack(
@@ -162,7 +164,16 @@ def _window(config: Any, index: int) -> int:
     return window or NO_WINDOW
 
 
-def _pack_block(family: Blocks, module: nn.Module, name: str, window: int, rates: Rates) -> Block:
+def _pack_block(
+    family: Blocks,
+    module: nn.Module,
+    name: str,
+    window: int,
+    shelves: tuple[Shelf, Shelf | None],
+    rates: Rates,
+) -> Block:
+    shelf, single = shelves
+
     def weight_of(path: str) -> tuple[Tensor, Tensor | None]:
         layer: Any = module.get_submodule(path)
         weight = layer.weight.detach().float()
@@ -173,7 +184,8 @@ def _pack_block(family: Blocks, module: nn.Module, name: str, window: int, rates
             f"{name}.{path}",
             *weight_of(path),
             column_chunk=column_chunk,
-            single=family.causal,
+            single=single,
+            shelf=shelf,
             rates=rates,
         )
 
@@ -197,7 +209,8 @@ def _pack_block(family: Blocks, module: nn.Module, name: str, window: int, rates
         f"{name}.{joined}",
         torch.cat([weight for weight, _ in parts]),
         None if biases[0] is None else torch.cat([b for b in biases if b is not None]),
-        single=family.causal,
+        single=single,
+        shelf=shelf,
         rates=rates,
     )
     gate = None if family.gate is None else linear(family.gate)

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_sparse.runtime import spmm
 from hf_sparse.runtime.decode import COLUMNS, GROUP
 from hf_sparse.runtime.latency import NOMINAL, Rates
+from hf_sparse.runtime.memory import Shelf
 from hf_sparse.runtime.packing import DECODE_ROWS, DecodeWeight, PackedWeight, pack, pack_decode
 from hf_sparse.runtime.program import Argument, Operation
 
@@ -173,7 +174,8 @@ def pack_linear(
     bias: Tensor | None = None,
     *,
     column_chunk: int | None = None,
-    single: bool = False,
+    single: Shelf | None = None,
+    shelf: Shelf,
     rates: Rates = NOMINAL,
 ) -> Linear:
     """Pack a weight `(out_features, in_features)`.
@@ -183,14 +185,15 @@ def pack_linear(
         weight: any float type; packed as float32.
         bias: `(out_features,)` or None.
         column_chunk: multiply this many columns at a time, as separate parts.
-        single: also pack it for single tokens.
+        single: also pack it for single tokens, on this shelf.
+        shelf: where the packed weight is put.
         rates: speed of the kernels, by which the one to use is chosen.
     """
     array = weight.detach().float().numpy()
     columns = array.shape[1]
     edges = tuple(range(0, columns, column_chunk or columns)) + (columns,)
     height = choose_height(array, rates)
-    parts = tuple(pack(array[:, start:stop], height) for start, stop in pairwise(edges))
+    parts = tuple(pack(array[:, start:stop], height).on(shelf) for start, stop in pairwise(edges))
     zeros = array.size - int(np.count_nonzero(array))
     return Linear(
         name,
@@ -198,7 +201,7 @@ def pack_linear(
         edges,
         None if bias is None else _whole_groups(bias),
         zeros,
-        _single(array, zeros) if single else None,
+        None if single is None else _single(array, zeros, single),
     )
 
 
@@ -209,13 +212,13 @@ def _whole_groups(bias: Tensor) -> Tensor:
     return padded
 
 
-def _single(array: np.ndarray, zeros: int) -> DecodeWeight | Tensor:
+def _single(array: np.ndarray, zeros: int, shelf: Shelf) -> DecodeWeight | Tensor:
     """The weight for single tokens: packed if that is fewer bytes by a margin, else padded."""
     if zeros >= MIN_DECODE_SPARSITY * array.size:
-        return pack_decode(array)
+        return pack_decode(array).on(shelf)
     rows, columns = (
         -(-size // unit) * unit for size, unit in zip(array.shape, (GROUP, COLUMNS), strict=True)
     )
-    padded = torch.zeros(rows, columns)
-    padded[: array.shape[0], : array.shape[1]] = torch.from_numpy(array)
-    return padded
+    padded = np.zeros((rows, columns), np.float32)
+    padded[: array.shape[0], : array.shape[1]] = array
+    return torch.from_numpy(shelf.place(padded))

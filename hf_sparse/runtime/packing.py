@@ -6,13 +6,14 @@ kept. `unpack` gives it back, which is what tests and `check` rely on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hf_sparse.runtime.decode import COLUMNS, GROUP
+from hf_sparse.runtime.memory import Shelf
 from hf_sparse.runtime.spmm import INDEX_BYTES, SIDE_BY_SIDE, UNROLL
 
 Array = NDArray
@@ -48,6 +49,17 @@ class PackedWeight:
     order: Array
     chunks: Array
     chunk_rows: Array
+
+    def on(self, shelf: Shelf) -> PackedWeight:
+        """The same weight with its streams on a shelf."""
+        return replace(
+            self,
+            panels=shelf.place(self.panels),
+            groups=shelf.place(self.groups),
+            values=shelf.place(self.values),
+            indices=shelf.place(self.indices),
+            order=shelf.place(self.order),
+        )
 
     @property
     def nbytes(self) -> int:
@@ -195,6 +207,10 @@ class DecodeWeight:
     words: Array
     values: Array
     starts: Array
+
+    def on(self, shelf: Shelf) -> DecodeWeight:
+        """The same weight with its streams on a shelf."""
+        return replace(self, words=shelf.place(self.words), values=shelf.place(self.values))
 
     @property
     def nbytes(self) -> int:

@@ -14,14 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from hf_sparse.runtime import threads
 from hf_sparse.runtime.jit import Code
-
-# Rows of tiles begin at cache lines.
-ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -37,14 +33,6 @@ class Slot:
 
 Argument = int | float | Slot
 Operation = tuple[str, *tuple[Argument, ...]]
-
-
-def aligned(*shape: int) -> torch.Tensor:
-    """Zeros, float32, that begin at a cache line."""
-    count = int(np.prod(shape))
-    memory = torch.zeros(count + ALIGNMENT // 4)
-    skip = (-memory.data_ptr() % ALIGNMENT) // 4
-    return memory[skip : skip + count].view(shape)
 
 
 class Program:

@@ -19,8 +19,9 @@ from hf_sparse.runtime import attention, normalisation
 from hf_sparse.runtime.activation import UNROLL
 from hf_sparse.runtime.blocks import NO_WINDOW, Block, Norm, Stack
 from hf_sparse.runtime.jit import Code
+from hf_sparse.runtime.memory import aligned
 from hf_sparse.runtime.packing import CHUNK_ROWS
-from hf_sparse.runtime.program import Argument, Operation, Program, Slot, aligned
+from hf_sparse.runtime.program import Argument, Operation, Program, Slot
 from hf_sparse.runtime.tiling import Tile, cut, share
 
 # A position that no query is before, for attention that is not causal.

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from hf_sparse.runtime.decode import COLUMNS, GROUP
 from hf_sparse.runtime.kernels import kernels
 from hf_sparse.runtime.linear import Linear
+from hf_sparse.runtime.memory import aligned
 from hf_sparse.runtime.packing import DECODE_ROWS
 from hf_sparse.runtime.pool import Pool
-from hf_sparse.runtime.program import Operation, Program, Slot, aligned
+from hf_sparse.runtime.program import Operation, Program, Slot
 from hf_sparse.runtime.target import Target
 from hf_sparse.runtime.tiling import Tile, cut, share
 
