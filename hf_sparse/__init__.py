@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hf_sparse.checkpoint.card import Metric as Metric
+    from hf_sparse.checkpoint.compiled import load_compiled as load_compiled
+    from hf_sparse.checkpoint.compiled import save_compiled as save_compiled
     from hf_sparse.checkpoint.inspect import inspect_checkpoint as inspect_checkpoint
     from hf_sparse.checkpoint.legacy import convert_legacy as convert_legacy
     from hf_sparse.checkpoint.save import save_pretrained as save_pretrained
@@ -59,10 +61,12 @@ _PUBLIC = {
     "convert_legacy": "hf_sparse.checkpoint.legacy",
     "freeze_zeros": "hf_sparse.optim.shrinkage",
     "inspect_checkpoint": "hf_sparse.checkpoint.inspect",
+    "load_compiled": "hf_sparse.checkpoint.compiled",
     "measure_sparsity": "hf_sparse.report",
     "perplexity": "hf_sparse.evaluation",
     "prune_": "hf_sparse.pruning.oneshot",
     "push_to_hub": "hf_sparse.hub",
+    "save_compiled": "hf_sparse.checkpoint.compiled",
     "save_pretrained": "hf_sparse.checkpoint.save",
     "sparse_param_groups": "hf_sparse.optim.groups",
     "trainer_optimizer": "hf_sparse.optim.trainer",

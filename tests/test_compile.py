@@ -21,9 +21,10 @@ from transformers import (
 
 import hf_sparse
 from hf_sparse.runtime import jit, target
-from hf_sparse.runtime.compiled import stack_of
+from hf_sparse.runtime.compiled import linears_of, stack_of
 from hf_sparse.runtime.families import COMPILED
-from tests.tiny_models import CONFIGS, tiny_tokenizer
+from hf_sparse.runtime.sparse_linear import CompiledHead, CompiledLinear
+from tests.tiny_models import CONFIGS, tiny_model, tiny_tokenizer
 
 CAUSAL = [name for name, family in COMPILED.items() if family.causal]
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
@@ -272,8 +273,9 @@ def test_bad_input_is_refused(models: dict) -> None:
 
 
 def test_models_that_cannot_be_compiled_are_refused() -> None:
-    with pytest.raises(ValueError, match="family 't5'"):
-        hf_sparse.compile(T5Model(T5Config(d_model=16, num_layers=1, d_ff=16, vocab_size=9)))
+    dense = T5Model(T5Config(d_model=16, num_layers=1, d_ff=16, vocab_size=9))
+    with pytest.raises(ValueError, match=r"family 't5'.*40 % zeros"):
+        hf_sparse.compile(dense)
     with pytest.raises(ValueError, match="Linear"):
         hf_sparse.compile(torch.nn.Linear(2, 2))
     config = GPT2Config(n_embd=32, n_head=2, n_layer=1, scale_attn_by_inverse_layer_idx=True)
@@ -283,6 +285,71 @@ def test_models_that_cannot_be_compiled_are_refused() -> None:
         hf_sparse.compile(random_model(CONFIGS["bert"]), target="sse9")
     with pytest.raises(ValueError, match="not compiled"):
         stack_of(random_model(CONFIGS["bert"]))
+    with pytest.raises(ValueError, match="already"):
+        hf_sparse.compile(hf_sparse.compile(random_model(CONFIGS["bert"])))
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt_neox", "gpt2"])
+def test_other_models_get_compiled_layers(family: str) -> None:
+    """Also GPT-2 with an option that its kernels cannot do, whose layers are Conv1Ds."""
+    model = tiny_model(family, seed=3)
+    if family == "gpt2":
+        model.config.scale_attn_by_inverse_layer_idx = True
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", 0.7), "magnitude")
+    dense = [name for name, layer in model.named_modules() if type(layer) is torch.nn.Linear]
+    compiled = hf_sparse.compile(model)
+    given = inputs(2, 21)
+    if family == "t5":
+        given["decoder_input_ids"] = given["input_ids"][:, :5]
+    with torch.no_grad():
+        wanted, found = model(**given)[0], compiled(**given)[0]
+        torch.testing.assert_close(found, wanted, **TOLERANCE)
+        traced = torch.compile(compiled, backend="eager")(**given)[0]
+    torch.testing.assert_close(traced, wanted, **TOLERANCE)
+    explained = compiled.explain(tokens=32)
+    single = [name for name, layer in compiled.named_modules() if type(layer) is CompiledLinear]
+    assert [layer.name for layer in explained.layers] == single
+    assert explained.reason is not None
+    assert explained.layers
+    assert set(explained.torch_layers) <= set(dense)
+    assert "not compiled as a whole" in str(explained)
+
+
+def test_explain_tells_each_layer() -> None:
+    model = random_model(CONFIGS["bert"], 0.0)
+    queries = hf_sparse.SparsityConfig("unstructured", 0.9, targets=["query", "key", "value"])
+    hf_sparse.prune_(model, queries, "magnitude")
+    hf_sparse.prune_(model, hf_sparse.SparsityConfig("2:4", targets=["output.dense"]), "magnitude")
+    compiled = hf_sparse.compile(model)
+    explained = compiled.explain(tokens=100)
+    assert explained.reason is None
+    assert len(explained.layers) == 4 * 3
+    patterns = [layer.pattern for layer in explained.layers]
+    assert patterns == ["unstructured", "2:4", "dense", "2:4"] * 3
+    for layer, linear in zip(explained.layers, linears_of(compiled), strict=True):
+        assert layer.sparsity == pytest.approx(
+            {"unstructured": 0.9, "2:4": 0.5}.get(layer.pattern, 0), abs=1e-3
+        )
+        assert layer.nbytes == linear.nbytes
+        assert layer.predicted > 0
+        assert layer.measured > 0
+        assert layer.name in str(explained)
+    with pytest.raises(ValueError, match="tokens"):
+        compiled.explain(tokens=0)
+
+
+def test_a_compiled_head_equals_the_linear() -> None:
+    linear = torch.nn.Linear(32, 64)
+    head = CompiledHead(linear, target.host(), None).eval()
+    with torch.no_grad():
+        for shape in ((1, 1, 32), (4, 32), (2, 2, 32), (7, 32), (0, 32)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(head(x), linear(x))
+    assert not CompiledHead.suits(torch.nn.Linear(30, 64))
+    assert not CompiledHead.suits(linear.bfloat16())
 
 
 def test_the_code_cache_is_used_and_checked(

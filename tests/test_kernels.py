@@ -63,15 +63,10 @@ def call_spmm(
     bias: np.ndarray,
     start: int,
 ) -> None:
-    streams = (packed.panels, packed.groups, packed.values, packed.indices, packed.order)
-    for first, following in zip(packed.chunks, packed.chunks[1:], strict=False):
-        panels, *rest = (
-            stream.ctypes.data + int(at) * stream.strides[0]
-            for stream, at in zip(streams, first, strict=True)
-        )
-        count = int(following[0] - first[0])
-        name = spmm.name(packed.height, vectors)
-        code.call(name, panels, count, *rest, address(x), address(y), address(bias), start)
+    name = spmm.name(packed.height, vectors)
+    for chunk in range(len(packed.chunks) - 1):
+        arguments = packed.arguments(chunk)
+        code.call(name, *arguments, address(x), address(y), address(bias), start)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 1.0])

@@ -14,19 +14,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from hf_sparse.runtime.blocks import Stack, find_blocks, pack_blocks, why_not_compiled
+from hf_sparse.runtime.explain import Explanation, explain_layers
 from hf_sparse.runtime.families import COMPILED
 from hf_sparse.runtime.jit import DEFAULT_CACHE
+from hf_sparse.runtime.linear import Linear, pack_linear
+from hf_sparse.runtime.memory import Shelf
 from hf_sparse.runtime.runner import Runner
-from hf_sparse.runtime.sparse_linear import CompiledHead
-from hf_sparse.runtime.target import named
+from hf_sparse.runtime.sparse_linear import CompiledHead, CompiledLinear
+from hf_sparse.runtime.target import Target, named
+from hf_sparse.structure import target_layers
 
 # The name of the attention in the compiled model's config: masks reach the blocks as they were given.
 ATTENTION = "hf_sparse"
+# A single layer with fewer zeros is left to torch, with which it shares the layout of activations.
+MIN_SPARSITY = 0.4
 
 
 def _as_given(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
@@ -42,8 +49,13 @@ def compile(
     computed densely by the same kernels. The weights are packed, in float32; the model that was
     given stays as it is, and may be deleted: only embeddings, norms and heads are shared with it.
 
+    The blocks of the families in `families.COMPILED` are compiled as a whole. In other models, and
+    variants that the kernels cannot do, each sparse Linear of the blocks is replaced by a compiled
+    one, and torch does the rest. `compiled.explain()` tells which, and prints per layer the pattern
+    that was found, the kernel, bytes, and predicted and measured time.
+
     Args:
-        model: a transformers model of a family in `COMPILED`, on the CPU.
+        model: a transformers model on the CPU.
         target: `avx512`, `avx2` or `portable`; what the CPU can do best by default.
         cache: folder that keeps the machine code, or None to keep none.
 
@@ -52,58 +64,113 @@ def compile(
 
     Raises:
         ImportError: llvmlite is not installed.
-        ValueError: the family is not one of those that are compiled, or the model is not on the CPU.
+        ValueError: the model is not on the CPU, or it is not compiled as a whole and no layer of
+            its blocks has enough zeros.
     """
     chosen = named(target)
+    folder = None if cache is None else Path(cache)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"compile takes a transformers model, not a {type(model).__name__}.")
     if model.device.type != "cpu":
         raise ValueError(f"the model is on {model.device}; wanted the CPU: model.to('cpu') first.")
+    if any(isinstance(module, (CompiledLayer, CompiledLinear)) for module in model.modules()):
+        raise ValueError("the model is compiled already.")
     reason = why_not_compiled(model.config)
     if reason is not None:
-        raise ValueError(f"{type(model).__name__} cannot be compiled: {reason}.")
+        return _compile_layers(model, reason, chosen, folder)
     family = COMPILED[model.config.model_type]
     base: Any = model.base_model
     owner, name, modules = find_blocks(base, family)
     stack = pack_blocks(model.config, family, modules, family.stack)
-    compiled = _without_blocks(model, getattr(owner, name))
-    compiled.config._attn_implementation = ATTENTION
+    return assemble(_without(model, [getattr(owner, name)]), stack, chosen, folder)
+
+
+def assemble(
+    model: PreTrainedModel, stack: Stack, target: Target, cache: Path | None
+) -> PreTrainedModel:
+    """Put a packed stack into a model that has an empty list of blocks."""
+    model.config._attn_implementation = ATTENTION
     AttentionMaskInterface.register(ATTENTION, _as_given)
-    folder = None if cache is None else Path(cache)
-    runner = Runner(stack, chosen, folder)
-    new_owner: Any = compiled.base_model.get_submodule(family.stack.rpartition(".")[0])
-    layer_class = _compiled_class(type(modules[0]))
-    results = threading.local()
-    layers = [layer_class(runner, results, index) for index in range(len(modules))]
-    setattr(new_owner, name, CompiledBlocks(layers))
-    if compiled.config.model_type == "albert":  # its loop goes over groups of layers
-        new_owner.config = copy.copy(new_owner.config)
-        new_owner.config.num_hidden_layers = new_owner.config.num_hidden_groups = len(layers)
-    head = compiled.get_output_embeddings()
+    family = COMPILED[model.config.model_type]
+    path, _, name = family.stack.rpartition(".")
+    owner: Any = model.base_model.get_submodule(path)
+    layer_class = _compiled_class(_block_class(model))
+    runner, results = Runner(stack, target, cache), threading.local()
+    layers = [layer_class(runner, results, index) for index in range(len(stack.blocks))]
+    setattr(owner, name, CompiledBlocks(layers))
+    if model.config.model_type == "albert":  # its loop goes over groups of layers
+        owner.config = copy.copy(owner.config)
+        owner.config.num_hidden_layers = owner.config.num_hidden_groups = len(layers)
+    head = model.get_output_embeddings()
     if stack.causal and CompiledHead.suits(head):
-        compiled.set_output_embeddings(CompiledHead(head, chosen, folder))
-    compiled.eval()
-    return compiled
+        model.set_output_embeddings(CompiledHead(head, target, cache))
+    return _finished(model, None, target, cache)
+
+
+def _compile_layers(
+    model: PreTrainedModel, reason: str, target: Target, cache: Path | None
+) -> PreTrainedModel:
+    """Replace the sparse layers of a model's blocks one by one."""
+    shelf = Shelf()
+    replaced: dict[str, CompiledLinear] = {}
+    for layer in target_layers(model):
+        weight = layer.weight
+        zeros = 1 - int(torch.count_nonzero(weight)) / weight.numel()
+        if zeros >= MIN_SPARSITY:
+            bias: Any = layer.module.bias
+            packed = pack_linear(layer.name, weight, bias, shelf=shelf)
+            replaced[layer.name] = CompiledLinear(packed, target, cache)
+    if not replaced:
+        raise ValueError(
+            f"{type(model).__name__} is not compiled: {reason}; and no layer of its blocks has "
+            f"{100 * MIN_SPARSITY:.0f} % zeros, which single layers need. Prune it first."
+        )
+    modules = dict(model.named_modules())
+    compiled = _without(model, [modules[name] for name in replaced])
+    for name, new in replaced.items():
+        compiled.set_submodule(name, new)
+    return _finished(compiled, reason, target, cache)
+
+
+def _finished(
+    model: PreTrainedModel, reason: str | None, target: Target, cache: Path | None
+) -> PreTrainedModel:
+    def explain(tokens: int = 128) -> Explanation:
+        """Tell what became of each layer; times are for `tokens` tokens on torch's threads."""
+        return explain_layers(linears_of(model), reason, model, target, cache, tokens)
+
+    model.__dict__["explain"] = explain
+    model.eval()
+    return model
 
 
 def stack_of(model: nn.Module) -> Stack:
-    """The packed weights of a compiled model.
+    """The packed weights of a model whose blocks are compiled.
 
     Raises:
-        ValueError: the model is not compiled.
+        ValueError: they are not.
     """
     for module in model.modules():
         if isinstance(module, CompiledLayer):
             return module.runner.stack
     raise ValueError(
-        f"this {type(model).__name__} is not compiled: hf_sparse.compile(model) first."
+        f"the blocks of this {type(model).__name__} are not compiled: hf_sparse.compile(model) first."
     )
 
 
-def _without_blocks(model: PreTrainedModel, blocks: nn.Module) -> PreTrainedModel:
-    """A copy of a model that shares its tensors and has no blocks."""
-    memo: dict[int, Any] = {id(blocks): nn.ModuleList()}
-    inside = {id(tensor) for tensor in [*blocks.parameters(), *blocks.buffers()]}
+def linears_of(model: nn.Module) -> list[Linear]:
+    """All packed weights of a compiled model, shared ones once."""
+    single = [module.packed for module in model.modules() if isinstance(module, CompiledLinear)]
+    if single:
+        return single
+    linears = {id(x): x for block in stack_of(model).blocks for x in block.linears}
+    return list(linears.values())
+
+
+def _without(model: PreTrainedModel, parts: list[nn.Module]) -> PreTrainedModel:
+    """A copy of a model that shares its tensors and has nothing in place of some modules."""
+    memo: dict[int, Any] = {id(part): nn.ModuleList() for part in parts}
+    inside = {id(tensor) for part in parts for tensor in [*part.parameters(), *part.buffers()]}
     for parameter in model.parameters():
         if id(parameter) not in inside:
             memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False)
@@ -188,6 +255,13 @@ class CompiledLayer(nn.Module):
             states=bool(self._forward_hooks),
         )
         return output.to(hidden.dtype)
+
+
+def _block_class(model: PreTrainedModel) -> type[nn.Module]:
+    """The class of a family's blocks, by which transformers records hidden states."""
+    base: Any = model.base_model
+    found: type[nn.Module] = base._can_record_outputs["hidden_states"]
+    return found
 
 
 def _compiled_class(layer_class: type[nn.Module]) -> type[CompiledLayer]:

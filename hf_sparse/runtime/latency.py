@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import statistics
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+
+from hf_sparse.runtime import spmm
+from hf_sparse.runtime.kernels import kernels
+from hf_sparse.runtime.memory import aligned
+from hf_sparse.runtime.packing import pack
+from hf_sparse.runtime.target import Target
+
+# A layer of BERT-base's size, tokens of one tile.
+_ROWS, _COLUMNS, _REPEATS = 768, 768, 9
 
 
 @dataclass(frozen=True)
@@ -33,3 +46,29 @@ NOMINAL = Rates(
         4: (230.0, 250.0, 250.0, 250.0, 250.0),
     },
 )
+
+
+@functools.cache
+def calibrate(target: Target, cache: Path | None) -> Rates:
+    """Measure the rates of this machine, on one thread: about a second, once per process."""
+    code = kernels(target, cache)
+    random = np.random.default_rng(0)
+    width = target.widths[0]
+    x, y = aligned(_COLUMNS, width).fill_(1.0), aligned(_ROWS, width)
+    speeds: dict[int, tuple[float, ...]] = {}
+    for height in NOMINAL.speeds:
+        found = []
+        for density in NOMINAL.densities:
+            kept = random.random((_ROWS // height, _COLUMNS)) < density
+            weight = np.repeat(kept, height, axis=0).astype(np.float32)
+            packed = pack(weight, height)
+            arguments = packed.arguments(0)
+            name = spmm.name(height, 4)
+            times = []
+            for _ in range(_REPEATS):
+                start = time.perf_counter()
+                code.call(name, *arguments, x.data_ptr(), y.data_ptr(), 0, spmm.START_SUM)
+                times.append(time.perf_counter() - start)
+            found.append(2 * packed.stored * width / statistics.median(times) / 1e9)
+        speeds[height] = tuple(found)
+    return Rates(NOMINAL.densities, speeds)

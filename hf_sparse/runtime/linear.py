@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_sparse.runtime import spmm
 from hf_sparse.runtime.decode import COLUMNS, GROUP
+from hf_sparse.runtime.found import find_pattern
 from hf_sparse.runtime.latency import NOMINAL, Rates
 from hf_sparse.runtime.memory import Shelf
 from hf_sparse.runtime.packing import DECODE_ROWS, DecodeWeight, PackedWeight, pack, pack_decode
@@ -27,6 +28,7 @@ class Linear:
 
     Attributes:
         name: what the user calls the layer.
+        pattern: what its zeros follow, `dense` without zeros.
         parts: the weight, cut into ranges of columns that are multiplied one after the other.
         edges: `len(parts) + 1` columns, where the parts begin and end.
         bias: `(rows,)`, or None.
@@ -36,6 +38,7 @@ class Linear:
     """
 
     name: str
+    pattern: str
     parts: tuple[PackedWeight, ...]
     edges: tuple[int, ...]
     bias: Tensor | None
@@ -94,18 +97,11 @@ class Linear:
         bias_address = 0 if bias is None else bias.data_ptr()
         chunks = range(len(packed.chunks) - 1) if chunk is None else (chunk,)
         kernel = spmm.name(packed.height, vectors)
-        streams = (packed.panels, packed.groups, packed.values, packed.indices, packed.order)
         found: list[Operation] = []
+        streams: tuple[Argument, ...]
         for number in chunks:
-            first = packed.chunks[number]
-            panels, groups, values, indices, order = (
-                stream.ctypes.data + int(at) * stream.strides[0]
-                for stream, at in zip(streams, first, strict=True)
-            )
-            count = int(packed.chunks[number + 1][0] - first[0])
-            found.append(
-                (kernel, panels, count, groups, values, indices, order, x, y, bias_address, start)
-            )
+            streams = packed.arguments(number)
+            found.append((kernel, *streams, x, y, bias_address, start))
         return found
 
     def row_operation(
@@ -195,8 +191,10 @@ def pack_linear(
     height = choose_height(array, rates)
     parts = tuple(pack(array[:, start:stop], height).on(shelf) for start, stop in pairwise(edges))
     zeros = array.size - int(np.count_nonzero(array))
+    pattern = find_pattern(weight)
     return Linear(
         name,
+        "dense" if pattern is None else str(pattern),
         parts,
         edges,
         None if bias is None else _whole_groups(bias),

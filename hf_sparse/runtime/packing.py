@@ -50,6 +50,21 @@ class PackedWeight:
     chunks: Array
     chunk_rows: Array
 
+    def arguments(self, chunk: int) -> tuple[int, ...]:
+        """The first six arguments of `spmm` for one chunk of rows."""
+        streams = (self.panels, self.groups, self.values, self.indices, self.order)
+        first, following = self.chunks[chunk], self.chunks[chunk + 1]
+        panels, *others = (
+            stream.ctypes.data + int(at) * stream.strides[0]
+            for stream, at in zip(streams, first, strict=True)
+        )
+        return (panels, int(following[0] - first[0]), *others)
+
+    @property
+    def stored(self) -> int:
+        """Weights that are multiplied, those that pad blocks and pairs included."""
+        return int(self.chunks[-1, 2])
+
     def on(self, shelf: Shelf) -> PackedWeight:
         """The same weight with its streams on a shelf."""
         return replace(
@@ -307,8 +322,8 @@ def check(packed: PackedWeight) -> None:
     for column, (name, (stream, kind, dimensions)) in enumerate(streams.items()):
         _require(stream.dtype == kind and stream.ndim == dimensions, f"{name} are {stream.dtype}")
         _require(dimensions == 1 or stream.shape[1] == 3, f"{name} are no triples")
-        padding = -(-_PADDING // (stream.itemsize * (stream.shape[1] if dimensions == 2 else 1)))
-        _require(len(stream) >= chunks[-1, column] + min(padding, 1), f"{name} are cut off")
+        beyond = _PADDING // stream.itemsize if name == "indices" else 0  # loaded, not used
+        _require(len(stream) >= chunks[-1, column] + beyond, f"{name} are cut off")
     rows = packed.chunk_rows
     _require(len(rows) == len(chunks) and rows[0] == 0 and rows[-1] == packed.rows, "chunk rows")
     for number, (first, last) in enumerate(pairwise(chunks)):

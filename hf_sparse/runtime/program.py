@@ -12,6 +12,7 @@ import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,8 @@ class Slot:
 
 
 Argument = int | float | Slot
-Operation = tuple[str, *tuple[Argument, ...]]
+# A kernel's name, then its arguments.
+Operation = tuple[Any, ...]
 
 
 class Program:

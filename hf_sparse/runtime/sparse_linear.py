@@ -82,6 +82,8 @@ class CompiledLinear(_Layer):
         super().__init__()
         self.packed = packed
         self.in_features, self.out_features = packed.columns, packed.rows
+        # Some models ask a layer for its weight's dtype and device; there is nothing else in it.
+        self.register_buffer("weight", torch.empty(0), persistent=False)
         self._register(target, cache)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,149 @@
+"""Compiled models in files: loading needs no packing, and maps the weights into memory.
+
+A folder holds `compiled.json` (class, config, numbers of the stack) and `compiled.safetensors`
+(packed streams, embeddings, heads). Both can lie beside a checkpoint: they touch no other file. The
+machine code itself is not among them: it is made for the CPU that loads.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+import hf_sparse
+from hf_sparse.checkpoint.atomic import replacing
+from hf_sparse.formats import FormatError
+from hf_sparse.runtime.blocks import why_not_compiled
+from hf_sparse.runtime.compiled import assemble, stack_of
+from hf_sparse.runtime.families import COMPILED
+from hf_sparse.runtime.jit import DEFAULT_CACHE
+from hf_sparse.runtime.state import LAYOUT, restore_stack, stack_state
+from hf_sparse.runtime.target import named
+
+DESCRIPTION_NAME = "compiled.json"
+WEIGHTS_NAME = "compiled.safetensors"
+_STACK, _REST = "stack.", "model."
+
+
+def save_compiled(model: PreTrainedModel, folder: Path | str) -> Path:
+    """Save a compiled model so that `load_compiled` needs no packing.
+
+    Args:
+        model: what `hf_sparse.compile` gave, of a family whose blocks are compiled as a whole.
+        folder: where to; files of other names in it stay. Written atomically.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the model's blocks are not compiled.
+        OSError: the folder cannot be written; what was in it stays.
+    """
+    stack = stack_of(model)
+    tensors, description = stack_state(stack)
+    stored = {f"{_STACK}{name}": tensor for name, tensor in tensors.items()}
+    seen: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in seen and tensor.numel():
+            tied[name] = seen[tensor.data_ptr()]
+            continue
+        seen[tensor.data_ptr()] = name
+        stored[f"{_REST}{name}"] = tensor.contiguous()
+    described = {
+        "layout": json.loads(json.dumps(LAYOUT)),
+        "hf_sparse": hf_sparse.__version__,
+        "class": type(model).__name__,
+        "config": json.loads(model.config.to_json_string(use_diff=False)),
+        "tied": tied,
+        **description,
+    }
+    folder = Path(folder)
+    with replacing(folder) as fresh:
+        save_file(stored, fresh / WEIGHTS_NAME, metadata={"format": "pt"})
+        (fresh / DESCRIPTION_NAME).write_text(json.dumps(described))
+    return folder
+
+
+def load_compiled(
+    folder: Path | str, *, target: str | None = None, cache: Path | str | None = DEFAULT_CACHE
+) -> PreTrainedModel:
+    """Load a model that `save_compiled` wrote.
+
+    The weights are mapped into memory, not read; every count, row and column in them is checked
+    before machine code sees it, which reads the indices once.
+
+    Args:
+        folder: what `save_compiled` wrote.
+        target, cache: as `hf_sparse.compile`'s.
+
+    Raises:
+        FormatError: a file is missing, damaged, or of another version's layout.
+        ImportError: llvmlite is not installed.
+    """
+    folder, chosen = Path(folder), named(target)
+    file = folder / DESCRIPTION_NAME
+    try:
+        described = json.loads(file.read_text())
+        tensors = load_file(folder / WEIGHTS_NAME)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise FormatError(f"{folder} holds no compiled model that can be read: {error}") from error
+    if not isinstance(described, dict) or described.get("layout") != json.loads(json.dumps(LAYOUT)):
+        raise FormatError(
+            f"{file} was written by another version of hf_sparse, with another layout of weights. "
+            "Compile the model again."
+        )
+    try:
+        packed = {k.removeprefix(_STACK): v for k, v in tensors.items() if k.startswith(_STACK)}
+        stack = restore_stack(packed, described)
+        model = _skeleton(described, len(stack.blocks))
+        rest = {k.removeprefix(_REST): v for k, v in tensors.items() if k.startswith(_REST)}
+        rest |= {name: rest[source] for name, source in described["tied"].items()}
+        _load_rest(model, rest)
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise FormatError(f"{folder}: {error}") from error
+    return assemble(model, stack, chosen, None if cache is None else Path(cache))
+
+
+def _skeleton(described: dict[str, Any], blocks: int) -> PreTrainedModel:
+    """The model without blocks: built with one, which is then taken out."""
+    config = AutoConfig.for_model(**described["config"])
+    reason = why_not_compiled(config)
+    if reason is not None:
+        raise ValueError(reason)
+    model_class = getattr(transformers, described["class"], None)
+    if model_class is None:
+        model_class = getattr(hf_sparse, described["class"])
+    if not issubclass(model_class, PreTrainedModel):
+        raise ValueError(f"{described['class']} is no model class")
+    if config.num_hidden_layers * getattr(config, "inner_group_num", 1) != blocks:
+        raise ValueError(f"there are {blocks} blocks, the config has {config.num_hidden_layers}")
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = 1
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:1]
+    model: PreTrainedModel = model_class(small)
+    path, _, name = COMPILED[config.model_type].stack.rpartition(".")
+    owner: Any = model.base_model.get_submodule(path)
+    setattr(owner, name, nn.ModuleList())
+    for module in model.modules():
+        if getattr(module, "config", None) is small:
+            module.__dict__["config"] = config
+    return model
+
+
+def _load_rest(model: PreTrainedModel, tensors: dict[str, Any]) -> None:
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
+        differing = sorted(set(shapes.items()) ^ {(k, v.shape) for k, v in tensors.items()})
+        raise ValueError(f"weights do not fit the model: {differing[:3]}")
+    model.load_state_dict(tensors, assign=True)
+    model.requires_grad_(False)

@@ -1,0 +1,168 @@
+"""What became of each layer: `compiled.explain()`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hf_sparse.report import format_table
+from hf_sparse.runtime.jit import Code
+from hf_sparse.runtime.kernels import kernels
+from hf_sparse.runtime.latency import calibrate
+from hf_sparse.runtime.linear import Linear
+from hf_sparse.runtime.memory import aligned
+from hf_sparse.runtime.program import Program
+from hf_sparse.runtime.target import Target
+
+_REPEATS = 7
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """One weight of the compiled model.
+
+    Attributes:
+        name: the layer; joined names are multiplied at once.
+        shape: `(out_features, in_features)`.
+        pattern: what its zeros follow, `dense` without zeros.
+        kernel: what multiplies it.
+        sparsity: the fraction of zeros.
+        nbytes: packed.
+        predicted, measured: microseconds for the tokens of the explanation.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    kernel: str
+    sparsity: float
+    nbytes: int
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All layers, and what was not compiled. `str` gives a table.
+
+    Attributes:
+        layers: in the order of their use.
+        tokens, threads: what the times are for.
+        target: name of the target.
+        reason: why the blocks are not compiled as a whole, or None if they are.
+        torch_layers: layers of the blocks that torch computes.
+    """
+
+    layers: tuple[LayerExplanation, ...]
+    tokens: int
+    threads: int
+    target: str
+    reason: str | None
+    torch_layers: tuple[str, ...]
+
+    def __str__(self) -> str:
+        head = ("layer", "shape", "pattern", "kernel", "zeros", "MB", "predicted us", "measured us")
+        rows = [
+            (
+                layer.name,
+                f"{layer.shape[0]} x {layer.shape[1]}",
+                layer.pattern,
+                layer.kernel,
+                f"{layer.sparsity:.3f}",
+                f"{layer.nbytes / 1e6:.2f}",
+                f"{layer.predicted:.0f}",
+                f"{layer.measured:.0f}",
+            )
+            for layer in self.layers
+        ]
+        total = (
+            "sum",
+            "",
+            "",
+            "",
+            "",
+            f"{sum(layer.nbytes for layer in self.layers) / 1e6:.2f}",
+            f"{sum(layer.predicted for layer in self.layers):.0f}",
+            f"{sum(layer.measured for layer in self.layers):.0f}",
+        )
+        lines = [
+            f"{self.tokens} tokens, {self.threads} threads, target {self.target}; matrix products only",
+            format_table(head, [*rows, total]),
+        ]
+        if self.reason is not None:
+            lines.append(
+                f"The blocks are not compiled as a whole, only these layers: {self.reason}."
+            )
+        if self.torch_layers:
+            listed = ", ".join(self.torch_layers[:6])
+            more = len(self.torch_layers) - 6
+            lines.append(f"torch computes {listed}{f' and {more} more' if more > 0 else ''}.")
+        return "\n".join(lines)
+
+
+def explain_layers(
+    linears: Iterable[Linear],
+    reason: str | None,
+    model: nn.Module,
+    target: Target,
+    cache: Path | None,
+    tokens: int,
+) -> Explanation:
+    """Predict and measure each weight for `tokens` tokens on torch's number of threads.
+
+    Raises:
+        ValueError: `tokens` is not positive.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens is {tokens}; wanted at least 1.")
+    threads = torch.get_num_threads()
+    width, code, rates = target.widths[0], kernels(target, cache), calibrate(target, cache)
+    found = []
+    for linear in linears:
+        # Tiles go to threads whole; time is that of the thread with the most.
+        tiles = math.ceil(tokens / width)
+        rounds = math.ceil(tiles / threads)
+        height = linear.parts[0].height
+        stored = sum(part.stored for part in linear.parts)
+        density = stored / (linear.rows * linear.columns)
+        predicted = 2 * stored * width * rounds / rates.rate(height, density) / 1e3
+        found.append(
+            LayerExplanation(
+                linear.name,
+                (linear.rows, linear.columns),
+                linear.pattern,
+                f"spmm {height}x1",
+                linear.sparsity,
+                linear.nbytes,
+                predicted,
+                _measure(linear, code, width) * rounds * 1e6,
+            )
+        )
+    left = tuple(name for name, module in model.named_modules() if type(module) is nn.Linear)
+    return Explanation(tuple(found), tokens, threads, target.name, reason, left)
+
+
+def _measure(linear: Linear, code: Code, width: int) -> float:
+    """Seconds for one tile of the widest kind, on one thread."""
+    x, y = aligned(linear.columns, width).fill_(1.0), aligned(linear.rows, width)
+    operations = [
+        operation
+        for number, start in enumerate(linear.edges[:-1])
+        for operation in linear.operations(
+            x.data_ptr() + 4 * width * start, y.data_ptr(), 4, part=number
+        )
+    ]
+    program = Program(code, [[operations]], [linear, x, y])
+    times = []
+    for _ in range(_REPEATS):
+        start_time = time.perf_counter()
+        program.run()
+        times.append(time.perf_counter() - start_time)
+    return statistics.median(times)

@@ -1,0 +1,225 @@
+"""A packed stack as named arrays and plain numbers, and back: what files hold.
+
+Whoever restores one from a file gets a checked one: machine code never runs on what was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_sparse.runtime.blocks import Block, Norm, Stack
+from hf_sparse.runtime.linear import Linear
+from hf_sparse.runtime.packing import (
+    CHUNK_ROWS,
+    DECODE_ROWS,
+    PANEL_COLUMNS,
+    DecodeWeight,
+    PackedWeight,
+    check,
+    check_decode,
+)
+from hf_sparse.runtime.spmm import INDEX_BYTES, SIDE_BY_SIDE, UNROLL
+
+# Files of another layout are not read: compiling again is quick.
+LAYOUT = [1, CHUNK_ROWS, PANEL_COLUMNS, DECODE_ROWS, UNROLL, SIDE_BY_SIDE, INDEX_BYTES]
+
+_LINEARS = ("qkv", "out", "up", "down", "gate")
+_STREAMS = ("panels", "groups", "values", "indices", "order", "chunks", "chunk_rows")
+
+
+def stack_state(stack: Stack) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Arrays and numbers of a stack; both together give it back."""
+    tensors: dict[str, Tensor] = {}
+    unique = list({id(block): block for block in stack.blocks}.values())
+    numbers = {
+        field.name: getattr(stack, field.name)
+        for field in dataclasses.fields(stack)
+        if field.name != "blocks"
+    }
+    described = [
+        _block_state(block, f"blocks.{number}", tensors) for number, block in enumerate(unique)
+    ]
+    places = {id(block): number for number, block in enumerate(unique)}
+    order = [places[id(block)] for block in stack.blocks]
+    return tensors, {"stack": numbers, "blocks": described, "order": order}
+
+
+def restore_stack(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Stack:
+    """Undo `stack_state`, and check everything that a kernel would follow.
+
+    Raises:
+        ValueError: something is missing, or does not fit; the message names it.
+    """
+    try:
+        blocks = [
+            _restore_block(block, f"blocks.{number}", tensors)
+            for number, block in enumerate(description["blocks"])
+        ]
+        stack = Stack(
+            blocks=tuple(blocks[number] for number in description["order"]),
+            **description["stack"],
+        )
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"a compiled model is damaged: {error!r}. Compile it again.") from error
+    _check_stack(stack)
+    return stack
+
+
+def _block_state(block: Block, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    described: dict[str, Any] = {"window": block.window, "linears": {}, "epsilons": {}}
+    for name in _LINEARS:
+        linear: Linear | None = getattr(block, name)
+        if linear is None:
+            continue
+        place = f"{prefix}.{name}"
+        described["linears"][name] = {
+            "name": linear.name,
+            "pattern": linear.pattern,
+            "edges": list(linear.edges),
+            "zeros": linear.zeros,
+            "parts": [
+                {"rows": p.rows, "columns": p.columns, "height": p.height, "nonzeros": p.nonzeros}
+                for p in linear.parts
+            ],
+        }
+        for number, part in enumerate(linear.parts):
+            for stream in _STREAMS:
+                tensors[f"{place}.{number}.{stream}"] = torch.from_numpy(getattr(part, stream))
+        if linear.bias is not None:
+            tensors[f"{place}.bias"] = linear.bias
+        if isinstance(linear.single, DecodeWeight):
+            tensors[f"{place}.words"] = torch.from_numpy(linear.single.words)
+            tensors[f"{place}.single_values"] = torch.from_numpy(linear.single.values)
+            tensors[f"{place}.starts"] = torch.from_numpy(linear.single.starts)
+        elif linear.single is not None:
+            tensors[f"{place}.single"] = linear.single
+    for name, norms in (("norms", block.norms), ("head_norms", block.head_norms or ())):
+        described["epsilons"][name] = [norm.epsilon for norm in norms]
+        for number, norm in enumerate(norms):
+            tensors[f"{prefix}.{name}.{number}.weight"] = norm.weight
+            tensors[f"{prefix}.{name}.{number}.bias"] = norm.bias
+    return described
+
+
+def _restore_block(
+    described: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]
+) -> Block:
+    linears: dict[str, Any] = {
+        name: _restore_linear(linear, f"{prefix}.{name}", tensors)
+        for name, linear in described["linears"].items()
+    }
+    norms = {
+        name: tuple(
+            Norm(
+                tensors[f"{prefix}.{name}.{number}.weight"],
+                tensors[f"{prefix}.{name}.{number}.bias"],
+                float(epsilon),
+            )
+            for number, epsilon in enumerate(epsilons)
+        )
+        for name, epsilons in described["epsilons"].items()
+    }
+    attention, perceptron = norms["norms"]
+    heads = norms["head_norms"]
+    return Block(
+        **{"gate": None} | linears,
+        norms=(attention, perceptron),
+        head_norms=(heads[0], heads[1]) if heads else None,
+        window=int(described["window"]),
+    )
+
+
+def _restore_linear(
+    described: Mapping[str, Any], place: str, tensors: Mapping[str, Tensor]
+) -> Linear:
+    parts = []
+    for number, part in enumerate(described["parts"]):
+        streams: Any = {n: tensors[f"{place}.{number}.{n}"].numpy() for n in _STREAMS}
+        parts.append(PackedWeight(**part, **streams))
+        check(parts[-1])
+    rows, edges = parts[0].rows, tuple(described["edges"])
+    single: DecodeWeight | Tensor | None = tensors.get(f"{place}.single")
+    if f"{place}.words" in tensors:
+        single = DecodeWeight(
+            rows,
+            edges[-1],
+            tensors[f"{place}.words"].numpy(),
+            tensors[f"{place}.single_values"].numpy(),
+            tensors[f"{place}.starts"].numpy(),
+        )
+        check_decode(single)
+    linear = Linear(
+        described["name"],
+        described["pattern"],
+        tuple(parts),
+        edges,
+        tensors.get(f"{place}.bias"),
+        int(described["zeros"]),
+        single,
+    )
+    widths = [part.columns for part in parts]
+    _require(list(np.cumsum([0, *widths])) == list(edges), place, "its parts and edges differ")
+    _require(all(part.rows == rows for part in parts), place, "its parts have different rows")
+    _require(
+        all(np.array_equal(part.chunk_rows, parts[0].chunk_rows) for part in parts[1:])
+        or len(parts) == 1,
+        place,
+        "its parts have different chunks",
+    )
+    if linear.bias is not None:
+        _require_floats(linear.bias, place, rows)
+    if isinstance(single, Tensor):
+        fits = single.dtype == torch.float32 and single.is_contiguous() and single.ndim == 2
+        _require(fits, place, f"its single weight is {single.dtype} {tuple(single.shape)}")
+        large = single.shape[0] >= rows and single.shape[1] >= edges[-1]
+        _require(large and not single.shape[1] % 16, place, "its single weight is too small")
+    return linear
+
+
+def _check_stack(stack: Stack) -> None:
+    """The sizes of all weights and norms against those that programs rely on."""
+    queries, keys, hidden = stack.query_rows, stack.key_rows, stack.hidden
+    positive = (hidden, stack.heads, stack.key_heads, stack.head_dim, stack.intermediate)
+    _require(all(isinstance(size, int) and size > 0 for size in positive), "stack", "a size")
+    _require(not stack.head_dim % 4 and not stack.heads % stack.key_heads, "stack", "its heads")
+    wanted = {
+        "qkv": (queries + 2 * keys, hidden),
+        "out": (hidden, queries),
+        "up": (stack.intermediate, hidden),
+        "gate": (stack.intermediate, hidden),
+        "down": (hidden, stack.intermediate),
+    }
+    for number, block in enumerate(stack.blocks):
+        place = f"blocks.{number}"
+        for name, shape in wanted.items():
+            linear: Linear | None = getattr(block, name)
+            if linear is None:
+                continue
+            found = (linear.rows, linear.columns)
+            _require(found == shape, f"{place}.{name}", f"its shape is {found}, not {shape}")
+        opening = block.gate or block.up
+        chunks = [last - first for first, last in opening.chunk_rows]
+        fits = max(chunks) <= CHUNK_ROWS and block.up.chunk_rows == opening.chunk_rows
+        _require(fits, place, "the chunks of its perceptron")
+        edges = [first for first, _ in opening.chunk_rows] + [opening.rows]
+        _require(list(block.down.edges) == edges, place, "the parts of its perceptron")
+        for norms, size in ((block.norms, hidden), (block.head_norms or (), stack.head_dim)):
+            for norm in norms:
+                _require_floats(norm.weight, f"{place}.norms", size)
+                _require_floats(norm.bias, f"{place}.norms", size)
+
+
+def _require_floats(tensor: Tensor, place: str, size: int) -> None:
+    fits = tensor.dtype == torch.float32 and tensor.ndim == 1 and len(tensor) >= size
+    _require(fits and tensor.is_contiguous(), place, f"{tensor.dtype} {tuple(tensor.shape)}")
+
+
+def _require(holds: bool, place: str, problem: str) -> None:
+    if not holds:
+        raise ValueError(f"a compiled model is damaged: {place}: {problem}. Compile it again.")

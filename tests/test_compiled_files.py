@@ -1,0 +1,153 @@
+"""save_compiled and load_compiled: the same model back, and no machine code on damaged data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+import hf_sparse
+from hf_sparse.runtime.families import COMPILED
+from tests.test_compile import inputs, random_model
+from tests.tiny_models import CONFIGS
+
+FAMILIES = list(COMPILED)
+
+
+def compiled_model(family: str) -> PreTrainedModel:
+    return hf_sparse.compile(random_model(CONFIGS[family]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_model_comes_back(family: str, tmp_path: Path) -> None:
+    model = compiled_model(family)
+    assert hf_sparse.save_compiled(model, tmp_path / "new") == tmp_path / "new"
+    loaded = hf_sparse.load_compiled(tmp_path / "new")
+    given = inputs(2, 19)
+    with torch.no_grad():
+        assert torch.equal(loaded(**given).logits, model(**given).logits)
+    assert type(loaded) is type(model)
+    assert loaded.config.to_dict() == model.config.to_dict()
+    if COMPILED[family].causal:
+        length = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 1}
+        assert torch.equal(loaded.generate(**given, **length), model.generate(**given, **length))
+
+
+def test_it_lies_beside_a_checkpoint(tmp_path: Path) -> None:
+    model = random_model(CONFIGS["bert"])
+    hf_sparse.save_pretrained(model, tmp_path / "both")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "both").iterdir()}
+    hf_sparse.save_compiled(hf_sparse.compile(model), tmp_path / "both")
+    after = {file.name: file.read_bytes() for file in (tmp_path / "both").iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"compiled.json", "compiled.safetensors"}
+    hf_sparse.load_compiled(tmp_path / "both")
+
+
+def test_what_is_not_compiled_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not compiled"):
+        hf_sparse.save_compiled(random_model(CONFIGS["bert"]), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def rewrite(folder: Path, change) -> None:  # type: ignore[no-untyped-def]
+    file = folder / "compiled.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compiled")
+    return hf_sparse.save_compiled(compiled_model("llama"), folder / "llama")
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    for file in saved.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+STREAMS = {
+    # A tensor, what is written into it, and what the error says.
+    "a row": ("blocks.0.qkv.0.order", lambda t: t.fill_(10**6), "row is out of range"),
+    "a negative row": ("blocks.0.qkv.0.order", lambda t: t.fill_(-4), "row is out of range"),
+    "a column": ("blocks.1.down.0.indices", lambda t: t.fill_(255), "column is out of range"),
+    "a count": ("blocks.0.out.0.groups", lambda t: t.add_(1), "groups|remainder"),
+    "a negative count": ("blocks.0.out.0.groups", lambda t: t.neg_(), "negative|too large"),
+    "a panel": ("blocks.0.up.0.panels", lambda t: t.add_(1), "panel|column"),
+    "chunks": ("blocks.0.up.0.chunks", lambda t: t.add_(3), "chunks"),
+    "chunk rows": ("blocks.0.up.0.chunk_rows", lambda t: t.add_(3), "chunk"),
+    "bits": ("blocks.2.gate.words", lambda t: t.fill_(2**64 - 1), "bits"),
+    "starts": ("blocks.2.gate.starts", lambda t: t.add_(7), "bits"),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_damaged_streams_are_found(folder: Path, name: str) -> None:
+    tensor, change, message = STREAMS[name]
+    rewrite(folder, lambda tensors: change(tensors[f"stack.{tensor}"]))
+    with pytest.raises(hf_sparse.FormatError, match=message):
+        hf_sparse.load_compiled(folder)
+
+
+@pytest.mark.parametrize("part", ["values", "indices", "order", "groups", "panels"])
+@pytest.mark.parametrize("how", ["shorter", "missing", "other type"])
+def test_streams_that_are_cut_off_are_found(folder: Path, part: str, how: str) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        name = f"stack.blocks.0.qkv.0.{part}"
+        stream = tensors.pop(name)
+        if how == "shorter":
+            tensors[name] = stream[:0].clone()
+        elif how == "other type":
+            tensors[name] = stream.to(torch.int64)
+
+    rewrite(folder, change)
+    with pytest.raises(hf_sparse.FormatError, match="damaged"):
+        hf_sparse.load_compiled(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["stack"].update(hidden=64),
+        lambda d: d["stack"].update(heads=400),
+        lambda d: d["stack"].update(head_dim=-8),
+        lambda d: d.update(order=[0, 1]),
+        lambda d: d.update(order=[0, 1, 9]),
+        lambda d: d["blocks"].pop(),
+        lambda d: d["blocks"][0]["linears"].pop("out"),
+        lambda d: d["blocks"][0]["linears"]["down"].update(edges=[0, 9]),
+        lambda d: d["config"].update(vocab_size=99),
+        lambda d: d["config"].update(model_type="t5"),
+        lambda d: d.update({"class": "AutoConfig"}),
+        lambda d: d.update(layout=[0]),
+    ],
+)
+def test_damaged_descriptions_are_found(folder: Path, change) -> None:  # type: ignore[no-untyped-def]
+    file = folder / "compiled.json"
+    described = json.loads(file.read_text())
+    change(described)
+    file.write_text(json.dumps(described))
+    with pytest.raises(hf_sparse.FormatError):
+        hf_sparse.load_compiled(folder)
+
+
+@pytest.mark.parametrize("name", ["compiled.json", "compiled.safetensors"])
+@pytest.mark.parametrize("how", ["missing", "cut", "foreign"])
+def test_damaged_files_are_found(folder: Path, name: str, how: str) -> None:
+    file = folder / name
+    content = file.read_bytes()
+    file.unlink()
+    if how == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif how == "foreign":
+        file.write_bytes(b"something else")
+    with pytest.raises(hf_sparse.FormatError):
+        hf_sparse.load_compiled(folder)
