@@ -14,6 +14,9 @@ from hf_sparse import registration as registration
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from hf_sparse.benchmark import benchmark as benchmark
+    from hf_sparse.budget import allocate as allocate
+    from hf_sparse.budget import sparsity_for as sparsity_for
     from hf_sparse.checkpoint.card import Metric as Metric
     from hf_sparse.checkpoint.compiled import load_compiled as load_compiled
     from hf_sparse.checkpoint.compiled import save_compiled as save_compiled
@@ -56,6 +59,8 @@ _PUBLIC = {
     "SparsityReport": "hf_sparse.report",
     "accuracy": "hf_sparse.evaluation",
     "add_shrinkage": "hf_sparse.optim.shrinkage",
+    "allocate": "hf_sparse.budget",
+    "benchmark": "hf_sparse.benchmark",
     "calibration_batches": "hf_sparse.pruning.calibration",
     "compile": "hf_sparse.runtime.compiled",
     "convert_legacy": "hf_sparse.checkpoint.legacy",
@@ -68,6 +73,7 @@ _PUBLIC = {
     "push_to_hub": "hf_sparse.hub",
     "save_compiled": "hf_sparse.checkpoint.compiled",
     "save_pretrained": "hf_sparse.checkpoint.save",
+    "sparsity_for": "hf_sparse.budget",
     "sparse_param_groups": "hf_sparse.optim.groups",
     "trainer_optimizer": "hf_sparse.optim.trainer",
 }

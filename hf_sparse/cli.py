@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
@@ -130,6 +131,24 @@ def inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def bench(options: argparse.Namespace) -> int:
+    """Time a model with torch, with dense kernels, and compiled."""
+    model, _ = load(options.model, options, needs_tokenizer=False)
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads {options.threads}: wanted at least 1.")
+        torch.set_num_threads(options.threads)
+    found = hf_sparse.benchmark(model, options.batch, options.tokens, options.repeats)
+    if options.json:
+        print(json.dumps(found.to_dict()))
+        return 0
+    if options.explain:
+        compiled: Any = hf_sparse.compile(model)
+        print(compiled.explain(options.batch * options.tokens), end="\n\n")
+    print(found)
+    return 0
+
+
 def push(options: argparse.Namespace) -> int:
     """Upload a checkpoint folder."""
     from hf_sparse.hub import upload_folder
@@ -147,8 +166,8 @@ def convert(options: argparse.Namespace) -> int:
     return 0
 
 
-def load(source: str, options: argparse.Namespace) -> tuple[Any, Any]:
-    """Load a model with the head that it was saved with, and its tokenizer.
+def load(source: str, options: argparse.Namespace, needs_tokenizer: bool = True) -> tuple[Any, Any]:
+    """Load a model with the head that it was saved with, and its tokenizer if that is needed.
 
     Raises:
         ValueError: there is no such folder, the config names no class that transformers or
@@ -170,6 +189,8 @@ def load(source: str, options: argparse.Namespace) -> tuple[Any, Any]:
             f"{transformers.__version__}. Save the model again with a current version."
         )
     model = model_class.from_pretrained(source, dtype=options.dtype, **known)
+    if not needs_tokenizer:
+        return model, None
     given = {"pretrained_model_name_or_path": options.tokenizer or source}
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         **given, **({} if options.tokenizer else known)
@@ -216,6 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_prune(commands)
     _add_eval(commands)
     _add_inspect(commands)
+    _add_bench(commands)
     _add_push(commands)
     _add_convert(commands)
     return parser
@@ -268,6 +290,21 @@ def _add_inspect(commands: Any) -> None:
     command = _command(commands, "inspect", inspect, "read a checkpoint's sparsity from its files")
     command.add_argument("folder", help="checkpoint folder")
     _add_tensors(command)
+
+
+def _add_bench(commands: Any) -> None:
+    summary = "time a sparse model on this CPU: torch, dense kernels, compiled"
+    command = _command(commands, "bench", bench, summary)
+    command.add_argument("model", help="folder or Hub name")
+    command.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
+    command.add_argument("--tokens", type=int, default=128, help="tokens in each (default 128)")
+    command.add_argument("--repeats", type=int, default=10, help="calls of each (default 10)")
+    command.add_argument("--threads", type=int, help="torch's threads (default: as torch chooses)")
+    command.add_argument(
+        "--explain", action="store_true", help="also print what became of each layer"
+    )
+    command.add_argument("--dtype", default="auto", help="torch's dtype (default as stored)")
+    command.add_argument("--gguf-file", help="GGUF file in the model's folder")
 
 
 def _add_push(commands: Any) -> None:

@@ -37,6 +37,25 @@ def test_the_same_model_comes_back(family: str, tmp_path: Path) -> None:
         assert torch.equal(loaded.generate(**given, **length), model.generate(**given, **length))
 
 
+@pytest.mark.parametrize("family", ["bert", "llama", "albert"])
+def test_sparse_classes_come_back(family: str, tmp_path: Path) -> None:
+    config = hf_sparse.SparsityConfig("block:4x1", 0.75)
+    model = random_model(CONFIGS[family], 0.0)
+    hf_sparse.prune_(model, config, "magnitude")
+    hf_sparse.save_pretrained(model, tmp_path / "sparse", config)
+    sparse = type(hf_sparse.compile(model))
+    loaded = getattr(hf_sparse, f"Sparse{sparse.__name__}").from_pretrained(tmp_path / "sparse")
+    compiled = hf_sparse.compile(loaded)
+    hf_sparse.save_compiled(compiled, tmp_path / "compiled")
+    again = hf_sparse.load_compiled(tmp_path / "compiled")
+    assert type(again) is type(loaded)
+    given = inputs(2, 9)
+    with torch.no_grad():
+        wanted = model(**given).logits
+        for found in (compiled, again):
+            torch.testing.assert_close(found(**given).logits, wanted, atol=2e-5, rtol=1e-4)
+
+
 def test_it_lies_beside_a_checkpoint(tmp_path: Path) -> None:
     model = random_model(CONFIGS["bert"])
     hf_sparse.save_pretrained(model, tmp_path / "both")

@@ -78,7 +78,8 @@ def test_the_first_code_of_the_readme(
 def test_the_commands_of_the_readme(dense: Path, tmp_path: Path) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("hf-sparse")]
-    assert [command[0] for command in commands] == ["prune", "eval", "inspect", "push", "convert"]
+    names = [command[0] for command in commands]
+    assert names == ["prune", "eval", "inspect", "bench", "push", "convert"]
     instead = {
         "MODEL": str(dense),
         "OUTPUT": str(tmp_path / "sparse"),
@@ -86,7 +87,7 @@ def test_the_commands_of_the_readme(dense: Path, tmp_path: Path) -> None:
         "held_out.txt": str(tmp_path / "text.txt"),
     }
     small = {"prune": ["--num-samples", "2", "--window", "32"], "eval": ["--window", "32"]}
-    for command in commands[:3]:
+    for command in commands[:4]:
         arguments = [instead.get(argument, argument) for argument in command]
         assert main([*arguments, *small.get(command[0], [])]) == 0
 

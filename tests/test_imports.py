@@ -22,6 +22,7 @@ LAYERS = [
     ["structure"],
     ["report"],
     ["pruning", "optim", "distillation", "runtime", "models.configuration"],
+    ["budget", "benchmark"],
     ["checkpoint"],
     ["hub"],
     ["models"],

@@ -299,6 +299,10 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_every_example_is_tested() -> None:
-    tested = Path(__file__).read_text() + (EXAMPLES.parent / "tests/test_examples.py").read_text()
+    tests = [
+        Path(__file__),
+        *(Path(__file__).with_name(f"test_{n}.py") for n in ("examples", "benchmark")),
+    ]
+    tested = "".join(file.read_text() for file in tests)
     for file in EXAMPLES.glob("*.py"):
         assert file.stem in tested, file

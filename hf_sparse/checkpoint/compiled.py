@@ -21,6 +21,7 @@ from transformers import AutoConfig, PreTrainedModel
 import hf_sparse
 from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.formats import FormatError
+from hf_sparse.models.families import base_type
 from hf_sparse.runtime.blocks import why_not_compiled
 from hf_sparse.runtime.compiled import assemble, stack_of
 from hf_sparse.runtime.families import COMPILED
@@ -131,7 +132,7 @@ def _skeleton(described: dict[str, Any], blocks: int) -> PreTrainedModel:
     if getattr(small, "layer_types", None):
         small.layer_types = small.layer_types[:1]
     model: PreTrainedModel = model_class(small)
-    path, _, name = COMPILED[config.model_type].stack.rpartition(".")
+    path, _, name = COMPILED[base_type(config.model_type)].stack.rpartition(".")
     owner: Any = model.base_model.get_submodule(path)
     setattr(owner, name, nn.ModuleList())
     for module in model.modules():

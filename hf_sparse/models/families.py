@@ -19,6 +19,11 @@ FAMILIES = {
 }
 
 
+def base_type(model_type: str) -> str:
+    """The family's `model_type`, of a sparse model too."""
+    return model_type.removeprefix("sparse_")
+
+
 def sparse_type(model_type: str) -> str:
     """The `model_type` under which a family is stored when it is compressed."""
     return f"sparse_{model_type}"

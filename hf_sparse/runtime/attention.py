@@ -63,7 +63,7 @@ def attention(target: Target, vectors: int) -> Function:
 class _Attention:
     def __init__(self, function: Function, target: Target, vectors: int) -> None:
         self.f = function
-        self.lanes, self.vectors = target.lanes, vectors
+        self.target, self.lanes, self.vectors = target, target.lanes, vectors
         self.size = 4 * target.lanes
         self.row_bytes = self.size * vectors
         self.kind, self.whole = vector(target.lanes), vector(target.lanes, "i32")
@@ -105,7 +105,7 @@ class _Attention:
             fresh = [f.variable(value.get()) for value in largest]
             self._score(q, k, stride, wanted, done.get(), fresh)
             shrink = [
-                exponential(f, old.get() - new.get())
+                exponential(f, self.target, old.get() - new.get())
                 for old, new in zip(largest, fresh, strict=True)
             ]
             for number, factor in enumerate(shrink):
@@ -154,14 +154,18 @@ class _Attention:
                     largest[v].set(f.maximum(score, largest[v].get()))
 
     def _exponentials(self, wanted: Value, largest: list[Variable], total: list[Variable]) -> None:
+        """Scores become weights; a row at once, so that its vectors hide each other's latency."""
         f = self.f
+        kind = vector(self.lanes * self.vectors)
+        top, sums = (f.joined([value.get() for value in values]) for values in (largest, total))
+        row_sum = f.variable(sums)
         with f.range(wanted) as j:
             place = self.scores.at(j * self.row_bytes)
-            for v in range(self.vectors):
-                score = place.at(v * self.size)
-                weight = exponential(f, score.load(self.kind, self.size) - largest[v].get())
-                score.store(weight, self.size)
-                total[v].set(total[v].get() + weight)
+            weight = exponential(f, self.target, place.load(kind, self.size) - top)
+            place.store(weight, self.size)
+            row_sum.set(row_sum.get() + weight)
+        for number, value in enumerate(total):
+            value.set(f.part(row_sum.get(), number * self.lanes, self.lanes))
 
     def _values(
         self, out: Value, v: Value, stride: Value, wanted: Value, shrink: list[Value], done: Value

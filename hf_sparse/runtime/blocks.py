@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_sparse.runtime.families import ACTIVATION_NAMES, COMPILED, Blocks
+from hf_sparse.runtime.families import ACTIVATION_NAMES, COMPILED, Blocks, family_of
 from hf_sparse.runtime.latency import NOMINAL, Rates
 from hf_sparse.runtime.linear import Linear, pack_linear
 from hf_sparse.runtime.memory import Shelf
@@ -92,7 +92,7 @@ class Stack:
 
 def why_not_compiled(config: Any) -> str | None:
     """Why the stack of a model with this config cannot be compiled as a whole, or None."""
-    family = COMPILED.get(config.model_type)
+    family = family_of(config)
     if family is None:
         return f"family '{config.model_type}' is not one of {', '.join(COMPILED)}"
     for name, values in family.supported.items():

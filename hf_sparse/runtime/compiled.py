@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from hf_sparse.models.families import base_type
 from hf_sparse.runtime.blocks import Stack, find_blocks, pack_blocks, why_not_compiled
 from hf_sparse.runtime.explain import Explanation, explain_layers
 from hf_sparse.runtime.families import COMPILED
@@ -78,7 +79,7 @@ def compile(
     reason = why_not_compiled(model.config)
     if reason is not None:
         return _compile_layers(model, reason, chosen, folder)
-    family = COMPILED[model.config.model_type]
+    family = COMPILED[base_type(model.config.model_type)]
     base: Any = model.base_model
     owner, name, modules = find_blocks(base, family)
     stack = pack_blocks(model.config, family, modules, family.stack)
@@ -91,14 +92,14 @@ def assemble(
     """Put a packed stack into a model that has an empty list of blocks."""
     model.config._attn_implementation = ATTENTION
     AttentionMaskInterface.register(ATTENTION, _as_given)
-    family = COMPILED[model.config.model_type]
+    family = COMPILED[base_type(model.config.model_type)]
     path, _, name = family.stack.rpartition(".")
     owner: Any = model.base_model.get_submodule(path)
     layer_class = _compiled_class(_block_class(model))
     runner, results = Runner(stack, target, cache), threading.local()
     layers = [layer_class(runner, results, index) for index in range(len(stack.blocks))]
     setattr(owner, name, CompiledBlocks(layers))
-    if model.config.model_type == "albert":  # its loop goes over groups of layers
+    if family is COMPILED["albert"]:  # its loop goes over groups of layers
         owner.config = copy.copy(owner.config)
         owner.config.num_hidden_layers = owner.config.num_hidden_groups = len(layers)
     head = model.get_output_embeddings()

@@ -260,7 +260,7 @@ def row_attention(target: Target) -> Function:
         weights = f.variable(zero)
         with f.range(tiles * width, step=lanes) as j:
             place = scores.at(j * 4)
-            weight = exponential(f, place.load(kind, 4) - top)
+            weight = exponential(f, target, place.load(kind, 4) - top)
             place.store(weight, 4)
             weights.set(weights.get() + weight)
         inverse = f.constant(1.0, "float") / f.total(weights.get())

@@ -129,16 +129,17 @@ def explain_layers(
         # Tiles go to threads whole; time is that of the thread with the most.
         tiles = math.ceil(tokens / width)
         rounds = math.ceil(tiles / threads)
-        height = linear.parts[0].height
-        stored = sum(part.stored for part in linear.parts)
-        density = stored / (linear.rows * linear.columns)
-        predicted = 2 * stored * width * rounds / rates.rate(height, density) / 1e3
+        size = linear.rows * linear.columns
+        predicted = 0.0
+        for height in {packed.height for packed in linear.packed}:
+            stored = sum(packed.stored for packed in linear.packed if packed.height == height)
+            predicted += 2 * stored * width * rounds / rates.rate(height, stored / size) / 1e3
         found.append(
             LayerExplanation(
                 linear.name,
                 (linear.rows, linear.columns),
                 linear.pattern,
-                f"spmm {height}x1",
+                linear.kernel,
                 linear.sparsity,
                 linear.nbytes,
                 predicted,

@@ -7,6 +7,9 @@ between families is where the parts are and which comes first; the forward code 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
+
+from hf_sparse.models.families import base_type
 
 # transformers' names of activations, and the kernels that compute them.
 ACTIVATION_NAMES = {
@@ -57,6 +60,11 @@ class Blocks:
     rotary: bool = False
     activation: str = "hidden_act"
     supported: dict[str, tuple[object, ...]] = field(default_factory=dict)
+
+
+def family_of(config: Any) -> Blocks | None:
+    """The entry for a model's config, or None if there is none."""
+    return COMPILED.get(base_type(config.model_type))
 
 
 def _llama(head_norms: tuple[str, str] | None = None) -> Blocks:

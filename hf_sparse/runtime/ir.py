@@ -13,7 +13,7 @@ have their type written out, `<16 x float>`: nothing here is left to the auto-ve
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -244,6 +244,46 @@ class Function:
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """`a * b + c`, fused where the CPU can."""
         return self._intrinsic("fmuladd", a, b, c)
+
+    def in_registers(
+        self, name: str, lanes: int, operands: tuple[Value, ...], rounding: int | None = None
+    ) -> Value:
+        """A masked AVX-512 intrinsic on every register of wide vectors, with all lanes active.
+
+        Args:
+            name: of the intrinsic, whose arguments end in (zeros, mask) or (zeros, mask, rounding).
+            lanes: of a register.
+            operands: vectors of the same type, of a whole number of registers.
+            rounding: the instruction's mode, for those that have one.
+        """
+        whole, kind = lanes_of(operands[0].kind), vector(lanes)
+        ends = [self.constant(0.0, kind), self.constant(-1, f"i{lanes}")]
+        ends += [] if rounding is None else [self.constant(rounding, "i32")]
+        parts = []
+        for start in range(0, whole, lanes):
+            chosen = [self.part(operand, start, lanes) for operand in operands]
+            parts.append(self.call(kind, name, *chosen, *ends))
+        return self.joined(parts)
+
+    def joined(self, parts: Sequence[Value]) -> Value:
+        """Vectors of the same type behind one another; their number is a power of two."""
+        while len(parts) > 1:
+            pairs = zip(parts[::2], parts[1::2], strict=True)
+            parts = [self.shuffle(a, b, range(2 * lanes_of(a.kind))) for a, b in pairs]
+        return parts[0]
+
+    def part(self, a: Value, start: int, lanes: int) -> Value:
+        """`lanes` lanes of a vector from `start` on."""
+        if lanes == lanes_of(a.kind):
+            return a
+        return self.shuffle(a, Value(self, a.kind, "poison"), range(start, start + lanes))
+
+    def shuffle(self, a: Value, b: Value, chosen: Iterable[int]) -> Value:
+        """The lanes `chosen` of `a` and `b`, counted through both."""
+        text = ", ".join(f"i32 {lane}" for lane in chosen)
+        lanes = text.count("i32")
+        kind = vector(lanes, element_of(a.kind))
+        return self.emit(kind, f"shufflevector {a}, {b}, {vector(lanes, 'i32')} <{text}>")
 
     def maximum(self, a: Value, b: Value) -> Value:
         """The larger one; neither may be NaN."""

@@ -29,7 +29,8 @@ class Linear:
     Attributes:
         name: what the user calls the layer.
         pattern: what its zeros follow, `dense` without zeros.
-        parts: the weight, cut into ranges of columns that are multiplied one after the other.
+        parts: the weight, cut into ranges of columns that are multiplied one after the other; each
+            is the sum of packed weights, for whose zeros different kernels suit.
         edges: `len(parts) + 1` columns, where the parts begin and end.
         bias: `(rows,)`, or None.
         zeros: weights that are zero.
@@ -39,7 +40,7 @@ class Linear:
 
     name: str
     pattern: str
-    parts: tuple[PackedWeight, ...]
+    parts: tuple[tuple[PackedWeight, ...], ...]
     edges: tuple[int, ...]
     bias: Tensor | None
     zeros: int
@@ -48,7 +49,7 @@ class Linear:
     @property
     def rows(self) -> int:
         """Features that come out."""
-        return self.parts[0].rows
+        return self.parts[0][0].rows
 
     @property
     def columns(self) -> int:
@@ -64,7 +65,18 @@ class Linear:
     def nbytes(self) -> int:
         """Bytes of the packed weight."""
         single = 0 if self.single is None else self.single.nbytes
-        return sum(part.nbytes for part in self.parts) + single
+        return sum(packed.nbytes for packed in self.packed) + single
+
+    @property
+    def packed(self) -> list[PackedWeight]:
+        """All packed weights."""
+        return [packed for part in self.parts for packed in part]
+
+    @property
+    def kernel(self) -> str:
+        """The kernels that multiply it."""
+        heights = dict.fromkeys(f"{packed.height}x1" for packed in self.packed)
+        return f"spmm {' + '.join(heights)}"
 
     def operations(
         self,
@@ -86,7 +98,7 @@ class Linear:
             part: which columns.
             chunk: which rows, all by default.
         """
-        packed = self.parts[part]
+        summands = self.parts[part]
         bias = self.bias if part == 0 else None
         if bias is None:
             if not add and part == 0:
@@ -95,13 +107,14 @@ class Linear:
         else:
             start = spmm.START_SUM_BIAS if add else spmm.START_BIAS
         bias_address = 0 if bias is None else bias.data_ptr()
-        chunks = range(len(packed.chunks) - 1) if chunk is None else (chunk,)
-        kernel = spmm.name(packed.height, vectors)
+        chunks = range(len(summands[0].chunks) - 1) if chunk is None else (chunk,)
         found: list[Operation] = []
-        streams: tuple[Argument, ...]
         for number in chunks:
-            streams = packed.arguments(number)
-            found.append((kernel, *streams, x, y, bias_address, start))
+            for packed in summands:
+                first = packed is summands[0]
+                kernel = spmm.name(packed.height, vectors)
+                mode = start if first else spmm.START_SUM
+                found.append((kernel, *packed.arguments(number), x, y, bias_address, mode))
         return found
 
     def row_operation(
@@ -134,7 +147,7 @@ class Linear:
     @property
     def chunk_rows(self) -> list[tuple[int, int]]:
         """First and last (exclusive) row of each chunk."""
-        rows = [int(row) for row in self.parts[0].chunk_rows]
+        rows = [int(row) for row in self.parts[0][0].chunk_rows]
         return list(pairwise(rows))
 
 
@@ -143,25 +156,39 @@ def _no_bias(rows: int) -> Tensor:
     return torch.zeros(rows)
 
 
-def choose_height(weight: np.ndarray, rates: Rates = NOMINAL) -> int:
-    """Rows of a block for which the kernel is predicted to be fastest: 1, 2 or 4.
+def split_by_height(weight: np.ndarray, rates: Rates = NOMINAL) -> list[tuple[int, np.ndarray]]:
+    """Cut a weight into a sum of weights, each for the kernel of a height of blocks.
+
+    Either one kernel takes all of it, or the pairs of rows that happen to be nonzero in the same
+    column go to the kernel for 2 x 1 blocks, which loads that column once for both, and the rest to
+    the one for single weights: whatever is predicted to be fastest.
 
     Args:
         weight: `(rows, columns)`.
         rates: speed of the kernels.
+
+    Returns:
+        Heights and weights of the same shape, which sum up to `weight`.
     """
     rows, columns = weight.shape
-    best, least = 1, float("inf")
     nonzero = weight != 0
+    single = np.count_nonzero(nonzero) / max(nonzero.size, 1)
+    seconds: dict[tuple[int, ...], float] = {(1,): single / rates.rate(1, single)}
     for height in sorted(spmm.UNROLL):
-        if rows % height or (height > 1 and columns > 1 << 16):
-            continue
-        stored = nonzero.reshape(rows // height, height, columns).any(axis=1)
-        density = np.count_nonzero(stored) / stored.size
-        seconds = density / rates.rate(height, density)
-        if seconds < least:
-            best, least = height, seconds
-    return best
+        if height > 1 and rows % height == 0 and columns <= 1 << 16:
+            some = nonzero.reshape(rows // height, height, columns).any(axis=1)
+            density = np.count_nonzero(some) / max(some.size, 1)
+            seconds[(height,)] = density / rates.rate(height, density)
+    if rows % 2 == 0:
+        both = nonzero[::2] & nonzero[1::2]
+        density = np.count_nonzero(both) / max(both.size, 1)
+        rest = single - density
+        seconds[2, 1] = density / rates.rate(2, density) + rest / rates.rate(1, rest)
+    best = min(seconds, key=lambda heights: seconds[heights])
+    if len(best) == 1:
+        return [(best[0], weight)]
+    kept = np.repeat(both, 2, axis=0)
+    return [(2, np.where(kept, weight, 0)), (1, np.where(kept, 0, weight))]
 
 
 def pack_linear(
@@ -188,8 +215,11 @@ def pack_linear(
     array = weight.detach().float().numpy()
     columns = array.shape[1]
     edges = tuple(range(0, columns, column_chunk or columns)) + (columns,)
-    height = choose_height(array, rates)
-    parts = tuple(pack(array[:, start:stop], height).on(shelf) for start, stop in pairwise(edges))
+    summands = split_by_height(array, rates)
+    parts = tuple(
+        tuple(pack(part[:, start:stop], height).on(shelf) for height, part in summands)
+        for start, stop in pairwise(edges)
+    )
     zeros = array.size - int(np.count_nonzero(array))
     pattern = find_pattern(weight)
     return Linear(

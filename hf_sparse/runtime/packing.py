@@ -204,7 +204,7 @@ def _pack_chunk(
 
 
 # Rows after which the streams of a DecodeWeight can be entered: threads share rows at these.
-DECODE_ROWS = 32
+DECODE_ROWS = 64
 
 
 @dataclass(frozen=True, eq=False)

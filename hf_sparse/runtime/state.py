@@ -30,6 +30,7 @@ from hf_sparse.runtime.spmm import INDEX_BYTES, SIDE_BY_SIDE, UNROLL
 LAYOUT = [1, CHUNK_ROWS, PANEL_COLUMNS, DECODE_ROWS, UNROLL, SIDE_BY_SIDE, INDEX_BYTES]
 
 _LINEARS = ("qkv", "out", "up", "down", "gate")
+_NUMBERS = ("rows", "columns", "height", "nonzeros")
 _STREAMS = ("panels", "groups", "values", "indices", "order", "chunks", "chunk_rows")
 
 
@@ -84,13 +85,13 @@ def _block_state(block: Block, prefix: str, tensors: dict[str, Tensor]) -> dict[
             "edges": list(linear.edges),
             "zeros": linear.zeros,
             "parts": [
-                {"rows": p.rows, "columns": p.columns, "height": p.height, "nonzeros": p.nonzeros}
-                for p in linear.parts
+                [{name: getattr(packed, name) for name in _NUMBERS} for packed in part]
+                for part in linear.parts
             ],
         }
-        for number, part in enumerate(linear.parts):
+        for number, packed in enumerate(linear.packed):
             for stream in _STREAMS:
-                tensors[f"{place}.{number}.{stream}"] = torch.from_numpy(getattr(part, stream))
+                tensors[f"{place}.{number}.{stream}"] = torch.from_numpy(getattr(packed, stream))
         if linear.bias is not None:
             tensors[f"{place}.bias"] = linear.bias
         if isinstance(linear.single, DecodeWeight):
@@ -138,12 +139,17 @@ def _restore_block(
 def _restore_linear(
     described: Mapping[str, Any], place: str, tensors: Mapping[str, Tensor]
 ) -> Linear:
-    parts = []
-    for number, part in enumerate(described["parts"]):
-        streams: Any = {n: tensors[f"{place}.{number}.{n}"].numpy() for n in _STREAMS}
-        parts.append(PackedWeight(**part, **streams))
-        check(parts[-1])
-    rows, edges = parts[0].rows, tuple(described["edges"])
+    parts, number = [], 0
+    for part in described["parts"]:
+        summands = []
+        for numbers in part:
+            streams: Any = {n: tensors[f"{place}.{number}.{n}"].numpy() for n in _STREAMS}
+            summands.append(PackedWeight(**numbers, **streams))
+            check(summands[-1])
+            number += 1
+        parts.append(tuple(summands))
+    first = parts[0][0]
+    rows, edges = first.rows, tuple(described["edges"])
     single: DecodeWeight | Tensor | None = tensors.get(f"{place}.single")
     if f"{place}.words" in tensors:
         single = DecodeWeight(
@@ -163,15 +169,13 @@ def _restore_linear(
         int(described["zeros"]),
         single,
     )
-    widths = [part.columns for part in parts]
+    widths = [part[0].columns for part in parts]
     _require(list(np.cumsum([0, *widths])) == list(edges), place, "its parts and edges differ")
-    _require(all(part.rows == rows for part in parts), place, "its parts have different rows")
-    _require(
-        all(np.array_equal(part.chunk_rows, parts[0].chunk_rows) for part in parts[1:])
-        or len(parts) == 1,
-        place,
-        "its parts have different chunks",
-    )
+    for part in parts:
+        for packed in part:
+            same = packed.rows == rows and packed.columns == part[0].columns
+            same = same and np.array_equal(packed.chunk_rows, first.chunk_rows)
+            _require(same, place, "its parts have different rows, columns or chunks")
     if linear.bias is not None:
         _require_floats(linear.bias, place, rows)
     if isinstance(single, Tensor):

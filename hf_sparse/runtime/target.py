@@ -35,9 +35,9 @@ class Target:
         return self.name == "avx512"
 
     @property
-    def vectors(self) -> int:
-        """Vectors in a row of the widest tile: its four sums fit the registers."""
-        return 4
+    def has_scale(self) -> bool:
+        """Whether instructions multiply by powers of two and guess reciprocals."""
+        return self.name == "avx512"
 
     @property
     def widths(self) -> tuple[int, ...]:

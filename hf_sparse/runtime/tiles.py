@@ -79,8 +79,7 @@ def _zipped(f: Function, a: Value, b: Value) -> tuple[Value, Value]:
     halves = []
     for start in (0, lanes // 2):
         order = [number for i in range(start, start + lanes // 2) for number in (i, lanes + i)]
-        text = ", ".join(f"i32 {number}" for number in order)
-        halves.append(f.emit(a.kind, f"shufflevector {a}, {b}, {vector(lanes, 'i32')} <{text}>"))
+        halves.append(f.shuffle(a, b, order))
     return halves[0], halves[1]
 
 

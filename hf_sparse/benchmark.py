@@ -1,0 +1,159 @@
+"""Latency of a sparse model on this machine: torch, our dense kernels, and the compiled zeros."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from hf_sparse.report import format_table
+from hf_sparse.runtime.compiled import compile as compile_model
+from hf_sparse.structure import target_layers
+
+# What the zeros of the dense twin become; its results are never used.
+_FILLING = 1e-3
+_WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One way to run the model.
+
+    Attributes:
+        name: `torch`, `compiled, dense` (the same kernels, zeros filled in) or `compiled`.
+        milliseconds: of each call.
+    """
+
+    name: str
+    milliseconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return statistics.median(self.milliseconds)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """All ways, timed in turns. `str` gives a table.
+
+    Attributes:
+        batch, tokens, threads: what was run.
+        forward: a call with `batch` x `tokens`.
+        decode: a call with one new token behind `tokens` in the cache; empty for encoders.
+    """
+
+    batch: int
+    tokens: int
+    threads: int
+    forward: tuple[Measurement, ...]
+    decode: tuple[Measurement, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: medians in milliseconds."""
+        return {
+            "batch": self.batch,
+            "tokens": self.tokens,
+            "threads": self.threads,
+            "forward_ms": {one.name: one.median for one in self.forward},
+            "decode_ms": {one.name: one.median for one in self.decode},
+        }
+
+    def __str__(self) -> str:
+        rows = []
+        for kind, found in (("forward", self.forward), ("new token", self.decode)):
+            if found:
+                last = found[-1].median
+                rows += [
+                    (
+                        f"{kind}: {one.name}",
+                        f"{one.median:.2f}",
+                        f"{min(one.milliseconds):.2f}",
+                        f"{one.median / last:.2f}",
+                    )
+                    for one in found
+                ]
+        head = ("", "median ms", "least ms", "over compiled")
+        shape = f"batch {self.batch} x {self.tokens} tokens, {self.threads} threads"
+        return f"{shape}\n{format_table(head, rows)}"
+
+
+def benchmark(
+    model: PreTrainedModel, batch: int = 1, tokens: int = 128, repeats: int = 10
+) -> Benchmark:
+    """Time a model with torch, with our dense kernels, and compiled, in turns.
+
+    Args:
+        model: a sparse model on the CPU that takes `input_ids`.
+        batch, tokens: shape of the input.
+        repeats: calls of each.
+
+    Memory: the model, a copy of its blocks with the zeros filled in, and both packed.
+
+    Raises:
+        ValueError: the model cannot be compiled, or a size is not positive or beyond the model's
+            positions.
+    """
+    for name, value in (("batch", batch), ("tokens", tokens), ("repeats", repeats)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; wanted at least 1.")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise ValueError(f"tokens is {tokens}, but the model has {limit} positions.")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError("models with an encoder and a decoder are not timed; wanted one stack.")
+    model.eval()
+    ways = {
+        "torch": model,
+        "compiled, dense": compile_model(_filled(model)),
+        "compiled": compile_model(model),
+    }
+    ids = torch.randint(0, model.config.vocab_size, (batch, tokens))
+    with torch.inference_mode():
+        forward = _in_turns({name: _forward(one, ids) for name, one in ways.items()}, repeats)
+        decode: tuple[Measurement, ...] = ()
+        if model.can_generate():
+            decode = _in_turns({name: _decode(one, ids) for name, one in ways.items()}, repeats)
+    return Benchmark(batch, tokens, torch.get_num_threads(), forward, decode)
+
+
+def _filled(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy without zeros, for speed alone."""
+    twin = copy.deepcopy(model)
+    for layer in target_layers(twin):
+        weight = layer.weight
+        weight[weight == 0] = _FILLING
+    return twin
+
+
+def _forward(model: nn.Module, ids: torch.Tensor) -> Callable[[], Any]:
+    return lambda: model(input_ids=ids)
+
+
+def _decode(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
+
+    def step() -> None:
+        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    return step
+
+
+def _in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> tuple[Measurement, ...]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(_WARM_UP + repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn >= _WARM_UP:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return tuple(Measurement(name, tuple(found)) for name, found in times.items())
