@@ -188,6 +188,7 @@ def test_patterns_find_their_kernel(pattern: str, sparsity: float) -> None:
     wanted = {"unstructured": {1}, "2:4": {1, 2}, "block:2x1": {2}}.get(pattern, {4})
     found = {packed.height for linear in linears_of(compiled) for packed in linear.packed}
     assert found == (wanted if sparsity else {4})
+    assert all(linear.is_dense != bool(sparsity) for linear in linears_of(compiled))
     given = inputs(2, 20)
     with torch.no_grad():
         torch.testing.assert_close(compiled(**given).logits, model(**given).logits, **TOLERANCE)

@@ -158,6 +158,24 @@ def test_damaged_descriptions_are_found(folder: Path, change) -> None:  # type: 
         hf_sparse.load_compiled(folder)
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_dense_layers_come_back_and_are_checked(family: str, tmp_path: Path) -> None:
+    model = hf_sparse.compile(random_model(CONFIGS[family], 0.0))
+    hf_sparse.save_compiled(model, tmp_path)
+    given = inputs(1, 7)
+    with torch.no_grad():
+        found = hf_sparse.load_compiled(tmp_path)(**given).logits
+        assert torch.equal(found, model(**given).logits)
+
+    def shorten(tensors: dict[str, torch.Tensor]) -> None:
+        name = "stack.blocks.0.qkv.dense"
+        tensors[name] = tensors[name][:-4].clone()
+
+    rewrite(tmp_path, shorten)
+    with pytest.raises(hf_sparse.FormatError, match="shape"):
+        hf_sparse.load_compiled(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["compiled.json", "compiled.safetensors"])
 @pytest.mark.parametrize("how", ["missing", "cut", "foreign"])
 def test_damaged_files_are_found(folder: Path, name: str, how: str) -> None:

@@ -10,6 +10,7 @@ from hf_sparse.runtime import (
     activation,
     attention,
     decode,
+    dense,
     normalisation,
     packing,
     spmm,
@@ -100,6 +101,30 @@ def test_spmm(
     for start, reference in wanted.items():
         y = aligned(*before.shape).copy_(before)
         call_spmm(code, packed, vectors, x, y, bias, start)
+        np.testing.assert_allclose(y.numpy(), reference, atol=2e-5 * columns**0.5)
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 4])
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
+def test_dense(code: Code, chosen: target.Target, rows: int, columns: int, vectors: int) -> None:
+    whole = np.random.default_rng(0).standard_normal((rows, columns + 5)).astype(np.float32)
+    weight = whole[:, 2 : 2 + columns]
+    x = random_tile(columns, vectors * chosen.lanes)
+    before = random_tile(rows, vectors * chosen.lanes, seed=1)
+    bias = np.random.default_rng(0).standard_normal(rows).astype(np.float32)
+    product = weight.astype(np.float64) @ x.double().numpy()
+    wanted = {
+        spmm.START_SUM: before.numpy() + product,
+        spmm.START_BIAS: bias[:, None] + product,
+        spmm.START_SUM_BIAS: before.numpy() + bias[:, None] + product,
+    }
+    packed = dense.DenseWeight(torch.from_numpy(whole), 2, columns)
+    for start, reference in wanted.items():
+        y = aligned(*before.shape).copy_(before)
+        for chunk in range(len(packed.chunk_rows) - 1):
+            code.call(
+                *packed.operation(chunk, vectors, address(x), address(y), address(bias), start)
+            )
         np.testing.assert_allclose(y.numpy(), reference, atol=2e-5 * columns**0.5)
 
 

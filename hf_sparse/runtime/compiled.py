@@ -47,8 +47,8 @@ def compile(
     """Compile a model's blocks for this CPU; zeros in the weights become speed.
 
     Works on whatever zeros are there, whoever made them; a layer without enough of them is
-    computed densely by the same kernels. The weights are packed, in float32; the model that was
-    given stays as it is, and may be deleted: only embeddings, norms and heads are shared with it.
+    computed densely. Sparse weights are packed, in float32; the model that was given stays as it is,
+    and may be deleted: what is dense (embeddings, heads, layers without zeros) is shared with it.
 
     The blocks of the families in `families.COMPILED` are compiled as a whole. In other models, and
     variants that the kernels cannot do, each sparse Linear of the blocks is replaced by a compiled

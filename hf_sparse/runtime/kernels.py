@@ -5,7 +5,16 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from hf_sparse.runtime import activation, attention, decode, normalisation, spmm, threads, tiles
+from hf_sparse.runtime import (
+    activation,
+    attention,
+    decode,
+    dense,
+    normalisation,
+    spmm,
+    threads,
+    tiles,
+)
 from hf_sparse.runtime.ir import Function
 from hf_sparse.runtime.jit import Code, compile_kernels
 from hf_sparse.runtime.target import Target
@@ -20,6 +29,7 @@ def kernel_functions(target: Target) -> list[Function]:
         functions += [activation.activation(target, name, gated) for gated in (False, True)]
     for vectors in (1, 2, 4):
         functions += [spmm.spmm(target, height, vectors) for height in spmm.UNROLL]
+        functions.append(dense.dense(target, vectors))
         functions += [
             normalisation.normalisation(target, norm, vectors) for norm in normalisation.NORMS
         ]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_sparse.runtime import spmm
 from hf_sparse.runtime.decode import COLUMNS, GROUP
+from hf_sparse.runtime.dense import ROWS, DenseWeight
 from hf_sparse.runtime.found import find_pattern
 from hf_sparse.runtime.latency import NOMINAL, Rates
 from hf_sparse.runtime.memory import Shelf
@@ -35,12 +36,12 @@ class Linear:
         bias: `(rows,)`, or None.
         zeros: weights that are zero.
         single: the weight for single tokens: packed, or as it is, `(rows, columns)` in whole
-            vectors; None if there are no single tokens (`prepare_single`).
+            vectors; None if there are no single tokens.
     """
 
     name: str
     pattern: str
-    parts: tuple[tuple[PackedWeight, ...], ...]
+    parts: tuple[tuple[PackedWeight | DenseWeight, ...], ...]
     edges: tuple[int, ...]
     bias: Tensor | None
     zeros: int
@@ -63,18 +64,33 @@ class Linear:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed weight."""
+        """Bytes of the packed weight; those of a dense one, which is torch's own, once."""
         single = 0 if self.single is None else self.single.nbytes
+        if self.shares:
+            single = 0
         return sum(packed.nbytes for packed in self.packed) + single
 
     @property
-    def packed(self) -> list[PackedWeight]:
+    def is_dense(self) -> bool:
+        """Whether all of it is computed densely."""
+        return isinstance(self.parts[0][0], DenseWeight)
+
+    @property
+    def shares(self) -> bool:
+        """Whether single tokens read the same dense weight as tiles."""
+        first = self.parts[0][0]
+        return isinstance(first, DenseWeight) and first.weight is self.single
+
+    @property
+    def packed(self) -> list[PackedWeight | DenseWeight]:
         """All packed weights."""
         return [packed for part in self.parts for packed in part]
 
     @property
     def kernel(self) -> str:
         """The kernels that multiply it."""
+        if self.is_dense:
+            return "dense"
         heights = dict.fromkeys(f"{packed.height}x1" for packed in self.packed)
         return f"spmm {' + '.join(heights)}"
 
@@ -107,14 +123,12 @@ class Linear:
         else:
             start = spmm.START_SUM_BIAS if add else spmm.START_BIAS
         bias_address = 0 if bias is None else bias.data_ptr()
-        chunks = range(len(summands[0].chunks) - 1) if chunk is None else (chunk,)
+        chunks = range(len(self.chunk_rows)) if chunk is None else (chunk,)
         found: list[Operation] = []
         for number in chunks:
             for packed in summands:
-                first = packed is summands[0]
-                kernel = spmm.name(packed.height, vectors)
-                mode = start if first else spmm.START_SUM
-                found.append((kernel, *packed.arguments(number), x, y, bias_address, mode))
+                mode = start if packed is summands[0] else spmm.START_SUM
+                found.append(packed.operation(number, vectors, x, y, bias_address, mode))
         return found
 
     def row_operation(
@@ -156,8 +170,8 @@ def _no_bias(rows: int) -> Tensor:
     return torch.zeros(rows)
 
 
-def split_by_height(weight: np.ndarray, rates: Rates = NOMINAL) -> list[tuple[int, np.ndarray]]:
-    """Cut a weight into a sum of weights, each for the kernel of a height of blocks.
+def split_by_kernel(weight: np.ndarray, rates: Rates = NOMINAL) -> list[tuple[int, np.ndarray]]:
+    """Cut a weight into a sum of weights, each for a kernel.
 
     Either one kernel takes all of it, or the pairs of rows that happen to be nonzero in the same
     column go to the kernel for 2 x 1 blocks, which loads that column once for both, and the rest to
@@ -168,12 +182,16 @@ def split_by_height(weight: np.ndarray, rates: Rates = NOMINAL) -> list[tuple[in
         rates: speed of the kernels.
 
     Returns:
-        Heights and weights of the same shape, which sum up to `weight`.
+        Heights of blocks and weights of the same shape, which sum up to `weight`. Height 0 stands
+        for the dense kernel.
     """
     rows, columns = weight.shape
     nonzero = weight != 0
     single = np.count_nonzero(nonzero) / max(nonzero.size, 1)
-    seconds: dict[tuple[int, ...], float] = {(1,): single / rates.rate(1, single)}
+    seconds: dict[tuple[int, ...], float] = {}
+    if rows % ROWS == 0:  # the first of those that are as fast: it needs no packing
+        seconds[(0,)] = 1 / rates.rate(4, 1.0)
+    seconds[(1,)] = single / rates.rate(1, single)
     for height in sorted(spmm.UNROLL):
         if height > 1 and rows % height == 0 and columns <= 1 << 16:
             some = nonzero.reshape(rows // height, height, columns).any(axis=1)
@@ -215,26 +233,38 @@ def pack_linear(
     array = weight.detach().float().numpy()
     columns = array.shape[1]
     edges = tuple(range(0, columns, column_chunk or columns)) + (columns,)
-    summands = split_by_height(array, rates)
-    parts = tuple(
-        tuple(pack(part[:, start:stop], height).on(shelf) for height, part in summands)
-        for start, stop in pairwise(edges)
-    )
     zeros = array.size - int(np.count_nonzero(array))
+    summands = split_by_kernel(array, rates)
+    columns_of = list(pairwise(edges))
+    parts: tuple[tuple[PackedWeight | DenseWeight, ...], ...]
+    if summands[0][0] == 0:
+        whole = torch.from_numpy(np.ascontiguousarray(array))
+        parts = tuple((DenseWeight(whole, start, stop - start),) for start, stop in columns_of)
+        if single is not None and zeros < MIN_DECODE_SPARSITY * array.size and _fits(array):
+            return Linear(name, _label(weight), parts, edges, _padded(bias), zeros, whole)
+    else:
+        parts = tuple(
+            tuple(pack(part[:, start:stop], height).on(shelf) for height, part in summands)
+            for start, stop in columns_of
+        )
+    rows_weight = None if single is None else _single(array, zeros, single)
+    return Linear(name, _label(weight), parts, edges, _padded(bias), zeros, rows_weight)
+
+
+def _label(weight: Tensor) -> str:
     pattern = find_pattern(weight)
-    return Linear(
-        name,
-        "dense" if pattern is None else str(pattern),
-        parts,
-        edges,
-        None if bias is None else _whole_groups(bias),
-        zeros,
-        None if single is None else _single(array, zeros, single),
-    )
+    return "dense" if pattern is None else str(pattern)
 
 
-def _whole_groups(bias: Tensor) -> Tensor:
+def _fits(array: np.ndarray) -> bool:
+    """Whether the kernel for single tokens can read a weight as it is."""
+    return not (array.shape[0] % GROUP or array.shape[1] % COLUMNS)
+
+
+def _padded(bias: Tensor | None) -> Tensor | None:
     """A bias with zeros up to a whole group of rows, which the kernels read at once."""
+    if bias is None:
+        return None
     padded = torch.zeros(-(-len(bias) // GROUP) * GROUP)
     padded[: len(bias)] = bias.detach()
     return padded

@@ -12,8 +12,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_sparse.runtime import spmm
 from hf_sparse.runtime.decode import COLUMNS, GROUP
 from hf_sparse.runtime.memory import Shelf
+from hf_sparse.runtime.program import Argument, Operation
 from hf_sparse.runtime.spmm import INDEX_BYTES, SIDE_BY_SIDE, UNROLL
 
 Array = NDArray
@@ -59,6 +61,19 @@ class PackedWeight:
             for stream, at in zip(streams, first, strict=True)
         )
         return (panels, int(following[0] - first[0]), *others)
+
+    def operation(
+        self, chunk: int, vectors: int, x: Argument, y: Argument, bias: int, start: int
+    ) -> Operation:
+        """Multiply one chunk of rows.
+
+        Args:
+            chunk: which.
+            vectors: width of the tiles.
+            x, y, bias: addresses of the columns' tile, the whole output tile, the whole bias.
+            start: `START_*` of `spmm.py`.
+        """
+        return (spmm.name(self.height, vectors), *self.arguments(chunk), x, y, bias, start)
 
     @property
     def stored(self) -> int:

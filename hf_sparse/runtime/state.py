@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.runtime.blocks import Block, Norm, Stack
+from hf_sparse.runtime.dense import DenseWeight
 from hf_sparse.runtime.linear import Linear
 from hf_sparse.runtime.packing import (
     CHUNK_ROWS,
@@ -84,12 +85,12 @@ def _block_state(block: Block, prefix: str, tensors: dict[str, Tensor]) -> dict[
             "pattern": linear.pattern,
             "edges": list(linear.edges),
             "zeros": linear.zeros,
-            "parts": [
-                [{name: getattr(packed, name) for name in _NUMBERS} for packed in part]
-                for part in linear.parts
-            ],
+            "parts": [[_numbers(packed) for packed in part] for part in linear.parts],
         }
         for number, packed in enumerate(linear.packed):
+            if isinstance(packed, DenseWeight):
+                tensors[f"{place}.dense"] = packed.weight
+                continue
             for stream in _STREAMS:
                 tensors[f"{place}.{number}.{stream}"] = torch.from_numpy(getattr(packed, stream))
         if linear.bias is not None:
@@ -98,14 +99,21 @@ def _block_state(block: Block, prefix: str, tensors: dict[str, Tensor]) -> dict[
             tensors[f"{place}.words"] = torch.from_numpy(linear.single.words)
             tensors[f"{place}.single_values"] = torch.from_numpy(linear.single.values)
             tensors[f"{place}.starts"] = torch.from_numpy(linear.single.starts)
-        elif linear.single is not None:
+        elif linear.single is not None and not linear.shares:
             tensors[f"{place}.single"] = linear.single
+        described["linears"][name]["shared"] = linear.shares
     for name, norms in (("norms", block.norms), ("head_norms", block.head_norms or ())):
         described["epsilons"][name] = [norm.epsilon for norm in norms]
         for number, norm in enumerate(norms):
             tensors[f"{prefix}.{name}.{number}.weight"] = norm.weight
             tensors[f"{prefix}.{name}.{number}.bias"] = norm.bias
     return described
+
+
+def _numbers(packed: PackedWeight | DenseWeight) -> dict[str, int]:
+    if isinstance(packed, DenseWeight):
+        return {"first_column": packed.first_column, "columns": packed.columns}
+    return {name: getattr(packed, name) for name in _NUMBERS}
 
 
 def _restore_block(
@@ -140,17 +148,27 @@ def _restore_linear(
     described: Mapping[str, Any], place: str, tensors: Mapping[str, Tensor]
 ) -> Linear:
     parts, number = [], 0
+    dense = tensors.get(f"{place}.dense")
+    if dense is not None:
+        _require_matrix(dense, f"{place}.dense")
+        _require(DenseWeight.suits(dense), place, f"its dense weight has {len(dense)} rows")
     for part in described["parts"]:
-        summands = []
+        summands: list[PackedWeight | DenseWeight] = []
         for numbers in part:
+            if dense is not None:
+                summands.append(DenseWeight(dense, **numbers))
+                continue
             streams: Any = {n: tensors[f"{place}.{number}.{n}"].numpy() for n in _STREAMS}
-            summands.append(PackedWeight(**numbers, **streams))
-            check(summands[-1])
+            restored = PackedWeight(**numbers, **streams)
+            check(restored)
+            summands.append(restored)
             number += 1
         parts.append(tuple(summands))
     first = parts[0][0]
     rows, edges = first.rows, tuple(described["edges"])
     single: DecodeWeight | Tensor | None = tensors.get(f"{place}.single")
+    if described["shared"]:
+        single = dense
     if f"{place}.words" in tensors:
         single = DecodeWeight(
             rows,
@@ -173,14 +191,16 @@ def _restore_linear(
     _require(list(np.cumsum([0, *widths])) == list(edges), place, "its parts and edges differ")
     for part in parts:
         for packed in part:
+            if isinstance(packed, DenseWeight):
+                fits = packed.first_column in edges and packed.weight.shape[1] == edges[-1]
+                _require(fits and packed.columns > 0, place, "its dense columns")
             same = packed.rows == rows and packed.columns == part[0].columns
             same = same and np.array_equal(packed.chunk_rows, first.chunk_rows)
             _require(same, place, "its parts have different rows, columns or chunks")
     if linear.bias is not None:
         _require_floats(linear.bias, place, rows)
     if isinstance(single, Tensor):
-        fits = single.dtype == torch.float32 and single.is_contiguous() and single.ndim == 2
-        _require(fits, place, f"its single weight is {single.dtype} {tuple(single.shape)}")
+        _require_matrix(single, place)
         large = single.shape[0] >= rows and single.shape[1] >= edges[-1]
         _require(large and not single.shape[1] % 16, place, "its single weight is too small")
     return linear
@@ -217,6 +237,11 @@ def _check_stack(stack: Stack) -> None:
             for norm in norms:
                 _require_floats(norm.weight, f"{place}.norms", size)
                 _require_floats(norm.bias, f"{place}.norms", size)
+
+
+def _require_matrix(tensor: Tensor, place: str) -> None:
+    fits = tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.ndim == 2
+    _require(fits, place, f"its weight is {tensor.dtype} {tuple(tensor.shape)}")
 
 
 def _require_floats(tensor: Tensor, place: str, size: int) -> None:

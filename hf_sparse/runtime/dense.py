@@ -1,0 +1,143 @@
+"""Y (+)= W X for a W that has too few zeros, read as torch stores it: nothing is packed or copied.
+
+As `spmm.py` with blocks of 4 rows and all columns: 4 rows share the loads of a row of X. Weights come
+from 4 rows of W at a time, which are fetched ahead.
+
+Arguments: weight (row 0, the first column), bytes of a row, columns, first and last row (their
+difference is a multiple of 4), X, Y, bias, start (`START_*`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hf_sparse.runtime import spmm
+from hf_sparse.runtime.ir import Function, vector
+from hf_sparse.runtime.packing import CHUNK_ROWS
+from hf_sparse.runtime.program import Argument, Operation
+from hf_sparse.runtime.target import Target
+
+ROWS = 4
+# Columns in one round; what is left is multiplied one by one.
+_UNROLL = 4
+
+
+def name(vectors: int) -> str:
+    """The symbol of the kernel for tiles of `vectors` vectors."""
+    return f"dense{vectors}"
+
+
+def dense(target: Target, vectors: int) -> Function:
+    """The kernel for tiles `vectors` vectors wide."""
+    f = Function(
+        name(vectors),
+        (
+            "ptr weight",
+            "i64 row_bytes",
+            "i64 columns",
+            "i64 first",
+            "i64 last",
+            "ptr x",
+            "ptr y",
+            "ptr bias",
+            "i64 start",
+        ),
+        shared=("x", "y"),
+    )
+    weight, row_bytes, columns, first_row, last_row, x, y, bias, start = f.parameters
+    size, kind = 4 * target.lanes, vector(target.lanes)
+    tile_row = size * vectors
+    width = vectors
+    while ROWS * width > target.registers // 2:
+        width //= 2
+    zero = f.constant(0.0, kind)
+    whole = columns / _UNROLL * _UNROLL
+    with f.range(last_row, start=first_row, step=ROWS) as row:
+        places = [weight.at((row + r) * row_bytes) for r in range(ROWS)]
+        outputs = [y.at((row + r) * tile_row) for r in range(ROWS)]
+        for first in range(0, vectors, width):
+            sums = [[f.variable(zero) for _ in range(width)] for _ in range(ROWS)]
+            for mode in f.cases(start, 3):
+                for r in range(ROWS):
+                    for v, total in enumerate(sums[r]):
+                        value = zero
+                        if mode in (spmm.START_SUM, spmm.START_SUM_BIAS):
+                            value = outputs[r].at(size * (first + v)).load(kind, size)
+                        if mode in (spmm.START_BIAS, spmm.START_SUM_BIAS):
+                            added = bias.at(row * 4 + 4 * r).load("float")
+                            value = value + added.splat(target.lanes)
+                        total.set(value)
+
+            def multiply(column, count: int, first=first, sums=sums) -> None:  # type: ignore[no-untyped-def]
+                for number in range(count):
+                    source = x.at(column * tile_row).at(number * tile_row)
+                    inputs = [source.at(size * (first + v)).load(kind, size) for v in range(width)]
+                    for place, totals in zip(places, sums, strict=True):
+                        factor = place.at(column * 4).at(4 * number).load("float")
+                        spread = factor.splat(target.lanes)
+                        for value, total in zip(inputs, totals, strict=True):
+                            total.set(f.fma(spread, value, total.get()))
+
+            with f.range(whole, step=_UNROLL) as column:
+                for place in places:  # the same columns of the next four rows
+                    place.at(row_bytes * ROWS).at(column * 4).prefetch()
+                multiply(column, _UNROLL)
+            with f.range(columns, start=whole) as column:
+                multiply(column, 1)
+            for r in range(ROWS):
+                for v, total in enumerate(sums[r]):
+                    outputs[r].at(size * (first + v)).store(total.get(), size)
+    return f
+
+
+@dataclass(frozen=True, eq=False)
+class DenseWeight:
+    """Columns of a weight that is computed densely; stands beside `PackedWeight`.
+
+    Attributes:
+        weight: `(rows, all columns)` float32, contiguous.
+        first_column, columns: which columns.
+    """
+
+    weight: Tensor
+    first_column: int
+    columns: int
+    height: int = ROWS
+
+    @staticmethod
+    def suits(weight: Tensor) -> bool:
+        """Whether a weight's rows go in whole groups."""
+        return not weight.shape[0] % ROWS
+
+    @property
+    def rows(self) -> int:
+        """Features that come out."""
+        return len(self.weight)
+
+    @property
+    def stored(self) -> int:
+        """Weights that are multiplied."""
+        return self.rows * self.columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of these columns."""
+        return 4 * self.stored
+
+    @property
+    def chunk_rows(self) -> NDArray[np.int64]:
+        """Where the chunks of rows begin, and where the last one ends."""
+        return np.array([*range(0, self.rows, CHUNK_ROWS), self.rows], np.int64)
+
+    def operation(
+        self, chunk: int, vectors: int, x: Argument, y: Argument, bias: int, start: int
+    ) -> Operation:
+        """Multiply one chunk of rows; addresses as `PackedWeight.operation`'s."""
+        first, last = (int(row) for row in self.chunk_rows[chunk : chunk + 2])
+        stride = 4 * self.weight.shape[1]
+        weight = self.weight.data_ptr() + 4 * self.first_column
+        return (name(vectors), weight, stride, self.columns, first, last, x, y, bias, start)
