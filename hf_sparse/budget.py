@@ -1,11 +1,14 @@
 """Sparsity from a latency budget: which pattern and how many zeros each layer gets.
 
 Every layer has candidates, a pattern and a sparsity each, with a predicted time (`runtime/latency.py`)
-and an error: the share of its output's energy that pruning takes away,
+and an error: the share of its output's energy that pruning takes away, times what that does to the
+model,
 
-    error = sum of pruned (w_ij ||x_j||)^2 / sum of all (w_ij ||x_j||)^2
+    error = sensitivity * sum of pruned (w_ij ||x_j||)^2 / sum of all (w_ij ||x_j||)^2
 
-with the inputs' norms from calibration, or 1 without. Of all choices within the budget, the one with
+Calibration gives the norms of the inputs, and the sensitivity: one layer at a time is pruned to
+`PROBE`, and the change of the model's own output, in squares and relative, is divided by the layer's
+share. Without calibration both are 1. Of all choices within the budget, the one with
 the least sum of errors is wanted: each layer takes the candidate with the least `error + price * time`,
 and the price is the smallest that keeps to the budget (Lagrangian relaxation; Everett, 1963,
 https://doi.org/10.1287/opre.11.3.399).
@@ -30,8 +33,11 @@ from hf_sparse.runtime.target import named
 from hf_sparse.structure import TargetLayer, target_layers
 
 LEVELS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975)
+# The sparsity at which a layer's effect on the model's output is measured.
+PROBE = 0.75
 # Halvings of the interval that holds the price.
 _HALVINGS = 60
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Choice:
         name: the layer.
         pattern, sparsity: of its zeros.
         time: predicted, in seconds per token and core.
-        error: share of the output's energy that is lost.
+        error: estimated change of the model's output, see above.
     """
 
     name: str
@@ -121,7 +127,8 @@ def allocate(
         model: a model on the CPU; it is not changed.
         budget: time of the layers' matrix products, as a fraction of the dense ones: `"0.25x"` or
             0.25. Attention, norms and embeddings cost the same whatever is pruned.
-        batches: calibration inputs, as `prune_`'s; without them all inputs count alike.
+        batches: calibration inputs, as `prune_`'s, which the model sees once per layer; without
+            them all layers and inputs count alike, and the choice is no better than uniform sparsity.
         patterns: what layers may choose from; each may also stay dense.
         targets: globs of layer names; those of `SparsityConfig` by default.
         levels: sparsities to choose from, where the pattern does not fix it.
@@ -134,9 +141,16 @@ def allocate(
     parsed = [Pattern.parse(pattern) for pattern in patterns]
     rates = calibrate(named(target), None if cache is None else Path(cache))
     layers = target_layers(model, SparsityConfig("unstructured", 0.5, targets=targets))
-    norms = input_norms(model, layers, batches) if batches is not None else {}
+    scores = {layer.name: layer.weight.float().abs() for layer in layers}
+    weights = dict.fromkeys(scores, 1.0)
+    if batches is not None:
+        inputs = [dict(b) if isinstance(b, Mapping) else {"input_ids": b} for b in batches]
+        norms = input_norms(model, layers, inputs)
+        scores = {name: score * norms[name] for name, score in scores.items()}
+        weights = sensitivities(model, layers, scores, inputs)
     candidates = [
-        _candidates(layer, norms.get(layer.name), parsed, levels, rates) for layer in layers
+        _candidates(layer.name, scores[layer.name], weights[layer.name], parsed, levels, rates)
+        for layer in layers
     ]
     dense = sum(options[0].time for options in candidates)
     least = sum(min(option.time for option in options) for options in candidates)
@@ -195,47 +209,83 @@ def parse_budget(budget: str | float) -> float:
 
 
 def input_norms(
-    model: nn.Module,
-    layers: Sequence[TargetLayer],
-    batches: Iterable[Mapping[str, Tensor] | Tensor],
+    model: nn.Module, layers: Sequence[TargetLayer], batches: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
     """The root of the summed squares of each layer's inputs, `(in_features,)`."""
-    sums: dict[str, Tensor] = {}
+    sums = {layer.name: torch.zeros(layer.weight.shape[1]) for layer in layers}
 
     def hook(name: str) -> Any:
         def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach().float().reshape(-1, inputs[0].shape[-1])
-            sums[name] = sums.get(name, torch.zeros(x.shape[1])) + x.square().sum(dim=0)
+            sums[name] += x.square().sum(dim=0)
 
         return add
 
     handles = [layer.module.register_forward_pre_hook(hook(layer.name)) for layer in layers]
-    training = model.training
     try:
-        model.eval()
-        with torch.no_grad():
-            for batch in batches:
-                model(**batch) if isinstance(batch, Mapping) else model(batch)
+        _outputs(model, batches)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return {name: total.sqrt() for name, total in sums.items()}
 
 
+def sensitivities(
+    model: nn.Module,
+    layers: Sequence[TargetLayer],
+    scores: Mapping[str, Tensor],
+    batches: Sequence[Mapping[str, Tensor]],
+) -> dict[str, float]:
+    """What the share of its output's energy that one layer loses does to the model's output.
+
+    The weights are changed for a while, one layer at a time, and put back.
+    """
+    wanted = _outputs(model, batches)
+    size = sum(float(output.square().sum()) for output in wanted)
+    found = {}
+    for layer in layers:
+        score = scores[layer.name]
+        kept = Pattern.parse("unstructured").keep(score, PROBE)
+        before = layer.weight.clone()
+        try:
+            layer.weight.mul_(kept)
+            changed = _outputs(model, batches)
+        finally:
+            layer.weight.copy_(before)
+        pairs = zip(changed, wanted, strict=True)
+        error = sum(float((a - b).square().sum()) for a, b in pairs) / max(size, _TINY)
+        found[layer.name] = error / max(_lost(score, kept), _TINY)
+    return found
+
+
+def _outputs(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    """The first output of each batch: hidden states, or logits."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return [model(**batch)[0].float() for batch in batches]
+    finally:
+        model.train(training)
+
+
+def _lost(scores: Tensor, kept: Tensor) -> float:
+    """The share of the energy that is not kept."""
+    energy = scores.square().sum().clamp_min(_TINY)
+    return float(1 - scores[kept].square().sum() / energy)
+
+
 def _candidates(
-    layer: TargetLayer,
-    norms: Tensor | None,
+    name: str,
+    scores: Tensor,
+    sensitivity: float,
     patterns: Sequence[Pattern],
     levels: Sequence[float],
     rates: Rates,
 ) -> list[Choice]:
     """What a layer could be; the first one is dense."""
-    scores = layer.weight.float().abs()
-    if norms is not None:
-        scores = scores * norms
-    energy, size = scores.square().sum().clamp_min(1e-30), scores.numel()
-    found = [Choice(layer.name, None, 0.0, size * _seconds(None, 0.0, rates), 0.0)]
+    size = scores.numel()
+    found = [Choice(name, None, 0.0, size * _seconds(None, 0.0, rates), 0.0)]
     for pattern in patterns:
         try:
             pattern.check_shape(*scores.shape)
@@ -243,10 +293,9 @@ def _candidates(
             continue
         fixed = pattern.implied_sparsity
         for sparsity in levels if fixed is None else [fixed]:
-            kept = pattern.keep(scores, sparsity)
-            error = float(1 - scores[kept].square().sum() / energy)
+            error = sensitivity * _lost(scores, pattern.keep(scores, sparsity))
             time = size * _seconds(pattern, sparsity, rates)
-            found.append(Choice(layer.name, pattern, sparsity, time, error))
+            found.append(Choice(name, pattern, sparsity, time, error))
     return found
 
 

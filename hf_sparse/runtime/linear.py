@@ -16,7 +16,13 @@ from hf_sparse.runtime.dense import ROWS, DenseWeight
 from hf_sparse.runtime.found import find_pattern
 from hf_sparse.runtime.latency import NOMINAL, Rates
 from hf_sparse.runtime.memory import Shelf
-from hf_sparse.runtime.packing import DECODE_ROWS, DecodeWeight, PackedWeight, pack, pack_decode
+from hf_sparse.runtime.packing import (
+    DECODE_ROWS,
+    DecodeWeight,
+    PackedWeight,
+    pack_decode,
+    pack_many,
+)
 from hf_sparse.runtime.program import Argument, Operation
 
 # Below this fraction of zeros reading the bitmask costs more than the zeros save.
@@ -243,10 +249,12 @@ def pack_linear(
         if single is not None and zeros < MIN_DECODE_SPARSITY * array.size and _fits(array):
             return Linear(name, _label(weight), parts, edges, _padded(bias), zeros, whole)
     else:
-        parts = tuple(
-            tuple(pack(part[:, start:stop], height).on(shelf) for height, part in summands)
-            for start, stop in columns_of
-        )
+        wanted = [
+            (part[:, start:stop], height) for start, stop in columns_of for height, part in summands
+        ]
+        packed = [one.on(shelf) for one in pack_many(wanted, torch.get_num_threads())]
+        each = len(summands)
+        parts = tuple(tuple(packed[i : i + each]) for i in range(0, len(packed), each))
     rows_weight = None if single is None else _single(array, zeros, single)
     return Linear(name, _label(weight), parts, edges, _padded(bias), zeros, rows_weight)
 

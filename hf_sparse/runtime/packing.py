@@ -6,6 +6,8 @@ kept. `unpack` gives it back, which is what tests and `check` rely on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -98,28 +100,47 @@ class PackedWeight:
         return sum(stream.nbytes for stream in streams)
 
 
-def pack(weight: Array, height: int = 1, chunk_rows: int = CHUNK_ROWS) -> PackedWeight:
-    """Pack a weight; what is zero is not stored.
+def pack(weight: Array, height: int = 1) -> PackedWeight:
+    """Pack a weight; what is zero is not stored. As `pack_many`."""
+    return pack_many([(weight, height)])[0]
+
+
+def pack_many(weights: Sequence[tuple[Array, int]], threads: int = 1) -> list[PackedWeight]:
+    """Pack several weights; what is zero is not stored.
 
     Args:
-        weight: `(rows, columns)` float32.
-        height: pack blocks of `height` x 1 weights; a key of `spmm.UNROLL`. Blocks that are only
-            partly zero are stored whole.
-        chunk_rows: rows that are finished before the next begin, a multiple of `height`.
+        weights: weights `(rows, columns)` float32, and with each the height of its blocks, a key
+            of `spmm.UNROLL`. Blocks that are only partly zero are stored whole.
+        threads: chunks of rows that are packed at the same time.
 
     Raises:
-        ValueError: `height` does not divide the rows.
+        ValueError: a height does not divide the rows, or there are too many columns.
     """
-    rows, columns = weight.shape
-    if rows % height:
-        raise ValueError(f"{rows} rows cannot be divided into blocks of {height} x 1.")
-    panel = PANEL_COLUMNS if INDEX_BYTES[height] == 1 else columns
-    if panel > 1 << 16:
-        raise ValueError(f"{columns} columns: blocks are packed for at most {1 << 16}.")
-    edges = [*range(0, rows, chunk_rows), rows]
-    parts = [
-        _pack_chunk(weight[start:stop], height, panel, start) for start, stop in pairwise(edges)
+    tasks = []
+    for number, (weight, height) in enumerate(weights):
+        rows, columns = weight.shape
+        if rows % height:
+            raise ValueError(f"{rows} rows cannot be divided into blocks of {height} x 1.")
+        panel = PANEL_COLUMNS if INDEX_BYTES[height] == 1 else columns
+        if panel > 1 << 16:
+            raise ValueError(f"{columns} columns: blocks are packed for at most {1 << 16}.")
+        tasks += [
+            (number, weight[start : start + CHUNK_ROWS], height, panel, start)
+            for start in range(0, rows, CHUNK_ROWS)
+        ]
+    with ThreadPoolExecutor(threads) as pool:
+        packed = list(pool.map(lambda task: (task[0], _pack_chunk(*task[1:])), tasks))
+    return [
+        _assembled(weight, height, [chunk for owner, chunk in packed if owner == number])
+        for number, (weight, height) in enumerate(weights)
     ]
+
+
+def _assembled(
+    weight: Array, height: int, parts: list[tuple[tuple[Array, ...], int]]
+) -> PackedWeight:
+    """One packed weight from its chunks: their streams, and the numbers of their nonzeros."""
+    rows, columns = weight.shape
     sizes = np.array([[len(stream) for stream in streams] for streams, _ in parts], np.int64)
     chunks = np.zeros((len(parts) + 1, 5), np.int64)
     np.cumsum(sizes, axis=0, out=chunks[1:])
@@ -137,7 +158,7 @@ def pack(weight: Array, height: int = 1, chunk_rows: int = CHUNK_ROWS) -> Packed
         indices,
         order,
         chunks,
-        np.array(edges, np.int64),
+        np.array([*range(0, rows, CHUNK_ROWS), rows], np.int64),
     )
 
 
