@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 INSTALL := $(PIP) install -q -c constraints.txt
 
-.PHONY: demo test test-slow quality style bench sst2 clean
+.PHONY: demo test test-slow quality style bench bench-peers sst2 clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/prune_and_reload.py
@@ -28,6 +28,11 @@ style: $(VENV)/dev
 bench: $(VENV)/demo
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/wanda.py $(if $(DATA),--data $(DATA))
+
+# Sets up other runtimes in .peers and compares with them: needs the network and 24 GB of memory.
+bench-peers: $(VENV)/demo
+	$(BIN)/python benchmarks/peers.py --install
+	$(BIN)/python benchmarks/peers.py --out bench_output/peers.json
 
 # Retrains the best SST-2 model of docs/results.md: make sst2 DATA=folder_with_glue_tasks
 sst2: $(VENV)/demo $(VENV)/dev

@@ -32,6 +32,15 @@ def test_benchmark_times_every_way(family: str) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_models_that_are_compiled_layer_by_layer_are_timed(tmp_path: Path) -> None:
+    model = tiny_model("gpt_neox")
+    hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", 0.8), "magnitude")
+    found = hf_sparse.benchmark(model, tokens=9, repeats=1)
+    assert [one.name for one in found.forward] == ["torch", "compiled"]
+    with pytest.raises(ValueError, match="layer by layer"):
+        hf_sparse.save_compiled(hf_sparse.compile(model), tmp_path)
+
+
 def test_benchmark_refuses_what_it_cannot_time() -> None:
     with pytest.raises(ValueError, match="batch is 0"):
         hf_sparse.benchmark(tiny_model("bert"), batch=0)

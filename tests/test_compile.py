@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -367,3 +370,31 @@ def test_the_code_cache_is_used_and_checked(
     jit.compile_kernels(functions, chosen, tmp_path)
     with pytest.raises(TypeError):
         jit.compile_kernels(functions, chosen, None)
+
+
+def test_copies_share_the_weights_and_nothing_else_stores_them(
+    models: dict, tmp_path: Path
+) -> None:
+    _, compiled = models["llama"]
+    given = inputs(2, 9)
+    twin = copy.deepcopy(compiled)
+    with torch.no_grad():
+        assert torch.equal(twin(**given).logits, compiled(**given).logits)
+    assert stack_of(twin) is stack_of(compiled)
+    for store in (
+        lambda: compiled.save_pretrained(tmp_path),
+        lambda: pickle.dumps(compiled),
+        lambda: torch.save(compiled, tmp_path / "model.pt"),
+    ):
+        with pytest.raises(ValueError, match="save_compiled"):
+            store()
+
+
+def test_a_cache_is_cropped_as_transformers_crops_it(models: dict) -> None:
+    _, compiled = models["llama"]
+    with torch.no_grad():
+        cache = compiled(**inputs(1, 8), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="negative"):
+        cache.crop(5)
+    cache.crop(-3)
+    assert cache.get_seq_length() == 5

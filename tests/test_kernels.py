@@ -10,6 +10,7 @@ from hf_sparse.runtime import (
     activation,
     attention,
     decode,
+    decode_packing,
     dense,
     normalisation,
     packing,
@@ -297,8 +298,8 @@ def test_attention_of_one_token(code: Code, chosen: target.Target, case: tuple) 
 @pytest.mark.parametrize("add", [False, True])
 def test_rows_of_one_token(code: Code, rows: int, columns: int, sparsity: float, add: bool) -> None:
     weight = sparse_weight(rows, columns, 1, sparsity)
-    packed = packing.pack_decode(weight)
-    assert np.array_equal(packing.unpack_decode(packed), weight)
+    packed = decode_packing.pack_decode(weight)
+    assert np.array_equal(decode_packing.unpack_decode(packed), weight)
     whole = -(-columns // decode.COLUMNS) * decode.COLUMNS
     x = aligned(whole)
     x[:columns] = torch.randn(columns)

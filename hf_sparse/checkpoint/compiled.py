@@ -26,6 +26,7 @@ from hf_sparse.runtime.blocks import why_not_compiled
 from hf_sparse.runtime.compiled import assemble, stack_of
 from hf_sparse.runtime.families import COMPILED
 from hf_sparse.runtime.jit import DEFAULT_CACHE
+from hf_sparse.runtime.sparse_linear import CompiledLinear
 from hf_sparse.runtime.state import LAYOUT, restore_stack, stack_state
 from hf_sparse.runtime.target import named
 
@@ -39,7 +40,8 @@ def save_compiled(model: PreTrainedModel, folder: Path | str) -> Path:
 
     Args:
         model: what `hf_sparse.compile` gave, of a family whose blocks are compiled as a whole.
-        folder: where to; files of other names in it stay. Written atomically.
+        folder: where to; files of other names in it stay. Written atomically. A tokenizer is not
+            among them.
 
     Returns:
         The folder.
@@ -48,6 +50,11 @@ def save_compiled(model: PreTrainedModel, folder: Path | str) -> Path:
         ValueError: the model's blocks are not compiled.
         OSError: the folder cannot be written; what was in it stays.
     """
+    if any(isinstance(module, CompiledLinear) for module in model.modules()):
+        raise ValueError(
+            f"the blocks of this {type(model).__name__} are compiled layer by layer, which is not "
+            "saved: save the model itself, and compile it after loading."
+        )
     stack = stack_of(model)
     tensors, description = stack_state(stack)
     stored = {f"{_STACK}{name}": tensor for name, tensor in tensors.items()}

@@ -79,7 +79,15 @@ class TileLayer(CacheLayerMixin):
         raise ValueError("a compiled model's cache is in memory already: use no offloaded cache.")
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens."""
+        """Forget the last `-tokens_to_remove` tokens.
+
+        Raises:
+            ValueError: the number is positive, as transformers' layers refuse it.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): wanted a negative number of tokens to remove."
+            )
         self.length -= min(abs(tokens_to_remove), self.length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,10 @@ from hf_sparse.structure import target_layers
 
 # The name of the attention in the compiled model's config: masks reach the blocks as they were given.
 ATTENTION = "hf_sparse"
+NOT_STORED = (
+    "a compiled model has packed weights, which checkpoints and pickles cannot hold: save the model "
+    "that was compiled, or use hf_sparse.save_compiled."
+)
 # A single layer with fewer zeros is left to torch, with which it shares the layout of activations.
 MIN_SPARSITY = 0.4
 
@@ -96,8 +99,8 @@ def assemble(
     path, _, name = family.stack.rpartition(".")
     owner: Any = model.base_model.get_submodule(path)
     layer_class = _compiled_class(_block_class(model))
-    runner, results = Runner(stack, target, cache), threading.local()
-    layers = [layer_class(runner, results, index) for index in range(len(stack.blocks))]
+    runner = Runner(stack, target, cache)
+    layers = [layer_class(runner, index) for index in range(len(stack.blocks))]
     setattr(owner, name, CompiledBlocks(layers))
     if family is COMPILED["albert"]:  # its loop goes over groups of layers
         owner.config = copy.copy(owner.config)
@@ -140,7 +143,12 @@ def _finished(
         """Tell what became of each layer; times are for `tokens` tokens on torch's threads."""
         return explain_layers(linears_of(model), reason, model, target, cache, tokens)
 
+    def save_pretrained(*args: Any, **kwargs: Any) -> None:
+        """Refuse: a checkpoint without the blocks would load with random ones."""
+        raise ValueError(NOT_STORED)
+
     model.__dict__["explain"] = explain
+    model.__dict__["save_pretrained"] = save_pretrained
     model.eval()
     return model
 
@@ -200,22 +208,33 @@ class CompiledLayer(nn.Module):
 
     arguments: tuple[str, ...] = ()
 
-    def __init__(self, runner: Runner, results: threading.local, index: int) -> None:
+    def __init__(self, runner: Runner, index: int) -> None:
         nn.Module.__init__(self)
-        self.runner, self.results, self.index = runner, results, index
+        self.runner, self.index = runner, index
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledLayer:
+        """Packed weights never change, and a runner serves all callers: copies share them."""
+        return type(self)(self.runner, self.index).train(self.training)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ValueError(NOT_STORED)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run all blocks if this is the first one, and give this one's hidden states."""
         if self.index == 0:
             given = dict(zip(self.arguments, args, strict=False)) | kwargs
-            self.results.states = self._run(hidden_states, given)
-        states: Tensor = self.results.states
+            self.runner.results.states = self._run(hidden_states, given)
+        states: Tensor = self.runner.results.states
         last = self.index == len(self.runner.stack.blocks) - 1
         if last:
-            self.results.states = None
+            self.runner.results.states = None
         return states if states.ndim == 3 else states[self.index]
 
     def _run(self, hidden: Tensor, given: dict[str, Any]) -> Tensor:
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "the model is compiled already: torch.compile has nothing to add to it."
+            )
         if self.training:
             raise ValueError("a compiled model is for inference: call its eval() first.")
         if hidden.requires_grad:

@@ -12,17 +12,12 @@ from torch import Tensor
 
 from hf_sparse.runtime import spmm
 from hf_sparse.runtime.decode import COLUMNS, GROUP
+from hf_sparse.runtime.decode_packing import DECODE_ROWS, DecodeWeight, pack_decode
 from hf_sparse.runtime.dense import ROWS, DenseWeight
 from hf_sparse.runtime.found import find_pattern
 from hf_sparse.runtime.latency import NOMINAL, Rates
 from hf_sparse.runtime.memory import Shelf
-from hf_sparse.runtime.packing import (
-    DECODE_ROWS,
-    DecodeWeight,
-    PackedWeight,
-    pack_decode,
-    pack_many,
-)
+from hf_sparse.runtime.packing import PackedWeight, pack_many
 from hf_sparse.runtime.program import Argument, Operation
 
 # Below this fraction of zeros reading the bitmask costs more than the zeros save.

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_sparse.runtime import spmm
-from hf_sparse.runtime.decode import COLUMNS, GROUP
 from hf_sparse.runtime.memory import Shelf
 from hf_sparse.runtime.program import Argument, Operation
 from hf_sparse.runtime.spmm import INDEX_BYTES, SIDE_BY_SIDE, UNROLL
@@ -27,7 +26,7 @@ CHUNK_ROWS = 768
 # Columns of a panel: 128 rows of a 64-token tile are 32 KB, which stay in L1.
 PANEL_COLUMNS = 128
 # Bytes that kernels may read beyond a stream's end.
-_PADDING = 64
+PADDING = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +163,7 @@ def _assembled(
 
 def _joined(parts: list[Array]) -> Array:
     """One stream, with room behind it for what kernels read too far."""
-    tail = np.zeros((-(-_PADDING // parts[0].itemsize), *parts[0].shape[1:]), parts[0].dtype)
+    tail = np.zeros((-(-PADDING // parts[0].itemsize), *parts[0].shape[1:]), parts[0].dtype)
     return np.concatenate([*parts, tail])
 
 
@@ -239,65 +238,6 @@ def _pack_chunk(
     return streams, len(found) * height
 
 
-# Rows after which the streams of a DecodeWeight can be entered: threads share rows at these.
-DECODE_ROWS = 64
-
-
-@dataclass(frozen=True, eq=False)
-class DecodeWeight:
-    """A weight `(rows, columns)` as the streams that `sparse_rows` of `decode.py` reads.
-
-    Attributes:
-        words: `(ceil(rows / 4), ceil(columns / 16))` uint64, 16 bits for each row of a group.
-        values: the nonzeros: by groups, by words, by rows.
-        starts: where every `DECODE_ROWS` rows begin in `values`, and where the last ones end.
-    """
-
-    rows: int
-    columns: int
-    words: Array
-    values: Array
-    starts: Array
-
-    def on(self, shelf: Shelf) -> DecodeWeight:
-        """The same weight with its streams on a shelf."""
-        return replace(self, words=shelf.place(self.words), values=shelf.place(self.values))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all streams."""
-        return self.words.nbytes + self.values.nbytes
-
-
-def pack_decode(weight: Array) -> DecodeWeight:
-    """Pack a weight `(rows, columns)` float32 for single tokens."""
-    rows, columns = weight.shape
-    parts = [
-        _pack_decode_rows(weight[start : start + DECODE_ROWS])
-        for start in range(0, rows, DECODE_ROWS)
-    ]
-    starts = np.cumsum([0, *(len(values) for _, values in parts)])
-    tail = np.zeros(_PADDING // 4, np.float32)
-    return DecodeWeight(
-        rows,
-        columns,
-        np.concatenate([words for words, _ in parts]),
-        np.concatenate([*(values for _, values in parts), tail]),
-        starts.astype(np.int64),
-    )
-
-
-def _pack_decode_rows(weight: Array) -> tuple[Array, Array]:
-    rows, columns = weight.shape
-    padded = np.zeros((-(-rows // GROUP) * GROUP, -(-columns // COLUMNS) * COLUMNS), np.float32)
-    padded[:rows, :columns] = weight
-    # (groups, words, 4 rows, 16 columns): the order of the bits and of the values.
-    ordered = padded.reshape(len(padded) // GROUP, GROUP, -1, COLUMNS).swapaxes(1, 2)
-    mask = ordered != 0
-    words = np.packbits(mask.reshape(*mask.shape[:2], -1), axis=-1, bitorder="little")
-    return words.view("<u8")[..., 0], ordered[mask]
-
-
 def unpack(packed: PackedWeight) -> Array:
     """The weight that was packed, `(rows, columns)` float32."""
     weight = np.zeros((packed.rows, packed.columns), np.float32)
@@ -324,16 +264,6 @@ def unpack(packed: PackedWeight) -> Array:
     return weight
 
 
-def unpack_decode(packed: DecodeWeight) -> Array:
-    """The weight that was packed, `(rows, columns)` float32."""
-    groups, words = packed.words.shape
-    bits = np.unpackbits(packed.words.view(np.uint8), bitorder="little").astype(bool)
-    ordered = np.zeros(bits.size, np.float32)
-    ordered[bits] = packed.values[: np.count_nonzero(bits)]
-    weight = ordered.reshape(groups, words, GROUP, COLUMNS).swapaxes(1, 2)
-    return weight.reshape(groups * GROUP, -1)[: packed.rows, : packed.columns]
-
-
 def check(packed: PackedWeight) -> None:
     """Check that a packed weight, read from a file, leads the kernels nowhere but into its streams.
 
@@ -341,7 +271,7 @@ def check(packed: PackedWeight) -> None:
         ValueError: a count, a row or a column is out of range; the message tells which.
     """
     height = packed.height
-    _require(height in UNROLL, f"blocks of {height} rows; wanted {list(UNROLL)}")
+    require(height in UNROLL, f"blocks of {height} rows; wanted {list(UNROLL)}")
     unroll, sides = UNROLL[height], SIDE_BY_SIDE[height]
     streams = {
         "panels": (packed.panels, np.int32, 2),
@@ -351,58 +281,39 @@ def check(packed: PackedWeight) -> None:
         "order": (packed.order, np.int32, 1),
     }
     chunks = packed.chunks
-    _require(chunks.ndim == 2 and chunks.shape[1] == 5 and len(chunks) > 1, "no chunks")
-    _require(
-        bool((np.diff(chunks, axis=0) >= 0).all() and (chunks[0] == 0).all()), "chunks go back"
-    )
+    require(chunks.ndim == 2 and chunks.shape[1] == 5 and len(chunks) > 1, "no chunks")
+    require(bool((np.diff(chunks, axis=0) >= 0).all() and (chunks[0] == 0).all()), "chunks go back")
     for column, (name, (stream, kind, dimensions)) in enumerate(streams.items()):
-        _require(stream.dtype == kind and stream.ndim == dimensions, f"{name} are {stream.dtype}")
-        _require(dimensions == 1 or stream.shape[1] == 3, f"{name} are no triples")
-        beyond = _PADDING // stream.itemsize if name == "indices" else 0  # loaded, not used
-        _require(len(stream) >= chunks[-1, column] + beyond, f"{name} are cut off")
+        require(stream.dtype == kind and stream.ndim == dimensions, f"{name} are {stream.dtype}")
+        require(dimensions == 1 or stream.shape[1] == 3, f"{name} are no triples")
+        beyond = PADDING // stream.itemsize if name == "indices" else 0  # loaded, not used
+        require(len(stream) >= chunks[-1, column] + beyond, f"{name} are cut off")
     rows = packed.chunk_rows
-    _require(len(rows) == len(chunks) and rows[0] == 0 and rows[-1] == packed.rows, "chunk rows")
+    require(len(rows) == len(chunks) and rows[0] == 0 and rows[-1] == packed.rows, "chunk rows")
     for number, (first, last) in enumerate(pairwise(chunks)):
         panels, groups, values, indices, order = (
             stream[start:stop]
             for (stream, _, _), start, stop in zip(streams.values(), first, last, strict=True)
         )
         remainder, pairs, rounds = groups.T.astype(np.int64)
-        _require(bool((panels[:, 1] >= 0).all()), "a panel has fewer than no groups")
-        _require(int(panels[:, 1].sum()) == len(groups), "panels and groups do not match")
-        _require(bool(np.isin(panels[:, 2], (0, 1)).all()), "a panel neither starts nor goes on")
-        _require(bool(((remainder >= 0) & (remainder < unroll)).all()), "a remainder is too large")
-        _require(bool(((pairs >= 0) & (rounds >= 0)).all()), "a count is negative")
+        require(bool((panels[:, 1] >= 0).all()), "a panel has fewer than no groups")
+        require(int(panels[:, 1].sum()) == len(groups), "panels and groups do not match")
+        require(bool(np.isin(panels[:, 2], (0, 1)).all()), "a panel neither starts nor goes on")
+        require(bool(((remainder >= 0) & (remainder < unroll)).all()), "a remainder is too large")
+        require(bool(((pairs >= 0) & (rounds >= 0)).all()), "a count is negative")
         counts = pairs * sides * (remainder + rounds * unroll)
-        _require(int(counts.sum()) == len(indices), "groups and indices do not match")
-        _require(len(values) == len(indices) * height, "indices and values do not match")
-        _require(int(pairs.sum()) * sides == len(order), "groups and rows do not match")
+        require(int(counts.sum()) == len(indices), "groups and indices do not match")
+        require(len(values) == len(indices) * height, "indices and values do not match")
+        require(int(pairs.sum()) * sides == len(order), "groups and rows do not match")
         inside = (order >= rows[number]) & (order <= rows[number + 1] - height)
-        _require(bool(inside.all()), "a row is out of range")
+        require(bool(inside.all()), "a row is out of range")
         owner = np.repeat(np.arange(len(panels)), panels[:, 1])
         starts = np.repeat(panels[owner, 0].astype(np.int64), counts)
-        _require(bool((panels[:, 0] >= 0).all()), "a panel begins before the first column")
-        _require(bool((starts + indices < packed.columns).all()), "a column is out of range")
+        require(bool((panels[:, 0] >= 0).all()), "a panel begins before the first column")
+        require(bool((starts + indices < packed.columns).all()), "a column is out of range")
 
 
-def check_decode(packed: DecodeWeight) -> None:
-    """As `check`, for single tokens.
-
-    Raises:
-        ValueError: the bits name more values, or others, than there are.
-    """
-    shape = (-(-packed.rows // GROUP), -(-packed.columns // COLUMNS))
-    _require(packed.words.dtype == np.uint64, f"words are {packed.words.dtype}")
-    _require(packed.words.shape == shape, f"words have the shape {packed.words.shape}, not {shape}")
-    _require(packed.values.dtype == np.float32, f"values are {packed.values.dtype}")
-    counts = np.bitwise_count(packed.words).sum(axis=1, dtype=np.int64)
-    each = np.add.reduceat(counts, np.arange(0, len(counts), DECODE_ROWS // GROUP))
-    wanted = np.cumsum([0, *each])
-    _require(np.array_equal(packed.starts, wanted), "starts do not match the bits")
-    room = wanted[-1] + _PADDING // 4
-    _require(len(packed.values) >= room, "values are cut off")
-
-
-def _require(holds: bool, problem: str) -> None:
+def require(holds: bool, problem: str) -> None:
+    """Raise a ValueError that tells the problem, unless it holds."""
     if not holds:
         raise ValueError(f"a packed weight is damaged: {problem}. Compile the model again.")

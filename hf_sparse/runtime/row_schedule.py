@@ -11,10 +11,10 @@ import torch
 
 from hf_sparse.runtime.activation import UNROLL
 from hf_sparse.runtime.blocks import Block, Norm, Stack
+from hf_sparse.runtime.decode_packing import DECODE_ROWS
 from hf_sparse.runtime.jit import Code
 from hf_sparse.runtime.linear import Linear
 from hf_sparse.runtime.memory import aligned
-from hf_sparse.runtime.packing import DECODE_ROWS
 from hf_sparse.runtime.program import Operation, Program, Slot
 from hf_sparse.runtime.schedule import Shape, cache_tables
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,8 @@ class Runner:
     def __init__(self, stack: Stack, target: Target, cache: Path | None) -> None:
         self.stack, self.target = stack, target
         self._code = kernels(target, cache)
+        # What the first block computed, for the others: of each calling thread.
+        self.results = threading.local()
         self._programs: Pool[TileProgram | RowProgram] = Pool(KEPT_BYTES)
 
     def __call__(

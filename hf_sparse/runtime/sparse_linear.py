@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.runtime.decode import COLUMNS, GROUP
+from hf_sparse.runtime.decode_packing import DECODE_ROWS
 from hf_sparse.runtime.kernels import kernels
 from hf_sparse.runtime.linear import Linear
 from hf_sparse.runtime.memory import aligned
-from hf_sparse.runtime.packing import DECODE_ROWS
 from hf_sparse.runtime.pool import Pool
 from hf_sparse.runtime.program import Operation, Program, Slot
 from hf_sparse.runtime.target import Target
@@ -55,6 +55,15 @@ class _Layer(nn.Module):
         _LAYERS[self._number] = self  # type: ignore[assignment]
         self._target, self._code = target, kernels(target, cache)
         self._programs: Pool[Any] = Pool(_KEPT_BYTES)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Layer:
+        """Nothing in it changes: copies of a model share it."""
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ValueError(
+            "a compiled layer cannot be pickled: save the model that was compiled instead."
+        )
 
     def _checked(self, x: Tensor) -> Tensor:
         if self.training:

@@ -14,17 +14,10 @@ import torch
 from torch import Tensor
 
 from hf_sparse.runtime.blocks import Block, Norm, Stack
+from hf_sparse.runtime.decode_packing import DECODE_ROWS, DecodeWeight, check_decode
 from hf_sparse.runtime.dense import DenseWeight
 from hf_sparse.runtime.linear import Linear
-from hf_sparse.runtime.packing import (
-    CHUNK_ROWS,
-    DECODE_ROWS,
-    PANEL_COLUMNS,
-    DecodeWeight,
-    PackedWeight,
-    check,
-    check_decode,
-)
+from hf_sparse.runtime.packing import CHUNK_ROWS, PANEL_COLUMNS, PackedWeight, check
 from hf_sparse.runtime.spmm import INDEX_BYTES, SIDE_BY_SIDE, UNROLL
 
 # Files of another layout are not read: compiling again is quick.

@@ -1,0 +1,97 @@
+"""Weights in the order in which the kernel for single tokens reads them (`decode.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hf_sparse.runtime.decode import COLUMNS, GROUP
+from hf_sparse.runtime.memory import Shelf
+from hf_sparse.runtime.packing import PADDING, Array, require
+
+# Rows after which the streams of a DecodeWeight can be entered: threads share rows at these.
+DECODE_ROWS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeWeight:
+    """A weight `(rows, columns)` as the streams that `sparse_rows` of `decode.py` reads.
+
+    Attributes:
+        words: `(ceil(rows / 4), ceil(columns / 16))` uint64, 16 bits for each row of a group.
+        values: the nonzeros: by groups, by words, by rows.
+        starts: where every `DECODE_ROWS` rows begin in `values`, and where the last ones end.
+    """
+
+    rows: int
+    columns: int
+    words: Array
+    values: Array
+    starts: Array
+
+    def on(self, shelf: Shelf) -> DecodeWeight:
+        """The same weight with its streams on a shelf."""
+        return replace(self, words=shelf.place(self.words), values=shelf.place(self.values))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all streams."""
+        return self.words.nbytes + self.values.nbytes
+
+
+def pack_decode(weight: Array) -> DecodeWeight:
+    """Pack a weight `(rows, columns)` float32 for single tokens."""
+    rows, columns = weight.shape
+    parts = [
+        _pack_decode_rows(weight[start : start + DECODE_ROWS])
+        for start in range(0, rows, DECODE_ROWS)
+    ]
+    starts = np.cumsum([0, *(len(values) for _, values in parts)])
+    tail = np.zeros(PADDING // 4, np.float32)
+    return DecodeWeight(
+        rows,
+        columns,
+        np.concatenate([words for words, _ in parts]),
+        np.concatenate([*(values for _, values in parts), tail]),
+        starts.astype(np.int64),
+    )
+
+
+def _pack_decode_rows(weight: Array) -> tuple[Array, Array]:
+    rows, columns = weight.shape
+    padded = np.zeros((-(-rows // GROUP) * GROUP, -(-columns // COLUMNS) * COLUMNS), np.float32)
+    padded[:rows, :columns] = weight
+    # (groups, words, 4 rows, 16 columns): the order of the bits and of the values.
+    ordered = padded.reshape(len(padded) // GROUP, GROUP, -1, COLUMNS).swapaxes(1, 2)
+    mask = ordered != 0
+    words = np.packbits(mask.reshape(*mask.shape[:2], -1), axis=-1, bitorder="little")
+    return words.view("<u8")[..., 0], ordered[mask]
+
+
+def unpack_decode(packed: DecodeWeight) -> Array:
+    """The weight that was packed, `(rows, columns)` float32."""
+    groups, words = packed.words.shape
+    bits = np.unpackbits(packed.words.view(np.uint8), bitorder="little").astype(bool)
+    ordered = np.zeros(bits.size, np.float32)
+    ordered[bits] = packed.values[: np.count_nonzero(bits)]
+    weight = ordered.reshape(groups, words, GROUP, COLUMNS).swapaxes(1, 2)
+    return weight.reshape(groups * GROUP, -1)[: packed.rows, : packed.columns]
+
+
+def check_decode(packed: DecodeWeight) -> None:
+    """As `check`, for single tokens.
+
+    Raises:
+        ValueError: the bits name more values, or others, than there are.
+    """
+    shape = (-(-packed.rows // GROUP), -(-packed.columns // COLUMNS))
+    require(packed.words.dtype == np.uint64, f"words are {packed.words.dtype}")
+    require(packed.words.shape == shape, f"words have the shape {packed.words.shape}, not {shape}")
+    require(packed.values.dtype == np.float32, f"values are {packed.values.dtype}")
+    counts = np.bitwise_count(packed.words).sum(axis=1, dtype=np.int64)
+    each = np.add.reduceat(counts, np.arange(0, len(counts), DECODE_ROWS // GROUP))
+    wanted = np.cumsum([0, *each])
+    require(np.array_equal(packed.starts, wanted), "starts do not match the bits")
+    room = wanted[-1] + PADDING // 4
+    require(len(packed.values) >= room, "values are cut off")
