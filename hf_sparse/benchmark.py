@@ -48,7 +48,7 @@ class Benchmark:
     Attributes:
         batch, tokens, threads: what was run.
         forward: a call with `batch` x `tokens`.
-        decode: a call with one new token behind `tokens` in the cache; empty for encoders.
+        decode: a call with the last of `tokens`, the others in the cache; empty for encoders.
     """
 
     batch: int
@@ -119,7 +119,7 @@ def benchmark(
     with torch.inference_mode():
         forward = _in_turns({name: _forward(one, ids) for name, one in ways.items()}, repeats)
         decode: tuple[Measurement, ...] = ()
-        if model.can_generate():
+        if model.can_generate() and tokens > 1:
             decode = _in_turns({name: _decode(one, ids) for name, one in ways.items()}, repeats)
     return Benchmark(batch, tokens, torch.get_num_threads(), forward, decode)
 
@@ -139,7 +139,7 @@ def _forward(model: nn.Module, ids: torch.Tensor) -> Callable[[], Any]:
 
 def _decode(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
     cache = DynamicCache(config=model.config)
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
 
     def step() -> None:
         model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)

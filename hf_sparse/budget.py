@@ -144,6 +144,9 @@ def allocate(
     scores = {layer.name: layer.weight.float().abs() for layer in layers}
     weights = dict.fromkeys(scores, 1.0)
     if batches is not None:
+        batches = list(batches)
+        if not batches:
+            raise ValueError("batches is empty; wanted calibration inputs, or None to do without.")
         inputs = [dict(b) if isinstance(b, Mapping) else {"input_ids": b} for b in batches]
         norms = input_norms(model, layers, inputs)
         scores = {name: score * norms[name] for name, score in scores.items()}

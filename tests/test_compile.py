@@ -398,3 +398,60 @@ def test_a_cache_is_cropped_as_transformers_crops_it(models: dict) -> None:
         cache.crop(5)
     cache.crop(-3)
     assert cache.get_seq_length() == 5
+
+
+def test_defaults_of_torch_do_not_reach_the_kernels(models: dict) -> None:
+    _, compiled = models["bert"]
+    given = inputs(3, 41)
+    with torch.no_grad():
+        wanted = compiled(**given).logits
+        for kind in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(kind)
+            try:
+                fresh = hf_sparse.compile(models["bert"][0])
+                assert torch.equal(fresh(**given).logits, wanted)
+            finally:
+                torch.set_default_dtype(torch.float32)
+
+
+def test_buffers_serve_inference_mode_and_others(models: dict) -> None:
+    compiled = hf_sparse.compile(models["llama"][0])
+    given = inputs(2, 23, left=2)
+    with torch.inference_mode():
+        wanted = compiled(**given).logits
+    with torch.no_grad():
+        assert torch.equal(compiled(**given).logits, wanted)
+
+
+def test_foreign_widths_and_caches_are_refused(models: dict) -> None:
+    _, compiled = models["llama"]
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="hidden states"):
+            compiled(inputs_embeds=torch.randn(1, 6, 16))
+        cache = models["gpt2"][1](**inputs(1, 5), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="another"):
+            compiled(**inputs(1, 1), past_key_values=cache)
+        cache = models["gpt2"][0](**inputs(1, 5), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="another"):
+            compiled(inputs(1, 1)["input_ids"], past_key_values=cache)
+
+
+def test_layers_that_are_no_plain_linears_are_refused() -> None:
+    model = random_model(CONFIGS["bert"])
+    layer = model.base_model.encoder.layer[1].output.dense
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    with pytest.raises(ValueError, match="plain Linear"):
+        hf_sparse.compile(model)
+
+
+def test_a_head_that_was_changed_is_left_to_torch() -> None:
+    head = CompiledHead(torch.nn.Linear(32, 64), target.host(), None).eval()
+    x = torch.randn(2, 32)
+    with torch.no_grad():
+        wanted = head(x)
+        twin = copy.deepcopy(head)
+        twin.weight.mul_(2)
+        assert torch.equal(head(x), wanted)
+        head.weight = torch.nn.Parameter(torch.randn(8, 32))
+        head.bias = None
+        torch.testing.assert_close(head(x), x @ head.weight.T)

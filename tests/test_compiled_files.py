@@ -147,6 +147,13 @@ def test_streams_that_are_cut_off_are_found(folder: Path, part: str, how: str) -
         lambda d: d["config"].update(model_type="t5"),
         lambda d: d.update({"class": "AutoConfig"}),
         lambda d: d.update(layout=[0]),
+        lambda d: d["stack"].update(rotary=False),
+        lambda d: d["stack"].update(activation="worker_alone"),
+        lambda d: d["stack"].update(scale=1),
+        lambda d: d["blocks"][0].update(window=-3),
+        lambda d: d["blocks"][0]["epsilons"].update(norms=[float("nan"), 1e-5]),
+        lambda d: d["blocks"][1]["linears"].pop("gate"),
+        lambda d: d["config"].update(num_attention_heads=0),
     ],
 )
 def test_damaged_descriptions_are_found(folder: Path, change) -> None:  # type: ignore[no-untyped-def]

@@ -16,13 +16,13 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 import hf_sparse
 from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.formats import FormatError
 from hf_sparse.models.families import base_type
-from hf_sparse.runtime.blocks import why_not_compiled
+from hf_sparse.runtime.blocks import Stack, numbers_of, why_not_compiled, window_of
 from hf_sparse.runtime.compiled import assemble, stack_of
 from hf_sparse.runtime.families import COMPILED
 from hf_sparse.runtime.jit import DEFAULT_CACHE
@@ -72,6 +72,7 @@ def save_compiled(model: PreTrainedModel, folder: Path | str) -> Path:
         "class": type(model).__name__,
         "config": json.loads(model.config.to_json_string(use_diff=False)),
         "tied": tied,
+        "generation": model.generation_config.to_dict() if model.can_generate() else None,
         **description,
     }
     folder = Path(folder)
@@ -112,16 +113,18 @@ def load_compiled(
     try:
         packed = {k.removeprefix(_STACK): v for k, v in tensors.items() if k.startswith(_STACK)}
         stack = restore_stack(packed, described)
-        model = _skeleton(described, len(stack.blocks))
+        model = _skeleton(described, stack)
         rest = {k.removeprefix(_REST): v for k, v in tensors.items() if k.startswith(_REST)}
         rest |= {name: rest[source] for name, source in described["tied"].items()}
         _load_rest(model, rest)
-    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # a damaged description can make any class of a config fail
         raise FormatError(f"{folder}: {error}") from error
+    if described["generation"] is not None:
+        model.generation_config = GenerationConfig.from_dict(described["generation"])
     return assemble(model, stack, chosen, None if cache is None else Path(cache))
 
 
-def _skeleton(described: dict[str, Any], blocks: int) -> PreTrainedModel:
+def _skeleton(described: dict[str, Any], stack: Stack) -> PreTrainedModel:
     """The model without blocks: built with one, which is then taken out."""
     config = AutoConfig.for_model(**described["config"])
     reason = why_not_compiled(config)
@@ -132,14 +135,25 @@ def _skeleton(described: dict[str, Any], blocks: int) -> PreTrainedModel:
         model_class = getattr(hf_sparse, described["class"])
     if not issubclass(model_class, PreTrainedModel):
         raise ValueError(f"{described['class']} is no model class")
+    blocks = len(stack.blocks)
     if config.num_hidden_layers * getattr(config, "inner_group_num", 1) != blocks:
         raise ValueError(f"there are {blocks} blocks, the config has {config.num_hidden_layers}")
+    family = COMPILED[base_type(config.model_type)]
+    for name, value in numbers_of(config, family).items():
+        if getattr(stack, name) != value:
+            raise ValueError(f"the blocks have {name}={getattr(stack, name)}, the config {value}")
+    for index, block in enumerate(stack.blocks):
+        expected = family.gate is not None, family.head_norms is not None
+        if (block.gate is not None, block.head_norms is not None) != expected:
+            raise ValueError(f"block {index} has other parts than its family's")
+        if block.window != window_of(config, family, index):
+            raise ValueError(f"block {index} has window={block.window}, the config another one")
     small = copy.deepcopy(config)
     small.num_hidden_layers = 1
     if getattr(small, "layer_types", None):
         small.layer_types = small.layer_types[:1]
     model: PreTrainedModel = model_class(small)
-    path, _, name = COMPILED[base_type(config.model_type)].stack.rpartition(".")
+    path, _, name = family.stack.rpartition(".")
     owner: Any = model.base_model.get_submodule(path)
     setattr(owner, name, nn.ModuleList())
     for module in model.modules():

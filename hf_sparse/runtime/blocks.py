@@ -123,31 +123,38 @@ def pack_blocks(
     config: Any, family: Blocks, modules: list[nn.Module], prefix: str, rates: Rates = NOMINAL
 ) -> Stack:
     """Pack the weights of all blocks. The modules are read, not kept."""
-    heads, key_heads, head_dim = _sizes(config)
     packed: dict[int, Block] = {}
     shelves = Shelf(), Shelf() if family.causal else None
     blocks = []
     for index, module in enumerate(modules):
         if id(module) not in packed:
-            window = _window(config, index)
+            window = window_of(config, family, index)
             name = f"{prefix}.{index}"
             packed[id(module)] = _pack_block(family, module, name, window, shelves, rates)
         blocks.append(packed[id(module)])
-    first = family.norm_first
-    return Stack(
-        blocks=tuple(blocks),
-        hidden=config.hidden_size,
-        heads=heads,
-        key_heads=key_heads,
-        head_dim=head_dim,
-        intermediate=blocks[0].up.rows,
-        scale=head_dim**-0.5,
-        norm=family.norm,
-        norm_first=bool(getattr(config, first)) if isinstance(first, str) else first,
-        causal=family.causal and getattr(config, "is_causal", True),
-        rotary=family.rotary,
-        activation=ACTIVATION_NAMES[getattr(config, family.activation)],
+    stack = Stack(
+        blocks=tuple(blocks), intermediate=blocks[0].up.rows, **numbers_of(config, family)
     )
+    check_stack(stack)
+    return stack
+
+
+def numbers_of(config: Any, family: Blocks) -> dict[str, Any]:
+    """What a config tells of a stack: its fields but the weights and the perceptron's size."""
+    heads, key_heads, head_dim = _sizes(config)
+    first = family.norm_first
+    return {
+        "hidden": config.hidden_size,
+        "heads": heads,
+        "key_heads": key_heads,
+        "head_dim": head_dim,
+        "scale": head_dim**-0.5,
+        "norm": family.norm,
+        "norm_first": bool(getattr(config, first)) if isinstance(first, str) else first,
+        "causal": family.causal and getattr(config, "is_causal", True),
+        "rotary": family.rotary,
+        "activation": ACTIVATION_NAMES[getattr(config, family.activation)],
+    }
 
 
 def _sizes(config: Any) -> tuple[int, int, int]:
@@ -157,7 +164,10 @@ def _sizes(config: Any) -> tuple[int, int, int]:
     return heads, keys, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
-def _window(config: Any, index: int) -> int:
+def window_of(config: Any, family: Blocks, index: int) -> int:
+    """How many tokens back block `index` sees."""
+    if not family.windows:
+        return NO_WINDOW
     kinds = getattr(config, "layer_types", None)
     sliding = kinds[index] == "sliding_attention" if kinds else True
     window = getattr(config, "sliding_window", None) if sliding else None
@@ -176,6 +186,11 @@ def _pack_block(
 
     def weight_of(path: str) -> tuple[Tensor, Tensor | None]:
         layer: Any = module.get_submodule(path)
+        if type(layer) is not nn.Linear and not is_conv1d(layer):
+            raise ValueError(
+                f"{name}.{path} is a {type(layer).__name__}; wanted a plain Linear. Merge adapters, "
+                "and remove parametrizations, before compiling."
+            )
         weight = layer.weight.detach().float()
         return (weight.T if is_conv1d(layer) else weight), layer.bias
 
@@ -195,7 +210,7 @@ def _pack_block(
         if weight is None:  # LayerNorm without an affine map
             weight = torch.ones(layer.normalized_shape)
         bias = getattr(layer, "bias", None)
-        epsilon = getattr(layer, "eps", None) or layer.variance_epsilon
+        epsilon = layer.eps if hasattr(layer, "eps") else layer.variance_epsilon
         return Norm(
             weight.detach().float().contiguous().clone(),
             torch.zeros(len(weight)) if bias is None else bias.detach().float().clone(),
@@ -203,12 +218,13 @@ def _pack_block(
         )
 
     parts = [weight_of(path) for path in family.qkv]
-    biases = [bias for _, bias in parts]
+    kinds = {None if bias is None else "there" for _, bias in parts}
+    filled = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts]
     joined = "+".join([family.qkv[0], *(path.split(".")[-1] for path in family.qkv[1:])])
     qkv = pack_linear(
         f"{name}.{joined}",
         torch.cat([weight for weight, _ in parts]),
-        None if biases[0] is None else torch.cat([b for b in biases if b is not None]),
+        None if None in kinds and len(kinds) == 1 else torch.cat(filled),
         single=single,
         shelf=shelf,
         rates=rates,
@@ -225,3 +241,58 @@ def _pack_block(
         head_norms=None if heads is None else (norm(heads[0]), norm(heads[1])),
         window=window,
     )
+
+
+def check_stack(stack: Stack) -> None:
+    """The sizes of all weights and norms against those that programs rely on."""
+    queries, keys, hidden = stack.query_rows, stack.key_rows, stack.hidden
+    require(bool(stack.blocks), "stack", "it has no blocks")
+    positive = (hidden, stack.heads, stack.key_heads, stack.head_dim, stack.intermediate)
+    require(all(isinstance(size, int) and size > 0 for size in positive), "stack", "a size")
+    require(not stack.head_dim % 4 and not stack.heads % stack.key_heads, "stack", "its heads")
+    wanted = {
+        "qkv": (queries + 2 * keys, hidden),
+        "out": (hidden, queries),
+        "up": (stack.intermediate, hidden),
+        "gate": (stack.intermediate, hidden),
+        "down": (hidden, stack.intermediate),
+    }
+    for number, block in enumerate(stack.blocks):
+        place = f"blocks.{number}"
+        for name, shape in wanted.items():
+            linear: Linear | None = getattr(block, name)
+            if linear is None:
+                continue
+            found = (linear.rows, linear.columns)
+            require(found == shape, f"{place}.{name}", f"its shape is {found}, not {shape}")
+        opening = block.gate or block.up
+        chunks = [last - first for first, last in opening.chunk_rows]
+        fits = max(chunks) <= CHUNK_ROWS and block.up.chunk_rows == opening.chunk_rows
+        require(fits, place, "the chunks of its perceptron")
+        edges = [first for first, _ in opening.chunk_rows] + [opening.rows]
+        require(list(block.down.edges) == edges, place, "the parts of its perceptron")
+        first = stack.blocks[0]
+        alike = all(
+            (getattr(block, part) is None) == (getattr(first, part) is None)
+            for part in ("gate", "head_norms")
+        )
+        require(alike, place, "it has other parts than the first block")
+        for norms, size in ((block.norms, hidden), (block.head_norms or (), stack.head_dim)):
+            for norm in norms:
+                require(0 <= norm.epsilon < 1, f"{place}.norms", f"epsilon {norm.epsilon}")
+                require_floats(norm.weight, f"{place}.norms", size)
+                require_floats(norm.bias, f"{place}.norms", size)
+
+
+def require_floats(tensor: Tensor, place: str, size: int) -> None:
+    """Raise a ValueError unless a tensor has `size` float32 numbers."""
+    fits = tensor.dtype == torch.float32 and tensor.ndim == 1 and len(tensor) >= size
+    require(fits and tensor.is_contiguous(), place, f"{tensor.dtype} {tuple(tensor.shape)}")
+
+
+def require(holds: bool, place: str, problem: str) -> None:
+    """Raise a ValueError that tells place and problem, unless it holds."""
+    if not holds:
+        raise ValueError(
+            f"the blocks cannot be run: {place}: {problem}. Damaged, or changed by hand?"
+        )

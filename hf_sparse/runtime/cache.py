@@ -33,16 +33,22 @@ class TileLayer(CacheLayerMixin):
         """Make room for `tokens` tokens of `batch` sequences, and keep what is there."""
         entries = -(-tokens // self.width)
         if not self.is_initialized:
-            self.tiles = torch.zeros(batch, entries, self.rows, self.width)
+            self.tiles = self._zeros(batch, entries)
             self.is_initialized = True
         elif self.tiles.shape[1] < entries:
             more = max(entries, 2 * self.tiles.shape[1]) - self.tiles.shape[1]
-            grown = torch.zeros(self.tiles.shape[0], more, self.rows, self.width)
-            self.tiles = torch.cat([self.tiles, grown], dim=1)
+            grown = self._zeros(self.tiles.shape[0], self.tiles.shape[1] + more)
+            grown[:, : self.tiles.shape[1]] = self.tiles
+            self.tiles = grown
         if self.tiles.shape[0] != batch:
             raise ValueError(
                 f"past_key_values holds {self.tiles.shape[0]} sequences, the input has {batch}."
             )
+
+    def _zeros(self, batch: int, entries: int) -> Tensor:
+        with torch.inference_mode(False):
+            shape = (batch, entries, self.rows, self.width)
+            return torch.zeros(*shape, dtype=torch.float32, device="cpu")
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.update(key_states, value_states)
@@ -52,6 +58,11 @@ class TileLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values `(batch, heads, tokens, head_dim)` and return all of them."""
         batch, heads, tokens, dim = key_states.shape
+        if 2 * heads * dim != self.rows:
+            raise ValueError(
+                f"keys of {heads} heads of {dim} features; wanted {self.rows // 2} features in all: "
+                "the cache is another model's."
+            )
         self.reserve(batch, self.length + tokens)
         for start, states in ((0, key_states), (heads * dim, value_states)):
             flat = states.float().permute(0, 2, 1, 3).reshape(batch, tokens, heads * dim)
@@ -73,7 +84,7 @@ class TileLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.length = 0
+        self.length, self.is_initialized = 0, False
 
     def offload(self) -> None:
         raise ValueError("a compiled model's cache is in memory already: use no offloaded cache.")
@@ -107,7 +118,10 @@ def tile_layers(cache: Any, blocks: int, rows: int, width: int) -> list[TileLaye
         ValueError: the cache is of another kind (static, quantised, offloaded).
     """
     layers: list[TileLayer] = cache.layers
-    if len(layers) == blocks and isinstance(layers[0], TileLayer):
+    if any(isinstance(layer, TileLayer) for layer in layers):
+        sizes = {(getattr(x, "rows", None), getattr(x, "width", None)) for x in layers}
+        if len(layers) != blocks or sizes != {(rows, width)}:
+            raise ValueError("past_key_values is the cache of another compiled model.")
         return layers
     if getattr(cache, "offloading", False):
         raise ValueError("an offloaded cache cannot be used: a compiled model runs on the CPU.")

@@ -41,6 +41,7 @@ class Blocks:
         norm_first: norms come before attention and perceptron, else behind the residual; or the
             name of the config's attribute that tells.
         causal: a token sees those before it and itself.
+        windows: the config may limit how far back a token sees.
         rotary: positions are rotations of queries and keys.
         activation: the config's attribute that names the activation.
         supported: attributes of the config, and the values of them that are compiled.
@@ -58,6 +59,7 @@ class Blocks:
     norm_first: bool | str = True
     causal: bool = True
     rotary: bool = False
+    windows: bool = False
     activation: str = "hidden_act"
     supported: dict[str, tuple[object, ...]] = field(default_factory=dict)
 
@@ -67,7 +69,7 @@ def family_of(config: Any) -> Blocks | None:
     return COMPILED.get(base_type(config.model_type))
 
 
-def _llama(head_norms: tuple[str, str] | None = None) -> Blocks:
+def _llama(head_norms: tuple[str, str] | None = None, windows: bool = True) -> Blocks:
     return Blocks(
         stack="layers",
         qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -79,6 +81,7 @@ def _llama(head_norms: tuple[str, str] | None = None) -> Blocks:
         head_norms=head_norms,
         norm="rms",
         rotary=True,
+        windows=windows,
     )
 
 
@@ -128,7 +131,7 @@ COMPILED = {
         norm_first="do_layer_norm_before",
         activation="activation_function",
     ),
-    "llama": _llama(),
+    "llama": _llama(windows=False),
     "mistral": _llama(),
     "qwen2": _llama(),
     "qwen3": _llama(("self_attn.q_norm", "self_attn.k_norm")),

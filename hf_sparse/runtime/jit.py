@@ -20,7 +20,7 @@ from hf_sparse.runtime.target import Target, llvm
 
 DEFAULT_CACHE = Path.home() / ".cache" / "hf_sparse" / "kernels"
 
-_MAGIC = b"hf_sparse object code 1\n"
+_MAGIC = b"hf_sparse object code 2\n"
 _LOCK = threading.Lock()  # LLVM's set-up is not safe in two threads at once
 
 
@@ -107,8 +107,13 @@ def _read(file: Path) -> bytes | None:
     except OSError:
         return None
     digest, code = data[len(_MAGIC) : len(_MAGIC) + 32], data[len(_MAGIC) + 32 :]
-    whole = data.startswith(_MAGIC) and hashlib.sha256(code).digest() == digest
+    whole = data.startswith(_MAGIC) and _digest(file, code) == digest
     return code if whole else None
+
+
+def _digest(file: Path, code: bytes) -> bytes:
+    """Of the code and of what it was made from: a file under another name is foreign."""
+    return hashlib.sha256(file.name.encode() + code).digest()
 
 
 def _write(file: Path, code: bytes) -> None:
@@ -117,7 +122,7 @@ def _write(file: Path, code: bytes) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=file.parent)
         with os.fdopen(handle, "wb") as temporary:
-            temporary.write(_MAGIC + hashlib.sha256(code).digest() + code)
+            temporary.write(_MAGIC + _digest(file, code) + code)
         os.replace(name, file)
     except OSError:
         return

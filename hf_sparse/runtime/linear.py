@@ -16,7 +16,7 @@ from hf_sparse.runtime.decode_packing import DECODE_ROWS, DecodeWeight, pack_dec
 from hf_sparse.runtime.dense import ROWS, DenseWeight
 from hf_sparse.runtime.found import find_pattern
 from hf_sparse.runtime.latency import NOMINAL, Rates
-from hf_sparse.runtime.memory import Shelf
+from hf_sparse.runtime.memory import Shelf, aligned
 from hf_sparse.runtime.packing import PackedWeight, pack_many
 from hf_sparse.runtime.program import Argument, Operation
 
@@ -168,7 +168,7 @@ class Linear:
 
 @functools.cache
 def _no_bias(rows: int) -> Tensor:
-    return torch.zeros(rows)
+    return aligned(rows)
 
 
 def split_by_kernel(weight: np.ndarray, rates: Rates = NOMINAL) -> list[tuple[int, np.ndarray]]:
@@ -268,7 +268,7 @@ def _padded(bias: Tensor | None) -> Tensor | None:
     """A bias with zeros up to a whole group of rows, which the kernels read at once."""
     if bias is None:
         return None
-    padded = torch.zeros(-(-len(bias) // GROUP) * GROUP)
+    padded = aligned(-(-len(bias) // GROUP) * GROUP)
     padded[: len(bias)] = bias.detach()
     return padded
 

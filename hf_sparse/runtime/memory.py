@@ -13,7 +13,9 @@ ALIGNMENT = 64
 def aligned(*shape: int) -> torch.Tensor:
     """Zeros, float32, that begin at a cache line."""
     count = int(np.prod(shape))
-    memory = torch.zeros(count + ALIGNMENT // 4)
+    # Whatever torch's default type and device are, and usable within inference mode and outside.
+    with torch.inference_mode(False):
+        memory = torch.zeros(count + ALIGNMENT // 4, dtype=torch.float32, device="cpu")
     skip = (-memory.data_ptr() % ALIGNMENT) // 4
     return memory[skip : skip + count].view(shape)
 

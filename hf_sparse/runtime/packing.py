@@ -281,7 +281,8 @@ def check(packed: PackedWeight) -> None:
         "order": (packed.order, np.int32, 1),
     }
     chunks = packed.chunks
-    require(chunks.ndim == 2 and chunks.shape[1] == 5 and len(chunks) > 1, "no chunks")
+    fits = chunks.dtype == np.int64 and chunks.ndim == 2 and chunks.shape[1] == 5
+    require(fits and len(chunks) > 1, "no chunks")
     require(bool((np.diff(chunks, axis=0) >= 0).all() and (chunks[0] == 0).all()), "chunks go back")
     for column, (name, (stream, kind, dimensions)) in enumerate(streams.items()):
         require(stream.dtype == kind and stream.ndim == dimensions, f"{name} are {stream.dtype}")
@@ -289,7 +290,8 @@ def check(packed: PackedWeight) -> None:
         beyond = PADDING // stream.itemsize if name == "indices" else 0  # loaded, not used
         require(len(stream) >= chunks[-1, column] + beyond, f"{name} are cut off")
     rows = packed.chunk_rows
-    require(len(rows) == len(chunks) and rows[0] == 0 and rows[-1] == packed.rows, "chunk rows")
+    straight = np.array([*range(0, packed.rows, CHUNK_ROWS), packed.rows])
+    require(np.array_equal(rows, straight) and len(rows) == len(chunks), "chunk rows")
     for number, (first, last) in enumerate(pairwise(chunks)):
         panels, groups, values, indices, order = (
             stream[start:stop]
@@ -311,6 +313,10 @@ def check(packed: PackedWeight) -> None:
         starts = np.repeat(panels[owner, 0].astype(np.int64), counts)
         require(bool((panels[:, 0] >= 0).all()), "a panel begins before the first column")
         require(bool((starts + indices < packed.columns).all()), "a column is out of range")
+        begun = order[: int(pairs[owner == 0].sum()) * sides]
+        wanted = range(int(rows[number]), int(rows[number + 1]), height)
+        require(np.array_equal(np.unique(begun), wanted), "a row is never begun")
+        require(panels[0, 2] == 1 and not panels[1:, 2].any(), "panels begin in the wrong place")
 
 
 def require(holds: bool, problem: str) -> None:

@@ -37,7 +37,7 @@ class RowProgram:
         self.stack, self.shape, self.lanes, self.width = stack, shape, lanes, width
         batch, threads = shape.batch, shape.threads
         self.residual = aligned(batch, stack.hidden)
-        self.masks = torch.zeros(batch, shape.capacity)
+        self.masks = aligned(batch, shape.capacity)
         entries = shape.capacity // width
         self.tables = cache_tables(len(stack.blocks), batch, entries, width)
         self._normed = aligned(threads, batch, stack.hidden)

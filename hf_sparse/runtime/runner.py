@@ -56,20 +56,25 @@ class Runner:
         Returns:
             `(batch, tokens, hidden)`, with `states` `(blocks, batch, tokens, hidden)`.
         """
-        batch, tokens, _ = hidden.shape
+        batch, tokens, width = hidden.shape
+        if width != self.stack.hidden or not tokens or not batch:
+            raise ValueError(
+                f"hidden states are {tuple(hidden.shape)}; wanted (batch, tokens, {self.stack.hidden})"
+                ", none of them 0."
+            )
         layers: list[TileLayer] = []
         past = 0
         if cache is not None:
             rows, width = 2 * self.stack.key_rows, self.target.widths[0]
             layers = tile_layers(cache, len(self.stack.blocks), rows, width)
             past = layers[0].length
-            for layer in layers:
-                layer.reserve(batch, past + tokens)
         if mask is not None and mask.shape != (batch, past + tokens):
             raise ValueError(
                 f"attention_mask has the shape {tuple(mask.shape)}; wanted {(batch, past + tokens)}: "
                 "a number for each token, those in past_key_values included."
             )
+        for layer in layers:
+            layer.reserve(batch, past + tokens)
         unit = _CAPACITY if cache is not None else self.target.widths[0]
         capacity = -(-(past + tokens) // unit) * unit
         threads = torch.get_num_threads()
@@ -107,7 +112,7 @@ class Runner:
             return program.residual[:, None].clone()
         hidden = hidden.contiguous()
         sizes = (len(self.stack.blocks),) if shape.states else ()
-        output = torch.empty(*sizes, *hidden.shape)
+        output = torch.empty(*sizes, *hidden.shape, dtype=torch.float32, device="cpu")
         program.program.run(hidden=hidden.data_ptr(), output=output.data_ptr(), **addresses)
         return output
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from hf_sparse.runtime import attention, normalisation
@@ -73,7 +72,7 @@ class TileProgram:
         )
         places = np.cumsum([0, *(tile.width for tile in self.tiles)])
         self.places = {tile: int(at) for tile, at in zip(self.tiles, places, strict=False)}
-        self.masks = torch.zeros(shape.batch, shape.capacity)
+        self.masks = aligned(shape.batch, shape.capacity)
         self._reserve(int(places[-1]))
         phases = self._phases()
         self.program = Program(code, phases, [stack, self.__dict__])

@@ -6,6 +6,7 @@ Both are torch custom operations on a number that stands for the layer, so that 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
 from pathlib import Path
@@ -53,7 +54,7 @@ class _Layer(nn.Module):
     def _register(self, target: Target, cache: Path | None) -> None:
         self._number = next(_NUMBERS)
         _LAYERS[self._number] = self  # type: ignore[assignment]
-        self._target, self._code = target, kernels(target, cache)
+        self._target, self._cache, self._code = target, cache, kernels(target, cache)
         self._programs: Pool[Any] = Pool(_KEPT_BYTES)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Layer:
@@ -105,7 +106,7 @@ class CompiledLinear(_Layer):
     def multiply(self, x: Tensor) -> Tensor:
         """The operation itself."""
         flat = x.detach().reshape(-1, self.in_features).float().contiguous()
-        output = torch.empty(len(flat), self.out_features)
+        output = torch.empty(len(flat), self.out_features, dtype=torch.float32, device="cpu")
         if len(flat):
             key = (len(flat), torch.get_num_threads())
             with self._programs.borrow(key, lambda: _TileLinear(self, *key)) as program:
@@ -170,17 +171,29 @@ class CompiledHead(_Layer):
     def forward(self, x: Tensor) -> Tensor:
         """`x (..., in_features)` to `(..., out_features)`."""
         tokens = x.numel() // self.in_features
-        if tokens > _FEW or not tokens or x.dtype != torch.float32:
+        if not self._as_compiled() or tokens > _FEW or not tokens or x.dtype != torch.float32:
             return nn.functional.linear(x, self.weight, self.bias)
         result: Tensor = torch.ops.hf_sparse.linear(
             self._checked(x), self._number, self.out_features
         )
         return result
 
+    def _as_compiled(self) -> bool:
+        """Whether the weight is still what the kernel reads: it may have been tied, cast or moved."""
+        weight, shape = self.weight, (self.out_features, self.in_features)
+        plain = weight.dtype == torch.float32 and weight.device.type == "cpu"
+        return plain and weight.shape == shape and weight.is_contiguous()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledHead:
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = copy.deepcopy(self.weight, memo)
+        linear.bias = copy.deepcopy(self.bias, memo)
+        return CompiledHead(linear, self._target, self._cache).train(self.training)
+
     def multiply(self, x: Tensor) -> Tensor:
         """The operation itself."""
         flat = x.detach().reshape(-1, self.in_features).contiguous()
-        output = torch.empty(len(flat), self.out_features)
+        output = torch.empty(len(flat), self.out_features, dtype=torch.float32, device="cpu")
         key = (len(flat), torch.get_num_threads(), self.weight.data_ptr())
         with self._programs.borrow(key, lambda: _RowHead(self, *key[:2])) as program:
             program.program.run(x=flat.data_ptr(), y=output.data_ptr())

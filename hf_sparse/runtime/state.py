@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_sparse.runtime.blocks import Block, Norm, Stack
+from hf_sparse.runtime.blocks import Block, Norm, Stack, check_stack, require, require_floats
+from hf_sparse.runtime.decode import COLUMNS, GROUP
 from hf_sparse.runtime.decode_packing import DECODE_ROWS, DecodeWeight, check_decode
 from hf_sparse.runtime.dense import DenseWeight
 from hf_sparse.runtime.linear import Linear
@@ -62,7 +63,7 @@ def restore_stack(tensors: Mapping[str, Tensor], description: Mapping[str, Any])
         )
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"a compiled model is damaged: {error!r}. Compile it again.") from error
-    _check_stack(stack)
+    check_stack(stack)
     return stack
 
 
@@ -144,12 +145,13 @@ def _restore_linear(
     dense = tensors.get(f"{place}.dense")
     if dense is not None:
         _require_matrix(dense, f"{place}.dense")
-        _require(DenseWeight.suits(dense), place, f"its dense weight has {len(dense)} rows")
+        require(DenseWeight.suits(dense), place, f"its dense weight has {len(dense)} rows")
     for part in described["parts"]:
         summands: list[PackedWeight | DenseWeight] = []
         for numbers in part:
             if dense is not None:
-                summands.append(DenseWeight(dense, **numbers))
+                columns = int(numbers["columns"])
+                summands.append(DenseWeight(dense, int(numbers["first_column"]), columns))
                 continue
             streams: Any = {n: tensors[f"{place}.{number}.{n}"].numpy() for n in _STREAMS}
             restored = PackedWeight(**numbers, **streams)
@@ -181,67 +183,27 @@ def _restore_linear(
         single,
     )
     widths = [part[0].columns for part in parts]
-    _require(list(np.cumsum([0, *widths])) == list(edges), place, "its parts and edges differ")
+    require(list(np.cumsum([0, *widths])) == list(edges), place, "its parts and edges differ")
     for part in parts:
         for packed in part:
             if isinstance(packed, DenseWeight):
-                fits = packed.first_column in edges and packed.weight.shape[1] == edges[-1]
-                _require(fits and packed.columns > 0, place, "its dense columns")
+                begins = packed.first_column == edges[parts.index(part)]
+                fits = begins and packed.weight.shape[1] == edges[-1]
+                require(fits and packed.columns > 0, place, "its dense columns")
             same = packed.rows == rows and packed.columns == part[0].columns
             same = same and np.array_equal(packed.chunk_rows, first.chunk_rows)
-            _require(same, place, "its parts have different rows, columns or chunks")
+            require(same, place, "its parts have different rows, columns or chunks")
     if linear.bias is not None:
-        _require_floats(linear.bias, place, rows)
+        require_floats(linear.bias, place, rows)
     if isinstance(single, Tensor):
         _require_matrix(single, place)
-        large = single.shape[0] >= rows and single.shape[1] >= edges[-1]
-        _require(large and not single.shape[1] % 16, place, "its single weight is too small")
+        whole = tuple(
+            -(-size // unit) * unit for size, unit in ((rows, GROUP), (edges[-1], COLUMNS))
+        )
+        require(tuple(single.shape) == whole, place, f"its single weight is not {whole}")
     return linear
-
-
-def _check_stack(stack: Stack) -> None:
-    """The sizes of all weights and norms against those that programs rely on."""
-    queries, keys, hidden = stack.query_rows, stack.key_rows, stack.hidden
-    positive = (hidden, stack.heads, stack.key_heads, stack.head_dim, stack.intermediate)
-    _require(all(isinstance(size, int) and size > 0 for size in positive), "stack", "a size")
-    _require(not stack.head_dim % 4 and not stack.heads % stack.key_heads, "stack", "its heads")
-    wanted = {
-        "qkv": (queries + 2 * keys, hidden),
-        "out": (hidden, queries),
-        "up": (stack.intermediate, hidden),
-        "gate": (stack.intermediate, hidden),
-        "down": (hidden, stack.intermediate),
-    }
-    for number, block in enumerate(stack.blocks):
-        place = f"blocks.{number}"
-        for name, shape in wanted.items():
-            linear: Linear | None = getattr(block, name)
-            if linear is None:
-                continue
-            found = (linear.rows, linear.columns)
-            _require(found == shape, f"{place}.{name}", f"its shape is {found}, not {shape}")
-        opening = block.gate or block.up
-        chunks = [last - first for first, last in opening.chunk_rows]
-        fits = max(chunks) <= CHUNK_ROWS and block.up.chunk_rows == opening.chunk_rows
-        _require(fits, place, "the chunks of its perceptron")
-        edges = [first for first, _ in opening.chunk_rows] + [opening.rows]
-        _require(list(block.down.edges) == edges, place, "the parts of its perceptron")
-        for norms, size in ((block.norms, hidden), (block.head_norms or (), stack.head_dim)):
-            for norm in norms:
-                _require_floats(norm.weight, f"{place}.norms", size)
-                _require_floats(norm.bias, f"{place}.norms", size)
 
 
 def _require_matrix(tensor: Tensor, place: str) -> None:
     fits = tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.ndim == 2
-    _require(fits, place, f"its weight is {tensor.dtype} {tuple(tensor.shape)}")
-
-
-def _require_floats(tensor: Tensor, place: str, size: int) -> None:
-    fits = tensor.dtype == torch.float32 and tensor.ndim == 1 and len(tensor) >= size
-    _require(fits and tensor.is_contiguous(), place, f"{tensor.dtype} {tuple(tensor.shape)}")
-
-
-def _require(holds: bool, place: str, problem: str) -> None:
-    if not holds:
-        raise ValueError(f"a compiled model is damaged: {place}: {problem}. Compile it again.")
+    require(fits, place, f"its weight is {tensor.dtype} {tuple(tensor.shape)}")
