@@ -24,6 +24,7 @@ from transformers import (
 
 import hf_sparse
 from hf_sparse.runtime import jit, target
+from hf_sparse.runtime.cache import alone_with
 from hf_sparse.runtime.compiled import linears_of, stack_of
 from hf_sparse.runtime.families import COMPILED
 from hf_sparse.runtime.sparse_linear import CompiledHead, CompiledLinear
@@ -455,3 +456,14 @@ def test_a_head_that_was_changed_is_left_to_torch() -> None:
         head.weight = torch.nn.Parameter(torch.randn(8, 32))
         head.bias = None
         torch.testing.assert_close(head(x), x @ head.weight.T)
+
+
+def test_threads_do_not_share_a_cache(models: dict) -> None:
+    _, compiled = models["llama"]
+    cache = DynamicCache(config=compiled.config)
+    given = inputs(1, 5)
+    with torch.no_grad(), alone_with(cache), pytest.raises(ValueError, match="another thread"):
+        compiled(**given, past_key_values=cache)
+    with torch.no_grad():
+        compiled(**given, past_key_values=cache)
+    assert cache.get_seq_length() == 5

@@ -6,6 +6,10 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -109,6 +113,30 @@ class TileLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.tiles = self.tiles[indices]
+
+
+_IN_USE: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def alone_with(cache: Any) -> Iterator[None]:
+    """Keep others from a cache for a while; None needs no keeping.
+
+    Raises:
+        ValueError: another thread is at it.
+    """
+    if cache is None:
+        yield
+        return
+    lock = _IN_USE.setdefault(cache, threading.Lock())
+    if not lock.acquire(blocking=False):
+        raise ValueError(
+            "past_key_values is in use by another thread: each needs a cache of its own."
+        )
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def tile_layers(cache: Any, blocks: int, rows: int, width: int) -> list[TileLayer]:

@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from hf_sparse.models.families import base_type
 from hf_sparse.runtime.blocks import Stack, find_blocks, pack_blocks, why_not_compiled
+from hf_sparse.runtime.cache import alone_with
 from hf_sparse.runtime.explain import Explanation, explain_layers
 from hf_sparse.runtime.families import COMPILED
 from hf_sparse.runtime.jit import DEFAULT_CACHE
@@ -266,14 +267,15 @@ class CompiledLayer(nn.Module):
                 "position_ids start anew within a sequence: packed sequences are not compiled. "
                 "Give each text a row of the batch."
             )
-        output = self.runner(
-            hidden.detach().float(),
-            mask,
-            given.get("position_embeddings"),
-            cache if causal else None,
-            # Whoever hooked a block wants to see its output.
-            states=bool(self._forward_hooks),
-        )
+        with alone_with(cache):
+            output = self.runner(
+                hidden.detach().float(),
+                mask,
+                given.get("position_embeddings"),
+                cache if causal else None,
+                # Whoever hooked a block wants to see its output.
+                states=bool(self._forward_hooks),
+            )
         return output.to(hidden.dtype)
 
 
