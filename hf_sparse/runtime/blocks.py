@@ -84,10 +84,10 @@ class Stack:
         return self.key_heads * self.head_dim
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the packed weights, shared ones once."""
-        linears = {id(x): x for block in self.blocks for x in block.linears}
-        return sum(linear.nbytes for linear in linears.values())
+    def linears(self) -> list[Linear]:
+        """The packed weights of all blocks, shared ones once."""
+        unique = {id(linear): linear for block in self.blocks for linear in block.linears}
+        return list(unique.values())
 
 
 def why_not_compiled(config: Any) -> str | None:
@@ -218,13 +218,13 @@ def _pack_block(
         )
 
     parts = [weight_of(path) for path in family.qkv]
-    kinds = {None if bias is None else "there" for _, bias in parts}
+    biased = any(bias is not None for _, bias in parts)
     filled = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts]
     joined = "+".join([family.qkv[0], *(path.split(".")[-1] for path in family.qkv[1:])])
     qkv = pack_linear(
         f"{name}.{joined}",
         torch.cat([weight for weight, _ in parts]),
-        None if None in kinds and len(kinds) == 1 else torch.cat(filled),
+        torch.cat(filled) if biased else None,
         single=single,
         shelf=shelf,
         rates=rates,

@@ -171,10 +171,7 @@ def stack_of(model: nn.Module) -> Stack:
 def linears_of(model: nn.Module) -> list[Linear]:
     """All packed weights of a compiled model, shared ones once."""
     single = [module.packed for module in model.modules() if isinstance(module, CompiledLinear)]
-    if single:
-        return single
-    linears = {id(x): x for block in stack_of(model).blocks for x in block.linears}
-    return list(linears.values())
+    return single or stack_of(model).linears
 
 
 def _without(model: PreTrainedModel, parts: list[nn.Module]) -> PreTrainedModel:

@@ -16,6 +16,7 @@ vectors), add.
 
 from __future__ import annotations
 
+from hf_sparse.runtime import normalisation
 from hf_sparse.runtime.activation import exponential
 from hf_sparse.runtime.attention import UNSEEN
 from hf_sparse.runtime.ir import Function, Value, Variable, vector
@@ -56,7 +57,7 @@ def _expand(f: Function, target: Target, at: Value, mask: Value) -> Value:
 
 
 def sparse_rows(target: Target) -> Function:
-    """The kernel for packed rows (`DecodeWeight` in `packing.py`)."""
+    """The kernel for packed rows (`DecodeWeight` in `decode_packing.py`)."""
     f = Function(
         "sparse_rows",
         (
@@ -141,15 +142,7 @@ def row_norm(target: Target, norm: str) -> Function:
     """
     f = Function(
         f"{norm}_norm_row",
-        (
-            "ptr x",
-            "ptr y",
-            "i64 features",
-            "i64 groups",
-            "ptr weight",
-            "ptr bias",
-            "float epsilon",
-        ),
+        normalisation.PARAMETERS,
         shared=("x", "y"),
     )
     x, y, features, groups, weight, bias, epsilon = f.parameters
@@ -202,8 +195,8 @@ def row_rotary() -> Function:
 def row_attention(target: Target) -> Function:
     """Attention of one query over tiles of keys, whose tokens are the lanes here.
 
-    Arguments: as `attention.py`'s, with `scores`, memory for a float per key of all tiles, and
-    without `window`: `first_key` is the first key that is seen. `key_count` keys exist.
+    Arguments: as `attention.py`'s up to the table, then the tokens in a key tile, mask, key_count
+    (the query is the last of them), window, scores (memory for a float per key of all tiles), scale.
     """
     f = Function(
         "attention_row",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -12,6 +13,13 @@ from hf_sparse.runtime.packing import PADDING, Array, require
 
 # Rows after which the streams of a DecodeWeight can be entered: threads share rows at these.
 DECODE_ROWS = 64
+
+
+def share_rows(rows: int, threads: int) -> list[tuple[int, int]]:
+    """First and last (exclusive) row of each thread, whole units of `DECODE_ROWS`; some have none."""
+    units = -(-rows // DECODE_ROWS)
+    edges = [min(round(units * t / threads) * DECODE_ROWS, rows) for t in range(threads + 1)]
+    return list(pairwise(edges))
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_sparse.runtime import spmm
 from hf_sparse.runtime.ir import Function, vector
-from hf_sparse.runtime.packing import CHUNK_ROWS
+from hf_sparse.runtime.packing import chunk_edges
 from hf_sparse.runtime.program import Argument, Operation
 from hf_sparse.runtime.target import Target
 
@@ -131,7 +131,7 @@ class DenseWeight:
     @property
     def chunk_rows(self) -> NDArray[np.int64]:
         """Where the chunks of rows begin, and where the last one ends."""
-        return np.array([*range(0, self.rows, CHUNK_ROWS), self.rows], np.int64)
+        return chunk_edges(self.rows)
 
     def operation(
         self, chunk: int, vectors: int, x: Argument, y: Argument, bias: int, start: int

@@ -18,6 +18,16 @@ from hf_sparse.runtime.ir import Function, Value, vector
 from hf_sparse.runtime.target import Target
 
 NORMS = ("layer", "rms")
+# Of this kernel and of the one for single tokens.
+PARAMETERS = (
+    "ptr x",
+    "ptr y",
+    "i64 features",
+    "i64 groups",
+    "ptr weight",
+    "ptr bias",
+    "float epsilon",
+)
 
 
 def name(norm: str, vectors: int) -> str:
@@ -29,15 +39,7 @@ def normalisation(target: Target, norm: str, vectors: int) -> Function:
     """The kernel for tiles `vectors` vectors wide."""
     f = Function(
         name(norm, vectors),
-        (
-            "ptr x",
-            "ptr y",
-            "i64 features",
-            "i64 groups",
-            "ptr weight",
-            "ptr bias",
-            "float epsilon",
-        ),
+        PARAMETERS,
         shared=("x", "y"),
     )
     x, y, features, groups, weight, bias, epsilon = f.parameters

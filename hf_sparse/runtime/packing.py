@@ -1,7 +1,7 @@
 """Weights in the order in which the kernels read them.
 
 `pack` sorts and pairs the rows of a sparse weight (`spmm.py` tells why); the weight itself is not
-kept. `unpack` gives it back, which is what tests and `check` rely on.
+kept. `unpack` gives it back, and `check` tells whether streams from a file are safe to run.
 """
 
 from __future__ import annotations
@@ -99,6 +99,11 @@ class PackedWeight:
         return sum(stream.nbytes for stream in streams)
 
 
+def chunk_edges(rows: int) -> Array:
+    """The first row of each chunk, and `rows`."""
+    return np.array([*range(0, rows, CHUNK_ROWS), rows], np.int64)
+
+
 def pack(weight: Array, height: int = 1) -> PackedWeight:
     """Pack a weight; what is zero is not stored. As `pack_many`."""
     return pack_many([(weight, height)])[0]
@@ -157,7 +162,7 @@ def _assembled(
         indices,
         order,
         chunks,
-        np.array([*range(0, rows, CHUNK_ROWS), rows], np.int64),
+        chunk_edges(rows),
     )
 
 
@@ -290,8 +295,8 @@ def check(packed: PackedWeight) -> None:
         beyond = PADDING // stream.itemsize if name == "indices" else 0  # loaded, not used
         require(len(stream) >= chunks[-1, column] + beyond, f"{name} are cut off")
     rows = packed.chunk_rows
-    straight = np.array([*range(0, packed.rows, CHUNK_ROWS), packed.rows])
-    require(np.array_equal(rows, straight) and len(rows) == len(chunks), "chunk rows")
+    straight = np.array_equal(rows, chunk_edges(packed.rows))
+    require(straight and len(rows) == len(chunks), "chunk rows")
     for number, (first, last) in enumerate(pairwise(chunks)):
         panels, groups, values, indices, order = (
             stream[start:stop]

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hf_sparse.runtime import threads
 from hf_sparse.runtime.jit import Code
@@ -105,10 +104,6 @@ class Program:
             return
         self._barrier[0] = 0
         _gomp_parallel(self._parallel)(self._worker, self._argument.ctypes.data, self.lists, 0)
-
-    def table(self) -> NDArray[np.int64]:
-        """The operations' words, for those that change an argument between calls."""
-        return self._operations
 
 
 def _gomp_parallel(openmp: threads.OpenMP):  # type: ignore[no-untyped-def]

@@ -11,7 +11,7 @@ import torch
 
 from hf_sparse.runtime.activation import UNROLL
 from hf_sparse.runtime.blocks import Block, Norm, Stack
-from hf_sparse.runtime.decode_packing import DECODE_ROWS
+from hf_sparse.runtime.decode_packing import DECODE_ROWS, share_rows
 from hf_sparse.runtime.jit import Code
 from hf_sparse.runtime.linear import Linear
 from hf_sparse.runtime.memory import aligned
@@ -103,12 +103,7 @@ class RowProgram:
 
     def _rows(self, linear: Linear, thread: int) -> tuple[int, int]:
         """A thread's rows of a weight."""
-        units = -(-linear.rows // DECODE_ROWS)
-        first, last = (
-            round(units * number / self.shape.threads) * DECODE_ROWS
-            for number in (thread, thread + 1)
-        )
-        return first, min(last, linear.rows)
+        return share_rows(linear.rows, self.shape.threads)[thread]
 
     def _norm(self, norm: Norm, thread: int) -> list[Operation]:
         weight, bias = norm.weight.data_ptr(), norm.bias.data_ptr()

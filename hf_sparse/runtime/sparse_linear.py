@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.runtime.decode import COLUMNS, GROUP
-from hf_sparse.runtime.decode_packing import DECODE_ROWS
+from hf_sparse.runtime.decode_packing import DECODE_ROWS, share_rows
 from hf_sparse.runtime.kernels import kernels
 from hf_sparse.runtime.linear import Linear
 from hf_sparse.runtime.memory import aligned
@@ -207,12 +207,10 @@ class _RowHead:
 
     def __init__(self, head: CompiledHead, tokens: int, threads: int) -> None:
         rows, columns = head.out_features, head.in_features
-        units = -(-rows // DECODE_ROWS)
-        edges = [min(round(units * t / threads) * DECODE_ROWS, rows) for t in range(threads + 1)]
         bias = 0 if head.bias is None else head.bias.data_ptr()
         weight, stride = head.weight.data_ptr(), 4 * columns
         lists: list[list[Operation]] = []
-        for first, last in itertools.pairwise(edges):
+        for first, last in share_rows(rows, threads):
             lists.append([])
             # Few rows at a time where there are several tokens: they are read from the cache then.
             unit = max(last - first, 1) if tokens == 1 else DECODE_ROWS
