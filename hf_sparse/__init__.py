@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_sparse.checkpoint.inspect import inspect_checkpoint as inspect_checkpoint
     from hf_sparse.checkpoint.legacy import convert_legacy as convert_legacy
     from hf_sparse.checkpoint.save import save_pretrained as save_pretrained
+    from hf_sparse.checkpoint.streaming import prune_checkpoint as prune_checkpoint
     from hf_sparse.configuration_sparse import SparsityConfig as SparsityConfig
     from hf_sparse.distillation import Distillation as Distillation
     from hf_sparse.evaluation import accuracy as accuracy
@@ -70,6 +71,7 @@ _PUBLIC = {
     "measure_sparsity": "hf_sparse.report",
     "perplexity": "hf_sparse.evaluation",
     "prune_": "hf_sparse.pruning.oneshot",
+    "prune_checkpoint": "hf_sparse.checkpoint.streaming",
     "push_to_hub": "hf_sparse.hub",
     "save_compiled": "hf_sparse.checkpoint.compiled",
     "save_pretrained": "hf_sparse.checkpoint.save",

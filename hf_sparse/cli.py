@@ -16,10 +16,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
 import hf_sparse
+from hf_sparse.checkpoint.loading import dense_model_class
 from hf_sparse.documents import read_documents, read_rows
 from hf_sparse.formats import FORMATS
 from hf_sparse.patterns import NOTATIONS
-from hf_sparse.pruning.oneshot import METHODS
+from hf_sparse.pruning.allocation import ALLOCATIONS
+from hf_sparse.pruning.methods import METHODS, Recipe
 from hf_sparse.report import format_table
 
 _EXPECTED = (ValueError, OSError, ImportError, HfHubHTTPError, SafetensorError)
@@ -57,11 +59,17 @@ def prune(options: argparse.Namespace) -> int:
     config = hf_sparse.SparsityConfig(
         options.pattern, options.sparsity, options.targets, options.ignore, options.format
     )
-    needs_calibration = METHODS[options.method].needs_calibration
+    own = method_options(options)
+    needs_calibration = Recipe.of(options.method, config.pattern, own).needs_calibration
     if needs_calibration and not options.calibration:
         raise ValueError(f"method '{options.method}' needs calibration text: --calibration FILE")
+    if options.resume and not options.stream:
+        raise ValueError("--resume goes on with a streamed run: give --stream too.")
     documents = read_documents(options.calibration) if needs_calibration else []
-    model, tokenizer = load(options.model, options)
+    if options.stream:
+        model, tokenizer = None, load_tokenizer(options.model, options)
+    else:
+        model, tokenizer = load(options.model, options)
     batches = None
     if needs_calibration:
         batches = hf_sparse.calibration_batches(
@@ -71,22 +79,71 @@ def prune(options: argparse.Namespace) -> int:
             window=options.window,
             batch_size=options.batch_size,
         )
-    own = {"scope": options.scope} if options.scope else {}
-    report = hf_sparse.prune_(model, config, options.method, batches, **own)
-    folder = hf_sparse.save_pretrained(
-        model,
-        options.output,
-        config,
-        tokenizer=tokenizer,
-        report=report,
-        base_model=options.base_model,
-    )
+    if model is None:
+        report = hf_sparse.prune_checkpoint(
+            options.model,
+            options.output,
+            config,
+            options.method,
+            batches,
+            resume=options.resume,
+            tokenizer=tokenizer,
+            dtype=options.dtype,
+            base_model=options.base_model,
+            **own,
+        )
+    else:
+        report = hf_sparse.prune_(model, config, options.method, batches, **own)
+        hf_sparse.save_pretrained(
+            model,
+            options.output,
+            config,
+            tokenizer=tokenizer,
+            report=report,
+            base_model=options.base_model,
+        )
     if options.json:
         print(report.to_json())
     else:
         print(report if options.tensors else report.summary())
-        print(f"saved to {folder}")
+        print(f"saved to {options.output}")
     return 0
+
+
+def method_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `prune_` that the flags give.
+
+    Raises:
+        ValueError: a value cannot be read as the option's type.
+    """
+    own: dict[str, Any] = {}
+    for name in ("scope", "allocation", "refine", "reconstruct"):
+        if (value := getattr(options, name)) is not None:
+            own[name] = value
+    defaults = METHODS[options.method].options()
+    for given in options.option or ():
+        name, equals, text = given.partition("=")
+        if not equals or name not in defaults:
+            raise ValueError(
+                f"--option {given}: wanted NAME=VALUE; method '{options.method}' has the options "
+                f"{', '.join(f'{k}={v}' for k, v in defaults.items()) or 'none'}."
+            )
+        try:
+            own[name] = _read_as(defaults[name], text)
+        except ValueError as error:
+            raise ValueError(
+                f"--option {given}: wanted a value like {name}={defaults[name]}."
+            ) from error
+    return own
+
+
+def _read_as(default: Any, text: str) -> Any:
+    """The text as a value of the default's type."""
+    if isinstance(default, bool):
+        if text not in ("true", "false"):
+            raise ValueError(text)
+        return text == "true"
+    return text if default is None else type(default)(text)
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -175,22 +232,31 @@ def load(source: str, options: argparse.Namespace, needs_tokenizer: bool = True)
     """
     import transformers
 
-    folder = Path(source)
-    if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise ValueError(f"no such folder: {source}")
-    gguf_file = options.gguf_file
-    known = {"gguf_file": gguf_file} if gguf_file and (folder / gguf_file).exists() else {}
+    known = _known_arguments(source, options)
     config = transformers.AutoConfig.from_pretrained(source, **known)
     name = (config.architectures or ["AutoModelForCausalLM" if known else ""])[0]
-    model_class = getattr(hf_sparse if name.startswith("Sparse") else transformers, name, None)
-    if model_class is None:
-        raise ValueError(
-            f"{source}: config.json names the class {name!r}, which is not in transformers "
-            f"{transformers.__version__}. Save the model again with a current version."
-        )
+    if name.startswith("Sparse") and hasattr(hf_sparse, name):
+        model_class = getattr(hf_sparse, name)
+    elif name.startswith("Auto"):
+        model_class = transformers.AutoModelForCausalLM
+    else:
+        model_class = dense_model_class(source, config)
     model = model_class.from_pretrained(source, dtype=options.dtype, **known)
     if not needs_tokenizer:
         return model, None
+    return model, load_tokenizer(source, options)
+
+
+def load_tokenizer(source: str, options: argparse.Namespace) -> Any:
+    """Load a model's tokenizer, from --tokenizer if that is given.
+
+    Raises:
+        ValueError: there is no such folder, or the tokenizer is not the model's.
+    """
+    import transformers
+
+    known = _known_arguments(source, options)
+    config = transformers.AutoConfig.from_pretrained(source, **known)
     given = {"pretrained_model_name_or_path": options.tokenizer or source}
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         **given, **({} if options.tokenizer else known)
@@ -201,7 +267,16 @@ def load(source: str, options: argparse.Namespace, needs_tokenizer: bool = True)
             f"the tokenizer of {options.tokenizer or source} has {len(tokenizer)} tokens, the model "
             f"{config.vocab_size}: its files are missing. Name the right one with --tokenizer."
         )
-    return model, tokenizer
+    return tokenizer
+
+
+def _known_arguments(source: str, options: argparse.Namespace) -> dict[str, str]:
+    """What a dense model's folder needs beside its name: the GGUF file in it."""
+    folder = Path(source)
+    if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise ValueError(f"no such folder: {source}")
+    gguf_file = options.gguf_file
+    return {"gguf_file": gguf_file} if gguf_file and (folder / gguf_file).exists() else {}
 
 
 def _measurement(options: argparse.Namespace) -> Callable[[Any, Any], float]:
@@ -258,6 +333,20 @@ def _add_prune(commands: Any) -> None:
         "--method", default="wanda", choices=METHODS, help=f"{methods} (default wanda)"
     )
     command.add_argument("--scope", help="magnitude only: layer (default) or global")
+    command.add_argument(
+        "--allocation", choices=ALLOCATIONS, help="sparsity of the blocks (default uniform)"
+    )
+    command.add_argument("--refine", choices=["swaps"], help="improve the zeros of each layer")
+    command.add_argument(
+        "--reconstruct", type=int, metavar="EPOCHS", help="train each block with its zeros fixed"
+    )
+    command.add_argument(
+        "--option", action="append", metavar="NAME=VALUE", help="an option of the method"
+    )
+    command.add_argument(
+        "--stream", action="store_true", help="prune block by block from the disk: any size"
+    )
+    command.add_argument("--resume", action="store_true", help="go on with a stopped --stream run")
     command.add_argument("--targets", nargs="+", metavar="GLOB", help="layers to prune")
     command.add_argument("--ignore", nargs="+", metavar="GLOB", help="layers to leave out")
     command.add_argument("--format", default="auto", choices=FORMATS, help="storage (default auto)")

@@ -5,7 +5,7 @@ Nothing here knows a model family by name: blocks are the items of the outermost
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -150,6 +150,12 @@ def target_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
             f"{list(config.ignore) if config else []} leaves out every target."
         )
     return list(chosen.values())
+
+
+def layers_in(block: nn.Module, layers: Sequence[TargetLayer]) -> list[TargetLayer]:
+    """Those of the layers that are inside a block, in their order."""
+    modules = {id(module) for module in block.modules()}
+    return [layer for layer in layers if id(layer.module) in modules]
 
 
 def with_head_size(config: SparsityConfig, model: nn.Module) -> SparsityConfig:

@@ -57,6 +57,25 @@ def test_prune_and_reload(dense: Path, tmp_path: Path) -> None:
         )
 
 
+def test_prune_llm(dense: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    arguments = [dense, tmp_path / "out", "--calibration", text, "--held-out", text]
+    small = ["--num-samples", 2, "--window", 32, "--max-windows", 4, "--reconstruct", 1]
+    command = [
+        sys.executable,
+        ROOT / "examples/prune_llm.py",
+        *arguments,
+        *small,
+        "--pattern",
+        "2:4",
+    ]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "perplexity, text.txt: dense" in done.stdout
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert hf_sparse.measure_sparsity(model).sparsity == pytest.approx(0.5, abs=1e-3)
+
+
 def test_the_first_code_of_the_readme(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,15 +98,16 @@ def test_the_commands_of_the_readme(dense: Path, tmp_path: Path) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("hf-sparse")]
     names = [command[0] for command in commands]
-    assert names == ["prune", "eval", "inspect", "bench", "push", "convert"]
+    assert names == ["prune", "prune", "eval", "inspect", "bench", "push", "convert"]
     instead = {
         "MODEL": str(dense),
         "OUTPUT": str(tmp_path / "sparse"),
+        "OUTPUT-2": str(tmp_path / "sparse-2"),
         "text.jsonl": str(tmp_path / "text.txt"),
         "held_out.txt": str(tmp_path / "text.txt"),
     }
     small = {"prune": ["--num-samples", "2", "--window", "32"], "eval": ["--window", "32"]}
-    for command in commands[:4]:
+    for command in commands[:5]:
         arguments = [instead.get(argument, argument) for argument in command]
         assert main([*arguments, *small.get(command[0], [])]) == 0
 
@@ -102,7 +122,7 @@ def test_the_links_of_the_readme_lead_somewhere() -> None:
 def test_the_readme_tells_every_method_format_and_family() -> None:
     from hf_sparse.formats import FORMATS
     from hf_sparse.models.families import FAMILIES
-    from hf_sparse.pruning.oneshot import METHODS
+    from hf_sparse.pruning.methods import METHODS
 
     for name in (*METHODS, *FORMATS, *FAMILIES):
         assert f"`{name}`" in README

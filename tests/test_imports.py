@@ -21,6 +21,7 @@ LAYERS = [
     ["configuration_sparse"],
     ["structure"],
     ["report"],
+    ["optim.prox", "optim.sharding"],
     ["pruning", "optim", "distillation", "runtime", "models.configuration"],
     ["budget", "benchmark"],
     ["checkpoint"],

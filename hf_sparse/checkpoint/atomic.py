@@ -55,7 +55,7 @@ def replacing(folder: Path, is_stale: Callable[[str], bool] = lambda name: False
             _exchange(fresh, folder, is_stale)
         else:
             _move_in(fresh, folder, is_stale)
-        _sync_path(folder.parent)
+        sync_file(folder.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
@@ -63,8 +63,8 @@ def replacing(folder: Path, is_stale: Callable[[str], bool] = lambda name: False
 def sync(folder: Path) -> None:
     """Force the files of a folder, and the folder, to the disk."""
     for path in folder.rglob("*"):
-        _sync_path(path)
-    _sync_path(folder)
+        sync_file(path)
+    sync_file(folder)
 
 
 def _exchange(fresh: Path, folder: Path, is_stale: Callable[[str], bool]) -> None:
@@ -73,7 +73,7 @@ def _exchange(fresh: Path, folder: Path, is_stale: Callable[[str], bool]) -> Non
         if path.name not in written and not is_stale(path.name):
             os.link(path, fresh / path.name, follow_symlinks=False)
     shutil.copymode(folder, fresh)
-    _sync_path(fresh)
+    sync_file(fresh)
     _rename_exchange(fresh, folder)
 
 
@@ -85,7 +85,7 @@ def _move_in(fresh: Path, folder: Path, is_stale: Callable[[str], bool]) -> None
     for path in list(folder.iterdir()):
         if Path(path.name) not in files and path.is_file() and is_stale(path.name):
             path.unlink()
-    _sync_path(folder)
+    sync_file(folder)
 
 
 def _can_exchange(folder: Path) -> bool:
@@ -116,7 +116,8 @@ def _rename_exchange(first: Path, second: Path) -> None:
         raise OSError(code, os.strerror(code), str(second))
 
 
-def _sync_path(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Force a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -220,6 +220,9 @@ def _tensors_to_store(
     own = dict(model.state_dict())
     for name in model._keys_to_ignore_on_save or ():
         own.pop(name, None)
+    for name, source in model.all_tied_weights_keys.items():
+        if {name, source} <= own.keys() and own[name].device.type == "meta":
+            del own[name]  # weights on the disk share no memory by which ties would show
     own = remove_tied_weights_from_state_dict(own, model)
     if state_dict is None:
         return own

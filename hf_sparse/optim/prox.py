@@ -175,41 +175,81 @@ def nm_shrink_(weights: Sequence[Tensor], tau: float, pattern: NM) -> None:
         groups = pattern.groups(weight)
         for chunk in groups.split(_CHUNK):
             crowded = (chunk != 0).sum(dim=1) > pattern.n  # the others are their own prox
-            chunk[crowded] = _nm_prox(chunk[crowded].float(), tau, pattern.n).to(weight.dtype)
+            if crowded.all():
+                chunk.copy_(_nm_prox(chunk.float(), tau, pattern.n))
+            else:
+                chunk[crowded] = _nm_prox(chunk[crowded].float(), tau, pattern.n).to(weight.dtype)
         if groups.data_ptr() != weight.data_ptr():  # a transposed weight was copied
             weight.copy_(groups.view(weight.shape))
 
 
 def _nm_prox(groups: Tensor, tau: float, n: int) -> Tensor:
-    """The prox of `tau e_{n+1}` for groups `(count, m)`, fp32."""
-    z, order = groups.abs().sort(dim=1, descending=True, stable=True)
-    best = z.clone()
-    best[:, n:] = 0
-    lowest = z[:, n:].square().sum(dim=1) / 2
-    for size in range(n + 1, z.shape[1] + 1):
-        u = _descend(z[:, :size], tau, n)
-        value = (u - z[:, :size]).square().sum(dim=1) + z[:, size:].square().sum(dim=1)
-        value = value / 2 + tau * _symmetric(list(u.T), n + 1)
-        better = value < lowest
-        lowest = torch.where(better, value, lowest)
-        best[:, :size] = torch.where(better[:, None], u, best[:, :size])
-        best[:, size:].masked_fill_(better[:, None], 0.0)
-    best = torch.zeros_like(best).scatter_(1, order, best)
-    signed = torch.where(groups < 0, -best, best)
-    return torch.where(groups.isnan().any(dim=1, keepdim=True), groups, signed)
+    """The prox of `tau e_{n+1}` for groups `(count, m)`, fp32.
+
+    One tensor per place in the group instead of an axis: everything, the sort too, is then
+    elementwise over contiguous memory.
+    """
+    m = groups.shape[1]
+    given = list(groups.T.abs().contiguous())
+    z = _sorted(given)
+    squares = [torch.zeros_like(z[0])]  # squares[-1 - k]: the sum of the k smallest
+    for column in reversed(z):
+        squares.append(torch.addcmul(squares[-1], column, column))
+    best = [*z[:n], *(torch.zeros_like(z[0]) for _ in z[n:])]
+    lowest = squares[m - n] / 2
+    for size in range(n + 1, m + 1):
+        u = _descend(z[:size], tau, n)
+        value = squares[m - size].clone()
+        for found, wanted in zip(u, z, strict=False):
+            change = found - wanted
+            value.addcmul_(change, change)
+        value = value.mul_(0.5).add_(_symmetric(u, n + 1), alpha=tau)
+        better = (value < lowest).float()
+        lowest = torch.minimum(lowest, value)
+        u += [torch.zeros_like(value)] * (m - size)
+        best = [torch.lerp(old, new, better) for old, new in zip(best, u, strict=True)]
+    shrunk = torch.stack(_in_ranks_of(given, best), dim=1).copysign_(groups)
+    return torch.where(groups.isnan().any(dim=1, keepdim=True), groups, shrunk)
 
 
-def _descend(z: Tensor, tau: float, n: int) -> Tensor:
-    """Coordinate descent on `1/2 ||u - z||^2 + tau e_{n+1}(u)`, `u >= 0`; z `(count, size)`."""
-    u = [torch.zeros_like(column) for column in z.T]
+def _sorted(columns: Sequence[Tensor]) -> list[Tensor]:
+    """The values of each group in descending order, by exchanges of neighbours."""
+    found = list(columns)
+    for end in range(len(found) - 1, 0, -1):
+        for i in range(end):
+            pair = found[i : i + 2]
+            found[i : i + 2] = torch.maximum(*pair), torch.minimum(*pair)
+    return found
+
+
+def _in_ranks_of(columns: Sequence[Tensor], ordered: Sequence[Tensor]) -> list[Tensor]:
+    """Give each value of a group the one of `ordered` that has its rank; of equal ones in order."""
+    ranks = [torch.zeros_like(column) for column in columns]
+    for i, j in combinations(range(len(columns)), 2):
+        first = (columns[i] >= columns[j]).float()
+        ranks[j] += first
+        ranks[i] += 1 - first
+    placed = [torch.zeros_like(column) for column in columns]
+    for rank, target in zip(ranks, placed, strict=True):
+        for place, value in enumerate(ordered):
+            target.addcmul_(value, (rank == place).float())
+    return placed
+
+
+def _descend(z: Sequence[Tensor], tau: float, n: int) -> list[Tensor]:
+    """Coordinate descent on `1/2 ||u - z||^2 + tau e_{n+1}(u)`, `u >= 0`; one tensor per place."""
+    u = [torch.zeros_like(column) for column in z]
     for sweep in range(_SWEEPS):
-        before = torch.stack(u) if sweep % 4 == 3 else None
+        before = list(u) if sweep % 3 == 2 else None
         for i in reversed(range(len(u))):
-            others = u[:i] + u[i + 1 :]
-            u[i] = (z[:, i] - tau * _symmetric(others, n)).clamp_min_(0)
-        if before is not None and torch.allclose(torch.stack(u), before, rtol=1e-6, atol=1e-9):
+            others = _symmetric(u[:i] + u[i + 1 :], n)
+            u[i] = torch.sub(z[i], others, alpha=tau).clamp_min_(0)
+        if before is not None and all(
+            torch.allclose(new, old, rtol=1e-6, atol=1e-9)
+            for new, old in zip(u, before, strict=True)
+        ):
             break
-    return torch.stack(u, dim=1)
+    return u
 
 
 def _symmetric(values: Sequence[Tensor], degree: int) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def token_windows(
@@ -83,3 +84,77 @@ def calibration_batches(
             f"{num_samples}. Give more text, or ask for fewer samples."
         )
     return [{"input_ids": batch} for batch in windows.split(batch_size)]
+
+
+def checked_batches(
+    batches: Iterable[Mapping[str, Tensor] | Tensor] | None, model: nn.Module, method: str
+) -> list[dict[str, Any]]:
+    """The batches as dicts of inputs on the model's device.
+
+    Raises:
+        ValueError: there are none, one is no batch, or its sequences are too long for the model.
+    """
+    if isinstance(batches, Tensor | Mapping):
+        raise ValueError(
+            f"batches is one {type(batches).__name__}; wanted a list of them: batches=[batch]."
+        )
+    checked = [_check_batch(batch) for batch in batches or ()]
+    if not checked:
+        raise ValueError(
+            f"method '{method}' needs calibration data and got none. Give batches=, for example "
+            "from hf_sparse.calibration_batches(tokenizer, texts)."
+        )
+    _check_lengths(checked, model)
+    device = next(model.parameters()).device
+    if device.type == "meta":  # weights are on the disk
+        return checked
+    return [
+        {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+        for batch in checked
+    ]
+
+
+def _check_lengths(batches: list[dict[str, Any]], model: nn.Module) -> None:
+    """Refuse sequences that are longer than the model's learned positions."""
+    length = max((b["input_ids"].shape[-1] for b in batches if "input_ids" in b), default=0)
+    for name, module in model.named_modules():
+        learned = name.endswith(("position_embeddings", "embed_positions", "wpe"))
+        if not learned or not isinstance(module, nn.Embedding):
+            continue
+        known = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        limit = min(module.num_embeddings, known or module.num_embeddings)
+        if length > limit:
+            raise ValueError(
+                f"a batch has sequences of {length} tokens, but {type(model).__name__} has learned "
+                f"{limit} positions. Take a smaller window."
+            )
+
+
+def _check_batch(batch: Any) -> dict[str, Any]:
+    """One batch as a dict of inputs, without a cache: blocks are called more than once."""
+    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    values = list(inputs.values()) if isinstance(inputs, Mapping) else []
+    dimensions = [value.ndim for value in values if isinstance(value, Tensor)]
+    if max(dimensions, default=0) < 2 or getattr(inputs.get("input_ids"), "ndim", 2) < 2:
+        raise ValueError(
+            f"a batch is {type(batch).__name__} {str(batch)[:60]!r}; wanted a dict of tensors, or "
+            "input_ids of shape (batch, tokens)."
+        )
+    if inputs.get("past_key_values") is not None:
+        raise ValueError("a batch has past_key_values; wanted whole sequences without a cache.")
+    return {name: value for name, value in inputs.items() if name != "use_cache"}
+
+
+def fingerprint(batches: Iterable[Mapping[str, Any]]) -> str:
+    """A hash of the tensors of batches, by which a resumed run knows its data."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, value in sorted(batch.items()):
+            digest.update(name.encode())
+            if isinstance(value, Tensor):
+                digest.update(str(tuple(value.shape)).encode())
+                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -6,44 +6,53 @@ https://arxiv.org/abs/1506.02626. Score `|w|`, per layer or over all layers toge
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
-from hf_sparse.configuration_sparse import SparsityConfig
+from torch import Tensor
+
 from hf_sparse.patterns import NM
+from hf_sparse.pruning.task import Task
 from hf_sparse.selection import global_masks
 from hf_sparse.structure import TargetLayer
 
 SCOPES = ("layer", "global")
 
 
-def prune(layers: Sequence[TargetLayer], config: SparsityConfig, *, scope: str = "layer") -> None:
-    """Zero the weights of lowest magnitude.
+def masks(task: Task, *, scope: str = "layer") -> Iterator[tuple[TargetLayer, Tensor]]:
+    """Choose the weights of highest magnitude.
 
     Args:
-        layers: what to prune.
-        config: pattern and sparsity.
-        scope: `"layer"`: every layer gets the sparsity. `"global"`: all layers together do, each
+        task: what to prune; no data is needed.
+        scope: `"layer"`: every layer gets its sparsity. `"global"`: all layers together do, each
             by its own magnitudes; groups compare by their mean square.
+
+    Yields:
+        A layer, and the boolean mask of the weights to keep.
 
     Memory: one layer's scores; `"global"` keeps no scores, it reads the weights three times.
 
     Raises:
-        ValueError: unknown scope, or `"global"` with N:M, where every group is fixed.
+        ValueError: unknown scope, or `"global"` where every group or block has its own sparsity.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope is {scope!r}; wanted one of {', '.join(SCOPES)}.")
+    pattern, layers = task.config.pattern, task.layers
     if scope == "layer":
         for layer in layers:
-            mask = config.pattern.keep(layer.weight.abs(), config.sparsity)
-            layer.weight.masked_fill_(~mask, 0.0)
+            yield layer, pattern.keep(layer.weight.abs(), task.sparsities[layer.name])
         return
-    if isinstance(config.pattern, NM):
+    if isinstance(pattern, NM):
         raise ValueError(
-            f"scope='global' has no meaning for pattern '{config.pattern}', which fixes the sparsity "
+            f"scope='global' has no meaning for pattern '{pattern}', which fixes the sparsity "
             "of every group. Use scope='layer'."
         )
-    masks = global_masks(
-        lambda: (layer.weight.abs() for layer in layers), config.pattern, config.sparsity
+    if len(set(task.sparsities.values())) > 1:
+        raise ValueError(
+            "scope='global' and allocation both tell how much of the sparsity each block takes. Use "
+            "one of them."
+        )
+    pruned = global_masks(
+        lambda: (layer.weight.abs() for layer in layers), pattern, task.config.sparsity
     )
-    for layer, pruned in zip(layers, masks, strict=True):
-        layer.weight.masked_fill_(pruned, 0.0)
+    for layer, mask in zip(layers, pruned, strict=True):
+        yield layer, ~mask

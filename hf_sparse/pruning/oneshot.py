@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.pruning import magnitude, wanda
-from hf_sparse.pruning.walk import Batch
+from hf_sparse.pruning.calibration import checked_batches
+from hf_sparse.pruning.methods import Recipe
+from hf_sparse.pruning.task import Task, own_batches
+from hf_sparse.pruning.walk import Residence
 from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure import (
     PRUNED_WITH,
@@ -26,30 +27,6 @@ from hf_sparse.structure import (
     target_layers,
     with_head_size,
 )
-
-
-@dataclass(frozen=True)
-class Method:
-    """A pruning method: what it does, and the function that does it."""
-
-    summary: str
-    prune: Callable[..., tuple[str, ...] | None]
-    needs_calibration: bool
-
-    def options(self) -> dict[str, Any]:
-        """The method's own options and their defaults."""
-        given = {"model", "stacks", "batches", "accelerator"}
-        return {
-            name: parameter.default
-            for name, parameter in inspect.signature(self.prune).parameters.items()
-            if parameter.kind is parameter.KEYWORD_ONLY and name not in given
-        }
-
-
-METHODS = {
-    "magnitude": Method("smallest weights", magnitude.prune, needs_calibration=False),
-    "wanda": Method("smallest |weight| x input norm", wanda.prune, needs_calibration=True),
-}
 
 
 @torch.no_grad()
@@ -67,140 +44,87 @@ def prune_(
         model: any transformers model. Shared weights (ALBERT's layers) are pruned once; tied
             weights stay tied.
         config: pattern, sparsity and targets.
-        method: a key of `hf_sparse.pruning.oneshot.METHODS`.
+        method: a key of `hf_sparse.pruning.methods.METHODS`.
         batches: calibration inputs of the model, dicts or `input_ids` `(batch, tokens)`: see
             `hf_sparse.calibration_batches`. Needed by every method but magnitude.
         accelerator: an `accelerate.Accelerator`: blocks run on its device. Its processes must be
             given the same batches, and share them.
-        **options: the method's own, such as `scope="global"` for magnitude.
+        **options: the method's own, such as `scope="global"` for magnitude, and those of
+            `hf_sparse.pruning.methods.Composition` for every method: `allocation`, `refine`,
+            `reconstruct`.
 
     Returns:
         Exact counts per tensor, with the method, its options and the time.
 
     Memory: beside the model, the hidden states of the calibration data (samples x window x
-    hidden_size), one block's activations, and the scores of one layer.
+    hidden_size; twice that with `reconstruct`), one block's activations and Gram matrices, and what
+    the method needs for the layers that share one input. For models larger than memory see
+    `hf_sparse.prune_checkpoint`.
 
     Raises:
         ValueError: unknown method or option, targets that match nothing, a weight that the
             pattern cannot divide, no calibration where it is needed, weights or activations that
             are not finite. All but the last are found before the model is changed.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}. Known methods: {', '.join(METHODS)}.")
-    chosen = METHODS[method]
-    known = chosen.options()
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(
-            f"method '{method}' has no option {', '.join(unknown)}. "
-            f"Its options: {', '.join(known) or 'none'}."
-        )
     config = with_head_size(config, model)
-    if any(getattr(module, "_compiled_call_impl", None) for module in model.modules()) or hasattr(
-        model, "_orig_mod"
-    ):
-        raise ValueError("the model is compiled by torch.compile. Prune it first, then compile it.")
+    recipe = Recipe.of(method, config.pattern, options)
+    check_not_compiled(model)
     layers = target_layers(model, config)
     _check_layers(layers, config)
     start = time.perf_counter()
-    if chosen.needs_calibration:
-        inputs = _check_batches(method, batches, model)
-        _check_lengths(inputs, model)
-        with _quiet(model):
-            notes = chosen.prune(
-                layers,
-                config,
-                model=model,
-                stacks=find_stacks(model),
-                batches=inputs,
-                accelerator=accelerator,
-                **options,
-            )
-    else:
-        notes = chosen.prune(layers, config, **options)
-    seconds = time.perf_counter() - start
-    if config.targets is None and (missed := stacked_weights(model)):
-        notes = (
-            *(notes or ()),
-            f"{missed:,} weights in the blocks are no matrices of their own (the experts of a mixture, "
-            "convolutions) and were not pruned.",
-        )
+    inputs = checked_batches(batches, model, method) if recipe.needs_calibration else []
+    task = Task(
+        model,
+        find_stacks(model),
+        layers,
+        config,
+        own_batches(inputs, accelerator),
+        accelerator,
+        residence=Residence(None if accelerator is None else accelerator.device),
+    )
+    with quiet(model):
+        recipe.prune(task)
     vars(model)[PRUNED_WITH] = config
     return replace(
         measure_sparsity(model, config),
         method=method,
-        options={**known, **options},
-        seconds=seconds,
-        notes=notes or (),
+        options=recipe.all_options,
+        seconds=time.perf_counter() - start,
+        notes=(*task.notes.lines(), *notes_on(model, config)),
     )
+
+
+def notes_on(model: nn.Module, config: SparsityConfig) -> tuple[str, ...]:
+    """What the default targets leave out of the blocks, for the report."""
+    if config.targets is not None or not (missed := stacked_weights(model)):
+        return ()
+    return (
+        f"{missed:,} weights in the blocks are no matrices of their own (the experts of a mixture, "
+        "convolutions) and were not pruned.",
+    )
+
+
+def check_not_compiled(model: nn.Module) -> None:
+    """Refuse a model that torch.compile wrapped."""
+    if any(getattr(module, "_compiled_call_impl", None) for module in model.modules()) or hasattr(
+        model, "_orig_mod"
+    ):
+        raise ValueError("the model is compiled by torch.compile. Prune it first, then compile it.")
 
 
 def _check_layers(layers: list[TargetLayer], config: SparsityConfig) -> None:
     for layer in layers:
         if layer.parameter.device.type == "meta":
             raise ValueError(
-                f"{layer.weight_name} is on the meta device, it has no values. Load the model "
-                "without offloading it to disk."
+                f"{layer.weight_name} is on the meta device, it has no values. Load the model without "
+                "offloading it, or prune it from disk to disk with hf_sparse.prune_checkpoint."
             )
         check_finite(layer.weight_name, layer.weight)
         check_divides(config.pattern, layer.weight_name, *layer.weight.shape)
 
 
-def _check_batches(
-    method: str, batches: Iterable[Mapping[str, Tensor] | Tensor] | None, model: nn.Module
-) -> list[Batch]:
-    if isinstance(batches, Tensor | Mapping):
-        raise ValueError(
-            f"batches is one {type(batches).__name__}; wanted a list of them: batches=[batch]."
-        )
-    checked = [_check_batch(batch) for batch in batches or ()]
-    if not checked:
-        raise ValueError(
-            f"method '{method}' needs calibration data and got none. Give batches=, for example "
-            "from hf_sparse.calibration_batches(tokenizer, texts)."
-        )
-    device = next(model.parameters()).device
-    return [
-        {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in batch.items()
-        }
-        for batch in checked
-    ]
-
-
-def _check_lengths(batches: list[Batch], model: nn.Module) -> None:
-    """Refuse sequences that are longer than the model's learned positions."""
-    length = max((b["input_ids"].shape[-1] for b in batches if "input_ids" in b), default=0)
-    for name, module in model.named_modules():
-        learned = name.endswith(("position_embeddings", "embed_positions", "wpe"))
-        if not learned or not isinstance(module, nn.Embedding):
-            continue
-        known = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        limit = min(module.num_embeddings, known or module.num_embeddings)
-        if length > limit:
-            raise ValueError(
-                f"a batch has sequences of {length} tokens, but {type(model).__name__} has learned "
-                f"{limit} positions. Take a smaller window."
-            )
-
-
-def _check_batch(batch: Any) -> dict[str, Any]:
-    """One batch as a dict of inputs, without a cache: blocks are called more than once."""
-    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-    values = list(inputs.values()) if isinstance(inputs, Mapping) else []
-    dimensions = [value.ndim for value in values if isinstance(value, Tensor)]
-    if max(dimensions, default=0) < 2 or getattr(inputs.get("input_ids"), "ndim", 2) < 2:
-        raise ValueError(
-            f"a batch is {type(batch).__name__} {str(batch)[:60]!r}; wanted a dict of tensors, or "
-            "input_ids of shape (batch, tokens)."
-        )
-    if inputs.get("past_key_values") is not None:
-        raise ValueError("a batch has past_key_values; wanted whole sequences without a cache.")
-    return {name: value for name, value in inputs.items() if name != "use_cache"}
-
-
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
+def quiet(model: nn.Module) -> Iterator[None]:
     """The model in eval mode and without a key-value cache, for a while."""
     training = [module for module in model.modules() if module.training]
     configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]

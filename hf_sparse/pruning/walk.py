@@ -16,15 +16,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.utils.logging import tqdm
 
+from hf_sparse.pruning.activations import Store, in_memory
+from hf_sparse.pruning.linalg import FastProducts
 from hf_sparse.structure import Stack
 
 Batch = Mapping[str, Tensor]
@@ -41,9 +43,10 @@ class Call:
     def __call__(self, module: nn.Module, hidden: Tensor) -> Tensor:
         """Repeat the call on other hidden states and return the new hidden states."""
         args, kwargs = send_to_device((self.args, self.kwargs), hidden.device)
-        if "hidden_states" in kwargs:
-            return _hidden_of(module(*args, **{**kwargs, "hidden_states": hidden}))
-        return _hidden_of(module(hidden, *args, **kwargs))
+        with FastProducts():
+            if "hidden_states" in kwargs:
+                return _hidden_of(module(*args, **{**kwargs, "hidden_states": hidden}))
+            return _hidden_of(module(hidden, *args, **kwargs))
 
 
 @dataclass(frozen=True)
@@ -76,90 +79,207 @@ class TokenMasks:
         return torch.equal(states.to(inputs.device), inputs)
 
 
-@dataclass
 class Sample:
-    """A batch on its way through the blocks."""
+    """A batch on its way through the blocks.
 
-    hidden: Tensor
-    calls: list[Call]
-    masks: TokenMasks
+    Attributes:
+        hidden: what enters the next block, `(batch, tokens, hidden_size)`.
+        dense: what would enter it if nothing had been pruned; None if that is not followed.
+        calls: the calls of the blocks.
+        masks: which tokens count.
+    """
+
+    def __init__(
+        self, hidden: Tensor, calls: list[Call], masks: TokenMasks, store: Store = in_memory
+    ) -> None:
+        self.calls, self.masks = calls, masks
+        self._store, self._hidden = store, store(hidden)
+        self._dense: Callable[[], Tensor] | None = None
+
+    @property
+    def hidden(self) -> Tensor:
+        return self._hidden()
+
+    @hidden.setter
+    def hidden(self, hidden: Tensor) -> None:
+        self._hidden = self._store(hidden)
+
+    @property
+    def dense(self) -> Tensor | None:
+        return None if self._dense is None else self._dense()
+
+    @dense.setter
+    def dense(self, dense: Tensor) -> None:
+        self._dense = self._store(dense)
 
 
-Run = Callable[[], None]
-PruneBlock = Callable[[nn.Module, Run], None]
+class Observer(Protocol):
+    """Watches the calibration data go through a block, by hooks of its own."""
+
+    def on_batch(self, masks: TokenMasks) -> None:
+        """A batch is next; `masks` tells which of its tokens count."""
+
+    def end_call(self) -> None:
+        """A call of the block is over."""
 
 
+class EnoughSeen(Exception):  # noqa: N818 - a signal, no error
+    """Raised by an observer's hook: what follows in this call of the block is not needed."""
+
+
+class BlockStep:
+    """A block whose turn it is, and the data that reached it.
+
+    Attributes:
+        name: of the block in the model.
+        block: the block.
+        samples: the calibration data; `samples[i].dense` is the dense block's output if the walk
+            follows the dense model.
+        repeats: how often the model calls the block in a row.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        block: nn.Module,
+        samples: Sequence[Sample],
+        calls: slice,
+        device: torch.device | None,
+    ) -> None:
+        self.name, self.block, self.samples = name, block, samples
+        self._calls, self._device = calls, device
+        self.repeats = calls.stop - calls.start
+
+    def forward(self, sample: Sample, hidden: Tensor | None = None) -> Tensor:
+        """The block's output for a sample, as its weights are now, on the device of the block."""
+        hidden = sample.hidden if hidden is None else hidden
+        hidden = hidden if self._device is None else hidden.to(self._device)
+        for call in sample.calls[self._calls]:
+            hidden = call(self.block, hidden)
+        return hidden
+
+    def run(self, observer: Observer) -> None:
+        """Show all data to an observer."""
+        for sample in self.samples:
+            observer.on_batch(sample.masks)
+            hidden = sample.hidden if self._device is None else sample.hidden.to(self._device)
+            for call in sample.calls[self._calls]:
+                with suppress(EnoughSeen):
+                    hidden = call(self.block, hidden)
+                observer.end_call()
+
+    def advance(self) -> None:
+        """Take all data through the block."""
+        for sample in self.samples:
+            home = sample.hidden.device
+            sample.hidden = self.forward(sample).to(home)
+
+    def advance_dense(self) -> None:
+        """Take the data of the dense model through the block."""
+        for sample in self.samples:
+            hidden = sample.hidden if sample.dense is None else sample.dense
+            sample.dense = self.forward(sample, hidden).to(hidden.device)
+
+    def forget_calls(self) -> None:
+        """Free the arguments of the calls."""
+        for sample in self.samples:
+            sample.calls[self._calls] = [
+                replace(call, args=(), kwargs={}) for call in sample.calls[self._calls]
+            ]
+
+
+class Residence:
+    """Where blocks live between their turns: in memory, on the devices where they are.
+
+    Args:
+        device: where a block goes for its turn; None: it stays where it is.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device
+
+    @contextmanager
+    def placed(self, block: nn.Module) -> Iterator[None]:
+        """The block with its weights where it can run, for its turn."""
+        home = next(block.parameters()).device
+        if self.device is None or self.device == home:
+            yield
+            return
+        block.to(self.device)
+        try:
+            yield
+        finally:
+            block.to(home)
+
+    def restore(self, step: BlockStep) -> bool:
+        """Give a block the weights that an earlier run pruned; False if it has not."""
+        return False
+
+    def finish(self, step: BlockStep) -> None:
+        """A block has its final weights; its turn is not over yet."""
+
+
+@torch.no_grad()
 def walk(
     model: nn.Module,
     stacks: Sequence[Stack],
     batches: Sequence[Batch],
-    prune_block: PruneBlock,
-    on_batch: Callable[[TokenMasks], None],
-    device: torch.device | None = None,
-) -> None:
-    """Prune the blocks in order, each on the outputs of the pruned blocks before it.
+    residence: Residence,
+    *,
+    follow_dense: bool = False,
+    store: Store = in_memory,
+    description: str = "Pruning blocks",
+) -> Iterator[BlockStep]:
+    """Go through the blocks in order, each on the outputs of those before it as they are now.
 
     Args:
         model: a transformers model in eval mode.
         stacks: its blocks, from `find_stacks`.
         batches: model inputs.
-        prune_block: called with a block and a function that runs the calibration data
-            through it; hooks on the block's layers see the inputs, and weights may be changed
-            afterwards.
-        on_batch: called before each batch of such a run with the batch's token masks.
-        device: where blocks run; None: where they are.
+        residence: where blocks live.
+        follow_dense: also take the data through the blocks before they are changed.
+        store: where hidden states wait.
+        description: of the progress bar.
+
+    Yields:
+        The step of each block. When the loop goes on, the data is taken through the block with
+        its new weights.
 
     Raises:
         ValueError: the model's blocks are not a chain.
     """
     for stack in stacks:
-        samples = _record(model, stack, batches)
+        samples = _record(model, stack, batches, store)
         order = [call.block for call in samples[0].calls]
         position = 0
         for block_index, repeats in tqdm(
-            [(index, len(list(same))) for index, same in groupby(order)], desc="Pruning blocks"
+            [(index, len(list(same))) for index, same in groupby(order)], desc=description
         ):
             block, calls = stack.blocks[block_index], slice(position, position + repeats)
             position += repeats
-            run = partial(_run, block, samples, calls, on_batch, device)
-            with _placed(block, device):
-                prune_block(block, partial(run, advance=False))
+            name = f"{stack.name}.{block_index}"
+            step = BlockStep(name, block, samples, calls, residence.device)
+            with residence.placed(block):
+                if follow_dense:
+                    step.advance_dense()
+                yield step
                 if position < len(order):
-                    run(advance=True)
-
-
-def _run(
-    block: nn.Module,
-    samples: list[Sample],
-    calls: slice,
-    on_batch: Callable[[TokenMasks], None],
-    device: torch.device | None,
-    *,
-    advance: bool,
-) -> None:
-    """Run every sample through some calls of a block; keep the outputs if `advance`."""
-    for sample in samples:
-        on_batch(sample.masks)
-        hidden = sample.hidden if device is None else sample.hidden.to(device)
-        for call in sample.calls[calls]:
-            hidden = call(block, hidden)
-        if advance:
-            sample.hidden = hidden.to(sample.hidden.device)
-            sample.calls[calls] = [
-                replace(call, args=(), kwargs={}) for call in sample.calls[calls]
-            ]
+                    step.advance()
+                step.forget_calls()
 
 
 class _RecordedError(Exception):
     """All calls of the stack are recorded; the rest of the model need not run."""
 
 
-def _record(model: nn.Module, stack: Stack, batches: Sequence[Batch]) -> list[Sample]:
-    first, extras = _record_real(model, stack, batches[0])
+def _record(model: nn.Module, stack: Stack, batches: Sequence[Batch], store: Store) -> list[Sample]:
+    first, extras = _record_real(model, stack, batches[0], store)
     if extras:  # blocks hand more than hidden states to each other: only real calls show it
-        return [first, *(_record_real(model, stack, batch)[0] for batch in batches[1:])]
+        return [first, *(_record_real(model, stack, batch, store)[0] for batch in batches[1:])]
     tuples = extras is not None
-    rest = [_record_passing(model, stack, batch, len(first.calls), tuples) for batch in batches[1:]]
+    rest = [
+        _record_passing(model, stack, batch, first.calls, tuples, store) for batch in batches[1:]
+    ]
     for sample in rest:
         if [call.block for call in sample.calls] != [call.block for call in first.calls]:
             raise ValueError(
@@ -169,7 +289,9 @@ def _record(model: nn.Module, stack: Stack, batches: Sequence[Batch]) -> list[Sa
     return [first, *rest]
 
 
-def _record_real(model: nn.Module, stack: Stack, batch: Batch) -> tuple[Sample, list[Any] | None]:
+def _record_real(
+    model: nn.Module, stack: Stack, batch: Batch, store: Store
+) -> tuple[Sample, list[Any] | None]:
     """Run one batch for real and record the calls.
 
     Returns:
@@ -199,26 +321,50 @@ def _record_real(model: nn.Module, stack: Stack, batch: Batch) -> tuple[Sample, 
     _forward_recorded(model, stack, batch, record)
     if not calls:
         raise ValueError(f"the model's forward never calls the blocks of {stack.name}.")
-    return Sample(entered[0], calls, token_masks(batch, calls[0])), extras
+    return Sample(entered[0], calls, token_masks(batch, calls[0]), store), extras
 
 
 def _record_passing(
-    model: nn.Module, stack: Stack, batch: Batch, num_calls: int, tuples: bool
+    model: nn.Module, stack: Stack, batch: Batch, known: list[Call], tuples: bool, store: Store
 ) -> Sample:
-    """Record the calls of one batch without running a block."""
+    """Record the calls of one batch without running a block.
+
+    Arguments that equal those of the `known` calls of another batch (rotary embeddings, masks)
+    are kept once.
+    """
     calls: list[Call] = []
     entered: list[Tensor] = []
 
     def record(index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         hidden, call = _split_call(index, stack, args, kwargs)
-        calls.append(call)
+        calls.append(_sharing(call, known[len(calls)]))
         entered.append(hidden)
-        if len(calls) == num_calls:
+        if len(calls) == len(known):
             raise _RecordedError
         return (hidden,) if tuples else hidden
 
     _forward_recorded(model, stack, batch, record)
-    return Sample(entered[0], calls, token_masks(batch, calls[0]))
+    return Sample(entered[0], calls, token_masks(batch, calls[0]), store)
+
+
+def _sharing(call: Call, known: Call) -> Call:
+    """The call with the tensors of a known one where they are equal."""
+    leaves, structure = tree_flatten((call.args, call.kwargs))
+    others, other_structure = tree_flatten((known.args, known.kwargs))
+    if structure != other_structure:
+        return call
+    shared = [
+        other if isinstance(leaf, Tensor) and _is_same(leaf, other) else leaf
+        for leaf, other in zip(leaves, others, strict=True)
+    ]
+    args, kwargs = tree_unflatten(shared, structure)
+    return replace(call, args=args, kwargs=kwargs)
+
+
+def _is_same(tensor: Tensor, other: Any) -> bool:
+    if not isinstance(other, Tensor) or tensor.dtype != other.dtype:
+        return False
+    return tensor.device == other.device and torch.equal(tensor, other)
 
 
 def _forward_recorded(
@@ -228,7 +374,7 @@ def _forward_recorded(
     with ExitStack() as patches:
         for index, block in enumerate(stack.blocks):
             patches.enter_context(_patched_forward(block, index, record))
-        with suppress(_RecordedError):
+        with suppress(_RecordedError), FastProducts():
             model(**batch)
 
 
@@ -280,17 +426,3 @@ def token_masks(batch: Batch, call: Call | None = None) -> TokenMasks:
 
 def _are_states(tensor: Tensor) -> bool:
     return tensor.ndim == 3 and tensor.is_floating_point()
-
-
-@contextmanager
-def _placed(block: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """The block on `device` for a while."""
-    home = next(block.parameters()).device
-    if device is None or device == home:
-        yield
-        return
-    block.to(device)
-    try:
-        yield
-    finally:
-        block.to(home)

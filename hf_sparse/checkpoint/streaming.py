@@ -1,0 +1,349 @@
+"""Pruning a checkpoint that is larger than memory, block by block, from its shards.
+
+The model is loaded with all weights left on the disk (Accelerate's offloading). A block gets its
+weights for its turn alone; when it is pruned they are written, compressed, to a file of the work
+folder beside the output, and from then on read from there. At the end `save_pretrained` reads every
+tensor where it is and writes the sparse checkpoint.
+
+The work folder is also what a killed run leaves: `resume=True` takes finished blocks from it, takes
+the calibration data through them again, and goes on with the first that is not finished. Since a
+block's result follows from its inputs alone, it is the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from accelerate.utils import set_module_tensor_to_device
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import hf_sparse
+from hf_sparse.checkpoint.atomic import sync_file
+from hf_sparse.checkpoint.config_files import write_configs
+from hf_sparse.checkpoint.loading import dense_model_class
+from hf_sparse.checkpoint.reading import open_file, read_headers, read_parts
+from hf_sparse.checkpoint.save import save_pretrained
+from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.formats import compress, decompress, join, locate
+from hf_sparse.pruning.activations import on_disk
+from hf_sparse.pruning.allocation import allocate
+from hf_sparse.pruning.calibration import checked_batches, fingerprint
+from hf_sparse.pruning.methods import Recipe
+from hf_sparse.pruning.oneshot import notes_on, quiet
+from hf_sparse.pruning.task import Task
+from hf_sparse.pruning.walk import BlockStep, Residence
+from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
+from hf_sparse.structure import (
+    TargetLayer,
+    check_divides,
+    check_finite,
+    find_stacks,
+    layers_in,
+    num_parameters,
+    target_layers,
+    with_head_size,
+)
+
+_RUN_FILE = "run.json"
+_SHARD_SIZE = "500MB"
+
+
+@torch.no_grad()
+def prune_checkpoint(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    config: SparsityConfig,
+    method: str = "wanda",
+    batches: Iterable[Mapping[str, Tensor] | Tensor] | None = None,
+    *,
+    resume: bool = False,
+    tokenizer: Any = None,
+    dtype: str | torch.dtype = "auto",
+    base_model: str | None = None,
+    **options: Any,
+) -> SparsityReport:
+    """Prune a dense checkpoint into a sparse one without holding the model in memory.
+
+    Args:
+        source: folder or Hub name of the dense model.
+        folder: for the sparse model. `<folder>.unfinished` beside it is the work folder: it holds
+            the finished blocks and the hidden states of the calibration data, and is removed at
+            the end.
+        config: pattern, sparsity and targets, all of them in the blocks.
+        method: one that goes through the blocks: not `magnitude` or `proxsparse`.
+        batches: see `prune_`.
+        resume: go on with the work folder of a run that was stopped, made with the same arguments.
+        tokenizer: saved beside the model if given.
+        dtype: of the weights; `"auto"` as they are stored.
+        base_model: Hub name of the dense model, for the model card.
+        **options: as for `prune_`.
+
+    Returns:
+        Exact counts per tensor, with the method, its options and the time (of this run).
+
+    Memory: two blocks, their Gram matrices, the activations of one batch, and 1 GB; in other
+    words what `prune_` needs for one block, not the model. On the disk: the pruned blocks and the
+    hidden states (twice, with `reconstruct` four times, samples x window x hidden_size) beside the
+    model itself.
+
+    Raises:
+        ValueError: as `prune_`; a method that needs the whole model; a work folder of another run,
+            or one that is there without `resume`.
+        OSError: the disk is full. Finished blocks stay in the work folder: free space and resume.
+    """
+    folder, source = Path(folder), str(source)
+    recipe = Recipe.of(method, config.pattern, options)
+    if recipe.method.masks is not None:
+        raise ValueError(
+            f"method '{method}' looks at all layers at once and cannot stream. Use one that goes "
+            "through the blocks, such as 'wanda' or 'sparsegpt', or prune_ in memory."
+        )
+    if folder.resolve() == Path(source).resolve():
+        raise ValueError(f"the output is the source, {source}: the dense model would be lost.")
+    model = dense_model_class(source).from_pretrained(source, device_map={"": "disk"}, dtype=dtype)
+    config = with_head_size(config, model)
+    layers = target_layers(model, config)
+    _check(model, layers, config)
+    inputs = checked_batches(batches, model, method)
+    run = _described(model, source, config, recipe, inputs)
+    work = _work_folder(folder, run, resume)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=work, prefix="activations-") as activations:
+        residence = _OnDisk(model, layers, config, work)
+        task = Task(
+            model,
+            find_stacks(model),
+            layers,
+            config,
+            inputs,
+            residence=residence,
+            store=on_disk(Path(activations)),
+        )
+        residence.notes = task.notes.lines
+        with quiet(model):
+            task.sparsities = _sparsities(work, recipe, task)
+            recipe.prune(task)
+        report = SparsityReport(
+            tuple(residence.counts[layer.weight_name] for layer in layers),
+            str(config.pattern),
+            num_parameters(model),
+            method,
+            recipe.all_options,
+            time.perf_counter() - start,
+            (*residence.earlier_notes, *task.notes.lines(), *notes_on(model, config)),
+        )
+    save_pretrained(
+        model,
+        folder,
+        config,
+        tokenizer=tokenizer,
+        report=report,
+        base_model=base_model,
+        max_shard_size=_SHARD_SIZE,
+    )
+    shutil.rmtree(work)
+    return report
+
+
+def _check(model: PreTrainedModel, layers: list[TargetLayer], config: SparsityConfig) -> None:
+    """Refuse what would only be noticed after hours."""
+    blocks = [block for stack in find_stacks(model) for block in stack.blocks]
+    inside = {layer.name for block in blocks for layer in layers_in(block, layers)}
+    if outside := [layer.name for layer in layers if layer.name not in inside]:
+        raise ValueError(
+            f"{outside[0]} is outside the blocks, and only blocks are streamed. Leave it out, or prune "
+            "the model in memory with prune_."
+        )
+    for layer in layers:
+        check_divides(config.pattern, layer.weight_name, *layer.weight.shape)
+    with tempfile.TemporaryDirectory() as folder:
+        write_configs(model, config, Path(folder))  # has the family a sparse class?
+
+
+def _described(
+    model: PreTrainedModel,
+    source: str,
+    config: SparsityConfig,
+    recipe: Recipe,
+    inputs: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """What a run must share with the one that it resumes."""
+    return {
+        "hf_sparse": hf_sparse.__version__,
+        "source": source,
+        "model": json.loads(model.config.to_json_string()),
+        "dtype": str(model.dtype),
+        "config": config.to_dict(),
+        "method": recipe.name,
+        "options": {**recipe.all_options, **asdict(recipe.composition)},
+        "calibration": fingerprint(inputs),
+    }
+
+
+def _work_folder(folder: Path, run: dict[str, Any], resume: bool) -> Path:
+    """The work folder, new or of the run that is resumed."""
+    work = folder.with_name(f"{folder.name}.unfinished")
+    described = json.loads(json.dumps(run))
+    if not work.exists():
+        work.mkdir(parents=True)
+        (work / _RUN_FILE).write_text(json.dumps(described, indent=2))
+        return work
+    if not resume:
+        raise ValueError(
+            f"{work} is there: a run was stopped. Go on with it by resume=True (--resume), or remove "
+            "it."
+        )
+    try:
+        known = json.loads((work / _RUN_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{work} is no work folder of hf_sparse ({error}). Remove it.") from error
+    if changed := [key for key, value in described.items() if known.get(key) != value]:
+        raise ValueError(
+            f"{work} is of a run with another {', '.join(changed)} (it had "
+            f"{str(known.get(changed[0]))[:80]!r}). Resume with the same arguments, or remove it."
+        )
+    for left in work.glob("activations-*"):
+        shutil.rmtree(left)
+    return work
+
+
+def _sparsities(work: Path, recipe: Recipe, task: Task) -> dict[str, float]:
+    """The sparsity of each layer, from the work folder if they are there."""
+    file = work / "sparsities.json"
+    if not file.exists():
+        found = allocate(recipe.composition.allocation, task)
+        fresh = file.with_suffix(".new")
+        fresh.write_text(json.dumps(found))
+        fresh.replace(file)
+    known: dict[str, float] = json.loads(file.read_text())
+    return known
+
+
+class _Weights(Mapping[str, Tensor]):
+    """The weights of the model by name: of finished blocks the pruned ones, of others the source's."""
+
+    def __init__(self, source: Mapping[str, Tensor]) -> None:
+        self.source = source
+        self.pruned: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.pruned:
+            return self.source[name]
+        stored = self.pruned[name]
+        with locate(stored.place):
+            return decompress(read_parts(stored))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+class _OnDisk(Residence):
+    """Blocks whose weights are read from the disk for their turn, and written when pruned.
+
+    Attributes:
+        counts: of each pruned weight, by its name.
+        earlier_notes: of the run that is resumed.
+        notes: gives the notes of this run so far.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: list[TargetLayer], config: SparsityConfig, work: Path
+    ) -> None:
+        super().__init__()
+        self._layers, self._config, self._work = layers, config, work
+        self._names = {id(module): name for name, module in model.named_modules()}
+        maps = [part.weights_map for part in _hooks(model) if part.weights_map is not None]
+        self._weights = _Weights(maps[0].dataset)
+        for weights_map in maps:
+            weights_map.dataset = self._weights
+        self.counts: dict[str, TensorSparsity] = {}
+        self.earlier_notes: tuple[str, ...] = ()
+        self.notes: Any = tuple
+
+    @contextmanager
+    def placed(self, block: nn.Module) -> Iterator[None]:
+        hooks = {
+            module: module._hf_hook for module in block.modules() if hasattr(module, "_hf_hook")
+        }
+        remove_hook_from_module(block, recurse=True)
+        prefix = self._names[id(block)]
+        for name, parameter in list(block.named_parameters()):
+            if parameter.device.type == "meta":
+                value = self._weights.source[f"{prefix}.{name}"]
+                set_module_tensor_to_device(block, name, "cpu", value, dtype=parameter.dtype)
+        for layer in layers_in(block, self._layers):
+            check_finite(layer.weight_name, layer.weight)
+        try:
+            yield
+        finally:
+            for module, hook in hooks.items():
+                add_hook_to_module(module, hook)  # frees the weights
+
+    def restore(self, step: BlockStep) -> bool:
+        file = self._file(step)
+        if not file.exists():
+            return False
+        with open_file(file) as reader:
+            known = json.loads((reader.metadata() or {})["run"])
+        self._publish(file, known["counts"])
+        self.earlier_notes = tuple(known["notes"])
+        for layer in layers_in(step.block, self._layers):
+            layer.parameter.data.copy_(self._weights[layer.weight_name])
+        return True
+
+    def finish(self, step: BlockStep) -> None:
+        tensors, counts = {}, []
+        pattern = self._config.pattern
+        for layer in layers_in(step.block, self._layers):
+            name = layer.weight_name
+            parts = compress(layer.parameter.data, "auto", pattern, transposed=layer.transposed)
+            tensors.update(
+                {join(name, part): tensor.contiguous() for part, tensor in parts.items()}
+            )
+            counts.append(asdict(count_zeros(name, layer.weight, pattern)))
+        file = self._file(step)
+        fresh = file.with_suffix(".new")
+        notes = [*self.earlier_notes, *self.notes()]
+        try:
+            save_file(tensors, fresh, {"run": json.dumps({"counts": counts, "notes": notes})})
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(
+                f"{file} cannot be written: {error}. Finished blocks are kept: free space, and resume."
+            ) from error
+        sync_file(fresh)
+        fresh.replace(file)
+        self._publish(file, counts)
+
+    def _publish(self, file: Path, counts: list[dict[str, Any]]) -> None:
+        self._weights.pruned.update({stored.name: stored for stored in read_headers([file])})
+        for count in counts:
+            self.counts[count["name"]] = TensorSparsity(**{**count, "shape": tuple(count["shape"])})
+
+    def _file(self, step: BlockStep) -> Path:
+        return self._work / f"{step.name}.safetensors"
+
+
+def _hooks(model: nn.Module) -> Iterator[Any]:
+    """The hooks of Accelerate that bring weights in."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", [hook]):
+            if getattr(part, "weights_map", None) is not None:
+                yield part

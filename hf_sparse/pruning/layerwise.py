@@ -1,0 +1,171 @@
+"""Pruning a model layer by layer, each block on the outputs of the pruned blocks before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate.utils import broadcast, gather_object
+from torch import Tensor, nn
+
+from hf_sparse.pruning.problem import Notes, Problem, Solver, by_scores
+from hf_sparse.pruning.reconstruction import reconstruct_
+from hf_sparse.pruning.statistics import Grams, InputStatistics, Seen
+from hf_sparse.pruning.task import Task
+from hf_sparse.pruning.walk import BlockStep, Observer, token_masks, walk
+from hf_sparse.structure import TargetLayer, layers_in
+
+
+@dataclass
+class LayerPruner:
+    """Prunes layers on what they see of the calibration data.
+
+    Attributes:
+        task: what is pruned.
+        solver: what prunes a layer.
+        options: of the solver.
+        refinements: applied to a problem and its pruned weights, in order.
+    """
+
+    task: Task
+    solver: Solver
+    options: Mapping[str, Any]
+    refinements: Sequence[Callable[[Problem, list[Tensor]], list[Tensor]]] = ()
+
+    def statistics(self) -> InputStatistics:
+        """What is to be collected for the solver and its refinements."""
+        kind = Grams if self.refinements else self.solver.statistic
+        return kind(self.task.accelerator)
+
+    def prune(
+        self, run: Callable[[Observer], None], layers: Sequence[TargetLayer], *, stop: bool
+    ) -> None:
+        """Collect what the layers see while the data runs, and prune them.
+
+        Args:
+            run: shows the calibration data to an observer.
+            layers: to be pruned; none is fine.
+            stop: whether a call may end when all layers have been seen.
+        """
+        if not layers:
+            return
+        statistics = self.statistics()
+        with statistics.collecting(layers, stop=stop):
+            run(statistics)
+        self.solve(statistics.groups())
+
+    def solve(self, groups: Sequence[Seen]) -> None:
+        """Prune groups of layers; of several processes each solves some and hands out the weights."""
+        task, owners = self.task, self._owners(groups)
+        notes, failure = Notes(), None
+        for seen, owner in zip(groups, owners, strict=True):
+            if owner != task.rank or failure is not None:
+                continue
+            try:
+                problem = Problem.of(seen, task.config.pattern, task.sparsities, notes)
+                pruned = self.pruned(problem)
+            except ValueError as error:
+                if not task.is_shared:
+                    raise
+                failure = str(error)  # the other processes must hear of it before this one stops
+                continue
+            for layer, weight in zip(seen.layers, pruned, strict=True):
+                layer.weight.copy_(weight)
+        if not task.is_shared:
+            task.notes.merge([notes])
+            return
+        if failures := [text for text in gather_object([failure]) if text is not None]:
+            raise ValueError(failures[0])
+        task.notes.merge(gather_object([notes]))
+        for seen, owner in zip(groups, owners, strict=True):
+            for layer in seen.layers:
+                stored = layer.parameter.data
+                stored.copy_(broadcast(stored, from_process=owner))
+
+    def pruned(self, problem: Problem) -> list[Tensor]:
+        """The pruned weights of a problem; by magnitude if its layers saw no token."""
+        if not problem.tokens:
+            problem.note("saw no calibration token and was pruned by magnitude.")
+            return by_scores(problem, [weight.abs() for weight in problem.weights])
+        pruned = self.solver.solve(problem, **self.options)
+        for refine in self.refinements:
+            pruned = refine(problem, pruned)
+        return pruned
+
+    def _owners(self, groups: Sequence[Seen]) -> list[int]:
+        """The process of each group: the costliest first, each to the least busy process."""
+        owners = [0] * len(groups)
+        if not self.task.is_shared:
+            return owners
+        busy = [0.0] * self.task.accelerator.num_processes
+        costs = [_cost(seen) for seen in groups]
+        for index in sorted(range(len(groups)), key=lambda i: -costs[i]):
+            owners[index] = busy.index(min(busy))
+            busy[owners[index]] += costs[index]
+        return owners
+
+
+def _cost(seen: Seen) -> float:
+    rows = sum(len(layer.weight) for layer in seen.layers)
+    columns = seen.statistic.shape[0]
+    return columns**2 * (columns + rows)
+
+
+PruneBlock = Callable[[LayerPruner, BlockStep, Sequence[TargetLayer]], None]
+
+
+def prune_layers(pruner: LayerPruner, step: BlockStep, layers: Sequence[TargetLayer]) -> None:
+    """Prune all layers of a block on what the dense block sees."""
+    pruner.prune(step.run, layers, stop=step.repeats == 1)
+
+
+def prune(
+    pruner: LayerPruner, *, prune_block: PruneBlock = prune_layers, reconstruct: int = 0
+) -> None:
+    """Prune block after block, and last what lies outside the blocks.
+
+    Args:
+        pruner: prunes a layer.
+        prune_block: prunes the layers of one block.
+        reconstruct: passes over the calibration data in which each block is trained then; see
+            `reconstruct_`.
+
+    Memory: see `walk`; the statistics of one block, what the solver needs for one group of layers.
+
+    Raises:
+        ValueError: a layer's inputs are not finite (the message names it), or it has no inputs
+            that count, as an embedding.
+    """
+    task = pruner.task
+    inside = {id(m) for stack in task.stacks for block in stack.blocks for m in block.modules()}
+    outside = [layer for layer in task.layers if id(layer.module) not in inside]
+    if embeddings := [layer.name for layer in outside if isinstance(layer.module, nn.Embedding)]:
+        raise ValueError(
+            f"{embeddings[0]} is an embedding: it has no input activations to score by. Leave it "
+            "out, or use method='magnitude'."
+        )
+    lowered = []
+    for step in walk(**task.data, follow_dense=reconstruct > 0):
+        if task.residence.restore(step):
+            continue
+        chosen = layers_in(step.block, task.layers)
+        prune_block(pruner, step, chosen)
+        if reconstruct and chosen:
+            lowered.append(reconstruct_(step, chosen, reconstruct, accelerator=task.accelerator))
+        task.residence.finish(step)
+    if lowered:
+        before, after = (sum(errors) / len(lowered) for errors in zip(*lowered, strict=True))
+        task.notes.add(
+            [f"{len(lowered)} blocks"],
+            "were reconstructed: their mean relative output error (against the dense model's "
+            f"outputs) went from {before:.4f} to {after:.4f}.",
+        )
+
+    def run_model(observer: Observer) -> None:
+        for batch in task.batches:
+            observer.on_batch(token_masks(batch))
+            task.model(**batch)
+            observer.end_call()
+
+    pruner.prune(run_model, outside, stop=False)

@@ -1,0 +1,215 @@
+"""The pruning methods, and what can be composed with them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from hf_sparse.patterns import Pattern
+from hf_sparse.pruning import (
+    alps,
+    layerwise,
+    magnitude,
+    prox_local,
+    proxsparse,
+    sparsegpt,
+    sparsellm,
+    swaps,
+    wanda,
+)
+from hf_sparse.pruning.allocation import allocate, check_allocation
+from hf_sparse.pruning.layerwise import LayerPruner, PruneBlock, prune_layers
+from hf_sparse.pruning.problem import Problem, Solver
+from hf_sparse.pruning.prox_local import check_learnable
+from hf_sparse.pruning.statistics import Grams, Norms
+from hf_sparse.pruning.task import Task
+from hf_sparse.structure import TargetLayer
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method: what it does, and the functions that do it.
+
+    Attributes:
+        summary: for the help of the command line.
+        solver: prunes a layer, in a walk through the blocks.
+        masks: chooses the zeros of all layers at once, instead of a solver.
+        needs_calibration: whether it looks at data.
+        prune_block: prunes the layers of one block.
+        nm_only: whether it learns N:M masks and nothing else.
+    """
+
+    summary: str
+    solver: Solver | None = None
+    masks: Callable[..., Iterator[tuple[TargetLayer, Tensor]]] | None = None
+    needs_calibration: bool = True
+    prune_block: PruneBlock = prune_layers
+    nm_only: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """The method's own options and their defaults."""
+        solve = None if self.solver is None else self.solver.solve
+        functions: list[Callable[..., Any] | None] = [solve, self.masks, self.prune_block]
+        return {
+            name: parameter.default
+            for function in functions
+            if function is not None
+            for name, parameter in inspect.signature(function).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        }
+
+    @property
+    def updates(self) -> bool:
+        """Whether it changes the weights that it keeps."""
+        return self.solver is not None and self.solver.updates
+
+
+METHODS = {
+    "magnitude": Method("smallest weights", masks=magnitude.masks, needs_calibration=False),
+    "wanda": Method("smallest |weight| x input norm", Solver(wanda.solve, Norms, updates=False)),
+    "sparsegpt": Method(
+        "least output error, column after column", Solver(sparsegpt.solve, Grams, updates=True)
+    ),
+    "sparsellm": Method(
+        "SparseGPT with feed-forward networks pruned as a whole",
+        Solver(sparsegpt.solve, Grams, updates=True),
+        prune_block=sparsellm.prune_block,
+    ),
+    "alps": Method("least output error, by ADMM", Solver(alps.solve, Grams, updates=True)),
+    "prox_local": Method(
+        "N:M masks learned from each layer's output error",
+        Solver(prox_local.solve, Grams, updates=False),
+        nm_only=True,
+    ),
+    "proxsparse": Method(
+        "N:M masks of the whole model, learned from its loss", masks=proxsparse.masks, nm_only=True
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What can be combined with every method.
+
+    Attributes:
+        allocation: how much of the sparsity each block takes: `"uniform"`, `"owl"` or `"alpha"`
+            (see `hf_sparse.pruning.allocation`).
+        refine: None, or `"swaps"`: weights are exchanged for pruned ones while that lowers the
+            error of a layer (see `hf_sparse.pruning.swaps`).
+        reconstruct: passes over the calibration data in which the kept weights of each block are
+            trained to give the dense model's outputs (see `hf_sparse.pruning.reconstruction`).
+    """
+
+    allocation: str = "uniform"
+    refine: str | None = None
+    reconstruct: int = 0
+
+    @property
+    def walks(self) -> bool:
+        """Whether it goes through the blocks with data after the zeros are chosen."""
+        return self.refine is not None or self.reconstruct > 0
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it looks at data."""
+        return self.allocation == "owl" or self.walks
+
+    def check(self, pattern: Pattern) -> None:
+        """Raise a ValueError for an unknown value, or one that the pattern does not allow."""
+        check_allocation(self.allocation, pattern)
+        if self.refine not in (None, "swaps"):
+            raise ValueError(f"refine is {self.refine!r}; wanted None or 'swaps'.")
+        if self.refine:
+            swaps.check_pattern(pattern)
+        if not isinstance(self.reconstruct, int) or self.reconstruct < 0:
+            raise ValueError(
+                f"reconstruct is {self.reconstruct!r}; wanted passes over the data, 0 or more."
+            )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method, its options, and what is composed with it.
+
+    Attributes:
+        name: of the method.
+        composition: see there.
+        options: of the method, those that were given.
+    """
+
+    name: str
+    composition: Composition
+    options: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, name: str, pattern: Pattern, options: Mapping[str, Any]) -> Recipe:
+        """The recipe for `prune_`'s arguments.
+
+        Raises:
+            ValueError: unknown method or option, or a composition that the pattern does not allow.
+        """
+        if name not in METHODS:
+            raise ValueError(f"unknown method {name!r}. Known methods: {', '.join(METHODS)}.")
+        own, composed = METHODS[name].options(), asdict(Composition())
+        if unknown := sorted(set(options) - set(own) - set(composed)):
+            raise ValueError(
+                f"method '{name}' has no option {', '.join(unknown)}. "
+                f"Its options: {', '.join([*own, *composed])}."
+            )
+        composition = Composition(**{k: v for k, v in options.items() if k in composed})
+        composition.check(pattern)
+        if METHODS[name].nm_only:
+            check_learnable(name, pattern)
+        return cls(name, composition, {k: v for k, v in options.items() if k in own})
+
+    @property
+    def method(self) -> Method:
+        """The method."""
+        return METHODS[self.name]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it looks at data."""
+        return self.method.needs_calibration or self.composition.needs_calibration
+
+    @property
+    def all_options(self) -> dict[str, Any]:
+        """The method's options with their defaults, and what was composed."""
+        default = asdict(Composition())
+        composed = {k: v for k, v in asdict(self.composition).items() if v != default[k]}
+        return {**self.method.options(), **self.options, **composed}
+
+    def prune(self, task: Task) -> None:
+        """Prune the task's model in place."""
+        if not task.sparsities:
+            task.sparsities = allocate(self.composition.allocation, task)
+        method, composition, options = self.method, self.composition, dict(self.options)
+        solver = method.solver
+        if method.masks is not None:
+            masks = method.masks(task, **options)
+            if not composition.walks:
+                for layer, mask in masks:
+                    layer.weight.masked_fill_(~mask, 0.0)
+                return
+            known = {layer.name: mask for layer, mask in masks}
+            solver, options = Solver(partial(_apply, known), Norms, updates=False), {}
+        assert solver is not None
+        names = inspect.signature(solver.solve).parameters
+        own = {name: options.pop(name) for name in list(options) if name in names}
+        refinements = [partial(swaps.refine, updates=solver.updates)] if composition.refine else []
+        layerwise.prune(
+            LayerPruner(task, solver, own, refinements),
+            prune_block=partial(method.prune_block, **options),
+            reconstruct=composition.reconstruct,
+        )
+
+
+def _apply(masks: Mapping[str, Tensor], problem: Problem) -> list[Tensor]:
+    """The weights of a problem with masks that are known."""
+    pairs = zip(problem.names, problem.weights, strict=True)
+    return [weight * masks[name] for name, weight in pairs]

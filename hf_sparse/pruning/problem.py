@@ -1,0 +1,166 @@
+"""What a layer solver is given, and what it hands back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hf_sparse.patterns import GroupPattern, Pattern
+from hf_sparse.pruning.linalg import matmul
+from hf_sparse.pruning.statistics import InputStatistics, Seen
+
+
+class Notes:
+    """Remarks about layers for the report; the same remark about many layers is one line."""
+
+    def __init__(self) -> None:
+        self._layers: dict[str, list[str]] = {}
+
+    def add(self, layers: Sequence[str], remark: str) -> None:
+        """Note something about layers, as a sentence that goes on after their names."""
+        self._layers.setdefault(remark, []).extend(layers)
+
+    def merge(self, others: Sequence[Notes]) -> None:
+        """Take over the remarks of others."""
+        for other in others:
+            for remark, layers in other._layers.items():
+                self.add(layers, remark)
+
+    def lines(self) -> tuple[str, ...]:
+        """One line for each remark."""
+        return tuple(
+            f"{layers[0]}{f' and {len(layers) - 1} more' if len(layers) > 1 else ''} {remark}"
+            for remark, layers in self._layers.items()
+        )
+
+
+@dataclass
+class Problem:
+    """Prune layers that share their inputs, so that their outputs change little.
+
+    Attributes:
+        names: of the layers.
+        weights: dense, `(out_features, in_features)` each, fp32; not to be changed.
+        statistic: Gram matrix of the inputs, `(in_features, in_features)`, or, for solvers that
+            need no more, their norms `(in_features,)`.
+        tokens: how many inputs it sums up.
+        pattern: of the zeros.
+        sparsities: of each weight.
+        notes: for the report.
+    """
+
+    names: Sequence[str]
+    weights: Sequence[Tensor]
+    statistic: Tensor
+    tokens: int
+    pattern: Pattern
+    sparsities: Sequence[float]
+    notes: Notes = field(default_factory=Notes)
+
+    @classmethod
+    def of(
+        cls, seen: Seen, pattern: Pattern, sparsities: dict[str, float], notes: Notes
+    ) -> Problem:
+        """The problem of layers and what they saw, with the layers' weights as they are now."""
+        names = [layer.name for layer in seen.layers]
+        weights = [layer.weight.float() for layer in seen.layers]
+        shares = [sparsities[name] for name in names]
+        return cls(names, weights, seen.statistic, seen.tokens, pattern, shares, notes)
+
+    @property
+    def norms(self) -> Tensor:
+        """L2 norm of each input feature, `(in_features,)`."""
+        return self.statistic if self.statistic.ndim == 1 else self.statistic.diagonal().sqrt()
+
+    @property
+    def gram(self) -> Tensor:
+        """The Gram matrix."""
+        if self.statistic.ndim == 1:
+            raise ValueError("only norms of the inputs were collected; wanted Gram matrices.")
+        return self.statistic
+
+    @property
+    def joined(self) -> Tensor:
+        """All weights, one below the other, a copy."""
+        return torch.cat(list(self.weights))
+
+    @property
+    def joined_live(self) -> Tensor:
+        """`joined`, with zeros for inputs that are always zero, so that they are pruned first.
+
+        Where whole groups are pruned the weights stay: zeros would tear the groups that are kept.
+        """
+        weights = self.joined
+        if not isinstance(self.pattern, GroupPattern):
+            weights[:, self.gram.diagonal() == 0] = 0
+        return weights
+
+    def split(self, joined: Tensor) -> list[Tensor]:
+        """Undo `joined` for a tensor of its rows."""
+        return list(joined.split([len(weight) for weight in self.weights]))
+
+    def note(self, remark: str) -> None:
+        """Tell the report something about these layers."""
+        self.notes.add(self.names, remark)
+
+    def damping(self, least: float) -> float:
+        """The damping to use: `least`, and more when there are fewer tokens than input features."""
+        features = self.statistic.shape[-1]
+        if self.tokens >= features:
+            return least
+        raised = least * features / max(self.tokens, 1)
+        self.note(
+            f"saw only {self.tokens} calibration tokens for {features} input features: the Gram "
+            f"matrix has rank {self.tokens} at most, damping was raised from {least:g} to "
+            f"{raised:.2g}. Give more calibration data."
+        )
+        return raised
+
+    def note_damping(self, wanted: float, used: float) -> None:
+        """Tell the report if a factorisation needed more damping than wanted."""
+        if used > wanted:
+            self.note(f"needed damping {used:.2g} instead of {wanted:.2g} to be factorised.")
+
+
+# Pruned weights for a problem, zeros exactly where pruned.
+Solve = Callable[..., list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A function that prunes layers, and what it has to know of their inputs.
+
+    Attributes:
+        solve: `solve(problem, **options)`.
+        statistic: `Norms` or `Grams`.
+        updates: whether it changes the weights that it keeps.
+    """
+
+    solve: Solve
+    statistic: type[InputStatistics]
+    updates: bool
+
+
+def by_scores(problem: Problem, scores: Sequence[Tensor], per_row: bool = False) -> list[Tensor]:
+    """The weights with those of lowest score zeroed; the others stay as they are."""
+    return [
+        weight * problem.pattern.keep(score, sparsity, per_row=per_row)
+        for weight, score, sparsity in zip(problem.weights, scores, problem.sparsities, strict=True)
+    ]
+
+
+def layer_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
+    """`||X (W - Ŵ)ᵀ||² / ||X Wᵀ||²`: the squared error of a layer's output, relative to the output.
+
+    Args:
+        weight: dense, `(out_features, in_features)`.
+        pruned: of the same shape.
+        gram: of the inputs, `(in_features, in_features)`.
+    """
+    change = weight - pruned
+    lost = (matmul(change, gram) * change).sum(dtype=torch.float64)
+    whole = (matmul(weight, gram) * weight).sum(dtype=torch.float64)
+    return float(lost / whole) if whole > 0 else 0.0

@@ -1,0 +1,304 @@
+"""ProxSparse: N:M masks of the whole model, learned from its loss.
+
+Source: Liu et al., "ProxSparse: Regularized Learning of Semi-Structured Sparsity Masks for
+Pretrained LLMs", https://arxiv.org/abs/2502.00258.
+
+    min  loss(W) + lam sum over groups of R(W) + preserve / 2 sum (W (W - W₀) / W₀)² / rms(W₀)²
+
+on a few hundred samples. `R` is zero exactly where the pattern holds and enters by its proximal
+operator after each step (`hf_sparse.optim.prox.nm_shrink_`). The last term is zero where a weight is
+what it was, and where it is zero. The N weights of largest learned magnitude of each group make the
+mask; it is applied to the original weights.
+
+Departures: `lam` and the learning rate are relative to the root mean square of each layer's weights
+(the operator is homogeneous, so one value serves all layers and models); masters are in fp32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.utils.logging import tqdm
+
+from hf_sparse.optim.prox import nm_shrink_
+from hf_sparse.optim.sharding import local_part
+from hf_sparse.patterns import NM
+from hf_sparse.pruning.prox_local import check_learnable
+from hf_sparse.pruning.reconstruction import has_fast_bf16
+from hf_sparse.pruning.task import Task
+from hf_sparse.pruning.walk import Batch
+from hf_sparse.structure import TargetLayer
+
+_WARM_UP = 0.1
+_SAVE_EVERY = 25
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `masks`."""
+
+    lam: float
+    relative_lr: float
+    preserve: float
+    epochs: int
+    accumulate: int
+    gradient_checkpointing: bool
+
+    def check(self) -> None:
+        """Raise a ValueError for values out of range."""
+        if min(self.lam, self.relative_lr) <= 0 or self.preserve < 0:
+            raise ValueError(
+                f"lam is {self.lam}, relative_lr {self.relative_lr}, preserve {self.preserve}; wanted "
+                "lam > 0, relative_lr > 0, preserve >= 0."
+            )
+        if min(self.epochs, self.accumulate) < 1:
+            raise ValueError(
+                f"epochs is {self.epochs}, accumulate {self.accumulate}; wanted at least 1 of each."
+            )
+
+
+def masks(
+    task: Task,
+    *,
+    lam: float = 0.01,
+    relative_lr: float = 0.005,
+    preserve: float = 0.0,
+    epochs: int = 1,
+    accumulate: int = 4,
+    gradient_checkpointing: bool = False,
+    state: str | None = None,
+) -> Iterator[tuple[TargetLayer, Tensor]]:
+    """Learn the masks of all layers.
+
+    Args:
+        task: with an N:M pattern, and batches with `labels` unless the model is a causal one.
+        lam: strength of the regulariser, relative to the weights' root mean square.
+        relative_lr: learning rate of AdamW, relative to it too.
+        preserve: weight of the term that keeps weights at their values or at zero.
+        epochs: passes over the batches.
+        accumulate: batches per step.
+        gradient_checkpointing: compute activations twice instead of keeping them.
+        state: folder in which the training state is kept every 25 steps; a run that finds one of
+            its own there goes on with it.
+
+    Yields:
+        A layer, and the boolean mask of the weights to keep.
+
+    Memory: the weights of the layers five times in fp32 (once less where the model has fp32), and
+    what training needs for the activations of one batch.
+
+    Raises:
+        ValueError: no N:M pattern, an option out of range, batches without labels for a model that
+            does not predict its next token, a loss that is not finite, or a state of another run.
+    """
+    pattern = check_learnable("proxsparse", task.config.pattern)
+    settings = Settings(lam, relative_lr, preserve, epochs, accumulate, gradient_checkpointing)
+    settings.check()
+    _check_labels(task)
+    learner = _Learner(task, pattern, settings)
+    with _training(task, gradient_checkpointing):
+        learner.learn(None if state is None else Path(state))
+    yield from learner.masks()
+
+
+class _Learner:
+    """Trains the weights of the task's layers; `masks` puts the original ones back."""
+
+    def __init__(self, task: Task, pattern: NM, settings: Settings) -> None:
+        self._task, self._pattern, self._settings = task, pattern, settings
+        self._parameters = [layer.parameter for layer in task.layers]
+        self._stored = [local_part(parameter.data) for parameter in self._parameters]
+        self._originals = [stored.clone() for stored in self._stored]
+        self._masters = [stored.float() for stored in self._stored]  # itself if it is fp32
+        self._scales = [float(master.square().mean().sqrt()) for master in self._masters]
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": [master], "lr": settings.relative_lr * scale, "weight_decay": 0.0}
+                for master, scale in zip(self._masters, self._scales, strict=True)
+            ],
+            fused=True,
+        )
+        per_epoch = -(-len(task.batches) // settings.accumulate)
+        self._total = per_epoch * settings.epochs
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._share)
+
+    def learn(self, state: Path | None) -> None:
+        """Take all steps that the state does not have yet."""
+        start = 0 if state is None else self._resume(state)
+        size = self._settings.accumulate
+        count = len(self._task.batches)
+        order = [range(i, min(i + size, count)) for i in range(0, count, size)]
+        for number in tqdm(range(start, self._total), desc="Learning masks"):
+            self._step([self._task.batches[i] for i in order[number % len(order)]])
+            if state is not None and (number + 1) % _SAVE_EVERY == 0:
+                self._save(state, number + 1)
+
+    def masks(self) -> Iterator[tuple[TargetLayer, Tensor]]:
+        """The masks, and a note on how far the learned weights follow the pattern by themselves."""
+        zeros = torch.zeros(self._pattern.m + 1, dtype=torch.int64)
+        for layer, master, stored, original in zip(
+            self._task.layers, self._masters, self._stored, self._originals, strict=True
+        ):
+            learned = master.T if layer.transposed else master
+            counts = (self._pattern.groups(learned) == 0).sum(dim=1)
+            zeros += torch.bincount(counts, minlength=len(zeros)).cpu()
+            mask = self._pattern.keep(learned.abs(), self._pattern.implied_sparsity)
+            stored.copy_(original)
+            yield layer, mask
+        shares = ", ".join(f"{n}: {share:.1%}" for n, share in enumerate(zeros / zeros.sum()))
+        self._task.notes.add(
+            [f"{len(self._masters)} layers"],
+            f"had these shares of groups by number of zeros before the final mask: {shares}.",
+        )
+
+    def _step(self, batches: Sequence[Batch]) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+        for batch in batches:
+            (_loss(self._task.model, batch) / len(batches)).backward()
+        for parameter, master, original, scale in zip(
+            self._parameters, self._masters, self._originals, self._scales, strict=True
+        ):
+            if parameter.grad is None:  # an expert that no token reached
+                master.grad = torch.zeros_like(master)
+                continue
+            grad = local_part(parameter.grad).float()
+            if self._task.is_shared and local_part(parameter.data) is parameter.data:
+                grad = self._task.accelerator.reduce(grad, "mean")
+            if self._settings.preserve:
+                grad += self._settings.preserve * _preserving_gradient(master, original, scale)
+            master.grad = grad
+        self._optimizer.step()
+        self._schedule.step()
+        power = self._pattern.n - 1
+        for layer, master, stored, scale in zip(
+            self._task.layers, self._masters, self._stored, self._scales, strict=True
+        ):
+            weight = master.T if layer.transposed else master
+            nm_shrink_([weight], self._settings.lam / scale**power, self._pattern)
+            if stored is not master:
+                stored.copy_(master)
+
+    def _share(self, step: int) -> float:
+        return min(1.0, (step + 1) / max(_WARM_UP * self._total, 1))
+
+    def _described(self) -> str:
+        names = [layer.name for layer in self._task.layers]
+        described = [str(self._settings), str(self._pattern), self._total, names, self._scales]
+        return json.dumps(described)
+
+    def _save(self, folder: Path, step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"step": torch.tensor(step)}
+        for index, master in enumerate(self._masters):
+            known = self._optimizer.state[master]
+            tensors[f"{index}.weight"] = master
+            tensors[f"{index}.exp_avg"] = known["exp_avg"]
+            tensors[f"{index}.exp_avg_sq"] = known["exp_avg_sq"]
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        file = self._file(folder)
+        fresh = file.with_suffix(".new")
+        save_file(tensors, fresh, metadata={"run": self._described()})
+        fresh.replace(file)
+
+    def _resume(self, folder: Path) -> int:
+        """Take over the state that is in the folder; returns the steps that it has done."""
+        file = self._file(folder)
+        if not file.exists():
+            return 0
+        with safe_open(file, "pt") as opened:
+            run = (opened.metadata() or {}).get("run")
+        if run != self._described():
+            raise ValueError(
+                f"{file} is the state of another run: other options, data or weights. Continue with "
+                "those it was made with, or name another folder."
+            )
+        tensors = load_file(file, device=str(self._masters[0].device))
+        step = tensors.pop("step")
+        for index, (master, stored) in enumerate(zip(self._masters, self._stored, strict=True)):
+            master.copy_(tensors[f"{index}.weight"])
+            stored.copy_(master)
+            self._optimizer.state[master] = {
+                "step": step.float(),
+                "exp_avg": tensors[f"{index}.exp_avg"],
+                "exp_avg_sq": tensors[f"{index}.exp_avg_sq"],
+            }
+        done = int(step)
+        for group, base in zip(self._optimizer.param_groups, self._schedule.base_lrs, strict=True):
+            group["lr"] = base * self._share(done)
+        self._schedule.last_epoch = done
+        return done
+
+    def _file(self, folder: Path) -> Path:
+        return folder / f"proxsparse-{self._task.rank}.safetensors"
+
+
+def _preserving_gradient(weight: Tensor, original: Tensor, scale: float) -> Tensor:
+    """The gradient of `1/2 (w (w - w0) / w0)² / scale²`, with w0 kept away from zero."""
+    given = original.float()
+    given = torch.where(given < 0, -1.0, 1.0) * given.abs().clamp_min(1e-3 * scale)
+    ratio = weight / given
+    return ratio * (weight - given) * (2 * ratio - 1) / scale**2
+
+
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's loss on a batch; a causal model without labels predicts the next token."""
+    inputs = dict(batch)
+    if "labels" not in inputs:
+        labels = inputs["input_ids"]
+        mask = inputs.get("attention_mask")
+        inputs["labels"] = labels if mask is None else labels.masked_fill(mask == 0, -100)
+    with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bf16(next(model.parameters()))):
+        loss: Tensor = model(**inputs).loss
+    if not torch.isfinite(loss):
+        raise ValueError(
+            f"the loss of {type(model).__name__} is {float(loss)} while masks are learned. Lower "
+            "relative_lr or lam, or load the model in float32."
+        )
+    return loss
+
+
+def _check_labels(task: Task) -> None:
+    model: Any = task.model
+    if all("labels" in batch for batch in task.batches):
+        return
+    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        raise ValueError(
+            f"method 'proxsparse' trains {type(model).__name__} on its loss, and the batches have no "
+            "labels. Put labels into them, or use method='prox_local', which needs none."
+        )
+
+
+@contextmanager
+def _training(task: Task, gradient_checkpointing: bool) -> Iterator[None]:
+    """Gradients for the task's weights alone; without dropout."""
+    model: Any = task.model
+    known = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    chosen = {id(layer.parameter) for layer in task.layers}
+    modes = [(module, module.training) for module in model.modules()]
+    for parameter, _ in known:
+        parameter.requires_grad_(id(parameter) in chosen)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module, _ in modes:  # checkpointing works in training mode alone
+            module.training = not isinstance(module, nn.Dropout)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        if gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in known:
+            parameter.requires_grad_(flag)
+            parameter.grad = None

@@ -1,0 +1,284 @@
+"""SparseLLM: the layers of a feed-forward network are pruned together, through auxiliary variables.
+
+Source: Bai et al., "SparseLLM: Towards Global Pruning of Pre-trained Language Models",
+https://arxiv.org/abs/2402.17946.
+
+Of a network `Y = W₂ act(W₁ X)` (gated: `W₂ (act(S X) * W₁ X)`) the pre-activations `z` (and `s`) and
+the activations `p` become free variables, which penalties tie to the layers:
+
+    |W₂ p - Y|² + g |p - act(z)|² + |z - W₁ X|²        gated: act(s) * z, and |s - S X|²
+
+Round 0 prunes every layer by SparseGPT. Each further round updates `p`, then `z` and `s`, in closed
+form or by Gauss-Newton steps; fits the layers to them by ridge regression; and prunes these fits.
+
+Departures, all of which lower the network's error: its inputs are taken after attention has been
+pruned; regressions are solved in fp32 from Gram matrices, towards the dense weights, with a damping
+that is not accumulated; the last layer is fitted to the activations that the pruned layers before it
+really give; after each round the true error of the network is measured, and the best round is kept.
+So the result is never worse than that of round 0. What a round needs is computed again batch after
+batch instead of being kept: memory does not grow with the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse.pruning.feed_forward import Activation, FeedForward, Recorder, find_feed_forward
+from hf_sparse.pruning.layerwise import LayerPruner
+from hf_sparse.pruning.linalg import FastProducts, add_gram_, cholesky, matmul, mirror_
+from hf_sparse.pruning.statistics import Seen
+from hf_sparse.pruning.walk import BlockStep
+from hf_sparse.structure import TargetLayer
+
+_NEWTON_STEPS = 2
+_DAMPING = 0.01
+
+
+def prune_block(
+    pruner: LayerPruner,
+    step: BlockStep,
+    layers: Sequence[TargetLayer],
+    *,
+    rounds: int = 3,
+    penalty: float = 1.0,
+) -> None:
+    """Prune a block: attention by SparseGPT, then the feed-forward network as a whole.
+
+    A block without a network of a known kind is pruned by SparseGPT, and the report says so.
+
+    Args:
+        pruner: with SparseGPT as its solver.
+        step: the block.
+        layers: of the block.
+        rounds: after round 0.
+        penalty: `g` above: how strictly activations follow from pre-activations, relative to the
+            mean square of the rows of `W₂`.
+
+    Memory: three copies of the network's weights, its inputs and outputs for all tokens (in the
+    task's store), its Gram matrices, and the activations of one batch.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+    if rounds < 0 or penalty <= 0:
+        raise ValueError(
+            f"rounds is {rounds}, penalty {penalty}; wanted rounds >= 0 and penalty > 0."
+        )
+    network = find_feed_forward(step.block, layers) if step.repeats == 1 else None
+    if network is None:
+        pruner.task.notes.add(
+            [step.name], "has no feed-forward network of a known kind: SparseGPT."
+        )
+        pruner.prune(step.run, layers, stop=step.repeats == 1)
+        return
+    inside = {layer.name for layer in network.layers}
+    pruner.prune(step.run, [layer for layer in layers if layer.name not in inside], stop=True)
+    statistics = pruner.statistics()
+    recorder = Recorder(network, statistics, pruner.task.store)
+    with recorder.recording(), statistics.collecting(network.layers, stop=True):
+        step.run(recorder)
+    groups = statistics.groups()
+    shared = [[layer.name for layer in seen.layers] for seen in groups]
+    expected = [[layer.name for layer in part] for part in (network.entries, [network.down])]
+    tokens = min(seen.tokens for seen in groups)
+    if (
+        not recorder.fits
+        or sorted(map(sorted, shared)) != sorted(map(sorted, expected))
+        or not tokens
+    ):
+        pruner.task.notes.add(
+            [step.name], "has no feed-forward network of a known kind: SparseGPT."
+        )
+        pruner.solve(groups)
+        return
+    into, inner = sorted(groups, key=lambda seen: seen.layers[0] is network.down)
+    _Network(pruner, network, recorder.inputs, into, penalty).prune(inner, rounds)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The weights of a network, `(out_features, in_features)` each."""
+
+    gate: Tensor | None
+    up: Tensor
+    down: Tensor
+
+
+class _Network:
+    """A feed-forward network that is being pruned."""
+
+    def __init__(
+        self,
+        pruner: LayerPruner,
+        network: FeedForward,
+        inputs: Sequence[Callable[[], Tensor]],
+        into: Seen,
+        penalty: float,
+    ) -> None:
+        self._pruner, self._network, self._inputs, self._into = pruner, network, inputs, into
+        self._dense = self._weights()
+        store = pruner.task.store
+        self._outputs = [
+            store(matmul(network.inner(x()).float(), self._dense.down)) for x in inputs
+        ]
+        down = self._dense.down
+        self._penalty = penalty * float(down.square().sum(dim=0).mean())
+        self._history: list[_Weights] = []
+        self._factor, _ = cholesky(into.statistic, _DAMPING)
+
+    def prune(self, inner: Seen, rounds: int) -> None:
+        """Round 0 and `rounds` more; the best one stays in the model."""
+        self._pruner.solve([self._into, inner])
+        best, lowest = self._weights(), self._error()
+        first = lowest
+        self._history.append(best)
+        for _ in range(rounds):
+            self._fit_entries()
+            self._pruner.solve([self._into])
+            self._fit_down(inner.tokens)
+            error, found = self._error(), self._weights()
+            self._history.append(found)
+            if error < lowest:
+                best, lowest = found, error
+        for layer, weight in zip(self._network.layers, _listed(best), strict=True):
+            layer.weight.copy_(weight)
+        share = lowest / first if first > 0 else 1.0
+        self._pruner.task.notes.add(
+            [self._network.down.name],
+            "and the layers before it were pruned as one network."
+            if share < 1
+            else "and the layers before it stay as SparseGPT pruned them: no round was better.",
+        )
+
+    def _weights(self) -> _Weights:
+        gate, up, down = (
+            None if layer is None else layer.weight.float().clone()
+            for layer in (self._network.gate, self._network.up, self._network.down)
+        )
+        assert up is not None
+        assert down is not None
+        return _Weights(gate, up, down)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and dense outputs without the bias, fp32."""
+        for inputs, outputs in zip(self._inputs, self._outputs, strict=True):
+            yield inputs().float(), outputs()
+
+    def _error(self) -> float:
+        """The squared error of the network's outputs over all tokens."""
+        total = torch.zeros((), dtype=torch.float64, device=self._dense.up.device)
+        down = self._network.down.weight.float()
+        with FastProducts():
+            for inputs, outputs in self._batches():
+                inner = self._network.inner(inputs.to(self._network.up.weight.dtype)).float()
+                total += (matmul(inner, down) - outputs).square().sum(dtype=torch.float64)
+        return float(self._summed(total))
+
+    def _fit_entries(self) -> None:
+        """Set the first layers to the ridge fits of the pre-activations that were updated last."""
+        entries = self._network.entries
+        products = [torch.zeros_like(layer.weight, dtype=torch.float32) for layer in entries]
+        for inputs, outputs in self._batches():
+            columns = inputs.T.contiguous()
+            wanted = self._pre_activations(inputs, outputs)
+            for layer, product, target in zip(entries, products, wanted, strict=True):
+                bias = getattr(layer.module, "bias", None)
+                target = target if bias is None else target - bias.float()
+                product += matmul(target.T, columns)
+        dense = [weight for weight in (self._dense.gate, self._dense.up) if weight is not None]
+        damping = _DAMPING * float(self._into.statistic.diagonal().mean())
+        for layer, product, given in zip(entries, products, dense, strict=True):
+            right = self._summed(product) + damping * given
+            layer.weight.copy_(torch.cholesky_solve(right.T, self._factor).T)
+
+    def _fit_down(self, tokens: int) -> None:
+        """Fit the last layer to the activations that are there now, and prune it."""
+        down, dense = self._network.down, self._dense.down
+        gram = torch.zeros(dense.shape[1], dense.shape[1], device=dense.device)
+        product = torch.zeros_like(dense)
+        with FastProducts():
+            for inputs, outputs in self._batches():
+                inner = self._network.inner(inputs.to(down.weight.dtype)).float()
+                add_gram_(gram, inner)
+                product += matmul(outputs.T, inner.T)
+        gram, product = mirror_(self._summed(gram)), self._summed(product)
+        factor, used = cholesky(gram, _DAMPING)
+        right = product + used * gram.diagonal().mean() * dense
+        down.weight.copy_(torch.cholesky_solve(right.T, factor).T)
+        self._pruner.solve([Seen((down,), gram, tokens)])
+
+    def _pre_activations(self, inputs: Tensor, outputs: Tensor) -> list[Tensor]:
+        """The auxiliary variables after as many updates as there were rounds, for one batch."""
+        act, dense = self._network.activation, self._dense
+        up_bias, gate_bias = (
+            getattr(layer and layer.module, "bias", None)
+            for layer in (self._network.up, self._network.gate)
+        )
+
+        def applied(weight: Tensor, bias: Tensor | None) -> Tensor:
+            found = matmul(inputs, weight)
+            return found if bias is None else found + bias.float()
+
+        z = applied(dense.up, up_bias)
+        s = None if dense.gate is None else applied(dense.gate, gate_bias)
+        for weights in self._history:
+            z_layer = applied(weights.up, up_bias)
+            inner = act(z) if s is None else act(s) * z
+            p = self._activations(weights.down, outputs, inner)
+            if s is None or weights.gate is None:
+                z = _fitted(act, z_layer, p)
+                continue
+            gated = act(s)
+            z = (z_layer + gated * p) / (gated.square() + 1)
+            s = _fitted(act, applied(weights.gate, gate_bias), p, factor=z, start=s)
+        return [z] if s is None else [s, z]
+
+    def _activations(self, down: Tensor, outputs: Tensor, inner: Tensor) -> Tensor:
+        """`p` of least `|W₂ p - Y|² + g |p - inner|²`, for each token."""
+        gram = matmul(down.T, down.T)
+        gram.diagonal().add_(self._penalty)
+        right = matmul(outputs, down.T).add_(inner, alpha=self._penalty)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        return matmul(right, inverse)
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        task = self._pruner.task
+        return task.accelerator.reduce(tensor) if task.is_shared else tensor
+
+
+def _fitted(
+    act: Activation,
+    layer: Tensor,
+    p: Tensor,
+    *,
+    factor: Tensor | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Minimise `(x - layer)² + (p - act(x) factor)²` for each element.
+
+    ReLU without a factor exactly: the better of the minimisers on its two branches. Others by
+    Gauss-Newton steps from `start`.
+    """
+    if factor is None and isinstance(act, nn.ReLU):
+        active, idle = ((layer + p) / 2).clamp_min(0), layer.clamp_max(0)
+        lost = [(x - layer).square() + (p - x.clamp_min(0)).square() for x in (active, idle)]
+        return torch.where(lost[0] <= lost[1], active, idle)
+    x = layer if start is None else start
+    for _ in range(_NEWTON_STEPS):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            value = act(x)
+            (slope,) = torch.autograd.grad(value.sum(), x)
+        x, value = x.detach(), value.detach()
+        if factor is not None:
+            value, slope = value * factor, slope * factor
+        x = x - (x - layer + (value - p) * slope) / (1 + slope.square())
+    return x
+
+
+def _listed(weights: _Weights) -> list[Tensor]:
+    return [w for w in (weights.gate, weights.up, weights.down) if w is not None]

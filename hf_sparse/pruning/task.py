@@ -1,0 +1,81 @@
+"""What is to be pruned, and on which data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.pruning.activations import Store, in_memory
+from hf_sparse.pruning.problem import Notes
+from hf_sparse.pruning.walk import Batch, Residence
+from hf_sparse.structure import Stack, TargetLayer
+
+
+@dataclass
+class Task:
+    """A model, its layers to prune, and the calibration data of this process.
+
+    Attributes:
+        model: in eval mode.
+        stacks: its blocks.
+        layers: what to prune.
+        config: pattern and sparsity.
+        batches: this process's share of the calibration data.
+        accelerator: its processes share the data and the work; None: one process.
+        sparsities: of each layer, by name.
+        notes: for the report.
+        residence: where blocks live between their turns.
+        store: where hidden states wait for their block.
+    """
+
+    model: nn.Module
+    stacks: Sequence[Stack]
+    layers: Sequence[TargetLayer]
+    config: SparsityConfig
+    batches: Sequence[Batch]
+    accelerator: Any = None
+    sparsities: dict[str, float] = field(default_factory=dict)
+    notes: Notes = field(default_factory=Notes)
+    residence: Residence = field(default_factory=Residence)
+    store: Store = in_memory
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The arguments of `walk`."""
+        return {
+            "model": self.model,
+            "stacks": self.stacks,
+            "batches": self.batches,
+            "residence": self.residence,
+            "store": self.store,
+        }
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes work on it too."""
+        return self.accelerator is not None and self.accelerator.num_processes > 1
+
+    @property
+    def rank(self) -> int:
+        """The number of this process."""
+        return self.accelerator.process_index if self.is_shared else 0
+
+
+def own_batches(batches: Sequence[Batch], accelerator: Any) -> Sequence[Batch]:
+    """This process's share of the calibration data.
+
+    Raises:
+        ValueError: there are fewer batches than processes.
+    """
+    if accelerator is None or accelerator.num_processes == 1:
+        return batches
+    if len(batches) < accelerator.num_processes:
+        raise ValueError(
+            f"{len(batches)} batches cannot be shared by {accelerator.num_processes} processes; "
+            "give at least one for each."
+        )
+    return batches[accelerator.process_index :: accelerator.num_processes]

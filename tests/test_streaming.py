@@ -1,0 +1,196 @@
+"""prune_checkpoint: the result of prune_, from disk to disk, through kills and bad input."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_sparse import SparsityConfig, prune_, prune_checkpoint
+from hf_sparse.checkpoint import streaming
+from hf_sparse.cli import main
+from tests.tiny_models import prose, tiny_batches, tiny_model, tiny_tokenizer
+
+CONFIG = SparsityConfig("unstructured", 0.6)
+RECIPES = [
+    {"method": "wanda", "allocation": "owl", "reconstruct": 1},
+    {"method": "sparsegpt"},
+    {"method": "sparsellm", "refine": "swaps"},
+]
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_result_is_that_of_prune_bit_for_bit(
+    tmp_path: Path, family: str, recipe: dict[str, object]
+) -> None:
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "dense")
+    batches = tiny_batches(family)
+    report = prune_checkpoint(
+        tmp_path / "dense", tmp_path / "out", CONFIG, batches=batches, **recipe
+    )
+    expected = prune_(model, CONFIG, batches=batches, **recipe)
+    found = state(tmp_path / "out")
+    assert found.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(found[name], value), name
+    assert report.tensors == expected.tensors
+    assert report.notes == expected.notes
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_a_killed_run_goes_on_and_gives_the_same(
+    dense: Path, tmp_path: Path, recipe: dict[str, object], blocks: int, monkeypatch
+) -> None:
+    batches = tiny_batches("llama")
+    prune_checkpoint(dense, tmp_path / "whole", CONFIG, batches=batches, **recipe)
+    finish = streaming._OnDisk.finish
+    done: list[str] = []
+
+    def breaking(self, step) -> None:
+        if len(done) == blocks:
+            raise KeyboardInterrupt
+        finish(self, step)
+        done.append(step.name)
+
+    monkeypatch.setattr(streaming._OnDisk, "finish", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(dense, tmp_path / "out", CONFIG, batches=batches, **recipe)
+    assert not (tmp_path / "out").exists()
+    again: list[str] = []
+
+    def counting(self, step) -> None:
+        again.append(step.name)
+        finish(self, step)
+
+    monkeypatch.setattr(streaming._OnDisk, "finish", counting)
+    with pytest.raises(ValueError, match="a run was stopped"):
+        prune_checkpoint(dense, tmp_path / "out", CONFIG, batches=batches, **recipe)
+    other = SparsityConfig("unstructured", 0.5)
+    with pytest.raises(ValueError, match="another config"):
+        prune_checkpoint(dense, tmp_path / "out", other, batches=batches, **recipe, resume=True)
+    with pytest.raises(ValueError, match="another calibration"):
+        prune_checkpoint(
+            dense, tmp_path / "out", CONFIG, batches=batches[:1], **recipe, resume=True
+        )
+    report = prune_checkpoint(
+        dense, tmp_path / "out", CONFIG, batches=batches, **recipe, resume=True
+    )
+    assert len(again) == 3 - blocks
+    assert report.sparsity == pytest.approx(0.6, abs=1e-3)
+    whole, out = state(tmp_path / "whole"), state(tmp_path / "out")
+    for name, value in whole.items():
+        assert torch.equal(out[name], value), name
+
+
+def test_what_cannot_stream_is_refused_before_work_begins(dense: Path, tmp_path: Path) -> None:
+    batches = tiny_batches("llama")
+    for config, method, message in (
+        (CONFIG, "magnitude", "looks at all layers at once"),
+        (SparsityConfig("2:4"), "proxsparse", "looks at all layers at once"),
+        (SparsityConfig("unstructured", 0.5, targets=["lm_head"]), "wanda", "outside the blocks"),
+        (SparsityConfig("5:7"), "wanda", "not divisible by M = 7"),
+        (CONFIG, "wonda", "unknown method"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prune_checkpoint(dense, tmp_path / "out", config, method, batches)
+    with pytest.raises(ValueError, match="the output is the source"):
+        prune_checkpoint(dense, dense, CONFIG, "wanda", batches)
+    with pytest.raises(ValueError, match="needs calibration data"):
+        prune_checkpoint(dense, tmp_path / "out", CONFIG, "wanda")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_full_disk_keeps_the_finished_blocks(dense: Path, tmp_path: Path, monkeypatch) -> None:
+    batches, real = tiny_batches("llama"), streaming.save_file
+    written: list[Path] = []
+
+    def full(tensors, path, metadata) -> None:
+        if len(written) == 1:
+            raise streaming.SafetensorError("No space left on device")
+        written.append(path)
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(streaming, "save_file", full)
+    with pytest.raises(OSError, match="free space, and resume"):
+        prune_checkpoint(dense, tmp_path / "out", CONFIG, "wanda", batches)
+    monkeypatch.setattr(streaming, "save_file", real)
+    assert (tmp_path / "out.unfinished" / "model.layers.0.safetensors").exists()
+    report = prune_checkpoint(dense, tmp_path / "out", CONFIG, "wanda", batches, resume=True)
+    assert report.sparsity == pytest.approx(0.6, abs=1e-3)
+
+
+def test_a_damaged_work_folder_is_an_error(dense: Path, tmp_path: Path) -> None:
+    work = tmp_path / "out.unfinished"
+    work.mkdir()
+    with pytest.raises(ValueError, match="no work folder"):
+        prune_checkpoint(
+            dense, tmp_path / "out", CONFIG, "wanda", tiny_batches("llama"), resume=True
+        )
+
+
+def test_the_command_streams_and_resumes(dense: Path, tmp_path: Path, capsys) -> None:
+    tiny_tokenizer().save_pretrained(dense)
+    text = tmp_path / "text.txt"
+    text.write_text(prose()[:20_000])
+    arguments = ["prune", str(dense), str(tmp_path / "out"), "--sparsity", "0.5"]
+    arguments += ["--method", "sparsegpt", "--option", "block_size=16", "--calibration", str(text)]
+    arguments += ["--num-samples", "2", "--window", "32"]
+    assert main([*arguments, "--resume"]) == 1
+    assert "give --stream too" in capsys.readouterr().err
+    assert main([*arguments, "--stream"]) == 0
+    assert "sparsegpt, damping=0.01, block_size=16" in capsys.readouterr().out
+    assert main([*arguments, "--option", "size=3"]) == 1
+    assert "has the options damping=0.01, block_size=128" in capsys.readouterr().err
+    assert main([*arguments, "--option", "block_size=many"]) == 1
+    assert "wanted a value like block_size=128" in capsys.readouterr().err
+    assert state(tmp_path / "out").keys() == state(dense).keys()
+
+
+_MEMORY = """
+import resource, sys, torch
+limit = int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+torch.set_num_threads(1)
+import hf_sparse
+batches = [torch.randint(0, 256, (1, 64), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+config = hf_sparse.SparsityConfig("2:4")
+hf_sparse.prune_checkpoint(sys.argv[1], sys.argv[2], config, "sparsegpt", batches)
+"""
+
+
+@pytest.mark.slow
+def test_a_model_larger_than_memory(tmp_path: Path) -> None:
+    """1.3 GB of weights under a hard limit of 1 GB of data, Python and torch included."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        vocab_size=1024,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "dense", max_shard_size="300MB")
+    command = [sys.executable, "-c", _MEMORY, str(tmp_path / "dense"), str(tmp_path / "out")]
+    done = subprocess.run([*command, str(10**9)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shutil.rmtree(tmp_path / "dense")
