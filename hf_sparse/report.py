@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Pattern
@@ -129,7 +130,8 @@ def measure_sparsity(model: nn.Module, config: SparsityConfig | None = None) -> 
     """Count the zeros of a model, exactly.
 
     Args:
-        model: any model; its weights are only read, one at a time.
+        model: any model; its weights are only read, one at a time. Under FSDP2 all processes must
+            call this.
         config: which layers to count, and the pattern to check them against. None: every Linear
             and Conv1D in the repeated blocks, `unstructured`.
 
@@ -144,10 +146,15 @@ def measure_sparsity(model: nn.Module, config: SparsityConfig | None = None) -> 
         config = with_head_size(config, model)
     pattern = Pattern.parse("unstructured") if config is None else config.pattern
     tensors = (
-        count_zeros(layer.weight_name, layer.weight, pattern)
+        count_zeros(layer.weight_name, _whole(layer.weight), pattern)
         for layer in target_layers(model, config)
     )
     return SparsityReport(tuple(tensors), str(pattern), num_parameters(model))
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """The weight, gathered from the processes that hold its shards."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def count_zeros(name: str, weight: Tensor, pattern: Pattern) -> TensorSparsity:

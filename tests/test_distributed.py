@@ -128,3 +128,52 @@ def test_what_shards_cannot_do_is_refused(
     output = launch(tmp_path, "fsdp2", pattern, method)
     assert output.startswith("failed")
     assert message in output
+
+
+MASKS = """
+import sys
+from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import hf_sparse
+from tests.tiny_models import tiny_batches, tiny_model
+
+kind, method = sys.argv[1:]
+accelerator = Accelerator(cpu=True)
+model = tiny_model("llama", tie_word_embeddings=False)
+if kind == "fsdp2":
+    for block in model.model.layers:
+        fully_shard(block, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+batches = tiny_batches("llama", count=4)
+options = {"accumulate": 1, "lam": 0.3, "epochs": 4} if method == "proxsparse" else {}
+config = hf_sparse.SparsityConfig("2:4")
+report = hf_sparse.prune_(model, config, method, batches, accelerator, **options)
+assert report.sparsity == 0.5, report.sparsity
+assert report.violations == 0
+if accelerator.is_main_process:
+    print("notes", *report.notes)
+"""
+
+
+@pytest.mark.slow
+def test_masks_are_learned_on_shards_as_on_copies(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(MASKS)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    found = {}
+    for kind, method in (("ddp", "proxsparse"), ("fsdp2", "proxsparse"), ("fsdp2", "wanda")):
+        done = subprocess.run(
+            [sys.executable, *command, kind, method],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        found[kind, method] = done.stdout + done.stderr
+    copies = found["ddp", "proxsparse"]
+    assert "notes 21 layers had these shares of groups" in copies, copies
+    shards = found["fsdp2", "proxsparse"]
+    assert copies.splitlines()[0] in shards, (copies, shards)
+    assert "is cut into shards by FSDP" in found["fsdp2", "wanda"]

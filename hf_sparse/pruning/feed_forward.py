@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.pruning.activations import Store
+from hf_sparse.pruning.recording import TokenMasks
 from hf_sparse.pruning.statistics import InputStatistics
-from hf_sparse.pruning.walk import TokenMasks
 from hf_sparse.structure import TargetLayer
 
 # Paths from a module to its gate (or None), up, down and activation.

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from hf_sparse.pruning.problem import Notes, Problem, Solver, by_scores
 from hf_sparse.pruning.reconstruction import reconstruct_
+from hf_sparse.pruning.recording import token_masks
 from hf_sparse.pruning.statistics import Grams, InputStatistics, Seen
 from hf_sparse.pruning.task import Task
-from hf_sparse.pruning.walk import BlockStep, Observer, token_masks, walk
+from hf_sparse.pruning.walk import BlockStep, Observer, walk
 from hf_sparse.structure import TargetLayer, layers_in
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from hf_sparse.optim.sharding import check_shardable, local_part
 from hf_sparse.patterns import Pattern
 from hf_sparse.pruning import (
     alps,
@@ -42,6 +44,7 @@ class Method:
         needs_calibration: whether it looks at data.
         prune_block: prunes the layers of one block.
         nm_only: whether it learns N:M masks and nothing else.
+        sharded: whether it works on weights that FSDP2 has cut into shards.
     """
 
     summary: str
@@ -50,6 +53,7 @@ class Method:
     needs_calibration: bool = True
     prune_block: PruneBlock = prune_layers
     nm_only: bool = False
+    sharded: bool = False
 
     def options(self) -> dict[str, Any]:
         """The method's own options and their defaults."""
@@ -87,7 +91,10 @@ METHODS = {
         nm_only=True,
     ),
     "proxsparse": Method(
-        "N:M masks of the whole model, learned from its loss", masks=proxsparse.masks, nm_only=True
+        "N:M masks of the whole model, learned from its loss",
+        masks=proxsparse.masks,
+        nm_only=True,
+        sharded=True,
     ),
 }
 
@@ -184,6 +191,18 @@ class Recipe:
         composed = {k: v for k, v in asdict(self.composition).items() if v != default[k]}
         return {**self.method.options(), **self.options, **composed}
 
+    def check_sharding(self, layers: Sequence[TargetLayer], pattern: Pattern) -> None:
+        """Raise a ValueError if weights are cut into shards and that cannot be worked with."""
+        for layer in layers:
+            if not isinstance(layer.parameter, DTensor):
+                continue
+            if not self.method.sharded or self.composition.walks or layer.transposed:
+                raise ValueError(
+                    f"{layer.weight_name} is cut into shards by FSDP, and this works on whole weights. "
+                    "Prune the model before it is sharded, or use method='proxsparse'."
+                )
+            check_shardable(layer.weight_name, layer.parameter, pattern)
+
     def prune(self, task: Task) -> None:
         """Prune the task's model in place."""
         if not task.sparsities:
@@ -194,7 +213,7 @@ class Recipe:
             masks = method.masks(task, **options)
             if not composition.walks:
                 for layer, mask in masks:
-                    layer.weight.masked_fill_(~mask, 0.0)
+                    local_part(layer.weight).masked_fill_(~mask, 0.0)
                 return
             known = {layer.name: mask for layer, mask in masks}
             solver, options = Solver(partial(_apply, known), Norms, updates=False), {}

@@ -70,6 +70,7 @@ def prune_(
     recipe = Recipe.of(method, config.pattern, options)
     check_not_compiled(model)
     layers = target_layers(model, config)
+    recipe.check_sharding(layers, config.pattern)
     _check_layers(layers, config)
     start = time.perf_counter()
     inputs = checked_batches(batches, model, method) if recipe.needs_calibration else []

@@ -10,13 +10,16 @@ operator after each step (`hf_sparse.optim.prox.nm_shrink_`). The last term is z
 what it was, and where it is zero. The N weights of largest learned magnitude of each group make the
 mask; it is applied to the original weights.
 
-Departures: `lam` and the learning rate are relative to the root mean square of each layer's weights
-(the operator is homogeneous, so one value serves all layers and models); masters are in fp32.
+Departures: the weights of a group compare by `|w_j| ||X_j||` as in Wanda, not by `|w_j|`: the
+operator and the mask see weights times the norms of their inputs, from a pass over up to 64 batches
+first. `lam` and the learning rate are relative to the root mean square of each layer's weights (the
+operator is homogeneous, so one value serves all layers and models). Masters are in fp32.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,17 +34,21 @@ from torch.distributed.tensor import DTensor
 from transformers.utils.logging import tqdm
 
 from hf_sparse.optim.prox import nm_shrink_
-from hf_sparse.optim.sharding import local_part
+from hf_sparse.optim.sharding import local_part, processes_of
 from hf_sparse.patterns import NM
 from hf_sparse.pruning.calibration import fingerprint
 from hf_sparse.pruning.prox_local import check_learnable
 from hf_sparse.pruning.reconstruction import has_fast_bf16, steps_per_epoch
+from hf_sparse.pruning.recording import Batch, token_masks
+from hf_sparse.pruning.statistics import Norms
 from hf_sparse.pruning.task import Task
-from hf_sparse.pruning.walk import Batch
+from hf_sparse.selection import Processes
 from hf_sparse.structure import TargetLayer
 
 _WARM_UP = 0.1
 _SAVE_EVERY = 25
+_NORM_BATCHES = 64
+_LEAST_NORM = 1e-3
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ def masks(
     Yields:
         A layer, and the boolean mask of the weights to keep.
 
-    Memory: the weights of the layers five times in fp32 (once less where the model has fp32), and
+    Memory: the weights of the layers five times in fp32 (four where the model has fp32), and
     what training needs for the activations of one batch.
 
     Raises:
@@ -121,7 +128,14 @@ class _Learner:
         self._stored = [local_part(parameter.data) for parameter in self._parameters]
         self._originals = [stored.clone() for stored in self._stored]
         self._masters = [stored.float() for stored in self._stored]  # itself if it is fp32
-        self._scales = [float(master.square().mean().sqrt()) for master in self._masters]
+        self._processes = processes_of(self._parameters)
+        self._norms = _relative_norms(task)
+        self._scales = [_rms(master, self._processes) for master in self._masters]
+        power = pattern.n - 1
+        self._strengths = [
+            settings.lam / _rms(self._scored(index), self._processes) ** power
+            for index in range(len(self._masters))
+        ]
         self._optimizer = torch.optim.AdamW(
             [
                 {"params": [master], "lr": settings.relative_lr * scale, "weight_decay": 0.0}
@@ -148,20 +162,28 @@ class _Learner:
     def masks(self) -> Iterator[tuple[TargetLayer, Tensor]]:
         """The masks, and a note on how far the learned weights follow the pattern by themselves."""
         zeros = torch.zeros(self._pattern.m + 1, dtype=torch.int64)
-        for layer, master, stored, original in zip(
-            self._task.layers, self._masters, self._stored, self._originals, strict=True
-        ):
-            learned = master.T if layer.transposed else master
+        for index, layer in enumerate(self._task.layers):
+            learned = self._scored(index)
             counts = (self._pattern.groups(learned) == 0).sum(dim=1)
             zeros += torch.bincount(counts, minlength=len(zeros)).cpu()
             mask = self._pattern.keep(learned.abs(), self._pattern.implied_sparsity)
-            stored.copy_(original)
+            self._stored[index].copy_(self._originals[index])
             yield layer, mask
+        self._processes.sum_(zeros)
         shares = ", ".join(f"{n}: {share:.1%}" for n, share in enumerate(zeros / zeros.sum()))
         self._task.notes.add(
             [f"{len(self._masters)} layers"],
             f"had these shares of groups by number of zeros before the final mask: {shares}.",
         )
+
+    def _scored(self, index: int) -> Tensor:
+        """The weights of a layer times the norms of their inputs, `(out_features, in_features)`."""
+        return self._weight(index) * self._norms[index]
+
+    def _weight(self, index: int) -> Tensor:
+        """A master as `(out_features, in_features)`: a view."""
+        master = self._masters[index]
+        return master.T if self._task.layers[index].transposed else master
 
     def _step(self, batches: Sequence[Batch]) -> None:
         for parameter in self._parameters:
@@ -182,12 +204,11 @@ class _Learner:
             master.grad = grad
         self._optimizer.step()
         self._schedule.step()
-        power = self._pattern.n - 1
-        for layer, master, stored, scale in zip(
-            self._task.layers, self._masters, self._stored, self._scales, strict=True
-        ):
-            weight = master.T if layer.transposed else master
-            nm_shrink_([weight], self._settings.lam / scale**power, self._pattern)
+        for index, (master, stored) in enumerate(zip(self._masters, self._stored, strict=True)):
+            weight, norms = self._weight(index), self._norms[index]
+            weight.mul_(norms)
+            nm_shrink_([weight], self._strengths[index], self._pattern)
+            weight.div_(norms)
             if stored is not master:
                 stored.copy_(master)
 
@@ -244,6 +265,34 @@ class _Learner:
 
     def _file(self, folder: Path) -> Path:
         return folder / f"proxsparse-{self._task.rank}.safetensors"
+
+
+def _rms(values: Tensor, processes: Processes) -> float:
+    """The root mean square of values, of all their shards."""
+    totals = torch.stack([values.double().square().sum(), torch.tensor(values.numel())])
+    processes.sum_(totals)
+    return math.sqrt(float(totals[0] / totals[1].clamp_min(1)))
+
+
+def _relative_norms(task: Task) -> list[Tensor]:
+    """The norm of each input feature of each layer over the first batches; 1 in the quadratic mean.
+
+    The whole model runs, so that this works on shards too.
+    """
+    found: dict[str, Tensor] = {}
+    norms = Norms(task.accelerator)
+    with norms.collecting(task.layers):
+        for batch in task.batches[:_NORM_BATCHES]:
+            norms.on_batch(token_masks(batch))
+            task.model(**{name: value for name, value in batch.items() if name != "labels"})
+            norms.end_call()
+    for seen in norms.groups():
+        mean = seen.statistic.square().mean().sqrt()
+        relative = (seen.statistic / mean).clamp_min(_LEAST_NORM) if mean > 0 else None
+        for layer in seen.layers:
+            known = torch.ones_like(seen.statistic) if relative is None else relative
+            found[layer.name] = known.float()
+    return [found[layer.name] for layer in task.layers]
 
 
 def _preserving_gradient(weight: Tensor, original: Tensor, scale: float) -> Tensor:

@@ -19,7 +19,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from hf_sparse.pruning.walk import BlockStep, Sample
+from hf_sparse.pruning.recording import Sample
+from hf_sparse.pruning.walk import BlockStep
 from hf_sparse.structure import TargetLayer
 
 _WARM_UP = 0.05

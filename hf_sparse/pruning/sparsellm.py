@@ -22,20 +22,23 @@ batch instead of being kept: memory does not grow with the tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.pruning import alps
 from hf_sparse.pruning.feed_forward import Activation, FeedForward, Recorder, find_feed_forward
 from hf_sparse.pruning.layerwise import LayerPruner
 from hf_sparse.pruning.linalg import FastProducts, add_gram_, cholesky, matmul, mirror_
-from hf_sparse.pruning.statistics import Seen
+from hf_sparse.pruning.problem import Solver
+from hf_sparse.pruning.statistics import Grams, Seen
 from hf_sparse.pruning.walk import BlockStep
 from hf_sparse.structure import TargetLayer
 
 _NEWTON_STEPS = 2
 _DAMPING = 0.01
+_UNKNOWN = "has no feed-forward network of a known kind: its layers were pruned one by one."
 
 
 def prune_block(
@@ -43,12 +46,13 @@ def prune_block(
     step: BlockStep,
     layers: Sequence[TargetLayer],
     *,
-    rounds: int = 3,
+    rounds: int = 2,
     penalty: float = 1.0,
+    solver: str = "sparsegpt",
 ) -> None:
-    """Prune a block: attention by SparseGPT, then the feed-forward network as a whole.
+    """Prune a block: attention layer by layer, then the feed-forward network as a whole.
 
-    A block without a network of a known kind is pruned by SparseGPT, and the report says so.
+    A block without a network of a known kind is pruned layer by layer, and the report says so.
 
     Args:
         pruner: with SparseGPT as its solver.
@@ -57,6 +61,8 @@ def prune_block(
         rounds: after round 0.
         penalty: `g` above: how strictly activations follow from pre-activations, relative to the
             mean square of the rows of `W₂`.
+        solver: prunes each layer: `"sparsegpt"` as published, or `"alps"`, which is slower and
+            better.
 
     Memory: three copies of the network's weights, its inputs and outputs for all tokens (in the
     task's store), its Gram matrices, and the activations of one batch.
@@ -68,10 +74,16 @@ def prune_block(
         raise ValueError(
             f"rounds is {rounds}, penalty {penalty}; wanted rounds >= 0 and penalty > 0."
         )
+    if solver not in ("sparsegpt", "alps"):
+        raise ValueError(f"solver is {solver!r}; wanted 'sparsegpt' or 'alps'.")
+    if solver == "alps":
+        options = {name: value for name, value in pruner.options.items() if name == "damping"}
+        pruner = replace(pruner, solver=Solver(alps.solve, Grams, updates=True), options=options)
     network = find_feed_forward(step.block, layers) if step.repeats == 1 else None
     if network is None:
         pruner.task.notes.add(
-            [step.name], "has no feed-forward network of a known kind: SparseGPT."
+            [step.name],
+            "has no feed-forward network of a known kind: its layers were pruned one by one.",
         )
         pruner.prune(step.run, layers, stop=step.repeats == 1)
         return
@@ -91,7 +103,8 @@ def prune_block(
         or not tokens
     ):
         pruner.task.notes.add(
-            [step.name], "has no feed-forward network of a known kind: SparseGPT."
+            [step.name],
+            "has no feed-forward network of a known kind: its layers were pruned one by one.",
         )
         pruner.solve(groups)
         return
@@ -122,9 +135,10 @@ class _Network:
         self._pruner, self._network, self._inputs, self._into = pruner, network, inputs, into
         self._dense = self._weights()
         store = pruner.task.store
-        self._outputs = [
-            store(matmul(network.inner(x()).float(), self._dense.down)) for x in inputs
-        ]
+        with FastProducts():
+            self._outputs = [
+                store(matmul(network.inner(x()).float(), self._dense.down)) for x in inputs
+            ]
         down = self._dense.down
         self._penalty = penalty * float(down.square().sum(dim=0).mean())
         self._history: list[tuple[_Weights, Tensor]] = []
@@ -151,7 +165,7 @@ class _Network:
             [self._network.down.name],
             "and the layers before it were pruned as one network."
             if share < 1
-            else "and the layers before it stay as SparseGPT pruned them: no round was better.",
+            else "and the layers before it stay as round 0 left them: no other was better.",
         )
 
     def _weights(self) -> _Weights:

@@ -18,7 +18,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from hf_sparse.pruning.linalg import add_gram_, mirror_
-from hf_sparse.pruning.walk import EnoughSeen, TokenMasks
+from hf_sparse.pruning.recording import TokenMasks
+from hf_sparse.pruning.walk import EnoughSeen
 from hf_sparse.structure import TargetLayer
 
 _BUFFERED_TOKENS = 2048

@@ -11,7 +11,8 @@ from torch import nn
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.pruning.activations import Store, in_memory
 from hf_sparse.pruning.problem import Notes
-from hf_sparse.pruning.walk import Batch, Residence
+from hf_sparse.pruning.recording import Batch
+from hf_sparse.pruning.walk import Residence
 from hf_sparse.structure import Stack, TargetLayer
 
 
