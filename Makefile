@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 INSTALL := $(PIP) install -q -c constraints.txt
 
-.PHONY: demo test test-slow quality style bench bench-peers sst2 clean
+.PHONY: demo test test-slow quality style bench bench-pruning bench-peers sst2 clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/prune_and_reload.py
@@ -27,7 +27,10 @@ style: $(VENV)/dev
 
 bench: $(VENV)/demo
 	$(BIN)/python benchmarks/checkpoints.py
-	$(BIN)/python benchmarks/wanda.py $(if $(DATA),--data $(DATA))
+
+# Fills the table of docs/pruning.md: about five hours; it can be stopped and started again.
+bench-pruning: $(VENV)/demo
+	$(BIN)/python benchmarks/llm_pruning.py $(if $(DATA),--data $(DATA))
 
 # Sets up other runtimes in .peers and compares with them: needs the network and 24 GB of memory.
 bench-peers: $(VENV)/demo

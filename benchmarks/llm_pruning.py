@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_models import dense_minilm, dense_smollm2, machine, package_folder, texts
+from real_models import dense_minilm, dense_smollm2, machine, package_folder, peak_mb, texts
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
-from wanda import peak_mb
 
 import hf_sparse
 from hf_sparse import SparsityConfig
@@ -66,14 +65,18 @@ class Cell:
 def cells() -> Iterator[Cell]:
     """All cells, those that say most first."""
     yield Cell("SmolLM2", "dense", "0 %")
-    for zeros in ("50 %", "2:4", "70 %", "80 %", "60 %", "4:8"):
-        for method in ("wanda", "sparsegpt", "alps", "sparsellm"):
+    for zeros in ("2:4", "50 %", "70 %", "80 %", "60 %", "4:8"):
+        for method in ("wanda", "sparsegpt", "alps"):
             yield Cell("SmolLM2", method, zeros, method)
+    for zeros in ("2:4", "70 %", "50 %", "80 %", "60 %", "4:8"):
         owl = {"allocation": "owl"} if zeros in ("70 %", "80 %") else {}
-        yield Cell("SmolLM2", "best", zeros, "alps", {"reconstruct": 4, **owl})
-        if zeros == "2:4":
-            yield Cell("SmolLM2", "prox_local", zeros, "prox_local")
-            yield Cell("SmolLM2", "proxsparse", zeros, "proxsparse", num_samples=400)
+        yield Cell("SmolLM2", "best", zeros, "alps", {"reconstruct": 3, **owl}, 128)
+        yield Cell("SmolLM2", "sparsellm", zeros, "sparsellm")
+        yield Cell("SmolLM2", "sparsellm, alps", zeros, "sparsellm", {"solver": "alps"})
+    for zeros in ("2:4", "4:8"):
+        yield Cell("SmolLM2", "prox_local", zeros, "prox_local")
+    yield Cell("SmolLM2", "proxsparse", "2:4", "proxsparse", num_samples=400)
+    for zeros in SPARSITIES:
         yield Cell("SmolLM2", "magnitude", zeros, "magnitude")
     for zeros in ("70 %", "80 %"):
         for method in ("wanda", "alps"):
@@ -88,7 +91,7 @@ def cells() -> Iterator[Cell]:
     for zeros in ("50 %", "70 %", "2:4"):
         for method in ("magnitude", "wanda", "sparsegpt", "alps", "sparsellm"):
             yield Cell("MiniLM", method, zeros, method)
-        yield Cell("MiniLM", "best", zeros, "alps", {"reconstruct": 4})
+        yield Cell("MiniLM", "best", zeros, "alps", {"reconstruct": 3}, 128)
 
 
 def main() -> None:
@@ -109,7 +112,8 @@ def fill(options: argparse.Namespace) -> None:
     done = {Cell(**row["cell"]).key for row in read(options.out)}
     todo = [cell for cell in cells() if cell.key not in done]
     if options.only:
-        todo = [cell for cell in todo if f"{cell.model} {cell.name} {cell.zeros}" in options.only]
+        wanted = {f"{cell.model} {cell.name} {cell.zeros}": cell for cell in todo}
+        todo = [wanted[name] for name in options.only if name in wanted]
     with tempfile.TemporaryDirectory() as temporary:
         dense_smollm2(Path(temporary) / "SmolLM2")
         dense_minilm(Path(temporary) / "MiniLM")

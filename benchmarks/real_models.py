@@ -83,3 +83,10 @@ def machine() -> str:
         f"{transformers.__version__}, safetensors {safetensors.__version__}, Python "
         f"{sys.version.split()[0]}; {processor}, {torch.get_num_threads()} threads"
     )
+
+
+def peak_mb() -> float:
+    """Most memory that this process has had resident, Python and libraries included (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024 / 1e6

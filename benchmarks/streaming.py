@@ -19,10 +19,9 @@ import time
 from pathlib import Path
 
 import torch
-from real_models import machine
+from real_models import machine, peak_mb
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
-from wanda import peak_mb
 
 import hf_sparse
 from hf_sparse import SparsityConfig

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.utils.prune
+from accelerate import cpu_offload, dispatch_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, MixtralConfig
 
@@ -391,3 +392,20 @@ def test_blocks_that_are_not_a_chain_are_refused() -> None:
 
     with pytest.raises(ValueError, match="not a chain"):
         prune_(Zigzag(), SparsityConfig("2:4"), "wanda", [torch.ones(2, 4)])
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_models_placed_by_a_device_map_work(method: str) -> None:
+    """Hooks on every module, as `device_map` puts them there; weights on the disk are refused."""
+    placed, plain = tiny_model("llama"), tiny_model("llama")
+    halves = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    halves |= {"lm_head": "cpu", **{f"model.layers.{i}": "cpu" for i in range(3)}}
+    placed = dispatch_model(placed, halves, force_hooks=True)
+    batches, config = tiny_batches("llama"), SparsityConfig("unstructured", 0.5)
+    for model in (placed, plain):
+        prune_(model, config, method, batches)
+    for one, other in zip(target_layers(placed), target_layers(plain), strict=True):
+        assert torch.equal(one.weight, other.weight)
+    offloaded = cpu_offload(tiny_model("llama"), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"on the meta device.*prune_checkpoint"):
+        prune_(offloaded, config, method, batches)

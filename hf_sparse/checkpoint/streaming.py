@@ -44,6 +44,7 @@ from hf_sparse.pruning.allocation import allocate
 from hf_sparse.pruning.calibration import checked_batches, fingerprint
 from hf_sparse.pruning.methods import Recipe
 from hf_sparse.pruning.oneshot import notes_on, quiet
+from hf_sparse.pruning.problem import Notes
 from hf_sparse.pruning.task import Task
 from hf_sparse.pruning.walk import BlockStep, Residence
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
@@ -123,17 +124,18 @@ def prune_checkpoint(
     work = _work_folder(folder, run, resume)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=work, prefix="activations-") as activations:
-        residence = _OnDisk(model, layers, config, work)
+        notes = Notes()
+        residence = _OnDisk(model, layers, config, work, notes)
         task = Task(
             model,
             find_stacks(model),
             layers,
             config,
             inputs,
+            notes=notes,
             residence=residence,
             store=on_disk(Path(activations)),
         )
-        residence.notes = task.notes.lines
         with quiet(model):
             task.sparsities = _sparsities(work, recipe, task)
             recipe.prune(task)
@@ -144,7 +146,7 @@ def prune_checkpoint(
             method,
             recipe.all_options,
             time.perf_counter() - start,
-            (*residence.earlier_notes, *task.notes.lines(), *notes_on(model, config)),
+            (*residence.earlier_notes, *notes.lines(), *notes_on(model, config)),
         )
     save_pretrained(
         model,
@@ -260,14 +262,18 @@ class _OnDisk(Residence):
     Attributes:
         counts: of each pruned weight, by its name.
         earlier_notes: of the run that is resumed.
-        notes: gives the notes of this run so far.
     """
 
     def __init__(
-        self, model: nn.Module, layers: list[TargetLayer], config: SparsityConfig, work: Path
+        self,
+        model: nn.Module,
+        layers: list[TargetLayer],
+        config: SparsityConfig,
+        work: Path,
+        notes: Notes,
     ) -> None:
         super().__init__()
-        self._layers, self._config, self._work = layers, config, work
+        self._layers, self._config, self._work, self._notes = layers, config, work, notes
         self._names = {id(module): name for name, module in model.named_modules()}
         maps = [part.weights_map for part in _hooks(model) if part.weights_map is not None]
         self._weights = _Weights(maps[0].dataset)
@@ -275,7 +281,6 @@ class _OnDisk(Residence):
             weights_map.dataset = self._weights
         self.counts: dict[str, TensorSparsity] = {}
         self.earlier_notes: tuple[str, ...] = ()
-        self.notes: Any = tuple
 
     @contextmanager
     def placed(self, block: nn.Module) -> Iterator[None]:
@@ -320,7 +325,7 @@ class _OnDisk(Residence):
             counts.append(asdict(count_zeros(name, layer.weight, pattern)))
         file = self._file(step)
         fresh = file.with_suffix(".new")
-        notes = [*self.earlier_notes, *self.notes()]
+        notes = [*self.earlier_notes, *self._notes.lines()]
         try:
             save_file(tensors, fresh, {"run": json.dumps({"counts": counts, "notes": notes})})
         except SafetensorError as error:  # what safetensors makes of a full disk
