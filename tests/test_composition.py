@@ -325,6 +325,7 @@ def test_bad_compositions_are_refused_before_anything_changes() -> None:
         ({"reconstruct": -1}, "reconstruct is -1"),
         ({"reconstruct": 0.5}, "reconstruct is 0.5"),
         ({"scope": "global"}, "has no option scope"),
+        ({"reconstruct": True}, "reconstruct is True"),
     ):
         with pytest.raises(ValueError, match=message):
             prune_(model, HALF, "wanda", batches, **options)
@@ -358,3 +359,77 @@ def test_layer_error_is_relative() -> None:
     weight, gram = torch.randn(4, 6), torch.eye(6)
     assert layer_error(weight, torch.zeros_like(weight), gram) == pytest.approx(1.0)
     assert layer_error(weight, weight, gram) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("sparsegpt", {"damping": "0.01"}),
+        ("sparsegpt", {"damping": float("nan")}),
+        ("sparsegpt", {"block_size": 2.5}),
+        ("alps", {"iterations": True}),
+        ("sparsellm", {"rounds": 1.5}),
+        ("sparsellm", {"solver": "wanda"}),
+        ("proxsparse", {"lam": float("inf")}),
+        ("proxsparse", {"state": 5}),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused(method: str, options: dict[str, object]) -> None:
+    model = tiny_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} is "):
+        prune_(model, SparsityConfig("2:4"), method, tiny_batches("llama"), **options)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": torch.rand(2, 4)}, "input_ids are torch.float32"),
+        ({"input_ids": torch.full((2, 4), 999)}, "the model has 256 tokens"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, r"of shape \(2, 0\)"),
+        ({"attention_mask": torch.ones(2, 3)}, "attention_mask has shape"),
+    ],
+)
+def test_bad_batches_are_named(change: dict[str, torch.Tensor], message: str) -> None:
+    batch = {"input_ids": torch.zeros(2, 4, dtype=torch.long), **change}
+    with pytest.raises(ValueError, match=message):
+        prune_(tiny_model("llama"), HALF, "sparsegpt", [batch])
+
+
+@pytest.mark.parametrize("failure", ["one token", "interrupt"])
+def test_proxsparse_gives_the_weights_back_when_it_fails(
+    failure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = tiny_model("llama"), list(tiny_batches("llama"))
+    before = copy.deepcopy(model.state_dict())
+    error: type[BaseException] = ValueError
+    if failure == "one token":
+        batches.append({"input_ids": torch.tensor([[5]])})
+    else:
+        real, calls = proxsparse._loss, []
+
+        def breaking(*args: object) -> torch.Tensor:
+            calls.append(args)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        monkeypatch.setattr(proxsparse, "_loss", breaking)
+        error = KeyboardInterrupt
+    with pytest.raises(error):
+        prune_(model, SparsityConfig("2:4"), "proxsparse", batches, accumulate=1)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_that_are_zero_already_are_no_error(method: str) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for layer in layers_in(model.model.layers[1], target_layers(model)):
+            layer.weight.zero_()
+    report = prune_(model, SparsityConfig("2:4"), method, tiny_batches("llama"))
+    assert report.violations == 0

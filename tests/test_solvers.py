@@ -191,15 +191,34 @@ def test_prox_local_finds_better_masks_than_magnitude() -> None:
 
 
 @pytest.mark.parametrize("solve", [sparsegpt.solve, alps.solve, prox_local.solve])
-def test_inputs_that_are_always_zero_lose_their_weights(solve) -> None:
-    given = problem("2:4", 0.5)
-    given.gram[5] = 0
-    given.gram[:, 5] = 0
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("unstructured", 0.25)])
+def test_dead_inputs_lose_their_weights_first_and_counts_stay_exact(
+    solve, pattern: str, sparsity: float
+) -> None:
+    """Three of the first four inputs are always zero, and half of the rest."""
+    if solve is prox_local.solve and pattern != "2:4":
+        return
+    given = problem(pattern, sparsity)
+    dead = torch.zeros(64, dtype=torch.bool)
+    dead[[0, 1, 2]] = True
+    dead[32:] = True
+    given.gram[dead] = 0
+    given.gram[:, dead] = 0
     pruned = solve(given)[0]
     assert torch.isfinite(pruned).all()
     assert given.pattern.follows(pruned)
-    if solve is not prox_local.solve:
-        assert (pruned[:, 5] == 0).all()
+    assert int((pruned == 0).sum()) == sparsity * pruned.numel()
+    kept = (pruned != 0) & dead
+    assert torch.equal(pruned[kept], given.joined[kept])
+    if pattern == "unstructured":  # half of the inputs are dead: nothing else is pruned
+        assert (pruned[:, ~dead] != 0).all() or solve is sparsegpt.solve
+
+
+@pytest.mark.parametrize("solve", [wanda.solve, sparsegpt.solve, alps.solve, prox_local.solve])
+def test_layers_of_zeros_stay_so(solve) -> None:
+    given = problem("2:4", 0.5)
+    given.weights[0].zero_()
+    assert (solve(given)[0] == 0).all()
 
 
 def test_too_few_tokens_raise_the_damping_and_are_told() -> None:

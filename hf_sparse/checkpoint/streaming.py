@@ -12,6 +12,7 @@ block's result follows from its inputs alone, it is the same bit for bit.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ from hf_sparse.checkpoint.loading import dense_model_class
 from hf_sparse.checkpoint.reading import open_file, read_headers, read_parts
 from hf_sparse.checkpoint.save import save_pretrained
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.formats import compress, decompress, join, locate
+from hf_sparse.formats import FormatError, compress, decompress, join, locate
 from hf_sparse.pruning.activations import on_disk
 from hf_sparse.pruning.allocation import allocate
 from hf_sparse.pruning.calibration import checked_batches, fingerprint
@@ -61,6 +62,8 @@ from hf_sparse.structure import (
 
 _RUN_FILE = "run.json"
 _SHARD_SIZE = "500MB"
+_PIECE = 1 << 14
+_HIDDEN = "activations-"
 
 
 @torch.no_grad()
@@ -106,7 +109,9 @@ def prune_checkpoint(
             or one that is there without `resume`.
         OSError: the disk is full. Finished blocks stay in the work folder: free space and resume.
     """
-    folder, source = Path(folder), str(source)
+    folder, source = Path(os.path.abspath(folder)), str(source)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; wanted a folder to save the model in")
     recipe = Recipe.of(method, config.pattern, options)
     if recipe.method.masks is not None:
         raise ValueError(
@@ -120,12 +125,14 @@ def prune_checkpoint(
     layers = target_layers(model, config)
     _check(model, layers, config)
     inputs = checked_batches(batches, model, method)
-    run = _described(model, source, config, recipe, inputs)
-    work = _work_folder(folder, run, resume)
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=work, prefix="activations-") as activations:
-        notes = Notes()
-        residence = _OnDisk(model, layers, config, work, notes)
+    residence = _OnDisk(model, layers, config, notes := Notes())
+    run = _described(model, residence.files, config, recipe, inputs)
+    work = residence.work = _work_folder(folder, run, resume)
+    with (
+        _kept_if_begun(work),
+        tempfile.TemporaryDirectory(dir=work, prefix=_HIDDEN) as hidden,
+    ):
         task = Task(
             model,
             find_stacks(model),
@@ -134,7 +141,7 @@ def prune_checkpoint(
             inputs,
             notes=notes,
             residence=residence,
-            store=on_disk(Path(activations)),
+            store=on_disk(Path(hidden)),
         )
         with quiet(model):
             task.sparsities = _sparsities(work, recipe, task)
@@ -178,7 +185,7 @@ def _check(model: PreTrainedModel, layers: list[TargetLayer], config: SparsityCo
 
 def _described(
     model: PreTrainedModel,
-    source: str,
+    files: set[Path],
     config: SparsityConfig,
     recipe: Recipe,
     inputs: list[dict[str, Any]],
@@ -186,7 +193,7 @@ def _described(
     """What a run must share with the one that it resumes."""
     return {
         "hf_sparse": hf_sparse.__version__,
-        "source": source,
+        "source": {file.name: _sampled_hash(file) for file in sorted(files)},
         "model": json.loads(model.config.to_json_string()),
         "dtype": str(model.dtype),
         "config": config.to_dict(),
@@ -209,16 +216,13 @@ def _work_folder(folder: Path, run: dict[str, Any], resume: bool) -> Path:
             f"{work} is there: a run was stopped. Go on with it by resume=True (--resume), or remove "
             "it."
         )
-    try:
-        known = json.loads((work / _RUN_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{work} is no work folder of hf_sparse ({error}). Remove it.") from error
+    known = _read_json(work / _RUN_FILE)
     if changed := [key for key, value in described.items() if known.get(key) != value]:
         raise ValueError(
             f"{work} is of a run with another {', '.join(changed)} (it had "
             f"{str(known.get(changed[0]))[:80]!r}). Resume with the same arguments, or remove it."
         )
-    for left in work.glob("activations-*"):
+    for left in work.glob(f"{_HIDDEN}*"):
         shutil.rmtree(left)
     return work
 
@@ -230,9 +234,49 @@ def _sparsities(work: Path, recipe: Recipe, task: Task) -> dict[str, float]:
         found = allocate(recipe.composition.allocation, task)
         fresh = file.with_suffix(".new")
         fresh.write_text(json.dumps(found))
+        sync_file(fresh)
         fresh.replace(file)
-    known: dict[str, float] = json.loads(file.read_text())
+    known: dict[str, float] = _read_json(file)
+    if known.keys() != {layer.name for layer in task.layers}:
+        raise ValueError(
+            f"{file} does not tell the sparsity of every layer. Remove it, and resume."
+        )
     return known
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}): {file.parent} is damaged, or no work folder of "
+            "hf_sparse. Remove the folder and start again."
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a {type(found).__name__}. Remove {file.parent}.")
+    return found
+
+
+def _sampled_hash(file: Path) -> str:
+    """A hash of a file's size, its header and 64 pieces of 16 KB, by which a resumed run knows it."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as opened:
+        for piece in range(65):
+            opened.seek(max(size - _PIECE, 0) * piece // 64)
+            digest.update(opened.read(_PIECE))
+    return digest.hexdigest()
+
+
+@contextmanager
+def _kept_if_begun(work: Path) -> Iterator[None]:
+    """Remove a work folder without finished blocks when an error ends the run."""
+    try:
+        yield
+    except Exception:
+        if not any(work.glob("*.safetensors")):
+            shutil.rmtree(work)
+        raise
 
 
 class _Weights(Mapping[str, Tensor]):
@@ -262,18 +306,15 @@ class _OnDisk(Residence):
     Attributes:
         counts: of each pruned weight, by its name.
         earlier_notes: of the run that is resumed.
+        work: the folder for finished blocks.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        layers: list[TargetLayer],
-        config: SparsityConfig,
-        work: Path,
-        notes: Notes,
+        self, model: nn.Module, layers: list[TargetLayer], config: SparsityConfig, notes: Notes
     ) -> None:
         super().__init__()
-        self._layers, self._config, self._work, self._notes = layers, config, work, notes
+        self._layers, self._config, self._notes = layers, config, notes
+        self.work = Path()
         self._names = {id(module): name for name, module in model.named_modules()}
         maps = [part.weights_map for part in _hooks(model) if part.weights_map is not None]
         self._weights = _Weights(maps[0].dataset)
@@ -281,6 +322,12 @@ class _OnDisk(Residence):
             weights_map.dataset = self._weights
         self.counts: dict[str, TensorSparsity] = {}
         self.earlier_notes: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> set[Path]:
+        """The files of the source."""
+        source: Any = self._weights.source
+        return {Path(place["safetensors_file"]) for place in source.index.values()}
 
     @contextmanager
     def placed(self, block: nn.Module) -> Iterator[None]:
@@ -305,11 +352,18 @@ class _OnDisk(Residence):
         file = self._file(step)
         if not file.exists():
             return False
+        layers = layers_in(step.block, self._layers)
         with open_file(file) as reader:
-            known = json.loads((reader.metadata() or {})["run"])
+            run = (reader.metadata() or {}).get("run")
+            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+        known = {} if run is None else json.loads(run)
+        if known.get("sha256") != fingerprint([tensors]) or [
+            count["name"] for count in known["counts"]
+        ] != [layer.weight_name for layer in layers]:
+            raise FormatError(f"{file} is damaged. Remove this file, and resume.")
         self._publish(file, known["counts"])
         self.earlier_notes = tuple(known["notes"])
-        for layer in layers_in(step.block, self._layers):
+        for layer in layers:
             layer.parameter.data.copy_(self._weights[layer.weight_name])
         return True
 
@@ -325,9 +379,13 @@ class _OnDisk(Residence):
             counts.append(asdict(count_zeros(name, layer.weight, pattern)))
         file = self._file(step)
         fresh = file.with_suffix(".new")
-        notes = [*self.earlier_notes, *self._notes.lines()]
+        run = {
+            "counts": counts,
+            "notes": [*self.earlier_notes, *self._notes.lines()],
+            "sha256": fingerprint([tensors]),
+        }
         try:
-            save_file(tensors, fresh, {"run": json.dumps({"counts": counts, "notes": notes})})
+            save_file(tensors, fresh, {"run": json.dumps(run)})
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise OSError(
                 f"{file} cannot be written: {error}. Finished blocks are kept: free space, and resume."
@@ -342,7 +400,7 @@ class _OnDisk(Residence):
             self.counts[count["name"]] = TensorSparsity(**{**count, "shape": tuple(count["shape"])})
 
     def _file(self, step: BlockStep) -> Path:
-        return self._work / f"{step.name}.safetensors"
+        return self.work / f"{step.name}.safetensors"
 
 
 def _hooks(model: nn.Module) -> Iterator[Any]:

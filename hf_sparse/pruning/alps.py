@@ -60,7 +60,8 @@ def solve(
     scale = gram.diagonal().sqrt()
     gram = gram / scale[:, None] / scale
     gram.diagonal().add_(problem.damping(damping))
-    weights = problem.joined_live * scale
+    dense, dead = problem.joined, problem.dead
+    weights = (dense * scale).masked_fill_(dead, 0)
     split = _admm(problem, weights, gram, iterations)
     mask = torch.cat(
         [
@@ -69,7 +70,7 @@ def solve(
         ]
     )
     fitted = refit(split * mask, mask, weights, gram, refit_steps)
-    return problem.split(fitted / scale)
+    return problem.split(torch.where(dead, dense * mask, fitted / scale))
 
 
 def _admm(problem: Problem, weights: Tensor, gram: Tensor, iterations: int) -> Tensor:

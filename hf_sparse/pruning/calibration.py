@@ -105,6 +105,7 @@ def checked_batches(
             "from hf_sparse.calibration_batches(tokenizer, texts)."
         )
     _check_lengths(checked, model)
+    _check_ids(checked, model)
     device = next(model.parameters()).device
     if device.type == "meta":  # weights are on the disk
         return checked
@@ -115,6 +116,31 @@ def checked_batches(
         }
         for batch in checked
     ]
+
+
+def _check_ids(batches: list[dict[str, Any]], model: nn.Module) -> None:
+    """Refuse ids that the model has no embedding for, and masks of another shape."""
+    embed = getattr(model, "get_input_embeddings", lambda: None)()
+    known = getattr(embed, "num_embeddings", None)
+    for batch in batches:
+        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+        if ids is None:
+            continue
+        if ids.is_floating_point() or not ids.numel():
+            raise ValueError(
+                f"input_ids are {ids.dtype} of shape {tuple(ids.shape)}; wanted token ids, at least "
+                "one."
+            )
+        if known is not None and not 0 <= int(ids.min()) <= int(ids.max()) < known:
+            raise ValueError(
+                f"input_ids are from {int(ids.min())} to {int(ids.max())}, but the model has {known} "
+                "tokens. Use the model's own tokenizer."
+            )
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape != ids.shape[:2]:
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; wanted "
+                "equal ones."
+            )
 
 
 def _check_lengths(batches: list[dict[str, Any]], model: nn.Module) -> None:
@@ -145,7 +171,7 @@ def _check_batch(batch: Any) -> dict[str, Any]:
         )
     if inputs.get("past_key_values") is not None:
         raise ValueError("a batch has past_key_values; wanted whole sequences without a cache.")
-    return {name: value for name, value in inputs.items() if name != "use_cache"}
+    return {k: v for k, v in inputs.items() if k not in ("use_cache", "return_dict")}
 
 
 def fingerprint(batches: Iterable[Mapping[str, Any]]) -> str:
@@ -156,5 +182,8 @@ def fingerprint(batches: Iterable[Mapping[str, Any]]) -> str:
             digest.update(name.encode())
             if isinstance(value, Tensor):
                 digest.update(str(tuple(value.shape)).encode())
-                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+                plain = value.detach().cpu().reshape(-1).contiguous()
+                digest.update(plain.view(torch.uint8).numpy().data)
+            else:
+                digest.update(repr(value).encode())
     return digest.hexdigest()

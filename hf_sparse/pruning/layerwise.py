@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate.utils import broadcast, gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_sparse.pruning.problem import Notes, Problem, Solver, by_scores
 from hf_sparse.pruning.reconstruction import reconstruct_
@@ -135,17 +135,11 @@ def prune(
     Memory: see `walk`; the statistics of one block, what the solver needs for one group of layers.
 
     Raises:
-        ValueError: a layer's inputs are not finite (the message names it), or it has no inputs
-            that count, as an embedding.
+        ValueError: a layer's inputs are not finite; the message names it.
     """
     task = pruner.task
     inside = {id(m) for stack in task.stacks for block in stack.blocks for m in block.modules()}
     outside = [layer for layer in task.layers if id(layer.module) not in inside]
-    if embeddings := [layer.name for layer in outside if isinstance(layer.module, nn.Embedding)]:
-        raise ValueError(
-            f"{embeddings[0]} is an embedding: it has no input activations to score by. Leave it "
-            "out, or use method='magnitude'."
-        )
     lowered = []
     for step in walk(**task.data, follow_dense=reconstruct > 0):
         if task.residence.restore(step):

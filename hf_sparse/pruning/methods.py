@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_sparse.optim.sharding import check_shardable, local_part
@@ -168,6 +171,8 @@ class Recipe:
                 f"method '{name}' has no option {', '.join(unknown)}. "
                 f"Its options: {', '.join([*own, *composed])}."
             )
+        for key, value in options.items():
+            _check_type(key, value, {**own, **composed}[key])
         composition = Composition(**{k: v for k, v in options.items() if k in composed})
         composition.check(pattern)
         if METHODS[name].nm_only:
@@ -183,6 +188,11 @@ class Recipe:
     def needs_calibration(self) -> bool:
         """Whether it looks at data."""
         return self.method.needs_calibration or self.composition.needs_calibration
+
+    @property
+    def trains(self) -> bool:
+        """Whether blocks are trained."""
+        return self.composition.reconstruct > 0
 
     @property
     def all_options(self) -> dict[str, Any]:
@@ -204,7 +214,17 @@ class Recipe:
             check_shardable(layer.weight_name, layer.parameter, pattern)
 
     def prune(self, task: Task) -> None:
-        """Prune the task's model in place."""
+        """Prune the task's model in place.
+
+        Raises:
+            ValueError: see `prune_`.
+        """
+        if self.needs_calibration:
+            _check_inputs(task.layers)
+            if torch.is_inference_mode_enabled() and (self.name == "proxsparse" or self.trains):
+                raise ValueError(
+                    "weights cannot be trained inside torch.inference_mode(). Call prune_ outside it."
+                )
         if not task.sparsities:
             task.sparsities = allocate(self.composition.allocation, task)
         method, composition, options = self.method, self.composition, dict(self.options)
@@ -226,6 +246,27 @@ class Recipe:
             prune_block=partial(method.prune_block, **options),
             reconstruct=composition.reconstruct,
         )
+
+
+def _check_inputs(layers: Sequence[TargetLayer]) -> None:
+    """Refuse embeddings, which have no input activations."""
+    if embeddings := [layer.name for layer in layers if isinstance(layer.module, nn.Embedding)]:
+        raise ValueError(
+            f"{embeddings[0]} is an embedding: it has no input activations to score by. Leave it "
+            "out, or use method='magnitude'."
+        )
+
+
+def _check_type(name: str, value: Any, default: Any) -> None:
+    """Raise a ValueError if an option's value is not of the type of its default."""
+    kinds: dict[type, tuple[type, ...]] = {
+        float: (int, float),
+        type(None): (str, os.PathLike, type(None)),
+    }
+    wanted = kinds.get(type(default), (type(default),))
+    right = isinstance(value, wanted) and (isinstance(value, bool) == isinstance(default, bool))
+    if not right or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{name} is {value!r}; wanted a value like {default!r}.")
 
 
 def _apply(masks: Mapping[str, Tensor], problem: Problem) -> list[Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_sparse.patterns import GroupPattern, Pattern
+from hf_sparse.patterns import Pattern
 from hf_sparse.pruning.linalg import matmul
 from hf_sparse.pruning.statistics import InputStatistics, Seen
 
@@ -88,15 +88,12 @@ class Problem:
         return torch.cat(list(self.weights))
 
     @property
-    def joined_live(self) -> Tensor:
-        """`joined`, with zeros for inputs that are always zero, so that they are pruned first.
+    def dead(self) -> Tensor:
+        """Which inputs are always zero, `(in_features,)`: their weights go first, at no cost.
 
-        Where whole groups are pruned the weights stay: zeros would tear the groups that are kept.
+        Those that the pattern keeps stay as they are: an input may be dead on this data alone.
         """
-        weights = self.joined
-        if not isinstance(self.pattern, GroupPattern):
-            weights[:, self.gram.diagonal() == 0] = 0
-        return weights
+        return self.gram.diagonal() == 0
 
     def split(self, joined: Tensor) -> list[Tensor]:
         """Undo `joined` for a tensor of its rows."""

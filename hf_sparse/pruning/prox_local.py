@@ -76,7 +76,8 @@ def solve(
     target = problem.joined * scale
     weights = target.clone()
     step = 1 / _largest_eigenvalue(gram)
-    strength = lam / float(target.square().mean().sqrt()) ** (pattern.n - 1)
+    size = max(float(target.square().mean().sqrt()), torch.finfo(torch.float32).tiny)
+    strength = lam / size ** (pattern.n - 1)
     for _ in range(iterations):
         weights.add_(matmul(target - weights, gram), alpha=step)
         nm_shrink_([weights], strength, pattern)

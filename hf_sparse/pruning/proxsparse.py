@@ -49,6 +49,7 @@ _WARM_UP = 0.1
 _SAVE_EVERY = 25
 _NORM_BATCHES = 64
 _LEAST_NORM = 1e-3
+_SAMPLED = 97  # every so many weights tell a resumed run its model
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,10 @@ def masks(
     task: Task,
     *,
     lam: float = 0.01,
-    relative_lr: float = 0.005,
+    relative_lr: float = 0.01,
     preserve: float = 0.0,
     epochs: int = 1,
-    accumulate: int = 4,
+    accumulate: int = 2,
     gradient_checkpointing: bool = False,
     state: str | None = None,
 ) -> Iterator[tuple[TargetLayer, Tensor]]:
@@ -114,8 +115,12 @@ def masks(
     settings.check()
     _check_labels(task)
     learner = _Learner(task, pattern, settings)
-    with _training(task, gradient_checkpointing):
-        learner.learn(None if state is None else Path(state))
+    try:
+        with _training(task, gradient_checkpointing):
+            learner.learn(None if state is None else Path(state))
+    except BaseException:
+        learner.restore()
+        raise
     yield from learner.masks()
 
 
@@ -133,7 +138,7 @@ class _Learner:
         self._scales = [_rms(master, self._processes) for master in self._masters]
         power = pattern.n - 1
         self._strengths = [
-            settings.lam / _rms(self._scored(index), self._processes) ** power
+            settings.lam / (_rms(self._scored(index), self._processes) or 1.0) ** power
             for index in range(len(self._masters))
         ]
         self._optimizer = torch.optim.AdamW(
@@ -168,13 +173,18 @@ class _Learner:
             zeros += torch.bincount(counts, minlength=len(zeros)).cpu()
             mask = self._pattern.keep(learned.abs(), self._pattern.implied_sparsity)
             self._stored[index].copy_(self._originals[index])
-            yield layer, mask
+            yield layer, mask  # before it goes on, the model may be changed
         self._processes.sum_(zeros)
         shares = ", ".join(f"{n}: {share:.1%}" for n, share in enumerate(zeros / zeros.sum()))
         self._task.notes.add(
             [f"{len(self._masters)} layers"],
             f"had these shares of groups by number of zeros before the final mask: {shares}.",
         )
+
+    def restore(self) -> None:
+        """Give the model its original weights back."""
+        for stored, original in zip(self._stored, self._originals, strict=True):
+            stored.copy_(original)
 
     def _scored(self, index: int) -> Tensor:
         """The weights of a layer times the norms of their inputs, `(out_features, in_features)`."""
@@ -218,8 +228,10 @@ class _Learner:
     def _described(self) -> str:
         names = [layer.name for layer in self._task.layers]
         data = fingerprint(self._task.batches)
-        described = [str(self._settings), str(self._pattern), data, names, self._scales]
-        return json.dumps(described)
+        weights = fingerprint(
+            [{"weight": original.reshape(-1)[::_SAMPLED]} for original in self._originals]
+        )
+        return json.dumps([str(self._settings), str(self._pattern), data, names, weights])
 
     def _save(self, folder: Path, step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -309,9 +321,15 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
     if "labels" not in inputs:
         labels = inputs["input_ids"]
         mask = inputs.get("attention_mask")
-        inputs["labels"] = labels if mask is None else labels.masked_fill(mask == 0, -100)
+        if mask is not None and mask.shape == labels.shape:
+            labels = labels.masked_fill(mask == 0, -100)
+        inputs["labels"] = labels
     with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bf16(next(model.parameters()))):
         loss: Tensor = model(**inputs).loss
+    if not (inputs["labels"][..., 1:] != -100).any():
+        raise ValueError(
+            "a batch has no token to predict: it is too short, or masked out. Leave it out."
+        )
     if not torch.isfinite(loss):
         raise ValueError(
             f"the loss of {type(model).__name__} is {float(loss)} while masks are learned. Lower "
@@ -322,6 +340,8 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def _check_labels(task: Task) -> None:
     model: Any = task.model
+    if any("labels" not in batch and "input_ids" not in batch for batch in task.batches):
+        raise ValueError("a batch has neither labels nor input_ids to learn from. Put labels in.")
     if all("labels" in batch for batch in task.batches):
         return
     if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):

@@ -222,7 +222,9 @@ def _forward_recorded(
 ) -> None:
     """Run the model with `record(index, forward, args, kwargs)` in the place of its blocks."""
     with ExitStack() as patches:
-        for index, block in enumerate(stack.blocks):
+        first = {id(block): index for index, block in reversed(list(enumerate(stack.blocks)))}
+        for index in sorted(first.values()):  # a block that is listed twice is one block
+            block = stack.blocks[index]
             patches.enter_context(_patched_forward(block, index, record))
         with suppress(_RecordedError), FastProducts():
             model(**batch)

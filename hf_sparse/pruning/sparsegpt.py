@@ -46,14 +46,16 @@ def solve(problem: Problem, *, damping: float = 0.01, block_size: int = 128) -> 
     wanted = problem.damping(damping)
     factor, used = inverse_factor(problem.gram, wanted)
     problem.note_damping(wanted, used)
-    weights = problem.joined_live
+    weights = problem.joined
     columns, pattern = weights.shape[1], problem.pattern
     width = _block_width(pattern, problem.weights[0].shape, block_size)
     for start in range(0, columns, width):
         stop = min(start + width, columns)
         # Transposed: a column of the weight lies in one piece.
         block = weights[:, start:stop].T.contiguous()
-        errors = _prune_block(problem, block, factor[start:stop, start:stop], start)
+        square = factor[start:stop, start:stop]
+        costs = torch.where(problem.dead[start:stop], 0.0, 1 / square.diagonal())[:, None]
+        errors = _prune_block(problem, block, square, costs, start)
         weights[:, start:stop] = block.T
         if stop < columns:
             weights[:, stop:] -= matmul(errors.T, factor[start:stop, stop:].T)
@@ -71,13 +73,16 @@ def _block_width(pattern: Pattern, shape: torch.Size, block_size: int) -> int:
     return block_size
 
 
-def _prune_block(problem: Problem, block: Tensor, factor: Tensor, start: int) -> Tensor:
+def _prune_block(
+    problem: Problem, block: Tensor, factor: Tensor, costs: Tensor, start: int
+) -> Tensor:
     """Prune `block`, columns from `start` on, transposed, in place.
 
     Args:
         problem: what is pruned.
         block: `(width, rows)`.
         factor: the factor's rows and columns of the block, `(width, width)`.
+        costs: square root of what pruning a weight of 1 costs, `(width, 1)`.
         start: number of the block's first column.
 
     Returns:
@@ -86,14 +91,14 @@ def _prune_block(problem: Problem, block: Tensor, factor: Tensor, start: int) ->
     pattern = problem.pattern
     diagonal = factor.diagonal()[:, None]
     if not isinstance(pattern, NM):
-        pruned = _chosen(problem, block / diagonal, start)
+        pruned = _chosen(problem, block * costs, start)
     else:
         pruned = torch.empty_like(block, dtype=torch.bool)
     errors = torch.empty_like(block)
     for j, row in enumerate(block):
         if isinstance(pattern, NM) and j % pattern.m == 0:
             group = slice(j, j + pattern.m)
-            scores = (block[group] / diagonal[group]).abs()
+            scores = (block[group] * costs[group]).abs()
             pruned[group] = pattern.surplus(scores.T.contiguous()).view(-1, pattern.m).T
         torch.mul(row, pruned[j] / diagonal[j], out=errors[j])
         block[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)

@@ -140,7 +140,7 @@ class _Network:
                 store(matmul(network.inner(x()).float(), self._dense.down)) for x in inputs
             ]
         down = self._dense.down
-        self._penalty = penalty * float(down.square().sum(dim=0).mean())
+        self._penalty = penalty * float(down.square().sum(dim=0).mean()) or penalty
         self._history: list[tuple[_Weights, Tensor]] = []
         self._factor, _ = cholesky(into.statistic, _DAMPING)
 
