@@ -61,7 +61,7 @@ from hf_sparse.structure import (
 )
 
 _RUN_FILE = "run.json"
-_SHARD_SIZE = "500MB"
+_SHARD_SIZE = "250MB"
 _PIECE = 1 << 14
 _HIDDEN = "activations-"
 

@@ -87,18 +87,27 @@ def regularised(gram: Tensor, damping: float) -> Tensor:
     return damped
 
 
-def cholesky(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+def cholesky(gram: Tensor, damping: float, *, reverse: bool = False) -> tuple[Tensor, float]:
     """The lower Cholesky factor of `regularised(gram, damping)`, with more damping if it fails.
+
+    Args:
+        gram: `(in_features, in_features)`.
+        damping: share of the mean diagonal.
+        reverse: factorise the matrix with its rows and columns in reverse order.
 
     Returns:
         The factor, and the damping that was needed.
+
+    Memory: twice the Gram matrix, beside it.
 
     Raises:
         ValueError: no damping up to `1e6` times the one asked for makes it positive definite.
     """
     tried = damping
     for _ in range(_RETRIES + 1):
-        factor, failed = torch.linalg.cholesky_ex(regularised(gram, tried))
+        damped = regularised(gram, tried)
+        damped = damped.flip(0, 1) if reverse else damped
+        factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             return factor, tried
         tried = max(tried, 1e-8) * 10
@@ -112,9 +121,10 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     """The upper triangular `U` with `Uᵀ U = regularised(gram)⁻¹`, and the damping that was needed.
 
     Of the reversed matrix `P H P = L Lᵀ` one triangular inverse gives it: `U = P L⁻¹ P`, which
-    avoids the inverse of H and its second factorisation.
+    avoids the inverse of H and its second factorisation. Memory: as `cholesky`.
     """
-    lower, used = cholesky(gram.flip(0, 1), damping)
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return inverse.flip(0, 1).contiguous(), used
+    lower, used = cholesky(gram, damping, reverse=True)
+    inverse = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    return inverse.flip(0, 1), used
