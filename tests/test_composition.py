@@ -433,3 +433,13 @@ def test_layers_that_are_zero_already_are_no_error(method: str) -> None:
             layer.weight.zero_()
     report = prune_(model, SparsityConfig("2:4"), method, tiny_batches("llama"))
     assert report.violations == 0
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps", "sparsellm"])
+def test_the_order_of_the_batches_makes_no_difference(method: str) -> None:
+    batches = tiny_batches("llama", count=5)
+    one, other = tiny_model("llama"), tiny_model("llama")
+    prune_(one, HALF, method, batches)
+    prune_(other, HALF, method, batches[::-1])
+    for first, second in zip(target_layers(one), target_layers(other), strict=True):
+        assert torch.equal(first.weight == 0, second.weight == 0)

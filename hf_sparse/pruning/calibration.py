@@ -124,14 +124,14 @@ def _check_ids(batches: list[dict[str, Any]], model: nn.Module) -> None:
     known = getattr(embed, "num_embeddings", None)
     for batch in batches:
         ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-        if ids is None:
+        if ids is None or known is None:
             continue
         if ids.is_floating_point() or not ids.numel():
             raise ValueError(
                 f"input_ids are {ids.dtype} of shape {tuple(ids.shape)}; wanted token ids, at least "
                 "one."
             )
-        if known is not None and not 0 <= int(ids.min()) <= int(ids.max()) < known:
+        if not 0 <= int(ids.min()) <= int(ids.max()) < known:
             raise ValueError(
                 f"input_ids are from {int(ids.min())} to {int(ids.max())}, but the model has {known} "
                 "tokens. Use the model's own tokenizer."

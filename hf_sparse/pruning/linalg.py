@@ -60,8 +60,12 @@ def _is_fast(*tensors: Tensor) -> bool:
 def add_gram_(gram: Tensor, inputs: Tensor) -> None:
     """Add `inputsᵀ inputs` to the lower triangle of a Gram matrix.
 
+    Products are in fp32. With an fp64 sum the order in which batches come, or the process that they
+    come to, makes no difference after rounding to fp32. (In fp32 it does: SparseGPT amplified the
+    last bits to 2 % of other masks in 30 blocks.)
+
     Args:
-        gram: `(in_features, in_features)`, fp32; above its diagonal panels nothing is written.
+        gram: `(in_features, in_features)`; above its diagonal panels nothing is written.
         inputs: `(tokens, in_features)`, of any float dtype.
     """
     columns = inputs.float().T.contiguous()

@@ -195,7 +195,7 @@ class _Network:
     def _fit_entries(self) -> None:
         """Set the first layers to the ridge fits of the pre-activations that were updated last."""
         entries = self._network.entries
-        products = [torch.zeros_like(layer.weight, dtype=torch.float32) for layer in entries]
+        products = [torch.zeros_like(layer.weight, dtype=torch.float64) for layer in entries]
         for inputs, outputs in self._batches():
             columns = inputs.T.contiguous()
             wanted = self._pre_activations(inputs, outputs)
@@ -206,20 +206,21 @@ class _Network:
         dense = [weight for weight in (self._dense.gate, self._dense.up) if weight is not None]
         damping = _DAMPING * float(self._into.statistic.diagonal().mean())
         for layer, product, given in zip(entries, products, dense, strict=True):
-            right = self._summed(product) + damping * given
+            right = self._summed(product).float() + damping * given
             layer.weight.copy_(torch.cholesky_solve(right.T, self._factor).T)
 
     def _fit_down(self, tokens: int) -> None:
         """Fit the last layer to the activations that are there now, and prune it."""
         down, dense = self._network.down, self._dense.down
-        gram = torch.zeros(dense.shape[1], dense.shape[1], device=dense.device)
-        product = torch.zeros_like(dense)
+        columns = dense.shape[1]
+        gram = torch.zeros(columns, columns, dtype=torch.float64, device=dense.device)
+        product = torch.zeros_like(dense, dtype=torch.float64)
         with FastProducts():
             for inputs, outputs in self._batches():
                 inner = self._network.inner(inputs.to(down.weight.dtype)).float()
                 add_gram_(gram, inner)
                 product += matmul(outputs.T, inner.T)
-        gram, product = mirror_(self._summed(gram)), self._summed(product)
+        gram, product = mirror_(self._summed(gram).float()), self._summed(product).float()
         factor, used = cholesky(gram, _DAMPING)
         right = product + used * gram.diagonal().mean() * dense
         down.weight.copy_(torch.cholesky_solve(right.T, factor).T)
@@ -264,7 +265,7 @@ class _Network:
 
     def _summed(self, tensor: Tensor) -> Tensor:
         task = self._pruner.task
-        return task.accelerator.reduce(tensor) if task.is_shared else tensor
+        return task.accelerator.reduce(tensor, "sum") if task.is_shared else tensor
 
 
 def _fitted(

@@ -22,8 +22,6 @@ from hf_sparse.pruning.recording import TokenMasks
 from hf_sparse.pruning.walk import EnoughSeen
 from hf_sparse.structure import TargetLayer
 
-_BUFFERED_TOKENS = 2048
-
 
 @dataclass(frozen=True)
 class Seen:
@@ -46,8 +44,7 @@ class InputStatistics(ABC):
     Args:
         accelerator: its processes add up what they saw.
 
-    Memory: one sum per group of layers and up to 2,048 of its inputs; the inputs of a block's
-    layers for one batch.
+    Memory: one sum per group of layers, and the inputs of a block's layers for one batch.
     """
 
     def __init__(self, accelerator: Any = None) -> None:
@@ -57,7 +54,6 @@ class InputStatistics(ABC):
         self._leaders: dict[str, str] = {}  # the layer whose inputs a layer shares; itself if none
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
-        self._buffers: dict[str, list[Tensor]] = {}
         self._now: dict[str, Tensor] = {}  # inputs of the call of the block that runs
         self._calls: dict[str, int] = {}
         self._runs_once = False
@@ -78,7 +74,7 @@ class InputStatistics(ABC):
         """
         self._layers = layers
         self._leaders, self._sums, self._tokens = {}, {}, {}
-        self._buffers, self._now, self._calls = {}, {}, dict.fromkeys((x.name for x in layers), 0)
+        self._now, self._calls = {}, dict.fromkeys((layer.name for layer in layers), 0)
         self._runs_once = False
         hooks = [
             layer.module.register_forward_pre_hook(partial(self._see, layer.name, stop))
@@ -112,13 +108,12 @@ class InputStatistics(ABC):
             found.setdefault(self._leaders.get(layer.name, layer.name), []).append(layer)
         seen = []
         for leader, layers in found.items():
-            self._flush(leader)
             total = self._sums.pop(leader, None)
             if total is None:
                 total = self._new(layers[0].weight)
             tokens = torch.tensor(self._tokens.get(leader, 0), device=total.device)
             if self._accelerator is not None and self._accelerator.num_processes > 1:
-                total, tokens = self._accelerator.reduce(total), self._accelerator.reduce(tokens)
+                total, tokens = (self._accelerator.reduce(x, "sum") for x in (total, tokens))
             total = self._finished(total)
             if not torch.isfinite(total).all():
                 raise ValueError(
@@ -158,17 +153,7 @@ class InputStatistics(ABC):
         inputs = inputs.reshape(-1, inputs.shape[-1])
         if mask is not None:
             inputs = inputs[mask.to(inputs.device)]
-        buffer = self._buffers.setdefault(name, [])
-        buffer.append(inputs)
         self._tokens[name] = self._tokens.get(name, 0) + len(inputs)
-        if sum(map(len, buffer)) >= _BUFFERED_TOKENS:
-            self._flush(name)
-
-    def _flush(self, name: str) -> None:
-        buffer = self._buffers.pop(name, [])
-        if not buffer:
-            return
-        inputs = torch.cat(buffer)
         if name not in self._sums:
             self._sums[name] = self._new(inputs)
         self._accumulate(self._sums[name], inputs)
@@ -206,14 +191,14 @@ class Norms(InputStatistics):
 
 
 class Grams(InputStatistics):
-    """Gram matrix of the inputs over all tokens, `(in_features, in_features)`, fp32."""
+    """Gram matrix of the inputs over all tokens, `(in_features, in_features)`, fp32; summed in fp64."""
 
     def _new(self, inputs: Tensor) -> Tensor:
         features = inputs.shape[-1]
-        return torch.zeros(features, features, device=inputs.device)
+        return torch.zeros(features, features, dtype=torch.float64, device=inputs.device)
 
     def _accumulate(self, total: Tensor, inputs: Tensor) -> None:
         add_gram_(total, inputs)
 
     def _finished(self, total: Tensor) -> Tensor:
-        return mirror_(total)
+        return mirror_(total.float())
