@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_sparse import SparsityConfig, prune_, prune_checkpoint
@@ -140,10 +142,72 @@ def test_a_full_disk_keeps_the_finished_blocks(dense: Path, tmp_path: Path, monk
 def test_a_damaged_work_folder_is_an_error(dense: Path, tmp_path: Path) -> None:
     work = tmp_path / "out.unfinished"
     work.mkdir()
-    with pytest.raises(ValueError, match="no work folder"):
-        prune_checkpoint(
-            dense, tmp_path / "out", CONFIG, "wanda", tiny_batches("llama"), resume=True
-        )
+    batches = tiny_batches("llama")
+    for text in (None, "{", "[]"):
+        if text is not None:
+            (work / "run.json").write_text(text)
+        with pytest.raises(ValueError, match=r"run\.json .*Remove"):
+            prune_checkpoint(dense, tmp_path / "out", CONFIG, "wanda", batches, resume=True)
+
+
+@pytest.fixture
+def stopped(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The work folder of a run that was killed after two blocks."""
+    finish = streaming._OnDisk.finish
+
+    def breaking(self, step) -> None:
+        finish(self, step)
+        if step.name.endswith("1"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming._OnDisk, "finish", breaking)
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(dense, tmp_path / "out", CONFIG, "sparsegpt", tiny_batches("llama"))
+    return tmp_path / "out.unfinished"
+
+
+def resume(dense: Path, stopped: Path) -> None:
+    batches = tiny_batches("llama")
+    prune_checkpoint(dense, stopped.with_suffix(""), CONFIG, "sparsegpt", batches, resume=True)
+
+
+def test_a_source_with_other_weights_is_not_resumed(dense: Path, stopped: Path) -> None:
+    tiny_model("llama", seed=5).save_pretrained(dense)
+    with pytest.raises(ValueError, match="of a run with another source"):
+        resume(dense, stopped)
+
+
+@pytest.mark.parametrize("damage", ["value", "tensor", "metadata", "truncated"])
+def test_damaged_blocks_are_not_resumed(dense: Path, stopped: Path, damage: str) -> None:
+    file = stopped / "model.layers.0.safetensors"
+    with safe_open(file, "pt") as opened:
+        tensors, metadata = {k: opened.get_tensor(k) for k in opened.keys()}, opened.metadata()  # noqa: SIM118
+    name = "model.layers.0.self_attn.q_proj.weight"
+    if damage == "value":
+        tensors[name][3] += 1
+    elif damage == "tensor":
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(name)}
+    elif damage == "metadata":
+        metadata = None
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-50])
+    else:
+        save_file(tensors, file, metadata)
+    with pytest.raises(ValueError, match=r"layers\.0\.safetensors"):
+        resume(dense, stopped)
+    file.unlink()
+    resume(dense, stopped)  # the other block is still good
+
+
+def test_an_error_before_the_first_block_leaves_nothing(dense: Path, tmp_path: Path) -> None:
+    batches = tiny_batches("llama")
+    with pytest.raises(ValueError, match="damping is -1"):
+        prune_checkpoint(dense, tmp_path / "out", CONFIG, "sparsegpt", batches, damping=-1.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(NotADirectoryError):
+        prune_checkpoint(dense, tmp_path / "out", CONFIG, "sparsegpt", batches)
 
 
 def test_the_command_streams_and_resumes(dense: Path, tmp_path: Path, capsys) -> None:
@@ -162,6 +226,21 @@ def test_the_command_streams_and_resumes(dense: Path, tmp_path: Path, capsys) ->
     assert main([*arguments, "--option", "block_size=many"]) == 1
     assert "wanted a value like block_size=128" in capsys.readouterr().err
     assert state(tmp_path / "out").keys() == state(dense).keys()
+
+
+def test_two_runs_do_not_share_a_work_folder(dense: Path, tmp_path: Path, monkeypatch) -> None:
+    batches, finish = tiny_batches("llama"), streaming._OnDisk.finish
+    refused: list[str] = []
+
+    def second_run(self, step) -> None:
+        with pytest.raises(ValueError, match="in use by a run that still goes on") as error:
+            prune_checkpoint(dense, tmp_path / "out", CONFIG, "wanda", batches, resume=True)
+        refused.append(str(error.value))
+        finish(self, step)
+
+    monkeypatch.setattr(streaming._OnDisk, "finish", second_run)
+    prune_checkpoint(dense, tmp_path / "out", CONFIG, "wanda", batches)
+    assert len(refused) == 3
 
 
 _MEMORY = """

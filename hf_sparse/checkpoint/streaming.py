@@ -12,10 +12,8 @@ block's result follows from its inputs alone, it is the same bit for bit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,6 +36,12 @@ from hf_sparse.checkpoint.config_files import write_configs
 from hf_sparse.checkpoint.loading import dense_model_class
 from hf_sparse.checkpoint.reading import open_file, read_headers, read_parts
 from hf_sparse.checkpoint.save import save_pretrained
+from hf_sparse.checkpoint.work_folder import (
+    HIDDEN_STATES,
+    read_json,
+    sampled_hash,
+    work_folder,
+)
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FormatError, compress, decompress, join, locate
 from hf_sparse.pruning.activations import on_disk
@@ -60,10 +64,7 @@ from hf_sparse.structure import (
     with_head_size,
 )
 
-_RUN_FILE = "run.json"
 _SHARD_SIZE = "250MB"
-_PIECE = 1 << 14
-_HIDDEN = "activations-"
 
 
 @torch.no_grad()
@@ -128,11 +129,8 @@ def prune_checkpoint(
     start = time.perf_counter()
     residence = _OnDisk(model, layers, config, notes := Notes())
     run = _described(model, residence.files, config, recipe, inputs)
-    work = residence.work = _work_folder(folder, run, resume)
-    with (
-        _kept_if_begun(work),
-        tempfile.TemporaryDirectory(dir=work, prefix=_HIDDEN) as hidden,
-    ):
+    with work_folder(folder, run, resume=resume) as work:
+        residence.work = work
         task = Task(
             model,
             find_stacks(model),
@@ -141,7 +139,7 @@ def prune_checkpoint(
             inputs,
             notes=notes,
             residence=residence,
-            store=on_disk(Path(hidden)),
+            store=on_disk(work / HIDDEN_STATES),
         )
         with quiet(model):
             task.sparsities = _sparsities(work, recipe, task)
@@ -155,16 +153,15 @@ def prune_checkpoint(
             time.perf_counter() - start,
             (*residence.earlier_notes, *notes.lines(), *notes_on(model, config)),
         )
-    save_pretrained(
-        model,
-        folder,
-        config,
-        tokenizer=tokenizer,
-        report=report,
-        base_model=base_model,
-        max_shard_size=_SHARD_SIZE,
-    )
-    shutil.rmtree(work)
+        save_pretrained(
+            model,
+            folder,
+            config,
+            tokenizer=tokenizer,
+            report=report,
+            base_model=base_model,
+            max_shard_size=_SHARD_SIZE,
+        )
     return report
 
 
@@ -193,7 +190,7 @@ def _described(
     """What a run must share with the one that it resumes."""
     return {
         "hf_sparse": hf_sparse.__version__,
-        "source": {file.name: _sampled_hash(file) for file in sorted(files)},
+        "source": {file.name: sampled_hash(file) for file in sorted(files)},
         "model": json.loads(model.config.to_json_string()),
         "dtype": str(model.dtype),
         "config": config.to_dict(),
@@ -201,30 +198,6 @@ def _described(
         "options": {**recipe.all_options, **asdict(recipe.composition)},
         "calibration": fingerprint(inputs),
     }
-
-
-def _work_folder(folder: Path, run: dict[str, Any], resume: bool) -> Path:
-    """The work folder, new or of the run that is resumed."""
-    work = folder.with_name(f"{folder.name}.unfinished")
-    described = json.loads(json.dumps(run))
-    if not work.exists():
-        work.mkdir(parents=True)
-        (work / _RUN_FILE).write_text(json.dumps(described, indent=2))
-        return work
-    if not resume:
-        raise ValueError(
-            f"{work} is there: a run was stopped. Go on with it by resume=True (--resume), or remove "
-            "it."
-        )
-    known = _read_json(work / _RUN_FILE)
-    if changed := [key for key, value in described.items() if known.get(key) != value]:
-        raise ValueError(
-            f"{work} is of a run with another {', '.join(changed)} (it had "
-            f"{str(known.get(changed[0]))[:80]!r}). Resume with the same arguments, or remove it."
-        )
-    for left in work.glob(f"{_HIDDEN}*"):
-        shutil.rmtree(left)
-    return work
 
 
 def _sparsities(work: Path, recipe: Recipe, task: Task) -> dict[str, float]:
@@ -236,47 +209,12 @@ def _sparsities(work: Path, recipe: Recipe, task: Task) -> dict[str, float]:
         fresh.write_text(json.dumps(found))
         sync_file(fresh)
         fresh.replace(file)
-    known: dict[str, float] = _read_json(file)
+    known: dict[str, float] = read_json(file)
     if known.keys() != {layer.name for layer in task.layers}:
         raise ValueError(
             f"{file} does not tell the sparsity of every layer. Remove it, and resume."
         )
     return known
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{file} cannot be read ({error}): {file.parent} is damaged, or no work folder of "
-            "hf_sparse. Remove the folder and start again."
-        ) from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a {type(found).__name__}. Remove {file.parent}.")
-    return found
-
-
-def _sampled_hash(file: Path) -> str:
-    """A hash of a file's size, its header and 64 pieces of 16 KB, by which a resumed run knows it."""
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as opened:
-        for piece in range(65):
-            opened.seek(max(size - _PIECE, 0) * piece // 64)
-            digest.update(opened.read(_PIECE))
-    return digest.hexdigest()
-
-
-@contextmanager
-def _kept_if_begun(work: Path) -> Iterator[None]:
-    """Remove a work folder without finished blocks when an error ends the run."""
-    try:
-        yield
-    except Exception:
-        if not any(work.glob("*.safetensors")):
-            shutil.rmtree(work)
-        raise
 
 
 class _Weights(Mapping[str, Tensor]):

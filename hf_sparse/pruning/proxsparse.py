@@ -355,23 +355,25 @@ def _check_labels(task: Task) -> None:
 def _training(task: Task, gradient_checkpointing: bool) -> Iterator[None]:
     """Gradients for the task's weights alone; without dropout."""
     model: Any = task.model
-    known = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    known = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     chosen = {id(layer.parameter) for layer in task.layers}
     modes = [(module, module.training) for module in model.modules()]
-    for parameter, _ in known:
+    for parameter, _, _ in known:
         parameter.requires_grad_(id(parameter) in chosen)
-    if gradient_checkpointing:
+    switches = gradient_checkpointing and not model.is_gradient_checkpointing
+    if switches:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if gradient_checkpointing:
         for module, _ in modes:  # checkpointing works in training mode alone
             module.training = not isinstance(module, nn.Dropout)
     try:
         with torch.enable_grad():
             yield
     finally:
-        if gradient_checkpointing:
+        if switches:
             model.gradient_checkpointing_disable()
         for module, mode in modes:
             module.training = mode
-        for parameter, flag in known:
+        for parameter, flag, grad in known:
             parameter.requires_grad_(flag)
-            parameter.grad = None
+            parameter.grad = grad

@@ -1,0 +1,111 @@
+"""The work folder of a run that can be killed and resumed.
+
+It belongs to one run: `run.json` says which, and is locked while the run goes on (where the system
+has `flock`). When the run ends it is removed; an error before the first finished block removes it
+too, later ones leave it to be resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+HIDDEN_STATES = "hidden_states"
+_RUN_FILE = "run.json"
+_PIECES, _PIECE = 64, 1 << 14
+
+
+@contextmanager
+def work_folder(folder: Path, run: dict[str, Any], *, resume: bool) -> Iterator[Path]:
+    """The work folder beside an output folder, with an empty folder for hidden states in it.
+
+    Args:
+        folder: the output.
+        run: what a run must share with the one that it resumes, as JSON has it.
+        resume: go on with the folder that is there.
+
+    Raises:
+        ValueError: it is there without `resume`, is of another run, damaged, or in use.
+    """
+    work = folder.with_name(f"{folder.name}.unfinished")
+    described = json.loads(json.dumps(run))
+    if not work.exists():
+        work.mkdir(parents=True)
+        (work / _RUN_FILE).write_text(json.dumps(described, indent=2))
+    elif not resume:
+        raise ValueError(
+            f"{work} is there: a run was stopped. Go on with it by resume=True (--resume), or remove "
+            "it."
+        )
+    _check_run(work, described)
+    with (work / _RUN_FILE).open() as file:
+        _lock(file, work)
+        hidden = work / HIDDEN_STATES
+        shutil.rmtree(hidden, ignore_errors=True)
+        hidden.mkdir()
+        try:
+            yield work
+        except Exception:
+            if not any(work.glob("*.safetensors")):
+                shutil.rmtree(work)
+            raise
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+        shutil.rmtree(work)
+
+
+def _check_run(work: Path, described: dict[str, Any]) -> None:
+    known = read_json(work / _RUN_FILE)
+    if changed := [key for key, value in described.items() if known.get(key) != value]:
+        raise ValueError(
+            f"{work} is of a run with another {', '.join(changed)} (it had "
+            f"{str(known.get(changed[0]))[:80]!r}). Resume with the same arguments, or remove it."
+        )
+
+
+def _lock(file: IO[str], work: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{work} is in use by a run that still goes on. Wait for it.") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a file of a work folder.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}): {file.parent} is damaged, or no work folder of "
+            "hf_sparse. Remove the folder and start again."
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a {type(found).__name__}. Remove {file.parent}.")
+    return found
+
+
+def sampled_hash(file: Path) -> str:
+    """A hash of a file's size, its header and 64 pieces of 16 KB, by which a resumed run knows it."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as opened:
+        for piece in range(_PIECES + 1):
+            opened.seek(max(size - _PIECE, 0) * piece // _PIECES)
+            digest.update(opened.read(_PIECE))
+    return digest.hexdigest()
