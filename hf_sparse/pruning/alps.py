@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.patterns import Pattern, Unstructured
-from hf_sparse.pruning.linalg import matmul, regularised
+from hf_sparse.pruning.linalg import matmul
 from hf_sparse.pruning.problem import Problem
 
 _SAMPLE = 1 << 15
@@ -56,10 +56,7 @@ def solve(
             f"damping is {damping}, iterations {iterations}, refit_steps {refit_steps}; wanted "
             "damping > 0, iterations >= 1, refit_steps >= 0."
         )
-    gram = regularised(problem.gram, 0.0)
-    scale = gram.diagonal().sqrt()
-    gram = gram / scale[:, None] / scale
-    gram.diagonal().add_(problem.damping(damping))
+    gram, scale = problem.scaled_gram(damping)
     dense, dead = problem.joined, problem.dead
     weights = (dense * scale).masked_fill_(dead, 0)
     split = _admm(problem, weights, gram, iterations)

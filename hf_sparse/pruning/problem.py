@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.patterns import Pattern
-from hf_sparse.pruning.linalg import matmul
+from hf_sparse.pruning.linalg import matmul, regularised
 from hf_sparse.pruning.statistics import InputStatistics, Seen
 
 
@@ -81,6 +81,18 @@ class Problem:
         if self.statistic.ndim == 1:
             raise ValueError("only norms of the inputs were collected; wanted Gram matrices.")
         return self.statistic
+
+    def scaled_gram(self, damping: float) -> tuple[Tensor, Tensor]:
+        """The Gram matrix of inputs that are scaled to unit norm, damped, and the norms.
+
+        Args:
+            damping: added to its diagonal of 1; see `damping`.
+        """
+        gram = regularised(self.gram, 0.0)
+        norms = gram.diagonal().sqrt()
+        gram = gram / norms[:, None] / norms
+        gram.diagonal().add_(self.damping(damping))
+        return gram, norms
 
     @property
     def joined(self) -> Tensor:

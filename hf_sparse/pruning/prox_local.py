@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_sparse.optim.prox import MAX_GROUP, nm_shrink_
 from hf_sparse.patterns import NM, Pattern
-from hf_sparse.pruning.linalg import matmul, regularised
+from hf_sparse.pruning.linalg import matmul
 from hf_sparse.pruning.problem import Problem
 
 _POWER_STEPS = 20
@@ -69,10 +69,7 @@ def solve(
             f"lam is {lam}, growth {growth}, iterations {iterations}, damping {damping}; wanted "
             "lam > 0, growth >= 1, iterations >= 1, damping > 0."
         )
-    gram = regularised(problem.gram, 0.0)
-    scale = gram.diagonal().sqrt()
-    gram = gram / scale[:, None] / scale
-    gram.diagonal().add_(problem.damping(damping))
+    gram, scale = problem.scaled_gram(damping)
     target = problem.joined * scale
     weights = target.clone()
     step = 1 / _largest_eigenvalue(gram)
