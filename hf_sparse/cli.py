@@ -244,11 +244,16 @@ def load(source: str, options: argparse.Namespace, needs_tokenizer: bool = True)
     model = model_class.from_pretrained(source, dtype=options.dtype, **known)
     if not needs_tokenizer:
         return model, None
-    return model, load_tokenizer(source, options)
+    return model, load_tokenizer(source, options, config)
 
 
-def load_tokenizer(source: str, options: argparse.Namespace) -> Any:
+def load_tokenizer(source: str, options: argparse.Namespace, config: Any = None) -> Any:
     """Load a model's tokenizer, from --tokenizer if that is given.
+
+    Args:
+        source: of the model.
+        options: of the command.
+        config: of the model, if it is known already.
 
     Raises:
         ValueError: there is no such folder, or the tokenizer is not the model's.
@@ -256,7 +261,8 @@ def load_tokenizer(source: str, options: argparse.Namespace) -> Any:
     import transformers
 
     known = _known_arguments(source, options)
-    config = transformers.AutoConfig.from_pretrained(source, **known)
+    if config is None:
+        config = transformers.AutoConfig.from_pretrained(source, **known)
     given = {"pretrained_model_name_or_path": options.tokenizer or source}
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         **given, **({} if options.tokenizer else known)

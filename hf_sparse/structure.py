@@ -158,6 +158,12 @@ def layers_in(block: nn.Module, layers: Sequence[TargetLayer]) -> list[TargetLay
     return [layer for layer in layers if id(layer.module) in modules]
 
 
+def layers_outside(stacks: Sequence[Stack], layers: Sequence[TargetLayer]) -> list[TargetLayer]:
+    """Those of the layers that are in no block, in their order."""
+    inside = {id(m) for stack in stacks for block in stack.blocks for m in block.modules()}
+    return [layer for layer in layers if id(layer.module) not in inside]
+
+
 def with_head_size(config: SparsityConfig, model: nn.Module) -> SparsityConfig:
     """Complete pattern `head` with the size of the model's heads; other configs stay as they are.
 

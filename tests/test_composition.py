@@ -270,6 +270,20 @@ def test_proxsparse_learns_masks_and_keeps_weights() -> None:
     assert report.zeros == untouched.zeros
 
 
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, call: int) -> list[object]:
+    """Let the loss of ProxSparse raise at one call; returns the list that counts them."""
+    real, calls = proxsparse._loss, []
+
+    def breaking(*args: object) -> torch.Tensor:
+        calls.append(args)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(proxsparse, "_loss", breaking)
+    return calls
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_proxsparse_goes_on_where_it_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
@@ -279,16 +293,7 @@ def test_proxsparse_goes_on_where_it_was_stopped(
     options = {"epochs": 6, "accumulate": 2, "gradient_checkpointing": checkpointing, "lam": 0.05}
     whole, stopped = tiny_model("llama"), tiny_model("llama")
     prune_(whole, config, "proxsparse", batches, **options)
-    real = proxsparse._loss
-    calls = []
-
-    def breaking(*args: object) -> torch.Tensor:
-        calls.append(args)
-        if len(calls) == 11:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(proxsparse, "_loss", breaking)
+    calls = interrupt_at(monkeypatch, 11)
     with pytest.raises(KeyboardInterrupt):
         prune_(stopped, config, "proxsparse", batches, state=str(tmp_path), **options)
     fresh = tiny_model("llama")
@@ -409,15 +414,7 @@ def test_proxsparse_gives_the_weights_back_when_it_fails(
     if failure == "one token":
         batches.append({"input_ids": torch.tensor([[5]])})
     else:
-        real, calls = proxsparse._loss, []
-
-        def breaking(*args: object) -> torch.Tensor:
-            calls.append(args)
-            if len(calls) == 3:
-                raise KeyboardInterrupt
-            return real(*args)
-
-        monkeypatch.setattr(proxsparse, "_loss", breaking)
+        interrupt_at(monkeypatch, 3)
         error = KeyboardInterrupt
     with pytest.raises(error):
         prune_(model, SparsityConfig("2:4"), "proxsparse", batches, accumulate=1)

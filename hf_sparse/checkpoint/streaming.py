@@ -34,7 +34,13 @@ import hf_sparse
 from hf_sparse.checkpoint.atomic import sync_file
 from hf_sparse.checkpoint.config_files import write_configs
 from hf_sparse.checkpoint.loading import dense_model_class
-from hf_sparse.checkpoint.reading import open_file, read_headers, read_parts
+from hf_sparse.checkpoint.reading import (
+    StoredTensor,
+    open_file,
+    read_headers,
+    read_parts,
+    restore_state_dict,
+)
 from hf_sparse.checkpoint.save import save_pretrained
 from hf_sparse.checkpoint.work_folder import (
     HIDDEN_STATES,
@@ -59,6 +65,7 @@ from hf_sparse.structure import (
     check_finite,
     find_stacks,
     layers_in,
+    layers_outside,
     num_parameters,
     target_layers,
     with_head_size,
@@ -167,12 +174,10 @@ def prune_checkpoint(
 
 def _check(model: PreTrainedModel, layers: list[TargetLayer], config: SparsityConfig) -> None:
     """Refuse what would only be noticed after hours."""
-    blocks = [block for stack in find_stacks(model) for block in stack.blocks]
-    inside = {layer.name for block in blocks for layer in layers_in(block, layers)}
-    if outside := [layer.name for layer in layers if layer.name not in inside]:
+    if outside := layers_outside(find_stacks(model), layers):
         raise ValueError(
-            f"{outside[0]} is outside the blocks, and only blocks are streamed. Leave it out, or prune "
-            "the model in memory with prune_."
+            f"{outside[0].name} is outside the blocks, and only blocks are streamed. Leave it out, or "
+            "prune the model in memory with prune_."
         )
     for layer in layers:
         check_divides(config.pattern, layer.weight_name, *layer.weight.shape)
@@ -222,7 +227,7 @@ class _Weights(Mapping[str, Tensor]):
 
     def __init__(self, source: Mapping[str, Tensor]) -> None:
         self.source = source
-        self.pruned: dict[str, Any] = {}
+        self.pruned: dict[str, StoredTensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.pruned:
@@ -254,7 +259,7 @@ class _OnDisk(Residence):
         self._layers, self._config, self._notes = layers, config, notes
         self.work = Path()
         self._names = {id(module): name for name, module in model.named_modules()}
-        maps = [part.weights_map for part in _hooks(model) if part.weights_map is not None]
+        maps = [hook.weights_map for hook in _hooks(model)]
         self._weights = _Weights(maps[0].dataset)
         for weights_map in maps:
             weights_map.dataset = self._weights
@@ -301,8 +306,9 @@ class _OnDisk(Residence):
             raise FormatError(f"{file} is damaged. Remove this file, and resume.")
         self._publish(file, known["counts"])
         self.earlier_notes = tuple(known["notes"])
+        weights = restore_state_dict(tensors)
         for layer in layers:
-            layer.parameter.data.copy_(self._weights[layer.weight_name])
+            layer.parameter.data.copy_(weights[layer.weight_name])
         return True
 
     def finish(self, step: BlockStep) -> None:

@@ -24,6 +24,7 @@ from hf_sparse.patterns import NM, Pattern
 from hf_sparse.pruning.statistics import Norms
 from hf_sparse.pruning.task import Task
 from hf_sparse.pruning.walk import BlockStep, walk
+from hf_sparse.pruning.wanda import wanda_scores
 from hf_sparse.structure import TargetLayer, layers_in
 
 ALLOCATIONS = ("uniform", "owl", "alpha")
@@ -84,7 +85,7 @@ def outlier_share(step: BlockStep, layers: Sequence[TargetLayer], norms: Norms) 
         step.run(norms)
     scores = torch.cat(
         [
-            (layer.weight.abs().float() * seen.statistic.float()).flatten()
+            wanda_scores(layer.weight, seen.statistic).flatten()
             for seen in norms.groups()
             for layer in seen.layers
         ]

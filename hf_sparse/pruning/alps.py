@@ -60,12 +60,7 @@ def solve(
     dense, dead = problem.joined, problem.dead
     weights = (dense * scale).masked_fill_(dead, 0)
     split = _admm(problem, weights, gram, iterations)
-    mask = torch.cat(
-        [
-            problem.pattern.keep(part.abs(), sparsity)
-            for part, sparsity in zip(problem.split(split), problem.sparsities, strict=True)
-        ]
-    )
+    mask = torch.cat(problem.keep(problem.split(split.abs())))
     fitted = refit(split * mask, mask, weights, gram, refit_steps)
     return problem.split(torch.where(dead, dense * mask, fitted / scale))
 

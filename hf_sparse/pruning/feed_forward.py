@@ -132,8 +132,7 @@ class Recorder:
 
     def _enter(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._entered = args[0]
-        inputs, mask = args[0].reshape(-1, args[0].shape[-1]), self._masks.of(args[0])
-        self.inputs.append(self._store(inputs if mask is None else inputs[mask]))
+        self.inputs.append(self._store(self._masks.counted(args[0])))
 
     def _inside(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if len(self.inputs) > 1 or self._entered is None:

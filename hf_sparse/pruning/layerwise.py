@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from accelerate.utils import broadcast, gather_object
@@ -11,11 +12,10 @@ from torch import Tensor
 
 from hf_sparse.pruning.problem import Notes, Problem, Solver, by_scores
 from hf_sparse.pruning.reconstruction import reconstruct_
-from hf_sparse.pruning.recording import token_masks
 from hf_sparse.pruning.statistics import Grams, InputStatistics, Seen
 from hf_sparse.pruning.task import Task
-from hf_sparse.pruning.walk import BlockStep, Observer, walk
-from hf_sparse.structure import TargetLayer, layers_in
+from hf_sparse.pruning.walk import BlockStep, Observer, run_model, walk
+from hf_sparse.structure import TargetLayer, layers_in, layers_outside
 
 
 @dataclass
@@ -138,8 +138,6 @@ def prune(
         ValueError: a layer's inputs are not finite; the message names it.
     """
     task = pruner.task
-    inside = {id(m) for stack in task.stacks for block in stack.blocks for m in block.modules()}
-    outside = [layer for layer in task.layers if id(layer.module) not in inside]
     lowered = []
     for step in walk(**task.data, follow_dense=reconstruct > 0):
         if task.residence.restore(step):
@@ -157,10 +155,5 @@ def prune(
             f"outputs) went from {before:.4f} to {after:.4f}.",
         )
 
-    def run_model(observer: Observer) -> None:
-        for batch in task.batches:
-            observer.on_batch(token_masks(batch))
-            task.model(**batch)
-            observer.end_call()
-
-    pruner.prune(run_model, outside, stop=False)
+    outside = layers_outside(task.stacks, task.layers)
+    pruner.prune(partial(run_model, task.model, task.batches), outside, stop=False)

@@ -2,7 +2,7 @@
 
 `torch.matmul` in fp32 goes to MKL, which runs at less than half speed on AMD CPUs; oneDNN, which
 torch also ships, does not (measured on Zen 5: 205 against 450 GFLOP/s). `matmul` and
-`fast_products` therefore go through oneDNN on the CPU. Results differ in summation order alone.
+`FastProducts` therefore go through oneDNN on the CPU. Results differ in summation order alone.
 """
 
 from __future__ import annotations

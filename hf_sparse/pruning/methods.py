@@ -48,6 +48,7 @@ class Method:
         prune_block: prunes the layers of one block.
         nm_only: whether it learns N:M masks and nothing else.
         sharded: whether it works on weights that FSDP2 has cut into shards.
+        trains: whether it trains the whole model.
     """
 
     summary: str
@@ -57,6 +58,7 @@ class Method:
     prune_block: PruneBlock = prune_layers
     nm_only: bool = False
     sharded: bool = False
+    trains: bool = False
 
     def options(self) -> dict[str, Any]:
         """The method's own options and their defaults."""
@@ -98,6 +100,7 @@ METHODS = {
         masks=proxsparse.masks,
         nm_only=True,
         sharded=True,
+        trains=True,
     ),
 }
 
@@ -136,7 +139,7 @@ class Composition:
             raise ValueError(f"refine is {self.refine!r}; wanted None or 'swaps'.")
         if self.refine:
             swaps.check_pattern(pattern)
-        if not isinstance(self.reconstruct, int) or self.reconstruct < 0:
+        if self.reconstruct < 0:
             raise ValueError(
                 f"reconstruct is {self.reconstruct!r}; wanted passes over the data, 0 or more."
             )
@@ -191,8 +194,8 @@ class Recipe:
 
     @property
     def trains(self) -> bool:
-        """Whether blocks are trained."""
-        return self.composition.reconstruct > 0
+        """Whether blocks or the model are trained."""
+        return self.method.trains or self.composition.reconstruct > 0
 
     @property
     def all_options(self) -> dict[str, Any]:
@@ -221,7 +224,7 @@ class Recipe:
         """
         if self.needs_calibration:
             _check_inputs(task.layers)
-            if torch.is_inference_mode_enabled() and (self.name == "proxsparse" or self.trains):
+            if torch.is_inference_mode_enabled() and self.trains:
                 raise ValueError(
                     "weights cannot be trained inside torch.inference_mode(). Call prune_ outside it."
                 )

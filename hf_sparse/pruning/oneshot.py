@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.pruning.calibration import checked_batches
 from hf_sparse.pruning.methods import Recipe
-from hf_sparse.pruning.task import Task, own_batches
+from hf_sparse.pruning.processes import own_batches
+from hf_sparse.pruning.task import Task
 from hf_sparse.pruning.walk import Residence
 from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure import (

@@ -111,6 +111,11 @@ class Problem:
         """Undo `joined` for a tensor of its rows."""
         return list(joined.split([len(weight) for weight in self.weights]))
 
+    def keep(self, scores: Sequence[Tensor]) -> list[Tensor]:
+        """The masks of the weights to keep, those of highest score, of each layer."""
+        pairs = zip(scores, self.sparsities, strict=True)
+        return [self.pattern.keep(score, sparsity) for score, sparsity in pairs]
+
     def note(self, remark: str) -> None:
         """Tell the report something about these layers."""
         self.notes.add(self.names, remark)
@@ -153,12 +158,10 @@ class Solver:
     updates: bool
 
 
-def by_scores(problem: Problem, scores: Sequence[Tensor], per_row: bool = False) -> list[Tensor]:
+def by_scores(problem: Problem, scores: Sequence[Tensor]) -> list[Tensor]:
     """The weights with those of lowest score zeroed; the others stay as they are."""
-    return [
-        weight * problem.pattern.keep(score, sparsity, per_row=per_row)
-        for weight, score, sparsity in zip(problem.weights, scores, problem.sparsities, strict=True)
-    ]
+    masks = problem.keep(scores)
+    return [weight * mask for weight, mask in zip(problem.weights, masks, strict=True)]
 
 
 def layer_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:

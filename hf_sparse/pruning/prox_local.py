@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_sparse.optim.prox import MAX_GROUP, nm_shrink_
 from hf_sparse.patterns import NM, Pattern
 from hf_sparse.pruning.linalg import matmul
-from hf_sparse.pruning.problem import Problem
+from hf_sparse.pruning.problem import Problem, by_scores
 
 _POWER_STEPS = 20
 
@@ -81,8 +81,7 @@ def solve(
         strength *= growth
         if pattern.follows(weights):
             break
-    masks = problem.split(pattern.keep(weights.abs(), pattern.implied_sparsity))
-    return [weight * mask for weight, mask in zip(problem.weights, masks, strict=True)]
+    return by_scores(problem, problem.split(weights.abs()))
 
 
 def _largest_eigenvalue(gram: Tensor) -> float:

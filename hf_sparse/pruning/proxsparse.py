@@ -23,6 +23,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,13 @@ from hf_sparse.optim.prox import nm_shrink_
 from hf_sparse.optim.sharding import local_part, processes_of
 from hf_sparse.patterns import NM
 from hf_sparse.pruning.calibration import fingerprint
+from hf_sparse.pruning.processes import averaged, steps_per_epoch
 from hf_sparse.pruning.prox_local import check_learnable
-from hf_sparse.pruning.reconstruction import has_fast_bf16, steps_per_epoch
-from hf_sparse.pruning.recording import Batch, token_masks
+from hf_sparse.pruning.recording import Batch
 from hf_sparse.pruning.statistics import Norms
 from hf_sparse.pruning.task import Task
+from hf_sparse.pruning.training import fast_autocast, trainable
+from hf_sparse.pruning.walk import run_model
 from hf_sparse.selection import Processes
 from hf_sparse.structure import TargetLayer
 
@@ -207,8 +210,8 @@ class _Learner:
                 master.grad = torch.zeros_like(master)
                 continue
             grad = local_part(parameter.grad).float()
-            if self._task.is_shared and not isinstance(parameter.grad, DTensor):
-                grad = self._task.accelerator.reduce(grad, "mean")
+            if not isinstance(parameter.grad, DTensor):  # FSDP averages by itself
+                grad = averaged(grad, self._task.accelerator)
             if self._settings.preserve:
                 grad += self._settings.preserve * _preserving_gradient(master, original, scale)
             master.grad = grad
@@ -225,7 +228,9 @@ class _Learner:
     def _share(self, step: int) -> float:
         return min(1.0, (step + 1) / max(_WARM_UP * self._total, 1))
 
-    def _described(self) -> str:
+    @cached_property
+    def _run(self) -> str:
+        """What a run must share with the one whose state it takes over."""
         names = [layer.name for layer in self._task.layers]
         data = fingerprint(self._task.batches)
         weights = fingerprint(
@@ -244,7 +249,7 @@ class _Learner:
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         file = self._file(folder)
         fresh = file.with_suffix(".new")
-        save_file(tensors, fresh, metadata={"run": self._described()})
+        save_file(tensors, fresh, metadata={"run": self._run})
         fresh.replace(file)
 
     def _resume(self, folder: Path) -> int:
@@ -254,7 +259,7 @@ class _Learner:
             return 0
         with safe_open(file, "pt") as opened:
             run = (opened.metadata() or {}).get("run")
-        if run != self._described():
+        if run != self._run:
             raise ValueError(
                 f"{file} is the state of another run: other options, data or weights. Continue with "
                 "those it was made with, or name another folder."
@@ -294,10 +299,7 @@ def _relative_norms(task: Task) -> list[Tensor]:
     found: dict[str, Tensor] = {}
     norms = Norms(task.accelerator)
     with norms.collecting(task.layers):
-        for batch in task.batches[:_NORM_BATCHES]:
-            norms.on_batch(token_masks(batch))
-            task.model(**{name: value for name, value in batch.items() if name != "labels"})
-            norms.end_call()
+        run_model(task.model, task.batches[:_NORM_BATCHES], norms)
     for seen in norms.groups():
         mean = seen.statistic.square().mean().sqrt()
         relative = (seen.statistic / mean).clamp_min(_LEAST_NORM) if mean > 0 else None
@@ -324,7 +326,7 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
         if mask is not None and mask.shape == labels.shape:
             labels = labels.masked_fill(mask == 0, -100)
         inputs["labels"] = labels
-    with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bf16(next(model.parameters()))):
+    with fast_autocast(next(model.parameters())):
         loss: Tensor = model(**inputs).loss
     if not (inputs["labels"][..., 1:] != -100).any():
         raise ValueError(
@@ -355,11 +357,8 @@ def _check_labels(task: Task) -> None:
 def _training(task: Task, gradient_checkpointing: bool) -> Iterator[None]:
     """Gradients for the task's weights alone; without dropout."""
     model: Any = task.model
-    known = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    chosen = {id(layer.parameter) for layer in task.layers}
+    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
-    for parameter, _, _ in known:
-        parameter.requires_grad_(id(parameter) in chosen)
     switches = gradient_checkpointing and not model.is_gradient_checkpointing
     if switches:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -367,13 +366,12 @@ def _training(task: Task, gradient_checkpointing: bool) -> Iterator[None]:
         for module, _ in modes:  # checkpointing works in training mode alone
             module.training = not isinstance(module, nn.Dropout)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), trainable(model, [layer.parameter for layer in task.layers]):
             yield
     finally:
         if switches:
             model.gradient_checkpointing_disable()
         for module, mode in modes:
             module.training = mode
-        for parameter, flag, grad in known:
-            parameter.requires_grad_(flag)
+        for parameter, grad in grads:
             parameter.grad = grad

@@ -11,15 +11,15 @@ Sources: block reconstruction after pruning, as in https://arxiv.org/abs/2510.14
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from hf_sparse.pruning.processes import averaged, steps_per_epoch
 from hf_sparse.pruning.recording import Sample
+from hf_sparse.pruning.training import fast_autocast, trainable
 from hf_sparse.pruning.walk import BlockStep
 from hf_sparse.structure import TargetLayer
 
@@ -71,7 +71,7 @@ def reconstruct_(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _schedule(n / total))
     generator = torch.Generator().manual_seed(0)
     before = _error(step, accelerator)
-    with _trainable(step.block, parameters):
+    with trainable(step.block, parameters):
         for _ in range(epochs):
             for index in torch.randperm(count, generator=generator).tolist():
                 sample = step.samples[index % len(step.samples)]
@@ -94,16 +94,13 @@ def _gradients(
     step: BlockStep, sample: Sample, parameters: Sequence[nn.Parameter], accelerator: Any
 ) -> list[Tensor]:
     with torch.enable_grad():
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bf16(parameters[0])):
+        with fast_autocast(parameters[0]):
             output = step.forward(sample)
         grads = torch.autograd.grad(_loss(output, sample), parameters, allow_unused=True)
-    found = [
-        torch.zeros_like(parameter) if grad is None else grad
+    return [
+        averaged(torch.zeros_like(parameter) if grad is None else grad, accelerator)
         for parameter, grad in zip(parameters, grads, strict=True)
     ]
-    if accelerator is not None and accelerator.num_processes > 1:
-        found = [accelerator.reduce(grad, "mean") for grad in found]
-    return found
 
 
 def _loss(output: Tensor, sample: Sample) -> Tensor:
@@ -122,41 +119,8 @@ def _loss(output: Tensor, sample: Sample) -> Tensor:
 
 
 def _error(step: BlockStep, accelerator: Any) -> float:
-    losses = torch.stack([_loss(step.forward(sample), sample) for sample in step.samples]).mean()
-    if accelerator is not None and accelerator.num_processes > 1:
-        losses = accelerator.reduce(losses, "mean")
-    return float(losses)
-
-
-@contextmanager
-def _trainable(block: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Gradients for these parameters of the block and for no others."""
-    known = [(parameter, parameter.requires_grad) for parameter in block.parameters()]
-    chosen = set(map(id, parameters))
-    for parameter, _ in known:
-        parameter.requires_grad_(id(parameter) in chosen)
-    try:
-        yield
-    finally:
-        for parameter, flag in known:
-            parameter.requires_grad_(flag)
-
-
-def steps_per_epoch(batches: int, accelerator: Any) -> int:
-    """The most batches that any process has: all take so many steps, some see a batch twice."""
-    if accelerator is None or accelerator.num_processes == 1:
-        return batches
-    most: int = max(gather_object([batches]))
-    return most
-
-
-def has_fast_bf16(tensor: Tensor) -> bool:
-    """Whether products of a CPU's fp32 tensors are faster in bfloat16."""
-    return (
-        tensor.device.type == "cpu"
-        and tensor.dtype == torch.float32
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    losses = torch.stack([_loss(step.forward(sample), sample) for sample in step.samples])
+    return float(averaged(losses.mean(), accelerator))
 
 
 def _schedule(done: float) -> float:

@@ -66,6 +66,12 @@ class TokenMasks:
         fits = inputs.ndim == 2 and inputs.shape[0] == mask.numel()
         return mask.reshape(-1) if fits or inputs.shape[:-1] == mask.shape else None
 
+    def counted(self, inputs: Tensor) -> Tensor:
+        """Those of a layer's inputs `(..., in_features)` that count: `(tokens, in_features)`."""
+        mask = self.of(inputs)
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        return flat if mask is None else flat[mask.to(flat.device)]
+
     def _are_encoder_states(self, inputs: Tensor) -> bool:
         states = self.encoder_states
         if states is None or states.shape != inputs.shape:

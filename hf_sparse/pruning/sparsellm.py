@@ -32,6 +32,7 @@ from hf_sparse.pruning.feed_forward import Activation, FeedForward, Recorder, fi
 from hf_sparse.pruning.layerwise import LayerPruner
 from hf_sparse.pruning.linalg import FastProducts, add_gram_, cholesky, matmul, mirror_
 from hf_sparse.pruning.problem import Solver
+from hf_sparse.pruning.processes import summed
 from hf_sparse.pruning.statistics import Grams, Seen
 from hf_sparse.pruning.walk import BlockStep
 from hf_sparse.structure import TargetLayer
@@ -81,10 +82,7 @@ def prune_block(
         pruner = replace(pruner, solver=Solver(alps.solve, Grams, updates=True), options=options)
     network = find_feed_forward(step.block, layers) if step.repeats == 1 else None
     if network is None:
-        pruner.task.notes.add(
-            [step.name],
-            "has no feed-forward network of a known kind: its layers were pruned one by one.",
-        )
+        pruner.task.notes.add([step.name], _UNKNOWN)
         pruner.prune(step.run, layers, stop=step.repeats == 1)
         return
     inside = {layer.name for layer in network.layers}
@@ -102,10 +100,7 @@ def prune_block(
         or sorted(map(sorted, shared)) != sorted(map(sorted, expected))
         or not tokens
     ):
-        pruner.task.notes.add(
-            [step.name],
-            "has no feed-forward network of a known kind: its layers were pruned one by one.",
-        )
+        pruner.task.notes.add([step.name], _UNKNOWN)
         pruner.solve(groups)
         return
     into, inner = sorted(groups, key=lambda seen: seen.layers[0] is network.down)
@@ -133,6 +128,7 @@ class _Network:
         penalty: float,
     ) -> None:
         self._pruner, self._network, self._inputs, self._into = pruner, network, inputs, into
+        self._accelerator = pruner.task.accelerator
         self._dense = self._weights()
         store = pruner.task.store
         with FastProducts():
@@ -142,13 +138,13 @@ class _Network:
         down = self._dense.down
         self._penalty = penalty * float(down.square().sum(dim=0).mean()) or penalty
         self._history: list[tuple[_Weights, Tensor]] = []
-        self._factor, _ = cholesky(into.statistic, _DAMPING)
+        self._factor = cholesky(into.statistic, _DAMPING)
 
     def prune(self, inner: Seen, rounds: int) -> None:
         """Round 0 and `rounds` more; the best one stays in the model."""
         self._pruner.solve([self._into, inner])
         best, lowest = self._weights(), self._error()
-        first = lowest
+        improved = False
         self._history.append((best, self._pull(best.down)))
         for _ in range(rounds):
             self._fit_entries()
@@ -157,14 +153,13 @@ class _Network:
             error, found = self._error(), self._weights()
             self._history.append((found, self._pull(found.down)))
             if error < lowest:
-                best, lowest = found, error
+                best, lowest, improved = found, error, True
         for layer, weight in zip(self._network.layers, _listed(best), strict=True):
             layer.weight.copy_(weight)
-        share = lowest / first if first > 0 else 1.0
         self._pruner.task.notes.add(
             [self._network.down.name],
             "and the layers before it were pruned as one network."
-            if share < 1
+            if improved
             else "and the layers before it stay as round 0 left them: no other was better.",
         )
 
@@ -190,7 +185,7 @@ class _Network:
             for inputs, outputs in self._batches():
                 inner = self._network.inner(inputs.to(self._network.up.weight.dtype)).float()
                 total += (matmul(inner, down) - outputs).square().sum(dtype=torch.float64)
-        return float(self._summed(total))
+        return float(summed(total, self._accelerator))
 
     def _fit_entries(self) -> None:
         """Set the first layers to the ridge fits of the pre-activations that were updated last."""
@@ -204,10 +199,9 @@ class _Network:
                 target = target if bias is None else target - bias.float()
                 product += matmul(target.T, columns)
         dense = [weight for weight in (self._dense.gate, self._dense.up) if weight is not None]
-        damping = _DAMPING * float(self._into.statistic.diagonal().mean())
         for layer, product, given in zip(entries, products, dense, strict=True):
-            right = self._summed(product).float() + damping * given
-            layer.weight.copy_(torch.cholesky_solve(right.T, self._factor).T)
+            product = summed(product, self._accelerator).float()
+            layer.weight.copy_(_ridge(product, given, self._into.statistic, self._factor))
 
     def _fit_down(self, tokens: int) -> None:
         """Fit the last layer to the activations that are there now, and prune it."""
@@ -220,10 +214,9 @@ class _Network:
                 inner = self._network.inner(inputs.to(down.weight.dtype)).float()
                 add_gram_(gram, inner)
                 product += matmul(outputs.T, inner.T)
-        gram, product = mirror_(self._summed(gram).float()), self._summed(product).float()
-        factor, used = cholesky(gram, _DAMPING)
-        right = product + used * gram.diagonal().mean() * dense
-        down.weight.copy_(torch.cholesky_solve(right.T, factor).T)
+        gram = mirror_(summed(gram, self._accelerator).float())
+        product = summed(product, self._accelerator).float()
+        down.weight.copy_(_ridge(product, dense, gram, cholesky(gram, _DAMPING)))
         self._pruner.solve([Seen((down,), gram, tokens)])
 
     def _pre_activations(self, inputs: Tensor, outputs: Tensor) -> list[Tensor]:
@@ -263,9 +256,19 @@ class _Network:
         gram.diagonal().add_(self._penalty)
         return torch.cholesky_solve(down, torch.linalg.cholesky(gram))
 
-    def _summed(self, tensor: Tensor) -> Tensor:
-        task = self._pruner.task
-        return task.accelerator.reduce(tensor, "sum") if task.is_shared else tensor
+
+def _ridge(product: Tensor, dense: Tensor, gram: Tensor, factor: tuple[Tensor, float]) -> Tensor:
+    """The weights of least squared error on what `product` is the targets' product with the inputs of.
+
+    Args:
+        product: `Tᵀ X` of targets `T` and inputs `X`, `(out_features, in_features)`.
+        dense: the weights that the damping draws to, of that shape.
+        gram: `Xᵀ X`.
+        factor: of `gram`, and the damping that it has, from `cholesky`.
+    """
+    lower, damping = factor
+    right = product + damping * gram.diagonal().mean() * dense
+    return torch.cholesky_solve(right.T, lower).T
 
 
 def _fitted(

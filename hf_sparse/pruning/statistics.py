@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from hf_sparse.pruning.linalg import add_gram_, mirror_
+from hf_sparse.pruning.processes import is_shared, summed
 from hf_sparse.pruning.recording import TokenMasks
 from hf_sparse.pruning.walk import EnoughSeen
 from hf_sparse.structure import TargetLayer
@@ -101,7 +102,7 @@ class InputStatistics(ABC):
         Raises:
             ValueError: inputs were not finite; the message names the layer.
         """
-        if self._accelerator is not None and self._accelerator.num_processes > 1:
+        if is_shared(self._accelerator):
             self._agree()
         found: dict[str, list[TargetLayer]] = {}
         for layer in self._layers:
@@ -112,15 +113,13 @@ class InputStatistics(ABC):
             if total is None:
                 total = self._new(layers[0].weight)
             tokens = torch.tensor(self._tokens.get(leader, 0), device=total.device)
-            if self._accelerator is not None and self._accelerator.num_processes > 1:
-                total, tokens = (self._accelerator.reduce(x, "sum") for x in (total, tokens))
-            total = self._finished(total)
+            total = self._finished(summed(total, self._accelerator))
             if not torch.isfinite(total).all():
                 raise ValueError(
                     f"the inputs of {layers[0].name} are not finite on the calibration data. Load "
                     "the model in float32 or bfloat16, and check the data."
                 )
-            seen.append(Seen(tuple(layers), total, int(tokens)))
+            seen.append(Seen(tuple(layers), total, int(summed(tokens, self._accelerator))))
         return seen
 
     def _agree(self) -> None:
@@ -149,10 +148,7 @@ class InputStatistics(ABC):
             raise EnoughSeen
 
     def _add(self, name: str, given: Tensor) -> None:
-        inputs, mask = given.detach(), self._masks.of(given)
-        inputs = inputs.reshape(-1, inputs.shape[-1])
-        if mask is not None:
-            inputs = inputs[mask.to(inputs.device)]
+        inputs = self._masks.counted(given.detach())
         self._tokens[name] = self._tokens.get(name, 0) + len(inputs)
         if name not in self._sums:
             self._sums[name] = self._new(inputs)

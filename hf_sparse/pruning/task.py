@@ -11,6 +11,7 @@ from torch import nn
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.pruning.activations import Store, in_memory
 from hf_sparse.pruning.problem import Notes
+from hf_sparse.pruning.processes import is_shared
 from hf_sparse.pruning.recording import Batch
 from hf_sparse.pruning.walk import Residence
 from hf_sparse.structure import Stack, TargetLayer
@@ -58,25 +59,9 @@ class Task:
     @property
     def is_shared(self) -> bool:
         """Whether other processes work on it too."""
-        return self.accelerator is not None and self.accelerator.num_processes > 1
+        return is_shared(self.accelerator)
 
     @property
     def rank(self) -> int:
         """The number of this process."""
         return self.accelerator.process_index if self.is_shared else 0
-
-
-def own_batches(batches: Sequence[Batch], accelerator: Any) -> Sequence[Batch]:
-    """This process's share of the calibration data.
-
-    Raises:
-        ValueError: there are fewer batches than processes.
-    """
-    if accelerator is None or accelerator.num_processes == 1:
-        return batches
-    if len(batches) < accelerator.num_processes:
-        raise ValueError(
-            f"{len(batches)} batches cannot be shared by {accelerator.num_processes} processes; "
-            "give at least one for each."
-        )
-    return batches[accelerator.process_index :: accelerator.num_processes]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from hf_sparse.pruning.activations import Store, in_memory
-from hf_sparse.pruning.recording import Batch, Sample, TokenMasks, record
+from hf_sparse.pruning.recording import Batch, Sample, TokenMasks, record, token_masks
 from hf_sparse.structure import Stack
 
 
@@ -32,6 +32,14 @@ class Observer(Protocol):
 
     def end_call(self) -> None:
         """A call of the block is over."""
+
+
+def run_model(model: nn.Module, batches: Sequence[Batch], observer: Observer) -> None:
+    """Show an observer all data on its way through the whole model."""
+    for batch in batches:
+        observer.on_batch(token_masks(batch))
+        model(**batch)
+        observer.end_call()
 
 
 class EnoughSeen(Exception):  # noqa: N818 - a signal, no error
@@ -63,8 +71,7 @@ class BlockStep:
 
     def forward(self, sample: Sample, hidden: Tensor | None = None) -> Tensor:
         """The block's output for a sample, as its weights are now, on the device of the block."""
-        hidden = sample.hidden if hidden is None else hidden
-        hidden = hidden if self._device is None else hidden.to(self._device)
+        hidden = self._here(sample.hidden if hidden is None else hidden)
         for call in sample.calls[self._calls]:
             hidden = call(self.block, hidden)
         return hidden
@@ -73,7 +80,7 @@ class BlockStep:
         """Show all data to an observer."""
         for sample in self.samples:
             observer.on_batch(sample.masks)
-            hidden = sample.hidden if self._device is None else sample.hidden.to(self._device)
+            hidden = self._here(sample.hidden)
             for call in sample.calls[self._calls]:
                 with suppress(EnoughSeen):
                     hidden = call(self.block, hidden)
@@ -91,6 +98,9 @@ class BlockStep:
             dense = sample.dense
             hidden = sample.hidden if dense is None else dense
             sample.dense = self.forward(sample, hidden).to(hidden.device)
+
+    def _here(self, hidden: Tensor) -> Tensor:
+        return hidden if self._device is None else hidden.to(self._device)
 
     def forget_calls(self) -> None:
         """Free the arguments of the calls."""

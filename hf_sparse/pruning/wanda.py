@@ -18,6 +18,11 @@ from hf_sparse.patterns import Pattern
 from hf_sparse.pruning.problem import Problem
 
 
+def wanda_scores(weight: Tensor, norms: Tensor) -> Tensor:
+    """`|W_ij| ||X_j||`, fp32, for weights `(out_features, in_features)` and norms `(in_features,)`."""
+    return weight.abs().float() * norms.float()
+
+
 def wanda_mask(weight: Tensor, norms: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
     """The weights to keep.
 
@@ -30,7 +35,7 @@ def wanda_mask(weight: Tensor, norms: Tensor, pattern: Pattern, sparsity: float)
     Returns:
         Boolean mask of the weight's shape.
     """
-    return pattern.keep(weight.abs().float() * norms.float(), sparsity, per_row=True)
+    return pattern.keep(wanda_scores(weight, norms), sparsity, per_row=True)
 
 
 def solve(problem: Problem) -> list[Tensor]:
