@@ -37,14 +37,16 @@ TASKS = {
 class Data:
     """Tokenised examples of one split."""
 
-    def __init__(self, folder: Path, task: Task, split: str, tokenizer: Any) -> None:
+    def __init__(
+        self, folder: Path, task: Task, split: str, tokenizer: Any, device: str = "cpu"
+    ) -> None:
         lines = (folder / f"{split}.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         texts = [[row[column] for row in rows] for column in task.texts]
         self.inputs = tokenizer(*texts, truncation=True, max_length=128)["input_ids"]
         dtype = torch.float32 if task.num_labels == 1 else torch.int64
         self.labels = torch.tensor([row["label"] for row in rows], dtype=dtype)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.device = tokenizer, device
         self.pairs = len(task.texts) > 1
 
     def batches(self, size: int, chooser: random.Random | None) -> Iterator[dict[str, Tensor]]:
@@ -70,7 +72,7 @@ class Data:
         if self.pairs:  # the second text begins after the first separator
             seps = (padded["input_ids"] == self.tokenizer.sep_token_id).int()
             batch["token_type_ids"] = (seps.cumsum(1) - seps).clamp(max=1).long()
-        return batch
+        return {name: value.to(self.device) for name, value in batch.items()}
 
 
 def load_model(task: Task) -> Any:
@@ -92,7 +94,7 @@ def evaluate(model: Any, data: Data, metric: str) -> float:
         labels.append(batch.pop("labels"))
         scores.append(model(**batch).logits)
     model.train()
-    found, wanted = torch.cat(scores).numpy(), torch.cat(labels).numpy()
+    found, wanted = torch.cat(scores).cpu().numpy(), torch.cat(labels).cpu().numpy()
     if metric == "pearson-spearman":
         return 50 * float(pearsonr(found[:, 0], wanted)[0] + spearmanr(found[:, 0], wanted)[0])
     predicted = found.argmax(axis=1)

@@ -102,15 +102,18 @@ class Recipe:
 
 
 def train(
-    cell: Cell, recipe: Recipe, root: Path, work: Path
+    cell: Cell, recipe: Recipe, args: argparse.Namespace
 ) -> tuple[Any, Any, Sparsifier | None, dict[str, Any]]:
     """Run one cell: the trained model, its tokenizer, its sparsifier, and what came out."""
     task = TASKS[cell.task]
     random.seed(cell.seed)
     torch.manual_seed(cell.seed)
     model, tokenizer = load_model(task)
-    training = Data(root / cell.task, task, "train", tokenizer)
-    validation = Data(root / cell.task, task, "validation", tokenizer)
+    model.to(args.device)
+    training, validation = (
+        Data(args.data / cell.task, task, split, tokenizer, args.device)
+        for split in ("train", "validation")
+    )
     total = task.epochs * math.ceil(len(training.inputs) / recipe.batch)
 
     dense = cell.method == "dense"
@@ -136,7 +139,9 @@ def train(
         )
     if cell.method.endswith("distil"):
         teacher, _ = load_model(task)
-        teacher.load_state_dict(torch.load(teacher_file(cell, work), weights_only=True))
+        teacher.load_state_dict(
+            torch.load(teacher_file(cell, args.work), weights_only=True, map_location="cpu")
+        )
         Distillation(
             teacher,
             logits=recipe.distil_logits,
@@ -150,7 +155,7 @@ def train(
     steps, losses = 0, []
     while steps < total:
         for batch in training.batches(recipe.batch, chooser):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(args.device, torch.bfloat16):
                 loss = model(**batch).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -159,14 +164,14 @@ def train(
             optimizer.zero_grad()
             if sparsifier:
                 sparsifier.step()
-            losses.append(loss.item())
+            losses.append(loss.detach())
             steps += 1
             if steps == total:
                 break
     seconds = time.perf_counter() - start
     if dense:
-        teacher_file(cell, work).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), teacher_file(cell, work))
+        teacher_file(cell, args.work).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), teacher_file(cell, args.work))
     report = hf_sparse.measure_sparsity(model, config)
     result = {
         "score": evaluate(model, validation, task.metric),
@@ -174,7 +179,7 @@ def train(
         "violations": report.violations,
         "steps": total,
         "seconds": round(seconds, 1),
-        "loss": statistics.mean(losses[-100:]),
+        "loss": float(torch.stack(losses[-100:]).mean()),
     }
     return model, tokenizer, sparsifier, result
 
@@ -183,8 +188,8 @@ def save(cell: Cell, recipe: Recipe, args: argparse.Namespace) -> None:
     """Train one cell, and its teacher if that is missing, and save the sparse model compressed."""
     dense = Cell(cell.task, "dense", "-", 0.0, cell.seed)
     if not is_done(dense, args):
-        record(dense, train(dense, recipe, args.data, args.work)[-1], recipe, args.out)
-    model, tokenizer, sparsifier, result = train(cell, recipe, args.data, args.work)
+        record(dense, train(dense, recipe, args)[-1], recipe, args)
+    model, tokenizer, sparsifier, result = train(cell, recipe, args)
     metric = f"{TASKS[cell.task].metric}, {cell.task} validation"
     hf_sparse.save_pretrained(
         model,
@@ -214,16 +219,16 @@ def run(todo: list[Cell], recipe: Recipe, args: argparse.Namespace) -> None:
                     continue
                 if is_done(cell, args):
                     continue
-                record(cell, train(cell, recipe, args.data, args.work)[-1], recipe, args.out)
+                record(cell, train(cell, recipe, args)[-1], recipe, args)
                 break
         else:
             time.sleep(20)  # the others are at what is left
 
 
-def record(cell: Cell, result: dict[str, Any], recipe: Recipe, out: Path) -> None:
+def record(cell: Cell, result: dict[str, Any], recipe: Recipe, args: argparse.Namespace) -> None:
     """Append a line to the results."""
-    line = {**asdict(cell), **result, "recipe": asdict(recipe), "machine": machine()}
-    with open(out, "a") as file:
+    line = {**asdict(cell), **result, "recipe": asdict(recipe), "machine": machine(args.device)}
+    with open(args.out, "a") as file:
         file.write(json.dumps(line) + "\n")
     print(f"{cell.name}: {result['score']:.2f} in {result['seconds']} s", flush=True)
 
@@ -298,6 +303,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1, help="run one process per core")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--table", action="store_true", help="only print the table of --out")
     parser.add_argument("--save", type=Path, help="only train --cell and save the model here")
     parser.add_argument(

@@ -5,7 +5,8 @@
     python benchmarks/llm_pruning.py --table          # the results so far as Markdown
 
 Results go into a file of JSON lines; cells that it has are skipped, so that a run can be stopped and
-started again. Every cell runs in a process of its own, so that its peak memory (RSS) is its own.
+started again. Every cell runs in a process of its own, so that its peak memory (RSS; on a GPU: what
+torch allocated there) is its own. With `--jobs` several run at once, and no times are taken.
 
 "block error": the mean over the blocks of |h - h_dense|² / |h_dense|², averaged over the tokens of
 four held-out windows. "forwards": time of pruning over that of a plain forward pass of the model's
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from typing import Any
 import torch
 from real_models import dense_minilm, dense_smollm2, machine, package_folder, peak_mb, texts
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 import hf_sparse
@@ -100,7 +102,8 @@ def main() -> None:
     disable_progress_bar()
     if options.cell:
         cell = Cell(**json.loads(options.cell))
-        print(json.dumps({"cell": asdict(cell), "machine": machine(), **measure(cell, options)}))
+        row = {"cell": asdict(cell), "machine": machine(options.device), **measure(cell, options)}
+        print(json.dumps(row))
         return
     if not options.table:
         fill(options)
@@ -114,16 +117,26 @@ def fill(options: argparse.Namespace) -> None:
     if options.only:
         wanted = {f"{cell.model} {cell.name} {cell.zeros}": cell for cell in todo}
         todo = [wanted[name] for name in options.only if name in wanted]
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.jobs) as pool:
         dense_smollm2(Path(temporary) / "SmolLM2")
         dense_minilm(Path(temporary) / "MiniLM")
-        for number, cell in enumerate(todo, 1):
-            print(f"{number} of {len(todo)}: {cell.model} {cell.name} {cell.zeros}", flush=True)
+
+        def run(cell: Cell) -> tuple[Cell, subprocess.CompletedProcess[str]]:
             arguments = ["--cell", cell.key, "--models", temporary]
             command = [sys.executable, __file__, *sys.argv[1:], *arguments]
-            done_cell = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            return cell, subprocess.run(command, stdout=subprocess.PIPE, text=True)
+
+        failed = []
+        for number, (cell, done_cell) in enumerate(pool.map(run, todo), 1):
+            name = f"{cell.model} {cell.name} {cell.zeros}"
+            print(f"{number} of {len(todo)}: {name}", flush=True)
+            if done_cell.returncode:
+                failed.append(name)
+                continue
             with options.out.open("a") as file:
                 file.write(done_cell.stdout.splitlines()[-1] + "\n")
+    if failed:
+        raise SystemExit(f"failed, see above: {', '.join(failed)}")
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -144,16 +157,24 @@ def measure(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         tokenizer, calibration, num_samples=cell.num_samples, window=window
     )
     model = (AutoModelForCausalLM if is_causal else AutoModel).from_pretrained(folder)
+    model.to(options.device)
     unseen = hf_sparse.calibration_batches(
         tokenizer, next(reversed(held_out.values())), num_samples=4, window=window
+    )
+    batches, unseen = (
+        [{name: value.to(model.device) for name, value in batch.items()} for batch in part]
+        for part in (batches, unseen)
     )
     row: dict[str, Any] = {"data": "prose" if options.data is None else "WikiText-2, C4"}
     dense = [states(model, batch) for batch in unseen]
     if cell.method is not None:
-        row["forward"] = plain_forward(model, batches)
+        forward = plain_forward(model, batches)
         report = hf_sparse.prune_(model, cell.config, cell.method, batches, **cell.options)
-        row["seconds"] = report.seconds
-        row["peak_mb"] = peak_mb()
+        if options.jobs == 1:
+            row["forward"], row["seconds"] = forward, report.seconds
+        row["peak_mb"] = (
+            peak_mb() if options.device == "cpu" else torch.cuda.max_memory_allocated() / 1e6
+        )
         row["extra_mb"] = row["peak_mb"] - model.get_memory_footprint() / 1e6
         row["sparsity"], row["notes"] = report.sparsity, report.notes
         row["block_error"] = block_error(dense, [states(model, batch) for batch in unseen])
@@ -167,14 +188,18 @@ def measure(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def plain_forward(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> float:
+def plain_forward(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> float:
     """Seconds of a forward pass of the model's body over all batches, from 8 of them."""
     body = model.get_decoder() if hasattr(model, "get_decoder") else model
     some = batches[:8]
     body(**some[0])
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
     start = time.perf_counter()
     for batch in some:
         body(**batch)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
     return (time.perf_counter() - start) * len(batches) / len(some)
 
 
@@ -246,6 +271,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("docs/llm_pruning.jsonl"))
     parser.add_argument("--table", action="store_true", help="print what is there and stop")
     parser.add_argument("--only", nargs="+", metavar="CELL", help='such as "SmolLM2 wanda 2:4"')
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at once")
     parser.add_argument("--max-windows", type=int, default=32, help="windows of each text")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)

@@ -71,8 +71,9 @@ def texts(data: Path | None) -> tuple[list[str], dict[str, list[str]]]:
     return documents("c4_calibration.jsonl"), held_out
 
 
-def machine() -> str:
+def machine(device: str = "cpu") -> str:
     """Versions and machine, to stand above every figure."""
+    gpu = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -81,7 +82,7 @@ def machine() -> str:
     return (
         f"hf_sparse {hf_sparse.__version__}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, safetensors {safetensors.__version__}, Python "
-        f"{sys.version.split()[0]}; {processor}, {torch.get_num_threads()} threads"
+        f"{sys.version.split()[0]}; {processor}, {torch.get_num_threads()} threads{gpu}"
     )
 
 

@@ -239,3 +239,21 @@ def test_group_threshold_in_a_metric_keeps_what_costs_more(notation: str) -> Non
     prox.group_hard_threshold_([found], tau, pattern, [metric])
     kept = pattern.spread(losses > tau * height * width, weight.shape)
     assert torch.equal(found, torch.where(kept, weight, 0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_shrunk_together_come_out_as_alone(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(prox, "_GPU_CHUNK", 40)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, 8), (6, 16), (30, 8), (1, 4)]
+    given = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    given[1] = given[1].T.contiguous().T  # as the weight of a Conv1D
+    given[2][:, ::3] = 0
+    taus = [0.05, 0.5, 0.1, 2.0]
+    alone, together = ([weight.clone() for weight in given] for _ in range(2))
+    prox.nm_shrink_(alone, taus, NM(2, 4))
+    prox._shrink_joined_(together, taus, NM(2, 4))
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -20,7 +20,7 @@ Yuan and Lin, 2006. N:M: the regulariser of ProxSparse, https://arxiv.org/abs/25
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from math import prod
 
@@ -34,7 +34,8 @@ Tau = float | Sequence[Tensor]
 
 MAX_GROUP = 8
 _SWEEPS = 60
-_CHUNK = 1 << 16
+_CHUNK = 1 << 16  # groups that stay in a CPU's cache
+_GPU_CHUNK = 1 << 23  # groups that outweigh the launches of kernels
 
 
 def soft_threshold_(weights: Sequence[Tensor], tau: Tau, *, foreach: bool = False) -> None:
@@ -143,7 +144,7 @@ def nm_hard_threshold_(
         weight.mul_((~surplus | (lost > 2 * tau * pattern.m)).view(weight.shape))
 
 
-def nm_shrink_(weights: Sequence[Tensor], tau: float, pattern: NM) -> None:
+def nm_shrink_(weights: Sequence[Tensor], tau: float | Sequence[float], pattern: NM) -> None:
     """Shrink towards at most N nonzeros in each M: the prox of `tau e_{N+1}(|w|)` per group.
 
     `e_k` is the elementary symmetric polynomial: for 2:4 the sum of the four products of three.
@@ -158,10 +159,12 @@ def nm_shrink_(weights: Sequence[Tensor], tau: float, pattern: NM) -> None:
 
     Args:
         weights: `(out_features, in_features)` each, changed in place.
-        tau: `>= 0`. Relative to the size of the weights: `prox_tau(c z) = c prox_{tau c^(N-1)}(z)`.
+        tau: `>= 0`, one number or one for each weight. Relative to the size of the weights:
+            `prox_tau(c z) = c prox_{tau c^(N-1)}(z)`.
         pattern: N:M.
 
-    Memory: about 20 chunks of 65,536 groups beside the weights.
+    Memory: beside the weights about 20 times 65,536 groups, on a GPU 20 times 8 million, at most
+    20 times the largest weight more.
 
     Raises:
         ValueError: M is over 8, or does not divide the rows.
@@ -171,19 +174,56 @@ def nm_shrink_(weights: Sequence[Tensor], tau: float, pattern: NM) -> None:
             f"the N:M regulariser has {pattern.m} weights in a group of '{pattern}'; wanted at "
             f"most {MAX_GROUP}: its terms grow combinatorially. Use penalty='l0'."
         )
-    for weight in weights:
+    taus = [tau] * len(weights) if isinstance(tau, float | int) else list(tau)
+    if weights and weights[0].is_cuda:
+        _shrink_joined_(weights, taus, pattern)
+        return
+    for weight, strength in zip(weights, taus, strict=True):
         groups = pattern.groups(weight)
         for chunk in groups.split(_CHUNK):
-            crowded = (chunk != 0).sum(dim=1) > pattern.n  # the others are their own prox
-            if crowded.all():
-                chunk.copy_(_nm_prox(chunk.float(), tau, pattern.n))
-            else:
-                chunk[crowded] = _nm_prox(chunk[crowded].float(), tau, pattern.n).to(weight.dtype)
+            _shrink_groups_(chunk, strength, pattern.n)
         if groups.data_ptr() != weight.data_ptr():  # a transposed weight was copied
             weight.copy_(groups.view(weight.shape))
 
 
-def _nm_prox(groups: Tensor, tau: float, n: int) -> Tensor:
+def _shrink_joined_(weights: Sequence[Tensor], taus: Sequence[float], pattern: NM) -> None:
+    """`nm_shrink_` on many weights at once."""
+    for some, strengths in _joinable(weights, taus, pattern.m):
+        groups = [pattern.groups(weight) for weight in some]
+        sizes = [len(part) for part in groups]
+        joined = torch.cat(groups)
+        each = torch.tensor(strengths, device=joined.device).repeat_interleave(
+            torch.tensor(sizes, device=joined.device), output_size=len(joined)
+        )
+        _shrink_groups_(joined, each, pattern.n)
+        for weight, part in zip(some, joined.split(sizes), strict=True):
+            weight.copy_(part.view(weight.shape))
+
+
+def _joinable(
+    weights: Sequence[Tensor], taus: Sequence[float], m: int
+) -> Iterator[tuple[list[Tensor], list[float]]]:
+    """Runs of weights of one dtype and of together about `_GPU_CHUNK` groups."""
+    start, size = 0, 0
+    for index, weight in enumerate(weights):
+        size += weight.numel() // m
+        following = weights[index + 1 : index + 2]
+        if size >= _GPU_CHUNK or not following or following[0].dtype != weight.dtype:
+            yield list(weights[start : index + 1]), list(taus[start : index + 1])
+            start, size = index + 1, 0
+
+
+def _shrink_groups_(groups: Tensor, tau: float | Tensor, n: int) -> None:
+    """The prox of `tau e_{n+1}` for groups `(count, m)`, in place; `tau`: a number, or `(count,)`."""
+    crowded = (groups != 0).sum(dim=1) > n  # the others are their own prox
+    if crowded.all():
+        groups.copy_(_nm_prox(groups.float(), tau, n))
+        return
+    some = tau if isinstance(tau, float | int) else tau[crowded]
+    groups[crowded] = _nm_prox(groups[crowded].float(), some, n).to(groups.dtype)
+
+
+def _nm_prox(groups: Tensor, tau: float | Tensor, n: int) -> Tensor:
     """The prox of `tau e_{n+1}` for groups `(count, m)`, fp32.
 
     One tensor per place in the group instead of an axis: everything, the sort too, is then
@@ -203,7 +243,7 @@ def _nm_prox(groups: Tensor, tau: float, n: int) -> Tensor:
         for found, wanted in zip(u, z, strict=False):
             change = found - wanted
             value.addcmul_(change, change)
-        value = value.mul_(0.5).add_(_symmetric(u, n + 1), alpha=tau)
+        value = _plus(value.mul_(0.5), _symmetric(u, n + 1), tau)
         better = (value < lowest).float()
         lowest = torch.minimum(lowest, value)
         u += [torch.zeros_like(value)] * (m - size)
@@ -236,20 +276,27 @@ def _in_ranks_of(columns: Sequence[Tensor], ordered: Sequence[Tensor]) -> list[T
     return placed
 
 
-def _descend(z: Sequence[Tensor], tau: float, n: int) -> list[Tensor]:
+def _descend(z: Sequence[Tensor], tau: float | Tensor, n: int) -> list[Tensor]:
     """Coordinate descent on `1/2 ||u - z||^2 + tau e_{n+1}(u)`, `u >= 0`; one tensor per place."""
     u = [torch.zeros_like(column) for column in z]
     for sweep in range(_SWEEPS):
         before = list(u) if sweep % 3 == 2 else None
         for i in reversed(range(len(u))):
             others = _symmetric(u[:i] + u[i + 1 :], n)
-            u[i] = torch.sub(z[i], others, alpha=tau).clamp_min_(0)
+            u[i] = _plus(z[i], others, tau, sign=-1).clamp_min_(0)
         if before is not None and all(
             torch.allclose(new, old, rtol=1e-6, atol=1e-9)
             for new, old in zip(u, before, strict=True)
         ):
             break
     return u
+
+
+def _plus(start: Tensor, more: Tensor, tau: float | Tensor, sign: int = 1) -> Tensor:
+    """`start + sign * tau * more` in one kernel."""
+    if isinstance(tau, Tensor):
+        return torch.addcmul(start, more, tau, value=sign)
+    return torch.add(start, more, alpha=sign * tau)
 
 
 def _symmetric(values: Sequence[Tensor], degree: int) -> Tensor:

@@ -217,11 +217,11 @@ class _Learner:
             master.grad = grad
         self._optimizer.step()
         self._schedule.step()
-        for index, (master, stored) in enumerate(zip(self._masters, self._stored, strict=True)):
-            weight, norms = self._weight(index), self._norms[index]
-            weight.mul_(norms)
-            nm_shrink_([weight], self._strengths[index], self._pattern)
-            weight.div_(norms)
+        weights = [self._weight(index) for index in range(len(self._masters))]
+        torch._foreach_mul_(weights, self._norms)
+        nm_shrink_(weights, self._strengths, self._pattern)
+        torch._foreach_div_(weights, self._norms)
+        for master, stored in zip(self._masters, self._stored, strict=True):
             if stored is not master:
                 stored.copy_(master)
 
@@ -286,7 +286,8 @@ class _Learner:
 
 def _rms(values: Tensor, processes: Processes) -> float:
     """The root mean square of values, of all their shards."""
-    totals = torch.stack([values.double().square().sum(), torch.tensor(values.numel())])
+    squares = values.double().square().sum()
+    totals = torch.stack([squares, torch.full_like(squares, values.numel())])
     processes.sum_(totals)
     return math.sqrt(float(totals[0] / totals[1].clamp_min(1)))
 
