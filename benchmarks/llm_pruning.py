@@ -45,11 +45,20 @@ class Cell:
     """One line of the table."""
 
     model: str
-    name: str
     zeros: str
-    method: str | None = None
+    method: str = "dense"
     options: dict[str, Any] = field(default_factory=dict)
     num_samples: int = 64
+
+    @property
+    def recipe(self) -> str:
+        """The method and its options."""
+        return ", ".join([self.method, *(f"{k}={v}" for k, v in self.options.items())])
+
+    @property
+    def name(self) -> str:
+        """What `--only` takes."""
+        return f"{self.model} {self.recipe} {self.zeros}"
 
     @property
     def key(self) -> str:
@@ -66,34 +75,40 @@ class Cell:
 
 def cells() -> Iterator[Cell]:
     """All cells, those that say most first."""
-    yield Cell("SmolLM2", "dense", "0 %")
+    yield Cell("SmolLM2", "0 %")
+    by_alps: dict[str, Any] = {"solver": "alps"}
     for zeros in ("2:4", "50 %", "70 %", "80 %", "60 %", "4:8"):
-        for method in ("wanda", "sparsegpt", "alps"):
-            yield Cell("SmolLM2", method, zeros, method)
-    for zeros in ("2:4", "70 %", "50 %", "80 %", "60 %", "4:8"):
-        owl = {"allocation": "owl"} if zeros in ("70 %", "80 %") else {}
-        yield Cell("SmolLM2", "best", zeros, "alps", {"reconstruct": 3, **owl}, 128)
-        yield Cell("SmolLM2", "sparsellm", zeros, "sparsellm")
-        yield Cell("SmolLM2", "sparsellm, alps", zeros, "sparsellm", {"solver": "alps"})
-    for zeros in ("2:4", "4:8"):
-        yield Cell("SmolLM2", "prox_local", zeros, "prox_local")
-    yield Cell("SmolLM2", "proxsparse", "2:4", "proxsparse", num_samples=400)
+        for method in ("wanda", "sparsegpt", "alps", "sparsellm"):
+            yield Cell("SmolLM2", zeros, method)
+        yield Cell("SmolLM2", zeros, "sparsellm", by_alps)
+        if zeros == "80 %":
+            best = {**by_alps, "allocation": "owl", "reconstruct": 2}
+            yield Cell("SmolLM2", zeros, "sparsellm", best, 256)
+        else:
+            owl = {"allocation": "owl"} if zeros == "70 %" else {}
+            yield Cell("SmolLM2", zeros, "alps", {**owl, "reconstruct": 2}, 256)
+    for zeros in ("2:4", "70 %"):
+        yield Cell("SmolLM2", zeros, "sparsellm", {**by_alps, "reconstruct": 2}, 256)
+    for zeros in ("2:4", "50 %"):
+        yield Cell("SmolLM2", zeros, "alps", {"reconstruct": 2}, 400)
+    for options in ({}, {"lam": 0.02}, {"reconstruct": 1}):
+        yield Cell("SmolLM2", "2:4", "proxsparse", options, 400)
+    yield Cell("SmolLM2", "2:4", "prox_local")
     for zeros in SPARSITIES:
-        yield Cell("SmolLM2", "magnitude", zeros, "magnitude")
+        yield Cell("SmolLM2", zeros, "magnitude")
     for zeros in ("70 %", "80 %"):
         for method in ("wanda", "alps"):
             for allocation in ("owl", "alpha"):
-                options = {"allocation": allocation}
-                yield Cell("SmolLM2", f"{method}, {allocation}", zeros, method, options)
+                yield Cell("SmolLM2", zeros, method, {"allocation": allocation})
     for zeros in ("50 %", "2:4", "70 %"):
         for method in ("wanda", "alps"):
-            options = {"refine": "swaps"}
-            yield Cell("SmolLM2", f"{method}, swaps", zeros, method, options)
-    yield Cell("MiniLM", "dense", "0 %")
+            yield Cell("SmolLM2", zeros, method, {"refine": "swaps"})
+        yield Cell("SmolLM2", zeros, "sparsellm", {**by_alps, "rounds": 0})
+    yield Cell("MiniLM", "0 %")
     for zeros in ("50 %", "70 %", "2:4"):
         for method in ("magnitude", "wanda", "sparsegpt", "alps", "sparsellm"):
-            yield Cell("MiniLM", method, zeros, method)
-        yield Cell("MiniLM", "best", zeros, "alps", {"reconstruct": 3}, 128)
+            yield Cell("MiniLM", zeros, method)
+        yield Cell("MiniLM", zeros, "alps", {"reconstruct": 2}, 256)
 
 
 def main() -> None:
@@ -115,7 +130,7 @@ def fill(options: argparse.Namespace) -> None:
     done = {Cell(**row["cell"]).key for row in read(options.out)}
     todo = [cell for cell in cells() if cell.key not in done]
     if options.only:
-        wanted = {f"{cell.model} {cell.name} {cell.zeros}": cell for cell in todo}
+        wanted = {cell.name: cell for cell in todo}
         todo = [wanted[name] for name in options.only if name in wanted]
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.jobs) as pool:
         dense_smollm2(Path(temporary) / "SmolLM2")
@@ -128,10 +143,9 @@ def fill(options: argparse.Namespace) -> None:
 
         failed = []
         for number, (cell, done_cell) in enumerate(pool.map(run, todo), 1):
-            name = f"{cell.model} {cell.name} {cell.zeros}"
-            print(f"{number} of {len(todo)}: {name}", flush=True)
+            print(f"{number} of {len(todo)}: {cell.name}", flush=True)
             if done_cell.returncode:
-                failed.append(name)
+                failed.append(cell.name)
                 continue
             with options.out.open("a") as file:
                 file.write(done_cell.stdout.splitlines()[-1] + "\n")
@@ -167,7 +181,7 @@ def measure(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     )
     row: dict[str, Any] = {"data": "prose" if options.data is None else "WikiText-2, C4"}
     dense = [states(model, batch) for batch in unseen]
-    if cell.method is not None:
+    if cell.method != "dense":
         forward = plain_forward(model, batches)
         report = hf_sparse.prune_(model, cell.config, cell.method, batches, **cell.options)
         if options.jobs == 1:
@@ -222,46 +236,55 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     if not rows:
         print("no results yet")
         return
-    print(rows[-1]["machine"])
-    for model in dict.fromkeys(row["cell"]["model"] for row in rows):
+    machines = list(dict.fromkeys(row["machine"] for row in rows))
+    print("\n\n".join(f"{chr(65 + number)}: {name}" for number, name in enumerate(machines)))
+    found = [(Cell(**row["cell"]), row) for row in rows]
+    for model in dict.fromkeys(cell.model for cell, _ in found):
         for zeros in SPARSITIES:
-            found = [r for r in rows if r["cell"]["model"] == model]
-            found = [r for r in found if r["cell"]["zeros"] in (zeros, "0 %")]
-            if len(found) > 1:
+            lines = [
+                (cell, {**row, "machine": chr(65 + machines.index(row["machine"]))})
+                for cell, row in found
+                if cell.model == model and cell.zeros in (zeros, "0 %")
+            ]
+            if len(lines) > 1:
                 print(f"\n**{model}, {zeros}**\n")
-                print_lines(found)
+                print_lines(lines)
 
 
-def print_lines(rows: list[dict[str, Any]]) -> None:
-    """One Markdown table."""
-    names = list(rows[0].get("perplexity", {}))
+def print_lines(rows: list[tuple[Cell, dict[str, Any]]]) -> None:
+    """One Markdown table, the worst first, below the dense model."""
+    names = list(rows[0][1].get("perplexity", {}))
     head = (
-        *("method", "calibration", *(f"perplexity {name}" for name in names), "block error"),
-        *("seconds", "forwards", "peak RSS, MB", "peak - model, MB"),
+        *("method", "windows", *(f"perplexity {name}" for name in names), "block error", "on"),
+        *("seconds", "forwards", "peak, MB", "peak - model, MB"),
     )
-    lines = []
-    for row in sorted(rows, key=lambda row: -sum(row.get("perplexity", {"": 0}).values())):
-        cell = row["cell"]
-        options = ", ".join(f"{k}={v}" for k, v in cell["options"].items())
-        name = f"{cell['method']}, {options}" if cell["name"] == "best" else cell["name"]
-        forwards = row["seconds"] / row["forward"] if "seconds" in row else None
-        figures = [f"{row['perplexity'][name]:.2f}" for name in names]
-        more = [
-            "-" if value is None else f"{value:.{digits}f}"
-            for value, digits in (
-                (row.get("block_error"), 4),
-                (row.get("seconds"), 0),
-                (forwards, 1),
-                (row.get("peak_mb"), 0),
-                (row.get("extra_mb"), 0),
-            )
-        ]
-        used = "-" if cell["method"] in (None, "magnitude") else str(cell["num_samples"])
-        lines.append((name, used, *figures, *more))
-    lines = [lines[-1], *lines[:-1]] if rows[0]["cell"]["name"] == "dense" else lines
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    for line in lines:
-        print("| " + " | ".join(line) + " |")
+
+    def badness(line: tuple[Cell, dict[str, Any]]) -> float:
+        cell, row = line
+        found = sum(row["perplexity"].values()) if names else row.get("block_error", 0.0)
+        return float("-inf") if cell.method == "dense" else -found
+
+    for cell, row in sorted(rows, key=badness):
+        forwards = row["seconds"] / row["forward"] if "seconds" in row else None
+        figures = (
+            *((row["perplexity"][name], 2) for name in names),
+            (row.get("block_error"), 4),
+        )
+        costs = (
+            (row.get("seconds"), 0),
+            (forwards, 1),
+            (row.get("peak_mb"), 0),
+            (row.get("extra_mb"), 0),
+        )
+        used = "-" if cell.method in ("dense", "magnitude") else str(cell.num_samples)
+        columns = (cell.recipe, used, *map(_rounded, figures), row["machine"])
+        print("| " + " | ".join((*columns, *map(_rounded, costs))) + " |")
+
+
+def _rounded(figure: tuple[float | None, int]) -> str:
+    value, digits = figure
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,7 +1,7 @@
 """Prune a causal language model in one shot, compare it with the dense one, and save it.
 
     python examples/prune_llm.py MODEL OUTPUT --calibration c4.jsonl --held-out wikitext.txt \
-        --pattern 2:4 --method alps --reconstruct 4
+        --pattern 2:4 --method alps --reconstruct 2
 
 MODEL is a folder or a Hub name. Under `accelerate launch` the processes share the calibration data.
 """
