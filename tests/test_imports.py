@@ -25,6 +25,7 @@ LAYERS = [
     ["pruning", "optim", "distillation", "runtime", "models.configuration"],
     ["budget", "benchmark"],
     ["checkpoint"],
+    ["exporters"],
     ["hub"],
     ["models"],
     ["evaluation", "documents"],

@@ -21,7 +21,7 @@ def write_configs(
 ) -> None:
     """Write `config.json`, the generation config, and the stub for `trust_remote_code`."""
     if config.format == "dense":
-        model_config = _dense_config(model)
+        model_config = dense_config(model)
     else:
         model_config = _sparse_config(model, config)
         model_config.base_model = base_model(model.config) if base is None else base
@@ -37,13 +37,13 @@ def write_configs(
         model.generation_config.save_pretrained(folder)
 
 
-def _dense_class_name(model: PreTrainedModel) -> str:
+def dense_class_name(model: PreTrainedModel) -> str:
     """The name of the transformers class, of a Sparse class too; FSDP renames classes."""
     return type(model).__name__.removeprefix("FSDP").removeprefix("Sparse")
 
 
-def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The config under the family's own model type."""
+def dense_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """A copy of the config under the family's own model type."""
     if isinstance(model.config, SparseConfigMixin):
         values = model.config.to_dict()
         for key in ("sparsity_config", "base_model", "auto_map", "quantization_config"):
@@ -52,7 +52,7 @@ def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
     else:
         model_config = copy.deepcopy(model.config)
         vars(model_config).pop("quantization_config", None)  # of a GGUF file
-    model_config.architectures = [_dense_class_name(model)]
+    model_config.architectures = [dense_class_name(model)]
     return model_config
 
 
@@ -68,6 +68,6 @@ def _sparse_config(model: PreTrainedModel, config: SparsityConfig) -> PreTrained
             f"checkpoint with; families: {', '.join(FAMILIES)}. Save with format='dense': "
             "SparsityConfig(..., format='dense')."
         )
-    model_config.architectures = [f"Sparse{_dense_class_name(model)}"]
+    model_config.architectures = [f"Sparse{dense_class_name(model)}"]
     model_config.quantization_config = SparseCheckpointConfig(**config.to_dict()).to_dict()
     return model_config
