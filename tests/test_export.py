@@ -48,14 +48,14 @@ HEADED = [*FAST, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW)
 CLASSES = {"bert": "Bert", "albert": "Albert", "gpt2": "GPT2", "opt": "OPT"}
 
 
-def headed_model(family: str, ending: str) -> PreTrainedModel:
+def headed_model(family: str, ending: str, **changes: Any) -> PreTrainedModel:
     """A tiny random model with a head, 80 % of whose weights are zero."""
     name = CLASSES.get(family, family.capitalize()) + ending
     name = name.replace("GPT2ForCausalLM", "GPT2LMHeadModel")
     given = CONFIGS[family]
     smaller = {"num_hidden_layers": 2, "n_layer": 2, "layer_types": None}
     known = {key: value for key, value in smaller.items() if key in given.to_dict()}
-    config = type(given)(**{**given.to_dict(), **known})
+    config = type(given)(**{**given.to_dict(), **known, **changes})
     torch.manual_seed(0)
     model = getattr(transformers, name)(config).eval()
     for parameter in model.parameters():

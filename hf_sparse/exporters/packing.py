@@ -172,10 +172,11 @@ def _from_bitmask(
 def _from_gaps(
     width: int, nodes: _Nodes, coded: np.ndarray, nonzeros: np.ndarray, shape: Sequence[int]
 ) -> Any:
-    codes = nodes.constant(f"gap{width}", coded)
+    # In 32 bits: OpenVINO's shift of bytes is wrong.
+    codes = nodes.as_int32(nodes.constant(f"gap{width}", coded))
     if width == 4:
-        low = nodes.add("BitwiseAnd", codes, nodes.number("low", 15, np.uint8))
-        high = nodes.add("BitShift", codes, nodes.number("four", 4, np.uint8), direction="RIGHT")
+        low = nodes.add("BitwiseAnd", codes, nodes.number("low", 15, np.int32))
+        high = nodes.add("Div", codes, nodes.number("sixteen", 16, np.int32))
         last = nodes.number("last", [1])
         pairs = nodes.add(
             "Concat", nodes.add("Unsqueeze", low, last), nodes.add("Unsqueeze", high, last), axis=1
@@ -184,7 +185,6 @@ def _from_gaps(
         if coded.size and coded[-1] >> 4 == 15:  # fills up the last byte, and may pass the end
             stop = nodes.number("stop", [2 * coded.size - 1])
             codes = nodes.add("Slice", codes, nodes.number("start", [0]), stop)
-    codes = nodes.as_int32(codes)
     skip = nodes.number("skip", 2**width - 1, np.int32)
     placing = nodes.as_int32(nodes.add("Less", codes, skip))
     ends = nodes.add("CumSum", nodes.add("Add", codes, placing), nodes.number("axis0", 0))
