@@ -98,16 +98,17 @@ def test_the_commands_of_the_readme(dense: Path, tmp_path: Path) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("hf-sparse")]
     names = [command[0] for command in commands]
-    assert names == ["prune", "prune", "eval", "inspect", "bench", "push", "convert"]
+    assert names == ["prune", "prune", "eval", "inspect", "bench", "export", "push", "convert"]
     instead = {
         "MODEL": str(dense),
         "OUTPUT": str(tmp_path / "sparse"),
         "OUTPUT-2": str(tmp_path / "sparse-2"),
+        "GRAPH": str(tmp_path / "graph"),
         "text.jsonl": str(tmp_path / "text.txt"),
         "held_out.txt": str(tmp_path / "text.txt"),
     }
     small = {"prune": ["--num-samples", "2", "--window", "32"], "eval": ["--window", "32"]}
-    for command in commands[:5]:
+    for command in commands[:6]:
         arguments = [instead.get(argument, argument) for argument in command]
         assert main([*arguments, *small.get(command[0], [])]) == 0
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +320,19 @@ def test_the_command_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     static = ["--quantize", "static", "--calibration", str(tmp_path / "text.txt")]
     assert main(["export", source, output, *static, "--window", "16", "--num-samples", "4"]) == 0
     assert "packed" in capsys.readouterr().out
+
+
+def test_the_example_classifies_with_the_graph(tmp_path: Path) -> None:
+    hf_sparse.save_pretrained(
+        tiny_classifier(), tmp_path / "model", SparsityConfig("unstructured", 0.0),
+        tokenizer=tiny_tokenizer(),
+    )  # fmt: skip
+    script = Path(__file__).parent.parent / "examples/export_onnx.py"
+    command = [sys.executable, script, tmp_path / "model", tmp_path / "graph", "--text", "a word"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("LABEL_")
+    assert (tmp_path / "graph/model.onnx").exists()
 
 
 def test_every_head_is_in_the_table() -> None:
