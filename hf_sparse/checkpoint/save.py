@@ -27,9 +27,9 @@ from hf_sparse.formats import compress, format_of, num_nonzeros
 from hf_sparse.patterns import NM, Pattern, Unstructured
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.structure import (
-    PRUNED_WITH,
     TargetLayer,
     num_parameters,
+    promised_config,
     target_layers,
     with_head_size,
 )
@@ -184,10 +184,7 @@ def _check_not_quantized(model: PreTrainedModel) -> None:
 
 def _implied_config(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> SparsityConfig:
     """What the model was pruned or loaded with, as far as it still holds; else what is measured."""
-    recorded = getattr(model.config, "sparsity_config", None)
-    promised: SparsityConfig | None = vars(model).get(PRUNED_WITH)
-    if promised is None and recorded is not None:
-        promised = SparsityConfig.from_dict(recorded)
+    promised = promised_config(model)
     if promised is not None and not isinstance(promised.pattern, NM):
         return promised
     targets, ignore = (None, None) if promised is None else (promised.targets, promised.ignore)
