@@ -3,19 +3,17 @@
     y = x (W + m * s B A)^T,    m = [W != 0]
 
 Sources: LoRA, https://arxiv.org/abs/2106.09685; with a mask, SQFT, https://arxiv.org/abs/2410.03750;
-computing the masked weight again in the backward pass, and gradients without the mask, LoRS,
-https://arxiv.org/abs/2501.08582.
+computing the masked weight again in the backward pass, LoRS, https://arxiv.org/abs/2501.08582.
 
 One product per layer, with the weight that a merge would give: so merging changes nothing, also in
 bfloat16. That weight is not kept for the backward pass but computed again. The gradients are, with
 `G = dL/dy^T x` `(out_features, in_features)`,
 
-    exact:             dL/dB = s (m * G) A^T         dL/dA = s B^T (m * G)
-    straight-through:  dL/dB = s dL/dy^T (x A^T)     dL/dA = s (dL/dy B)^T x
+    dL/dB = s (m * G) A^T         dL/dA = s B^T (m * G)
 
-The exact ones need G, half again the products of a layer whose weight is frozen: on CPUs where
-bfloat16 is faster than float32, G is computed in it. The straight-through ones leave the mask out
-of the backward pass and cost what stock LoRA costs.
+G is half again the products of a layer whose weight is frozen: on CPUs where bfloat16 is faster
+than float32 it is computed in it. (LoRS leaves the mask out of the gradients, which spares G. Here
+that saved less than a tenth of a step, and the gradients would no longer be the loss's.)
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.pruning.training import is_bfloat16_faster
-from hf_sparse.recovery.zeros import is_sparse, refill_, unlike
+from hf_sparse.recovery.zeros import refill_, unlike
 
 # Written as `peft_type`: PEFT alone does not know it, and refuses the adapter.
 MASKED_LORA = "HF_SPARSE_MASKED_LORA"
@@ -48,7 +46,6 @@ class MaskedLoraConfig(LoraConfig):
 
     Args:
         masked: always true.
-        exact_gradient: the gradient of the masked product; false: see straight-through above.
         base_zeros: hash of the zeros that the adapter was made for; filled in.
 
     Raises:
@@ -57,7 +54,6 @@ class MaskedLoraConfig(LoraConfig):
     """
 
     masked: bool = field(default=True, metadata={"is_lora_variant": True})
-    exact_gradient: bool = True
     base_zeros: str | None = None
 
     def __post_init__(self) -> None:
@@ -88,10 +84,11 @@ class MaskedLoraConfig(LoraConfig):
 class MaskedLinear(LoraLinear):
     """PEFT's LoRA layer for a Linear or Conv1D with zeros; without zeros it is PEFT's own."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any
+    ) -> None:
         conv1d = isinstance(base_layer, Conv1D)
         config.fan_in_fan_out = conv1d
-        self._exact: dict[str, bool] = {}
         super().__init__(
             base_layer, adapter_name, config=config, is_target_conv_1d_layer=conv1d, **kwargs
         )
@@ -100,30 +97,29 @@ class MaskedLinear(LoraLinear):
         """PEFT asks here for what a config wants: a mask, or what it has itself."""
         if not isinstance(config, MaskedLoraConfig):
             return super().resolve_lora_variant(config=config, **kwargs)
-        return MaskedVariant() if is_sparse(self.get_base_layer().weight.detach()) else None
-
-    def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
-        """Add an adapter."""
-        self._exact[adapter_name] = getattr(config, "exact_gradient", True)
-        super().update_layer(adapter_name, *args, config=config, **kwargs)
+        base: Any = self.get_base_layer()
+        return MaskedVariant() if bool((base.weight == 0).any()) else None
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What a merge adds to the base weight, in its layout."""
         delta = super().get_delta_weight(adapter)
         if adapter in self.lora_variant:
-            delta = delta * unlike(self.get_base_layer().weight.detach()).to(delta.dtype)
+            base: Any = self.get_base_layer()
+            delta = delta * unlike(base.weight.detach()).to(delta.dtype)
         return delta
 
     def factors(self, adapters: list[str]) -> tuple[Tensor, Tensor]:
         """Two factors whose product is the sum of the adapters' updates, in the weight's layout."""
-        down = torch.cat([self.lora_A[name].weight for name in adapters])
-        up = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in adapters], 1)
+        parts: list[Any] = [(self.lora_A[name], self.lora_B[name]) for name in adapters]
+        scales = [self.scaling[name] for name in adapters]
+        down = torch.cat([lora_a.weight for lora_a, _ in parts])
+        up = torch.cat([p[1].weight * scale for p, scale in zip(parts, scales, strict=True)], 1)
         return (down.T, up.T) if self.fan_in_fan_out else (up, down)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """One product with the masked weight, where the adapters in use allow it."""
         active = [name for name in self.active_adapters if name in self.lora_A]
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if (
             not active
             or base.weight.requires_grad
@@ -134,7 +130,6 @@ class MaskedLinear(LoraLinear):
             or kwargs.get("adapter_names") is not None
             or any(name not in self.lora_variant for name in active)
             or any(self._drops(name) for name in active)
-            or len({self._exact[name] for name in active}) > 1
         ):
             return super().forward(x, *args, **kwargs)
         bias = base.bias
@@ -208,16 +203,13 @@ def masked_product(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     with torch.autocast(kind, enabled=False):
         x, weight = x.to(dtype), weight.to(dtype)
-        if module._exact[adapters[0]]:
-            product = _MaskedProduct.apply(x, weight, left, right, module.fan_in_fan_out, add_base)
-        else:
-            product = _StraightThrough.apply(x, weight, left, right, module.fan_in_fan_out, add_base)
+        product: Tensor = _MaskedProduct.apply(
+            x, weight, left, right, module.fan_in_fan_out, add_base
+        )
         return product if bias is None else product + bias.to(dtype)
 
 
-def masked_weight(
-    weight: Tensor, left: Tensor, right: Tensor, add_base: bool = True
-) -> Tensor:
+def masked_weight(weight: Tensor, left: Tensor, right: Tensor, add_base: bool = True) -> Tensor:
     """`m * (W + U V)`, or `m * U V`, in the weight's type; the product is taken in it too."""
     left, right = left.to(weight.dtype), right.to(weight.dtype)
     whole = torch.addmm(weight, left, right) if add_base else left @ right
@@ -240,36 +232,15 @@ class _MaskedProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, left, right = ctx.saved_tensors
         [grad] = grads
-        grad_x = _grad_x(ctx, grad)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            merged = masked_weight(weight, left, right, ctx.base)
+            grad_x = functional.linear(grad, merged) if ctx.flipped else grad @ merged
         rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
         if is_bfloat16_faster(rows):
             rows, grad_rows = rows.bfloat16(), grad_rows.bfloat16()
         whole = rows.T @ grad_rows if ctx.flipped else grad_rows.T @ rows
-        whole = whole.to(weight.dtype).mul_(unlike(weight)).to(whole.dtype)
+        whole.mul_(unlike(weight))
         grad_left = (whole @ right.T.to(whole.dtype)).to(left.dtype)
         grad_right = (left.T.to(whole.dtype) @ whole).to(right.dtype)
         return grad_x, None, grad_left, grad_right, None, None
-
-
-class _StraightThrough(_MaskedProduct):
-    """The product with the gradients of the factors as if nothing were masked."""
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, _, left, right = ctx.saved_tensors
-        [grad] = grads
-        grad_x = _grad_x(ctx, grad)
-        rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
-        if ctx.flipped:
-            rows, grad_rows = grad_rows, rows
-        grad_left = grad_rows.T @ (rows @ right.T.to(rows.dtype))
-        grad_right = (grad_rows @ left.to(rows.dtype)).T @ rows
-        return grad_x, None, grad_left.to(left.dtype), grad_right.to(right.dtype), None, None
-
-
-def _grad_x(ctx: Any, grad: Tensor) -> Tensor | None:
-    if not ctx.needs_input_grad[0]:
-        return None
-    x, weight, left, right = ctx.saved_tensors
-    whole = masked_weight(weight, left, right, ctx.base)
-    return functional.linear(grad, whole) if ctx.flipped else grad @ whole

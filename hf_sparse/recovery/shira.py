@@ -15,7 +15,6 @@ from peft import PeftModel, ShiraConfig
 from peft.tuners.shira.layer import ShiraLayer
 from torch import Tensor, nn
 
-from hf_sparse.recovery.zeros import is_sparse
 from hf_sparse.structure import is_conv1d
 
 
@@ -36,7 +35,7 @@ def on_kept_weights(config: ShiraConfig, model: nn.Module) -> ShiraConfig:
     else:
         generator.seed()
 
-    def mask_fn(base_layer: nn.Module, r: int, **kwargs: Any) -> Tensor:
+    def mask_fn(base_layer: Any, r: int, **kwargs: Any) -> Tensor:
         name = names.get(id(base_layer), type(base_layer).__name__)
         if is_conv1d(base_layer):
             raise ValueError(
@@ -45,12 +44,12 @@ def on_kept_weights(config: ShiraConfig, model: nn.Module) -> ShiraConfig:
         return draw(name, base_layer.weight.detach(), r, generator)
 
     config = copy.deepcopy(config)
-    config.mask_fn = mask_fn
+    config.mask_fn = mask_fn  # type: ignore[assignment]
     return config
 
 
 def draw(name: str, weight: Tensor, r: int, generator: torch.Generator) -> Tensor:
-    """Mark `r * (in + out)` weights, of a sparse layer nonzero ones.
+    """Mark `r * (in + out)` weights, nonzero ones.
 
     Returns:
         1 where a weight is to be trained, of the weight's shape and type.
@@ -60,7 +59,7 @@ def draw(name: str, weight: Tensor, r: int, generator: torch.Generator) -> Tenso
     """
     rows, columns = weight.shape
     wanted = r * (rows + columns)
-    places = weight.reshape(-1).nonzero()[:, 0] if is_sparse(weight) else None
+    places = weight.reshape(-1).nonzero()[:, 0] if bool((weight == 0).any()) else None
     available = weight.numel() if places is None else len(places)
     if wanted > available:
         raise ValueError(
@@ -82,9 +81,10 @@ def check_places(model: PeftModel, adapter_name: str) -> None:
     filled, layers = 0, []
     for name, module in model.named_modules():
         if isinstance(module, ShiraLayer) and adapter_name in module.shira_indices:
-            weight = module.get_base_layer().weight.detach()
+            base: Any = module.get_base_layer()
+            weight = base.weight.detach()
             rows, columns = module.shira_indices[adapter_name].to(weight.device).long()
-            if is_sparse(weight) and (count := int((weight[rows, columns] == 0).sum())):
+            if count := int((weight[rows, columns] == 0).sum()):
                 filled += count
                 layers.append(name)
     if filled:
