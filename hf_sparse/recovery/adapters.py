@@ -71,11 +71,19 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
             "other adapters it is not known that they keep zeros."
         )
     _check_not_quantized(model)
-    if isinstance(model, peft.PeftModel):
-        model.add_adapter(adapter_name, config)
-    else:
-        model = peft.get_peft_model(model, config, adapter_name)
-    _check_adapted(model, adapter_name)
+    base, flags = model, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        if isinstance(model, peft.PeftModel):
+            model.add_adapter(adapter_name, config)
+        else:
+            model = peft.get_peft_model(model, config, adapter_name)
+        _check_adapted(model, adapter_name)
+    except BaseException:
+        if not isinstance(base, peft.PeftModel):
+            _take_off(base)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+        raise
     config = model.peft_config[adapter_name]
     if isinstance(config, peft.LoraConfig):
         config.base_zeros = _zeros_of(model, adapter_name)
@@ -225,6 +233,14 @@ def _masked(config: Any) -> Any:
         return copy.deepcopy(config)
     values = {name: getattr(config, name) for name in config.__dataclass_fields__}
     return MaskedLoraConfig(**copy.deepcopy(values))
+
+
+def _take_off(model: nn.Module) -> None:
+    """Put the layers of a model back that a half-made adapter has replaced."""
+    for name, layer in adapted_layers(model):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    vars(model).pop("peft_config", None)
 
 
 def _check_adapted(model: nn.Module, adapter_name: str) -> None:

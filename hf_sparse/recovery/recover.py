@@ -120,7 +120,15 @@ def recover_(
             distillation.attach(model)
         everything = nullcontext() if recovery.r else trainable(model, list(model.parameters()))
         with everything:
-            losses = _train(trained, inputs, recovery, epochs, accumulate, seed)
+            losses = fit(
+                trained,
+                inputs,
+                lr=recovery.lr,
+                epochs=epochs,
+                accumulate=accumulate,
+                seed=seed,
+                freeze=recovery.r is None,
+            )
         done = True
     finally:
         if distillation is not None:
@@ -181,18 +189,24 @@ def _with_labels(batch: dict[str, Any]) -> dict[str, Any]:
     return {**batch, "labels": labels}
 
 
-def _train(
+def fit(
     model: nn.Module,
     batches: list[dict[str, Any]],
-    recovery: Recovery,
+    *,
+    lr: float,
     epochs: int,
     accumulate: int,
     seed: int,
+    freeze: bool,
 ) -> list[float]:
-    """Train what has gradients; returns the mean loss of each step."""
+    """Train what has gradients, with the zeros frozen or not.
+
+    Returns:
+        The mean loss of each step.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=recovery.lr, weight_decay=0.0)
-    frozen = None if recovery.r else keep_zeros(optimizer, model)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    frozen = keep_zeros(optimizer, model) if freeze else None
     generator = torch.Generator().manual_seed(seed)
     order = [
         index
@@ -213,7 +227,7 @@ def _train(
         if not math.isfinite(total):
             raise ValueError(
                 f"the loss is {total} after {len(losses)} steps. Load the model again, and take a "
-                f"lower learning rate than {recovery.lr}."
+                f"lower learning rate than {lr}."
             )
         nn.utils.clip_grad_norm_(parameters, _CLIP)
         optimizer.step()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel, ShiraConfig
 from peft.tuners.shira.layer import ShiraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from hf_sparse.structure import is_conv1d
@@ -26,8 +27,14 @@ def on_kept_weights(config: ShiraConfig, model: nn.Module) -> ShiraConfig:
         model: whose layers are adapted, for their names in errors.
 
     Raises:
-        ValueError: when PEFT makes the adapter: a layer keeps fewer weights than `r` asks for.
+        ValueError: a target is a Conv1D; when PEFT makes the adapter: a layer keeps fewer weights
+            than `r` asks for.
     """
+    for name, module in model.named_modules():
+        if is_conv1d(module) and check_target_module_exists(config, name):
+            raise ValueError(
+                f"{name} is a Conv1D, which PEFT's ShiRA does not adapt. Use masked LoRA: LoraConfig."
+            )
     names = {id(module): name for name, module in model.named_modules()}
     generator = torch.Generator()
     if config.random_seed is not None:
@@ -37,10 +44,6 @@ def on_kept_weights(config: ShiraConfig, model: nn.Module) -> ShiraConfig:
 
     def mask_fn(base_layer: Any, r: int, **kwargs: Any) -> Tensor:
         name = names.get(id(base_layer), type(base_layer).__name__)
-        if is_conv1d(base_layer):
-            raise ValueError(
-                f"{name} is a Conv1D, which PEFT's ShiRA does not adapt. Use masked LoRA: LoraConfig."
-            )
         return draw(name, base_layer.weight.detach(), r, generator)
 
     config = copy.deepcopy(config)
