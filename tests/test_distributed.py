@@ -216,6 +216,8 @@ state = accelerator.unwrap_model(model).state_dict()
 state = {k: v.full_tensor() if kind == "fsdp2" else v for k, v in state.items()}
 if accelerator.is_main_process:
     save_file({k: v.contiguous() for k, v in state.items()}, f"{folder}/{kind}.safetensors")
+accelerator.wait_for_everyone()
+accelerator.end_training()
 """
 
 
