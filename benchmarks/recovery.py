@@ -222,7 +222,8 @@ def step_ratio(
     batch = {**batches[0], "labels": batches[0]["input_ids"]}
     if cell.method == "finetune":
         model.requires_grad_(True)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+        # at rate 0 the steps without the mask leave the zeros for those with it
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
 
         def frozen() -> None:
             mask = hf_sparse.keep_zeros(optimizer, model)
@@ -313,7 +314,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="print what is there and stop")
     parser.add_argument("--only", nargs="+", metavar="CELL", help='such as "2:4 lora"')
     parser.add_argument("--tokens", type=int, default=400_000, help="to train on")
-    parser.add_argument("--accumulate", type=int, default=8, help="windows in a step")
+    parser.add_argument("--accumulate", type=int, default=4, help="windows in a step")
     parser.add_argument("--steps", type=int, default=5, help="steps to time of each kind")
     parser.add_argument("--max-windows", type=int, default=32, help="windows of each text")
     parser.add_argument("--cell", help=argparse.SUPPRESS)

@@ -6,10 +6,10 @@ rows),
     w <- m * w,    m = [w was not zero before the step]
 
 and a kept weight that has landed on exactly zero becomes the least normal number instead. So the
-zeros of the weights are the mask at all times: nothing is kept between two steps, a checkpoint of
-the model is all that resuming needs, and the number of zeros is the same to the weight. (A mask
-kept from the start would cost a byte for each weight, and a checkpoint could not tell which of its
-zeros belong to it.)
+zeros of the weights are the mask at all times: it is read from them before each step, a checkpoint
+of the model is all that resuming needs, and the number of zeros is the same to the weight. (With a
+mask kept from the start, a checkpoint could not tell which of its zeros belong to it, and weights
+that are loaded later would be cut by the mask of others.)
 
 Only weights are masked, not gradients: their norm, by which they are clipped, counts the pruned
 weights too, and so do the moments that an optimizer keeps of them, without effect on others.
@@ -17,6 +17,7 @@ weights too, and so do the moments that an optimizer keeps of them, without effe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,11 +26,11 @@ from torch.optim import Optimizer
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.optim.sharding import local_part
-from hf_sparse.recovery.zeros import fingerprint, refill_, sparse_layers
+from hf_sparse.recovery.zeros import fingerprint, refill_, sparse_layers, unlike
 
 _ATTACHED = "_hf_sparse_frozen_mask"
 # Weights that are masked together: few enough for their temporaries to stay in the cache.
-_CHUNK = 1 << 17
+_CHUNK = 1 << 18
 
 
 def keep_zeros(
@@ -53,7 +54,7 @@ def keep_zeros(
         The mask, whose `check()` tells whether the zeros are still those of now. It is not part of
         the optimizer's state: after loading one, call this again.
 
-    Memory: during a step one byte for each weight of the sparse layers.
+    Memory: one byte for each weight of the sparse layers.
 
     Raises:
         ValueError: the layers have no zeros, are quantized, or are not in the optimizer.
@@ -136,17 +137,23 @@ class FrozenMask:
                 "the optimizer's parameters were replaced after keep_zeros was called. Call it after "
                 "DDP, FSDP or accelerator.prepare."
             )
-        self._kept = [
-            torch.ne(weight, 0, out=torch.empty_like(weight, dtype=torch.uint8))
-            for weight in self._weights()
-        ]
+        weights = self._weights()
+        if not self._kept:
+            self._kept = [torch.empty_like(weight, dtype=torch.uint8) for weight in weights]
+        for weight, kept in zip(weights, self._kept, strict=True):
+            for part, part_kept in _parts(weight, kept):
+                part_kept.copy_(unlike(part))  # twice as fast as a comparison into bytes
 
     @torch.no_grad()
     def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """After a step: make the same weights zero."""
         for weight, kept in zip(self._weights(), self._kept, strict=True):
-            rows = len(weight) if weight.is_cuda else _CHUNK // max(weight.shape[1:].numel(), 1)
-            parts = zip(weight.split(max(rows, 1)), kept.split(max(rows, 1)), strict=True)
-            for part, part_kept in parts:
+            for part, part_kept in _parts(weight, kept):
                 refill_(part, part_kept.to(part.dtype))
-        self._kept = []
+
+
+def _parts(weight: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut a weight and its mask into some rows each; on a GPU they stay whole."""
+    rows = len(weight) if weight.is_cuda else _CHUNK // max(weight.shape[1:].numel(), 1)
+    rows = max(rows, 1)
+    return zip(weight.split(rows), kept.split(rows), strict=True)

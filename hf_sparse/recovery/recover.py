@@ -59,7 +59,7 @@ def recover_(
     *,
     teacher: nn.Module | None = None,
     epochs: int = 1,
-    accumulate: int = 8,
+    accumulate: int = 4,
     lr: float | None = None,
     r: int | None = None,
     logits: float = 0.5,
