@@ -209,11 +209,16 @@ def masked_product(
         return product if bias is None else product + bias.to(dtype)
 
 
-def masked_weight(weight: Tensor, left: Tensor, right: Tensor, add_base: bool = True) -> Tensor:
-    """`m * (W + U V)`, or `m * U V`, in the weight's type; the product is taken in it too."""
+def masked_weight(
+    weight: Tensor, left: Tensor, right: Tensor, add_base: bool = True, kept: Tensor | None = None
+) -> Tensor:
+    """`m * (W + U V)`, or `m * U V`, in the weight's type; the product is taken in it too.
+
+    `kept` is the mask, if it is there already.
+    """
     left, right = left.to(weight.dtype), right.to(weight.dtype)
     whole = torch.addmm(weight, left, right) if add_base else left @ right
-    return whole.mul_(unlike(weight))
+    return whole.mul_(unlike(weight) if kept is None else kept)
 
 
 class _MaskedProduct(torch.autograd.Function):
@@ -232,15 +237,15 @@ class _MaskedProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, left, right = ctx.saved_tensors
         [grad] = grads
-        grad_x = None
+        grad_x, kept = None, unlike(weight)
         if ctx.needs_input_grad[0]:
-            merged = masked_weight(weight, left, right, ctx.base)
+            merged = masked_weight(weight, left, right, ctx.base, kept)
             grad_x = functional.linear(grad, merged) if ctx.flipped else grad @ merged
         rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
         if is_bfloat16_faster(rows):
             rows, grad_rows = rows.bfloat16(), grad_rows.bfloat16()
         whole = rows.T @ grad_rows if ctx.flipped else grad_rows.T @ rows
-        whole.mul_(unlike(weight))
+        whole.mul_(kept.to(whole.dtype))
         grad_left = (whole @ right.T.to(whole.dtype)).to(left.dtype)
         grad_right = (left.T.to(whole.dtype) @ whole).to(right.dtype)
         return grad_x, None, grad_left, grad_right, None, None
