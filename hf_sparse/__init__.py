@@ -43,6 +43,12 @@ if TYPE_CHECKING:
     from hf_sparse.patterns import Pattern as Pattern
     from hf_sparse.pruning.calibration import calibration_batches as calibration_batches
     from hf_sparse.pruning.oneshot import prune_ as prune_
+    from hf_sparse.recovery.adapters import get_peft_model as get_peft_model
+    from hf_sparse.recovery.adapters import load_adapter as load_adapter
+    from hf_sparse.recovery.adapters import merge_adapters as merge_adapters
+    from hf_sparse.recovery.frozen import keep_zeros as keep_zeros
+    from hf_sparse.recovery.recover import recover_ as recover_
+    from hf_sparse.recovery.trainer import KeepZeros as KeepZeros
     from hf_sparse.report import SparsityReport as SparsityReport
     from hf_sparse.report import measure_sparsity as measure_sparsity
     from hf_sparse.runtime.compiled import compile as compile
@@ -50,6 +56,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Distillation": "hf_sparse.distillation",
     "FormatError": "hf_sparse.formats",
+    "KeepZeros": "hf_sparse.recovery.trainer",
     "Metric": "hf_sparse.checkpoint.card",
     "Pattern": "hf_sparse.patterns",
     "Schedule": "hf_sparse.optim.schedules",
@@ -68,17 +75,22 @@ _PUBLIC = {
     "convert_legacy": "hf_sparse.checkpoint.legacy",
     "export_onnx": "hf_sparse.exporters.onnx_export",
     "freeze_zeros": "hf_sparse.optim.shrinkage",
+    "get_peft_model": "hf_sparse.recovery.adapters",
     "inspect_checkpoint": "hf_sparse.checkpoint.inspect",
+    "keep_zeros": "hf_sparse.recovery.frozen",
+    "load_adapter": "hf_sparse.recovery.adapters",
     "load_compiled": "hf_sparse.checkpoint.compiled",
     "measure_sparsity": "hf_sparse.report",
+    "merge_adapters": "hf_sparse.recovery.adapters",
     "perplexity": "hf_sparse.evaluation",
     "prune_": "hf_sparse.pruning.oneshot",
     "prune_checkpoint": "hf_sparse.checkpoint.streaming",
     "push_to_hub": "hf_sparse.hub",
+    "recover_": "hf_sparse.recovery.recover",
     "save_compiled": "hf_sparse.checkpoint.compiled",
     "save_pretrained": "hf_sparse.checkpoint.save",
-    "sparsity_for": "hf_sparse.budget",
     "sparse_param_groups": "hf_sparse.optim.groups",
+    "sparsity_for": "hf_sparse.budget",
     "trainer_optimizer": "hf_sparse.optim.trainer",
 }
 

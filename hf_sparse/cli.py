@@ -22,7 +22,9 @@ from hf_sparse.exporters import QUANTIZATIONS
 from hf_sparse.formats import FORMATS
 from hf_sparse.patterns import NOTATIONS
 from hf_sparse.pruning.allocation import ALLOCATIONS
+from hf_sparse.pruning.calibration import token_windows
 from hf_sparse.pruning.methods import METHODS, Recipe
+from hf_sparse.recovery.recover import RECOVERIES
 from hf_sparse.report import format_table
 
 _EXPECTED = (ValueError, OSError, ImportError, HfHubHTTPError, SafetensorError)
@@ -145,6 +147,38 @@ def _read_as(default: Any, text: str) -> Any:
             raise ValueError(text)
         return text == "true"
     return text if default is None else type(default)(text)
+
+
+def recover(options: argparse.Namespace) -> int:
+    """Train a sparse model on text, its zeros kept, and save it."""
+    if Path(options.output).resolve() == Path(options.folder).resolve():
+        raise ValueError(f"OUTPUT is FOLDER, {options.folder}: the pruned model would be lost.")
+    documents = read_documents(options.data)
+    if options.method == "finetune" and options.dtype == "auto":
+        options.dtype = "float32"
+    model, tokenizer = load(options.folder, options)
+    windows = token_windows(tokenizer, documents, options.window, options.num_samples)
+    batches = [{"input_ids": batch} for batch in windows.split(options.batch_size)]
+    teacher = None
+    if options.teacher is not None:
+        teacher, _ = load(options.teacher, options, needs_tokenizer=False)
+    report = hf_sparse.recover_(
+        model,
+        batches,
+        options.method,
+        teacher=teacher,
+        epochs=options.epochs,
+        accumulate=options.accumulate,
+        lr=options.lr,
+        r=options.r,
+    )
+    hf_sparse.save_pretrained(model, options.output, tokenizer=tokenizer, report=report)
+    if options.json:
+        print(report.to_json())
+    else:
+        print(report if options.tensors else report.summary())
+        print(f"saved to {options.output}")
+    return 0
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -345,6 +379,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hf_sparse {hf_sparse.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_prune(commands)
+    _add_recover(commands)
     _add_eval(commands)
     _add_inspect(commands)
     _add_bench(commands)
@@ -391,6 +426,27 @@ def _add_prune(commands: Any) -> None:
         "--calibration", nargs="+", metavar="FILE", help='.jsonl with "text" fields, or plain text'
     )
     command.add_argument("--num-samples", type=int, default=128, help="windows of it (default 128)")
+    _add_data(command)
+    _add_tensors(command)
+
+
+def _add_recover(commands: Any) -> None:
+    methods = "; ".join(f"{name}: {recovery.summary}" for name, recovery in RECOVERIES.items())
+    command = _command(commands, "recover", recover, "train a sparse model, its zeros kept")
+    command.add_argument("folder", help="folder or Hub name of the sparse model")
+    command.add_argument("output", help="folder to save the recovered model in")
+    command.add_argument(
+        "--data", nargs="+", required=True, metavar="FILE", help="text: .jsonl or plain"
+    )
+    command.add_argument(
+        "--method", default="finetune", choices=RECOVERIES, help=f"{methods} (default finetune)"
+    )
+    command.add_argument("--teacher", help="the dense model, to learn from its logits")
+    command.add_argument("--epochs", type=int, default=1, help="passes over the data (default 1)")
+    command.add_argument("--accumulate", type=int, default=4, help="batches in a step (default 4)")
+    command.add_argument("--lr", type=float, help="peak learning rate (default by method)")
+    command.add_argument("--r", type=int, help="rank of lora, or its like of shira")
+    command.add_argument("--num-samples", type=int, help="windows of the data (default all)")
     _add_data(command)
     _add_tensors(command)
 

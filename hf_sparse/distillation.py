@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+# Logits whose divergence is computed at once.
+_CHUNK = 1 << 21
+
 # The outputs that transformers' heads call logits: question answering has two.
 _LOGITS = ("logits", "start_logits", "end_logits")
 
@@ -40,7 +43,8 @@ class Distillation:
             same number and size of blocks.
         temperature: of the softmax, `> 0`.
 
-    Memory: the teacher, and its activations of one batch (without gradients).
+    Memory: the teacher, its activations of one batch (without gradients), and one tensor of the
+    logits' size, the teacher's, which turns into their gradient; all else goes by a few tokens.
 
     Raises:
         ValueError: weights outside what is allowed, or both 0.
@@ -77,6 +81,8 @@ class Distillation:
         Raises:
             ValueError: the model is the teacher, or this is attached already.
         """
+        if hasattr(model, "get_base_model"):  # a PeftModel, whose forward hides the inputs' names
+            model = model.get_base_model()  # type: ignore[operator]
         taught = {id(parameter) for parameter in self.teacher.parameters()}
         if any(id(parameter) in taught for parameter in model.parameters()):
             raise ValueError(
@@ -120,7 +126,8 @@ class Distillation:
         if not model.training:
             return None
         inputs = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        inputs = {**inputs, **inputs.pop("kwargs", {})}
+        named = inputs.pop("kwargs", {})
+        inputs = {**inputs, **named}
         inputs.pop("return_dict", None)
         if getattr(outputs, "loss", None) is None:
             raise ValueError(
@@ -161,29 +168,65 @@ class Distillation:
         problem = getattr(getattr(self.teacher, "config", None), "problem_type", None)
         terms = []
         for name in names:
-            student, teacher = outputs[name].float(), taught[name].float()
+            student, teacher = outputs[name], taught[name]
             if student.shape != teacher.shape:
                 raise ValueError(
                     f"{name} are {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}. Wanted "
                     "a teacher with the same head."
                 )
             if student.shape[-1] == 1 or problem == "regression":
-                terms.append(functional.mse_loss(student, teacher))
+                terms.append(functional.mse_loss(student.float(), teacher.float()))
                 continue
             if problem == "multi_label_classification":
-                terms.append(_bernoulli_divergence(student, teacher, self.temperature))
+                terms.append(
+                    _bernoulli_divergence(student.float(), teacher.float(), self.temperature)
+                )
                 continue
+            counts = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
             if student.ndim == 3:  # tokens: only those that have a label
-                chosen = _labelled(student, inputs, labels, shifted=_is_causal_lm(self.teacher))
-                student, teacher = student[chosen], teacher[chosen]
-            divergence = functional.kl_div(
-                functional.log_softmax(student / self.temperature, dim=-1),
-                functional.log_softmax(teacher / self.temperature, dim=-1),
-                reduction="batchmean",
-                log_target=True,
+                counts = _labelled(student, inputs, labels, shifted=_is_causal_lm(self.teacher))
+            terms.append(
+                _Divergence.apply(
+                    student.flatten(0, -2),
+                    teacher.flatten(0, -2),
+                    counts.flatten(),
+                    self.temperature,
+                )
             )
-            terms.append(divergence * self.temperature**2)
         return torch.stack(terms).mean()
+
+
+class _Divergence(torch.autograd.Function):
+    """`T^2 KL(teacher / T || student / T)`, the mean over some tokens, by a few tokens at a time.
+
+    A vocabulary makes logits larger than all else in a small model. Their gradient is computed with
+    the loss and written over the teacher's logits, so that nothing more of their size is needed.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, student: Tensor, teacher: Tensor, counts: Tensor, temperature: float
+    ) -> Tensor:
+        # student, teacher: (tokens, classes); counts: (tokens,)
+        grad = teacher if teacher.dtype == student.dtype else torch.empty_like(student)
+        total = student.new_zeros((), dtype=torch.float32)
+        rows = max(1, _CHUNK // student.shape[-1])
+        scale = 1 / max(int(counts.sum()), 1)
+        parts = (part.split(rows) for part in (student, teacher, grad, counts))
+        for mine, theirs, out, chosen in zip(*parts, strict=True):
+            weight = chosen[:, None].float()
+            log_q = functional.log_softmax(mine.float() / temperature, dim=-1)
+            log_p = functional.log_softmax(theirs.float() / temperature, dim=-1)
+            p = log_p.exp()
+            total += (p * (log_p - log_q) * weight).sum() * (scale * temperature**2)
+            out.copy_((log_q.exp_() - p) * weight * (scale * temperature))
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        [grad] = ctx.saved_tensors
+        return (grads[0].to(grad.dtype) * grad), None, None, None
 
 
 def _bernoulli_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

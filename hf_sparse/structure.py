@@ -152,6 +152,15 @@ def target_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
     return list(chosen.values())
 
 
+def promised_config(model: nn.Module) -> SparsityConfig | None:
+    """The config that a model was pruned with, or loaded with; None: neither is known."""
+    promised: SparsityConfig | None = vars(model).get(PRUNED_WITH)
+    recorded = getattr(getattr(model, "config", None), "sparsity_config", None)
+    if promised is None and recorded is not None:
+        promised = SparsityConfig.from_dict(recorded)
+    return promised
+
+
 def layers_in(block: nn.Module, layers: Sequence[TargetLayer]) -> list[TargetLayer]:
     """Those of the layers that are inside a block, in their order."""
     modules = {id(module) for module in block.modules()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, BertConfig, Trainer, TrainingArguments
 
-from hf_sparse import Distillation
+from hf_sparse import Distillation, distillation
 from tests.tiny_models import CONFIGS, tiny_batches, tiny_classifier, tiny_model
 
 
@@ -270,3 +270,53 @@ def test_teachers_that_do_not_fit_are_refused() -> None:
     small.config.vocab_size = 100
     with pytest.raises(ValueError, match="knows 256 tokens, its teacher 100"):
         Distillation(small).attach(without_dropout(tiny_classifier()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_few_tokens_at_a_time_are_the_whole(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "_CHUNK", 3 * 256)  # three tokens
+    teacher = tiny_model("llama").to(dtype)
+    student = without_dropout(tiny_model("llama", seed=1))
+    [batch] = tiny_batches("llama", 1, length=11)
+    labels = batch["input_ids"].clone()
+    labels[0, :5] = -100
+    Distillation(teacher, logits=0.7, temperature=3.0).attach(student)
+    found = student(**batch, labels=labels)
+    mine = torch.autograd.grad(found.loss, list(student.parameters()))
+    student._forward_hooks.clear()
+    student._forward_pre_hooks.clear()
+    plain = student(**batch, labels=labels)
+    chosen = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+    with torch.no_grad():
+        taught = teacher(**batch).logits.float()[chosen]
+    p = (taught / 3).log_softmax(-1)
+    q = (plain.logits[chosen] / 3).log_softmax(-1)
+    wanted = 0.3 * plain.loss + 0.7 * 9 * (p.exp() * (p - q)).sum(-1).mean()
+    torch.testing.assert_close(found.loss, wanted)
+    theirs = torch.autograd.grad(wanted, list(student.parameters()))
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_one_more_tensor_of_the_vocabularys_size_is_kept() -> None:
+    teacher, student = tiny_model("llama"), without_dropout(tiny_model("llama", seed=1))
+    [batch] = tiny_batches("llama", 1)
+    size = batch["input_ids"].numel() * 256
+
+    def kept() -> int:
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            if tensor.numel() >= size - 2 * 256:
+                saved[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            student(**batch, labels=batch["input_ids"])
+        return len(saved)
+
+    plain = kept()
+    Distillation(teacher, logits=0.5).attach(student)
+    assert kept() == plain + 1

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_sparse import SparsityConfig
+from hf_sparse import SparsityConfig, prune_
 from hf_sparse.patterns import Pattern
+from hf_sparse.structure import target_layers
+from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).parent.parent
 WORKER = """
@@ -177,3 +179,70 @@ def test_masks_are_learned_on_shards_as_on_copies(tmp_path: Path) -> None:
     shards = found["fsdp2", "proxsparse"]
     assert copies.splitlines()[0] in shards, (copies, shards)
     assert "is cut into shards by FSDP" in found["fsdp2", "wanda"]
+
+
+FROZEN = """
+import sys
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import hf_sparse
+from tests.tiny_models import tiny_model
+
+folder, kind = sys.argv[1:]
+accelerator = Accelerator(cpu=True)
+model = tiny_model("llama", tie_word_embeddings=False)
+hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", 0.6), "magnitude")
+if kind == "fsdp2":
+    for block in model.model.layers:
+        fully_shard(block, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.3)
+if kind != "fsdp2":
+    model, optimizer = accelerator.prepare(model, optimizer)
+mask = hf_sparse.keep_zeros(optimizer, model)
+generator = torch.Generator().manual_seed(0)
+rank, size = accelerator.process_index, accelerator.num_processes
+model.train()
+for step in range(6):
+    ids = torch.randint(2, 256, (4, 12), generator=generator)[rank::size]
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+mask.check()
+state = accelerator.unwrap_model(model).state_dict()
+state = {k: v.full_tensor() if kind == "fsdp2" else v for k, v in state.items()}
+if accelerator.is_main_process:
+    save_file({k: v.contiguous() for k, v in state.items()}, f"{folder}/{kind}.safetensors")
+accelerator.wait_for_everyone()
+accelerator.end_training()
+"""
+
+
+@pytest.mark.slow
+def test_zeros_are_kept_on_copies_and_on_shards(tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=False)
+    prune_(model, SparsityConfig("unstructured", 0.6), "magnitude")
+    script = tmp_path / "worker.py"
+    script.write_text(FROZEN)
+    found = {}
+    for kind in ("one", "ddp", "fsdp2"):
+        processes = 1 if kind == "one" else 2
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run(
+            [sys.executable, *command, str(script), str(tmp_path), kind],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        found[kind] = load_file(tmp_path / f"{kind}.safetensors")
+    for kind, weights in found.items():
+        for layer in target_layers(model):
+            name = layer.weight_name
+            assert torch.equal(weights[name] == 0, layer.parameter == 0), (kind, name)
+            torch.testing.assert_close(weights[name], found["one"][name], atol=2e-3, rtol=0)

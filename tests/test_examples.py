@@ -76,6 +76,36 @@ def test_prune_llm(dense: Path, tmp_path: Path) -> None:
     assert hf_sparse.measure_sparsity(model).sparsity == pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("script", "own"),
+    [
+        ("recover_finetune.py", ["--teacher", "DENSE"]),
+        ("recover_lora.py", ["--r", "4"]),
+        ("recover_lora.py", ["--kind", "shira", "--r", "2", "--teacher", "DENSE"]),
+        ("recover_lora.py", ["--r", "4", "--dtype", "bfloat16"]),
+    ],
+)
+def test_recovery(script: str, own: list[str], dense: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    hf_sparse.prune_(model, hf_sparse.SparsityConfig("2:4"), "magnitude")
+    sparse, out, text = tmp_path / "sparse", tmp_path / "out", tmp_path / "text.txt"
+    hf_sparse.save_pretrained(model, sparse, tokenizer=tiny_tokenizer())
+    own = [str(dense) if argument == "DENSE" else argument for argument in own]
+    small = ["--num-samples", 16, "--window", 32, "--max-windows", 4, "--accumulate", 2]
+    command = [sys.executable, ROOT / "examples" / script, sparse, out, "--data", text]
+    command += ["--held-out", text, *small, *own]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    zeros = hf_sparse.measure_sparsity(model).zeros
+    assert f"zeros: {zeros:,} before, {zeros:,} after" in done.stdout
+    found = re.search(r"pruned ([\d.]+), recovered ([\d.]+)", done.stdout)
+    assert found is not None
+    assert float(found[2]) < float(found[1])
+    recovered = AutoModelForCausalLM.from_pretrained(out)
+    assert hf_sparse.measure_sparsity(recovered).zeros == zeros
+
+
 def test_the_first_code_of_the_readme(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,17 +128,20 @@ def test_the_commands_of_the_readme(dense: Path, tmp_path: Path) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("hf-sparse")]
     names = [command[0] for command in commands]
-    assert names == ["prune", "prune", "eval", "inspect", "bench", "export", "push", "convert"]
+    tried = ["prune", "prune", "recover", "eval", "inspect", "bench", "export"]
+    assert names == [*tried, "push", "convert"]
     instead = {
         "MODEL": str(dense),
         "OUTPUT": str(tmp_path / "sparse"),
         "OUTPUT-2": str(tmp_path / "sparse-2"),
         "GRAPH": str(tmp_path / "graph"),
+        "RECOVERED": str(tmp_path / "recovered"),
         "text.jsonl": str(tmp_path / "text.txt"),
         "held_out.txt": str(tmp_path / "text.txt"),
     }
-    small = {"prune": ["--num-samples", "2", "--window", "32"], "eval": ["--window", "32"]}
-    for command in commands[:6]:
+    windows = ["--num-samples", "2", "--window", "32"]
+    small = {"prune": windows, "recover": windows, "eval": ["--window", "32"]}
+    for command in commands[: len(tried)]:
         arguments = [instead.get(argument, argument) for argument in command]
         assert main([*arguments, *small.get(command[0], [])]) == 0
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.hub_stand_in import HubStandIn
 
 SCRIPT = """
@@ -38,11 +40,19 @@ from hf_sparse.cli import main
 assert main(["push", sys.argv[1], "user/third", "--json"]) == 0
 again = transformers.AutoModelForCausalLM.from_pretrained("user/third")
 assert torch.equal(again.model.norm.weight, model.model.norm.weight)
+import peft
+adapted = hf_sparse.get_peft_model(pulled, peft.LoraConfig(r=2, init_lora_weights=False))
+hf_sparse.push_to_hub(adapted, "user/recovered", config)
+merged = transformers.AutoModelForCausalLM.from_pretrained("user/recovered")
+ids = torch.arange(2, 9)[None]
+assert torch.allclose(merged(ids).logits, adapted.eval()(ids).logits, atol=1e-5)
+assert hf_sparse.measure_sparsity(merged).zeros == hf_sparse.measure_sparsity(model).zeros
 print("PULLED")
 """
 
 
 def test_push_and_pull(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
     with HubStandIn() as hub:
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, str(tmp_path / "saved")],

@@ -23,7 +23,7 @@ LAYERS = [
     ["report"],
     ["optim.prox", "optim.sharding"],
     ["pruning", "optim", "distillation", "runtime", "models.configuration"],
-    ["budget", "benchmark"],
+    ["budget", "benchmark", "recovery"],
     ["checkpoint"],
     ["exporters"],
     ["hub"],

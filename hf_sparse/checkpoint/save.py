@@ -25,11 +25,12 @@ from hf_sparse.checkpoint.writing import ShardWriter, is_weight_file
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import compress, format_of, num_nonzeros
 from hf_sparse.patterns import NM, Pattern, Unstructured
+from hf_sparse.recovery.adapters import is_peft_model, merged_copy
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.structure import (
-    PRUNED_WITH,
     TargetLayer,
     num_parameters,
+    promised_config,
     target_layers,
     with_head_size,
 )
@@ -55,7 +56,9 @@ def save_pretrained(
     the new ones are complete (see `hf_sparse.checkpoint.atomic`).
 
     Args:
-        model: a transformers model. Compressed: of a family in `FAMILIES`.
+        model: a transformers model. Compressed: of a family in `FAMILIES`. Of a `peft.PeftModel`
+            a copy is merged and saved, as `merge_adapters` does it: the zeros stay, and who loads it
+            needs no adapter. (Its own `save_pretrained` saves the adapter alone.)
         folder: made if it does not exist. Other files in it stay.
         config: pattern, targets and format. None: what the model was pruned with or loaded with,
             or else `unstructured` at the sparsity that is measured.
@@ -74,13 +77,16 @@ def save_pretrained(
     Memory: beside the model, one shard.
 
     Raises:
-        ValueError: the model's family is not in `FAMILIES`, a weight breaks the N:M pattern that
+        ValueError: the model's family is not in `FAMILIES`, an adapter without a mask would fill
+            zeros, a weight breaks the N:M pattern that
             `config` promises, or the format cannot hold it. Nothing has been written then. (With
             `config=None` a broken N:M promise is a warning, and the model is saved as
             `unstructured`: a Trainer must be able to write its checkpoints.)
         OSError: the folder cannot be written or the disk is full. Nothing has changed then.
     """
     folder = Path(folder)
+    if is_peft_model(model):
+        model = merged_copy(model)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             "the model has adapters, which a sparse checkpoint does not hold. Save it without them "
@@ -184,10 +190,7 @@ def _check_not_quantized(model: PreTrainedModel) -> None:
 
 def _implied_config(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> SparsityConfig:
     """What the model was pruned or loaded with, as far as it still holds; else what is measured."""
-    recorded = getattr(model.config, "sparsity_config", None)
-    promised: SparsityConfig | None = vars(model).get(PRUNED_WITH)
-    if promised is None and recorded is not None:
-        promised = SparsityConfig.from_dict(recorded)
+    promised = promised_config(model)
     if promised is not None and not isinstance(promised.pattern, NM):
         return promised
     targets, ignore = (None, None) if promised is None else (promised.targets, promised.ignore)

@@ -27,7 +27,7 @@ from hf_sparse.exporters.packing import Packing, pack_
 from hf_sparse.exporters.verification import Difference, compare
 from hf_sparse.pruning.oneshot import check_not_compiled, quiet
 from hf_sparse.report import SparsityReport, measure_sparsity
-from hf_sparse.structure import PRUNED_WITH
+from hf_sparse.structure import promised_config
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -158,8 +158,10 @@ def export_onnx(
                 f"{difference.output}; wanted at most {allowed:.0e}. Nothing was written. Give another "
                 "tolerance= if that is what you want."
             )
-        config = _promised(model)
+        config = promised_config(model)
         measured = measure_sparsity(model, config)
+        if config is None:
+            config = SparsityConfig("unstructured", min(measured.sparsity, 0.999999))
         facts = (report, metrics, ("onnx",), base_model, _usage(head))
         card = Card(model, config, measured, packing.formats, *facts)
         card.write(fresh / CARD_NAME, folder / CARD_NAME)
@@ -176,13 +178,14 @@ def _check_packages() -> None:
 def _check_model(model: Any) -> Head:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"a {type(model).__name__} cannot be exported; wanted a transformers PreTrainedModel. Of "
-            "a wrapped or PEFT model, merge and export the model inside."
+            f"a {type(model).__name__} cannot be exported; wanted a transformers PreTrainedModel. Of a "
+            "PEFT model, merge the adapters first: hf_sparse.merge_adapters(model); of another wrapper, "
+            "export the model inside."
         )
     if getattr(model, "_hf_peft_config_loaded", False) or _has_adapters(model):
         raise ValueError(
             "the model has adapters, which are for training. Merge them first: "
-            "model.merge_and_unload(), and check that it is still sparse."
+            "hf_sparse.merge_adapters(model), which keeps the zeros."
         )
     check_not_compiled(model)
     if getattr(model, "hf_quantizer", None) is not None:
@@ -358,17 +361,6 @@ def _forget_sources(graph: onnx_ir.Graph) -> None:
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
-
-
-def _promised(model: PreTrainedModel) -> SparsityConfig:
-    """What the model was pruned or loaded with; else what is measured."""
-    promised: SparsityConfig | None = vars(model).get(PRUNED_WITH)
-    recorded = getattr(model.config, "sparsity_config", None)
-    if promised is None and recorded is not None:
-        promised = SparsityConfig.from_dict(recorded)
-    if promised is None:
-        promised = SparsityConfig("unstructured", min(measure_sparsity(model).sparsity, 0.999999))
-    return promised
 
 
 def _usage(head: Head) -> str:

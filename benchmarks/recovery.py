@@ -1,0 +1,325 @@
+"""Recovery of SmolLM2-135M after SparseGPT: perplexity, zeros, cost of a step, memory.
+
+    python benchmarks/recovery.py                  # text: prose that Python ships
+    python benchmarks/recovery.py --data FOLDER    # WikiText-2 and C4, see real_models.texts
+    python benchmarks/recovery.py --table          # the results so far as Markdown
+
+Results go into a file of JSON lines; cells that it has are skipped, so that a run can be stopped and
+started again. Every cell runs in a process of its own, so that its peak memory (RSS) is its own. The
+pruned models are kept in `--work`.
+
+"recovered": the share of the gap in log perplexity between the pruned and the dense model that is
+closed. "step": seconds of an optimizer step of one window over those of the same step without: the
+hooks of the frozen mask taken off; stock LoRA instead of masked LoRA; the least of some in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from real_models import dense_smollm2, machine, peak_mb, texts
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+import hf_sparse
+from hf_sparse import SparsityConfig
+from hf_sparse.pruning.training import fast_autocast
+from hf_sparse.recovery.recover import RECOVERIES, fit
+from hf_sparse.recovery.zeros import fingerprint, sparse_layers
+
+WINDOW = 512
+CALIBRATION = 64
+NAMES = {
+    "none": "none",
+    "lora": "masked LoRA",
+    "shira": "ShiRA",
+    "finetune": "fine-tuning, frozen mask",
+    "stock": "fine-tuning, nothing frozen",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of the table."""
+
+    zeros: str
+    method: str = "none"
+    teacher: bool = False
+    dtype: str = "float32"
+    lr: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What `--only` takes."""
+        parts = [self.zeros, self.method, "distilled" * self.teacher]
+        parts.append(self.dtype if self.dtype != "float32" else "")
+        parts.append(f"lr={self.lr}" if self.lr else "")
+        return " ".join(filter(None, parts))
+
+    @property
+    def key(self) -> str:
+        """What identifies the cell in the results."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def config(self) -> SparsityConfig:
+        """Pattern and sparsity."""
+        if self.zeros.endswith("%"):
+            return SparsityConfig("unstructured", int(self.zeros.split()[0]) / 100)
+        return SparsityConfig(self.zeros)
+
+
+def cells() -> Iterator[Cell]:
+    """All cells, those that say most first."""
+    yield Cell("0 %")
+    for zeros in ("2:4", "60 %"):
+        yield Cell(zeros)
+        yield Cell(zeros, "finetune", teacher=True)
+        yield Cell(zeros, "lora")
+        yield Cell(zeros, "shira")
+        yield Cell(zeros, "lora", teacher=True)
+        yield Cell(zeros, "shira", teacher=True)
+        yield Cell(zeros, "finetune")
+        yield Cell(zeros, "stock")
+    yield Cell("2:4", "lora", dtype="bfloat16")
+
+
+def main() -> None:
+    """Fill the table, print it, or with --cell measure one line in this process."""
+    options = parse_arguments()
+    disable_progress_bar()
+    if options.cell:
+        cell = Cell(**json.loads(options.cell))
+        print(json.dumps({"cell": asdict(cell), "machine": machine(), **measure(cell, options)}))
+        return
+    if not options.table:
+        fill(options)
+    print_table(read(options.out))
+
+
+def fill(options: argparse.Namespace) -> None:
+    """Measure the cells that are missing."""
+    done = {Cell(**row["cell"]).key for row in read(options.out)}
+    known = list(cells())
+    if options.only:
+        for name in set(options.only) - {cell.name for cell in known}:
+            raise SystemExit(f"no cell {name!r}; there are: {', '.join(c.name for c in known)}")
+        known = [cell for cell in known if cell.name in options.only]
+    todo = [cell for cell in known if cell.key not in done]
+    options.work.mkdir(parents=True, exist_ok=True)
+    if not (options.work / "dense" / "config.json").exists():
+        dense_smollm2(options.work / "dense")
+    for number, cell in enumerate(todo, 1):
+        print(f"{number} of {len(todo)}: {cell.name}", flush=True)
+        if cell.zeros != "0 %" and not pruned_folder(cell, options).exists():
+            prune(cell, options)
+        command = [sys.executable, __file__, *sys.argv[1:], "--cell", cell.key]
+        found = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if found.returncode:
+            raise SystemExit(f"failed, see above: {cell.name}")
+        with options.out.open("a") as file:
+            file.write(found.stdout.splitlines()[-1] + "\n")
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The lines of the results."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def pruned_folder(cell: Cell, options: argparse.Namespace) -> Path:
+    """Where the pruned model is kept."""
+    text = "prose" if options.data is None else "c4"
+    folder: Path = (
+        options.work / f"sparsegpt-{cell.zeros.replace(':', '-').replace(' %', '')}-{text}"
+    )
+    return folder
+
+
+def prune(cell: Cell, options: argparse.Namespace) -> None:
+    """Prune the dense model by SparseGPT and save it."""
+    tokenizer = AutoTokenizer.from_pretrained(options.work / "dense")
+    model = AutoModelForCausalLM.from_pretrained(options.work / "dense")
+    batches = hf_sparse.calibration_batches(
+        tokenizer, texts(options.data)[0], num_samples=CALIBRATION, window=WINDOW
+    )
+    hf_sparse.prune_(model, cell.config, "sparsegpt", batches)
+    hf_sparse.save_pretrained(model, pruned_folder(cell, options), cell.config)
+
+
+def measure(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+    """Recover, and measure perplexity, zeros, time and memory."""
+    documents, held_out = texts(options.data)
+    tokenizer = AutoTokenizer.from_pretrained(options.work / "dense")
+    folder = options.work / "dense" if cell.zeros == "0 %" else pruned_folder(cell, options)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, cell.dtype))
+    batches = hf_sparse.calibration_batches(
+        tokenizer, documents, num_samples=options.tokens // WINDOW, window=WINDOW
+    )
+    row: dict[str, Any] = {
+        "data": "prose" if options.data is None else "WikiText-2, C4",
+        "tokens": len(batches) * WINDOW,
+        "max_windows": options.max_windows,
+    }
+    if cell.method != "none":
+        before = zeros_of(model)
+        row["model_mb"] = model.get_memory_footprint() / 1e6
+        start = time.perf_counter()
+        row["trained"], row["lr"] = train(cell, model, batches, options)
+        row["seconds"] = time.perf_counter() - start
+        row["peak_mb"] = peak_mb()
+        row["same_zeros"] = zeros_of(model) == before
+    row["sparsity"] = hf_sparse.measure_sparsity(model).sparsity
+    row["perplexity"] = {
+        name: hf_sparse.perplexity(model, tokenizer, text, WINDOW, max_windows=options.max_windows)
+        for name, text in held_out.items()
+    }
+    if cell.method in ("lora", "finetune") and not cell.teacher:
+        row["step"] = step_ratio(cell, model, batches, options.steps)
+    return row
+
+
+def train(
+    cell: Cell, model: PreTrainedModel, batches: list[dict[str, Any]], options: argparse.Namespace
+) -> tuple[str, float]:
+    """Recover in place; returns the losses in words, and the learning rate."""
+    lr = cell.lr or RECOVERIES.get(cell.method, RECOVERIES["finetune"]).lr
+    if cell.method == "stock":
+        inputs = [{**batch, "labels": batch["input_ids"]} for batch in batches]
+        settings = {"epochs": 1, "accumulate": options.accumulate, "seed": 0, "freeze": False}
+        losses = fit(model, inputs, lr=lr, **settings)
+        return f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end", lr
+    teacher = None
+    if cell.teacher:
+        teacher = AutoModelForCausalLM.from_pretrained(options.work / "dense")
+    report = hf_sparse.recover_(
+        model, batches, cell.method, teacher=teacher, accumulate=options.accumulate, lr=lr
+    )
+    return report.notes[0], lr
+
+
+def zeros_of(model: PreTrainedModel) -> str:
+    """A hash of the places of all zeros."""
+    return fingerprint(layer.parameter.detach() for layer in sparse_layers(model))
+
+
+def step_ratio(
+    cell: Cell, model: PreTrainedModel, batches: list[dict[str, Any]], steps: int
+) -> float:
+    """Seconds of a step over those of the same step without what keeps the zeros."""
+    import peft
+
+    batch = {**batches[0], "labels": batches[0]["input_ids"]}
+    if cell.method == "finetune":
+        model.requires_grad_(True)
+        # at rate 0 the steps without the mask leave the zeros for those with it
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+
+        def frozen() -> None:
+            mask = hf_sparse.keep_zeros(optimizer, model)
+            seconds.append(timed(model, optimizer, batch))
+            mask.remove()
+
+        def free() -> None:
+            seconds.append(timed(model, optimizer, batch))
+
+        pair: tuple[Callable[[], None], Callable[[], None]] = (frozen, free)
+    else:
+        settings = peft.LoraConfig(
+            r=16, target_modules=[layer.name for layer in sparse_layers(model)]
+        )
+        adapted = [hf_sparse.get_peft_model(copy.deepcopy(model), copy.deepcopy(settings))]
+        adapted.append(peft.get_peft_model(model, settings))
+        runs = [
+            (each, torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], lr=1e-6))
+            for each in adapted
+        ]
+        pair = (
+            lambda: seconds.append(timed(*runs[0], batch)),
+            lambda: seconds.append(timed(*runs[1], batch)),
+        )
+    seconds: list[float] = []
+    for _ in range(steps + 1):
+        for run in pair:
+            run()
+    return min(seconds[2::2]) / min(seconds[3::2])
+
+
+def timed(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> float:
+    """Seconds of one step."""
+    model.train()
+    start = time.perf_counter()
+    with fast_autocast(next(model.parameters())):
+        loss = model(**batch).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return time.perf_counter() - start
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print the results as Markdown."""
+    found = {Cell(**row["cell"]): row for row in rows}
+    if not found:
+        print("no results yet")
+        return
+    print("\n\n".join(dict.fromkeys(row["machine"] for row in rows)) + "\n")
+    names = list(rows[0]["perplexity"])
+    head = ["zeros", "recovery", "lr", *(f"perplexity {name}" for name in names)]
+    head += [f"recovered {name}" for name in names]
+    head += ["sparsity", "same zeros", "s per window", "step", "peak, MB"]
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    dense = found.get(Cell("0 %"))
+    for cell, row in found.items():
+        pruned = found.get(Cell(cell.zeros))
+        label = NAMES[cell.method] + ", distilled" * cell.teacher
+        label += f", {cell.dtype}" if cell.dtype != "float32" else ""
+        columns = [cell.zeros, label, f"{row['lr']:g}" if "lr" in row else "-"]
+        columns += [f"{row['perplexity'][name]:.2f}" for name in names]
+        trained = dense is not None and pruned is not None and cell.method != "none"
+        columns += [f"{share(row, pruned, dense, name):.0%}" if trained else "-" for name in names]
+        columns += [
+            f"{row['sparsity']:.4f}",
+            {True: "yes", False: "no"}.get(row.get("same_zeros"), "-"),
+        ]
+        windows = row["tokens"] / WINDOW
+        columns += [f"{row['seconds'] / windows:.2f}" if "seconds" in row else "-"]
+        columns += [f"{row['step']:.3f}" if "step" in row else "-"]
+        columns += [f"{row['peak_mb']:.0f}" if "peak_mb" in row else "-"]
+        print("| " + " | ".join(columns) + " |")
+
+
+def share(row: dict[str, Any], pruned: Any, dense: Any, name: str) -> float:
+    """The share of the gap in log perplexity that is closed."""
+    now, before, best = (math.log(each["perplexity"][name]) for each in (row, pruned, dense))
+    return (before - now) / (before - best)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", type=Path, help="folder with WikiText-2 and C4 texts")
+    parser.add_argument("--out", type=Path, default=Path("docs/recovery.jsonl"))
+    parser.add_argument("--work", type=Path, default=Path("bench_output/recovery"))
+    parser.add_argument("--table", action="store_true", help="print what is there and stop")
+    parser.add_argument("--only", nargs="+", metavar="CELL", help='such as "2:4 lora"')
+    parser.add_argument("--tokens", type=int, default=400_000, help="to train on")
+    parser.add_argument("--accumulate", type=int, default=4, help="windows in a step")
+    parser.add_argument("--steps", type=int, default=5, help="steps to time of each kind")
+    parser.add_argument("--max-windows", type=int, default=32, help="windows of each text")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,352 @@
+"""Adapters of PEFT for sparse models: made, loaded and merged so that no zero is filled.
+
+| `config` | what is trained | what stock PEFT does with the saved adapter |
+|---|---|---|
+| `peft.LoraConfig` | masked LoRA: see `hf_sparse.recovery.masked_lora` | refuses to load it |
+| `peft.ShiraConfig` | single kept weights: see `hf_sparse.recovery.shira` | loads it, the same |
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse.recovery.zeros import (
+    check_floats,
+    fingerprint,
+    is_sparse,
+    num_zeros,
+    refill_,
+    unlike,
+)
+from hf_sparse.structure import is_conv1d
+
+_CONFIG = "adapter_config.json"
+_INSTALL = "adapters need PEFT: pip install 'hf_sparse[peft]'"
+
+
+def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> Any:
+    """`peft.get_peft_model` for a sparse model: an adapter that leaves its zeros zero.
+
+    >>> model = hf_sparse.get_peft_model(model, peft.LoraConfig(r=16))    # doctest: +SKIP
+
+    Args:
+        model: the sparse model; or what this function returned, to add one more adapter.
+        config: a `peft.LoraConfig` (the update is masked) or a `peft.ShiraConfig` (kept weights
+            alone are trained). Its `target_modules` may be dense layers too: there the adapter is
+            plain LoRA or ShiRA, and a warning tells.
+        adapter_name: as in PEFT.
+
+    Returns:
+        A `peft.PeftModel`. Before it is published it should be merged: `save_pretrained` and
+        `push_to_hub` of hf_sparse do that. The adapter alone is saved by the PeftModel's own
+        `save_pretrained`, and loaded by `hf_sparse.load_adapter`.
+
+    Memory: the base weights have no gradients and no optimizer state. In a forward pass, one masked
+    weight at a time.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ValueError: another kind of adapter, quantized layers, no sparse layer among the targets, or
+            ShiRA with an `r` that asks for more weights than a layer keeps.
+    """
+    peft = _import_peft()
+    if isinstance(config, peft.LoraConfig):
+        config = _masked(config)
+    elif isinstance(config, peft.ShiraConfig):
+        from hf_sparse.recovery.shira import on_kept_weights
+
+        config = on_kept_weights(config, model)
+    else:
+        raise ValueError(
+            f"config is a {type(config).__name__}; wanted peft.LoraConfig or peft.ShiraConfig: of "
+            "other adapters it is not known that they keep zeros."
+        )
+    _check_not_quantized(model)
+    base, flags = model, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        if isinstance(model, peft.PeftModel):
+            model.add_adapter(adapter_name, config)
+        else:
+            model = peft.get_peft_model(model, config, adapter_name)
+        _check_adapted(model, adapter_name)
+    except BaseException:
+        if not isinstance(base, peft.PeftModel):
+            _take_off(base)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+        raise
+    config = model.peft_config[adapter_name]
+    if isinstance(config, peft.LoraConfig):
+        config.base_zeros = _zeros_of(model, adapter_name)
+    return model
+
+
+def load_adapter(
+    model: Any,
+    folder: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    is_trainable: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Load an adapter on the sparse model that it was made for: the counterpart of its saving.
+
+    Args:
+        model: the sparse base model, or a PeftModel that has other adapters.
+        folder: with `adapter_config.json`, or a repository of the Hub.
+        adapter_name: as in PEFT.
+        is_trainable: to go on training it.
+        **kwargs: others of `peft.PeftModel.from_pretrained`.
+
+    Returns:
+        A `peft.PeftModel`. Masks are made from the model's zeros; none is stored.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ValueError: an adapter without a mask, whose merge would fill zeros, or one that was made for
+            a model with other zeros.
+        OSError: there is no such adapter.
+    """
+    peft = _import_peft()
+    from hf_sparse.recovery.masked_lora import MASKED_LORA, MaskedLoraConfig
+
+    values = _stored_config(folder)
+    kind = values.pop("peft_type", None)
+    if kind == MASKED_LORA:
+        known = MaskedLoraConfig.__dataclass_fields__
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(
+                f"{folder}/{_CONFIG} has unknown settings {', '.join(unknown)}: a newer version wrote "
+                "it. Upgrade: pip install -U hf_sparse peft"
+            )
+        config: Any = MaskedLoraConfig(**values)
+    elif kind == "SHIRA":
+        config = peft.ShiraConfig(**values)
+    else:
+        raise ValueError(
+            f"{folder} is an adapter of type {kind} without a mask: on a sparse model it is dense, and "
+            "merging it fills the zeros. Train it with hf_sparse.get_peft_model; or load it with "
+            "peft.PeftModel.from_pretrained and never merge it."
+        )
+    _check_not_quantized(model)
+    config.inference_mode = not is_trainable
+    if isinstance(model, peft.PeftModel):
+        model.add_adapter(adapter_name, config)
+        model.load_adapter(folder, adapter_name, is_trainable=is_trainable, **kwargs)
+    else:
+        model = peft.PeftModel.from_pretrained(
+            model, folder, adapter_name, is_trainable=is_trainable, config=config, **kwargs
+        )
+    if kind == "SHIRA":
+        from hf_sparse.recovery.shira import check_places
+
+        check_places(model, adapter_name)
+    elif config.base_zeros != _zeros_of(model, adapter_name):
+        raise ValueError(
+            f"{folder} was made for a model whose zeros are at other places (or on other layers). Load "
+            "it on the sparse model that it was trained on."
+        )
+    return model
+
+
+def merge_adapters(model: Any, adapter_names: Sequence[str] | None = None) -> Any:
+    """Merge the adapters of a PeftModel into its base model, whose zeros stay, to the weight.
+
+    Args:
+        model: a `peft.PeftModel`; afterwards it has no adapters.
+        adapter_names: which of them; None: the active ones.
+
+    Returns:
+        The base model, a plain model again.
+
+    Raises:
+        ValueError: an adapter would fill zeros (a stock LoRA). The model is as it was then.
+    """
+    if not is_peft_model(model):
+        raise ValueError(
+            f"a {type(model).__name__} has no adapters to merge; wanted what "
+            "hf_sparse.get_peft_model or load_adapter returned."
+        )
+    layers = adapted_layers(model)
+    chosen = list(adapter_names or model.active_adapters)
+    if unknown := sorted(set(chosen) - set(model.peft_config)):
+        raise ValueError(
+            f"no adapter {', '.join(unknown)}; there are {', '.join(model.peft_config)}."
+        )
+    with torch.no_grad():
+        for name, layer in layers:
+            _check_keeps_zeros(name, layer, chosen)
+        kept = [(layer.get_base_layer(), _kept(layer)) for _, layer in layers]
+        merged = model.merge_and_unload(adapter_names=chosen)
+        for (name, _), (base, mask) in zip(layers, kept, strict=True):
+            if mask is not None:
+                filled = int(((base.weight != 0) & ~mask).sum())
+                if filled:  # a kind of adapter that does not tell what it adds
+                    raise ValueError(f"{name}: merging has filled {filled} zeros. Load it again.")
+                refill_(base.weight.data, mask.to(base.weight.dtype))
+    return merged
+
+
+def merged_copy(model: Any) -> Any:
+    """The base model with the active adapters merged; the PeftModel stays as it is.
+
+    Memory: a second model.
+    """
+    return merge_adapters(copy.deepcopy(model))
+
+
+def is_peft_model(model: Any) -> bool:
+    """Whether this is a `peft.PeftModel`; PEFT is not imported to tell."""
+    return any(
+        base.__module__.startswith("peft.") and base.__name__ == "PeftModel"
+        for base in type(model).__mro__
+    )
+
+
+def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, Any]]:
+    """The layers that have an adapter, or the one of this name, with their names."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            own = {key for part in module.adapter_layer_names for key in getattr(module, part, {})}
+            if adapter_name is None or adapter_name in own:
+                found.append((name, module))
+    return found
+
+
+def _masked(config: Any) -> Any:
+    """A LoraConfig with the same settings that masks."""
+    from hf_sparse.recovery.masked_lora import MaskedLoraConfig
+
+    if isinstance(config, MaskedLoraConfig):
+        return copy.deepcopy(config)
+    values = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    return MaskedLoraConfig(**copy.deepcopy(values))
+
+
+def _take_off(model: nn.Module) -> None:
+    """Put the layers of a model back that a half-made adapter has replaced."""
+    for name, layer in adapted_layers(model):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    vars(model).pop("peft_config", None)
+
+
+def _check_adapted(model: nn.Module, adapter_name: str) -> None:
+    """Refuse an adapter on no sparse layer; warn of the dense ones among its layers."""
+    layers = adapted_layers(model, adapter_name)
+    dense = []
+    for name, layer in layers:
+        base = layer.get_base_layer()
+        _check_plain(name, base)
+        if not is_sparse(base.weight.detach()):
+            dense.append(name)
+    if len(dense) == len(layers):
+        raise ValueError(
+            f"none of the {len(layers)} layers that the adapter targets has zeros. For a dense model "
+            "use peft.get_peft_model; else load the sparse checkpoint, or name its layers in "
+            "target_modules."
+        )
+    if dense:
+        warnings.warn(
+            f"{len(dense)} of {len(layers)} adapted layers have no zeros to keep (first {dense[0]}): "
+            "there the adapter is a plain one.",
+            stacklevel=3,
+        )
+
+
+def _check_plain(name: str, layer: nn.Module) -> None:
+    """Refuse layers that compute something else than a product with their weight."""
+    check_floats(name, layer.weight)  # type: ignore[arg-type]
+    forward = type(layer).forward
+    if isinstance(layer, nn.Linear) and forward is not nn.Linear.forward:
+        raise ValueError(
+            f"{name} is a {type(layer).__name__} with a forward of its own (quantization-aware "
+            "training, or another adapter); wanted a plain Linear. Convert the model back to float "
+            "layers first."
+        )
+    if not isinstance(layer, nn.Linear | nn.Embedding) and not is_conv1d(layer):
+        raise ValueError(
+            f"{name} is a {type(layer).__name__}; adapters that keep zeros are for Linear and Conv1D. "
+            "Leave it out of target_modules."
+        )
+    if isinstance(layer, nn.Embedding) and is_sparse(layer.weight.detach()):
+        raise ValueError(
+            f"{name} is an Embedding with zeros, which its adapter would fill. Leave it out of "
+            "target_modules."
+        )
+
+
+def _check_not_quantized(model: Any) -> None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        found = getattr(quantizer.quantization_config, "quant_method", "?")
+        raise ValueError(
+            f"the model is quantized ({getattr(found, 'value', found)}): its zeros cannot be told. "
+            "Load it without quantization, in bfloat16 to save memory, or call model.dequantize()."
+        )
+
+
+def _check_keeps_zeros(name: str, layer: Any, adapters: Sequence[str]) -> None:
+    base = layer.get_base_layer()
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor) or not is_sparse(weight) or layer.merged:
+        return
+    own = {key for part in layer.adapter_layer_names for key in getattr(layer, part, {})}
+    for adapter in adapters:
+        if adapter not in own or not hasattr(layer, "get_delta_weight"):
+            continue
+        delta = layer.get_delta_weight(adapter)
+        delta = delta.to_dense() if delta.is_sparse else delta
+        if filled := int(((delta != 0) & (weight == 0)).sum()):
+            raise ValueError(
+                f"merging adapter '{adapter}' would fill {filled} of the {num_zeros(weight)} zeros of "
+                f"{name}: it was trained without a mask. Train it with hf_sparse.get_peft_model, which "
+                "masks it; or, for a dense model, merge with the model's own merge_and_unload()."
+            )
+
+
+def _kept(layer: Any) -> Tensor | None:
+    """Where the weight of a sparse layer is not zero."""
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    if not isinstance(weight, Tensor) or not is_sparse(weight):
+        return None
+    return unlike(weight.detach()).bool()
+
+
+def _zeros_of(model: nn.Module, adapter_name: str) -> str:
+    """The hash of the zeros of the layers that an adapter masks."""
+    layers = adapted_layers(model, adapter_name)
+    masked = [layer for _, layer in layers if adapter_name in getattr(layer, "lora_variant", {})]
+    return fingerprint(layer.get_base_layer().weight.detach() for layer in masked)
+
+
+def _stored_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    file = Path(folder) / _CONFIG
+    if not file.exists() and not Path(folder).exists():
+        from huggingface_hub import hf_hub_download
+
+        file = Path(hf_hub_download(str(folder), _CONFIG))
+    if not file.exists():
+        raise FileNotFoundError(f"{folder} has no {_CONFIG}; wanted the folder of an adapter.")
+    values: dict[str, Any] = json.loads(file.read_text())
+    return values
+
+
+def _import_peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(_INSTALL) from error
+    return peft

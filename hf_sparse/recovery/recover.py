@@ -1,0 +1,247 @@
+"""Recovery in one call: a pruned language model is trained on text, and its zeros stay.
+
+A plain loop for causal language models: AdamW without decay, a warm-up and a cosine, gradients
+clipped to norm 1. Trainer does the same with `KeepZeros`, or on what `get_peft_model` returns.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.logging import tqdm
+
+from hf_sparse.distillation import Distillation
+from hf_sparse.pruning.calibration import checked_batches
+from hf_sparse.pruning.training import fast_autocast, trainable
+from hf_sparse.recovery.adapters import get_peft_model, is_peft_model, merge_adapters
+from hf_sparse.recovery.frozen import keep_zeros
+from hf_sparse.recovery.zeros import fingerprint, sparse_layers
+from hf_sparse.report import SparsityReport, measure_sparsity
+from hf_sparse.structure import promised_config
+
+_WARM_UP = 0.1
+_CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A way to recover.
+
+    Attributes:
+        summary: what is trained.
+        lr: the peak learning rate, unless given.
+        r: the rank, or ShiRA's measure of as many weights; None: all weights are trained.
+    """
+
+    summary: str
+    lr: float
+    r: int | None = None
+
+
+RECOVERIES = {
+    "finetune": Recovery("all weights, the zeros frozen", 1e-4),
+    "lora": Recovery("masked LoRA, merged at the end", 1e-3, 16),
+    "shira": Recovery("single kept weights (ShiRA), merged at the end", 1e-3, 16),
+}
+
+
+def recover_(
+    model: Any,
+    batches: Iterable[Mapping[str, Tensor] | Tensor],
+    method: str = "finetune",
+    *,
+    teacher: nn.Module | None = None,
+    epochs: int = 1,
+    accumulate: int = 4,
+    lr: float | None = None,
+    r: int | None = None,
+    logits: float = 0.5,
+    seed: int = 0,
+) -> SparsityReport:
+    """Train a sparse causal language model on text, in place; every zero stays, and no other comes.
+
+    On CPUs where bfloat16 is faster the products of a float32 model are taken in it.
+
+    Args:
+        model: the sparse model, without adapters.
+        batches: as from `hf_sparse.calibration_batches`; their `labels`, if they have any, or else
+            the tokens themselves.
+        method: a key of `RECOVERIES`: `"finetune"`, `"lora"` or `"shira"`.
+        teacher: the dense model; its logits are learned from too.
+        epochs: passes over the batches.
+        accumulate: batches in an optimizer step.
+        lr: peak learning rate; None: the method's.
+        r: rank of LoRA, or ShiRA's measure; None: the method's.
+        logits: the teacher's share of the loss.
+        seed: of the order of the batches and the start of adapters.
+
+    Returns:
+        Exact counts, with method, options and time.
+
+    Memory: `"finetune"`: gradients and two moments of each weight. Adapters: only of their own
+    weights; the base model may be bfloat16.
+
+    Raises:
+        ValueError: no zeros to keep, an unknown method, values outside what is allowed, fine-tuning
+            of a model that is not float32, or the loss is no longer finite: without
+            adapters the model is damaged then.
+        ImportError: adapters without PEFT installed.
+    """
+    recovery = _checked(model, method, epochs, accumulate, lr, r)
+    inputs = [_with_labels(batch) for batch in checked_batches(batches, model, method)]
+    layers = sparse_layers(model)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no zeros to keep. Prune it first: hf_sparse.prune_."
+        )
+    if method == "finetune" and any(p.dtype != torch.float32 for p in model.parameters()):
+        raise ValueError(
+            "fine-tuning all weights of a model in half precision loses small updates. Load it with "
+            "dtype=torch.float32, or recover by 'lora', whose base model may be bfloat16."
+        )
+    zeros = fingerprint(layer.parameter.detach() for layer in layers)
+    start, was_training = time.perf_counter(), model.training
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    distillation = None if teacher is None else Distillation(teacher, logits=logits)
+    torch.manual_seed(seed)
+    trained = model
+    if recovery.r is not None:
+        trained = get_peft_model(model, _adapter(method, recovery.r, layers, seed))
+    done = False
+    try:
+        if distillation is not None:
+            distillation.attach(model)
+        everything = nullcontext() if recovery.r else trainable(model, list(model.parameters()))
+        with everything:
+            losses = fit(
+                trained,
+                inputs,
+                lr=recovery.lr,
+                epochs=epochs,
+                accumulate=accumulate,
+                seed=seed,
+                freeze=recovery.r is None,
+            )
+        done = True
+    finally:
+        if distillation is not None:
+            distillation.remove()
+        if trained is not model and done:
+            merge_adapters(trained)
+        elif trained is not model:
+            trained.unload()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        model.train(was_training)
+    if fingerprint(layer.parameter.detach() for layer in sparse_layers(model)) != zeros:
+        raise ValueError("the zeros of the model have changed while it was trained. Load it again.")
+    options = {"epochs": epochs, "lr": recovery.lr, **({"r": recovery.r} if recovery.r else {})}
+    return replace(
+        measure_sparsity(model, promised_config(model)),
+        method=f"recovery by {method}",
+        options={**options, "distilled": teacher is not None},
+        seconds=time.perf_counter() - start,
+        notes=(f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end",),
+    )
+
+
+def _checked(
+    model: Any, method: str, epochs: int, accumulate: int, lr: float | None, r: int | None
+) -> Recovery:
+    if method not in RECOVERIES:
+        raise ValueError(f"unknown method {method!r}. Known methods: {', '.join(RECOVERIES)}.")
+    if is_peft_model(model) or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("the model has adapters already. Merge them: hf_sparse.merge_adapters.")
+    for name, value in (("epochs", epochs), ("accumulate", accumulate), ("r", r)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} is {value!r}; wanted a whole number >= 1.")
+    recovery = RECOVERIES[method]
+    if r is not None and recovery.r is None:
+        raise ValueError(f"method '{method}' trains all weights; r is for 'lora' and 'shira'.")
+    if lr is not None and not 0 < lr < math.inf:
+        raise ValueError(f"lr is {lr!r}; wanted a number > 0.")
+    return replace(recovery, lr=lr or recovery.lr, r=r or recovery.r)
+
+
+def _adapter(method: str, r: int, layers: list[Any], seed: int) -> Any:
+    """PEFT's config for an adapter on all sparse layers."""
+    from peft import LoraConfig, ShiraConfig
+
+    names = [layer.name for layer in layers]
+    if method == "shira":
+        return ShiraConfig(r=r, target_modules=names, random_seed=seed)
+    return LoraConfig(r=r, lora_alpha=2 * r, target_modules=names)
+
+
+def _with_labels(batch: dict[str, Any]) -> dict[str, Any]:
+    if "labels" in batch:
+        return batch
+    labels = batch["input_ids"]
+    if "attention_mask" in batch:
+        labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
+    return {**batch, "labels": labels}
+
+
+def fit(
+    model: nn.Module,
+    batches: list[dict[str, Any]],
+    *,
+    lr: float,
+    epochs: int,
+    accumulate: int,
+    seed: int,
+    freeze: bool,
+) -> list[float]:
+    """Train what has gradients, with the zeros frozen or not.
+
+    Returns:
+        The mean loss of each step.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    frozen = keep_zeros(optimizer, model) if freeze else None
+    generator = torch.Generator().manual_seed(seed)
+    order = [
+        index
+        for _ in range(epochs)
+        for index in torch.randperm(len(batches), generator=generator).tolist()
+    ]
+    groups = [order[i : i + accumulate] for i in range(0, len(order), accumulate)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, len(groups)))
+    model.train()
+    losses: list[float] = []
+    for group in tqdm(groups, desc="Recovering"):
+        total = 0.0
+        for index in group:
+            with fast_autocast(next(model.parameters())):
+                loss = model(**batches[index]).loss
+            (loss / len(group)).backward()
+            total += float(loss.detach()) / len(group)
+        if not math.isfinite(total):
+            raise ValueError(
+                f"the loss is {total} after {len(losses)} steps. Load the model again, and take a "
+                f"lower learning rate than {lr}."
+            )
+        nn.utils.clip_grad_norm_(parameters, _CLIP)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(total)
+    if frozen is not None:
+        frozen.check()
+    return losses
+
+
+def _share(step: int, steps: int) -> float:
+    """Share of the peak rate in a step: a warm-up, then a cosine down to nothing."""
+    warm = max(1, round(_WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))

@@ -1,0 +1,98 @@
+"""ShiRA adapters whose trained weights are all among the kept ones.
+
+Source: SHiRA, https://arxiv.org/abs/2406.13175. PEFT's adapter changes `r * (in + out)` single weights
+of a layer and stores their places, so that it stays what it is wherever it is loaded. PEFT draws the
+places among all weights; here they are drawn among the nonzero ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft import PeftModel, ShiraConfig
+from peft.tuners.shira.layer import ShiraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+
+from hf_sparse.structure import is_conv1d
+
+
+def on_kept_weights(config: ShiraConfig, model: nn.Module) -> ShiraConfig:
+    """The config with a mask function that draws from the nonzero weights of each layer.
+
+    Args:
+        config: its `r` fixes how many, its `random_seed` which.
+        model: whose layers are adapted, for their names in errors.
+
+    Raises:
+        ValueError: a target is a Conv1D; when PEFT makes the adapter: a layer keeps fewer weights
+            than `r` asks for.
+    """
+    for name, module in model.named_modules():
+        if is_conv1d(module) and check_target_module_exists(config, name):
+            raise ValueError(
+                f"{name} is a Conv1D, which PEFT's ShiRA does not adapt. Use masked LoRA: LoraConfig."
+            )
+    names = {id(module): name for name, module in model.named_modules()}
+    generator = torch.Generator()
+    if config.random_seed is not None:
+        generator.manual_seed(config.random_seed)
+    else:
+        generator.seed()
+
+    def mask_fn(base_layer: Any, r: int, **kwargs: Any) -> Tensor:
+        name = names.get(id(base_layer), type(base_layer).__name__)
+        return draw(name, base_layer.weight.detach(), r, generator)
+
+    config = copy.deepcopy(config)
+    config.mask_fn = mask_fn  # type: ignore[assignment]
+    return config
+
+
+def draw(name: str, weight: Tensor, r: int, generator: torch.Generator) -> Tensor:
+    """Mark `r * (in + out)` weights, nonzero ones.
+
+    Returns:
+        1 where a weight is to be trained, of the weight's shape and type.
+
+    Raises:
+        ValueError: the layer keeps fewer.
+    """
+    rows, columns = weight.shape
+    wanted = r * (rows + columns)
+    places = weight.reshape(-1).nonzero()[:, 0] if bool((weight == 0).any()) else None
+    available = weight.numel() if places is None else len(places)
+    if wanted > available:
+        raise ValueError(
+            f"{name} ({rows} x {columns}) has {available} weights that can be trained; r={r} asks for "
+            f"{wanted}. Wanted r <= {available // (rows + columns)}, or leave the layer out."
+        )
+    drawn = torch.randperm(available, generator=generator)[:wanted].to(weight.device)
+    mask = torch.zeros_like(weight).view(-1)
+    mask[drawn if places is None else places[drawn]] = 1
+    return mask.view(weight.shape)
+
+
+def check_places(model: PeftModel, adapter_name: str) -> None:
+    """Refuse a ShiRA adapter that changes weights which are zero in this base model.
+
+    Raises:
+        ValueError: what was found.
+    """
+    filled, layers = 0, []
+    for name, module in model.named_modules():
+        if isinstance(module, ShiraLayer) and adapter_name in module.shira_indices:
+            base: Any = module.get_base_layer()
+            weight = base.weight.detach()
+            rows, columns = module.shira_indices[adapter_name].to(weight.device).long()
+            if count := int((weight[rows, columns] == 0).sum()):
+                filled += count
+                layers.append(name)
+    if filled:
+        raise ValueError(
+            f"adapter '{adapter_name}' changes {filled} weights that are zero in this model, first in "
+            f"{layers[0]}: it was made for another model, or without hf_sparse.get_peft_model. Load "
+            "it on the sparse model that it was trained on."
+        )
