@@ -15,6 +15,7 @@ from hf_sparse.checkpoint.save import save_pretrained
 from hf_sparse.checkpoint.writing import is_weight_file
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.exporters.onnx_export import export_onnx
+from hf_sparse.recovery.adapters import is_peft_model, merged_copy
 from hf_sparse.report import SparsityReport
 
 
@@ -61,6 +62,8 @@ def push_to_hub(
         ValueError: see `save_pretrained` and `export_onnx`; nothing has been uploaded then.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused.
     """
+    if is_peft_model(model):
+        model = merged_copy(model)
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_pretrained(
             model,
