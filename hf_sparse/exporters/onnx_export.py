@@ -178,8 +178,8 @@ def _check_packages() -> None:
 def _check_model(model: Any) -> Head:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"a {type(model).__name__} cannot be exported; wanted a transformers PreTrainedModel. Merge "
-            "the adapters of a PEFT model first: hf_sparse.merge_adapters(model). Of another wrapper, "
+            f"a {type(model).__name__} cannot be exported; wanted a PreTrainedModel of transformers. "
+            "Merge the adapters of a PEFT model first: hf_sparse.merge_adapters(model). Of another wrapper, "
             "export the model inside."
         )
     if getattr(model, "_hf_peft_config_loaded", False) or _has_adapters(model):
