@@ -21,7 +21,7 @@ from hf_sparse.documents import read_documents, read_rows
 from hf_sparse.formats import FORMATS
 from hf_sparse.patterns import NOTATIONS
 from hf_sparse.pruning.allocation import ALLOCATIONS
-from hf_sparse.pruning.methods import METHODS, Recipe
+from hf_sparse.pruning.methods import METHODS, REFINEMENTS, Recipe
 from hf_sparse.report import format_table
 
 _EXPECTED = (ValueError, OSError, ImportError, HfHubHTTPError, SafetensorError)
@@ -342,7 +342,7 @@ def _add_prune(commands: Any) -> None:
     command.add_argument(
         "--allocation", choices=ALLOCATIONS, help="sparsity of the blocks (default uniform)"
     )
-    command.add_argument("--refine", choices=["swaps"], help="improve the zeros of each layer")
+    command.add_argument("--refine", choices=REFINEMENTS, help="improve each layer with its zeros")
     command.add_argument(
         "--reconstruct", type=int, metavar="EPOCHS", help="train each block with its zeros fixed"
     )

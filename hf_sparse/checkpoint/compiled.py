@@ -150,6 +150,7 @@ def _skeleton(described: dict[str, Any], stack: Stack) -> PreTrainedModel:
             raise ValueError(f"block {index} has window={block.window}, the config another one")
     small = copy.deepcopy(config)
     small.num_hidden_layers = 1
+    small.block_sizes = None
     if getattr(small, "layer_types", None):
         small.layer_types = small.layer_types[:1]
     model: PreTrainedModel = model_class(small)

@@ -28,6 +28,7 @@ from hf_sparse.structure import (
     target_layers,
     with_head_size,
 )
+from hf_sparse.units import clear_unused_
 
 
 @torch.no_grad()
@@ -44,7 +45,8 @@ def prune_(
     Args:
         model: any transformers model. Shared weights (ALBERT's layers) are pruned once; tied
             weights stay tied.
-        config: pattern, sparsity and targets.
+        config: pattern, sparsity and targets. With `head` or `column` and no targets whole heads or
+            neurons go: the columns that they enter, and also the rows and biases that feed those.
         method: a key of `hf_sparse.pruning.methods.METHODS`.
         batches: calibration inputs of the model, dicts or `input_ids` `(batch, tokens)`: see
             `hf_sparse.calibration_batches`. Needed by every method but magnitude.
@@ -67,7 +69,7 @@ def prune_(
             pattern cannot divide, no calibration where it is needed, weights or activations that
             are not finite. All but the last are found before the model is changed.
     """
-    config = with_head_size(config, model)
+    given, config = config, with_head_size(config, model)
     recipe = Recipe.of(method, config.pattern, options)
     check_not_compiled(model)
     layers = target_layers(model, config)
@@ -86,6 +88,8 @@ def prune_(
     )
     with quiet(model):
         recipe.prune(task)
+    if given.targets != config.targets:  # whole heads or neurons: what fed them goes too
+        clear_unused_(model)
     vars(model)[PRUNED_WITH] = config
     return replace(
         measure_sparsity(model, config),

@@ -6,8 +6,8 @@ weight keep the same inputs K, and the best values for them have a closed form. 
 
     Ŵ_K = argmin ||X Wᵀ - X_K Ŵ_Kᵀ||²  =  W H_:K (H_KK)⁻¹
 
-One factorisation serves all rows. Used for structured pruning in Ziplm
-(https://arxiv.org/abs/2302.04089) and SliceGPT's relatives, there one unit at a time.
+One factorisation serves all rows. Source: ZipLM, https://arxiv.org/abs/2302.04089, which removes one
+unit after another; here all that go are known, and go at once.
 """
 
 from __future__ import annotations
