@@ -157,6 +157,8 @@ def _skeleton(described: dict[str, Any], stack: Stack) -> PreTrainedModel:
     path, _, name = family.stack.rpartition(".")
     owner: Any = model.base_model.get_submodule(path)
     setattr(owner, name, nn.ModuleList())
+    if hasattr(owner, "has_sliding_layers"):  # of all blocks, not of the one that was built
+        owner.has_sliding_layers = "sliding_attention" in config.layer_types
     for module in model.modules():
         if getattr(module, "config", None) is small:
             module.__dict__["config"] = config

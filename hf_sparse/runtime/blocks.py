@@ -267,7 +267,7 @@ def check_stack(stack: Stack) -> None:
         place = f"blocks.{number}"
         heads, key_heads = stack.heads_of(block)
         fits = 1 <= heads <= stack.heads and 1 <= key_heads <= stack.key_heads
-        require(fits and not heads % key_heads, place, f"{heads} heads, {key_heads} of keys")
+        require(fits, place, f"{heads} heads, {key_heads} of keys")
         require(1 <= block.up.rows <= stack.intermediate, place, f"{block.up.rows} neurons")
         queries, keys = stack.rows_of(block)
         wanted = {
@@ -283,6 +283,7 @@ def check_stack(stack: Stack) -> None:
                 continue
             found = (linear.rows, linear.columns)
             require(found == shape, f"{place}.{name}", f"its shape is {found}, not {shape}")
+        require(not heads % key_heads, place, f"{heads} heads, {key_heads} of keys")
         opening = block.gate or block.up
         chunks = [last - first for first, last in opening.chunk_rows]
         fits = max(chunks) <= CHUNK_ROWS and block.up.chunk_rows == opening.chunk_rows
