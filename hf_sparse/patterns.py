@@ -32,7 +32,16 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-NOTATIONS = ("unstructured", "N:M (2:4, 4:8, ...)", "block:RxC", "row", "column", "head", "head:D", "head_in:D")
+NOTATIONS = (
+    "unstructured",
+    "N:M (2:4, 4:8, ...)",
+    "block:RxC",
+    "row",
+    "column",
+    "head",
+    "head:D",
+    "head_in:D",
+)
 
 
 # Groups up to this length are ranked by comparing each pair: faster than selecting, and as exact.

@@ -194,9 +194,10 @@ def clear_unused_(model: Any) -> None:
         neurons = unused_neurons(units).nonzero()[:, 0]
         pairs = [*zip(units.projections, rows, strict=True), *((e, neurons) for e in units.entries)]
         for layer, chosen in pairs:
+            bias: Any = layer.module.bias
             layer.weight[chosen.to(layer.weight.device)] = 0
-            if layer.module.bias is not None:
-                layer.module.bias[chosen.to(layer.weight.device)] = 0
+            if bias is not None:
+                bias[chosen.to(bias.device)] = 0
 
 
 def unused_heads(units: BlockUnits) -> Tensor:
@@ -220,8 +221,8 @@ def check_whole(layers: Iterable[TargetLayer]) -> None:
         weight = layer.parameter
         if isinstance(weight, DTensor):
             raise ValueError(
-                f"{layer.weight_name} is cut into shards by FSDP, and shrinking works on whole weights. "
-                "Shrink the model before it is sharded."
+                f"{layer.weight_name} is cut into shards by FSDP, and shrinking works on whole "
+                "weights. Shrink the model before it is sharded."
             )
         if weight.device.type == "meta":
             raise ValueError(
@@ -241,8 +242,8 @@ def _check_plain(model: nn.Module, units: BlockUnits) -> None:
             layer: Any = units.block.get_submodule(path)
         except AttributeError as error:
             raise ValueError(
-                f"the blocks of this {type(model).__name__} are not its own: {units.name} has no {path}. "
-                "A compiled model cannot be worked on: take the model that was compiled."
+                f"the blocks of this {type(model).__name__} are not its own: {units.name} has no "
+                f"{path}. A compiled model cannot be worked on: take the model that was compiled."
             ) from error
         if path == units.parts.out and is_matrix(layer) and _shape(units.out)[1] % units.head_dim:
             raise ValueError(
@@ -251,13 +252,14 @@ def _check_plain(model: nn.Module, units: BlockUnits) -> None:
             )
         if not is_matrix(layer):
             raise ValueError(
-                f"{units.name}.{path} is a {type(layer).__name__}; wanted a plain Linear. Merge adapters "
-                "first: model.merge_and_unload()."
+                f"{units.name}.{path} is a {type(layer).__name__}; wanted a plain Linear. Merge "
+                "adapters first: model.merge_and_unload()."
             )
 
 
 def _shape(layer: TargetLayer) -> tuple[int, int]:
-    rows, columns = layer.module.weight.shape
+    stored: Any = layer.module.weight
+    rows, columns = stored.shape
     return (columns, rows) if layer.transposed else (rows, columns)
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    BertForSequenceClassification,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -162,12 +161,12 @@ def test_both_kinds_of_attention(family: str, attention: str) -> None:
 @torch.no_grad()
 def test_constants_go_to_the_biases(family: str) -> None:
     """Zero rows into neurons and into a head's values, with biases that are not zero."""
-    model = tiny_model(family, **({"attention_bias": True, "mlp_bias": True} if family == "llama" else {}))
+    model = tiny_model(
+        family, **({"attention_bias": True, "mlp_bias": True} if family == "llama" else {})
+    )
     for units in find_units(model):
         for parameter in units.block.parameters():
-            parameter.mul_(3) if parameter.ndim > 1 else parameter.add_(
-                torch.randn_like(parameter)
-            )
+            parameter.mul_(3) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter))
         for layer in units.entries:
             layer.weight[:7] = 0
         values = units.projections[-1].weight
@@ -180,10 +179,10 @@ def test_constants_go_to_the_biases(family: str) -> None:
     for before, after, fold in zip(sizes, report.after, folds, strict=True):
         # Without biases a neuron of zero rows gives nothing, as it does where silu(0) = 0.
         assert after.neurons == before.neurons - 7
-        biased = model.config.model_type not in ("mistral", "qwen2", "qwen3")
-        if biased:
-            assert fold
-            assert after.key_heads == before.key_heads - 1
+        # A head's values need a bias behind attention to go to, unless they are zero too.
+        stays = model.config.model_type == "qwen2"
+        assert after.key_heads == before.key_heads - (0 if stays else 1)
+        assert fold == (model.config.model_type not in ("mistral", "qwen2", "qwen3"))
     for one, other in zip(outputs_of(model), wanted, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
@@ -296,7 +295,9 @@ def test_sharded_weights_are_refused(tmp_path: Path) -> None:
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
     try:
         model = tiny_model("bert")
         zero_units(model)
@@ -334,14 +335,17 @@ def change(folder: Path, edit: Any) -> None:
         (lambda c: c["block_sizes"][0].pop("heads"), "block_sizes in the config"),
         (lambda c: c.update(block_sizes=7), "block_sizes in the config"),
         (lambda c: c.update(block_sizes="ab"), "block_sizes in the config"),
-        (lambda c: c["block_sizes"][2].update(neurons=30), "mismatch|size"),
-        (lambda c: c["block_sizes"][2].update(heads=4, key_heads=2), "mismatch|size"),
-        (lambda c: c.pop("block_sizes"), "mismatch|size"),
+        (lambda c: c["block_sizes"][2].update(neurons=30), r"51.* is stored, .*30"),
+        (
+            lambda c: c["block_sizes"][2].update(heads=4, key_heads=2),
+            "is stored, the model of conf",
+        ),
+        (lambda c: c.pop("block_sizes"), "is stored, the model of config.json wants"),
     ],
 )
 def test_damaged_sizes_are_errors(shrunk: Path, edit: Any, message: str) -> None:
     change(shrunk, edit)
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(shrunk)
 
 
@@ -359,7 +363,7 @@ def test_what_transformers_saves_by_itself_is_refused_by_it(tmp_path: Path) -> N
     zero_units(model)
     shrink(model)
     model.save_pretrained(tmp_path)  # transformers' own: LlamaForCausalLM is no Sparse class
-    with pytest.raises(RuntimeError, match="size mismatch|mismatch"):
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -442,11 +446,3 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert not (tmp_path / "more").exists()
     assert main(["shrink", names[0], names[0]]) == 1
     assert "would be lost" in capsys.readouterr().err
-
-
-def test_tiny_classifiers_class_is_kept(tmp_path: Path) -> None:
-    model = tiny_classifier()
-    assert isinstance(model, BertForSequenceClassification)
-    zero_units(model)
-    shrink(model)
-    assert type(model) is BertForSequenceClassification

@@ -39,9 +39,9 @@ def write_configs(
     if shrunk and config.format == "dense":
         raise ValueError(
             f"the blocks of this {type(model).__name__} were made smaller by hf_sparse.shrink, and "
-            f"models of type '{model_config.model_type}' have blocks of one size: transformers could not "
-            "load it. Save it in another format, as 'auto': it loads with hf_sparse, and what is dense "
-            "is stored as it is."
+            f"models of type '{model_config.model_type}' have blocks of one size: transformers could "
+            "not load it. Save it in another format, as 'auto': it loads with hf_sparse, and what is "
+            "dense is stored as it is."
         )
     # As the layers are, whatever the config says.
     vars(model_config).pop("block_sizes", None)

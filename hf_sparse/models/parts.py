@@ -129,7 +129,9 @@ def sizes_in(config: Any) -> list[BlockSize] | None:
                 raise ValueError(_damaged(f"block {number} has {name}={value!r} of {limit}"))
         if size.heads % size.key_heads:
             raise ValueError(
-                _damaged(f"block {number} has {size.heads} heads for {size.key_heads} heads of keys")
+                _damaged(
+                    f"block {number} has {size.heads} heads for {size.key_heads} heads of keys"
+                )
             )
     return sizes
 

@@ -67,8 +67,6 @@ def by_scope(
             "scope='global' and allocation both tell how much of the sparsity each block takes. Use "
             "one of them."
         )
-    pruned = global_masks(
-        lambda: (score(layer) for layer in layers), pattern, task.config.sparsity
-    )
+    pruned = global_masks(lambda: (score(layer) for layer in layers), pattern, task.config.sparsity)
     for layer, mask in zip(layers, pruned, strict=True):
         yield layer, ~mask

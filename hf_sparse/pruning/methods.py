@@ -30,7 +30,7 @@ from hf_sparse.pruning import (
     wanda,
 )
 from hf_sparse.pruning.allocation import allocate, check_allocation
-from hf_sparse.pruning.layerwise import LayerPruner, PruneBlock, prune_layers
+from hf_sparse.pruning.layerwise import LayerPruner, PruneBlock, Refinement, prune_layers
 from hf_sparse.pruning.problem import Problem, Solver
 from hf_sparse.pruning.prox_local import check_learnable
 from hf_sparse.pruning.statistics import Grams, Norms
@@ -254,7 +254,10 @@ class Recipe:
         assert solver is not None
         names = inspect.signature(solver.solve).parameters
         own = {name: options.pop(name) for name in list(options) if name in names}
-        refine = {"swaps": partial(swaps.refine, updates=solver.updates), "refit": refit.refine}
+        refine: dict[str | None, Refinement] = {
+            "swaps": partial(swaps.refine, updates=solver.updates),
+            "refit": refit.refine,
+        }
         refinements = [refine[composition.refine]] if composition.refine else []
         layerwise.prune(
             LayerPruner(task, solver, own, refinements),

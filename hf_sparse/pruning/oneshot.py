@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.patterns import GroupPattern
 from hf_sparse.pruning.calibration import checked_batches
 from hf_sparse.pruning.methods import Recipe
 from hf_sparse.pruning.processes import own_batches
@@ -75,6 +76,9 @@ def prune_(
     layers = target_layers(model, config)
     recipe.check_sharding(layers, config.pattern)
     _check_layers(layers, config)
+    whole_units = given.targets != config.targets
+    if whole_units and options.get("scope") != "global":
+        _check_units(layers, config)
     start = time.perf_counter()
     inputs = checked_batches(batches, model, method) if recipe.needs_calibration else []
     task = Task(
@@ -88,7 +92,7 @@ def prune_(
     )
     with quiet(model):
         recipe.prune(task)
-    if given.targets != config.targets:  # whole heads or neurons: what fed them goes too
+    if whole_units:  # what fed the heads or neurons that went goes too
         clear_unused_(model)
     vars(model)[PRUNED_WITH] = config
     return replace(
@@ -127,6 +131,20 @@ def _check_layers(layers: list[TargetLayer], config: SparsityConfig) -> None:
             )
         check_finite(layer.weight_name, layer.weight)
         check_divides(config.pattern, layer.weight_name, *layer.weight.shape)
+
+
+def _check_units(layers: list[TargetLayer], config: SparsityConfig) -> None:
+    """Refuse a sparsity that leaves a block no head, or no neuron."""
+    assert isinstance(config.pattern, GroupPattern)
+    for layer in layers:
+        units = config.pattern.blocks(layer.weight)
+        count = units.shape[0] * units.shape[2]
+        if round(config.sparsity * count) >= count:
+            raise ValueError(
+                f"sparsity={config.sparsity} would take all {count} units of pattern "
+                f"'{config.pattern}' from {layer.name}; at least one must stay. Wanted at most "
+                f"{1 - 1 / count:.4g}."
+            )
 
 
 @contextmanager

@@ -64,9 +64,7 @@ def _blocks(family: str, **described: Any) -> Blocks:
     return Blocks(**vars(PARTS[family]), **described)
 
 
-def _llama(
-    family: str, head_norms: tuple[str, str] | None = None, windows: bool = True
-) -> Blocks:
+def _llama(family: str, head_norms: tuple[str, str] | None = None, windows: bool = True) -> Blocks:
     return _blocks(
         family,
         norms=("input_layernorm", "post_attention_layernorm"),
