@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with sst2")
     parser.add_argument("--out", type=Path, required=True, help="folder for dense and shrunk")
-    parser.add_argument("--heads", type=float, default=0.417, help="share that stays (5 of 12)")
+    parser.add_argument("--heads", type=float, default=1 / 3, help="share that stays")
     parser.add_argument("--neurons", type=float, default=0.4, help="share that stays")
     parser.add_argument("--rounds", type=int, default=3, help="of removing and fine-tuning")
     parser.add_argument(
