@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_sparse.models.parts import PARTS, BlockSize, Parts, head_size, parts_of
+from hf_sparse.models.parts import PARTS, BlockSize, Parts, full_size, head_size, parts_of
 from hf_sparse.structure import TargetLayer, is_conv1d, is_matrix
 
 
@@ -137,7 +137,7 @@ def find_units(model: Any) -> list[BlockUnits]:
         ValueError: the family is not in `PARTS`, or a layer is no plain Linear or Conv1D.
     """
     parts = parts_of(getattr(model, "config", None))
-    if parts is None:
+    if parts is None or getattr(model, "base_model", None) is None:
         raise ValueError(
             f"where the heads and neurons of a {type(model).__name__} are is not known. Known "
             f"families: {', '.join(PARTS)}."
@@ -162,6 +162,14 @@ def sizes_of(model: Any) -> list[BlockSize] | None:
         return [units.size for units in find_units(model)]
     except ValueError:
         return None
+
+
+def shrunk_sizes(model: Any) -> list[BlockSize] | None:
+    """The sizes of a model's blocks, if units were removed from any of them."""
+    sizes = sizes_of(model)
+    if sizes is None or all(size == full_size(model.config) for size in sizes):
+        return None
+    return sizes
 
 
 def resize_(model: Any, sizes: Sequence[BlockSize]) -> None:

@@ -138,6 +138,8 @@ def test_generation_with_every_kind_of_cache(family: str) -> None:
     shrink(model)
     assert torch.equal(model.generate(ids, **settings), wanted)
     assert torch.equal(model.generate(ids, use_cache=False, **settings), wanted)
+    static = model.generate(ids, cache_implementation="static", **settings)
+    assert torch.equal(static, wanted)
     beams = model.generate(ids, num_beams=3, **settings)
     assert beams.shape == wanted.shape
     for layer, units in zip(
@@ -380,6 +382,53 @@ def test_promises_about_old_weights_are_forgotten(tmp_path: Path) -> None:
     assert set(found.formats.values()) == {"dense"}
     again = AutoModel.from_pretrained(tmp_path / "shrunk")
     assert_same(outputs_of(again), outputs_of(model))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@torch.no_grad()
+def test_cross_attention_is_left_alone(tmp_path: Path, family: str) -> None:
+    changes = {"is_decoder": True} if family == "bert" else {}
+    config = type(CONFIGS[family])(
+        **{**CONFIGS[family].to_dict(), **changes, "add_cross_attention": True}
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    zero_units(model)
+    inputs = {**inputs_for(model), "encoder_hidden_states": torch.randn(2, 5, 32)}
+    wanted = model(**inputs).logits
+    shrink(model)
+    torch.testing.assert_close(model(**inputs).logits, wanted, **TOLERANCE)
+    hf_sparse.save_pretrained(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_groups_of_alberts_layers(tmp_path: Path) -> None:
+    model = tiny_model("albert", num_hidden_groups=3, inner_group_num=2, num_hidden_layers=6)
+    left = zero_units(model)
+    wanted = outputs_of(model)
+    report = shrink(model)
+    assert list(report.after) == left
+    assert report.names[-1] == "encoder.albert_layer_groups.2.albert_layers.1"
+    assert_same(outputs_of(model), wanted)
+    hf_sparse.save_pretrained(model, tmp_path)
+    assert_same(outputs_of(AutoModel.from_pretrained(tmp_path)), outputs_of(model))
+    card = (tmp_path / "README.md").read_text()
+    assert (
+        f"| what is left of the blocks | 18 of 24 heads, {sum(s.neurons for s in left)} of" in card
+    )
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    model = tiny_model("opt").to(torch.bfloat16)
+    zero_units(model)
+    wanted = outputs_of(model)
+    shrink(model)
+    for one, other in zip(outputs_of(model), wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)
+    hf_sparse.save_pretrained(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    assert_same(outputs_of(loaded), outputs_of(model))
 
 
 def test_trainer_fine_tunes_saves_and_resumes(tmp_path: Path) -> None:

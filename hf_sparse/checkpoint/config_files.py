@@ -13,8 +13,7 @@ from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.models.configuration import CONFIGS, SparseConfigMixin, base_config_class
 from hf_sparse.models.families import FAMILIES
-from hf_sparse.models.parts import full_size
-from hf_sparse.units import sizes_of
+from hf_sparse.units import shrunk_sizes
 
 STUB_NAME = "modeling_hf_sparse.py"
 
@@ -34,9 +33,8 @@ def write_configs(
             '"""This checkpoint is compressed by hf_sparse: pip install hf_sparse"""\n\n'
             f'from hf_sparse import {config_class}\n\n__all__ = ["{config_class}"]\n'
         )
-    sizes = sizes_of(model)
-    shrunk = sizes is not None and any(size != full_size(model.config) for size in sizes)
-    if shrunk and config.format == "dense":
+    sizes = shrunk_sizes(model)
+    if sizes is not None and config.format == "dense":
         raise ValueError(
             f"the blocks of this {type(model).__name__} were made smaller by hf_sparse.shrink, and "
             f"models of type '{model_config.model_type}' have blocks of one size: transformers could "
@@ -45,7 +43,7 @@ def write_configs(
         )
     # As the layers are, whatever the config says.
     vars(model_config).pop("block_sizes", None)
-    if shrunk and sizes is not None:
+    if sizes is not None:
         model_config.block_sizes = [asdict(size) for size in sizes]
     model_config.dtype = model.dtype
     (folder / "config.json").write_text(model_config.to_json_string())

@@ -29,7 +29,7 @@ from hf_sparse.structure import (
     target_layers,
     with_head_size,
 )
-from hf_sparse.units import clear_unused_
+from hf_sparse.units import clear_unused_, find_units
 
 
 @torch.no_grad()
@@ -77,6 +77,8 @@ def prune_(
     recipe.check_sharding(layers, config.pattern)
     _check_layers(layers, config)
     whole_units = given.targets != config.targets
+    if whole_units:
+        find_units(model)  # refuses what could not be cleared below
     if whole_units and options.get("scope") != "global":
         _check_units(layers, config)
     start = time.perf_counter()
