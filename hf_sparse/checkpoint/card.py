@@ -48,6 +48,7 @@ class Card:
         metrics: figures to print; none are invented.
         tags: for the Hub, beside the card's own.
         base: Hub name of the dense model; None: what the model's config tells.
+        usage: how to load it; None: as a checkpoint of transformers.
     """
 
     model: PreTrainedModel
@@ -58,6 +59,7 @@ class Card:
     metrics: Sequence[Metric] = ()
     tags: Sequence[str] = ()
     base: str | None = None
+    usage: str | None = None
 
     def write(self, file: Path, old: Path) -> None:
         """Write the card to `file`, unless the one at `old` is to stay.
@@ -74,8 +76,8 @@ class Card:
                     stacklevel=5,
                 )
             return
-        usage = _usage(self._name, self.config.format != "dense")
-        if text is None or news or not all(part in text for part in [usage, *_rows(self._facts())]):
+        known = [self._how_to_load(), *_rows(self._facts())]
+        if text is None or news or not all(part in text for part in known):
             ModelCard(self._text()).save(file)
 
     def _text(self) -> str:
@@ -98,9 +100,12 @@ class Card:
             f"# {'Sparse ' if self.config.sparsity else ''}{self._name}",
             _markdown(("", ""), [*how, *self._facts()]),
             "## Metrics\n\n" + _metrics(self.metrics),
-            "## How to load\n\n" + _usage(self._name, self.config.format != "dense"),
+            "## How to load\n\n" + self._how_to_load(),
         ]
         return "\n\n".join(sections) + "\n"
+
+    def _how_to_load(self) -> str:
+        return self.usage or _usage(self._name, self.config.format != "dense")
 
     @property
     def _name(self) -> str:

@@ -16,6 +16,8 @@ from hf_sparse.models.families import FAMILIES
 from hf_sparse.units import shrunk_sizes
 
 STUB_NAME = "modeling_hf_sparse.py"
+# What a config under the family's own type has no place for.
+_OURS = ("quantization_config", "block_sizes")
 
 
 def write_configs(
@@ -23,7 +25,7 @@ def write_configs(
 ) -> None:
     """Write `config.json`, the generation config, and the stub for `trust_remote_code`."""
     if config.format == "dense":
-        model_config = _dense_config(model)
+        model_config = dense_config(model)
     else:
         model_config = _sparse_config(model, config)
         model_config.base_model = base_model(model.config) if base is None else base
@@ -41,32 +43,31 @@ def write_configs(
             "not load it. Save it in another format, as 'auto': it loads with hf_sparse, and what is "
             "dense is stored as it is."
         )
-    # As the layers are, whatever the config says.
-    vars(model_config).pop("block_sizes", None)
-    if sizes is not None:
-        model_config.block_sizes = [asdict(size) for size in sizes]
+    if config.format != "dense":  # as the layers are, whatever the config said
+        model_config.block_sizes = None if sizes is None else [asdict(size) for size in sizes]
     model_config.dtype = model.dtype
     (folder / "config.json").write_text(model_config.to_json_string())
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
 
 
-def _dense_class_name(model: PreTrainedModel) -> str:
+def dense_class_name(model: PreTrainedModel) -> str:
     """The name of the transformers class, of a Sparse class too; FSDP renames classes."""
     return type(model).__name__.removeprefix("FSDP").removeprefix("Sparse")
 
 
-def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The config under the family's own model type."""
+def dense_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """A copy of the config under the family's own model type."""
     if isinstance(model.config, SparseConfigMixin):
         values = model.config.to_dict()
-        for key in ("sparsity_config", "base_model", "auto_map", "quantization_config"):
+        for key in ("sparsity_config", "base_model", "auto_map", *_OURS):
             values.pop(key, None)
         model_config = base_config_class(model.config.base_model_type).from_dict(values)
     else:
         model_config = copy.deepcopy(model.config)
-        vars(model_config).pop("quantization_config", None)  # of a GGUF file
-    model_config.architectures = [_dense_class_name(model)]
+        for key in _OURS:  # transformers has the first one for GGUF files, too
+            vars(model_config).pop(key, None)
+    model_config.architectures = [dense_class_name(model)]
     return model_config
 
 
@@ -82,6 +83,6 @@ def _sparse_config(model: PreTrainedModel, config: SparsityConfig) -> PreTrained
             f"checkpoint with; families: {', '.join(FAMILIES)}. Save with format='dense': "
             "SparsityConfig(..., format='dense')."
         )
-    model_config.architectures = [f"Sparse{_dense_class_name(model)}"]
+    model_config.architectures = [f"Sparse{dense_class_name(model)}"]
     model_config.quantization_config = SparseCheckpointConfig(**config.to_dict()).to_dict()
     return model_config
