@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from hf_sparse.report import SparsityReport as SparsityReport
     from hf_sparse.report import measure_sparsity as measure_sparsity
     from hf_sparse.runtime.compiled import compile as compile
+    from hf_sparse.shrinking import ShrinkReport as ShrinkReport
+    from hf_sparse.shrinking import shrink as shrink
 
 _PUBLIC = {
     "Distillation": "hf_sparse.distillation",
@@ -60,6 +62,7 @@ _PUBLIC = {
     "Metric": "hf_sparse.checkpoint.card",
     "Pattern": "hf_sparse.patterns",
     "Schedule": "hf_sparse.optim.schedules",
+    "ShrinkReport": "hf_sparse.shrinking",
     "SparseAdamW": "hf_sparse.optim.sparse_optimizers",
     "SparseSGD": "hf_sparse.optim.sparse_optimizers",
     "Sparsifier": "hf_sparse.optim.sparsifier",
@@ -89,6 +92,7 @@ _PUBLIC = {
     "recover_": "hf_sparse.recovery.recover",
     "save_compiled": "hf_sparse.checkpoint.compiled",
     "save_pretrained": "hf_sparse.checkpoint.save",
+    "shrink": "hf_sparse.shrinking",
     "sparse_param_groups": "hf_sparse.optim.groups",
     "sparsity_for": "hf_sparse.budget",
     "trainer_optimizer": "hf_sparse.optim.trainer",

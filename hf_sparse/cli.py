@@ -23,7 +23,7 @@ from hf_sparse.formats import FORMATS
 from hf_sparse.patterns import NOTATIONS
 from hf_sparse.pruning.allocation import ALLOCATIONS
 from hf_sparse.pruning.calibration import token_windows
-from hf_sparse.pruning.methods import METHODS, Recipe
+from hf_sparse.pruning.methods import METHODS, REFINEMENTS, Recipe
 from hf_sparse.recovery.recover import RECOVERIES
 from hf_sparse.report import format_table
 
@@ -241,6 +241,26 @@ def bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def shrink(options: argparse.Namespace) -> int:
+    """Remove the heads and neurons that zeros have made useless, and save the smaller model."""
+    if Path(options.output).resolve() == Path(options.model).resolve():
+        raise ValueError(f"OUTPUT is MODEL, {options.model}: the larger model would be lost.")
+    folder = Path(options.model)
+    bare = folder.is_dir() and not (folder / "tokenizer_config.json").exists()
+    needs_tokenizer = bool(options.tokenizer) or not bare
+    model, tokenizer = load(options.model, options, needs_tokenizer)
+    report = hf_sparse.shrink(model)
+    hf_sparse.save_pretrained(
+        model, options.output, tokenizer=tokenizer, base_model=options.base_model
+    )
+    if options.json:
+        print(report.to_json())
+    else:
+        print(report)
+        print(f"saved to {options.output}{'' if needs_tokenizer else ', without a tokenizer'}")
+    return 0
+
+
 def export(options: argparse.Namespace) -> int:
     """Export a model as an ONNX graph."""
     if options.quantize == "static" and not options.calibration:
@@ -383,6 +403,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_inspect(commands)
     _add_bench(commands)
+    _add_shrink(commands)
     _add_export(commands)
     _add_push(commands)
     _add_convert(commands)
@@ -407,7 +428,7 @@ def _add_prune(commands: Any) -> None:
     command.add_argument(
         "--allocation", choices=ALLOCATIONS, help="sparsity of the blocks (default uniform)"
     )
-    command.add_argument("--refine", choices=["swaps"], help="improve the zeros of each layer")
+    command.add_argument("--refine", choices=REFINEMENTS, help="improve each layer with its zeros")
     command.add_argument(
         "--reconstruct", type=int, metavar="EPOCHS", help="train each block with its zeros fixed"
     )
@@ -485,6 +506,19 @@ def _add_bench(commands: Any) -> None:
         "--explain", action="store_true", help="also print what became of each layer"
     )
     command.add_argument("--dtype", default="auto", help="torch's dtype (default as stored)")
+    command.add_argument("--gguf-file", help="GGUF file in the model's folder")
+
+
+def _add_shrink(commands: Any) -> None:
+    summary = "remove heads and neurons that are zero, and save the smaller model"
+    command = _command(commands, "shrink", shrink, summary)
+    command.add_argument("model", help="folder or Hub name of a model with such zeros")
+    command.add_argument("output", help="folder to save the smaller model in")
+    command.add_argument("--tokenizer", help="folder or Hub name, if the model's folder has none")
+    command.add_argument("--base-model", help="Hub name of the dense model, for the model card")
+    command.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16, ... (default as stored)"
+    )
     command.add_argument("--gguf-file", help="GGUF file in the model's folder")
 
 

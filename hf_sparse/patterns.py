@@ -10,8 +10,10 @@ A pattern is parsed once from its notation into an immutable value and printed b
 | `row`          | whole rows: one output feature                             | rows              |
 | `column`       | whole columns: one input feature                           | columns           |
 | `head:D`       | D consecutive rows: the output features of one head        | heads             |
+| `head_in:D`    | D consecutive columns: the input features of one head      | heads             |
 
-`head` without a size is completed by `Head.with_size(head_dim)` from the model's config.
+`head` without a size is completed by `Head.with_size(head_dim)` from the model's config. Where an
+attention head is a unit of its own, it is `head_in:D` of the projection behind attention.
 
 Every tensor here is `(out_features, in_features)`; layers that store the transpose (GPT-2's
 `Conv1D`) are turned at the edge, never in a pattern.
@@ -22,13 +24,24 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-NOTATIONS = ("unstructured", "N:M (2:4, 4:8, ...)", "block:RxC", "row", "column", "head", "head:D")
+NOTATIONS = (
+    "unstructured",
+    "N:M (2:4, 4:8, ...)",
+    "block:RxC",
+    "row",
+    "column",
+    "head",
+    "head:D",
+    "head_in:D",
+)
 
 
 # Groups up to this length are ranked by comparing each pair: faster than selecting, and as exact.
@@ -263,27 +276,33 @@ class Column(GroupPattern):
 
 @dataclass(frozen=True)
 class Head(GroupPattern):
-    """`head_dim` consecutive rows: the output features of one attention head."""
+    """`head_dim` consecutive rows: the output features of one attention head.
+
+    With `inputs` they are columns: what a head hands to the projection behind attention.
+    """
 
     head_dim: int | None = None
+    inputs: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim is not None and self.head_dim < 1:
-            raise ValueError(f"pattern '{self}': wanted head:D with D >= 1, as 'head:64'.")
+            name = "head_in" if self.inputs else "head"
+            raise ValueError(f"pattern '{self}': wanted {name}:D with D >= 1, as '{name}:64'.")
 
     def __str__(self) -> str:
-        return "head" if self.head_dim is None else f"head:{self.head_dim}"
+        name = "head_in" if self.inputs else "head"
+        return name if self.head_dim is None else f"{name}:{self.head_dim}"
 
     def with_size(self, head_dim: int) -> Head:
         """The same pattern with its size known."""
-        return Head(head_dim)
+        return Head(head_dim, self.inputs)
 
     def group_shape(self, rows: int, columns: int) -> tuple[int, int]:
         if self.head_dim is None:
             raise ValueError(
                 "pattern 'head' has no size. Write it with the rows of one head, as 'head:64'."
             )
-        return self.head_dim, max(columns, 1)
+        return (max(rows, 1), self.head_dim) if self.inputs else (self.head_dim, max(columns, 1))
 
 
 _PLAIN: dict[str, Pattern] = {
@@ -292,10 +311,11 @@ _PLAIN: dict[str, Pattern] = {
     "column": Column(),
     "head": Head(),
 }
-_SIZED: dict[str, type[NM] | type[Block] | type[Head]] = {
+_SIZED: dict[str, Callable[..., Pattern]] = {
     r"(\d{1,4}):(\d{1,4})": NM,
     r"block:(\d{1,6})x(\d{1,6})": Block,
     r"head:(\d{1,6})": Head,
+    r"head_in:(\d{1,6})": partial(Head, inputs=True),
 }
 
 

@@ -1,18 +1,21 @@
 """The parts of a model that sparsity is about: its repeated blocks and its weight matrices.
 
-Nothing here knows a model family by name: blocks are the items of the outermost ModuleLists.
+Blocks are the items of the outermost ModuleLists; only patterns of whole heads and neurons need to
+know the model's family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_sparse.configuration_sparse import SparsityConfig, check_config, matches
-from hf_sparse.patterns import Head, Pattern
+from hf_sparse.models.parts import PARTS, full_size, head_size, parts_of, sizes_in
+from hf_sparse.patterns import Column, Head, Pattern, Row
 
 # The attribute of a model that remembers the SparsityConfig of the last `prune_`.
 PRUNED_WITH = "_hf_sparse_pruned_with"
@@ -174,35 +177,72 @@ def layers_outside(stacks: Sequence[Stack], layers: Sequence[TargetLayer]) -> li
 
 
 def with_head_size(config: SparsityConfig, model: nn.Module) -> SparsityConfig:
-    """Complete pattern `head` with the size of the model's heads; other configs stay as they are.
+    """Complete patterns of whole heads and neurons from the model; other configs stay as they are.
+
+    Pattern `head` gets the size of the model's heads. Without targets, patterns mean units that can
+    be removed whole (see `hf_sparse.shrink`): `head` an attention head, where it enters the
+    projection behind attention (of grouped queries, a head of keys with all its queries); `column`
+    and `row` a neuron of the feed-forward network, where it enters the layer `down` or leaves `up`.
 
     Raises:
-        ValueError: the model's config tells no head size, or the config names no targets: which
-            layers hold heads in their rows cannot be guessed.
+        ValueError: the model's config tells no head size, or the config names no targets and the
+            model's family is not in `hf_sparse.models.parts.PARTS`.
     """
     check_config(config)
-    if not isinstance(config.pattern, Head):
+    pattern = config.pattern
+    if not isinstance(pattern, Head | Row | Column):
         return config
     if config.targets is None:
-        raise ValueError(
-            "pattern 'head' needs targets: name the layers whose rows are heads, such as "
-            "targets=['q_proj', 'k_proj', 'v_proj']."
+        if isinstance(pattern, Head) and pattern.head_dim is not None and not pattern.inputs:
+            raise ValueError(
+                f"pattern '{pattern}' needs targets: name the layers whose rows are heads, such as "
+                "targets=['q_proj', 'k_proj', 'v_proj']. Or take 'head', for whole attention heads."
+            )
+        described = getattr(model, "config", None)
+        parts = parts_of(described)
+        if parts is None:
+            raise ValueError(
+                f"pattern '{pattern}' needs targets for a {type(model).__name__}: where its heads and "
+                f"neurons are is known of {', '.join(PARTS)}. Name the layers, such as "
+                "targets=['down_proj'] for 'column'."
+            )
+        path = parts.up if isinstance(pattern, Row) else parts.down
+        if isinstance(pattern, Head):
+            path = parts.out
+            pattern = Head(pattern.head_dim or head_size(described) * _queries(described), True)
+        # The number before the path keeps out what ends alike inside the block.
+        return SparsityConfig(
+            pattern, config.sparsity, [f"*[0-9].{path}"], config.ignore, config.format
         )
-    if config.pattern.head_dim is not None:
+    if not isinstance(pattern, Head) or pattern.head_dim is not None:
         return config
     described = getattr(model, "config", None)
-    head_dim = getattr(described, "head_dim", None)
-    if head_dim is None:
-        heads = getattr(described, "num_attention_heads", None)
-        hidden = getattr(described, "hidden_size", None)
-        if not heads or not hidden:
-            raise ValueError(
-                f"the config of {type(model).__name__} tells no head size. Write the rows of one "
-                "head into the pattern, as 'head:64'."
-            )
-        head_dim = hidden // heads
-    pattern = config.pattern.with_size(head_dim)
-    return SparsityConfig(pattern, config.sparsity, config.targets, config.ignore, config.format)
+    try:
+        head_dim = head_size(described)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"the config of {type(model).__name__} tells no head size. Write the rows of one "
+            "head into the pattern, as 'head:64'."
+        ) from error
+    return SparsityConfig(
+        pattern.with_size(head_dim), config.sparsity, config.targets, config.ignore, config.format
+    )
+
+
+def _queries(config: Any) -> int:
+    """How many heads of queries share a head of keys, in every block."""
+    sizes = sizes_in(config)
+    groups = {size.heads // size.key_heads for size in sizes} if sizes else set()
+    if len(groups) > 1:
+        raise ValueError(
+            f"heads of keys serve {sorted(groups)} heads of queries in different blocks, so that "
+            "'head' is no unit of all of them. Name a size and targets: 'head_in:64' for one head of "
+            "queries, targets=['o_proj']."
+        )
+    if groups:
+        return groups.pop()
+    size = full_size(config)
+    return size.heads // size.key_heads
 
 
 def stacked_weights(model: nn.Module) -> int:

@@ -191,7 +191,7 @@ def test_bad_lines_are_named(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["prune", "eval", "inspect", "push", "convert"])
+@pytest.mark.parametrize("command", ["prune", "eval", "inspect", "shrink", "push", "convert"])
 def test_help_is_complete(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         run(command, "--help")

@@ -272,7 +272,7 @@ def test_proxsparse_learns_masks_and_keeps_weights() -> None:
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, call: int) -> list[object]:
     """Let the loss of ProxSparse raise at one call; returns the list that counts them."""
-    real, calls = proxsparse._loss, []
+    real, calls = proxsparse.loss_of, []
 
     def breaking(*args: object) -> torch.Tensor:
         calls.append(args)
@@ -280,7 +280,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, call: int) -> list[object]:
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(proxsparse, "_loss", breaking)
+    monkeypatch.setattr(proxsparse, "loss_of", breaking)
     return calls
 
 

@@ -128,12 +128,14 @@ def test_the_commands_of_the_readme(dense: Path, tmp_path: Path) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("hf-sparse")]
     names = [command[0] for command in commands]
-    tried = ["prune", "prune", "recover", "eval", "inspect", "bench", "export"]
+    tried = ["prune", "prune", "recover", "eval", "inspect", "bench", "prune", "shrink", "export"]
     assert names == [*tried, "push", "convert"]
     instead = {
         "MODEL": str(dense),
         "OUTPUT": str(tmp_path / "sparse"),
         "OUTPUT-2": str(tmp_path / "sparse-2"),
+        "OUTPUT-3": str(tmp_path / "sparse-3"),
+        "SMALLER": str(tmp_path / "smaller"),
         "GRAPH": str(tmp_path / "graph"),
         "RECOVERED": str(tmp_path / "recovered"),
         "text.jsonl": str(tmp_path / "text.txt"),
@@ -144,6 +146,21 @@ def test_the_commands_of_the_readme(dense: Path, tmp_path: Path) -> None:
     for command in commands[: len(tried)]:
         arguments = [instead.get(argument, argument) for argument in command]
         assert main([*arguments, *small.get(command[0], [])]) == 0
+
+
+def test_the_smaller_model_of_the_readme(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = [block for block in blocks("python") if "hf_sparse.shrink(" in block]
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    batches = [tiny_tokenizer()(prose()[:400], return_tensors="pt", return_token_type_ids=False)]
+    exec(
+        code,
+        {"hf_sparse": hf_sparse, "model": model, "batches": batches, "tokenizer": tiny_tokenizer()},
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
+    assert loaded.num_parameters() == model.num_parameters() < tiny_model("llama").num_parameters()
 
 
 def test_the_links_of_the_readme_lead_somewhere() -> None:

@@ -16,14 +16,16 @@ PACKAGE = Path(hf_sparse.__file__).parent
 # A module imports only from layers above its own, and from its own package.
 LAYERS = [
     ["patterns", "models.families"],
+    ["models.parts"],
     ["selection"],
     ["formats"],
     ["configuration_sparse"],
     ["structure"],
+    ["units"],
     ["report"],
     ["optim.prox", "optim.sharding"],
     ["pruning", "optim", "distillation", "runtime", "models.configuration"],
-    ["budget", "benchmark", "recovery"],
+    ["budget", "benchmark", "recovery", "shrinking"],
     ["checkpoint"],
     ["exporters"],
     ["hub"],

@@ -25,7 +25,8 @@ PATTERNS = ["unstructured", "block:4x1", "row", "2:4"]
 
 
 def config_of(pattern: str, sparsity: float = 0.6) -> SparsityConfig:
-    return SparsityConfig(pattern, None if pattern == "2:4" else sparsity)
+    targets = ["*[0-9].*"] if pattern == "row" else None  # all rows, not those of neurons alone
+    return SparsityConfig(pattern, None if pattern == "2:4" else sparsity, targets)
 
 
 def run(

@@ -128,15 +128,19 @@ def prose() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-@cache
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-pair tokenizer of 256 tokens."""
+    """A byte-pair tokenizer of 256 tokens, a new one each time: pipelines change its padding."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_trained(), eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+@cache
+def _trained() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=["<eos>", "<pad>", "<unk>"], show_progress=False
     )
     tokenizer.train_from_iterator([prose()[:50_000]], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-    )
+    return tokenizer

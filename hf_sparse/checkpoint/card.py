@@ -11,7 +11,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.models.parts import full_size
 from hf_sparse.report import SparsityReport
+from hf_sparse.units import shrunk_sizes
 
 CARD_NAME = "README.md"
 # A row that every card of ours has.
@@ -113,6 +115,7 @@ class Card:
         measured = self.measured
         formats = ", ".join(f"{name} ({count})" for name, count in sorted(self.formats.items()))
         return [
+            *self._blocks(),
             ("pattern", str(self.config.pattern)),
             ("sparsity of the target weights", f"{measured.sparsity:.4f}"),
             ("zeros", f"{measured.zeros:,} of {measured.numel:,} target weights"),
@@ -120,6 +123,19 @@ class Card:
             (_OUR_FACT, f"{measured.model_sparsity:.4f}"),
             ("storage of the target weights", formats or "none"),
         ]
+
+    def _blocks(self) -> list[tuple[str, str]]:
+        """What is left of a shrunk model's blocks."""
+        sizes = shrunk_sizes(self.model)
+        if sizes is None:
+            return []
+        full = full_size(self.model.config)
+        heads, neurons = sum(size.heads for size in sizes), sum(size.neurons for size in sizes)
+        left = (
+            f"{heads:,} of {len(sizes) * full.heads:,} heads, "
+            f"{neurons:,} of {len(sizes) * full.neurons:,} neurons"
+        )
+        return [("what is left of the blocks", left)]
 
 
 def base_model(config: PreTrainedConfig) -> str:

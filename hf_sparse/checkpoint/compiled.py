@@ -150,12 +150,15 @@ def _skeleton(described: dict[str, Any], stack: Stack) -> PreTrainedModel:
             raise ValueError(f"block {index} has window={block.window}, the config another one")
     small = copy.deepcopy(config)
     small.num_hidden_layers = 1
+    small.block_sizes = None
     if getattr(small, "layer_types", None):
         small.layer_types = small.layer_types[:1]
     model: PreTrainedModel = model_class(small)
     path, _, name = family.stack.rpartition(".")
     owner: Any = model.base_model.get_submodule(path)
     setattr(owner, name, nn.ModuleList())
+    if hasattr(owner, "has_sliding_layers"):  # of all blocks, not of the one that was built
+        owner.has_sliding_layers = "sliding_attention" in config.layer_types
     for module in model.modules():
         if getattr(module, "config", None) is small:
             module.__dict__["config"] = config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -12,8 +13,11 @@ from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.models.configuration import CONFIGS, SparseConfigMixin, base_config_class
 from hf_sparse.models.families import FAMILIES
+from hf_sparse.units import shrunk_sizes
 
 STUB_NAME = "modeling_hf_sparse.py"
+# What a config under the family's own type has no place for.
+_OURS = ("quantization_config", "block_sizes")
 
 
 def write_configs(
@@ -31,6 +35,16 @@ def write_configs(
             '"""This checkpoint is compressed by hf_sparse: pip install hf_sparse"""\n\n'
             f'from hf_sparse import {config_class}\n\n__all__ = ["{config_class}"]\n'
         )
+    sizes = shrunk_sizes(model)
+    if sizes is not None and config.format == "dense":
+        raise ValueError(
+            f"the blocks of this {type(model).__name__} were made smaller by hf_sparse.shrink, and "
+            f"models of type '{model_config.model_type}' have blocks of one size: transformers could "
+            "not load it. Save it in another format, as 'auto': it loads with hf_sparse, and what is "
+            "dense is stored as it is."
+        )
+    if config.format != "dense":  # as the layers are, whatever the config said
+        model_config.block_sizes = None if sizes is None else [asdict(size) for size in sizes]
     model_config.dtype = model.dtype
     (folder / "config.json").write_text(model_config.to_json_string())
     if model.can_generate():
@@ -46,12 +60,13 @@ def dense_config(model: PreTrainedModel) -> PreTrainedConfig:
     """A copy of the config under the family's own model type."""
     if isinstance(model.config, SparseConfigMixin):
         values = model.config.to_dict()
-        for key in ("sparsity_config", "base_model", "auto_map", "quantization_config"):
+        for key in ("sparsity_config", "base_model", "auto_map", *_OURS):
             values.pop(key, None)
         model_config = base_config_class(model.config.base_model_type).from_dict(values)
     else:
         model_config = copy.deepcopy(model.config)
-        vars(model_config).pop("quantization_config", None)  # of a GGUF file
+        for key in _OURS:  # transformers has the first one for GGUF files, too
+            vars(model_config).pop(key, None)
     model_config.architectures = [dense_class_name(model)]
     return model_config
 

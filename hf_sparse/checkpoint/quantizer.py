@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_sparse.checkpoint.reading import StoredTensor, read_headers
+from hf_sparse.checkpoint.reading import StoredTensor, open_file, read_headers
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import COMPANIONS, FormatError, decompress, join, locate, read_layout
+from hf_sparse.models.parts import parts_of
 from hf_sparse.patterns import NM
 from hf_sparse.structure import is_conv1d
 
@@ -89,6 +90,7 @@ class SparseHfQuantizer(HfQuantizer):
                 f"none of the weights in {files[0]} belongs to {type(model).__name__}. Load the "
                 "checkpoint with AutoModel, or the class that its config.json names."
             )
+        _check_blocks(model, list(self._stored.values()))
         self._dtype_plan = model._get_dtype_plan(dtype)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
@@ -149,6 +151,32 @@ class SparseHfQuantizer(HfQuantizer):
         ]
         if hasattr(model.config, "sparsity_config"):
             model.config.sparsity_config = self.quantization_config.sparsity.to_dict()
+
+
+def _check_blocks(model: PreTrainedModel, stored: Sequence[StoredTensor]) -> None:
+    """Raise a FormatError if blocks have other sizes than their weights, which are stored dense.
+
+    The shapes of compressed weights are checked when they are restored.
+    """
+    parts = parts_of(model.config)
+    if parts is None:
+        return
+    prefix = f"{model.base_model_prefix}."
+    wanted = {name.removeprefix(prefix): value for name, value in model.state_dict().items()}
+    dense = [tensor for tensor in stored if not tensor.compressed]
+    for file in dict.fromkeys(tensor.file for tensor in dense):
+        with open_file(file) as reader:
+            for tensor in (tensor for tensor in dense if tensor.file == file):
+                name = tensor.name.removeprefix(prefix)
+                if not name.startswith(f"{parts.stack}.") or name not in wanted:
+                    continue
+                found = tuple(reader.get_slice(tensor.name).get_shape())
+                if found != (shape := tuple(wanted[name].shape)):
+                    raise FormatError(
+                        f"{tensor.place}: shape mismatch: {found} is stored, the model of config.json "
+                        f"wants {shape}. Its block_sizes tell the sizes of a shrunk model's blocks: "
+                        "config and weights are of different checkpoints."
+                    )
 
 
 def _check_promise(weight: Tensor, pattern: NM) -> None:

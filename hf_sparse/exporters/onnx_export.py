@@ -25,9 +25,11 @@ from hf_sparse.exporters import QUANTIZATIONS
 from hf_sparse.exporters.heads import Case, Head, example, head_of
 from hf_sparse.exporters.packing import Packing, pack_
 from hf_sparse.exporters.verification import Difference, compare
+from hf_sparse.models.parts import full_size
 from hf_sparse.pruning.oneshot import check_not_compiled, quiet
 from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure import promised_config
+from hf_sparse.units import shrunk_sizes
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -142,6 +144,8 @@ def export_onnx(
         _forget_sources(component.program.graph)
         packing = pack_(component.program) if pack else Packing()
         exported.config = dense_config(model)
+        if head.caches:
+            _tell_key_heads(exported.config, model)
         exported.config.dtype = model.dtype
         exported.generation_config = model.generation_config if head.caches else None
         component.metadata.architecture = dense_class_name(model)
@@ -179,8 +183,8 @@ def _check_model(model: Any) -> Head:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"a {type(model).__name__} cannot be exported; wanted a PreTrainedModel of transformers. "
-            "Merge the adapters of a PEFT model first: hf_sparse.merge_adapters(model). Of another wrapper, "
-            "export the model inside."
+            "Merge the adapters of a PEFT model first: hf_sparse.merge_adapters(model). Of another "
+            "wrapper, export the model inside."
         )
     if getattr(model, "_hf_peft_config_loaded", False) or _has_adapters(model):
         raise ValueError(
@@ -309,6 +313,23 @@ def _dynamic_axes(inputs: dict[str, Any]) -> dict[str, Any]:
             for leaf in axes["past_key_values"]
         ]
     return axes
+
+
+def _tell_key_heads(config: Any, model: PreTrainedModel) -> None:
+    """Write how many heads of keys a shrunk model's caches have: Optimum makes empty ones by it."""
+    sizes = shrunk_sizes(model)
+    if sizes is None:
+        return
+    counts = {size.key_heads for size in sizes}
+    if len(counts) == 1 and hasattr(config, "num_key_value_heads"):
+        config.num_key_value_heads = counts.pop()
+    elif counts != {full_size(model.config).key_heads}:
+        warnings.warn(
+            f"the blocks of this shrunk {type(model).__name__} have {sorted(counts)} heads of keys, which "
+            "its config cannot tell: Optimum's generate makes caches of other sizes. The graph runs in "
+            "ONNX Runtime and with ExportedModel.",
+            stacklevel=3,
+        )
 
 
 def _rename_caches(graph: onnx_ir.Graph) -> None:

@@ -23,6 +23,8 @@ class SparseConfigMixin:
         sparsity_config: the `SparsityConfig`, as a dict, of the checkpoint that the model was
             loaded from; None if it was dense. In files it is the `quantization_config`, where
             transformers looks for its loader.
+        block_sizes: of a model that `hf_sparse.shrink` made smaller, the heads, heads of keys and
+            neurons of each block; None if nothing was removed.
         base_model: Hub name of the dense model, `""` if it is not known; None before the first
             save, which takes it from `name_or_path`.
     """
@@ -33,11 +35,13 @@ class SparseConfigMixin:
     model_type: ClassVar[str]
     sparsity_config: dict[str, Any] | None
     base_model: str | None
+    block_sizes: list[dict[str, int]] | None
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)
         self.sparsity_config = kwargs.pop("sparsity_config", None)
         self.base_model = kwargs.pop("base_model", None)
+        self.block_sizes = kwargs.pop("block_sizes", None)
         super().__post_init__(**kwargs)  # type: ignore[misc]
         type(self).when_made(self.base_model_type)
 

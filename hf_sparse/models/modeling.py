@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
@@ -23,6 +23,8 @@ from hf_sparse.checkpoint.reading import restore_state_dict
 from hf_sparse.checkpoint.save import is_saving_process, save_model
 from hf_sparse.hub import push_to_hub as push
 from hf_sparse.models.configuration import CONFIGS
+from hf_sparse.models.parts import sizes_in
+from hf_sparse.units import resize_
 
 _UPLOAD_ARGUMENTS = {
     "commit_message",
@@ -35,7 +37,17 @@ _UPLOAD_ARGUMENTS = {
 
 
 class SparseModelMixin:
-    """The sparse contract: weights are compressed when saved, and restored when loaded."""
+    """The sparse contract: weights are compressed when saved, and restored when loaded.
+
+    Of a config with `block_sizes` the blocks are as small as those of the model that
+    `hf_sparse.shrink` made.
+    """
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        sizes = sizes_in(config)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        if sizes is not None:
+            resize_(self, sizes)
 
     def save_pretrained(
         self: Any,

@@ -17,6 +17,8 @@ from hf_sparse.pruning.task import Task
 from hf_sparse.pruning.walk import BlockStep, Observer, run_model, walk
 from hf_sparse.structure import TargetLayer, layers_in, layers_outside
 
+Refinement = Callable[[Problem, list[Tensor]], list[Tensor]]
+
 
 @dataclass
 class LayerPruner:
@@ -32,7 +34,7 @@ class LayerPruner:
     task: Task
     solver: Solver
     options: Mapping[str, Any]
-    refinements: Sequence[Callable[[Problem, list[Tensor]], list[Tensor]]] = ()
+    refinements: Sequence[Refinement] = ()
 
     def statistics(self) -> InputStatistics:
         """What is to be collected for the solver and its refinements."""

@@ -6,7 +6,7 @@ https://arxiv.org/abs/1506.02626. Score `|w|`, per layer or over all layers toge
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -34,12 +34,28 @@ def masks(task: Task, *, scope: str = "layer") -> Iterator[tuple[TargetLayer, Te
     Raises:
         ValueError: unknown scope, or `"global"` where every group or block has its own sparsity.
     """
+    yield from by_scope(task, lambda layer: layer.weight.abs(), scope)
+
+
+def by_scope(
+    task: Task, score: Callable[[TargetLayer], Tensor], scope: str
+) -> Iterator[tuple[TargetLayer, Tensor]]:
+    """Choose the weights of highest score, in each layer or in all together.
+
+    Args:
+        task: what to prune.
+        score: gives the scores of a layer's weights, `(out_features, in_features)`; called anew
+            whenever they are needed.
+        scope: see `masks`.
+
+    Yields, raises: see `masks`.
+    """
     if scope not in SCOPES:
         raise ValueError(f"scope is {scope!r}; wanted one of {', '.join(SCOPES)}.")
     pattern, layers = task.config.pattern, task.layers
     if scope == "layer":
         for layer in layers:
-            yield layer, pattern.keep(layer.weight.abs(), task.sparsities[layer.name])
+            yield layer, pattern.keep(score(layer), task.sparsities[layer.name])
         return
     if isinstance(pattern, NM):
         raise ValueError(
@@ -51,8 +67,6 @@ def masks(task: Task, *, scope: str = "layer") -> Iterator[tuple[TargetLayer, Te
             "scope='global' and allocation both tell how much of the sparsity each block takes. Use "
             "one of them."
         )
-    pruned = global_masks(
-        lambda: (layer.weight.abs() for layer in layers), pattern, task.config.sparsity
-    )
+    pruned = global_masks(lambda: (score(layer) for layer in layers), pattern, task.config.sparsity)
     for layer, mask in zip(layers, pruned, strict=True):
         yield layer, ~mask

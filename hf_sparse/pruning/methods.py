@@ -22,13 +22,15 @@ from hf_sparse.pruning import (
     magnitude,
     prox_local,
     proxsparse,
+    refit,
     sparsegpt,
     sparsellm,
     swaps,
+    taylor,
     wanda,
 )
 from hf_sparse.pruning.allocation import allocate, check_allocation
-from hf_sparse.pruning.layerwise import LayerPruner, PruneBlock, prune_layers
+from hf_sparse.pruning.layerwise import LayerPruner, PruneBlock, Refinement, prune_layers
 from hf_sparse.pruning.problem import Problem, Solver
 from hf_sparse.pruning.prox_local import check_learnable
 from hf_sparse.pruning.statistics import Grams, Norms
@@ -48,7 +50,7 @@ class Method:
         prune_block: prunes the layers of one block.
         nm_only: whether it learns N:M masks and nothing else.
         sharded: whether it works on weights that FSDP2 has cut into shards.
-        trains: whether it trains the whole model.
+        trains: whether it needs gradients through the whole model.
     """
 
     summary: str
@@ -81,6 +83,9 @@ class Method:
 METHODS = {
     "magnitude": Method("smallest weights", masks=magnitude.masks, needs_calibration=False),
     "wanda": Method("smallest |weight| x input norm", Solver(wanda.solve, Norms, updates=False)),
+    "taylor": Method(
+        "smallest effect on the model's loss, to first order", masks=taylor.masks, trains=True
+    ),
     "sparsegpt": Method(
         "least output error, column after column", Solver(sparsegpt.solve, Grams, updates=True)
     ),
@@ -105,6 +110,9 @@ METHODS = {
 }
 
 
+REFINEMENTS = ("swaps", "refit")
+
+
 @dataclass(frozen=True)
 class Composition:
     """What can be combined with every method.
@@ -112,8 +120,9 @@ class Composition:
     Attributes:
         allocation: how much of the sparsity each block takes: `"uniform"`, `"owl"` or `"alpha"`
             (see `hf_sparse.pruning.allocation`).
-        refine: None, or `"swaps"`: weights are exchanged for pruned ones while that lowers the
-            error of a layer (see `hf_sparse.pruning.swaps`).
+        refine: None; `"swaps"`: weights are exchanged for pruned ones while that lowers the
+            error of a layer (see `hf_sparse.pruning.swaps`); `"refit"`: where whole columns go, the
+            others get the best values for the layer (see `hf_sparse.pruning.refit`).
         reconstruct: passes over the calibration data in which the kept weights of each block are
             trained to give the dense model's outputs (see `hf_sparse.pruning.reconstruction`).
     """
@@ -135,10 +144,12 @@ class Composition:
     def check(self, pattern: Pattern) -> None:
         """Raise a ValueError for an unknown value, or one that the pattern does not allow."""
         check_allocation(self.allocation, pattern)
-        if self.refine not in (None, "swaps"):
-            raise ValueError(f"refine is {self.refine!r}; wanted None or 'swaps'.")
+        if self.refine not in (None, *REFINEMENTS):
+            raise ValueError(
+                f"refine is {self.refine!r}; wanted None or one of {', '.join(REFINEMENTS)}."
+            )
         if self.refine:
-            swaps.check_pattern(pattern)
+            {"swaps": swaps, "refit": refit}[self.refine].check_pattern(pattern)
         if self.reconstruct < 0:
             raise ValueError(
                 f"reconstruct is {self.reconstruct!r}; wanted passes over the data, 0 or more."
@@ -226,7 +237,7 @@ class Recipe:
             _check_inputs(task.layers)
             if torch.is_inference_mode_enabled() and self.trains:
                 raise ValueError(
-                    "weights cannot be trained inside torch.inference_mode(). Call prune_ outside it."
+                    "there are no gradients inside torch.inference_mode(). Call prune_ outside it."
                 )
         if not task.sparsities:
             task.sparsities = allocate(self.composition.allocation, task)
@@ -243,7 +254,11 @@ class Recipe:
         assert solver is not None
         names = inspect.signature(solver.solve).parameters
         own = {name: options.pop(name) for name in list(options) if name in names}
-        refinements = [partial(swaps.refine, updates=solver.updates)] if composition.refine else []
+        refine: dict[str | None, Refinement] = {
+            "swaps": partial(swaps.refine, updates=solver.updates),
+            "refit": refit.refine,
+        }
+        refinements = [refine[composition.refine]] if composition.refine else []
         layerwise.prune(
             LayerPruner(task, solver, own, refinements),
             prune_block=partial(method.prune_block, **options),

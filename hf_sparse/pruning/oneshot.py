@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.patterns import GroupPattern
 from hf_sparse.pruning.calibration import checked_batches
 from hf_sparse.pruning.methods import Recipe
 from hf_sparse.pruning.processes import own_batches
@@ -28,6 +29,7 @@ from hf_sparse.structure import (
     target_layers,
     with_head_size,
 )
+from hf_sparse.units import clear_unused_, find_units
 
 
 @torch.no_grad()
@@ -44,7 +46,8 @@ def prune_(
     Args:
         model: any transformers model. Shared weights (ALBERT's layers) are pruned once; tied
             weights stay tied.
-        config: pattern, sparsity and targets.
+        config: pattern, sparsity and targets. With `head` or `column` and no targets whole heads or
+            neurons go: the columns that they enter, and also the rows and biases that feed those.
         method: a key of `hf_sparse.pruning.methods.METHODS`.
         batches: calibration inputs of the model, dicts or `input_ids` `(batch, tokens)`: see
             `hf_sparse.calibration_batches`. Needed by every method but magnitude.
@@ -67,12 +70,17 @@ def prune_(
             pattern cannot divide, no calibration where it is needed, weights or activations that
             are not finite. All but the last are found before the model is changed.
     """
-    config = with_head_size(config, model)
+    given, config = config, with_head_size(config, model)
     recipe = Recipe.of(method, config.pattern, options)
     check_not_compiled(model)
     layers = target_layers(model, config)
     recipe.check_sharding(layers, config.pattern)
     _check_layers(layers, config)
+    whole_units = given.targets != config.targets
+    if whole_units:
+        find_units(model)  # refuses what could not be cleared below
+    if whole_units and options.get("scope") != "global":
+        _check_units(layers, config)
     start = time.perf_counter()
     inputs = checked_batches(batches, model, method) if recipe.needs_calibration else []
     task = Task(
@@ -86,6 +94,8 @@ def prune_(
     )
     with quiet(model):
         recipe.prune(task)
+    if whole_units:  # what fed the heads or neurons that went goes too
+        clear_unused_(model)
     vars(model)[PRUNED_WITH] = config
     return replace(
         measure_sparsity(model, config),
@@ -123,6 +133,20 @@ def _check_layers(layers: list[TargetLayer], config: SparsityConfig) -> None:
             )
         check_finite(layer.weight_name, layer.weight)
         check_divides(config.pattern, layer.weight_name, *layer.weight.shape)
+
+
+def _check_units(layers: list[TargetLayer], config: SparsityConfig) -> None:
+    """Refuse a sparsity that leaves a block no head, or no neuron."""
+    assert isinstance(config.pattern, GroupPattern)
+    for layer in layers:
+        units = config.pattern.blocks(layer.weight)
+        count = units.shape[0] * units.shape[2]
+        if round(config.sparsity * count) >= count:
+            raise ValueError(
+                f"sparsity={config.sparsity} would take all {count} units of pattern "
+                f"'{config.pattern}' from {layer.name}; at least one must stay. Wanted at most "
+                f"{1 - 1 / count:.4g}."
+            )
 
 
 @contextmanager

@@ -43,7 +43,7 @@ from hf_sparse.pruning.prox_local import check_learnable
 from hf_sparse.pruning.recording import Batch
 from hf_sparse.pruning.statistics import Norms
 from hf_sparse.pruning.task import Task
-from hf_sparse.pruning.training import fast_autocast, trainable
+from hf_sparse.pruning.training import check_labels, loss_of, trainable
 from hf_sparse.pruning.walk import run_model
 from hf_sparse.selection import Processes
 from hf_sparse.structure import TargetLayer
@@ -116,7 +116,7 @@ def masks(
     pattern = check_learnable("proxsparse", task.config.pattern)
     settings = Settings(lam, relative_lr, preserve, epochs, accumulate, gradient_checkpointing)
     settings.check()
-    _check_labels(task)
+    check_labels("proxsparse", "prox_local", task.model, task.batches)
     learner = _Learner(task, pattern, settings)
     try:
         with _training(task, gradient_checkpointing):
@@ -202,7 +202,7 @@ class _Learner:
         for parameter in self._parameters:
             parameter.grad = None
         for batch in batches:
-            (_loss(self._task.model, batch) / len(batches)).backward()
+            (loss_of(self._task.model, batch) / len(batches)).backward()
         for parameter, master, original, scale in zip(
             self._parameters, self._masters, self._originals, self._scales, strict=True
         ):
@@ -316,42 +316,6 @@ def _preserving_gradient(weight: Tensor, original: Tensor, scale: float) -> Tens
     given = torch.where(given < 0, -1.0, 1.0) * given.abs().clamp_min(1e-3 * scale)
     ratio = weight / given
     return ratio * (weight - given) * (2 * ratio - 1) / scale**2
-
-
-def _loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's loss on a batch; a causal model without labels predicts the next token."""
-    inputs = dict(batch)
-    if "labels" not in inputs:
-        labels = inputs["input_ids"]
-        mask = inputs.get("attention_mask")
-        if mask is not None and mask.shape == labels.shape:
-            labels = labels.masked_fill(mask == 0, -100)
-        inputs["labels"] = labels
-    with fast_autocast(next(model.parameters())):
-        loss: Tensor = model(**inputs).loss
-    if not (inputs["labels"][..., 1:] != -100).any():
-        raise ValueError(
-            "a batch has no token to predict: it is too short, or masked out. Leave it out."
-        )
-    if not torch.isfinite(loss):
-        raise ValueError(
-            f"the loss of {type(model).__name__} is {float(loss)} while masks are learned. Lower "
-            "relative_lr or lam, or load the model in float32."
-        )
-    return loss
-
-
-def _check_labels(task: Task) -> None:
-    model: Any = task.model
-    if any("labels" not in batch and "input_ids" not in batch for batch in task.batches):
-        raise ValueError("a batch has neither labels nor input_ids to learn from. Put labels in.")
-    if all("labels" in batch for batch in task.batches):
-        return
-    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-        raise ValueError(
-            f"method 'proxsparse' trains {type(model).__name__} on its loss, and the batches have no "
-            "labels. Put labels into them, or use method='prox_local', which needs none."
-        )
 
 
 @contextmanager

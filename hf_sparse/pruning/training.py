@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.pruning.recording import Batch
+
 
 @contextmanager
 def trainable(module: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
@@ -35,3 +37,54 @@ def is_bfloat16_faster(tensor: Tensor) -> bool:
 def fast_autocast(tensor: Tensor) -> torch.autocast:
     """Products in bfloat16 where those of a CPU's fp32 tensors like this one are faster in it."""
     return torch.autocast("cpu", torch.bfloat16, enabled=is_bfloat16_faster(tensor))
+
+
+def check_labels(method: str, other: str, model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Refuse batches that the model has no loss on.
+
+    Args:
+        method: that needs the loss.
+        other: a method that does not.
+        model: the model.
+        batches: its inputs.
+
+    Raises:
+        ValueError: labels are missing, and the model does not predict its next token.
+    """
+    if any("labels" not in batch and "input_ids" not in batch for batch in batches):
+        raise ValueError("a batch has neither labels nor input_ids to learn from. Put labels in.")
+    if all("labels" in batch for batch in batches):
+        return
+    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        raise ValueError(
+            f"method '{method}' needs the loss of {type(model).__name__}, and the batches have no "
+            f"labels. Put labels into them, or use method='{other}', which needs none."
+        )
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's loss on a batch; a causal model without labels predicts the next token.
+
+    Raises:
+        ValueError: there is no token to predict, or the loss is not finite.
+    """
+    inputs = dict(batch)
+    if "labels" not in inputs:
+        labels = inputs["input_ids"]
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.shape == labels.shape:
+            labels = labels.masked_fill(mask == 0, -100)
+        inputs["labels"] = labels
+    with fast_autocast(next(model.parameters())):
+        loss: Tensor = model(**inputs).loss
+    labels = inputs["labels"]
+    if labels.ndim > 1 and not (labels[..., 1:] != -100).any():
+        raise ValueError(
+            "a batch has no token to predict: it is too short, or masked out. Leave it out."
+        )
+    if not torch.isfinite(loss):
+        raise ValueError(
+            f"the loss of {type(model).__name__} is {float(loss)} while masks are learned. Lower "
+            "the learning rate or lam, if the method has them, or load the model in float32."
+        )
+    return loss

@@ -55,7 +55,8 @@ class Stack:
 
     Attributes:
         blocks: in the order in which they run; a shared block (ALBERT) is there several times.
-        hidden, heads, key_heads, head_dim, intermediate: sizes.
+        hidden, heads, key_heads, head_dim, intermediate: sizes; heads, key_heads and intermediate are
+            the most of any block: `hf_sparse.shrink` leaves some blocks fewer.
         scale: what scores are multiplied by.
         norm, norm_first, causal, rotary, activation: see `families.Blocks`.
     """
@@ -75,13 +76,23 @@ class Stack:
 
     @property
     def query_rows(self) -> int:
-        """Rows of all heads' queries."""
+        """Rows of all heads' queries, in a block that has all heads."""
         return self.heads * self.head_dim
 
     @property
     def key_rows(self) -> int:
-        """Rows of all heads' keys; as many of values."""
+        """Rows of all heads' keys, in a block that has all; as many of values."""
         return self.key_heads * self.head_dim
+
+    def heads_of(self, block: Block) -> tuple[int, int]:
+        """Heads of queries and heads of keys that a block has."""
+        heads = block.out.columns // self.head_dim
+        return heads, (block.qkv.rows // self.head_dim - heads) // 2
+
+    def rows_of(self, block: Block) -> tuple[int, int]:
+        """Rows of a block's queries, and of its keys."""
+        heads, key_heads = self.heads_of(block)
+        return heads * self.head_dim, key_heads * self.head_dim
 
     @property
     def linears(self) -> list[Linear]:
@@ -133,7 +144,9 @@ def pack_blocks(
             packed[id(module)] = _pack_block(family, module, name, window, shelves, rates)
         blocks.append(packed[id(module)])
     stack = Stack(
-        blocks=tuple(blocks), intermediate=blocks[0].up.rows, **numbers_of(config, family)
+        blocks=tuple(blocks),
+        intermediate=max(block.up.rows for block in blocks),
+        **numbers_of(config, family),
     )
     check_stack(stack)
     return stack
@@ -245,26 +258,32 @@ def _pack_block(
 
 def check_stack(stack: Stack) -> None:
     """The sizes of all weights and norms against those that programs rely on."""
-    queries, keys, hidden = stack.query_rows, stack.key_rows, stack.hidden
+    hidden = stack.hidden
     require(bool(stack.blocks), "stack", "it has no blocks")
     positive = (hidden, stack.heads, stack.key_heads, stack.head_dim, stack.intermediate)
     require(all(isinstance(size, int) and size > 0 for size in positive), "stack", "a size")
     require(not stack.head_dim % 4 and not stack.heads % stack.key_heads, "stack", "its heads")
-    wanted = {
-        "qkv": (queries + 2 * keys, hidden),
-        "out": (hidden, queries),
-        "up": (stack.intermediate, hidden),
-        "gate": (stack.intermediate, hidden),
-        "down": (hidden, stack.intermediate),
-    }
     for number, block in enumerate(stack.blocks):
         place = f"blocks.{number}"
+        heads, key_heads = stack.heads_of(block)
+        fits = 1 <= heads <= stack.heads and 1 <= key_heads <= stack.key_heads
+        require(fits, place, f"{heads} heads, {key_heads} of keys")
+        require(1 <= block.up.rows <= stack.intermediate, place, f"{block.up.rows} neurons")
+        queries, keys = stack.rows_of(block)
+        wanted = {
+            "qkv": (queries + 2 * keys, hidden),
+            "out": (hidden, queries),
+            "up": (block.up.rows, hidden),
+            "gate": (block.up.rows, hidden),
+            "down": (hidden, block.up.rows),
+        }
         for name, shape in wanted.items():
             linear: Linear | None = getattr(block, name)
             if linear is None:
                 continue
             found = (linear.rows, linear.columns)
             require(found == shape, f"{place}.{name}", f"its shape is {found}, not {shape}")
+        require(not heads % key_heads, place, f"{heads} heads, {key_heads} of keys")
         opening = block.gate or block.up
         chunks = [last - first for first, last in opening.chunk_rows]
         fits = max(chunks) <= CHUNK_ROWS and block.up.chunk_rows == opening.chunk_rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -139,29 +139,34 @@ def alone_with(cache: Any) -> Iterator[None]:
         lock.release()
 
 
-def tile_layers(cache: Any, blocks: int, rows: int, width: int) -> list[TileLayer]:
+def tile_layers(cache: Any, rows: Sequence[int], width: int) -> list[TileLayer]:
     """The layers of a Cache as TileLayers; empty ones, or dynamic ones, are replaced.
+
+    Args:
+        cache: transformers' own.
+        rows: of each block's tiles.
+        width: of a tile.
 
     Raises:
         ValueError: the cache is of another kind (static, quantised, offloaded).
     """
     layers: list[TileLayer] = cache.layers
     if any(isinstance(layer, TileLayer) for layer in layers):
-        sizes = {(getattr(x, "rows", None), getattr(x, "width", None)) for x in layers}
-        if len(layers) != blocks or sizes != {(rows, width)}:
+        sizes = [(getattr(x, "rows", None), getattr(x, "width", None)) for x in layers]
+        if sizes != [(count, width) for count in rows]:
             raise ValueError("past_key_values is the cache of another compiled model.")
         return layers
     if getattr(cache, "offloading", False):
         raise ValueError("an offloaded cache cannot be used: a compiled model runs on the CPU.")
     layers = []
-    for index in range(blocks):
+    for index, count in enumerate(rows):
         old: Any = cache.layers[index] if index < len(cache.layers) else DynamicLayer()
         if not isinstance(old, DynamicLayer):
             raise ValueError(
                 f"past_key_values has a {type(old).__name__}; a compiled model needs a DynamicCache, "
                 "transformers' default: leave cache_implementation out."
             )
-        layer = TileLayer(rows, width)
+        layer = TileLayer(count, width)
         if old.is_initialized and old.get_seq_length():
             if old.is_sliding:
                 raise ValueError(

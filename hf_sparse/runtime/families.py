@@ -1,7 +1,8 @@
 """COMPILED: how each family's blocks are built, as a table of names. One entry each.
 
 A block is attention and a two-layer perceptron, each with a norm and a residual. What differs
-between families is where the parts are and which comes first; the forward code is not repeated.
+between families is where the parts are (`hf_sparse.models.parts`) and which comes first; the forward
+code is not repeated.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_sparse.models.families import base_type
+from hf_sparse.models.parts import PARTS, Parts
 
 # transformers' names of activations, and the kernels that compute them.
 ACTIVATION_NAMES = {
@@ -25,17 +27,12 @@ ACTIVATION_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """Where the parts of a family's blocks are.
+@dataclass(frozen=True, kw_only=True)
+class Blocks(Parts):
+    """What the compiler must know of a family's blocks beside where their parts are.
 
     Attributes:
-        stack: path of the list of blocks in the base model.
-        qkv: the projections to queries, keys and values, or the one that gives all three.
-        out: the projection behind attention.
-        up, down: the perceptron's layers.
         norms: attention's and the perceptron's.
-        gate: the layer whose activation multiplies `up`, if the family has one.
         head_norms: norms of each head's queries and keys, if the family has them.
         norm: `layer` or `rms`.
         norm_first: norms come before attention and perceptron, else behind the residual; or the
@@ -47,13 +44,7 @@ class Blocks:
         supported: attributes of the config, and the values of them that are compiled.
     """
 
-    stack: str
-    qkv: tuple[str, ...]
-    out: str
-    up: str
-    down: str
     norms: tuple[str, str]
-    gate: str | None = None
     head_norms: tuple[str, str] | None = None
     norm: str = "layer"
     norm_first: bool | str = True
@@ -69,14 +60,13 @@ def family_of(config: Any) -> Blocks | None:
     return COMPILED.get(base_type(config.model_type))
 
 
-def _llama(head_norms: tuple[str, str] | None = None, windows: bool = True) -> Blocks:
-    return Blocks(
-        stack="layers",
-        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        out="self_attn.o_proj",
-        up="mlp.up_proj",
-        down="mlp.down_proj",
-        gate="mlp.gate_proj",
+def _blocks(family: str, **described: Any) -> Blocks:
+    return Blocks(**vars(PARTS[family]), **described)
+
+
+def _llama(family: str, head_norms: tuple[str, str] | None = None, windows: bool = True) -> Blocks:
+    return _blocks(
+        family,
         norms=("input_layernorm", "post_attention_layernorm"),
         head_norms=head_norms,
         norm="rms",
@@ -86,33 +76,21 @@ def _llama(head_norms: tuple[str, str] | None = None, windows: bool = True) -> B
 
 
 COMPILED = {
-    "bert": Blocks(
-        stack="encoder.layer",
-        qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
-        out="attention.output.dense",
-        up="intermediate.dense",
-        down="output.dense",
+    "bert": _blocks(
+        "bert",
         norms=("attention.output.LayerNorm", "output.LayerNorm"),
         norm_first=False,
         causal=False,
         supported={"is_decoder": (False,), "add_cross_attention": (False, None)},
     ),
-    "albert": Blocks(
-        stack="encoder.albert_layer_groups",
-        qkv=("attention.query", "attention.key", "attention.value"),
-        out="attention.dense",
-        up="ffn",
-        down="ffn_output",
+    "albert": _blocks(
+        "albert",
         norms=("attention.LayerNorm", "full_layer_layer_norm"),
         norm_first=False,
         causal=False,
     ),
-    "gpt2": Blocks(
-        stack="h",
-        qkv=("attn.c_attn",),
-        out="attn.c_proj",
-        up="mlp.c_fc",
-        down="mlp.c_proj",
+    "gpt2": _blocks(
+        "gpt2",
         norms=("ln_1", "ln_2"),
         activation="activation_function",
         supported={
@@ -121,18 +99,14 @@ COMPILED = {
             "scale_attn_by_inverse_layer_idx": (False,),
         },
     ),
-    "opt": Blocks(
-        stack="decoder.layers",
-        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        out="self_attn.out_proj",
-        up="fc1",
-        down="fc2",
+    "opt": _blocks(
+        "opt",
         norms=("self_attn_layer_norm", "final_layer_norm"),
         norm_first="do_layer_norm_before",
         activation="activation_function",
     ),
-    "llama": _llama(windows=False),
-    "mistral": _llama(),
-    "qwen2": _llama(),
-    "qwen3": _llama(("self_attn.q_norm", "self_attn.k_norm")),
+    "llama": _llama("llama", windows=False),
+    "mistral": _llama("mistral"),
+    "qwen2": _llama("qwen2"),
+    "qwen3": _llama("qwen3", ("self_attn.q_norm", "self_attn.k_norm")),
 }

@@ -143,19 +143,19 @@ class RowProgram:
     def _attend(self, index: int, block: Block, thread: int) -> list[Operation]:
         """For a thread's heads of keys and the queries that share them: all of attention."""
         stack, shape = self.stack, self.shape
-        first, last = (
-            round(stack.key_heads * number / shape.threads) for number in (thread, thread + 1)
-        )
+        all_heads, key_heads = stack.heads_of(block)
+        query_rows, key_rows = stack.rows_of(block)
+        first, last = (round(key_heads * number / shape.threads) for number in (thread, thread + 1))
         if first == last:
             return []
         heads, dim = last - first, stack.head_dim
-        group = stack.heads // stack.key_heads
+        group = all_heads // key_heads
         found: list[Operation] = []
         for b in range(shape.batch):
             row = self._qkv[b].data_ptr()
             queries = row + 4 * first * group * dim
-            keys = row + 4 * (stack.query_rows + first * dim)
-            values = keys + 4 * stack.key_rows
+            keys = row + 4 * (query_rows + first * dim)
+            values = keys + 4 * key_rows
             parts = ((queries, heads * group), (keys, heads))
             if block.head_norms is not None:
                 for norm, (place, count) in zip(block.head_norms, parts, strict=True):
@@ -168,7 +168,7 @@ class RowProgram:
                 found += [("rotary_row", place, count, dim, *angles) for place, count in parts]
             table = self.tables[index, b].ctypes.data
             past = Slot("past")
-            for place, offset in ((keys, 0), (values, stack.key_rows)):
+            for place, offset in ((keys, 0), (values, key_rows)):
                 feature = offset + first * dim
                 found.append(("append", place, heads * dim, 1, 4, table, feature, past, self.width))
             found.append(
@@ -179,7 +179,7 @@ class RowProgram:
                     heads * group,
                     dim,
                     first * dim,
-                    stack.key_rows + first * dim,
+                    key_rows + first * dim,
                     group,
                     table,
                     self.width,

@@ -65,8 +65,8 @@ class Runner:
         layers: list[TileLayer] = []
         past = 0
         if cache is not None:
-            rows, width = 2 * self.stack.key_rows, self.target.widths[0]
-            layers = tile_layers(cache, len(self.stack.blocks), rows, width)
+            rows = [2 * self.stack.rows_of(block)[1] for block in self.stack.blocks]
+            layers = tile_layers(cache, rows, self.target.widths[0])
             past = layers[0].length
         if mask is not None and mask.shape != (batch, past + tokens):
             raise ValueError(
@@ -126,8 +126,8 @@ class Runner:
 
 def _fill(tables: np.ndarray, layers: list[TileLayer]) -> None:
     """Write the addresses of the cache's tiles."""
-    batch, entries, rows, width = layers[0].tiles.shape
+    batch, entries, _, width = layers[0].tiles.shape
     entries = min(entries, tables.shape[2])
-    bases = np.array([layer.tiles.data_ptr() for layer in layers])
-    starts = bases[:, None] + np.arange(batch) * (4 * layers[0].tiles.stride(0))
-    tables[:, :, :entries, 0] = starts[:, :, None] + np.arange(entries) * (4 * rows * width)
+    for table, layer in zip(tables, layers, strict=True):
+        starts = layer.tiles.data_ptr() + np.arange(batch) * (4 * layer.tiles.stride(0))
+        table[:, :entries, 0] = starts[:, None] + np.arange(entries) * (4 * layer.rows * width)

@@ -212,17 +212,19 @@ class TileProgram:
             found.append(self._norm(block.norms[0], tile, x, normed))
             x = normed
         found += block.qkv.operations(x, y, tile.vectors)
-        keys = y + 4 * tile.width * stack.query_rows
+        queries, _ = stack.rows_of(block)
+        keys = y + 4 * tile.width * queries
+        heads, key_heads = stack.heads_of(block)
         if block.head_norms is not None:
             name = normalisation.name("rms", tile.vectors)
-            heads = ((y, stack.heads), (keys, stack.key_heads))
-            for norm, (rows, count) in zip(block.head_norms, heads, strict=True):
+            places = ((y, heads), (keys, key_heads))
+            for norm, (rows, count) in zip(block.head_norms, places, strict=True):
                 weight, bias = norm.weight.data_ptr(), norm.bias.data_ptr()
                 found.append((name, rows, rows, stack.head_dim, count, weight, bias, norm.epsilon))
         if stack.rotary:
             cos, sin = self._rotation(tile, 0), self._rotation(tile, 1)
-            heads_and_keys = stack.heads + stack.key_heads
-            found.append((f"rotary{tile.vectors}", y, heads_and_keys, stack.head_dim, cos, sin))
+            count = heads + key_heads
+            found.append((f"rotary{tile.vectors}", y, count, stack.head_dim, cos, sin))
         return found
 
     def _append(self, tile: Tile, index: int) -> list[Operation]:
@@ -230,17 +232,19 @@ class TileProgram:
         if not self.shape.cached:
             return []
         stack = self.stack
-        rows = self._qkv(tile, index % 2) + 4 * tile.width * stack.query_rows
+        queries, keys = stack.rows_of(stack.blocks[index])
+        rows = self._qkv(tile, index % 2) + 4 * tile.width * queries
         table = self.tables[index, tile.sequence].ctypes.data
         position = Slot("past", tile.start)
         width = self.widths[0]
-        count = 2 * stack.key_rows
-        return [("append", rows, count, tile.tokens, 4 * tile.width, table, 0, position, width)]
+        return [("append", rows, 2 * keys, tile.tokens, 4 * tile.width, table, 0, position, width)]
 
     def _attend(self, block: Block, tile: Tile, thread: int, index: int) -> list[Operation]:
         """Attention, its projection, the residual, and the norm behind it."""
         stack, shape = self.stack, self.shape
         queries = self._qkv(tile, index % 2)
+        heads, key_heads = stack.heads_of(block)
+        query_rows, key_rows = stack.rows_of(block)
         context = self.context[thread].data_ptr()
         x = self._x(tile)
         last = tile.start + tile.tokens if stack.causal else shape.tokens
@@ -254,7 +258,7 @@ class TileProgram:
             number = self._first_tile[tile.sequence]
             table = self.tables[index % 2, number].ctypes.data
             entries = sum(other.sequence == tile.sequence for other in self.tiles)
-            k_first = stack.query_rows
+            k_first = query_rows
             count, first = last, tile.start
         if not stack.causal:
             first = _EVERYWHERE
@@ -265,11 +269,11 @@ class TileProgram:
                 attention.name(tile.vectors),
                 queries,
                 context,
-                stack.heads,
+                heads,
                 stack.head_dim,
                 k_first,
-                k_first + stack.key_rows,
-                stack.heads // stack.key_heads,
+                k_first + key_rows,
+                heads // key_heads,
                 table,
                 entries,
                 mask,

@@ -1,0 +1,87 @@
+"""Taylor: what the loss hardly notices goes.
+
+Source: Molchanov et al., "Importance Estimation for Neural Network Pruning",
+https://arxiv.org/abs/1906.10771, and for attention heads Michel et al., "Are Sixteen Heads Really
+Better than One?", https://arxiv.org/abs/1905.10650.
+
+To first order the loss of a batch changes by `-sum w dL/dw` over the weights of a unit when the unit
+is set to zero. The score is the square of that, summed over the batches:
+
+    score = sum over batches (sum over the unit's weights w dL/dw)²
+
+For patterns of groups a unit is a group: with `head` a whole attention head, with `column` a whole
+neuron, since all that either does goes through its columns. For others it is a single weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers.utils.logging import tqdm
+
+from hf_sparse.patterns import GroupPattern, Pattern
+from hf_sparse.pruning.magnitude import by_scope
+from hf_sparse.pruning.processes import summed
+from hf_sparse.pruning.task import Task
+from hf_sparse.pruning.training import check_labels, loss_of, trainable
+from hf_sparse.structure import TargetLayer
+
+
+def masks(task: Task, *, scope: str = "layer") -> Iterator[tuple[TargetLayer, Tensor]]:
+    """Choose the units of highest score.
+
+    Args:
+        task: what to prune, with batches that have `labels` unless the model is a causal one.
+        scope: `"layer"`: every layer gets its sparsity. `"global"`: all layers together do, each
+            unit by the mean of its score over its weights.
+
+    Yields:
+        A layer, and the boolean mask of the weights to keep.
+
+    Memory: the gradients of the layers' weights, a score for each unit, and what a backward pass
+    needs for the activations of one batch.
+
+    Raises:
+        ValueError: unknown scope, or one that the pattern does not allow; batches without labels
+            for a model that does not predict its next token; a loss that is not finite.
+    """
+    check_labels("taylor", "wanda", task.model, task.batches)
+    pattern = task.config.pattern
+    found = {
+        name: summed(score, task.accelerator).sqrt() for name, score in _unit_scores(task).items()
+    }
+
+    def score(layer: TargetLayer) -> Tensor:
+        units = found[layer.name]
+        if isinstance(pattern, GroupPattern):  # its scores are sums of squares over a group
+            return pattern.spread(units, layer.weight.shape)
+        return units
+
+    yield from by_scope(task, score, scope)
+
+
+def _unit_scores(task: Task) -> dict[str, Tensor]:
+    """The score of each unit of each layer."""
+    pattern = task.config.pattern
+    parameters = [layer.parameter for layer in task.layers]
+    found: dict[str, Tensor] = {}
+    with torch.enable_grad(), trainable(task.model, parameters):
+        for batch in tqdm(task.batches, desc="Measuring gradients"):
+            grads = torch.autograd.grad(loss_of(task.model, batch), parameters, allow_unused=True)
+            for layer, grad in zip(task.layers, grads, strict=True):
+                if grad is None:  # an expert that no token reached
+                    grad = torch.zeros_like(layer.parameter)
+                with torch.no_grad():
+                    effect = _effects(layer, grad, pattern).square()
+                found[layer.name] = found[layer.name] + effect if layer.name in found else effect
+    return found
+
+
+def _effects(layer: TargetLayer, grad: Tensor, pattern: Pattern) -> Tensor:
+    """`sum w dL/dw` of each unit, fp32."""
+    product = layer.weight.float() * (grad.T if layer.transposed else grad).float()
+    if isinstance(pattern, GroupPattern):
+        return pattern.blocks(product).sum(dim=(1, 3))
+    return product
