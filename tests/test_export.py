@@ -118,6 +118,18 @@ def test_packed_weights_fold_to_the_same_bits(
         assert packing.packed_bytes >= 0.99 * packing.entropy_bytes
 
 
+@pytest.mark.parametrize("nonzeros", [0, 1, 2])
+def test_hardly_any_nonzeros(nonzeros: int, tmp_path: Path) -> None:
+    weight = np.zeros((64, 64), np.float32)
+    weight.flat[[2000, 7][:nonzeros]] = -3
+    model = graph_of(weight)
+    packing = pack_(model)
+    ir.save(model, tmp_path / "packed.onnx")
+    (found,) = ort.InferenceSession(tmp_path / "packed.onnx").run(None, {"start": np.array(0)})
+    np.testing.assert_array_equal(found, weight)
+    assert packing.packed_bytes < 100
+
+
 def graph_of(weight: np.ndarray) -> ir.Model:
     """A graph that gives a weight back, whatever `start`, 0, its input is."""
     tensor = ir.tensor(weight, name="weight")

@@ -301,7 +301,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
 def test_every_example_is_tested() -> None:
     tests = [
         Path(__file__),
-        *(Path(__file__).with_name(f"test_{n}.py") for n in ("examples", "benchmark")),
+        *(Path(__file__).with_name(f"test_{n}.py") for n in ("examples", "benchmark", "export")),
     ]
     tested = "".join(file.read_text() for file in tests)
     for file in EXAMPLES.glob("*.py"):

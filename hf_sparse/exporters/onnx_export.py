@@ -325,9 +325,9 @@ def _tell_key_heads(config: Any, model: PreTrainedModel) -> None:
         config.num_key_value_heads = counts.pop()
     elif counts != {full_size(model.config).key_heads}:
         warnings.warn(
-            f"the blocks of this shrunk {type(model).__name__} have {sorted(counts)} heads of keys, which "
-            "its config cannot tell: Optimum's generate makes caches of other sizes. The graph runs in "
-            "ONNX Runtime and with ExportedModel.",
+            f"the blocks of this shrunk {type(model).__name__} have {sorted(counts)} heads of keys, "
+            "which its config cannot tell: Optimum's generate makes caches of other sizes. The graph "
+            "runs in ONNX Runtime and with ExportedModel.",
             stacklevel=3,
         )
 

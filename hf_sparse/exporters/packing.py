@@ -8,7 +8,8 @@ loads the graph, and runs what it would have run on the dense weight.
     gap4/8    place  = CumSum(code + placing) - 1             placing = code is no skip
               weight = ScatterElements(0, place, Gather([0, values], placing * CumSum(placing)))
 
-A skip stands on a weight that is zero: it writes a zero there.
+A skip stands on a weight that is zero: it writes a zero there. A weight without nonzeros is stored as
+its shape alone (`zero`): OpenVINO has no empty arrays of codes.
 """
 
 from __future__ import annotations
@@ -96,17 +97,22 @@ def _parts(weight: np.ndarray) -> tuple[str, np.ndarray, np.ndarray] | None:
             return None
         floats = floats.view(torch.float8_e5m2)
     parts = compress(floats)
+    if not parts[""].numel():
+        return "zero", np.empty(0, np.uint8), np.empty(0, weight.dtype)
     format = next((name for name in parts if name in _REBUILD), None)
     if format is None:
         return None
-    return format, parts[format].numpy(), parts[""].view(torch.uint8).numpy().view(weight.dtype)
+    nonzeros = parts[""]
+    if floats.element_size() == 1:
+        nonzeros = nonzeros.view(torch.uint8)
+    return format, parts[format].numpy(), nonzeros.numpy().view(weight.dtype)
 
 
 def _count(
     packing: Packing, format: str, weight: np.ndarray, coded: np.ndarray, nonzeros: np.ndarray
 ) -> None:
     density = nonzeros.size / weight.size
-    entropy = -density * math.log2(density) - (1 - density) * math.log2(1 - density)
+    entropy = sum(-share * math.log2(share) for share in (density, 1 - density) if share)
     packing.formats[format] = packing.formats.get(format, 0) + 1
     packing.dense_bytes += weight.nbytes
     packing.packed_bytes += coded.nbytes + nonzeros.nbytes
@@ -195,7 +201,15 @@ def _from_gaps(
     return nodes.add("Reshape", flat, nodes.number("shape", list(shape)))
 
 
+def _from_nothing(
+    nodes: _Nodes, coded: np.ndarray, nonzeros: np.ndarray, shape: Sequence[int]
+) -> Any:
+    zero = nodes._ir.tensor(np.zeros(1, nonzeros.dtype))
+    return nodes.add("ConstantOfShape", nodes.number("shape", list(shape)), value=zero)
+
+
 _REBUILD: dict[str, Callable[..., Any]] = {
+    "zero": _from_nothing,
     "bitmask": _from_bitmask,
     "gap4": partial(_from_gaps, 4),
     "gap8": partial(_from_gaps, 8),
