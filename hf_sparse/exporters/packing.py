@@ -4,7 +4,8 @@ The bytes are those of the checkpoint formats `bitmask`, `gap4` and `gap8` (see 
 operators that rebuild a weight have constant inputs, so that ONNX Runtime folds them while it
 loads the graph, and runs what it would have run on the dense weight.
 
-    bitmask   weight = Gather([0, values], bit * CumSum(bit))
+    bitmask   bit    = Gather(bits of 0 to 255, bitmask)
+              weight = Gather([0, values], bit * CumSum(bit))
     gap4/8    place  = CumSum(code + placing) - 1             placing = code is no skip
               weight = ScatterElements(0, place, Gather([0, values], placing * CumSum(placing)))
 
@@ -15,7 +16,7 @@ its shape alone (`zero`): OpenVINO has no empty arrays of codes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 _LEAST = 1024  # smaller tensors are not worth the operators
 _MOST = 2**31  # places are 32-bit integers
+# The bits of each byte, least significant first, `(256, 8)`.
+_TABLE_NAME = "hf_sparse.bits"
+_TABLE = (np.arange(256)[:, None] >> np.arange(8) & 1).astype(np.int32)
 _FLOAT_TYPES = {"FLOAT": torch.float32, "FLOAT16": torch.float16, "DOUBLE": torch.float64}
 
 
@@ -76,7 +80,7 @@ def pack_(model: onnx_ir.Model) -> Packing:
         if parts is None:
             continue
         format, coded, nonzeros = parts
-        nodes = _Nodes(ir, name)
+        nodes = _Nodes(ir, name, graph.initializers)
         rebuilt = _REBUILD[format](nodes, coded, nonzeros, weight.shape)
         rebuilt.shape, rebuilt.type = value.shape, value.type
         ir.convenience.replace_all_uses_with(value, rebuilt)
@@ -123,14 +127,20 @@ def _count(
 class _Nodes:
     """Operators and constants that rebuild one weight."""
 
-    def __init__(self, ir: Any, name: str) -> None:
-        self._ir, self._name = ir, name
+    def __init__(self, ir: Any, name: str, known: Mapping[str, Any]) -> None:
+        self._ir, self._name, self._known = ir, name, known
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
 
     def constant(self, name: str, array: np.ndarray) -> Any:
         """A new initializer."""
-        tensor = self._ir.tensor(array, name=f"{self._name}.{name}")
+        return self.shared(f"{self._name}.{name}", array)
+
+    def shared(self, name: str, array: np.ndarray) -> Any:
+        """An initializer that all weights may use."""
+        if name in self._known:
+            return self._known[name]
+        tensor = self._ir.tensor(array, name=name)
         value = self._ir.Value(
             name=tensor.name,
             shape=tensor.shape,
@@ -164,10 +174,8 @@ class _Nodes:
 def _from_bitmask(
     nodes: _Nodes, coded: np.ndarray, nonzeros: np.ndarray, shape: Sequence[int]
 ) -> Any:
-    powers = nodes.constant("powers", 1 << np.arange(8, dtype=np.uint8))
-    column = nodes.add("Unsqueeze", nodes.constant("bitmask", coded), nodes.number("last", [1]))
-    set_bits = nodes.add("BitwiseAnd", column, powers)
-    marks = nodes.as_int32(nodes.add("Cast", set_bits, to=nodes._ir.DataType.BOOL))
+    octets = nodes.as_int32(nodes.constant("bitmask", coded))
+    marks = nodes.add("Gather", nodes.shared(_TABLE_NAME, _TABLE), octets)
     flat = nodes.add("Reshape", marks, nodes.number("flat", [-1]))
     size = math.prod(shape)
     if size % 8:
