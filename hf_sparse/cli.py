@@ -75,13 +75,7 @@ def prune(options: argparse.Namespace) -> int:
         model, tokenizer = load(options.model, options)
     batches = None
     if needs_calibration:
-        batches = hf_sparse.calibration_batches(
-            tokenizer,
-            documents,
-            num_samples=options.num_samples,
-            window=options.window,
-            batch_size=options.batch_size,
-        )
+        batches = _windows(tokenizer, documents, options)
     if model is None:
         report = hf_sparse.prune_checkpoint(
             options.model,
@@ -111,6 +105,17 @@ def prune(options: argparse.Namespace) -> int:
         print(report if options.tensors else report.summary())
         print(f"saved to {options.output}")
     return 0
+
+
+def _windows(tokenizer: Any, documents: Sequence[str], options: argparse.Namespace) -> list[Any]:
+    """Calibration data as the options want it."""
+    return hf_sparse.calibration_batches(
+        tokenizer,
+        documents,
+        num_samples=options.num_samples,
+        window=options.window,
+        batch_size=options.batch_size,
+    )
 
 
 def method_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -270,13 +275,7 @@ def export(options: argparse.Namespace) -> int:
     model, tokenizer = load(options.model, options)
     batches = None
     if options.calibration:
-        batches = hf_sparse.calibration_batches(
-            tokenizer,
-            read_documents(options.calibration),
-            num_samples=options.num_samples,
-            window=options.window,
-            batch_size=options.batch_size,
-        )
+        batches = _windows(tokenizer, read_documents(options.calibration), options)
     report = hf_sparse.export_onnx(
         model,
         options.output,

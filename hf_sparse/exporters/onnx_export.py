@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
-import logging
 import os
-import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -22,8 +18,9 @@ from hf_sparse.checkpoint.card import CARD_NAME, Card, Metric
 from hf_sparse.checkpoint.config_files import dense_class_name, dense_config
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.exporters import QUANTIZATIONS
-from hf_sparse.exporters.heads import Case, Head, example, head_of
+from hf_sparse.exporters.heads import Head, head_of
 from hf_sparse.exporters.packing import Packing, pack_
+from hf_sparse.exporters.tracing import trace
 from hf_sparse.exporters.verification import Difference, compare
 from hf_sparse.models.parts import full_size
 from hf_sparse.pruning.oneshot import check_not_compiled, quiet
@@ -31,15 +28,9 @@ from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure import promised_config
 from hf_sparse.units import shrunk_sizes
 
-if TYPE_CHECKING:
-    import onnx_ir
-    from transformers.exporters.base import ExportedModel
-
 GRAPH_NAME = "model.onnx"
 _MANIFEST_NAME = "export.json"  # of transformers' ExportedModel
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# What static quantization touches: softmax and norms in 8 bits cost too much accuracy.
-_PRODUCTS = ("MatMul", "Gemm", "Gather")
 # The largest difference to the model, relative to its outputs' size (see `Difference`).
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2}
 
@@ -136,12 +127,8 @@ def export_onnx(
     _check_quantization(quantize, batches)
     _check_folder(folder)
     with quiet(model), replacing(folder, _is_stale) as fresh:
-        exported = _traced(model, head, quantize, batches)
+        exported = trace(model, head, quantize, batches)
         component = exported.components["model"]
-        if head.caches:
-            _rename_caches(component.program.graph)
-        _name_axes(component.program.graph, head)
-        _forget_sources(component.program.graph)
         packing = pack_(component.program) if pack else Packing()
         exported.config = dense_config(model)
         if head.caches:
@@ -250,71 +237,6 @@ def _is_stale(name: str) -> bool:
     return name.endswith((".onnx", ".onnx.data"))
 
 
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """torch.onnx, transformers' exporters and ONNX Runtime's quantizer print remarks on themselves."""
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _traced(
-    model: PreTrainedModel, head: Head, quantize: str | None, batches: Any
-) -> ExportedModel:
-    from transformers.exporters.configs import OnnxConfig
-    from transformers.exporters.exporter_onnx import OnnxExporter
-    from transformers.exporters.quantizers.quantizer_onnxruntime import (
-        OnnxRuntimeDynamicConfig,
-        OnnxRuntimeQuantizer,
-        OnnxRuntimeStaticConfig,
-    )
-
-    given = example(model, head, Case(2, 5, past=4 if head.caches else 0)).inputs
-    symmetric = {"WeightSymmetric": True}
-    quantizer = None
-    if quantize == "dynamic":
-        dynamic = OnnxRuntimeDynamicConfig(per_channel=True, extra_options=symmetric)
-        quantizer = OnnxRuntimeQuantizer(dynamic)
-    elif quantize == "static":
-        if head.caches:
-            raise ValueError(
-                "static quantization of a model with a cache is not supported: use 'dynamic'."
-            )
-        static = OnnxRuntimeStaticConfig(
-            per_channel=True, op_types_to_quantize=list(_PRODUCTS), extra_options=symmetric
-        )
-        samples = [_completed(batch, given) for batch in batches]
-        quantizer = OnnxRuntimeQuantizer(static, calibration_dataset=samples)
-    settings = OnnxConfig(dynamic=True, dynamic_shapes=_dynamic_axes(given), quantizer=quantizer)
-    with _silenced():
-        return OnnxExporter().export(model, given, settings)
-
-
-def _completed(batch: dict[str, Any], traced: dict[str, Any]) -> dict[str, Any]:
-    """A batch with all inputs of the graph: no padding and one segment where it tells of none."""
-    ids = torch.as_tensor(batch["input_ids"])
-    usual = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-    return {name: torch.as_tensor({**usual, **batch}[name]) for name in traced}
-
-
-def _dynamic_axes(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Which axes vary: all of token ids and masks, batch and tokens of keys and values."""
-    from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
-
-    tensors = {name: value for name, value in inputs.items() if name != "use_cache"}
-    axes: dict[str, Any] = get_auto_dynamic_shapes(tensors)
-    if "past_key_values" in axes:
-        axes["past_key_values"] = [
-            {axis: size for axis, size in leaf.items() if axis in (0, 2)}
-            for leaf in axes["past_key_values"]
-        ]
-    return axes
-
-
 def _tell_key_heads(config: Any, model: PreTrainedModel) -> None:
     """Write how many heads of keys a shrunk model's caches have: Optimum makes empty ones by it."""
     sizes = shrunk_sizes(model)
@@ -330,58 +252,6 @@ def _tell_key_heads(config: Any, model: PreTrainedModel) -> None:
             "runs in ONNX Runtime and with ExportedModel.",
             stacklevel=3,
         )
-
-
-def _rename_caches(graph: onnx_ir.Graph) -> None:
-    """Name keys and values as Optimum does: `past_key_values.0.key` and `present.0.key`."""
-    for values, start in ((graph.inputs, "past_key_values"), (graph.outputs, "present")):
-        for value in values:
-            found = re.fullmatch(
-                r".*past_key_values\.layers\.(\d+)\.(key|value)s", value.name or ""
-            )
-            if found:
-                value.name = f"{start}.{found[1]}.{found[2]}"
-
-
-def _name_axes(graph: onnx_ir.Graph, head: Head) -> None:
-    """Name the dynamic axes, and check that they are dynamic."""
-    import onnx_ir as ir
-
-    inputs = {value.name: value for value in graph.inputs}
-    wanted = {"input_ids": head.axes}
-    if head.caches:
-        wanted["past_key_values.0.key"] = ("batch_size", "", "past_sequence_length", "")
-        wanted["attention_mask"] = ("batch_size", "total_sequence_length")
-    names: dict[str, str] = {}
-    for name, axes in wanted.items():
-        for size, axis in zip(inputs[name].shape or (), axes, strict=True):
-            if not axis:
-                continue
-            if isinstance(size, int):
-                raise ValueError(
-                    f"the graph fixes {axis} of {name} at {size}; it should be dynamic. Please report "
-                    "the model's class."
-                )
-            names.setdefault(str(size.value), axis)
-
-    def named(size: Any) -> Any:
-        if isinstance(size, int) or size.value is None:
-            return size
-        return ir.SymbolicDim(
-            re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(size.value))
-        )
-
-    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
-        if value.shape is not None:
-            value.shape = ir.Shape([named(size) for size in value.shape])
-
-
-def _forget_sources(graph: onnx_ir.Graph) -> None:
-    """Drop the stack traces that torch.onnx notes on every operator: half a megabyte, and paths."""
-    for node in graph:
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
 
 
 def _usage(head: Head) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +63,8 @@ def check_labels(method: str, other: str, model: nn.Module, batches: Sequence[Ba
         )
 
 
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's loss on a batch; a causal model without labels predicts the next token.
-
-    Raises:
-        ValueError: there is no token to predict, or the loss is not finite.
-    """
+def with_labels(batch: Batch) -> dict[str, Any]:
+    """The batch, with its tokens as labels if it has none: a causal model predicts the next one."""
     inputs = dict(batch)
     if "labels" not in inputs:
         labels = inputs["input_ids"]
@@ -75,6 +72,16 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
         if mask is not None and mask.shape == labels.shape:
             labels = labels.masked_fill(mask == 0, -100)
         inputs["labels"] = labels
+    return inputs
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's loss on a batch; a causal model without labels predicts the next token.
+
+    Raises:
+        ValueError: there is no token to predict, or the loss is not finite.
+    """
+    inputs = with_labels(batch)
     with fast_autocast(next(model.parameters())):
         loss: Tensor = model(**inputs).loss
     labels = inputs["labels"]

@@ -19,7 +19,7 @@ from transformers.utils.logging import tqdm
 
 from hf_sparse.distillation import Distillation
 from hf_sparse.pruning.calibration import checked_batches
-from hf_sparse.pruning.training import fast_autocast, trainable
+from hf_sparse.pruning.training import fast_autocast, trainable, with_labels
 from hf_sparse.recovery.adapters import get_peft_model, is_peft_model, merge_adapters
 from hf_sparse.recovery.frozen import keep_zeros
 from hf_sparse.recovery.zeros import fingerprint, sparse_layers
@@ -95,7 +95,7 @@ def recover_(
         ImportError: adapters without PEFT installed.
     """
     recovery = _checked(model, method, epochs, accumulate, lr, r)
-    inputs = [_with_labels(batch) for batch in checked_batches(batches, model, method)]
+    inputs = [with_labels(batch) for batch in checked_batches(batches, model, method)]
     layers = sparse_layers(model)
     if not layers:
         raise ValueError(
@@ -178,15 +178,6 @@ def _adapter(method: str, r: int, layers: list[Any], seed: int) -> Any:
     if method == "shira":
         return ShiraConfig(r=r, target_modules=names, random_seed=seed)
     return LoraConfig(r=r, lora_alpha=2 * r, target_modules=names)
-
-
-def _with_labels(batch: dict[str, Any]) -> dict[str, Any]:
-    if "labels" in batch:
-        return batch
-    labels = batch["input_ids"]
-    if "attention_mask" in batch:
-        labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
-    return {**batch, "labels": labels}
 
 
 def fit(

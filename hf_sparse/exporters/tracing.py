@@ -1,0 +1,160 @@
+"""From a model to a graph, by transformers' ONNX exporter."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_sparse.exporters.heads import Case, Head, example
+
+if TYPE_CHECKING:
+    import onnx_ir
+    from transformers.exporters.base import ExportedModel
+
+# What static quantization touches: softmax and norms in 8 bits cost too much accuracy.
+_PRODUCTS = ("MatMul", "Gemm", "Gather")
+
+
+def trace(
+    model: PreTrainedModel,
+    head: Head,
+    quantize: str | None,
+    batches: Sequence[dict[str, Any]] | None,
+) -> ExportedModel:
+    """The model as a graph, quantized if that is asked for; caches and axes are named as Optimum's.
+
+    Args:
+        model: in eval mode.
+        head: of the model.
+        quantize: one of `QUANTIZATIONS`, or None.
+        batches: that static quantization calibrates on.
+
+    Raises:
+        ValueError: static quantization of a model with a cache, or an axis came out fixed.
+    """
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
+    from transformers.exporters.quantizers.quantizer_onnxruntime import (
+        OnnxRuntimeDynamicConfig,
+        OnnxRuntimeQuantizer,
+        OnnxRuntimeStaticConfig,
+    )
+
+    given = example(model, head, Case(2, 5, past=4 if head.caches else 0)).inputs
+    symmetric = {"WeightSymmetric": True}
+    quantizer = None
+    if quantize == "dynamic":
+        dynamic = OnnxRuntimeDynamicConfig(per_channel=True, extra_options=symmetric)
+        quantizer = OnnxRuntimeQuantizer(dynamic)
+    elif quantize == "static":
+        if head.caches:
+            raise ValueError(
+                "static quantization of a model with a cache is not supported: use 'dynamic'."
+            )
+        static = OnnxRuntimeStaticConfig(
+            per_channel=True, op_types_to_quantize=list(_PRODUCTS), extra_options=symmetric
+        )
+        samples = [_completed(batch, given) for batch in batches or ()]
+        quantizer = OnnxRuntimeQuantizer(static, calibration_dataset=samples)
+    settings = OnnxConfig(dynamic=True, dynamic_shapes=_dynamic_axes(given), quantizer=quantizer)
+    with _silenced():
+        exported = OnnxExporter().export(model, given, settings)
+    graph = exported.components["model"].program.graph
+    if head.caches:
+        _rename_caches(graph)
+    _name_axes(graph, head)
+    _forget_sources(graph)
+    return exported
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """torch.onnx, transformers' exporters and ONNX Runtime's quantizer print remarks on themselves."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _completed(batch: dict[str, Any], traced: dict[str, Any]) -> dict[str, Any]:
+    """A batch with all inputs of the graph: no padding and one segment where it tells of none."""
+    ids = torch.as_tensor(batch["input_ids"])
+    usual = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    return {name: torch.as_tensor({**usual, **batch}[name]) for name in traced}
+
+
+def _dynamic_axes(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Which axes vary: all of token ids and masks, batch and tokens of keys and values."""
+    from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
+
+    tensors = {name: value for name, value in inputs.items() if name != "use_cache"}
+    axes: dict[str, Any] = get_auto_dynamic_shapes(tensors)
+    if "past_key_values" in axes:
+        axes["past_key_values"] = [
+            {axis: size for axis, size in leaf.items() if axis in (0, 2)}
+            for leaf in axes["past_key_values"]
+        ]
+    return axes
+
+
+def _rename_caches(graph: onnx_ir.Graph) -> None:
+    """Name keys and values as Optimum does: `past_key_values.0.key` and `present.0.key`."""
+    for values, start in ((graph.inputs, "past_key_values"), (graph.outputs, "present")):
+        for value in values:
+            found = re.fullmatch(
+                r".*past_key_values\.layers\.(\d+)\.(key|value)s", value.name or ""
+            )
+            if found:
+                value.name = f"{start}.{found[1]}.{found[2]}"
+
+
+def _name_axes(graph: onnx_ir.Graph, head: Head) -> None:
+    """Name the dynamic axes, and check that they are dynamic."""
+    import onnx_ir as ir
+
+    inputs = {value.name: value for value in graph.inputs}
+    wanted = {"input_ids": head.axes}
+    if head.caches:
+        wanted["past_key_values.0.key"] = ("batch_size", "", "past_sequence_length", "")
+        wanted["attention_mask"] = ("batch_size", "total_sequence_length")
+    names: dict[str, str] = {}
+    for name, axes in wanted.items():
+        for size, axis in zip(inputs[name].shape or (), axes, strict=True):
+            if not axis:
+                continue
+            if isinstance(size, int):
+                raise ValueError(
+                    f"the graph fixes {axis} of {name} at {size}; it should be dynamic. Please report "
+                    "the model's class."
+                )
+            names.setdefault(str(size.value), axis)
+
+    def named(size: Any) -> Any:
+        if isinstance(size, int) or size.value is None:
+            return size
+        return ir.SymbolicDim(
+            re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(size.value))
+        )
+
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape([named(size) for size in value.shape])
+
+
+def _forget_sources(graph: onnx_ir.Graph) -> None:
+    """Drop the stack traces that torch.onnx notes on every operator: half a megabyte, and paths."""
+    for node in graph:
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
