@@ -79,6 +79,11 @@ def dense_model(training: Data, validation: Data, args: argparse.Namespace) -> A
         hf_sparse.save_pretrained(model, folder, PLAIN, tokenizer=tokenizer, base_model=BASE)
         score = evaluate(model, validation, TASKS[TASK].metric)
         print(f"dense: accuracy {score:.2f} after {seconds:.0f} s", flush=True)
+    return load(folder, args)
+
+
+def load(folder: Path, args: argparse.Namespace) -> Any:
+    """A checkpoint, its embeddings frozen."""
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, attention_probs_dropout_prob=0.0
     )
@@ -122,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with sst2")
     parser.add_argument("--out", type=Path, required=True, help="folder for dense and shrunk")
+    parser.add_argument("--start", type=Path, help="a shrunk checkpoint to go on from")
     parser.add_argument("--heads", type=float, default=1 / 3, help="share that stays")
     parser.add_argument("--neurons", type=float, default=0.4, help="share that stays")
     parser.add_argument("--rounds", type=int, default=3, help="of removing and fine-tuning")
@@ -148,7 +154,10 @@ def main() -> None:
     for split in (training, validation):
         split.inputs, split.labels = split.inputs[: args.limit], split.labels[: args.limit]
 
-    dense, model = (dense_model(training, validation, args) for _ in range(2))
+    dense = dense_model(training, validation, args)
+    model = (
+        dense_model(training, validation, args) if args.start is None else load(args.start, args)
+    )
     full = find_units(dense)
     start = time.perf_counter()
     chooser = random.Random(args.seed)

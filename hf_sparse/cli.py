@@ -423,7 +423,7 @@ def _add_prune(commands: Any) -> None:
     command.add_argument(
         "--method", default="wanda", choices=METHODS, help=f"{methods} (default wanda)"
     )
-    command.add_argument("--scope", help="magnitude only: layer (default) or global")
+    command.add_argument("--scope", help="magnitude, taylor: layer (default) or global")
     command.add_argument(
         "--allocation", choices=ALLOCATIONS, help="sparsity of the blocks (default uniform)"
     )

@@ -50,6 +50,16 @@ class ShrinkReport:
     notes: tuple[str, ...] = ()
 
     @property
+    def method(self) -> str:
+        """What the model card tells, as of a report of `prune_`."""
+        return "shrink"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """It has none."""
+        return {}
+
+    @property
     def share(self) -> float:
         """Weights in the blocks that are left, as a fraction: that of their products, too."""
         return self.block_weights[1] / self.block_weights[0]
@@ -115,6 +125,7 @@ def shrink(model: PreTrainedModel) -> ShrinkReport:
             "shrink the model inside."
         )
     blocks = find_units(model)
+    _check_own(blocks)
     for units in blocks:
         check_whole(units.layers)
     plans = [_Plan.of(units) for units in blocks]
@@ -142,6 +153,20 @@ def shrink(model: PreTrainedModel) -> ShrinkReport:
         (parameters, num_parameters(model)),
         tuple(note for plan in plans for note in plan.notes),
     )
+
+
+def _check_own(blocks: Sequence[BlockUnits]) -> None:
+    """Refuse blocks that share weights: what is removed from one would be missing in the other."""
+    owners: dict[int, str] = {}
+    for units in blocks:
+        for layer in units.layers:
+            for parameter in layer.module.parameters():
+                other = owners.setdefault(id(parameter), layer.name)
+                if other != layer.name:
+                    raise ValueError(
+                        f"{layer.name} shares a weight with {other}; wanted blocks with weights of "
+                        "their own. Copy the shared modules first (copy.deepcopy)."
+                    )
 
 
 def _weights(blocks: Sequence[BlockUnits]) -> int:

@@ -164,6 +164,15 @@ def promised_config(model: nn.Module) -> SparsityConfig | None:
     return promised
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether layers of the model are wrapped by PEFT; PEFT is not imported to tell."""
+    return any(
+        base.__name__ == "BaseTunerLayer"
+        for module in model.modules()
+        for base in type(module).__mro__
+    )
+
+
 def layers_in(block: nn.Module, layers: Sequence[TargetLayer]) -> list[TargetLayer]:
     """Those of the layers that are inside a block, in their order."""
     modules = {id(module) for module in block.modules()}

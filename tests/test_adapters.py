@@ -424,3 +424,49 @@ def test_nothing_warns_without_a_reason() -> None:
         warnings.simplefilter("error", UserWarning)
         get_peft_model(sparse_model(), lora())
         get_peft_model(sparse_model("gpt2"), lora("gpt2"))
+
+
+def test_a_model_with_adapters_inside_is_not_saved_exported_or_recovered(tmp_path: Path) -> None:
+    model = sparse_model()
+    hf_sparse.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="the model has adapters"):
+        hf_sparse.save_pretrained(model, tmp_path / "saved")
+    with pytest.raises(ValueError, match="the model has adapters"):
+        hf_sparse.export_onnx(model, tmp_path / "graph")
+    with pytest.raises(ValueError, match="the model has adapters"):
+        hf_sparse.recover_(model, tiny_batches("llama"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_adapter_is_taken_off(tmp_path: Path) -> None:
+    adapted = hf_sparse.get_peft_model(
+        sparse_model(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path)
+    other = tiny_model("llama", seed=3)
+    hf_sparse.prune_(other, hf_sparse.SparsityConfig("unstructured", 0.6), "magnitude")
+    ids = tiny_batches("llama")[0]["input_ids"]
+    with torch.no_grad():
+        before = other(ids).logits
+        with pytest.raises(ValueError, match="zeros are at other places"):
+            hf_sparse.load_adapter(other, tmp_path)
+        assert torch.equal(other(ids).logits, before)
+    with pytest.raises(ValueError, match="is tied to another layer"):
+        hf_sparse.get_peft_model(adapted, peft.LoraConfig(target_modules=["lm_head"]), "b")
+    assert list(adapted.peft_config) == ["default"]
+
+
+def test_what_fills_zeros_beside_adapters_is_refused() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["down_proj"])
+    with pytest.raises(ValueError, match="modules_to_save"):
+        hf_sparse.get_peft_model(sparse_model(), config)
+    with pytest.raises(ValueError, match="is tied to another layer"):
+        hf_sparse.get_peft_model(
+            sparse_model(), peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+        )
+    stock = peft.get_peft_model(
+        sparse_model(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    stock.merge_adapter()
+    with pytest.raises(ValueError, match="would fill"):
+        hf_sparse.merge_adapters(stock)

@@ -271,6 +271,31 @@ def test_an_export_replaces_an_export_and_nothing_else(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_what_is_beside_an_export_stays_and_checkpoints_are_safe(tmp_path: Path) -> None:
+    model, folder = tiny_classifier(), tmp_path / "graph"
+    hf_sparse.export_onnx(model, folder, tokenizer=tiny_tokenizer())
+    (folder / "mine.onnx").write_text("mine")
+    hf_sparse.export_onnx(model, folder)
+    assert (folder / "mine.onnx").read_text() == "mine"
+    assert not (folder / "tokenizer.json").exists()  # of the export before
+    hf_sparse.save_pretrained(model, folder, SparsityConfig("unstructured", 0.0))
+    config = (folder / "config.json").read_text()
+    with pytest.raises(ValueError, match="a checkpoint"):
+        hf_sparse.export_onnx(model, folder)
+    assert (folder / "config.json").read_text() == config
+
+
+def test_other_outputs_that_the_config_asks_for_are_left_out(tmp_path: Path) -> None:
+    model = tiny_classifier()
+    model.config.output_hidden_states = True
+    model.config.return_dict = False
+    hf_sparse.export_onnx(model, tmp_path / "graph")
+    session = ort.InferenceSession(tmp_path / "graph/model.onnx")
+    assert [output.name for output in session.get_outputs()] == ["logits"]
+    assert model.config.output_hidden_states
+    assert not model.config.return_dict
+
+
 def test_models_that_cannot_be_exported_are_refused(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -294,8 +319,15 @@ def test_models_that_cannot_be_exported_are_refused(tmp_path: Path) -> None:
     refused(transformers.LlamaForSequenceClassification(llama), "pad_token_id")
     refused(tiny_classifier(), "one of dynamic, static", quantize="int4")
     refused(tiny_classifier(), "calibrates on data", quantize="static")
+    padding = {"input_ids": torch.ones(1, 4), "attention_mask": torch.zeros(1, 4)}
+    for batches in (iter([]), [{}], [padding], ["text"]):
+        refused(tiny_classifier(), "calibrates on data", quantize="static", batches=batches)
+    refused(tiny_classifier(), "wanted a number >= 0", tolerance=float("nan"))
+    refused(tiny_model("t5"), "an encoder and a decoder")
     refused(tiny_classifier(), "leave them out", batches=[{}])
-    refused(tiny_model("gpt2"), "use 'dynamic'", quantize="static", batches=[{"input_ids": None}])
+    refused(
+        tiny_model("gpt2"), "use 'dynamic'", quantize="static", batches=[{"input_ids": [[1, 2]]}]
+    )
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

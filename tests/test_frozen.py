@@ -210,3 +210,20 @@ def test_quantized_weights_are_refused() -> None:
     layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"up_proj.weight is stored as torch.int8, quantized"):
         keep_zeros(torch.optim.SGD(model.lm_head.parameters(), lr=1.0), model)
+
+
+def test_weights_that_are_trained_later_keep_their_zeros_too() -> None:
+    model = sparse_model()
+    late = model.model.layers[0]
+    late.requires_grad_(False)
+    before = places(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    mask = keep_zeros(optimizer, model)
+    late.requires_grad_(True)
+    train(model, optimizer)
+    mask.check()
+    assert_same(places(model), before)
+    other = torch.optim.SGD(late.parameters(), lr=0.1)  # which nothing keeps from filling
+    train(model, other, steps=1)
+    with pytest.raises(ValueError, match="something else wrote"):
+        mask.check()

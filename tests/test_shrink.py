@@ -511,3 +511,14 @@ def test_it_is_exported_as_a_smaller_graph(tmp_path: Path, family: str) -> None:
         sizes.append(report.bytes)
     assert sizes[1] < sizes[0]
     assert "block_sizes" not in json.loads((tmp_path / "small" / "config.json").read_text())
+
+
+def test_blocks_that_share_weights_are_refused() -> None:
+    model = tiny_model("gpt2")
+    model.transformer.h[1].mlp = model.transformer.h[0].mlp
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_proj.weight[:10] = 0
+    before = {name: value.shape for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="shares a weight"):
+        hf_sparse.shrink(model)
+    assert {name: value.shape for name, value in model.state_dict().items()} == before

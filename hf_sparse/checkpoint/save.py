@@ -29,10 +29,17 @@ from hf_sparse.recovery.adapters import is_peft_model, merged_copy
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.structure import (
     TargetLayer,
+    has_adapters,
     num_parameters,
     promised_config,
     target_layers,
     with_head_size,
+)
+
+_ADAPTERS = (
+    "the model has adapters, which a sparse checkpoint does not hold. Merge them "
+    "(hf_sparse.merge_adapters), or save it without them (model.delete_adapter); the PeftModel's own "
+    "save_pretrained saves the adapter alone."
 )
 
 
@@ -87,11 +94,8 @@ def save_pretrained(
     folder = Path(folder)
     if is_peft_model(model):
         model = merged_copy(model)
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            "the model has adapters, which a sparse checkpoint does not hold. Save it without them "
-            "(model.delete_adapter), or merge them; model.save_pretrained saves the adapter alone."
-        )
+    if getattr(model, "_hf_peft_config_loaded", False) or has_adapters(model):
+        raise ValueError(_ADAPTERS)
     save_model(
         model,
         folder,
@@ -137,6 +141,8 @@ def save_model(
             **kwargs,
         )
         return
+    if has_adapters(model):
+        raise ValueError(_ADAPTERS)
     if kwargs.pop("distributed_checkpoint", False):
         raise ValueError(
             "distributed_checkpoint=True is not supported for compressed models: gather the weights "

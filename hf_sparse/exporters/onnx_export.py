@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +22,23 @@ from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.exporters import QUANTIZATIONS
 from hf_sparse.exporters.heads import Head, head_of
 from hf_sparse.exporters.packing import Packing, pack_
-from hf_sparse.exporters.tracing import trace
+from hf_sparse.exporters.tracing import plain_outputs, trace
 from hf_sparse.exporters.verification import Difference, compare
 from hf_sparse.models.parts import full_size
-from hf_sparse.pruning.oneshot import check_not_compiled, quiet
+from hf_sparse.pruning.oneshot import check_not_compiled
 from hf_sparse.report import SparsityReport, measure_sparsity
-from hf_sparse.structure import promised_config
+from hf_sparse.structure import has_adapters, promised_config
 from hf_sparse.units import shrunk_sizes
 
 GRAPH_NAME = "model.onnx"
 _MANIFEST_NAME = "export.json"  # of transformers' ExportedModel
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+# What a tokenizer and a model that generates put beside the graph.
+_BESIDE = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model"),
+    *("chat_template.jinja", "generation_config.json"),
+)
 # The largest difference to the model, relative to its outputs' size (see `Difference`).
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2}
 
@@ -126,7 +134,11 @@ def export_onnx(
     head = _check_model(model)
     _check_quantization(quantize, batches)
     _check_folder(folder)
-    with quiet(model), replacing(folder, _is_stale) as fresh:
+    if tolerance is not None and not (
+        isinstance(tolerance, int | float) and 0 <= tolerance < math.inf
+    ):
+        raise ValueError(f"tolerance is {tolerance!r}; wanted a number >= 0.")
+    with plain_outputs(model), replacing(folder, _written(folder).__contains__) as fresh:
         exported = trace(model, head, quantize, batches)
         component = exported.components["model"]
         packing = pack_(component.program) if pack else Packing()
@@ -153,7 +165,7 @@ def export_onnx(
         measured = measure_sparsity(model, config)
         if config is None:
             config = SparsityConfig("unstructured", min(measured.sparsity, 0.999999))
-        facts = (report, metrics, ("onnx",), base_model, _usage(head))
+        facts = (report, metrics, ("onnx",), base_model, _usage(head, quantize))
         card = Card(model, config, measured, packing.formats, *facts)
         card.write(fresh / CARD_NAME, folder / CARD_NAME)
         size = sum(path.stat().st_size for path in fresh.glob(f"{GRAPH_NAME}*"))
@@ -173,7 +185,7 @@ def _check_model(model: Any) -> Head:
             "Merge the adapters of a PEFT model first: hf_sparse.merge_adapters(model). Of another "
             "wrapper, export the model inside."
         )
-    if getattr(model, "_hf_peft_config_loaded", False) or _has_adapters(model):
+    if getattr(model, "_hf_peft_config_loaded", False) or has_adapters(model):
         raise ValueError(
             "the model has adapters, which are for training. Merge them first: "
             "hf_sparse.merge_adapters(model), which keeps the zeros."
@@ -185,6 +197,10 @@ def _check_model(model: Any) -> Head:
             "'dynamic' for 8-bit weights."
         )
     head = head_of(model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"a {type(model).__name__} is an encoder and a decoder; wanted a model of one stack."
+        )
     where = {parameter.device.type for parameter in model.parameters()}
     if where != {"cpu"}:
         raise ValueError(
@@ -208,33 +224,55 @@ def _check_model(model: Any) -> Head:
     return head
 
 
-def _has_adapters(model: PreTrainedModel) -> bool:
-    return any(type(module).__module__.startswith("peft.") for module in model.modules())
-
-
 def _check_quantization(quantize: str | None, batches: Any) -> None:
     if quantize not in (None, *QUANTIZATIONS):
         raise ValueError(
             f"quantize is {quantize!r}; wanted None or one of {', '.join(QUANTIZATIONS)}."
         )
-    if quantize == "static" and not batches:
+    if quantize == "static" and not _has_tokens(batches):
         raise ValueError(
-            "static quantization calibrates on data: give batches=hf_sparse.calibration_batches(...)."
+            "static quantization calibrates on data: give batches=hf_sparse.calibration_batches(...), "
+            "a list of dicts with input_ids, in which not all is padding."
         )
     if quantize != "static" and batches is not None:
         raise ValueError("batches are for quantize='static' alone; leave them out.")
 
 
+def _has_tokens(batches: Any) -> bool:
+    """Whether these are batches to calibrate on."""
+    if not isinstance(batches, Sequence) or not batches:
+        return False
+    for batch in batches:
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            return False
+        mask = torch.as_tensor(batch.get("attention_mask", 1))
+        if not torch.as_tensor(batch["input_ids"]).numel() or not bool(mask.any()):
+            return False
+    return True
+
+
 def _check_folder(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / _MANIFEST_NAME).exists():
+    weights = [path.name for path in folder.glob("*.safetensors")] if folder.is_dir() else []
+    if weights:
+        raise ValueError(
+            f"{folder} holds {weights[0]}: a checkpoint, whose config.json the export would replace. "
+            "Wanted a folder of its own, such as a folder in it."
+        )
+    if folder.is_dir() and any(folder.iterdir()) and not _written(folder):
         raise ValueError(
             f"{folder} holds {next(folder.iterdir()).name} and no {_MANIFEST_NAME}: it is no export. "
             "Wanted a new or empty folder, or an earlier export."
         )
 
 
-def _is_stale(name: str) -> bool:
-    return name.endswith((".onnx", ".onnx.data"))
+def _written(folder: Path) -> set[str]:
+    """The files of the export that is in a folder; none if there is none."""
+    try:
+        manifest = json.loads((folder / _MANIFEST_NAME).read_text())
+        graphs = [entry["file"] for entry in manifest["components"].values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+    return {*graphs, *(f"{name}.data" for name in graphs), *_BESIDE}
 
 
 def _tell_key_heads(config: Any, model: PreTrainedModel) -> None:
@@ -254,11 +292,12 @@ def _tell_key_heads(config: Any, model: PreTrainedModel) -> None:
         )
 
 
-def _usage(head: Head) -> str:
+def _usage(head: Head, quantize: str | None) -> str:
+    bits = f" Weights and activations have 8 bits ({quantize})." if quantize else ""
     return (
         "```python\n"
         f"from optimum.onnxruntime import ORTModel{head.reader}\n\n"
         f'model = ORTModel{head.reader}.from_pretrained("REPO_OR_FOLDER")\n'
         "```\n\n"
-        f"`{GRAPH_NAME}` also runs in ONNX Runtime alone, and with transformers' `ExportedModel`."
+        f"`{GRAPH_NAME}` also runs in ONNX Runtime alone, and with transformers' `ExportedModel`.{bits}"
     )

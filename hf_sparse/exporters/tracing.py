@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,15 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_sparse.exporters.heads import Case, Head, example
+from hf_sparse.pruning.oneshot import quiet
 
 if TYPE_CHECKING:
     import onnx_ir
     from transformers.exporters.base import ExportedModel
 
 # What static quantization touches: softmax and norms in 8 bits cost too much accuracy.
+# torch.export patches torch, and standard output is redirected: for one thread at a time.
+_ONE_AT_A_TIME = threading.Lock()
 _PRODUCTS = ("MatMul", "Gemm", "Gather")
 
 
@@ -65,7 +69,7 @@ def trace(
         samples = [_completed(batch, given) for batch in batches or ()]
         quantizer = OnnxRuntimeQuantizer(static, calibration_dataset=samples)
     settings = OnnxConfig(dynamic=True, dynamic_shapes=_dynamic_axes(given), quantizer=quantizer)
-    with _silenced():
+    with _ONE_AT_A_TIME, _silenced():
         exported = OnnxExporter().export(model, given, settings)
     graph = exported.components["model"].program.graph
     if head.caches:
@@ -76,15 +80,33 @@ def trace(
 
 
 @contextlib.contextmanager
+def plain_outputs(model: PreTrainedModel) -> Iterator[None]:
+    """The model in eval mode, without a cache and with its usual outputs alone, for a while."""
+    usual = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
+    given: dict[str, Any] = {name: getattr(model.config, name, None) for name in usual}
+    try:
+        for name, value in usual.items():
+            if given[name] is not None and given[name] != value:
+                setattr(model.config, name, value)
+        with quiet(model):
+            yield
+    finally:
+        for name, known in given.items():
+            if known is not None and known != usual[name]:
+                setattr(model.config, name, known)
+
+
+@contextlib.contextmanager
 def _silenced() -> Iterator[None]:
     """torch.onnx, transformers' exporters and ONNX Runtime's quantizer print remarks on themselves."""
-    logging.disable(logging.WARNING)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def _completed(batch: dict[str, Any], traced: dict[str, Any]) -> dict[str, Any]:
@@ -124,9 +146,10 @@ def _name_axes(graph: onnx_ir.Graph, head: Head) -> None:
     import onnx_ir as ir
 
     inputs = {value.name: value for value in graph.inputs}
-    wanted = {"input_ids": head.axes}
+    wanted: dict[str, tuple[str, ...]] = {"input_ids": head.axes}
     if head.caches:
-        wanted["past_key_values.0.key"] = ("batch_size", "", "past_sequence_length", "")
+        caches = [name for name in inputs if name and name.startswith("past_key_values.")]
+        wanted |= dict.fromkeys(caches, ("batch_size", "", "past_sequence_length", ""))
         wanted["attention_mask"] = ("batch_size", "total_sequence_length")
     names: dict[str, str] = {}
     for name, axes in wanted.items():

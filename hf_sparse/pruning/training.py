@@ -75,6 +75,19 @@ def with_labels(batch: Batch) -> dict[str, Any]:
     return inputs
 
 
+def check_predicts(batch: Batch) -> None:
+    """Refuse a batch with labels on which there is nothing to predict.
+
+    Raises:
+        ValueError: it is too short, or all of it is masked.
+    """
+    labels = batch["labels"]
+    if labels.ndim > 1 and not (labels[..., 1:] != -100).any():
+        raise ValueError(
+            "a batch has no token to predict: it is too short, or masked out. Leave it out."
+        )
+
+
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     """The model's loss on a batch; a causal model without labels predicts the next token.
 
@@ -84,11 +97,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     inputs = with_labels(batch)
     with fast_autocast(next(model.parameters())):
         loss: Tensor = model(**inputs).loss
-    labels = inputs["labels"]
-    if labels.ndim > 1 and not (labels[..., 1:] != -100).any():
-        raise ValueError(
-            "a batch has no token to predict: it is too short, or masked out. Leave it out."
-        )
+    check_predicts(inputs)
     if not torch.isfinite(loss):
         raise ValueError(
             f"the loss of {type(model).__name__} is {float(loss)} while masks are learned. Lower "

@@ -12,7 +12,9 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +73,12 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
             "other adapters it is not known that they keep zeros."
         )
     _check_not_quantized(model)
-    base, flags = model, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
+    with _undone_on_error(model, adapter_name):
         if isinstance(model, peft.PeftModel):
             model.add_adapter(adapter_name, config)
         else:
             model = peft.get_peft_model(model, config, adapter_name)
         _check_adapted(model, adapter_name)
-    except BaseException:
-        if not isinstance(base, peft.PeftModel):
-            _take_off(base)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-        raise
     config = model.peft_config[adapter_name]
     if isinstance(config, peft.LoraConfig):
         config.base_zeros = _zeros_of(model, adapter_name)
@@ -119,7 +114,7 @@ def load_adapter(
     peft = _import_peft()
     from hf_sparse.recovery.masked_lora import MASKED_LORA, MaskedLoraConfig
 
-    values = _stored_config(folder)
+    values = _stored_config(folder, **kwargs)
     kind = values.pop("peft_type", None)
     if kind == MASKED_LORA:
         known = MaskedLoraConfig.__dataclass_fields__
@@ -139,22 +134,24 @@ def load_adapter(
         )
     _check_not_quantized(model)
     config.inference_mode = not is_trainable
-    if isinstance(model, peft.PeftModel):
-        model.add_adapter(adapter_name, config)
-        model.load_adapter(folder, adapter_name, is_trainable=is_trainable, **kwargs)
-    else:
-        model = peft.PeftModel.from_pretrained(
-            model, folder, adapter_name, is_trainable=is_trainable, config=config, **kwargs
-        )
-    if kind == "SHIRA":
-        from hf_sparse.recovery.shira import check_places
+    with _undone_on_error(model, adapter_name):
+        if isinstance(model, peft.PeftModel):
+            model.add_adapter(adapter_name, config)
+            model.load_adapter(folder, adapter_name, is_trainable=is_trainable, **kwargs)
+        else:
+            model = peft.PeftModel.from_pretrained(
+                model, folder, adapter_name, is_trainable=is_trainable, config=config, **kwargs
+            )
+        _check_kept_apart(model)
+        if kind == "SHIRA":
+            from hf_sparse.recovery.shira import check_places
 
-        check_places(model, adapter_name)
-    elif config.base_zeros != _zeros_of(model, adapter_name):
-        raise ValueError(
-            f"{folder} was made for a model whose zeros are at other places (or on other layers). Load "
-            "it on the sparse model that it was trained on."
-        )
+            check_places(model, adapter_name)
+        elif config.base_zeros != _zeros_of(model, adapter_name):
+            raise ValueError(
+                f"{folder} was made for a model whose zeros are at other places (or on other layers). "
+                "Load it on the sparse model that it was trained on."
+            )
     return model
 
 
@@ -182,7 +179,10 @@ def merge_adapters(model: Any, adapter_names: Sequence[str] | None = None) -> An
         raise ValueError(
             f"no adapter {', '.join(unknown)}; there are {', '.join(model.peft_config)}."
         )
+    _check_kept_apart(model)
     with torch.no_grad():
+        if any(layer.merged for _, layer in layers):  # by PEFT's merge_adapter
+            model.unmerge_adapter()
         for name, layer in layers:
             _check_keeps_zeros(name, layer, chosen)
         kept = [(layer.get_base_layer(), _kept(layer)) for _, layer in layers]
@@ -235,6 +235,38 @@ def _masked(config: Any) -> Any:
     return MaskedLoraConfig(**copy.deepcopy(values))
 
 
+@contextmanager
+def _undone_on_error(model: Any, adapter_name: str) -> Iterator[None]:
+    """Take an adapter off again that is refused: the model is as it was then."""
+    peft = _import_peft()
+    known = set(getattr(model, "peft_config", {}))
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    active = list(model.active_adapters) if isinstance(model, peft.PeftModel) else []
+    try:
+        yield
+    except BaseException:
+        if not isinstance(model, peft.PeftModel):
+            _take_off(model)
+        elif adapter_name not in known and adapter_name in model.peft_config:
+            model.delete_adapter(adapter_name)
+            model.base_model.set_adapter(active)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def _check_kept_apart(model: nn.Module) -> None:
+    """Refuse what would fill zeros beside adapters: sparse layers that are trained as a whole."""
+    for name, module in model.named_modules():
+        if type(module).__name__ != "ModulesToSaveWrapper":
+            continue
+        if any(p.ndim == 2 and is_sparse(p.detach()) for p in module.original_module.parameters()):
+            raise ValueError(
+                f"{name} is in modules_to_save, which trains all its weights, and it has zeros: they "
+                "would be filled. Put it into target_modules, or leave it out."
+            )
+
+
 def _take_off(model: nn.Module) -> None:
     """Put the layers of a model back that a half-made adapter has replaced."""
     for name, layer in adapted_layers(model):
@@ -246,10 +278,17 @@ def _take_off(model: nn.Module) -> None:
 def _check_adapted(model: nn.Module, adapter_name: str) -> None:
     """Refuse an adapter on no sparse layer; warn of the dense ones among its layers."""
     layers = adapted_layers(model, adapter_name)
+    _check_kept_apart(model)
+    named = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     dense = []
     for name, layer in layers:
         base = layer.get_base_layer()
         _check_plain(name, base)
+        if named[id(base.weight)] > 1:
+            raise ValueError(
+                f"{name} is tied to another layer (the embeddings, usually), which merging would "
+                "change too. Leave it out of target_modules."
+            )
         if not is_sparse(base.weight.detach()):
             dense.append(name)
     if len(dense) == len(layers):
@@ -332,12 +371,18 @@ def _zeros_of(model: nn.Module, adapter_name: str) -> str:
     return fingerprint(layer.get_base_layer().weight.detach() for layer in masked)
 
 
-def _stored_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    file = Path(folder) / _CONFIG
+def _stored_config(
+    folder: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+) -> dict[str, Any]:
+    """The config from where PEFT takes the weights."""
+    file = Path(folder) / (subfolder or "") / _CONFIG
     if not file.exists() and not Path(folder).exists():
         from huggingface_hub import hf_hub_download
 
-        file = Path(hf_hub_download(str(folder), _CONFIG))
+        hub = {
+            k: kwargs[k] for k in ("revision", "token", "cache_dir") if kwargs.get(k) is not None
+        }
+        file = Path(hf_hub_download(str(folder), _CONFIG, subfolder=subfolder, **hub))
     if not file.exists():
         raise FileNotFoundError(f"{folder} has no {_CONFIG}; wanted the folder of an adapter.")
     values: dict[str, Any] = json.loads(file.read_text())

@@ -80,10 +80,9 @@ class FrozenMask:
                 f"{type(model).__name__} has no zeros to keep in its layers. Prune it first "
                 "(hf_sparse.prune_), or load the sparse checkpoint."
             )
-        layers = [layer for layer in layers if layer.parameter.requires_grad]
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        layers = [layer for layer in layers if id(layer.parameter) in trained]
-        if not layers:
+        trained = _trained(optimizer)
+        stepped = [layer for layer in layers if id(layer.parameter) in trained]
+        if not any(layer.parameter.requires_grad for layer in stepped):
             raise ValueError(
                 "the optimizer trains none of the model's sparse weights. Make it from this model's "
                 "parameters, after DDP, FSDP or Accelerate have prepared the model."
@@ -99,7 +98,8 @@ class FrozenMask:
         self.names = [layer.weight_name for layer in layers]
         self._optimizer = optimizer
         self._parameters = [layer.parameter for layer in layers]
-        self._kept: list[Tensor] = []
+        self._stepped = {id(layer.parameter) for layer in stepped}
+        self._kept: dict[int, Tensor] = {}
         self._start = self._fingerprint()
         self._handles = [
             optimizer.register_step_pre_hook(self._remember),
@@ -122,34 +122,41 @@ class FrozenMask:
                 "loaded). Start again from the sparse model."
             )
 
-    def _weights(self) -> list[Tensor]:
-        return [local_part(parameter.detach()) for parameter in self._parameters]
-
     def _fingerprint(self) -> str:
-        return fingerprint(self._weights())
+        return fingerprint(local_part(parameter.detach()) for parameter in self._parameters)
 
     @torch.no_grad()
     def _remember(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Before a step: note what is not zero."""
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not trained.issuperset(map(id, self._parameters)):
+        trained = _trained(optimizer)
+        if not trained >= self._stepped:
             raise ValueError(
                 "the optimizer's parameters were replaced after keep_zeros was called. Call it after "
                 "DDP, FSDP or accelerator.prepare."
             )
-        weights = self._weights()
-        if not self._kept:
-            self._kept = [torch.empty_like(weight, dtype=torch.uint8) for weight in weights]
-        for weight, kept in zip(weights, self._kept, strict=True):
-            for part, part_kept in _parts(weight, kept):
-                part_kept.copy_(unlike(part))  # twice as fast as a comparison into bytes
+        for index, weight in self._changing(trained):
+            if index not in self._kept:
+                self._kept[index] = torch.empty_like(weight, dtype=torch.uint8)
+            for part, kept in _parts(weight, self._kept[index]):
+                kept.copy_(unlike(part))  # twice as fast as a comparison into bytes
 
     @torch.no_grad()
     def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """After a step: make the same weights zero."""
-        for weight, kept in zip(self._weights(), self._kept, strict=True):
-            for part, part_kept in _parts(weight, kept):
-                refill_(part, part_kept.to(part.dtype))
+        for index, weight in self._changing(_trained(optimizer)):
+            for part, kept in _parts(weight, self._kept[index]):
+                refill_(part, kept.to(part.dtype))
+
+    def _changing(self, trained: set[int]) -> Iterator[tuple[int, Tensor]]:
+        """The sparse weights that the optimizer can change now: also those that it got later."""
+        for index, parameter in enumerate(self._parameters):
+            if parameter.requires_grad and id(parameter) in trained:
+                yield index, local_part(parameter.detach())
+
+
+def _trained(optimizer: Optimizer) -> set[int]:
+    """The identities of the optimizer's parameters."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _parts(weight: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

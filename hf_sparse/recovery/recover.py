@@ -19,12 +19,12 @@ from transformers.utils.logging import tqdm
 
 from hf_sparse.distillation import Distillation
 from hf_sparse.pruning.calibration import checked_batches
-from hf_sparse.pruning.training import fast_autocast, trainable, with_labels
+from hf_sparse.pruning.training import check_predicts, fast_autocast, trainable, with_labels
 from hf_sparse.recovery.adapters import get_peft_model, is_peft_model, merge_adapters
 from hf_sparse.recovery.frozen import keep_zeros
 from hf_sparse.recovery.zeros import fingerprint, sparse_layers
 from hf_sparse.report import SparsityReport, measure_sparsity
-from hf_sparse.structure import promised_config
+from hf_sparse.structure import has_adapters, promised_config
 
 _WARM_UP = 0.1
 _CLIP = 1.0
@@ -95,7 +95,17 @@ def recover_(
         ImportError: adapters without PEFT installed.
     """
     recovery = _checked(model, method, epochs, accumulate, lr, r)
+    batches = list(batches)
+    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) and not all(
+        isinstance(batch, Mapping) and "labels" in batch for batch in batches
+    ):
+        raise ValueError(
+            f"a {type(model).__name__} predicts no next token, and the batches have no labels. Put "
+            "labels into them."
+        )
     inputs = [with_labels(batch) for batch in checked_batches(batches, model, method)]
+    for batch in inputs:
+        check_predicts(batch)
     layers = sparse_layers(model)
     if not layers:
         raise ValueError(
@@ -157,10 +167,10 @@ def _checked(
 ) -> Recovery:
     if method not in RECOVERIES:
         raise ValueError(f"unknown method {method!r}. Known methods: {', '.join(RECOVERIES)}.")
-    if is_peft_model(model) or getattr(model, "_hf_peft_config_loaded", False):
+    if is_peft_model(model) or has_adapters(model):
         raise ValueError("the model has adapters already. Merge them: hf_sparse.merge_adapters.")
     for name, value in (("epochs", epochs), ("accumulate", accumulate), ("r", r)):
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"{name} is {value!r}; wanted a whole number >= 1.")
     recovery = RECOVERIES[method]
     if r is not None and recovery.r is None:
