@@ -95,13 +95,13 @@ def make_checkpoint(folder: Path) -> int:
 
 
 def bound() -> float:
-    """Two blocks, their Gram matrices, the activations of one batch, and 1 GB; in GB."""
+    """Two blocks, their Gram matrices in fp64, the activations of one batch, and 1 GB; in GB."""
     hidden, inner = SHAPE.hidden_size, SHAPE.intermediate_size
     heads = SHAPE.num_key_value_heads / SHAPE.num_attention_heads
     block = hidden * (2 * hidden + 2 * heads * hidden + 3 * inner)
     grams = 3 * hidden**2 + inner**2
     activations = 512 * (10 * hidden + 4 * inner)
-    return (2 * (block + grams) + activations) * 4 / 1e9 + 1
+    return (2 * (block + 2 * grams) + activations) * 4 / 1e9 + 1
 
 
 def run(

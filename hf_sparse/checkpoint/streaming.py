@@ -107,7 +107,7 @@ def prune_checkpoint(
     Returns:
         Exact counts per tensor, with the method, its options and the time (of this run).
 
-    Memory: two blocks, their Gram matrices, the activations of one batch, and 1 GB; in other
+    Memory: two blocks, their Gram matrices (in fp64), the activations of one batch, and 1 GB; in other
     words what `prune_` needs for one block, not the model. On the disk: the pruned blocks and the
     hidden states (twice, with `reconstruct` four times, samples x window x hidden_size) beside the
     model itself.
