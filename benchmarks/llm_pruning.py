@@ -28,7 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_models import dense_minilm, dense_smollm2, machine, package_folder, peak_mb, texts
+from real_models import (
+    config_for,
+    dense_minilm,
+    dense_smollm2,
+    machine,
+    package_folder,
+    peak_mb,
+    texts,
+)
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -68,9 +76,7 @@ class Cell:
     @property
     def config(self) -> SparsityConfig:
         """Pattern and sparsity."""
-        if self.zeros.endswith("%"):
-            return SparsityConfig("unstructured", int(self.zeros.split()[0]) / 100)
-        return SparsityConfig(self.zeros)
+        return config_for(self.zeros)
 
 
 def cells() -> Iterator[Cell]:

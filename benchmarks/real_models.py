@@ -50,6 +50,13 @@ def dense_minilm(folder: Path) -> Path:
     return hf_sparse.save_pretrained(model, folder, PLAIN)
 
 
+def config_for(zeros: str) -> SparsityConfig:
+    """Pattern and sparsity of a name such as "60 %" or "2:4"."""
+    if zeros.endswith("%"):
+        return SparsityConfig("unstructured", int(zeros.split()[0]) / 100)
+    return SparsityConfig(zeros)
+
+
 def texts(data: Path | None) -> tuple[list[str], dict[str, list[str]]]:
     """Documents to calibrate on, and held-out texts by name.
 

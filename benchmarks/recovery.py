@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_models import dense_smollm2, machine, peak_mb, texts
+from real_models import config_for, dense_smollm2, machine, peak_mb, texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -75,9 +75,7 @@ class Cell:
     @property
     def config(self) -> SparsityConfig:
         """Pattern and sparsity."""
-        if self.zeros.endswith("%"):
-            return SparsityConfig("unstructured", int(self.zeros.split()[0]) / 100)
-        return SparsityConfig(self.zeros)
+        return config_for(self.zeros)
 
 
 def cells() -> Iterator[Cell]:

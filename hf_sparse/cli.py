@@ -99,6 +99,11 @@ def prune(options: argparse.Namespace) -> int:
             report=report,
             base_model=options.base_model,
         )
+    return _print_saved(report, options)
+
+
+def _print_saved(report: Any, options: argparse.Namespace) -> int:
+    """Print a report as the options want it, and where the model was saved; the exit code."""
     if options.json:
         print(report.to_json())
     else:
@@ -178,12 +183,7 @@ def recover(options: argparse.Namespace) -> int:
         r=options.r,
     )
     hf_sparse.save_pretrained(model, options.output, tokenizer=tokenizer, report=report)
-    if options.json:
-        print(report.to_json())
-    else:
-        print(report if options.tensors else report.summary())
-        print(f"saved to {options.output}")
-    return 0
+    return _print_saved(report, options)
 
 
 def evaluate(options: argparse.Namespace) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+
+from hf_sparse.models.families import base_type
 
 _CHOICES = 3
 
@@ -83,7 +85,7 @@ class Example:
     """
 
     inputs: dict[str, Any]
-    arrays: dict[str, Tensor] = field(default_factory=dict)
+    arrays: dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -104,7 +106,7 @@ def example(model: PreTrainedModel, head: Head, case: Case) -> Example:
         inputs["token_type_ids"] = torch.zeros_like(ids)
     if not head.caches:
         return Example(inputs, dict(inputs))
-    if model.config.model_type.removeprefix("sparse_") != "opt":  # OPT counts the mask itself
+    if base_type(model.config.model_type) != "opt":  # OPT counts the mask itself
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, case.past :]
     cache = DynamicCache()  # whole, for sliding windows too: the masks keep to the window
     if case.past:

@@ -34,7 +34,7 @@ _MOST = 2**31  # places are 32-bit integers
 # The bits of each byte, least significant first, `(256, 8)`.
 _TABLE_NAME = "hf_sparse.bits"
 _TABLE = (np.arange(256)[:, None] >> np.arange(8) & 1).astype(np.int32)
-_FLOAT_TYPES = {"FLOAT": torch.float32, "FLOAT16": torch.float16, "DOUBLE": torch.float64}
+_TYPES = ("FLOAT", "FLOAT16", "DOUBLE", "INT8", "UINT8")
 
 
 @dataclass
@@ -72,8 +72,7 @@ def pack_(model: onnx_ir.Model) -> Packing:
         tensor = value.const_value
         if tensor is None or len(tensor.shape) != 2 or not _LEAST <= tensor.size < _MOST:
             continue
-        kind = tensor.dtype.name
-        if kind not in _FLOAT_TYPES and kind not in ("INT8", "UINT8"):
+        if tensor.dtype.name not in _TYPES:
             continue
         weight = tensor.numpy()
         parts = _parts(weight)
@@ -163,6 +162,11 @@ class _Nodes:
     def number(self, name: str, value: Any, dtype: Any = np.int64) -> Any:
         return self.constant(name, np.array(value, dtype))
 
+    def zeros(self, name: str, shape: Sequence[int], dtype: Any) -> Any:
+        """A tensor of zeros that takes no space."""
+        zero = self._ir.tensor(np.zeros(1, dtype))
+        return self.add("ConstantOfShape", self.number(name, list(shape)), value=zero)
+
     def taken(self, marks: Any, nonzeros: np.ndarray) -> Any:
         """The next of the nonzeros where `marks`, int32, is 1, and 0 where it is 0."""
         values = np.empty(nonzeros.size + 1, nonzeros.dtype)
@@ -203,8 +207,7 @@ def _from_gaps(
     placing = nodes.as_int32(nodes.add("Less", codes, skip))
     ends = nodes.add("CumSum", nodes.add("Add", codes, placing), nodes.number("axis0", 0))
     places = nodes.add("Sub", ends, nodes.number("one", 1, np.int32))
-    zero = nodes._ir.tensor(np.zeros(1, nonzeros.dtype))
-    empty = nodes.add("ConstantOfShape", nodes.number("size", [math.prod(shape)]), value=zero)
+    empty = nodes.zeros("size", [math.prod(shape)], nonzeros.dtype)
     flat = nodes.add("ScatterElements", empty, places, nodes.taken(placing, nonzeros), axis=0)
     return nodes.add("Reshape", flat, nodes.number("shape", list(shape)))
 
@@ -212,8 +215,7 @@ def _from_gaps(
 def _from_nothing(
     nodes: _Nodes, coded: np.ndarray, nonzeros: np.ndarray, shape: Sequence[int]
 ) -> Any:
-    zero = nodes._ir.tensor(np.zeros(1, nonzeros.dtype))
-    return nodes.add("ConstantOfShape", nodes.number("shape", list(shape)), value=zero)
+    return nodes.zeros("shape", shape, nonzeros.dtype)
 
 
 _REBUILD: dict[str, Callable[..., Any]] = {

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import onnx_ir
     from transformers.exporters.base import ExportedModel
 
-# What static quantization touches: softmax and norms in 8 bits cost too much accuracy.
 # torch.export patches torch, and standard output is redirected: for one thread at a time.
 _ONE_AT_A_TIME = threading.Lock()
+# What static quantization touches: softmax and norms in 8 bits cost too much accuracy.
 _PRODUCTS = ("MatMul", "Gemm", "Gather")
 
 

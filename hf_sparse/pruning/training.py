@@ -40,12 +40,14 @@ def fast_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=is_bfloat16_faster(tensor))
 
 
-def check_labels(method: str, other: str, model: nn.Module, batches: Sequence[Batch]) -> None:
+def check_labels(
+    method: str, other: str | None, model: nn.Module, batches: Sequence[Batch]
+) -> None:
     """Refuse batches that the model has no loss on.
 
     Args:
         method: that needs the loss.
-        other: a method that does not.
+        other: a method that does not, if there is one.
         model: the model.
         batches: its inputs.
 
@@ -57,9 +59,10 @@ def check_labels(method: str, other: str, model: nn.Module, batches: Sequence[Ba
     if all("labels" in batch for batch in batches):
         return
     if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        way_out = f", or use method='{other}', which needs none." if other else "."
         raise ValueError(
             f"method '{method}' needs the loss of {type(model).__name__}, and the batches have no "
-            f"labels. Put labels into them, or use method='{other}', which needs none."
+            f"labels. Put labels into them{way_out}"
         )
 
 

@@ -19,7 +19,13 @@ from transformers.utils.logging import tqdm
 
 from hf_sparse.distillation import Distillation
 from hf_sparse.pruning.calibration import checked_batches
-from hf_sparse.pruning.training import check_predicts, fast_autocast, trainable, with_labels
+from hf_sparse.pruning.training import (
+    check_labels,
+    check_predicts,
+    fast_autocast,
+    trainable,
+    with_labels,
+)
 from hf_sparse.recovery.adapters import get_peft_model, is_peft_model, merge_adapters
 from hf_sparse.recovery.frozen import keep_zeros
 from hf_sparse.recovery.zeros import fingerprint, sparse_layers
@@ -95,15 +101,9 @@ def recover_(
         ImportError: adapters without PEFT installed.
     """
     recovery = _checked(model, method, epochs, accumulate, lr, r)
-    batches = list(batches)
-    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) and not all(
-        isinstance(batch, Mapping) and "labels" in batch for batch in batches
-    ):
-        raise ValueError(
-            f"a {type(model).__name__} predicts no next token, and the batches have no labels. Put "
-            "labels into them."
-        )
-    inputs = [with_labels(batch) for batch in checked_batches(batches, model, method)]
+    given = checked_batches(batches, model, method)
+    check_labels(method, None, model, given)
+    inputs = [with_labels(batch) for batch in given]
     for batch in inputs:
         check_predicts(batch)
     layers = sparse_layers(model)
