@@ -8,6 +8,7 @@ the teacher that `benchmarks/glue_sparsity.py` trained. All graphs are exported 
 in turns; medians, and the ratio to the dense graph in the same turn (10th to 90th percentile).
 
 `--openvino PYTHON` also opens every graph with OpenVINO, in the environment of that interpreter.
+`--norms` alone times ONNX Runtime's fused addition and norm against the two that our graphs have.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from glue import TASKS, Data, load_model
+from onnx import TensorProto, helper, numpy_helper
 from real_models import machine
 from transformers import AutoModelForSequenceClassification
 
@@ -61,6 +63,10 @@ print(loaded, sorted(times)[7], float(np.abs(found - np.load(sys.argv[4])).max()
 def main() -> None:
     """Export, measure, print."""
     options = parse_arguments()
+    if options.norms:
+        print(f"{machine()}; ONNX Runtime {ort.__version__}, {options.threads} threads\n")
+        print_norms(options)
+        return
     torch.set_num_threads(options.threads)
     task = TASKS["sst2"]
     dense, tokenizer = load_model(task)
@@ -126,6 +132,43 @@ def print_openvino(graphs: dict[str, Any], options: argparse.Namespace) -> None:
         )
 
 
+def print_norms(options: argparse.Namespace) -> None:
+    """Addition and LayerNormalization, which ONNX Runtime fuses, and as they are written here."""
+    print("| tokens x features | Add, fused, ms | Sum, ms | fused over it |\n|---|---|---|---|")
+    for tokens, features in ((128, 384), (128, 768), (1024, 384), (1024, 768)):
+        rng = np.random.default_rng(0)
+        given = {name: rng.standard_normal((1, tokens, features), np.float32) for name in "xy"}
+        sessions = {
+            name: opened(addition_and_norm(name, features), options.threads)
+            for name in ("Add", "Sum")
+        }
+        times = in_turns(sessions, given, 10 * options.calls)
+        fused, apart = (f"{1e3 * statistics.median(times[name]):.3f}" for name in ("Add", "Sum"))
+        print(
+            f"| {tokens} x {features} | {fused} | {apart} | {ratio(times['Add'], times['Sum'])} |"
+        )
+
+
+def addition_and_norm(operator: str, features: int) -> bytes:
+    """A graph that adds two tensors by this operator and normalises the sum."""
+    shape = ["batch", "tokens", features]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy"]
+    outputs = [helper.make_tensor_value_info("normed", TensorProto.FLOAT, shape)]
+    weights = [
+        numpy_helper.from_array(np.full(features, value, np.float32), name)
+        for name, value in (("scale", 1.0), ("shift", 0.0))
+    ]
+    nodes = [
+        helper.make_node(operator, ["x", "y"], ["added"]),
+        helper.make_node("LayerNormalization", ["added", "scale", "shift"], ["normed"], axis=-1),
+    ]
+    graph = helper.make_graph(nodes, "norm", inputs, outputs, weights)
+    opsets = [helper.make_opsetid("", 18)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    found: bytes = model.SerializeToString()
+    return found
+
+
 def run(
     python: str, script: str, folder: Path, options: argparse.Namespace, *files: Path
 ) -> list[float]:
@@ -138,13 +181,18 @@ def run(
 
 
 def session(folder: Path, threads: int) -> ort.InferenceSession:
+    """Open an export."""
+    return opened(folder / "model.onnx", threads)
+
+
+def opened(graph: Path | bytes, threads: int) -> ort.InferenceSession:
     """Open a graph."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     # Threads that wait for one graph's work would take the cores from the next one's.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def feed(batch: int, tokens: int) -> dict[str, np.ndarray]:
@@ -160,9 +208,9 @@ def in_turns(
     """Seconds of each call, the graphs taking turns."""
     times: dict[str, list[float]] = {name: [] for name in sessions}
     for number in range(calls + 3):
-        for name, opened in sessions.items():
+        for name, graph in sessions.items():
             start = time.perf_counter()
-            opened.run(None, given)
+            graph.run(None, given)
             if number >= 3:
                 times[name].append(time.perf_counter() - start)
     return times
@@ -175,13 +223,13 @@ def ratio(dense: list[float], other: list[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({low:.2f}-{high:.2f})"
 
 
-def accuracy(opened: ort.InferenceSession, validation: Data) -> float:
+def accuracy(graph: ort.InferenceSession, validation: Data) -> float:
     """On the validation set, times 100."""
     hits, count = 0, 0
     for batch in validation.batches(64, None):
         labels = batch.pop("labels").numpy()
         batch.setdefault("token_type_ids", torch.zeros_like(batch["input_ids"]))
-        (scores,) = opened.run(None, {name: value.numpy() for name, value in batch.items()})
+        (scores,) = graph.run(None, {name: value.numpy() for name, value in batch.items()})
         hits += int((scores.argmax(1) == labels).sum())
         count += len(labels)
     return 100 * hits / count
@@ -190,15 +238,19 @@ def accuracy(opened: ort.InferenceSession, validation: Data) -> float:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with sst2")
-    parser.add_argument("--sparse", type=Path, required=True, help="checkpoint: make sst2")
+    parser.add_argument("--data", type=Path, help="folder with sst2")
+    parser.add_argument("--sparse", type=Path, help="checkpoint: make sst2")
     parser.add_argument("--shrunk", type=Path, help="checkpoint: benchmarks/shrink.py")
     parser.add_argument("--teacher", type=Path, default=Path("glue_work/teachers/sst2-0.pt"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5, help="loads of each graph")
     parser.add_argument("--calls", type=int, default=30, help="calls of each graph and size")
+    parser.add_argument("--norms", action="store_true", help="time additions and norms alone")
     parser.add_argument("--openvino", metavar="PYTHON", help="interpreter that has OpenVINO")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not options.norms and None in (options.data, options.sparse):
+        parser.error("wanted --data and --sparse, or --norms")
+    return options
 
 
 if __name__ == "__main__":
