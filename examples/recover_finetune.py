@@ -78,9 +78,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=780, help="training windows")
     parser.add_argument("--window", type=int, default=512, help="tokens in a window")
     parser.add_argument("--max-windows", type=int, default=32, help="windows to measure on")
-    parser.add_argument("--accumulate", type=int, default=4, help="windows in a step")
+    parser.add_argument("--accumulate", type=int, default=2, help="windows in a step")
     parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=3e-4)
     return parser.parse_args()
 
 

@@ -96,10 +96,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=780, help="training windows")
     parser.add_argument("--window", type=int, default=512, help="tokens in a window")
     parser.add_argument("--max-windows", type=int, default=32, help="windows to measure on")
-    parser.add_argument("--accumulate", type=int, default=4, help="windows in a step")
+    parser.add_argument("--accumulate", type=int, default=2, help="windows in a step")
     parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    return parser.parse_args()
+    parser.add_argument("--lr", type=float, help="default: 2e-3 for lora, 5e-3 for shira")
+    options = parser.parse_args()
+    options.lr = options.lr or {"lora": 2e-3, "shira": 5e-3}[options.kind]
+    return options
 
 
 if __name__ == "__main__":

@@ -463,7 +463,7 @@ def _add_recover(commands: Any) -> None:
     )
     command.add_argument("--teacher", help="the dense model, to learn from its logits")
     command.add_argument("--epochs", type=int, default=1, help="passes over the data (default 1)")
-    command.add_argument("--accumulate", type=int, default=4, help="batches in a step (default 4)")
+    command.add_argument("--accumulate", type=int, default=2, help="batches in a step (default 2)")
     command.add_argument("--lr", type=float, help="peak learning rate (default by method)")
     command.add_argument("--r", type=int, help="rank of lora, or its like of shira")
     command.add_argument("--num-samples", type=int, help="windows of the data (default all)")

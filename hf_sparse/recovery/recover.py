@@ -52,9 +52,9 @@ class Recovery:
 
 
 RECOVERIES = {
-    "finetune": Recovery("all weights, the zeros frozen", 1e-4),
-    "lora": Recovery("masked LoRA, merged at the end", 1e-3, 16),
-    "shira": Recovery("single kept weights (ShiRA), merged at the end", 1e-3, 16),
+    "finetune": Recovery("all weights, the zeros frozen", 3e-4),
+    "lora": Recovery("masked LoRA, merged at the end", 2e-3, 16),
+    "shira": Recovery("single kept weights (ShiRA), merged at the end", 5e-3, 16),
 }
 
 
@@ -65,7 +65,7 @@ def recover_(
     *,
     teacher: nn.Module | None = None,
     epochs: int = 1,
-    accumulate: int = 4,
+    accumulate: int = 2,
     lr: float | None = None,
     r: int | None = None,
     logits: float = 0.5,
