@@ -132,7 +132,7 @@ def target_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
         embeddings = (item for item in model.named_modules() if isinstance(item[1], nn.Embedding))
         candidates = [*embeddings, *matrices(model)]
         for glob in targets:
-            if not any(matches(name, glob) for name, _ in candidates):
+            if not any(matches(_own_name(name), glob) for name, _ in candidates):
                 known = ", ".join(name for name, _ in candidates[:8])
                 raise ValueError(
                     f"targets: {glob!r} matches no layer of {type(model).__name__}. Its layers are "
@@ -141,11 +141,11 @@ def target_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
         named = [
             (name, module)
             for name, module in candidates
-            if any(matches(name, glob) for glob in targets)
+            if any(matches(_own_name(name), glob) for glob in targets)
         ]
     chosen: dict[int, TargetLayer] = {}
     for name, module in named:
-        if config is None or not config.ignores(name):
+        if config is None or not config.ignores(_own_name(name)):
             chosen.setdefault(id(module.weight), TargetLayer(name, module))
     if not chosen:
         raise ValueError(
@@ -153,6 +153,11 @@ def target_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
             f"{list(config.ignore) if config else []} leaves out every target."
         )
     return list(chosen.values())
+
+
+def _own_name(layer: str) -> str:
+    """The name that a layer has without a PEFT adapter."""
+    return layer.removesuffix(".base_layer")
 
 
 def promised_config(model: nn.Module) -> SparsityConfig | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hf_sparse.configuration_sparse import SparsityConfig, matches
 from hf_sparse.formats import (
     FormatError,
     decompress,
@@ -63,6 +65,22 @@ class StoredTensor:
     def format(self) -> str:
         """The format that it is stored in."""
         return format_of(self.parts)
+
+
+def is_target(name: str, compressed: bool, config: SparsityConfig | None) -> bool:
+    """Whether a matrix of a checkpoint is one that its config promises zeros in, as names tell.
+
+    Args:
+        name: in the file.
+        compressed: how it is stored: outside the blocks nothing but targets is compressed.
+        config: of the checkpoint; None: every matrix in numbered blocks.
+    """
+    layer, in_blocks = name.removesuffix(".weight"), re.search(r"\.\d+\.", name) is not None
+    if layer == name or (config is not None and config.ignores(layer)):
+        return False
+    if config is None or config.targets is None or (compressed and not in_blocks):
+        return in_blocks or compressed
+    return any(matches(layer, glob) for glob in config.targets)
 
 
 def read_headers(files: Sequence[Path]) -> list[StoredTensor]:
