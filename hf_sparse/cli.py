@@ -17,9 +17,11 @@ from safetensors import SafetensorError
 
 import hf_sparse
 from hf_sparse.checkpoint.loading import dense_model_class
+from hf_sparse.checkpoint.source import remember_source_
 from hf_sparse.documents import read_documents, read_rows
 from hf_sparse.exporters import QUANTIZATIONS
 from hf_sparse.formats import FORMATS
+from hf_sparse.history import steps_of
 from hf_sparse.patterns import NOTATIONS
 from hf_sparse.pruning.allocation import ALLOCATIONS
 from hf_sparse.pruning.calibration import token_windows
@@ -324,6 +326,8 @@ def load(source: str, options: argparse.Namespace, needs_tokenizer: bool = True)
     else:
         model_class = dense_model_class(source, config)
     model = model_class.from_pretrained(source, dtype=options.dtype, **known)
+    if not steps_of(model):  # of a checkpoint in the format "dense"
+        remember_source_(model, Path(source))
     if not needs_tokenizer:
         return model, None
     return model, load_tokenizer(source, options, config)

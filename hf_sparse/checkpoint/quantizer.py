@@ -22,6 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_sparse.checkpoint.reading import StoredTensor, is_target, open_file, read_headers
+from hf_sparse.checkpoint.source import remember_source_
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import COMPANIONS, FormatError, decompress, join, locate, read_layout
 from hf_sparse.models.parts import parts_of
@@ -153,6 +154,8 @@ class SparseHfQuantizer(HfQuantizer):
         ]
         if hasattr(model.config, "sparsity_config"):
             model.config.sparsity_config = self.quantization_config.sparsity.to_dict()
+        for stored in list(self._stored.values())[:1]:
+            remember_source_(model, stored.file.parent)
 
 
 def _check_blocks(model: PreTrainedModel, stored: Sequence[StoredTensor]) -> None:

@@ -72,7 +72,9 @@ def save_pretrained(
         config: pattern, targets and format. None: what the model was pruned with or loaded with,
             or else `unstructured` at the sparsity that is measured.
         tokenizer: saved beside the model if given.
-        report: the `prune_` report, for the method on the model card.
+        report: for the method on the model card, if the model does not remember it: models do that
+            were pruned, recovered or shrunk here, or loaded from a compressed checkpoint whose card
+            tells it.
         metrics: measured figures for the model card.
         tags: for the model card, beside its own.
         base_model: Hub name of the dense model, for the card. None: what the model was loaded
@@ -161,7 +163,7 @@ def save_model(
     if unknown:
         raise TypeError(f"save_pretrained has no argument {', '.join(sorted(unknown))}.")
 
-    stored = _tensors_to_store(model, state_dict)
+    stored = tensors_to_store(model, state_dict)
     if config is None:
         config = _implied_config(model, stored)
     config = with_head_size(config, model)
@@ -234,8 +236,8 @@ def _implied_config(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> Spa
     return SparsityConfig("unstructured", sparsity, targets, ignore, format)
 
 
-def _tensors_to_store(
-    model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None
+def tensors_to_store(
+    model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """The state dict without tied weights."""
     own = dict(model.state_dict())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.history import Step, remember_
 from hf_sparse.patterns import GroupPattern
 from hf_sparse.pruning.calibration import checked_batches
 from hf_sparse.pruning.methods import Recipe
@@ -97,6 +98,7 @@ def prune_(
     if whole_units:  # what fed the heads or neurons that went goes too
         clear_unused_(model)
     vars(model)[PRUNED_WITH] = config
+    remember_(model, [Step.of(method, recipe.all_options)])
     return replace(
         measure_sparsity(model, config),
         method=method,
