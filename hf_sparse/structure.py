@@ -19,6 +19,8 @@ from hf_sparse.patterns import Column, Head, Pattern, Row
 
 # The attribute of a model that remembers the SparsityConfig of the last `prune_`.
 PRUNED_WITH = "_hf_sparse_pruned_with"
+# The attribute that models have which `hf_sparse.compile` made.
+PACKED = "_hf_sparse_packed"
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,10 @@ def target_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
         config: its `targets` and `ignore` choose. None: every layer in the blocks.
 
     Raises:
-        ValueError: nothing matches `targets`, or the model has no repeated blocks to default to.
+        ValueError: nothing matches `targets`, the model has no repeated blocks to default to, or it
+            is compiled.
     """
+    check_has_weights(model)
     targets = None if config is None else config.targets
     if targets is None:
         stacks = find_stacks(model)
@@ -167,6 +171,15 @@ def promised_config(model: nn.Module) -> SparsityConfig | None:
     if promised is None and recorded is not None:
         promised = SparsityConfig.from_dict(recorded)
     return promised
+
+
+def check_has_weights(model: nn.Module) -> None:
+    """Raise a ValueError if `hf_sparse.compile` has packed the model's weights."""
+    if vars(model).get(PACKED):
+        raise ValueError(
+            f"this {type(model).__name__} is what hf_sparse.compile made: its weights are packed for "
+            "this CPU. Take the model that was compiled."
+        )
 
 
 def has_adapters(model: nn.Module) -> bool:

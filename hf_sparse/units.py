@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_sparse.models.parts import PARTS, BlockSize, Parts, full_size, head_size, parts_of
-from hf_sparse.structure import TargetLayer, is_conv1d, is_matrix
+from hf_sparse.structure import TargetLayer, check_has_weights, is_conv1d, is_matrix
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ def find_units(model: Any) -> list[BlockUnits]:
     Raises:
         ValueError: the family is not in `PARTS`, or a layer is no plain Linear or Conv1D.
     """
+    check_has_weights(model)
     parts = parts_of(getattr(model, "config", None))
     if parts is None or getattr(model, "base_model", None) is None:
         raise ValueError(

@@ -29,6 +29,7 @@ from hf_sparse.recovery.adapters import is_peft_model, merged_copy
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.structure import (
     TargetLayer,
+    check_has_weights,
     find_stacks,
     has_adapters,
     num_parameters,
@@ -156,6 +157,7 @@ def save_model(
             "distributed_checkpoint=True is not supported for compressed models: gather the weights "
             "and pass state_dict=."
         )
+    check_has_weights(model)
     _check_not_quantized(model)
     if not is_saving_process(is_main_process):
         return None

@@ -29,7 +29,7 @@ from hf_sparse.exporters.verification import Difference, compare
 from hf_sparse.models.parts import full_size
 from hf_sparse.pruning.oneshot import check_not_compiled
 from hf_sparse.report import SparsityReport, measure_sparsity
-from hf_sparse.structure import has_adapters, promised_config
+from hf_sparse.structure import check_has_weights, has_adapters, promised_config
 from hf_sparse.units import shrunk_sizes
 
 GRAPH_NAME = "model.onnx"
@@ -196,6 +196,7 @@ def _check_model(model: Any) -> Head:
             "the model has adapters, which are for training. Merge them first: "
             "hf_sparse.merge_adapters(model), which keeps the zeros."
         )
+    check_has_weights(model)
     check_not_compiled(model)
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
@@ -218,6 +219,12 @@ def _check_model(model: Any) -> Head:
             "float16: model.float()."
         )
     text = model.config.get_text_config()
+    if "dynamic" in _rope_types(text):
+        raise ValueError(
+            f"this {type(model).__name__} has rope_type 'dynamic', whose frequencies are computed anew "
+            "whenever a text is longer than those before: a graph cannot do that. Wanted another "
+            "rope_type, such as 'longrope', 'yarn' or 'linear'."
+        )
     if (
         head.task == "text-classification"
         and text.pad_token_id is None
@@ -228,6 +235,13 @@ def _check_model(model: Any) -> Head:
             "model.config.pad_token_id."
         )
     return head
+
+
+def _rope_types(config: Any) -> set[str]:
+    """The kinds of rotary positions that a config names, for all of its layers."""
+    given = getattr(config, "rope_parameters", None) or {}
+    entries = [given, *(entry for entry in given.values() if isinstance(entry, dict))]
+    return {str(entry["rope_type"]) for entry in entries if entry.get("rope_type")}
 
 
 def _check_quantization(quantize: str | None, batches: Any) -> None:
