@@ -118,7 +118,7 @@ def shrink(model: PreTrainedModel) -> ShrinkReport:
 
     Raises:
         ValueError: there is nothing to remove, the family is not known, or weights are sharded,
-            offloaded, quantized, or belong to adapters. Nothing has changed then.
+            offloaded, quantized, not finite, or belong to adapters. Nothing has changed then.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(

@@ -30,7 +30,7 @@ from hf_sparse.structure import (
     target_layers,
     with_head_size,
 )
-from hf_sparse.units import clear_unused_, find_units
+from hf_sparse.units import check_whole, clear_unused_, find_units
 
 
 @torch.no_grad()
@@ -79,7 +79,8 @@ def prune_(
     _check_layers(layers, config)
     whole_units = given.targets != config.targets
     if whole_units:
-        find_units(model)  # refuses what could not be cleared below
+        for units in find_units(model):  # refuse what could not be cleared below
+            check_whole(units.layers)
     if whole_units and options.get("scope") != "global":
         _check_units(layers, config)
     start = time.perf_counter()
