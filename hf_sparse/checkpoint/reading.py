@@ -124,6 +124,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     Raises:
         FormatError: there are none, the index is no JSON, or a shard that it names is missing.
     """
+    check_no_graph(folder)
     index = folder / INDEX_NAME
     if (folder / WEIGHTS_NAME).is_file():
         return [folder / WEIGHTS_NAME]
@@ -136,6 +137,17 @@ def checkpoint_files(folder: Path) -> list[Path]:
             "the folder again."
         )
     return files
+
+
+def check_no_graph(folder: Path) -> None:
+    """Raise a FormatError if a folder holds an ONNX graph instead of weights."""
+    graphs = [path.name for path in sorted(folder.glob("*.onnx"))]
+    weights = [file for kind in ("safetensors", "bin", "gguf") for file in folder.glob(f"*.{kind}")]
+    if graphs and not weights:
+        raise FormatError(
+            f"{folder} holds an ONNX graph, {graphs[0]}, and no checkpoint. Its README.md tells what "
+            "is in it, and how to run it; wanted the folder of the model that it was exported from."
+        )
 
 
 def read_index(index: Path) -> dict[str, str]:
