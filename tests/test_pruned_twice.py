@@ -131,3 +131,15 @@ def test_the_dense_format_keeps_them_in_place(tmp_path: Path) -> None:
     share = zeros_of(model) / sum(parameter.numel() for parameter in model.parameters())
     assert f"| zeros in the whole model | {share:.4f} |" in (tmp_path / "README.md").read_text()
     assert hf_sparse.inspect_checkpoint(tmp_path).report.model_zeros == zeros_of(model)
+
+
+@pytest.mark.parametrize("method", ["finetune", "lora"])
+def test_recovery_keeps_the_zeros_of_both(method: str) -> None:
+    pytest.importorskip("peft")
+    model = pruned("single weights, then 2:4")
+    zeros = {name: value == 0 for name, value in model.state_dict().items() if "_proj" in name}
+    before = model.model.layers[0].self_attn.q_proj.weight.clone()
+    hf_sparse.recover_(model, tiny_batches("llama"), method, lr=1e-2, accumulate=1)
+    assert not torch.equal(model.model.layers[0].self_attn.q_proj.weight, before)
+    for name, places in zeros.items():
+        assert torch.equal(model.state_dict()[name] == 0, places), name
