@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from hf_sparse.optim.trainer import trainer_optimizer as trainer_optimizer
     from hf_sparse.patterns import Pattern as Pattern
     from hf_sparse.pruning.calibration import calibration_batches as calibration_batches
+    from hf_sparse.pruning.labels import labelled_batches as labelled_batches
     from hf_sparse.pruning.oneshot import prune_ as prune_
     from hf_sparse.recovery.adapters import get_peft_model as get_peft_model
     from hf_sparse.recovery.adapters import load_adapter as load_adapter
@@ -81,6 +82,7 @@ _PUBLIC = {
     "get_peft_model": "hf_sparse.recovery.adapters",
     "inspect_checkpoint": "hf_sparse.checkpoint.inspect",
     "keep_zeros": "hf_sparse.recovery.frozen",
+    "labelled_batches": "hf_sparse.pruning.labels",
     "load_adapter": "hf_sparse.recovery.adapters",
     "load_compiled": "hf_sparse.checkpoint.compiled",
     "measure_sparsity": "hf_sparse.report",

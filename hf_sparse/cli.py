@@ -6,7 +6,10 @@ import argparse
 import dataclasses
 import json
 import math
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,12 @@ from safetensors import SafetensorError
 
 import hf_sparse
 from hf_sparse.checkpoint.loading import dense_model_class
+from hf_sparse.checkpoint.reading import check_no_graph
+from hf_sparse.checkpoint.source import remember_source_
 from hf_sparse.documents import read_documents, read_rows
 from hf_sparse.exporters import QUANTIZATIONS
 from hf_sparse.formats import FORMATS
+from hf_sparse.history import steps_of
 from hf_sparse.patterns import NOTATIONS
 from hf_sparse.pruning.allocation import ALLOCATIONS
 from hf_sparse.pruning.calibration import token_windows
@@ -64,18 +70,39 @@ def prune(options: argparse.Namespace) -> int:
     )
     own = method_options(options)
     needs_calibration = Recipe.of(options.method, config.pattern, own).needs_calibration
-    if needs_calibration and not options.calibration:
-        raise ValueError(f"method '{options.method}' needs calibration text: --calibration FILE")
+    if needs_calibration and not options.calibration and not options.labels:
+        raise ValueError(
+            f"method '{options.method}' needs calibration text: --calibration FILE, or of a classifier "
+            "--labels FILE"
+        )
+    if options.stream and options.labels:
+        raise ValueError(
+            "--labels are for methods that need the model's loss, and those do not --stream: give "
+            "--calibration instead."
+        )
     if options.resume and not options.stream:
         raise ValueError("--resume goes on with a streamed run: give --stream too.")
-    documents = read_documents(options.calibration) if needs_calibration else []
+    documents = rows = None
+    if needs_calibration and options.labels:
+        rows = _labelled(options)
+    elif needs_calibration:
+        documents = read_documents(options.calibration)
+    model: Any = None
     if options.stream:
-        model, tokenizer = None, load_tokenizer(options.model, options)
+        tokenizer = load_tokenizer(options.model, options)
     else:
         model, tokenizer = load(options.model, options)
     batches = None
-    if needs_calibration:
+    if documents is not None:
         batches = _windows(tokenizer, documents, options)
+    elif rows is not None:
+        batches = hf_sparse.labelled_batches(
+            model,
+            tokenizer,
+            *(column[: options.num_samples] for column in rows),
+            window=options.window,
+            batch_size=options.batch_size,
+        )
     if model is None:
         report = hf_sparse.prune_checkpoint(
             options.model,
@@ -250,9 +277,7 @@ def shrink(options: argparse.Namespace) -> int:
     """Remove the heads and neurons that zeros have made useless, and save the smaller model."""
     if Path(options.output).resolve() == Path(options.model).resolve():
         raise ValueError(f"OUTPUT is MODEL, {options.model}: the larger model would be lost.")
-    folder = Path(options.model)
-    bare = folder.is_dir() and not (folder / "tokenizer_config.json").exists()
-    needs_tokenizer = bool(options.tokenizer) or not bare
+    needs_tokenizer = bool(options.tokenizer) or not _is_bare(options.model)
     model, tokenizer = load(options.model, options, needs_tokenizer)
     report = hf_sparse.shrink(model)
     hf_sparse.save_pretrained(
@@ -293,7 +318,16 @@ def push(options: argparse.Namespace) -> int:
     from hf_sparse.hub import upload_folder
 
     hf_sparse.inspect_checkpoint(options.folder)  # a damaged folder is not uploaded
-    commit = upload_folder(Path(options.folder), options.repo_id, private=options.private or None)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(options.folder).resolve()
+        if options.onnx:  # into a copy of links
+            whole = Path(temporary) / "model"
+            shutil.copytree(folder, whole, copy_function=os.symlink)
+            needs_tokenizer = bool(options.tokenizer) or not _is_bare(options.folder)
+            model, tokenizer = load(options.folder, options, needs_tokenizer)
+            hf_sparse.export_onnx(model, whole / "onnx", tokenizer=tokenizer)
+            folder = whole
+        commit = upload_folder(folder, options.repo_id, private=options.private or None)
     print(json.dumps({"url": commit.commit_url}) if options.json else commit.commit_url)
     return 0
 
@@ -324,6 +358,8 @@ def load(source: str, options: argparse.Namespace, needs_tokenizer: bool = True)
     else:
         model_class = dense_model_class(source, config)
     model = model_class.from_pretrained(source, dtype=options.dtype, **known)
+    if not steps_of(model):  # of a checkpoint in the format "dense"
+        remember_source_(model, Path(source))
     if not needs_tokenizer:
         return model, None
     return model, load_tokenizer(source, options, config)
@@ -358,11 +394,17 @@ def load_tokenizer(source: str, options: argparse.Namespace, config: Any = None)
     return tokenizer
 
 
+def _is_bare(source: str) -> bool:
+    """Whether this is a folder without a tokenizer."""
+    return Path(source).is_dir() and not (Path(source) / "tokenizer_config.json").exists()
+
+
 def _known_arguments(source: str, options: argparse.Namespace) -> dict[str, str]:
     """What a dense model's folder needs beside its name: the GGUF file in it."""
     folder = Path(source)
     if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ValueError(f"no such folder: {source}")
+    check_no_graph(folder)
     gguf_file = options.gguf_file
     return {"gguf_file": gguf_file} if gguf_file and (folder / gguf_file).exists() else {}
 
@@ -379,15 +421,18 @@ def _measurement(options: argparse.Namespace) -> Callable[[Any, Any], float]:
             max_windows=options.max_windows,
             batch_size=options.batch_size,
         )
-    fields = options.fields.split(",")
-    rows = [row for file in options.labels for row in read_rows(Path(file), [*fields, "label"])]
-    texts: Any = [
-        row[fields[0]] if len(fields) == 1 else tuple(row[f] for f in fields) for row in rows
-    ]
-    labels = [row["label"] for row in rows]
+    texts, labels = _labelled(options)
     return lambda model, tokenizer: hf_sparse.accuracy(
         model, tokenizer, texts, labels, batch_size=options.batch_size
     )
+
+
+def _labelled(options: argparse.Namespace) -> tuple[Any, list[Any]]:
+    """The texts, or tuples of texts, of --labels, and their labels."""
+    fields = options.fields.split(",")
+    rows = [row for file in options.labels for row in read_rows(Path(file), [*fields, "label"])]
+    texts = [row[fields[0]] if len(fields) == 1 else tuple(row[f] for f in fields) for row in rows]
+    return texts, [row["label"] for row in rows]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -442,10 +487,17 @@ def _add_prune(commands: Any) -> None:
     command.add_argument("--ignore", nargs="+", metavar="GLOB", help="layers to leave out")
     command.add_argument("--format", default="auto", choices=FORMATS, help="storage (default auto)")
     command.add_argument("--base-model", help="Hub name of the dense model, for the model card")
-    command.add_argument(
+    data = command.add_mutually_exclusive_group()
+    data.add_argument(
         "--calibration", nargs="+", metavar="FILE", help='.jsonl with "text" fields, or plain text'
     )
-    command.add_argument("--num-samples", type=int, default=128, help="windows of it (default 128)")
+    _add_labels(command, data)
+    command.add_argument(
+        "--num-samples",
+        type=int,
+        default=128,
+        help="windows, or rows at most (default 128)",
+    )
     _add_data(command)
     _add_tensors(command)
 
@@ -479,10 +531,7 @@ def _add_eval(commands: Any) -> None:
     data.add_argument(
         "--text", nargs="+", metavar="FILE", help="text for perplexity: .jsonl or plain"
     )
-    data.add_argument("--labels", nargs="+", metavar="FILE", help=".jsonl with texts and a label")
-    command.add_argument(
-        "--fields", default="sentence", help="text fields of --labels, by commas (default sentence)"
-    )
+    _add_labels(command, data)
     command.add_argument("--max-windows", type=int, help="use only the first windows")
     _add_data(command)
 
@@ -539,6 +588,12 @@ def _add_push(commands: Any) -> None:
     command.add_argument("folder", help="checkpoint folder")
     command.add_argument("repo_id", help="user/name on the Hub")
     command.add_argument("--private", action="store_true", help="make the repository private")
+    command.add_argument(
+        "--onnx", action="store_true", help="put the ONNX graph into its folder onnx/, too"
+    )
+    command.add_argument("--tokenizer", help="for the graph, if the model's folder has none")
+    command.add_argument("--dtype", default="auto", help="of the graph (default as stored)")
+    command.set_defaults(gguf_file=None)
 
 
 def _add_convert(commands: Any) -> None:
@@ -553,6 +608,13 @@ def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.Argum
     command.set_defaults(run=run)
     command.add_argument("--json", action="store_true", help="print JSON for machines")
     return command
+
+
+def _add_labels(command: argparse.ArgumentParser, data: Any) -> None:
+    data.add_argument("--labels", nargs="+", metavar="FILE", help=".jsonl with texts and a label")
+    command.add_argument(
+        "--fields", default="sentence", help="text fields of --labels, by commas (default sentence)"
+    )
 
 
 def _add_data(command: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from hf_sparse.pruning.calibration import token_windows
+from hf_sparse.pruning.labels import class_indices
 from hf_sparse.pruning.linalg import FastProducts
 
 
@@ -132,11 +133,7 @@ def accuracy(
         ValueError: texts and labels differ in number, there are none, or a label is no class of the
             model.
     """
-    if len(texts) != len(labels) or not texts:
-        raise ValueError(
-            f"found {len(texts)} texts and {len(labels)} labels; wanted as many of each, at least one."
-        )
-    indices = _class_indices(model, labels)
+    indices = class_indices(model, texts, labels)
     device = next(model.parameters()).device
     order = sorted(range(len(texts)), key=lambda index: sum(map(len, texts[index])))
     right = 0
@@ -161,19 +158,6 @@ def accuracy(
                 guess == indices[index] for guess, index in zip(guesses, chosen, strict=True)
             )
     return right / len(labels)
-
-
-def _class_indices(model: nn.Module, labels: Sequence[int] | Sequence[str]) -> list[int]:
-    described: Any = model.config
-    names: dict[Any, int] = described.label2id
-    indices: list[Any] = [names.get(x, x) if isinstance(x, str) else x for x in labels]
-    for index in indices:
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(names):
-            raise ValueError(
-                f"label {index!r} is no class of the model; wanted 0 to {len(names) - 1}, or one of "
-                f"{', '.join(names)}."
-            )
-    return indices
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Pattern
-from hf_sparse.structure import num_parameters, target_layers, with_head_size
+from hf_sparse.structure import num_parameters, promised_config, target_layers, with_head_size
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class SparsityReport:
         options: the values of the method's own options.
         seconds: time that pruning took; None for a report that only measures.
         notes: what the method wants the reader to know.
+        other_zeros: zeros in the weights that are no targets.
     """
 
     tensors: tuple[TensorSparsity, ...]
@@ -56,6 +57,7 @@ class SparsityReport:
     options: dict[str, Any] = field(default_factory=dict)
     seconds: float | None = None
     notes: tuple[str, ...] = ()
+    other_zeros: int = 0
 
     @property
     def zeros(self) -> int:
@@ -78,9 +80,14 @@ class SparsityReport:
         return self.zeros / self.numel if self.numel else 0.0
 
     @property
+    def model_zeros(self) -> int:
+        """Zeros in the whole model."""
+        return self.zeros + self.other_zeros
+
+    @property
     def model_sparsity(self) -> float:
-        """Zeros in the targets as a fraction of all weights of the model."""
-        return self.zeros / self.parameters if self.parameters else 0.0
+        """Fraction of zeros in the whole model."""
+        return self.model_zeros / self.parameters if self.parameters else 0.0
 
     def has_lost_zeros(self, promised: float) -> bool:
         """Whether the sparsity is below a promised one by more than a few zeros."""
@@ -93,6 +100,7 @@ class SparsityReport:
             "numel": self.numel,
             "sparsity": self.sparsity,
             "violations": self.violations,
+            "model_zeros": self.model_zeros,
             "model_sparsity": self.model_sparsity,
         }
         return json.dumps({**asdict(self), **totals}, indent=2)
@@ -102,7 +110,7 @@ class SparsityReport:
         lines = [
             f"{len(self.tensors)} tensors, pattern {self.pattern}: {self.zeros:,} zeros in "
             f"{self.numel:,} weights ({self.sparsity:.4f}), {self.violations:,} violations",
-            f"whole model: {self.zeros:,} zeros in {self.parameters:,} weights "
+            f"whole model: {self.model_zeros:,} zeros in {self.parameters:,} weights "
             f"({self.model_sparsity:.4f})",
         ]
         if self.method is not None:
@@ -132,8 +140,9 @@ def measure_sparsity(model: nn.Module, config: SparsityConfig | None = None) -> 
     Args:
         model: any model; its weights are only read, one at a time. Under FSDP2 all processes must
             call this.
-        config: which layers to count, and the pattern to check them against. None: every Linear
-            and Conv1D in the repeated blocks, `unstructured`.
+        config: which layers to count, and the pattern to check them against. None: what the model
+            was pruned or loaded with, or else every Linear and Conv1D in the repeated blocks,
+            `unstructured`.
 
     Returns:
         The report; tied and shared weights count once.
@@ -142,18 +151,20 @@ def measure_sparsity(model: nn.Module, config: SparsityConfig | None = None) -> 
         ValueError: nothing matches the config's targets, or the pattern cannot divide a weight
             (the message names it).
     """
+    config = promised_config(model) if config is None else config
     if config is not None:
         config = with_head_size(config, model)
     pattern = Pattern.parse("unstructured") if config is None else config.pattern
-    tensors = (
-        count_zeros(layer.weight_name, _whole(layer.weight), pattern)
-        for layer in target_layers(model, config)
-    )
-    return SparsityReport(tuple(tensors), str(pattern), num_parameters(model))
+    layers = target_layers(model, config)
+    tensors = tuple(count_zeros(x.weight_name, _whole(x.weight), pattern) for x in layers)
+    targets = {id(layer.parameter) for layer in layers}
+    others = (parameter for parameter in model.parameters() if id(parameter) not in targets)
+    other_zeros = sum(int(_whole((parameter.detach() == 0).sum())) for parameter in others)
+    return SparsityReport(tensors, str(pattern), num_parameters(model), other_zeros=other_zeros)
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """The weight, gathered from the processes that hold its shards."""
+    """The tensor, gathered from the processes that hold its shards."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_sparse.history import Step, remember_
 from hf_sparse.models.parts import BlockSize
 from hf_sparse.report import format_table
 from hf_sparse.structure import PRUNED_WITH, TargetLayer, num_parameters
@@ -117,7 +118,7 @@ def shrink(model: PreTrainedModel) -> ShrinkReport:
 
     Raises:
         ValueError: there is nothing to remove, the family is not known, or weights are sharded,
-            offloaded, quantized, or belong to adapters. Nothing has changed then.
+            offloaded, quantized, not finite, or belong to adapters. Nothing has changed then.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
@@ -145,6 +146,7 @@ def shrink(model: PreTrainedModel) -> ShrinkReport:
     vars(model).pop(PRUNED_WITH, None)
     if getattr(model.config, "sparsity_config", None) is not None:
         model.config.sparsity_config = None
+    remember_(model, [Step("shrink")])
     return ShrinkReport(
         tuple(units.name for units in blocks),
         before,

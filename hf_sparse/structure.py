@@ -19,6 +19,8 @@ from hf_sparse.patterns import Column, Head, Pattern, Row
 
 # The attribute of a model that remembers the SparsityConfig of the last `prune_`.
 PRUNED_WITH = "_hf_sparse_pruned_with"
+# The attribute that models have which `hf_sparse.compile` made.
+PACKED = "_hf_sparse_packed"
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,10 @@ def target_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
         config: its `targets` and `ignore` choose. None: every layer in the blocks.
 
     Raises:
-        ValueError: nothing matches `targets`, or the model has no repeated blocks to default to.
+        ValueError: nothing matches `targets`, the model has no repeated blocks to default to, or it
+            is compiled.
     """
+    check_has_weights(model)
     targets = None if config is None else config.targets
     if targets is None:
         stacks = find_stacks(model)
@@ -132,7 +136,7 @@ def target_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
         embeddings = (item for item in model.named_modules() if isinstance(item[1], nn.Embedding))
         candidates = [*embeddings, *matrices(model)]
         for glob in targets:
-            if not any(matches(name, glob) for name, _ in candidates):
+            if not any(matches(_own_name(name), glob) for name, _ in candidates):
                 known = ", ".join(name for name, _ in candidates[:8])
                 raise ValueError(
                     f"targets: {glob!r} matches no layer of {type(model).__name__}. Its layers are "
@@ -141,11 +145,11 @@ def target_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
         named = [
             (name, module)
             for name, module in candidates
-            if any(matches(name, glob) for glob in targets)
+            if any(matches(_own_name(name), glob) for glob in targets)
         ]
     chosen: dict[int, TargetLayer] = {}
     for name, module in named:
-        if config is None or not config.ignores(name):
+        if config is None or not config.ignores(_own_name(name)):
             chosen.setdefault(id(module.weight), TargetLayer(name, module))
     if not chosen:
         raise ValueError(
@@ -155,6 +159,11 @@ def target_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
     return list(chosen.values())
 
 
+def _own_name(layer: str) -> str:
+    """The name that a layer has without a PEFT adapter."""
+    return layer.removesuffix(".base_layer")
+
+
 def promised_config(model: nn.Module) -> SparsityConfig | None:
     """The config that a model was pruned with, or loaded with; None: neither is known."""
     promised: SparsityConfig | None = vars(model).get(PRUNED_WITH)
@@ -162,6 +171,15 @@ def promised_config(model: nn.Module) -> SparsityConfig | None:
     if promised is None and recorded is not None:
         promised = SparsityConfig.from_dict(recorded)
     return promised
+
+
+def check_has_weights(model: nn.Module) -> None:
+    """Raise a ValueError if `hf_sparse.compile` has packed the model's weights."""
+    if vars(model).get(PACKED):
+        raise ValueError(
+            f"this {type(model).__name__} is what hf_sparse.compile made: its weights are packed for "
+            "this CPU. Take the model that was compiled."
+        )
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_sparse.models.parts import PARTS, BlockSize, Parts, full_size, head_size, parts_of
-from hf_sparse.structure import TargetLayer, is_conv1d, is_matrix
+from hf_sparse.structure import (
+    TargetLayer,
+    check_finite,
+    check_has_weights,
+    is_conv1d,
+    is_matrix,
+)
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,7 @@ def find_units(model: Any) -> list[BlockUnits]:
     Raises:
         ValueError: the family is not in `PARTS`, or a layer is no plain Linear or Conv1D.
     """
+    check_has_weights(model)
     parts = parts_of(getattr(model, "config", None))
     if parts is None or getattr(model, "base_model", None) is None:
         raise ValueError(
@@ -220,10 +227,11 @@ def unused_neurons(units: BlockUnits) -> Tensor:
 
 
 def check_whole(layers: Iterable[TargetLayer]) -> None:
-    """Refuse weights that cannot be cut: those that are not here as a whole, or are no floats.
+    """Refuse weights that cannot be cut: those that are not here as a whole, or are no finite floats.
 
     Raises:
-        ValueError: a weight is sharded, on the meta device, or quantized.
+        ValueError: a weight is sharded, on the meta device, or quantized; it or a bias is not finite,
+            which would be lost without a trace.
     """
     for layer in layers:
         weight = layer.parameter
@@ -242,6 +250,8 @@ def check_whole(layers: Iterable[TargetLayer]) -> None:
                 f"{layer.weight_name} is {weight.dtype}: the model is quantized. Shrink it before, or "
                 "call model.dequantize() first."
             )
+        for name, parameter in layer.module.named_parameters(layer.name):
+            check_finite(name, parameter.detach())
 
 
 def _check_plain(model: nn.Module, units: BlockUnits) -> None:
@@ -251,7 +261,7 @@ def _check_plain(model: nn.Module, units: BlockUnits) -> None:
         except AttributeError as error:
             raise ValueError(
                 f"the blocks of this {type(model).__name__} are not its own: {units.name} has no "
-                f"{path}. A compiled model cannot be worked on: take the model that was compiled."
+                f"{path}. Wanted a model whose modules are as transformers makes them."
             ) from error
         if path == units.parts.out and is_matrix(layer) and _shape(units.out)[1] % units.head_dim:
             raise ValueError(

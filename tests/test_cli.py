@@ -8,7 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 import hf_sparse
 from hf_sparse.cli import main
@@ -108,6 +114,50 @@ def test_eval_of_a_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "has no field 'sentence'; it has premise, hypothesis, label" in capsys.readouterr().err
 
 
+def test_a_classifier_is_pruned_on_labelled_texts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = tiny_classifier(), tiny_tokenizer()
+    model.config.label2id = {"no": 0, "perhaps": 1, "yes": 2}
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    texts = [text[:80] for text in prose()[:9000].split("\n\n")[:11]]
+    labels = [("no", 1, "yes")[number % 3] for number in range(11)]
+    rows = [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "sparse"
+    common = ("prune", tmp_path / "dense", out, "--method", "taylor", "--pattern", "head")
+    labelled = ("--labels", tmp_path / "rows.jsonl", "--fields", "text")
+    sizes = ("--sparsity", 0.5, "--num-samples", 10, "--batch-size", 4, "--window", 16)
+    assert run(*common, *labelled, *sizes) == 0, capsys.readouterr().err
+    batches = hf_sparse.labelled_batches(
+        model, tokenizer, texts[:10], labels[:10], window=16, batch_size=4
+    )
+    assert [batch["labels"].tolist() for batch in batches] == [[0, 1, 2, 0], [1, 2, 0, 1], [2, 0]]
+    assert max(batch["input_ids"].shape[1] for batch in batches) == 16
+    config = hf_sparse.SparsityConfig("head", 0.5)
+    hf_sparse.prune_(model, config, "taylor", batches)
+    found = AutoModelForSequenceClassification.from_pretrained(out).state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(found[name], value), name
+
+    capsys.readouterr()
+    assert run(*common, *sizes) == 1
+    assert "or of a classifier --labels FILE" in capsys.readouterr().err
+    assert run(*common, *labelled, *sizes, "--stream") == 1
+    assert "do not --stream" in capsys.readouterr().err
+    (tmp_path / "text.txt").write_text(prose()[:4000])
+    assert run(*common, *sizes, "--calibration", tmp_path / "text.txt") == 1
+    assert "see hf_sparse.labelled_batches" in capsys.readouterr().err
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a", "label": "never"}))
+    assert run(*common, *labelled, *sizes) == 1
+    assert "label 'never' is no class of the model" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not classify texts"):
+        hf_sparse.labelled_batches(tiny_model("llama"), tokenizer, ["a"], [0])
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        hf_sparse.labelled_batches(model, tokenizer, ["a"], [0], batch_size=0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -171,6 +221,28 @@ def test_missing_files_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[
         run("eval", tmp_path)
     with pytest.raises(SystemExit, match="2"):
         run()
+
+
+def test_a_graph_is_no_checkpoint(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    assert run("export", dense, tmp_path / "graph") == 0
+    for command in (
+        ["inspect", tmp_path / "graph"],
+        ["export", tmp_path / "graph", tmp_path / "again"],
+        ["eval", tmp_path / "graph", "--text", tmp_path / "text.txt"],
+        ["prune", tmp_path / "graph", tmp_path / "again", "--pattern", "2:4", "--stream"]
+        + ["--calibration", tmp_path / "text.txt"],
+        ["push", tmp_path / "graph", "user/name"],
+    ):
+        capsys.readouterr()
+        assert run(*command) == 1
+        assert "holds an ONNX graph, model.onnx, and no checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+    # One that holds both is a checkpoint.
+    tiny_model("llama").save_pretrained(tmp_path / "graph")
+    assert run("inspect", tmp_path / "graph") == 0
 
 
 @pytest.mark.parametrize(

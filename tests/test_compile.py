@@ -391,6 +391,24 @@ def test_copies_share_the_weights_and_nothing_else_stores_them(
             store()
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_needs_weights_refuses_compiled_models(tmp_path: Path, whole: bool) -> None:
+    model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=not whole)
+    config = hf_sparse.SparsityConfig("unstructured", 0.7)
+    hf_sparse.prune_(model, config, "magnitude")
+    compiled = hf_sparse.compile(model)
+    for use in (
+        lambda: hf_sparse.save_pretrained(compiled, tmp_path / "folder"),
+        lambda: hf_sparse.export_onnx(compiled, tmp_path / "folder"),
+        lambda: hf_sparse.prune_(compiled, config, "magnitude"),
+        lambda: hf_sparse.measure_sparsity(compiled),
+        lambda: hf_sparse.shrink(compiled),
+    ):
+        with pytest.raises(ValueError, match="Take the model that was compiled"):
+            use()
+    assert not (tmp_path / "folder").exists()
+
+
 def test_a_cache_is_cropped_as_transformers_crops_it(models: dict) -> None:
     _, compiled = models["llama"]
     with torch.no_grad():

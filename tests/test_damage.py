@@ -357,3 +357,65 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path) -> None:
             "b": version,
             f"w-{version}": version,
         }
+        with atomic.replacing(target) as fresh:
+            (fresh / "config.json").write_text("0")
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+_SAVER = """
+import sys, time, pathlib
+from hf_sparse.checkpoint.atomic import replacing
+with replacing(pathlib.Path(sys.argv[1])) as fresh:
+    (fresh / "config.json").write_text("killed")
+    print(fresh, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("there", ["nothing", "a folder", "a model"])
+def test_leftovers_of_the_dead_are_removed_and_of_the_living_kept(
+    tmp_path: Path, there: str
+) -> None:
+    target = tmp_path / "model[1]"
+    if there != "nothing":
+        target.mkdir()
+    if there == "a model":
+        (target / "config.json").write_text("old")
+    other = tmp_path / ".model.saving-of-another"
+    other.mkdir()
+    savers = [
+        subprocess.Popen(
+            [sys.executable, "-c", _SAVER, str(target)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    dead, living = (Path(saver.stdout.readline().strip()) for saver in savers)
+    savers[0].send_signal(signal.SIGKILL)
+    savers[0].wait()
+    assert dead.exists()
+
+    def save(fail: bool = False) -> None:
+        with atomic.replacing(target) as fresh:
+            (fresh / "config.json").write_text("new")
+            assert not fail
+
+    with pytest.raises(AssertionError):
+        save(fail=True)
+    assert dead.exists()  # what may be the last whole copy goes when there is another
+    save()
+    assert (living / "config.json").read_text() == "killed"
+    savers[1].send_signal(signal.SIGKILL)
+    savers[1].wait()
+    assert not dead.exists()
+    save()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, target.name]
+    assert [path.name for path in target.iterdir()] == ["config.json"]
+
+
+def test_without_locks_leftovers_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic, "fcntl", None)
+    leftover = tmp_path / ".model.saving-12345678"
+    leftover.mkdir()
+    with atomic.replacing(tmp_path / "model") as fresh:
+        (fresh / "config.json").write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [leftover.name, "model"]

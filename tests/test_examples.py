@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import hf_sparse
 from hf_sparse.cli import main
-from tests.tiny_models import prose, tiny_model, tiny_tokenizer
+from tests.tiny_models import prose, tiny_classifier, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -148,19 +148,14 @@ def test_the_commands_of_the_readme(dense: Path, tmp_path: Path) -> None:
         assert main([*arguments, *small.get(command[0], [])]) == 0
 
 
-def test_the_smaller_model_of_the_readme(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_smaller_model_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = [block for block in blocks("python") if "hf_sparse.shrink(" in block]
     monkeypatch.chdir(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(dense)
-    batches = [tiny_tokenizer()(prose()[:400], return_tensors="pt", return_token_type_ids=False)]
-    exec(
-        code,
-        {"hf_sparse": hf_sparse, "model": model, "batches": batches, "tokenizer": tiny_tokenizer()},
-    )
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
-    assert loaded.num_parameters() == model.num_parameters() < tiny_model("llama").num_parameters()
+    model = tiny_classifier()
+    data = {"texts": prose()[:4000].split("\n\n")[:4], "labels": [0, 2, 1, 0]}
+    exec(code, {"hf_sparse": hf_sparse, "model": model, "tokenizer": tiny_tokenizer(), **data})
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "smaller")
+    assert loaded.num_parameters() == model.num_parameters() < tiny_classifier().num_parameters()
 
 
 def test_the_links_of_the_readme_lead_somewhere() -> None:

@@ -312,6 +312,25 @@ def test_other_outputs_that_the_config_asks_for_are_left_out(tmp_path: Path) -> 
     assert not model.config.return_dict
 
 
+def test_long_rope_changes_with_the_length(tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]}
+    rope["original_max_position_embeddings"] = 32
+    model = tiny_model("llama", rope_parameters=rope, num_hidden_layers=1)
+    hf_sparse.export_onnx(model, tmp_path / "graph")
+    session = ort.InferenceSession(tmp_path / "graph/model.onnx")
+    past = {f"past_key_values.0.{part}": np.zeros((1, 2, 0, 8), "f4") for part in ("key", "value")}
+    for length in (100, 20):  # longer than the original positions, and shorter
+        ids = torch.arange(2, 2 + length)[None]
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        given["position_ids"] = torch.arange(length)[None]
+        feed = {**past, **{name: value.numpy() for name, value in given.items()}}
+        with torch.no_grad():
+            wanted = model(**given).logits
+        found = torch.from_numpy(session.run(["logits"], feed)[0])
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
 def test_models_that_cannot_be_exported_are_refused(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -323,6 +342,12 @@ def test_models_that_cannot_be_exported_are_refused(tmp_path: Path) -> None:
     config = CONFIGS["bert"]
     refused(nn.Linear(2, 2), "wanted a PreTrainedModel")
     refused(transformers.BertForPreTraining(config), "ForSequenceClassification, ForToken")
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    refused(tiny_model("llama", rope_parameters=rope), "has rope_type 'dynamic'")
+    by_layer = {"full_attention": rope, "sliding_attention": {**rope, "rope_type": "default"}}
+    nested = tiny_model("llama")
+    nested.config.rope_parameters = by_layer
+    refused(nested, "has rope_type 'dynamic'")
     refused(transformers.BertLMHeadModel(config), "cannot be exported")
     refused(transformers.GPT2DoubleHeadsModel(CONFIGS["gpt2"]), "cannot be exported")
     adapted = get_peft_model(tiny_classifier(), LoraConfig(target_modules=["query"]))

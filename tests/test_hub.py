@@ -38,6 +38,7 @@ pulled.push_to_hub("user/tiny-sparse", commit_message="One file", tokenizer=toke
 pulled.save_pretrained(sys.argv[1], push_to_hub=True, repo_id="user/other")
 from hf_sparse.cli import main
 assert main(["push", sys.argv[1], "user/third", "--json"]) == 0
+assert main(["push", sys.argv[1], "user/graph", "--onnx", "--json"]) == 0
 again = transformers.AutoModelForCausalLM.from_pretrained("user/third")
 assert torch.equal(again.model.norm.weight, model.model.norm.weight)
 import peft
@@ -65,6 +66,7 @@ def test_push_and_pull(tmp_path: Path) -> None:
         files = hub.files("user/tiny-sparse")
         assert "One file" in hub.commits("user/tiny-sparse")
         others = [set(hub.files(name)) for name in ("user/other", "user/third")]
+        with_graph = hub.files("user/graph")
         cards = [hub.files(name)["README.md"] for name in ("user/other", "user/third")]
     weights = {
         "config.json",
@@ -78,6 +80,10 @@ def test_push_and_pull(tmp_path: Path) -> None:
     graph |= {"model.onnx", "model.onnx.data"} | tokenizer
     assert set(files) == weights | tokenizer | given | {f"onnx/{name}" for name in graph}
     assert all(other == weights | given for other in others)
+    onnx = {f"onnx/{name}" for name in graph - tokenizer}
+    assert set(with_graph) == weights | given | onnx
+    assert b"base_model: someone/tiny-llama" in with_graph["onnx/README.md"]
+    assert not (tmp_path / "saved" / "onnx").exists()
     # The second push knew neither method nor metrics: the card that was there stays.
     for text in (b"base_model: someone/tiny-llama", b"| method | magnitude |", b"| 11.25 | 12.5 |"):
         assert text in files["README.md"]

@@ -17,7 +17,7 @@ PACKAGE = Path(hf_sparse.__file__).parent
 LAYERS = [
     ["patterns", "models.families"],
     ["models.parts"],
-    ["selection"],
+    ["selection", "history"],
     ["formats"],
     ["configuration_sparse"],
     ["structure"],

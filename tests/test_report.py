@@ -20,6 +20,7 @@ from transformers import (
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Pattern
+from hf_sparse.pruning.oneshot import prune_
 from hf_sparse.report import (
     SparsityReport,
     TensorSparsity,
@@ -94,7 +95,9 @@ def test_zeros_equal_a_count_by_hand(make_model):
     assert report.numel == sum(weight.numel() for weight in weights.values())
     assert report.sparsity == report.zeros / report.numel
     assert report.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert report.model_sparsity == report.zeros / report.parameters
+    everything = sum(int((parameter == 0).sum()) for parameter in model.parameters())
+    assert report.model_zeros == report.zeros + report.other_zeros == everything > report.zeros
+    assert report.model_sparsity == everything / report.parameters
     assert (report.pattern, report.violations) == ("unstructured", 0)
 
 
@@ -231,16 +234,25 @@ def test_the_table():
     ]
 
 
+def test_without_a_config_the_promise_is_counted():
+    model = llama()
+    assert measure_sparsity(model).pattern == "unstructured"
+    prune_(model, SparsityConfig("2:4", targets=["q_proj"]), "magnitude")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, :4] = 1.0
+    report = measure_sparsity(model)
+    assert (report.pattern, report.violations, len(report.tensors)) == ("2:4", 1, 2)
+
+
 def test_the_table_of_a_model_has_a_row_for_each_tensor():
-    report = measure_sparsity(sparse(bert))
+    report = measure_sparsity(model := sparse(bert))
     lines = str(report).splitlines()
     assert len(lines) == 2 + len(report.tensors) + 2
     for line, tensor in zip(lines[2:], report.tensors, strict=False):
         assert line.split()[0] == tensor.name
         assert f" {tensor.zeros:,} " in line
-    totals = (
-        f"{report.zeros:,} zeros in {report.parameters:,} weights ({report.model_sparsity:.4f})"
-    )
+    zeros = sum(int((parameter == 0).sum()) for parameter in model.parameters())
+    totals = f"{zeros:,} zeros in {report.parameters:,} weights ({zeros / report.parameters:.4f})"
     assert lines[-1] == f"whole model: {totals}"
 
 

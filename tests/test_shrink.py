@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from transformers import (
 )
 
 import hf_sparse
-from hf_sparse import SparsityConfig, shrink
+from hf_sparse import SparsityConfig, prune_, shrink
 from hf_sparse.cli import main
 from hf_sparse.models.families import FAMILIES
 from hf_sparse.models.modeling import model_classes
 from hf_sparse.models.parts import PARTS, BlockSize
 from hf_sparse.shrinking import heads_to_remove
-from hf_sparse.units import find_units
+from hf_sparse.units import find_units, unused_neurons
 from tests.tiny_models import CONFIGS, UNKNOWN, tiny_batches, tiny_classifier, tiny_model
 
 HEADS = [(family, name) for family in FAMILIES for name in model_classes(family)]
@@ -278,7 +279,7 @@ def test_wrong_models_are_refused() -> None:
         shrink(nn.Linear(2, 2))  # type: ignore[arg-type]
     model = tiny_model("llama")
     zero_units(model)
-    with pytest.raises(ValueError, match="take the model that was compiled"):
+    with pytest.raises(ValueError, match="Take the model that was compiled"):
         shrink(hf_sparse.compile(model))
     quantized = copy.deepcopy(model)
     layer: Any = quantized.model.layers[0].mlp.up_proj
@@ -291,6 +292,32 @@ def test_wrong_models_are_refused() -> None:
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["up_proj"]))
     with pytest.raises(ValueError, match="Merge adapters first"):
         shrink(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_lost(family: str, value: float) -> None:
+    """Also those of units that go: what feeds a zero column."""
+    for place in ("entries", "projections"):
+        model = tiny_model(family)
+        units = find_units(model)[0]
+        prune_(model, SparsityConfig("column", 0.5), "magnitude")
+        neuron = int(unused_neurons(units).nonzero()[0, 0])
+        layer = getattr(units, place)[0]
+        layer.weight[neuron % len(layer.weight), 3] = value
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        message = rf"{re.escape(layer.weight_name)} has 1 values that are NaN or infinite"
+        with pytest.raises(ValueError, match=message):
+            shrink(model)
+        with pytest.raises(ValueError, match=message):
+            prune_(model, SparsityConfig("column", 0.75), "magnitude")
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight.nan_to_num(), before[name].nan_to_num()), name
+    if family != "llama":  # whose layers have no biases
+        model = tiny_model(family)
+        find_units(model)[0].entries[0].module.bias.data[2] = value
+        with pytest.raises(ValueError, match=r"\.bias has 1 values"):
+            prune_(model, SparsityConfig("column", 0.5), "magnitude")
 
 
 def test_sharded_weights_are_refused(tmp_path: Path) -> None:

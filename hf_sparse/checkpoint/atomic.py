@@ -10,17 +10,27 @@ The new files are written and synced into a hidden folder first. Then, in one st
 A folder that holds sub-folders, that is the working directory or a mount point, or that lies on a
 system without `renameat2`, gets its files moved in one by one, `config.json` last: each file is
 whole, and nothing else is touched, but a kill between two moves may leave old files beside new ones.
+
+A process locks its hidden folder (`flock`) until it is done. The system unlocks it when a process is
+killed: by that the next one that saves there knows which hidden folders are left over, and removes
+them when its own files are in place. Where the file system has no locks they stay.
 """
 
 from __future__ import annotations
 
 import ctypes
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 _COMMIT_FILE = "config.json"
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
@@ -44,8 +54,7 @@ def replacing(folder: Path, is_stale: Callable[[str], bool] = lambda name: False
     exchange = (folder / _COMMIT_FILE).exists() and _can_exchange(folder)
     parent = folder if folder.exists() and not exchange else folder.parent
     parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.saving-", dir=parent))
-    try:
+    with _hidden_folder(parent, folder.name) as fresh:
         yield fresh
         sync(fresh)
         if not folder.exists():
@@ -56,8 +65,68 @@ def replacing(folder: Path, is_stale: Callable[[str], bool] = lambda name: False
         else:
             _move_in(fresh, folder, is_stale)
         sync_file(folder.parent)
+    for place in (folder, folder.parent):
+        _remove_leftovers(place, folder.name)
+
+
+@contextmanager
+def _hidden_folder(parent: Path, name: str) -> Iterator[Path]:
+    """An empty folder for the new files of the folder `name`: locked, and removed at the end."""
+    held = None
+    while held is None:
+        fresh = Path(tempfile.mkdtemp(prefix=_prefix(name), dir=parent))
+        try:
+            held = _lock(fresh)  # None: in this moment another process has taken it for a leftover
+        except OSError:  # no locks here: nobody will take it for one
+            break
+    try:
+        yield fresh
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _remove_leftovers(place: Path, name: str) -> None:
+    """Remove the hidden folders of processes that were killed."""
+    for path in place.glob(f"{glob.escape(_prefix(name))}*"):
+        with suppress(OSError):  # another process removes it, or its file system has no locks
+            if path.is_symlink() or (held := _lock(path)) is None:
+                continue
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(held)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until the descriptor is closed or the process ends.
+
+    Returns:
+        The descriptor; None if another process has locked or removed the folder.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    if fcntl is None:
+        raise OSError("this system has no flock")
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.exists(folder):
+            return descriptor
+    except BlockingIOError:
+        pass
+    except OSError:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
+def _prefix(name: str) -> str:
+    return f".{name}.saving-"
 
 
 def sync(folder: Path) -> None:
@@ -94,15 +163,12 @@ def _can_exchange(folder: Path) -> bool:
         return False
     if folder.samefile(os.curdir) or any(path.is_dir() for path in folder.iterdir()):
         return False
-    first = Path(tempfile.mkdtemp(prefix=f".{folder.name}.saving-", dir=folder.parent))
-    second = Path(tempfile.mkdtemp(prefix=f".{folder.name}.saving-", dir=folder.parent))
-    try:
-        _rename_exchange(first, second)
-    except OSError:
-        return False
-    finally:
-        first.rmdir()
-        second.rmdir()
+    parent, name = folder.parent, folder.name
+    with _hidden_folder(parent, name) as first, _hidden_folder(parent, name) as second:
+        try:
+            _rename_exchange(first, second)
+        except OSError:
+            return False
     return True
 
 

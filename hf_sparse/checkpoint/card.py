@@ -6,18 +6,24 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.history import Step, steps_of
 from hf_sparse.models.parts import full_size
 from hf_sparse.report import SparsityReport
 from hf_sparse.units import shrunk_sizes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 CARD_NAME = "README.md"
 # A row that every card of ours has.
-_OUR_FACT = "zeros in the whole model"
+OUR_FACT = "zeros in the whole model"
+# What the rows of a second step are called, where those of the first say "method".
+THEN = "then"
 
 
 @dataclass(frozen=True)
@@ -40,11 +46,11 @@ class Card:
     """What is known of a checkpoint.
 
     Args:
-        model: the model that is saved.
+        model: the model that is saved; the steps that it remembers are told.
         config: pattern, sparsity and format that it is saved with.
         measured: the exact counts of what is saved.
         formats: the formats of the target weights, counted.
-        report: how the zeros were made, if `prune_` made them.
+        report: how the zeros were made, if the model does not remember it.
         metrics: figures to print; none are invented.
         tags: for the Hub, beside the card's own.
         base: Hub name of the dense model; None: what the model's config tells.
@@ -69,14 +75,14 @@ class Card:
         """
         news = self.report is not None or bool(self.metrics or self.tags or self.base)
         text = old.read_text(encoding="utf-8", errors="replace") if old.exists() else None
-        if text is not None and _OUR_FACT not in text:
+        if text is not None and OUR_FACT not in text:
             if news:
                 warnings.warn(
                     f"{old} is no card of hf_sparse and stays; move it away to have one written.",
                     stacklevel=5,
                 )
             return
-        known = [self._how_to_load(), *_rows(self._facts())]
+        known = [self._how_to_load(), *_rows([*self._steps(), *self._facts()])]
         if text is None or news or not all(part in text for part in known):
             ModelCard(self._text()).save(file)
 
@@ -89,12 +95,7 @@ class Card:
             tags=["hf_sparse", *sparse, *self.tags],
         )
         how = [("base model", base or "not recorded")]
-        if self.report is None:
-            how.append(("method", "not recorded"))
-        else:
-            options = sorted(self.report.options.items())
-            how += [("method", self.report.method or "not recorded")]
-            how += [(f"option {option}", str(value)) for option, value in options]
+        how += self._steps() or [("method", "not recorded")]
         sections = [
             f"---\n{data.to_yaml()}\n---",
             f"# {'Sparse ' if self.config.sparsity else ''}{self._name}",
@@ -106,6 +107,18 @@ class Card:
 
     def _how_to_load(self) -> str:
         return self.usage or _usage(self._name, self.config.format != "dense")
+
+    def _steps(self) -> list[tuple[str, str]]:
+        """What was done to the model: what it remembers, and what the report tells."""
+        steps = list(steps_of(self.model))
+        if self.report is not None and self.report.method:
+            told = Step.of(self.report.method, self.report.options)
+            steps += [] if told in steps else [told]
+        rows = []
+        for number, step in enumerate(steps):
+            rows.append((THEN if number else "method", step.method))
+            rows += [(f"option {name}", value) for name, value in step.options]
+        return rows
 
     @property
     def _name(self) -> str:
@@ -120,7 +133,7 @@ class Card:
             ("sparsity of the target weights", f"{measured.sparsity:.4f}"),
             ("zeros", f"{measured.zeros:,} of {measured.numel:,} target weights"),
             ("weights in the whole model", f"{measured.parameters:,}"),
-            (_OUR_FACT, f"{measured.model_sparsity:.4f}"),
+            (OUR_FACT, f"{measured.model_sparsity:.4f}"),
             ("storage of the target weights", formats or "none"),
         ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,14 @@ from pathlib import Path
 from torch import Tensor
 
 from hf_sparse.checkpoint.quantizer import QUANT_METHOD, SparseCheckpointConfig
-from hf_sparse.checkpoint.reading import StoredTensor, checkpoint_files, read_headers, read_parts
-from hf_sparse.configuration_sparse import SparsityConfig, matches
+from hf_sparse.checkpoint.reading import (
+    StoredTensor,
+    checkpoint_files,
+    is_target,
+    read_headers,
+    read_parts,
+)
+from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FormatError, decompress, locate, num_bytes, read_layout
 from hf_sparse.patterns import Pattern, Unstructured
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
@@ -25,9 +30,9 @@ class CheckpointSparsity:
 
     Attributes:
         config: the `SparsityConfig` in `config.json`; None for a dense checkpoint.
-        report: exact counts of every tensor that is stored compressed, and of the other matrices
-            in numbered blocks that the config's globs name (all, without a config).
-        formats: the format of each of those tensors.
+        report: exact counts of the tensors that the config names (all matrices in numbered blocks,
+            without targets), and the zeros of the others.
+        formats: the format of each of those tensors, and of all others that are stored compressed.
         stored_bytes: bytes of each of them in the files, headers aside.
         file_bytes: size of all weight files.
     """
@@ -71,17 +76,21 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
     pattern = Unstructured() if config is None else config.pattern
     files = checkpoint_files(folder)
     stored = read_headers(files)
-    counts, formats, sizes, parameters = [], {}, {}, 0
+    counts, formats, sizes, parameters, other_zeros = [], {}, {}, 0, 0
     for tensor in stored:
         parts = read_parts(tensor)
         with locate(tensor.place):
             weight = decompress(parts) if tensor.compressed else parts[""]
         parameters += weight.numel()
-        if tensor.compressed or (weight.ndim == 2 and _may_be_target(tensor.name, config)):
+        target = weight.ndim == 2 and is_target(tensor.name, tensor.compressed, config)
+        if target:
             counts.append(_count(tensor, parts, weight, pattern))
+        elif weight.is_floating_point():
+            other_zeros += int((weight == 0).sum())
+        if target or tensor.compressed:
             formats[tensor.name] = tensor.format
             sizes[tensor.name] = num_bytes(parts)
-    report = SparsityReport(tuple(counts), str(pattern), parameters)
+    report = SparsityReport(tuple(counts), str(pattern), parameters, other_zeros=other_zeros)
     total = sum(file.stat().st_size for file in files)
     return CheckpointSparsity(config, report, formats, sizes, total)
 
@@ -92,16 +101,6 @@ def _count(
     if not tensor.compressed:  # nothing tells how its layer orients it
         return count_zeros(tensor.name, weight, Unstructured())
     return count_zeros(tensor.name, weight.T if read_layout(parts)[3] else weight, pattern)
-
-
-def _may_be_target(name: str, config: SparsityConfig | None) -> bool:
-    """Whether a matrix of that name is a target, as far as names tell: without a model."""
-    layer = name.removesuffix(".weight")
-    if config is None or config.targets is None:
-        chosen = re.search(r"\.\d+\.", layer) is not None
-    else:
-        chosen = any(matches(layer, glob) for glob in config.targets)
-    return chosen and layer != name and not (config is not None and config.ignores(layer))
 
 
 def read_sparsity_config(folder: Path) -> SparsityConfig | None:

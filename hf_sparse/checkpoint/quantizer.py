@@ -21,7 +21,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_sparse.checkpoint.reading import StoredTensor, open_file, read_headers
+from hf_sparse.checkpoint.reading import StoredTensor, is_target, open_file, read_headers
+from hf_sparse.checkpoint.source import remember_source_
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import COMPANIONS, FormatError, decompress, join, locate, read_layout
 from hf_sparse.models.parts import parts_of
@@ -129,8 +130,10 @@ class SparseHfQuantizer(HfQuantizer):
                     f"shape mismatch: {shape} is stored, the model of config.json wants {wanted}"
                 )
             weight = decompress(parts)
-            pattern = self.quantization_config.sparsity.pattern
-            if isinstance(pattern, NM) and parameters != (pattern.n, pattern.m):
+            config = self.quantization_config.sparsity
+            pattern = config.pattern
+            promised = is_target(stored.name if stored else name, True, config)
+            if promised and isinstance(pattern, NM) and parameters != (pattern.n, pattern.m):
                 conv1d = is_conv1d(model.get_submodule(name.rpartition(".")[0]))
                 _check_promise(weight.T if conv1d else weight, pattern)
         return weight
@@ -151,6 +154,8 @@ class SparseHfQuantizer(HfQuantizer):
         ]
         if hasattr(model.config, "sparsity_config"):
             model.config.sparsity_config = self.quantization_config.sparsity.to_dict()
+        for stored in list(self._stored.values())[:1]:
+            remember_source_(model, stored.file.parent)
 
 
 def _check_blocks(model: PreTrainedModel, stored: Sequence[StoredTensor]) -> None:

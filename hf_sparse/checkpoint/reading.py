@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hf_sparse.configuration_sparse import SparsityConfig, matches
 from hf_sparse.formats import (
     FormatError,
     decompress,
@@ -65,6 +67,22 @@ class StoredTensor:
         return format_of(self.parts)
 
 
+def is_target(name: str, compressed: bool, config: SparsityConfig | None) -> bool:
+    """Whether a matrix of a checkpoint is one that its config promises zeros in, as names tell.
+
+    Args:
+        name: in the file.
+        compressed: how it is stored: outside the blocks nothing but targets is compressed.
+        config: of the checkpoint; None: every matrix in numbered blocks.
+    """
+    layer, in_blocks = name.removesuffix(".weight"), re.search(r"\.\d+\.", name) is not None
+    if layer == name or (config is not None and config.ignores(layer)):
+        return False
+    if config is None or config.targets is None or (compressed and not in_blocks):
+        return in_blocks or compressed
+    return any(matches(layer, glob) for glob in config.targets)
+
+
 def read_headers(files: Sequence[Path]) -> list[StoredTensor]:
     """List the tensors of safetensors files from their headers; weights are not read.
 
@@ -106,6 +124,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     Raises:
         FormatError: there are none, the index is no JSON, or a shard that it names is missing.
     """
+    check_no_graph(folder)
     index = folder / INDEX_NAME
     if (folder / WEIGHTS_NAME).is_file():
         return [folder / WEIGHTS_NAME]
@@ -118,6 +137,17 @@ def checkpoint_files(folder: Path) -> list[Path]:
             "the folder again."
         )
     return files
+
+
+def check_no_graph(folder: Path) -> None:
+    """Raise a FormatError if a folder holds an ONNX graph instead of weights."""
+    graphs = [path.name for path in sorted(folder.glob("*.onnx"))]
+    weights = [file for kind in ("safetensors", "bin", "gguf") for file in folder.glob(f"*.{kind}")]
+    if graphs and not weights:
+        raise FormatError(
+            f"{folder} holds an ONNX graph, {graphs[0]}, and no checkpoint. Its README.md tells what "
+            "is in it, and how to run it; wanted the folder of the model that it was exported from."
+        )
 
 
 def read_index(index: Path) -> dict[str, str]:

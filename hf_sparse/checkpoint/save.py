@@ -23,12 +23,14 @@ from hf_sparse.checkpoint.card import CARD_NAME, Card, Metric
 from hf_sparse.checkpoint.config_files import write_configs
 from hf_sparse.checkpoint.writing import ShardWriter, is_weight_file
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.formats import compress, format_of, num_nonzeros
+from hf_sparse.formats import can_compress, compress, format_of, num_nonzeros
 from hf_sparse.patterns import NM, Pattern, Unstructured
 from hf_sparse.recovery.adapters import is_peft_model, merged_copy
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.structure import (
     TargetLayer,
+    check_has_weights,
+    find_stacks,
     has_adapters,
     num_parameters,
     promised_config,
@@ -58,9 +60,10 @@ def save_pretrained(
     """Save a model so that `AutoModel*.from_pretrained(folder)` gives the same weights back.
 
     Weights of the config's targets are stored compressed, bit for bit (`-0.0` as `0.0`), under
-    `model_type: "sparse_..."`. With `format="dense"` the zeros are written in place under the
-    family's own type, which loads without hf_sparse. The folder's old files stay untouched until
-    the new ones are complete (see `hf_sparse.checkpoint.atomic`).
+    `model_type: "sparse_..."`; so are other matrices of the blocks that get smaller by it, such as
+    those that another pattern was pruned into before. With `format="dense"` the zeros are written
+    in place under the family's own type, which loads without hf_sparse. The folder's old files stay
+    untouched until the new ones are complete (see `hf_sparse.checkpoint.atomic`).
 
     Args:
         model: a transformers model. Compressed: of a family in `FAMILIES`. Of a `peft.PeftModel`
@@ -70,7 +73,9 @@ def save_pretrained(
         config: pattern, targets and format. None: what the model was pruned with or loaded with,
             or else `unstructured` at the sparsity that is measured.
         tokenizer: saved beside the model if given.
-        report: the `prune_` report, for the method on the model card.
+        report: for the method on the model card, if the model does not remember it: models do that
+            were pruned, recovered or shrunk here, or loaded from a compressed checkpoint whose card
+            tells it.
         metrics: measured figures for the model card.
         tags: for the model card, beside its own.
         base_model: Hub name of the dense model, for the card. None: what the model was loaded
@@ -125,8 +130,12 @@ def save_model(
     max_shard_size: int | str = "5GB",
     variant: str | None = None,
     **kwargs: Any,
-) -> None:
-    """`save_pretrained` with the arguments of `PreTrainedModel.save_pretrained`."""
+) -> SparsityReport | None:
+    """`save_pretrained` with the arguments of `PreTrainedModel.save_pretrained`.
+
+    Returns:
+        The exact counts of what was saved; None where an adapter was, or another process saves.
+    """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"a {type(model).__name__} cannot be saved; wanted a transformers PreTrainedModel. Of a "
@@ -140,7 +149,7 @@ def save_model(
             state_dict=None if state_dict is None else dict(state_dict),
             **kwargs,
         )
-        return
+        return None
     if has_adapters(model):
         raise ValueError(_ADAPTERS)
     if kwargs.pop("distributed_checkpoint", False):
@@ -148,18 +157,20 @@ def save_model(
             "distributed_checkpoint=True is not supported for compressed models: gather the weights "
             "and pass state_dict=."
         )
+    check_has_weights(model)
     _check_not_quantized(model)
     if not is_saving_process(is_main_process):
-        return
+        return None
     unknown = set(kwargs) - {"save_peft_format", "save_original_format"}  # no meaning here
     if unknown:
         raise TypeError(f"save_pretrained has no argument {', '.join(sorted(unknown))}.")
 
-    stored = _tensors_to_store(model, state_dict)
+    stored = tensors_to_store(model, state_dict)
     if config is None:
         config = _implied_config(model, stored)
     config = with_head_size(config, model)
     counts: list[TensorSparsity] = []
+    other_zeros = 0
     formats: Counter[str] = Counter()
     with replacing(folder, lambda name: is_weight_file(name, variant)) as fresh:
         write_configs(model, config, fresh, base_model)
@@ -168,14 +179,19 @@ def save_model(
         writer = ShardWriter(fresh, convert_file_size_to_int(max_shard_size), variant)
         for name, parts, count in _stored_parts(model, stored, config):
             writer.add(name, parts)
-            if count is not None:
+            if isinstance(count, TensorSparsity):
                 counts.append(count)
                 formats[format_of(parts)] += 1
+            else:
+                other_zeros += count
         writer.close(num_parameters(model))
-        measured = SparsityReport(tuple(counts), str(config.pattern), num_parameters(model))
+        measured = SparsityReport(
+            tuple(counts), str(config.pattern), num_parameters(model), other_zeros=other_zeros
+        )
         _warn_if_zeros_were_lost(config, measured)
         card = Card(model, config, measured, formats, report, metrics, tags, base_model)
         card.write(fresh / CARD_NAME, folder / CARD_NAME)
+    return measured
 
 
 def is_saving_process(is_main_process: bool) -> bool:
@@ -222,8 +238,8 @@ def _implied_config(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> Spa
     return SparsityConfig("unstructured", sparsity, targets, ignore, format)
 
 
-def _tensors_to_store(
-    model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None
+def tensors_to_store(
+    model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """The state dict without tied weights."""
     own = dict(model.state_dict())
@@ -248,22 +264,33 @@ def _stored_parts(
     model: PreTrainedModel,
     state_dict: dict[str, Tensor],
     config: SparsityConfig,
-) -> Iterator[tuple[str, dict[str, Tensor], TensorSparsity | None]]:
-    """The name, parts and, for targets, counts of every tensor; empties the state dict."""
+) -> Iterator[tuple[str, dict[str, Tensor], TensorSparsity | int]]:
+    """The name and parts of every tensor, with a target's counts or another weight's zeros.
+
+    Other matrices of the blocks, which an earlier pruning may have left zeros in, are compressed
+    where that is smaller. Empties the state dict.
+    """
     targets = _targets_by_weight(model, config)
+    blocks = {id(layer.weight) for stack in find_stacks(model) for _, layer in stack.layers()}
+    others = dict(model.named_parameters(remove_duplicate=False))
     dense = {}
     for name in list(state_dict):
-        tensor, count = _load_offloaded(model, name, state_dict.pop(name)), None
+        tensor = _load_offloaded(model, name, state_dict.pop(name))
         parts = {"": tensor}
+        count: TensorSparsity | int = 0
         if name in targets:
             parts, count = _compress(name, tensor, targets[name], config)
+        elif name in others:
+            count = int((tensor == 0).sum())
+            if count and id(others[name]) in blocks and can_compress(tensor):
+                parts = compress(tensor)
         if config.format == "dense":
             dense[name] = tensor
             parts = {}
         yield name, parts, count
     # Other programs want the names of the original checkpoint.
     for name, tensor in revert_weight_conversion(model, dense).items() if dense else ():
-        yield name, {"": tensor}, None
+        yield name, {"": tensor}, 0
 
 
 def _load_offloaded(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from hf_sparse.checkpoint.reading import (
     read_parts,
     restore_state_dict,
 )
-from hf_sparse.checkpoint.save import save_pretrained
+from hf_sparse.checkpoint.save import save_model
 from hf_sparse.checkpoint.work_folder import (
     HIDDEN_STATES,
     read_json,
@@ -160,16 +160,16 @@ def prune_checkpoint(
             time.perf_counter() - start,
             (*residence.earlier_notes, *notes.lines(), *notes_on(model, config)),
         )
-        save_pretrained(
+        saved = save_model(
             model,
             folder,
-            config,
+            config=config,
             tokenizer=tokenizer,
             report=report,
             base_model=base_model,
             max_shard_size=_SHARD_SIZE,
         )
-    return report
+    return report if saved is None else replace(report, other_zeros=saved.other_zeros)
 
 
 def _check(model: PreTrainedModel, layers: list[TargetLayer], config: SparsityConfig) -> None:

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.checkpoint.card import CARD_NAME, Card, Metric
 from hf_sparse.checkpoint.config_files import dense_class_name, dense_config
+from hf_sparse.checkpoint.save import tensors_to_store
+from hf_sparse.checkpoint.source import is_stored_in, read_metrics
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.exporters import QUANTIZATIONS
 from hf_sparse.exporters.heads import Head, head_of
@@ -27,7 +29,7 @@ from hf_sparse.exporters.verification import Difference, compare
 from hf_sparse.models.parts import full_size
 from hf_sparse.pruning.oneshot import check_not_compiled
 from hf_sparse.report import SparsityReport, measure_sparsity
-from hf_sparse.structure import has_adapters, promised_config
+from hf_sparse.structure import check_has_weights, has_adapters, promised_config
 from hf_sparse.units import shrunk_sizes
 
 GRAPH_NAME = "model.onnx"
@@ -112,8 +114,10 @@ def export_onnx(
         quantize: `"dynamic"` or `"static"`: 8-bit weights and activations by ONNX Runtime's own
             quantizer, symmetric, so that zeros stay zeros.
         batches: inputs that `"static"` calibrates on.
-        report: the `prune_` report, for the method on the model card.
-        metrics: measured figures for the model card.
+        report: the `prune_` report, for the method on the model card, if the model was not pruned
+            here or loaded with a card that tells it.
+        metrics: measured figures for the model card. Without them those of the checkpoint that the
+            model was loaded from are told, if its weights are still the same and not quantized.
         base_model: Hub name of the dense model, for the card.
         tolerance: the largest difference allowed, relative to the outputs' size. None: 1e-4 in
             fp32, 2e-2 in fp16; quantized graphs are only reported.
@@ -162,9 +166,11 @@ def export_onnx(
                 "tolerance= if that is what you want."
             )
         config = promised_config(model)
-        measured = measure_sparsity(model, config)
+        measured = measure_sparsity(model)
         if config is None:
             config = SparsityConfig("unstructured", min(measured.sparsity, 0.999999))
+        if not metrics and quantize is None:
+            metrics = _metrics_of_source(model)
         facts = (report, metrics, ("onnx",), base_model, _usage(head, quantize))
         card = Card(model, config, measured, packing.formats, *facts)
         card.write(fresh / CARD_NAME, folder / CARD_NAME)
@@ -190,6 +196,7 @@ def _check_model(model: Any) -> Head:
             "the model has adapters, which are for training. Merge them first: "
             "hf_sparse.merge_adapters(model), which keeps the zeros."
         )
+    check_has_weights(model)
     check_not_compiled(model)
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
@@ -212,6 +219,12 @@ def _check_model(model: Any) -> Head:
             "float16: model.float()."
         )
     text = model.config.get_text_config()
+    if "dynamic" in _rope_types(text):
+        raise ValueError(
+            f"this {type(model).__name__} has rope_type 'dynamic', whose frequencies are computed anew "
+            "whenever a text is longer than those before: a graph cannot do that. Wanted another "
+            "rope_type, such as 'longrope', 'yarn' or 'linear'."
+        )
     if (
         head.task == "text-classification"
         and text.pad_token_id is None
@@ -222,6 +235,13 @@ def _check_model(model: Any) -> Head:
             "model.config.pad_token_id."
         )
     return head
+
+
+def _rope_types(config: Any) -> set[str]:
+    """The kinds of rotary positions that a config names, for all of its layers."""
+    given = getattr(config, "rope_parameters", None) or {}
+    entries = [given, *(entry for entry in given.values() if isinstance(entry, dict))]
+    return {str(entry["rope_type"]) for entry in entries if entry.get("rope_type")}
 
 
 def _check_quantization(quantize: str | None, batches: Any) -> None:
@@ -273,6 +293,15 @@ def _written(folder: Path) -> set[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()
     return {*graphs, *(f"{name}.data" for name in graphs), *_BESIDE}
+
+
+def _metrics_of_source(model: PreTrainedModel) -> list[Metric]:
+    """The metrics on the card of the folder that a model was loaded from, while they are true."""
+    if not model.config.name_or_path:
+        return []
+    folder = Path(model.config.name_or_path)
+    metrics = read_metrics(folder)
+    return metrics if metrics and is_stored_in(folder, tensors_to_store(model)) else []
 
 
 def _tell_key_heads(config: Any, model: PreTrainedModel) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "COMPANIONS",
     "FORMATS",
     "FormatError",
+    "can_compress",
     "compress",
     "decompress",
     "group_parts",
@@ -86,7 +87,7 @@ def compress(
     pattern = Unstructured() if pattern is None else pattern
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}. Known formats: {', '.join(FORMATS)}.")
-    if weight.ndim != 2 or weight.dtype not in _FLOATS:
+    if not can_compress(weight):
         raise ValueError(
             f"a weight of shape {tuple(weight.shape)} and type {weight.dtype} cannot be compressed; "
             f"wanted a 2-D tensor of {', '.join(map(str, _FLOATS))}."
@@ -106,6 +107,11 @@ def compress(
     if structured is None or num_bytes(structured) > least:
         candidates += _encode_unstructured(weight, flat, mask, nnz)
     return min([*candidates, {"": weight}], key=num_bytes)
+
+
+def can_compress(weight: Tensor) -> bool:
+    """Whether this is a 2-D tensor of a type that the formats hold."""
+    return weight.ndim == 2 and weight.dtype in _FLOATS
 
 
 def decompress(parts: Mapping[str, Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.history import Step, remember_
 from hf_sparse.patterns import GroupPattern
 from hf_sparse.pruning.calibration import checked_batches
 from hf_sparse.pruning.methods import Recipe
@@ -29,7 +30,7 @@ from hf_sparse.structure import (
     target_layers,
     with_head_size,
 )
-from hf_sparse.units import clear_unused_, find_units
+from hf_sparse.units import check_whole, clear_unused_, find_units
 
 
 @torch.no_grad()
@@ -78,7 +79,8 @@ def prune_(
     _check_layers(layers, config)
     whole_units = given.targets != config.targets
     if whole_units:
-        find_units(model)  # refuses what could not be cleared below
+        for units in find_units(model):  # refuse what could not be cleared below
+            check_whole(units.layers)
     if whole_units and options.get("scope") != "global":
         _check_units(layers, config)
     start = time.perf_counter()
@@ -97,6 +99,7 @@ def prune_(
     if whole_units:  # what fed the heads or neurons that went goes too
         clear_unused_(model)
     vars(model)[PRUNED_WITH] = config
+    remember_(model, [Step.of(method, recipe.all_options)])
     return replace(
         measure_sparsity(model, config),
         method=method,

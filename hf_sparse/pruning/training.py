@@ -62,7 +62,7 @@ def check_labels(
         way_out = f", or use method='{other}', which needs none." if other else "."
         raise ValueError(
             f"method '{method}' needs the loss of {type(model).__name__}, and the batches have no "
-            f"labels. Put labels into them{way_out}"
+            f"labels. Put labels into them (see hf_sparse.labelled_batches){way_out}"
         )
 
 

@@ -47,8 +47,8 @@ def keep_zeros(
         optimizer: any torch optimizer that trains the model, also as Accelerate wraps it. With
             DDP, FSDP2 or Accelerate call this after they have prepared model and optimizer.
         model: the sparse model.
-        config: which layers. None: those that it was pruned or loaded with, or else all in the
-            blocks.
+        config: which layers. None: those that it was pruned or loaded with, and all others in the
+            blocks that are sparse.
 
     Returns:
         The mask, whose `check()` tells whether the zeros are still those of now. It is not part of

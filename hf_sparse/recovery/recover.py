@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from hf_sparse.distillation import Distillation
+from hf_sparse.history import Step, remember_
 from hf_sparse.pruning.calibration import checked_batches
 from hf_sparse.pruning.training import (
     check_labels,
@@ -30,7 +31,7 @@ from hf_sparse.recovery.adapters import get_peft_model, is_peft_model, merge_ada
 from hf_sparse.recovery.frozen import keep_zeros
 from hf_sparse.recovery.zeros import fingerprint, sparse_layers
 from hf_sparse.report import SparsityReport, measure_sparsity
-from hf_sparse.structure import has_adapters, promised_config
+from hf_sparse.structure import has_adapters
 
 _WARM_UP = 0.1
 _CLIP = 1.0
@@ -153,13 +154,15 @@ def recover_(
     if fingerprint(layer.parameter.detach() for layer in sparse_layers(model)) != zeros:
         raise ValueError("the zeros of the model have changed while it was trained. Load it again.")
     options = {"epochs": epochs, "lr": recovery.lr, **({"r": recovery.r} if recovery.r else {})}
-    return replace(
-        measure_sparsity(model, promised_config(model)),
+    report = replace(
+        measure_sparsity(model),
         method=f"recovery by {method}",
         options={**options, "distilled": teacher is not None},
         seconds=time.perf_counter() - start,
         notes=(f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end",),
     )
+    remember_(model, [Step.of(f"recovery by {method}", report.options)])
+    return report
 
 
 def _checked(

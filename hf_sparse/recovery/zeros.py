@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.optim.sharding import local_part
-from hf_sparse.structure import TargetLayer, promised_config, target_layers
+from hf_sparse.structure import TargetLayer, find_stacks, promised_config, target_layers
 
 # A layer with fewer zeros is dense: weights are zero by chance too.
 SPARSE_FROM = 0.005
@@ -21,8 +21,8 @@ def sparse_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
 
     Args:
         model: any model, also one with PEFT adapters.
-        config: its targets are looked at. None: what the model was pruned or loaded with, or else
-            every Linear and Conv1D in the blocks.
+        config: its targets are looked at. None: what the model was pruned or loaded with, and every
+            other Linear and Conv1D in the blocks that is sparse, such as by an earlier pruning.
 
     Raises:
         ValueError: a weight is no matrix of floats.
@@ -30,7 +30,25 @@ def sparse_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
     layers = target_layers(model, promised_config(model) if config is None else config)
     for layer in layers:
         check_floats(layer.weight_name, layer.parameter)
-    return [layer for layer in layers if bool((local_part(layer.parameter.detach()) == 0).any())]
+    found = [layer for layer in layers if bool((local_part(layer.parameter.detach()) == 0).any())]
+    if config is None:
+        found += _others(model, layers)
+    return found
+
+
+def _others(model: nn.Module, layers: Sequence[TargetLayer]) -> list[TargetLayer]:
+    """The sparse layers of the blocks that are not among the given ones."""
+    seen = {id(layer.parameter) for layer in layers}
+    found = []
+    for stack in find_stacks(model):
+        for layer in (TargetLayer(name, module) for name, module in stack.layers()):
+            if id(layer.parameter) in seen:
+                continue
+            seen.add(id(layer.parameter))
+            check_floats(layer.weight_name, layer.parameter)
+            if is_sparse(local_part(layer.parameter.detach())):
+                found.append(layer)
+    return found
 
 
 def is_sparse(weight: Tensor) -> bool:

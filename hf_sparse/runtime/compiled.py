@@ -29,7 +29,7 @@ from hf_sparse.runtime.memory import Shelf
 from hf_sparse.runtime.runner import Runner
 from hf_sparse.runtime.sparse_linear import CompiledHead, CompiledLinear
 from hf_sparse.runtime.target import Target, named
-from hf_sparse.structure import target_layers
+from hf_sparse.structure import PACKED, target_layers
 
 # The name of the attention in the compiled model's config: masks reach the blocks as they were given.
 ATTENTION = "hf_sparse"
@@ -148,6 +148,7 @@ def _finished(
         """Refuse: a checkpoint without the blocks would load with random ones."""
         raise ValueError(NOT_STORED)
 
+    vars(model)[PACKED] = True
     model.__dict__["explain"] = explain
     model.__dict__["save_pretrained"] = save_pretrained
     model.eval()

@@ -1,0 +1,82 @@
+"""What the model card of the folder that a model was loaded from tells: its steps, its metrics."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sparse.checkpoint.card import CARD_NAME, OUR_FACT, THEN, Metric
+from hf_sparse.checkpoint.reading import StoredTensor, checkpoint_files, read_headers, read_parts
+from hf_sparse.formats import FormatError, decompress
+from hf_sparse.history import Step, remember_
+
+_STEP_ROW = re.compile(rf"\| (method|{THEN}|option \S+) \| (.+) \|")
+_METRIC_ROW = re.compile(r"\| (.+) \| (not measured|\S+) \| (\S+) \|")
+
+
+def remember_source_(model: Any, folder: Path) -> None:
+    """Let a model that was loaded from a folder know the steps that the folder's card tells."""
+    remember_(model, read_steps(folder))
+
+
+def read_steps(folder: Path) -> list[Step]:
+    """The steps that the card in a folder tells; none if there is no card of hf_sparse."""
+    steps: list[Step] = []
+    for line in _card(folder).split("## Metrics")[0].splitlines():
+        if (row := _STEP_ROW.fullmatch(line)) is None:
+            continue
+        title, value = row.groups()
+        if title in ("method", THEN):
+            steps.append(Step(value))
+        elif steps:
+            option = (title.removeprefix("option "), value)
+            steps[-1] = Step(steps[-1].method, (*steps[-1].options, option))
+    return [step for step in steps if step.method != "not recorded"]
+
+
+def read_metrics(folder: Path) -> list[Metric]:
+    """The metrics that the card in a folder tells; none if there is no card of hf_sparse."""
+    metrics = []
+    for line in _card(folder).partition("## Metrics")[2].partition("\n## ")[0].splitlines():
+        if (row := _METRIC_ROW.fullmatch(line)) is None:
+            continue
+        name, dense, sparse = row.groups()
+        try:
+            known = None if dense == "not measured" else float(dense)
+            metrics.append(Metric(name, float(sparse), known))
+        except ValueError:  # the table's head
+            continue
+    return metrics
+
+
+def is_stored_in(folder: Path, weights: dict[str, Tensor]) -> bool:
+    """Whether the weights of a checkpoint folder can be read and are these, bit for bit.
+
+    Args:
+        folder: of the checkpoint.
+        weights: of a model, without tied ones.
+
+    Memory: one weight.
+    """
+    try:
+        stored = read_headers(checkpoint_files(folder))
+        same = {tensor.name for tensor in stored} == weights.keys()
+        return same and all(_is_equal(tensor, weights[tensor.name]) for tensor in stored)
+    except FormatError:
+        return False
+
+
+def _is_equal(stored: StoredTensor, weight: Tensor) -> bool:
+    parts = read_parts(stored)
+    found = decompress(parts) if stored.compressed else parts[""]
+    return found.dtype == weight.dtype and torch.equal(found, weight.detach().cpu())
+
+
+def _card(folder: Path) -> str:
+    file = folder / CARD_NAME
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    return text if OUR_FACT in text else ""

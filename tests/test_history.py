@@ -1,0 +1,131 @@
+"""The model card tells all that was done to a model, and metrics while they are true."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import hf_sparse
+from hf_sparse import Metric, SparsityConfig
+from hf_sparse.checkpoint.source import is_stored_in, read_metrics, read_steps
+from hf_sparse.cli import main
+from hf_sparse.history import Step, steps_of
+from tests.tiny_models import (
+    prose,
+    tiny_batches,
+    tiny_classifier,
+    tiny_model,
+    tiny_tokenizer,
+)
+
+MAGNITUDE = Step("magnitude", (("scope", "layer"),))
+METRICS = [Metric("accuracy, SST-2", 0.8899, 0.8807), Metric("other | one", 1.5e-7)]
+
+
+@pytest.fixture
+def sparse(tmp_path: Path) -> Path:
+    """A folder with a classifier and a card with method and metrics."""
+    model = tiny_classifier()
+    report = hf_sparse.prune_(model, SparsityConfig("unstructured", 0.5), "magnitude")
+    folder = tmp_path / "sparse"
+    return hf_sparse.save_pretrained(
+        model, folder, tokenizer=tiny_tokenizer(), report=report, metrics=METRICS
+    )
+
+
+def card(folder: Path) -> str:
+    return (folder / "README.md").read_text()
+
+
+def test_what_a_card_tells_is_read_back(sparse: Path, tmp_path: Path) -> None:
+    assert read_steps(sparse) == [MAGNITUDE]
+    assert read_metrics(sparse) == METRICS
+    assert steps_of(AutoModelForSequenceClassification.from_pretrained(sparse)) == (MAGNITUDE,)
+    (sparse / "README.md").write_text("| method | of somebody else |")
+    assert read_steps(sparse) == read_metrics(sparse) == []
+    assert read_steps(tmp_path / "none") == []
+
+
+def test_every_step_is_told_once_and_in_order(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    batches = tiny_batches("llama")
+    hf_sparse.prune_(model, SparsityConfig("column", 0.25), "wanda", batches)
+    hf_sparse.save_pretrained(model, tmp_path / "a")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    hf_sparse.shrink(model)
+    report = hf_sparse.prune_(model, SparsityConfig("2:4", targets=["mlp.*"]), "magnitude")
+    assert [step.method for step in steps_of(model)] == ["wanda", "shrink", "magnitude"]
+    hf_sparse.save_pretrained(model, tmp_path / "b", report=report)
+    rows = "| method | wanda |\n| then | shrink |\n| then | magnitude |\n| option scope | layer |\n"
+    assert rows in card(tmp_path / "b")
+    # What was done elsewhere is in the report alone.
+    other = hf_sparse.SparsityReport((), "2:4", 0, "SparseAdamW", {"steps": 3})
+    hf_sparse.save_pretrained(model, tmp_path / "c", report=other)
+    assert f"{rows}| then | SparseAdamW |\n| option steps | 3 |\n" in card(tmp_path / "c")
+
+
+@pytest.mark.parametrize("format", ["auto", "dense"])
+def test_recovery_keeps_the_method_of_pruning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str
+) -> None:
+    dense, text = tmp_path / "dense", tmp_path / "text.txt"
+    tiny_model("llama").save_pretrained(dense)
+    tiny_tokenizer().save_pretrained(dense)
+    text.write_text(prose()[:5000])
+    folders = [str(tmp_path / name) for name in ("dense", "sparse", "recovered")]
+    pruning = ("--pattern", "2:4", "--method", "magnitude", "--format", format)
+    assert main(["prune", *folders[:2], *pruning]) == 0
+    data = ("--data", str(text), "--num-samples", "4", "--window", "16", "--lr", "0.001")
+    assert main(["recover", *folders[1:], *data]) == 0, capsys.readouterr().err
+    methods = [step.method for step in read_steps(tmp_path / "recovered")]
+    assert methods == ["magnitude", "recovery by finetune"]
+    assert "| option lr | 0.001 |" in card(tmp_path / "recovered")
+
+
+def test_a_recovered_model_replaces_its_old_card(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    hf_sparse.prune_(model, SparsityConfig("2:4"), "magnitude")
+    hf_sparse.save_pretrained(model, tmp_path, metrics=METRICS)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    hf_sparse.recover_(loaded, tiny_batches("llama"))
+    hf_sparse.save_pretrained(loaded, tmp_path)
+    assert "| then | recovery by finetune |" in card(tmp_path)
+    assert read_metrics(tmp_path) == []  # they were another model's
+
+
+@pytest.mark.parametrize("format", ["auto", "dense"])
+def test_an_export_takes_over_method_and_metrics(sparse: Path, tmp_path: Path, format: str) -> None:
+    pytest.importorskip("onnxruntime")
+    if format == "dense":
+        model = AutoModelForSequenceClassification.from_pretrained(sparse)
+        config = SparsityConfig("unstructured", 0.5, format="dense")
+        sparse = hf_sparse.save_pretrained(
+            model, tmp_path / "dense", config, tokenizer=tiny_tokenizer(), metrics=METRICS
+        )
+    assert main(["export", str(sparse), str(tmp_path / "graph")]) == 0
+    assert read_steps(tmp_path / "graph") == [MAGNITUDE]
+    assert read_metrics(tmp_path / "graph") == METRICS
+    model: Any = AutoModelForSequenceClassification.from_pretrained(sparse)
+    hf_sparse.export_onnx(model, tmp_path / "int8", quantize="dynamic")
+    assert read_metrics(tmp_path / "int8") == []
+    with torch.no_grad():
+        model.classifier.bias += 1
+    hf_sparse.export_onnx(model, tmp_path / "trained")
+    assert read_metrics(tmp_path / "trained") == []
+    hf_sparse.export_onnx(model, tmp_path / "trained", metrics=METRICS[:1])
+    assert read_metrics(tmp_path / "trained") == METRICS[:1]
+
+
+def test_stored_weights_are_compared(sparse: Path) -> None:
+    weights = dict(AutoModelForSequenceClassification.from_pretrained(sparse).state_dict())
+    assert is_stored_in(sparse, weights)
+    name = "bert.encoder.layer.1.output.dense.weight"
+    assert not is_stored_in(sparse, {**weights, name: weights[name].half()})
+    assert not is_stored_in(sparse, {**weights, name: weights[name] + 1})
+    assert not is_stored_in(sparse, {**weights, "another": weights[name]})
+    (sparse / "model.safetensors").write_bytes(b"short")
+    assert not is_stored_in(sparse, weights)
