@@ -25,7 +25,7 @@ from transformers import (
 import hf_sparse
 from hf_sparse.runtime import jit, target
 from hf_sparse.runtime.cache import alone_with
-from hf_sparse.runtime.compiled import linears_of, stack_of
+from hf_sparse.runtime.compiled import CompiledLayer, linears_of, stack_of
 from hf_sparse.runtime.families import COMPILED
 from hf_sparse.runtime.sparse_linear import CompiledHead, CompiledLinear
 from tests.tiny_models import CONFIGS, tiny_model, tiny_tokenizer
@@ -209,14 +209,74 @@ def test_the_model_stays_as_it_was_and_shares_what_is_not_packed(models: dict) -
         assert parameter.data_ptr() == shared[name].data_ptr()
 
 
-def test_half_precision_models_are_computed_in_float32() -> None:
-    model = random_model(CONFIGS["llama"]).bfloat16()
-    compiled = hf_sparse.compile(model)
-    given = inputs(2, 12)
+def run_stack(compiled: PreTrainedModel) -> list[torch.Tensor]:
+    """What the blocks make of random hidden states: as tiles, and of single tokens behind them."""
+    (runner,) = {m.runner for m in compiled.modules() if isinstance(m, CompiledLayer)}
+    stack, generator = runner.stack, torch.Generator().manual_seed(0)
+    cache = DynamicCache(config=compiled.config) if stack.causal else None
+    results = []
+    for tokens in (37, 1, 1) if stack.causal else (37,):
+        hidden = torch.randn(2, tokens, stack.hidden, generator=generator)
+        angles = torch.randn(2, 1, tokens, stack.head_dim, generator=generator)
+        rotation = (angles[0], angles[1]) if stack.rotary else None
+        results.append(runner(hidden, None, rotation, cache))
+    return results
+
+
+@pytest.mark.parametrize("name", target.targets())
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.6])
+def test_two_bytes_a_weight_give_what_float32_gives(
+    family: str, kind: torch.dtype, sparsity: float, name: str
+) -> None:
+    """To the last bit, with half the bytes."""
+    narrow = random_model(CONFIGS[family], sparsity).to(kind)
+    wide = copy.deepcopy(narrow).float()
+    try:
+        compiled = [hf_sparse.compile(model, target=name) for model in (narrow, wide)]
+    except ValueError as error:
+        pytest.skip(str(error))
+    found, wanted = (run_stack(model) for model in compiled)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+    assert {linear.dtype for linear in linears_of(compiled[0])} == {kind}
+    for one, other in zip(linears_of(compiled[0]), linears_of(compiled[1]), strict=True):
+        assert one.kernel == other.kernel
+        assert one.nbytes < 0.9 * other.nbytes
+        if not sparsity:
+            assert one.nbytes == 2 * one.rows * one.columns
     with torch.no_grad():
-        found, wanted = compiled(**given).logits, model.float()(**given).logits
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), wanted, atol=0.05, rtol=0.05)
+        logits = compiled[0](**inputs(2, 12)).logits
+    assert logits.dtype == kind
+    if not sparsity and family != "gpt2":  # which has transposed weights; else nothing is copied
+        given = {p.data_ptr() for p in narrow.parameters()}
+        own = {packed.weight.data_ptr() for one in linears_of(compiled[0]) for packed in one.packed}
+        assert len(own - given) <= len(stack_of(compiled[0]).blocks)  # joined queries, keys, values
+
+
+def test_weights_of_different_types_become_float32() -> None:
+    model = random_model(CONFIGS["llama"]).bfloat16()
+    model.model.layers[1].mlp.float()
+    compiled = hf_sparse.compile(model)
+    assert {linear.dtype for linear in linears_of(compiled)} == {torch.float32}
+    wanted = run_stack(hf_sparse.compile(model.float()))
+    for one, other in zip(run_stack(compiled), wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+def test_generation_of_two_byte_models(kind: torch.dtype) -> None:
+    """The same tokens as torch's until two logits are closer than the type can tell."""
+    model = random_model(CONFIGS["llama"]).to(kind)
+    compiled = hf_sparse.compile(model)
+    given = inputs(1, 9)
+    with torch.no_grad():
+        found, wanted = compiled(**given).logits, model(**given).logits
+    assert found.dtype == kind
+    torch.testing.assert_close(found.float(), wanted.float(), atol=0.05, rtol=0.05)
+    length = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 1}
+    assert compiled.generate(**given, do_sample=False, **length).shape == (1, 15)
 
 
 def test_concurrent_callers_and_models(models: dict) -> None:
@@ -350,7 +410,22 @@ def test_a_compiled_head_equals_the_linear() -> None:
             x = torch.randn(shape)
             torch.testing.assert_close(head(x), linear(x))
     assert not CompiledHead.suits(torch.nn.Linear(30, 64))
-    assert not CompiledHead.suits(linear.bfloat16())
+    assert not CompiledHead.suits(linear.bfloat16())  # for its bias
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+def test_a_head_of_two_byte_weights_sums_in_float32(kind: torch.dtype) -> None:
+    linear = torch.nn.Linear(64, 32, bias=False)
+    narrow, wide = copy.deepcopy(linear).to(kind), linear.to(kind).float()
+    heads = [CompiledHead(one, target.host(), None).eval() for one in (narrow, wide)]
+    assert all(CompiledHead.suits(one) for one in (narrow, wide))
+    with torch.no_grad():
+        for tokens in (1, 3):
+            x = torch.randn(1, tokens, 64).to(kind)
+            found, wanted = heads[0](x), heads[1](x.float())
+            assert torch.equal(found, wanted.to(kind))
+        x = torch.randn(9, 64).to(kind)
+        torch.testing.assert_close(heads[0](x), narrow(x))
 
 
 def test_the_code_cache_is_used_and_checked(

@@ -51,8 +51,9 @@ def compile(
     """Compile a model's blocks for this CPU; zeros in the weights become speed.
 
     Works on whatever zeros are there, whoever made them; a layer without enough of them is
-    computed densely. Sparse weights are packed, in float32; the model that was given stays as it is,
-    and may be deleted: what is dense (embeddings, heads, layers without zeros) is shared with it.
+    computed densely. Sums are taken in float32; weights in bfloat16 or float16 stay as they are. The
+    model that was given is not changed, and may be deleted: what is dense (embeddings, heads, layers
+    without zeros) is shared with it.
 
     The blocks of the families in `families.COMPILED` are compiled as a whole. In other models, and
     variants that the kernels cannot do, each sparse Linear of the blocks is replaced by a compiled
@@ -69,8 +70,8 @@ def compile(
 
     Raises:
         ImportError: llvmlite is not installed.
-        ValueError: the model is not on the CPU, or it is not compiled as a whole and no layer of
-            its blocks has enough zeros.
+        ValueError: the model is not on the CPU, its weights are not finite, or it is not compiled
+            as a whole and no layer of its blocks has enough zeros.
     """
     chosen = named(target)
     folder = None if cache is None else Path(cache)
