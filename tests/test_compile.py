@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ from hf_sparse.runtime import jit, target
 from hf_sparse.runtime.cache import alone_with
 from hf_sparse.runtime.compiled import CompiledLayer, linears_of, stack_of
 from hf_sparse.runtime.families import COMPILED
+from hf_sparse.runtime.schedule import Shape
 from hf_sparse.runtime.sparse_linear import CompiledHead, CompiledLinear
 from tests.tiny_models import CONFIGS, tiny_model, tiny_tokenizer
 
@@ -324,8 +327,6 @@ def test_bad_input_is_refused(models: dict) -> None:
         compiled(
             given["input_ids"], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False
         )
-    with pytest.raises(ValueError, match="output_attentions"):
-        models["bert"][1](**given, output_attentions=True)
     with pytest.raises(ValueError, match="inference"):
         compiled.train()(**given)
     compiled.eval()
@@ -334,6 +335,150 @@ def test_bad_input_is_refused(models: dict) -> None:
         compiled(inputs_embeds=embeds)
     with pytest.raises(ValueError, match="StaticLayer"):
         compiled.generate(**given, max_new_tokens=3, cache_implementation="static")
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_attention_weights_are_refused(models: dict, name: str) -> None:
+    """Whether the call or the config asks for them."""
+    compiled = copy.deepcopy(models[name][1])
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="output_attentions"):
+            compiled(**inputs(1, 6), output_attentions=True)
+        compiled(**inputs(1, 6), output_attentions=False)
+        compiled.config._output_attentions = True  # as it was when the model was loaded
+        with pytest.raises(ValueError, match="output_attentions"):
+            compiled(**inputs(1, 6))
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_another_number_of_blocks_is_refused(models: dict, name: str) -> None:
+    model, compiled = (copy.deepcopy(one) for one in models[name])
+    compiled.config.num_hidden_layers -= 1
+    with torch.no_grad(), pytest.raises(ValueError, match="num_hidden_layers is"):
+        compiled(**inputs(1, 6))
+    with torch.no_grad():  # a copy has its own config
+        models[name][1](**inputs(1, 6))
+    if name != "albert":  # which takes the number of its blocks from the config alone
+        model.config.num_hidden_layers -= 1
+        with pytest.raises(ValueError, match="num_hidden_layers is"):
+            hf_sparse.compile(model)
+
+
+def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+    family = COMPILED[model.config.model_type]
+    return list(model.base_model.get_submodule(family.stack)._modules.values())
+
+
+@pytest.mark.parametrize("name", [name for name in COMPILED if name != "albert"])
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_hooks_on_any_block_see_what_they_would_see(models: dict, name: str, index: int) -> None:
+    seen: list[list[torch.Tensor]] = [[], []]
+    for model, kept in zip((copy.deepcopy(one) for one in models[name]), seen, strict=True):
+        block = blocks_of(model)[index]
+        block.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0].clone()))
+        block.register_forward_hook(lambda *given, kept=kept: kept.append(given[-1].clone()))
+        model = copy.deepcopy(model)  # hooks are copied with it
+        with torch.no_grad():
+            model(**inputs(2, 9))
+    wanted, found = seen
+    assert len(found) == len(wanted) == 2
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, **TOLERANCE)
+
+
+def test_hidden_states_of_a_model_that_gave_them_before() -> None:
+    model, given = random_model(CONFIGS["llama"]), inputs(1, 5)
+    with torch.no_grad():
+        wanted = model(**given, output_hidden_states=True).hidden_states
+        compiled = hf_sparse.compile(model)
+        for one in (compiled, copy.deepcopy(compiled)):
+            found = one(**given, output_hidden_states=True).hidden_states
+            torch.testing.assert_close(found, wanted, **TOLERANCE)
+
+
+@pytest.mark.parametrize("how", ["returned", "in place", "before"])
+def test_hooks_that_change_hidden_states_are_refused(models: dict, how: str) -> None:
+    compiled = copy.deepcopy(models["llama"][1])
+    block = blocks_of(compiled)[1]
+    given = inputs(1, 6)
+    if how == "before":
+        hook = block.register_forward_pre_hook(lambda _, args: (2 * args[0], *args[1:]))
+    elif how == "returned":
+        hook = block.register_forward_hook(lambda *given: 2 * given[-1])
+    else:
+        hook = block.register_forward_hook(lambda *given: [given[-1].mul_(2)].clear())
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="a hook changed"):
+            compiled(**given)
+        hook.remove()
+        wanted = models["llama"][1](**given).logits
+        assert torch.equal(compiled(**given).logits, wanted)
+
+
+def test_what_a_hook_makes_of_the_last_block_is_used(models: dict) -> None:
+    results = []
+    for model in (copy.deepcopy(one) for one in models["llama"]):
+        blocks_of(model)[-1].register_forward_hook(lambda *given: given[-1] + 1)
+        with torch.no_grad():
+            results.append(model(**inputs(1, 6)).logits)
+    torch.testing.assert_close(*results, **TOLERANCE)
+
+
+def test_attention_in_both_directions_with_a_cache() -> None:
+    config = type(CONFIGS["llama"])(**{**CONFIGS["llama"].to_dict(), "is_causal": False})
+    model = random_model(config)
+    compiled = hf_sparse.compile(model)
+    ids = inputs(2, 40)["input_ids"]
+    results: list[list[torch.Tensor]] = []
+    for one in (model, compiled):
+        cache = DynamicCache(config=one.config)
+        with torch.no_grad():
+            parts = ids.split((30, 1, 9), dim=1)
+            results.append([one(part, past_key_values=cache).logits for part in parts])
+        assert cache.get_seq_length() == 40
+    for wanted, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, **TOLERANCE)
+    windows = {"is_causal": False, "sliding_window": 7}
+    config = type(CONFIGS["mistral"])(**{**CONFIGS["mistral"].to_dict(), **windows})
+    assert "is_causal=False" in hf_sparse.compile(random_model(config)).explain().reason
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated
+@pytest.mark.parametrize("family", ["bert", "gpt_neox"])
+def test_tracing_is_refused(family: str) -> None:
+    model = tiny_model(family)
+    hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", 0.7), "magnitude")
+    compiled = hf_sparse.compile(model)
+    compiled.config.return_dict = False
+    with torch.no_grad(), pytest.raises(ValueError, match="cannot be traced"):
+        torch.jit.trace(compiled, inputs(1, 6)["input_ids"])
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("part", ["mlp.up_proj.weight", "input_layernorm.weight"])
+def test_weights_that_are_not_finite_are_refused(part: str, value: float) -> None:
+    model = random_model(CONFIGS["llama"], 0.0)
+    with torch.no_grad():
+        model.model.layers[1].get_parameter(part).view(-1)[3] = value
+    name = part.rpartition(".")[0]
+    with pytest.raises(ValueError, match=f"layers.1.{name}.* 1 values that are infinite or NaN"):
+        hf_sparse.compile(model)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_programs_that_are_dropped_are_freed_at_once(models: dict, tokens: int) -> None:
+    """Their buffers must not wait for Python's collector of cycles, which seldom runs."""
+    (runner,) = {m.runner for m in models["llama"][1].modules() if isinstance(m, CompiledLayer)}
+    shape = Shape(1, tokens, 1, True, 512, False)
+    gc.disable()
+    try:
+        program = runner._make(shape)
+        assert program.nbytes > program.tables.nbytes
+        freed = weakref.ref(program.program)
+        del program
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_models_that_cannot_be_compiled_are_refused() -> None:

@@ -116,6 +116,10 @@ def why_not_compiled(config: Any) -> str | None:
         value = getattr(config, name, values[0])
         if value not in values:
             return f"its config has {name}={value!r}"
+    if family.windows and not getattr(config, "is_causal", True):
+        windows = [window_of(config, family, i) for i in range(config.num_hidden_layers)]
+        if min(windows) != NO_WINDOW:
+            return "its config has is_causal=False with sliding windows"
     activation = getattr(config, family.activation, None)
     if activation not in ACTIVATION_NAMES:
         return f"activation {activation!r} is not one of {', '.join(ACTIVATION_NAMES)}"

@@ -69,6 +69,11 @@ class _Layer(nn.Module):
         )
 
     def _checked(self, x: Tensor) -> Tensor:
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise ValueError(
+                "a compiled layer cannot be traced: its weight is known to this process alone. Trace "
+                "the model that was compiled, or export it by hf_sparse.export_onnx."
+            )
         if self.training:
             raise ValueError("a compiled model is for inference: call its eval() first.")
         if torch.is_grad_enabled() and x.requires_grad:
@@ -128,7 +133,7 @@ class _TileLinear:
             [operation for tile in part for operation in self._operations(tile, thread)]
             for thread, part in enumerate(lists)
         ]
-        self.program = Program(layer._code, [operations], [self.__dict__])
+        self.program = Program(layer._code, [operations], [layer.packed, self._x, self._y])
 
     @property
     def nbytes(self) -> int:
