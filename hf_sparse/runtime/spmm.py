@@ -10,7 +10,7 @@ loop over a row's nonzeros always has the same length as the one before, and the
 while a multiply-add is under way.
 
 Single weights may be of two bytes (`weight_types.py`): those of a round are widened at once, into
-memory that stays in L1, and multiplied from there. With half the bytes to bring that is 6 to 9 %
+memory that stays in L1, and multiplied from there. With half the bytes to bring that is 7 to 10 %
 faster than float32 at 50 to 90 % zeros (`benchmarks/weight_types.py`). Blocks stay float32: their
 kernels wait for multiply-adds alone, and widening makes them up to 4 % slower, 10 % on AVX2.
 
