@@ -2,6 +2,7 @@
 
     python benchmarks/compiler.py                    kernels, costs, exactness
     python benchmarks/compiler.py --decode           tokens per second, SmolLM2 and a 1 B Llama
+    python benchmarks/compiler.py --decode bfloat16  the same for weights in bfloat16
     python benchmarks/compiler.py --sst2 FOLDER --data DATA/glue    argmax on SST-2's validation set
 
 Random weights of BERT-base's shape, pruned by magnitude; SmolLM2-135M from its package. Everything
@@ -69,6 +70,7 @@ NEW_TOKENS, STEPS = 64, 30
 SPARSE = {
     "50 %": hf_sparse.SparsityConfig("unstructured", 0.5),
     "2:4": hf_sparse.SparsityConfig("2:4"),
+    "60 %": hf_sparse.SparsityConfig("unstructured", 0.6),
     "70 %": hf_sparse.SparsityConfig("unstructured", 0.7),
 }
 MEMORY = """
@@ -195,6 +197,8 @@ def greedy(work: Path) -> str:
 def decode(name: str, model: Any) -> str:
     """Milliseconds of one new token behind 32, in turns."""
     ways: dict[str, Any] = {"torch": model, "own dense": hf_sparse.compile(model)}
+    if model.dtype != torch.float32:
+        ways["own dense, float32"] = hf_sparse.compile(copy.deepcopy(model).float())
     for sparse, config in SPARSE.items():
         pruned = copy.deepcopy(model)
         hf_sparse.prune_(pruned, config, "magnitude")
@@ -255,7 +259,14 @@ def sst2(folder: Path, data: Path) -> str:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--decode", action="store_true", help="only tokens per second")
+    parser.add_argument(
+        "--decode",
+        nargs="?",
+        const="float32",
+        choices=["float32", "bfloat16"],
+        help="only tokens per second, of weights in this type",
+    )
+    parser.add_argument("--layers", type=int, default=22, help="of the large Llama")
     parser.add_argument("--sst2", type=Path, help="only this classifier's answers")
     parser.add_argument("--data", type=Path, help="folder with sst2")
     parser.add_argument("--work", type=Path, default=Path("bench_output"))
@@ -265,16 +276,19 @@ def main() -> None:
     if args.sst2:
         print(sst2(args.sst2, args.data))
     elif args.decode:
-        print(decode("SmolLM2-135M", smollm2(args.work)[0]), end="\n\n")
+        kind = getattr(torch, args.decode)
+        print(decode(f"SmolLM2-135M, {args.decode}", smollm2(args.work)[0].to(kind)), end="\n\n")
         config = LlamaConfig(
             hidden_size=2048,
             intermediate_size=5632,
-            num_hidden_layers=22,
+            num_hidden_layers=args.layers,
             num_attention_heads=32,
             num_key_value_heads=4,
             vocab_size=32000,
         )
-        print(decode("Llama, 1.1 B, random", LlamaForCausalLM(config).eval()))
+        llama = LlamaForCausalLM(config).to(kind).eval()
+        billions = llama.num_parameters() / 1e9
+        print(decode(f"Llama, {billions:.1f} B, random, {args.decode}", llama))
     else:
         for section in (rates, costs, exactness):
             print(section(), end="\n\n", flush=True)

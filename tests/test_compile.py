@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -25,8 +27,9 @@ from transformers import (
 import hf_sparse
 from hf_sparse.runtime import jit, target
 from hf_sparse.runtime.cache import alone_with
-from hf_sparse.runtime.compiled import linears_of, stack_of
+from hf_sparse.runtime.compiled import CompiledLayer, linears_of, stack_of
 from hf_sparse.runtime.families import COMPILED
+from hf_sparse.runtime.schedule import Shape
 from hf_sparse.runtime.sparse_linear import CompiledHead, CompiledLinear
 from tests.tiny_models import CONFIGS, tiny_model, tiny_tokenizer
 
@@ -209,14 +212,74 @@ def test_the_model_stays_as_it_was_and_shares_what_is_not_packed(models: dict) -
         assert parameter.data_ptr() == shared[name].data_ptr()
 
 
-def test_half_precision_models_are_computed_in_float32() -> None:
-    model = random_model(CONFIGS["llama"]).bfloat16()
-    compiled = hf_sparse.compile(model)
-    given = inputs(2, 12)
+def run_stack(compiled: PreTrainedModel) -> list[torch.Tensor]:
+    """What the blocks make of random hidden states: as tiles, and of single tokens behind them."""
+    (runner,) = {m.runner for m in compiled.modules() if isinstance(m, CompiledLayer)}
+    stack, generator = runner.stack, torch.Generator().manual_seed(0)
+    cache = DynamicCache(config=compiled.config) if stack.causal else None
+    results = []
+    for tokens in (37, 1, 1) if stack.causal else (37,):
+        hidden = torch.randn(2, tokens, stack.hidden, generator=generator)
+        angles = torch.randn(2, 1, tokens, stack.head_dim, generator=generator)
+        rotation = (angles[0], angles[1]) if stack.rotary else None
+        results.append(runner(hidden, None, rotation, cache))
+    return results
+
+
+@pytest.mark.parametrize("name", target.targets())
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.6])
+def test_two_bytes_a_weight_give_what_float32_gives(
+    family: str, kind: torch.dtype, sparsity: float, name: str
+) -> None:
+    """To the last bit, with half the bytes."""
+    narrow = random_model(CONFIGS[family], sparsity).to(kind)
+    wide = copy.deepcopy(narrow).float()
+    try:
+        compiled = [hf_sparse.compile(model, target=name) for model in (narrow, wide)]
+    except ValueError as error:
+        pytest.skip(str(error))
+    found, wanted = (run_stack(model) for model in compiled)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+    assert {linear.dtype for linear in linears_of(compiled[0])} == {kind}
+    for one, other in zip(linears_of(compiled[0]), linears_of(compiled[1]), strict=True):
+        assert one.kernel == other.kernel
+        assert one.nbytes < 0.9 * other.nbytes
+        if not sparsity:
+            assert one.nbytes == 2 * one.rows * one.columns
     with torch.no_grad():
-        found, wanted = compiled(**given).logits, model.float()(**given).logits
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), wanted, atol=0.05, rtol=0.05)
+        logits = compiled[0](**inputs(2, 12)).logits
+    assert logits.dtype == kind
+    if not sparsity and family != "gpt2":  # which has transposed weights; else nothing is copied
+        given = {p.data_ptr() for p in narrow.parameters()}
+        own = {packed.weight.data_ptr() for one in linears_of(compiled[0]) for packed in one.packed}
+        assert len(own - given) <= len(stack_of(compiled[0]).blocks)  # joined queries, keys, values
+
+
+def test_weights_of_different_types_become_float32() -> None:
+    model = random_model(CONFIGS["llama"]).bfloat16()
+    model.model.layers[1].mlp.float()
+    compiled = hf_sparse.compile(model)
+    assert {linear.dtype for linear in linears_of(compiled)} == {torch.float32}
+    wanted = run_stack(hf_sparse.compile(model.float()))
+    for one, other in zip(run_stack(compiled), wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+def test_generation_of_two_byte_models(kind: torch.dtype) -> None:
+    """The same tokens as torch's until two logits are closer than the type can tell."""
+    model = random_model(CONFIGS["llama"]).to(kind)
+    compiled = hf_sparse.compile(model)
+    given = inputs(1, 9)
+    with torch.no_grad():
+        found, wanted = compiled(**given).logits, model(**given).logits
+    assert found.dtype == kind
+    torch.testing.assert_close(found.float(), wanted.float(), atol=0.05, rtol=0.05)
+    length = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 1}
+    assert compiled.generate(**given, do_sample=False, **length).shape == (1, 15)
 
 
 def test_concurrent_callers_and_models(models: dict) -> None:
@@ -264,8 +327,6 @@ def test_bad_input_is_refused(models: dict) -> None:
         compiled(
             given["input_ids"], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False
         )
-    with pytest.raises(ValueError, match="output_attentions"):
-        models["bert"][1](**given, output_attentions=True)
     with pytest.raises(ValueError, match="inference"):
         compiled.train()(**given)
     compiled.eval()
@@ -274,6 +335,150 @@ def test_bad_input_is_refused(models: dict) -> None:
         compiled(inputs_embeds=embeds)
     with pytest.raises(ValueError, match="StaticLayer"):
         compiled.generate(**given, max_new_tokens=3, cache_implementation="static")
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_attention_weights_are_refused(models: dict, name: str) -> None:
+    """Whether the call or the config asks for them."""
+    compiled = copy.deepcopy(models[name][1])
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="output_attentions"):
+            compiled(**inputs(1, 6), output_attentions=True)
+        compiled(**inputs(1, 6), output_attentions=False)
+        compiled.config._output_attentions = True  # as it was when the model was loaded
+        with pytest.raises(ValueError, match="output_attentions"):
+            compiled(**inputs(1, 6))
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_another_number_of_blocks_is_refused(models: dict, name: str) -> None:
+    model, compiled = (copy.deepcopy(one) for one in models[name])
+    compiled.config.num_hidden_layers -= 1
+    with torch.no_grad(), pytest.raises(ValueError, match="num_hidden_layers is"):
+        compiled(**inputs(1, 6))
+    with torch.no_grad():  # a copy has its own config
+        models[name][1](**inputs(1, 6))
+    if name != "albert":  # which takes the number of its blocks from the config alone
+        model.config.num_hidden_layers -= 1
+        with pytest.raises(ValueError, match="num_hidden_layers is"):
+            hf_sparse.compile(model)
+
+
+def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+    family = COMPILED[model.config.model_type]
+    return list(model.base_model.get_submodule(family.stack)._modules.values())
+
+
+@pytest.mark.parametrize("name", [name for name in COMPILED if name != "albert"])
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_hooks_on_any_block_see_what_they_would_see(models: dict, name: str, index: int) -> None:
+    seen: list[list[torch.Tensor]] = [[], []]
+    for model, kept in zip((copy.deepcopy(one) for one in models[name]), seen, strict=True):
+        block = blocks_of(model)[index]
+        block.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0].clone()))
+        block.register_forward_hook(lambda *given, kept=kept: kept.append(given[-1].clone()))
+        model = copy.deepcopy(model)  # hooks are copied with it
+        with torch.no_grad():
+            model(**inputs(2, 9))
+    wanted, found = seen
+    assert len(found) == len(wanted) == 2
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, **TOLERANCE)
+
+
+def test_hidden_states_of_a_model_that_gave_them_before() -> None:
+    model, given = random_model(CONFIGS["llama"]), inputs(1, 5)
+    with torch.no_grad():
+        wanted = model(**given, output_hidden_states=True).hidden_states
+        compiled = hf_sparse.compile(model)
+        for one in (compiled, copy.deepcopy(compiled)):
+            found = one(**given, output_hidden_states=True).hidden_states
+            torch.testing.assert_close(found, wanted, **TOLERANCE)
+
+
+@pytest.mark.parametrize("how", ["returned", "in place", "before"])
+def test_hooks_that_change_hidden_states_are_refused(models: dict, how: str) -> None:
+    compiled = copy.deepcopy(models["llama"][1])
+    block = blocks_of(compiled)[1]
+    given = inputs(1, 6)
+    if how == "before":
+        hook = block.register_forward_pre_hook(lambda _, args: (2 * args[0], *args[1:]))
+    elif how == "returned":
+        hook = block.register_forward_hook(lambda *given: 2 * given[-1])
+    else:
+        hook = block.register_forward_hook(lambda *given: [given[-1].mul_(2)].clear())
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="a hook changed"):
+            compiled(**given)
+        hook.remove()
+        wanted = models["llama"][1](**given).logits
+        assert torch.equal(compiled(**given).logits, wanted)
+
+
+def test_what_a_hook_makes_of_the_last_block_is_used(models: dict) -> None:
+    results = []
+    for model in (copy.deepcopy(one) for one in models["llama"]):
+        blocks_of(model)[-1].register_forward_hook(lambda *given: given[-1] + 1)
+        with torch.no_grad():
+            results.append(model(**inputs(1, 6)).logits)
+    torch.testing.assert_close(*results, **TOLERANCE)
+
+
+def test_attention_in_both_directions_with_a_cache() -> None:
+    config = type(CONFIGS["llama"])(**{**CONFIGS["llama"].to_dict(), "is_causal": False})
+    model = random_model(config)
+    compiled = hf_sparse.compile(model)
+    ids = inputs(2, 40)["input_ids"]
+    results: list[list[torch.Tensor]] = []
+    for one in (model, compiled):
+        cache = DynamicCache(config=one.config)
+        with torch.no_grad():
+            parts = ids.split((30, 1, 9), dim=1)
+            results.append([one(part, past_key_values=cache).logits for part in parts])
+        assert cache.get_seq_length() == 40
+    for wanted, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, **TOLERANCE)
+    windows = {"is_causal": False, "sliding_window": 7}
+    config = type(CONFIGS["mistral"])(**{**CONFIGS["mistral"].to_dict(), **windows})
+    assert "is_causal=False" in hf_sparse.compile(random_model(config)).explain().reason
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated
+@pytest.mark.parametrize("family", ["bert", "gpt_neox"])
+def test_tracing_is_refused(family: str) -> None:
+    model = tiny_model(family)
+    hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", 0.7), "magnitude")
+    compiled = hf_sparse.compile(model)
+    compiled.config.return_dict = False
+    with torch.no_grad(), pytest.raises(ValueError, match="cannot be traced"):
+        torch.jit.trace(compiled, inputs(1, 6)["input_ids"])
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("part", ["mlp.up_proj.weight", "input_layernorm.weight"])
+def test_weights_that_are_not_finite_are_refused(part: str, value: float) -> None:
+    model = random_model(CONFIGS["llama"], 0.0)
+    with torch.no_grad():
+        model.model.layers[1].get_parameter(part).view(-1)[3] = value
+    name = part.rpartition(".")[0]
+    with pytest.raises(ValueError, match=f"layers.1.{name}.* 1 values that are infinite or NaN"):
+        hf_sparse.compile(model)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_programs_that_are_dropped_are_freed_at_once(models: dict, tokens: int) -> None:
+    """Their buffers must not wait for Python's collector of cycles, which seldom runs."""
+    (runner,) = {m.runner for m in models["llama"][1].modules() if isinstance(m, CompiledLayer)}
+    shape = Shape(1, tokens, 1, True, 512, False)
+    gc.disable()
+    try:
+        program = runner._make(shape)
+        assert program.nbytes > program.tables.nbytes
+        freed = weakref.ref(program.program)
+        del program
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_models_that_cannot_be_compiled_are_refused() -> None:
@@ -350,7 +555,22 @@ def test_a_compiled_head_equals_the_linear() -> None:
             x = torch.randn(shape)
             torch.testing.assert_close(head(x), linear(x))
     assert not CompiledHead.suits(torch.nn.Linear(30, 64))
-    assert not CompiledHead.suits(linear.bfloat16())
+    assert not CompiledHead.suits(linear.bfloat16())  # for its bias
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+def test_a_head_of_two_byte_weights_sums_in_float32(kind: torch.dtype) -> None:
+    linear = torch.nn.Linear(64, 32, bias=False)
+    narrow, wide = copy.deepcopy(linear).to(kind), linear.to(kind).float()
+    heads = [CompiledHead(one, target.host(), None).eval() for one in (narrow, wide)]
+    assert all(CompiledHead.suits(one) for one in (narrow, wide))
+    with torch.no_grad():
+        for tokens in (1, 3):
+            x = torch.randn(1, tokens, 64).to(kind)
+            found, wanted = heads[0](x), heads[1](x.float())
+            assert torch.equal(found, wanted.to(kind))
+        x = torch.randn(9, 64).to(kind)
+        torch.testing.assert_close(heads[0](x), narrow(x))
 
 
 def test_the_code_cache_is_used_and_checked(

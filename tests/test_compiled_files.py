@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_sparse
+from hf_sparse.runtime.compiled import linears_of
 from hf_sparse.runtime.families import COMPILED
 from tests.test_compile import inputs, random_model
 from tests.tiny_models import CONFIGS
@@ -181,6 +182,33 @@ def test_dense_layers_come_back_and_are_checked(family: str, tmp_path: Path) -> 
     rewrite(tmp_path, shorten)
     with pytest.raises(hf_sparse.FormatError, match="shape"):
         hf_sparse.load_compiled(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sparsity", [0.0, 0.6])
+def test_weights_of_two_bytes_come_back_and_are_checked(
+    kind: torch.dtype, sparsity: float, tmp_path: Path
+) -> None:
+    random_model(CONFIGS["llama"], sparsity).save_pretrained(tmp_path / "model")
+    narrow = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=kind)
+    model = hf_sparse.compile(narrow)
+    hf_sparse.save_compiled(model, tmp_path)
+    loaded = hf_sparse.load_compiled(tmp_path)
+    for one, other in zip(linears_of(loaded), linears_of(model), strict=True):
+        assert one.dtype == kind
+        assert one.nbytes == other.nbytes
+    given = inputs(1, 7)
+    with torch.no_grad():
+        assert torch.equal(loaded(**given).logits, model(**given).logits)
+    file = tmp_path / "compiled.json"
+    whole = file.read_text()
+    for wrong in ("torch.float32", "torch.int8"):
+        file.write_text(
+            whole.replace(f'"dtype": "{kind}", "parts"', f'"dtype": "{wrong}", "parts"')
+        )
+        assert file.read_text() != whole
+        with pytest.raises(hf_sparse.FormatError, match=r"weight is|values are|int8"):
+            hf_sparse.load_compiled(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["compiled.json", "compiled.safetensors"])

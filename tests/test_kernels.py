@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +24,10 @@ from hf_sparse.runtime.jit import Code
 from hf_sparse.runtime.kernels import kernels
 from hf_sparse.runtime.memory import aligned
 from hf_sparse.runtime.program import Program, Slot
+from hf_sparse.runtime.weight_types import FLOAT32, WEIGHT_TYPES, WeightType
 
+TYPES = list(WEIGHT_TYPES.values())
+NARROW = [kept for kept in TYPES if kept is not FLOAT32]
 TARGETS = list(target.targets())
 # Rows, columns: tiny, odd, more than a panel and a chunk, real.
 SIZES = [(4, 1), (12, 7), (36, 129), (772, 256), (768, 768)]
@@ -36,8 +42,21 @@ def chosen(request: pytest.FixtureRequest) -> target.Target:
 
 
 @pytest.fixture
-def code(chosen: target.Target, tmp_path_factory: pytest.TempPathFactory) -> Code:
-    return kernels(chosen, tmp_path_factory.getbasetemp().parent / "kernels")
+def codes(
+    chosen: target.Target, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[WeightType], Code]:
+    return partial(kernels, chosen, tmp_path_factory.getbasetemp().parent / "kernels")
+
+
+@pytest.fixture
+def code(codes: Callable[[WeightType], Code]) -> Code:
+    return codes(FLOAT32)
+
+
+def rounded(weight: np.ndarray, kept: WeightType) -> np.ndarray:
+    """The nearest values that a type can hold, in float32, some so small that they are subnormal."""
+    weight = weight * np.where(np.arange(weight.shape[-1]) % 5, 1, 1e-6)
+    return torch.from_numpy(weight).to(kept.dtype).float().numpy()
 
 
 def address(array: np.ndarray | torch.Tensor) -> int:
@@ -79,7 +98,74 @@ def test_packing_loses_nothing(rows: int, columns: int, height: int, sparsity: f
     packed = packing.pack(weight, height)
     assert np.array_equal(packing.unpack(packed), weight)
     assert packed.nonzeros == np.count_nonzero(weight)
-    packing.check(packed)
+    packing.check(packed, FLOAT32)
+
+
+@pytest.mark.parametrize("kept", NARROW, ids=lambda kept: kept.suffix)
+def test_packing_of_two_bytes_loses_nothing(kept: WeightType) -> None:
+    weight = rounded(sparse_weight(36, 129, 1, 0.6), kept)
+    for height in spmm.UNROLL:
+        packed = packing.pack(weight, height, kept)
+        packing.check(packed, kept)
+        assert packed.values.dtype == (kept.array if height == 1 else np.float32)
+        assert np.array_equal(packing.unpack(packed), weight)
+    single = decode_packing.pack_decode(weight, kept)
+    decode_packing.check_decode(single, kept)
+    assert single.values.nbytes < 2 * np.count_nonzero(weight) + packing.PADDING + 1
+    assert np.array_equal(decode_packing.unpack_decode(single), weight)
+    with pytest.raises(ValueError, match="values are"):
+        decode_packing.check_decode(single, FLOAT32)
+    with pytest.raises(ValueError, match="values are"):
+        packing.check(packing.pack(weight, 1, kept), FLOAT32)
+
+
+@pytest.mark.parametrize("kept", NARROW, ids=lambda kept: kept.suffix)
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
+def test_two_bytes_give_what_float32_gives(
+    codes: Callable[[WeightType], Code],
+    chosen: target.Target,
+    kept: WeightType,
+    rows: int,
+    columns: int,
+) -> None:
+    """To the last bit: tiles by `spmm` and `dense`, single tokens packed and as they are."""
+    weight = rounded(sparse_weight(rows, columns, 1, 0.6), kept)
+    bias = np.random.default_rng(0).standard_normal(rows).astype(np.float32)
+    found: dict[WeightType, list[torch.Tensor]] = {}
+    for stored in (FLOAT32, kept):
+        code, results = codes(stored), []
+        whole = torch.from_numpy(weight).to(stored.dtype)
+        for vectors in (1, 2, 4):
+            x = random_tile(columns, vectors * chosen.lanes)
+            for packed in (
+                packing.pack(weight, 1, stored),
+                packing.pack(weight, 2, stored),
+                dense.DenseWeight(whole, 0, columns),
+            ):
+                y = random_tile(rows, vectors * chosen.lanes, seed=1)
+                for chunk in range(len(packed.chunk_rows) - 1):
+                    ends = (address(x), address(y), address(bias), spmm.START_SUM_BIAS)
+                    code.call(*packed.operation(chunk, vectors, *ends))
+                results.append(y)
+        single = decode_packing.pack_decode(weight, stored)
+        padded = torch.zeros(rows, -(-columns // decode.COLUMNS) * decode.COLUMNS)
+        padded[:, :columns] = torch.from_numpy(weight)
+        padded = padded.to(stored.dtype)
+        x = aligned(padded.shape[1])
+        x[:columns] = random_tile(1, columns)[0]
+        ends = (address(bias), rows // decode.GROUP)
+        for name, first, second, count in (
+            ("sparse", address(single.words), address(single.values), single.words.shape[1]),
+            ("dense", address(padded), stored.size * padded.shape[1], padded.shape[1]),
+        ):
+            y = aligned(rows)
+            arguments = (first, second, address(x), address(y), *ends, count, 0)
+            code.call(f"{name}_rows{stored.suffix}", *arguments)
+            results.append(y)
+        found[stored] = results
+    for one, other in zip(found[FLOAT32], found[kept], strict=True):
+        assert one.count_nonzero()
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("height", spmm.UNROLL)

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from hf_sparse.runtime.families import ACTIVATION_NAMES, COMPILED, Blocks, family_of
 from hf_sparse.runtime.latency import NOMINAL, Rates
-from hf_sparse.runtime.linear import Linear, pack_linear
+from hf_sparse.runtime.linear import Linear, check_finite, pack_linear
 from hf_sparse.runtime.memory import Shelf
 from hf_sparse.runtime.packing import CHUNK_ROWS
+from hf_sparse.runtime.weight_types import WEIGHT_TYPES, WeightType
 from hf_sparse.structure import is_conv1d
 
 # No window: further back than any position.
@@ -100,6 +101,11 @@ class Stack:
         unique = {id(linear): linear for block in self.blocks for linear in block.linears}
         return list(unique.values())
 
+    @property
+    def weight_type(self) -> WeightType:
+        """The type of all weights."""
+        return WEIGHT_TYPES[self.blocks[0].qkv.dtype]
+
 
 def why_not_compiled(config: Any) -> str | None:
     """Why the stack of a model with this config cannot be compiled as a whole, or None."""
@@ -110,6 +116,10 @@ def why_not_compiled(config: Any) -> str | None:
         value = getattr(config, name, values[0])
         if value not in values:
             return f"its config has {name}={value!r}"
+    if family.windows and not getattr(config, "is_causal", True):
+        windows = [window_of(config, family, i) for i in range(config.num_hidden_layers)]
+        if min(windows) != NO_WINDOW:
+            return "its config has is_causal=False with sliding windows"
     activation = getattr(config, family.activation, None)
     if activation not in ACTIVATION_NAMES:
         return f"activation {activation!r} is not one of {', '.join(ACTIVATION_NAMES)}"
@@ -136,12 +146,12 @@ def pack_blocks(
     """Pack the weights of all blocks. The modules are read, not kept."""
     packed: dict[int, Block] = {}
     shelves = Shelf(), Shelf() if family.causal else None
-    blocks = []
+    blocks, dtype = [], _common_type(modules)
     for index, module in enumerate(modules):
         if id(module) not in packed:
             window = window_of(config, family, index)
             name = f"{prefix}.{index}"
-            packed[id(module)] = _pack_block(family, module, name, window, shelves, rates)
+            packed[id(module)] = _pack_block(family, module, name, window, shelves, rates, dtype)
         blocks.append(packed[id(module)])
     stack = Stack(
         blocks=tuple(blocks),
@@ -187,6 +197,13 @@ def window_of(config: Any, family: Blocks, index: int) -> int:
     return window or NO_WINDOW
 
 
+def _common_type(modules: list[nn.Module]) -> torch.dtype:
+    """The type of all matrices, if kernels can read it; else, or if they differ, float32."""
+    found = {p.dtype for module in modules for p in module.parameters() if p.ndim > 1}
+    common = next(iter(found))
+    return common if len(found) == 1 and common in WEIGHT_TYPES else torch.float32
+
+
 def _pack_block(
     family: Blocks,
     module: nn.Module,
@@ -194,6 +211,7 @@ def _pack_block(
     window: int,
     shelves: tuple[Shelf, Shelf | None],
     rates: Rates,
+    dtype: torch.dtype,
 ) -> Block:
     shelf, single = shelves
 
@@ -204,7 +222,7 @@ def _pack_block(
                 f"{name}.{path} is a {type(layer).__name__}; wanted a plain Linear. Merge adapters, "
                 "and remove parametrizations, before compiling."
             )
-        weight = layer.weight.detach().float()
+        weight = layer.weight.detach().to(dtype)
         return (weight.T if is_conv1d(layer) else weight), layer.bias
 
     def linear(path: str, column_chunk: int | None = None) -> Linear:
@@ -223,6 +241,9 @@ def _pack_block(
         if weight is None:  # LayerNorm without an affine map
             weight = torch.ones(layer.normalized_shape)
         bias = getattr(layer, "bias", None)
+        for tensor in (weight, bias):
+            if tensor is not None:
+                check_finite(tensor, f"{name}.{path}")
         epsilon = layer.eps if hasattr(layer, "eps") else layer.variance_epsilon
         return Norm(
             weight.detach().float().contiguous().clone(),
@@ -281,6 +302,8 @@ def check_stack(stack: Stack) -> None:
             linear: Linear | None = getattr(block, name)
             if linear is None:
                 continue
+            same = linear.dtype == stack.weight_type.dtype
+            require(same, f"{place}.{name}", f"its weight is {linear.dtype}")
             found = (linear.rows, linear.columns)
             require(found == shape, f"{place}.{name}", f"its shape is {found}, not {shape}")
         require(not heads % key_heads, place, f"{heads} heads, {key_heads} of keys")

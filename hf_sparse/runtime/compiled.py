@@ -51,8 +51,9 @@ def compile(
     """Compile a model's blocks for this CPU; zeros in the weights become speed.
 
     Works on whatever zeros are there, whoever made them; a layer without enough of them is
-    computed densely. Sparse weights are packed, in float32; the model that was given stays as it is,
-    and may be deleted: what is dense (embeddings, heads, layers without zeros) is shared with it.
+    computed densely. Sums are taken in float32; weights in bfloat16 or float16 stay as they are. The
+    model that was given is not changed, and may be deleted: what is dense (embeddings, heads, layers
+    without zeros) is shared with it.
 
     The blocks of the families in `families.COMPILED` are compiled as a whole. In other models, and
     variants that the kernels cannot do, each sparse Linear of the blocks is replaced by a compiled
@@ -69,8 +70,8 @@ def compile(
 
     Raises:
         ImportError: llvmlite is not installed.
-        ValueError: the model is not on the CPU, or it is not compiled as a whole and no layer of
-            its blocks has enough zeros.
+        ValueError: the model is not on the CPU, its weights are not finite, or it is not compiled
+            as a whole and no layer of its blocks has enough zeros.
     """
     chosen = named(target)
     folder = None if cache is None else Path(cache)
@@ -97,12 +98,22 @@ def assemble(
     model.config._attn_implementation = ATTENTION
     AttentionMaskInterface.register(ATTENTION, _as_given)
     family = COMPILED[base_type(model.config.model_type)]
+    inner = getattr(model.config, "inner_group_num", 1)
+    if model.config.num_hidden_layers * inner != len(stack.blocks):
+        raise ValueError(
+            f"config.num_hidden_layers is {model.config.num_hidden_layers}, and the model has "
+            f"{len(stack.blocks) // inner}: make them equal, by deleting blocks or in the config."
+        )
     path, _, name = family.stack.rpartition(".")
     owner: Any = model.base_model.get_submodule(path)
     layer_class = _compiled_class(_block_class(model))
     runner = Runner(stack, target, cache)
-    layers = [layer_class(runner, index) for index in range(len(stack.blocks))]
+    layers = [layer_class(runner, index, model.config) for index in range(len(stack.blocks))]
     setattr(owner, name, CompiledBlocks(layers))
+    for module in {model.base_model, owner}:  # heads call either
+        module.register_forward_pre_hook(_refuse_attentions, with_kwargs=True)
+    for module in model.modules():  # transformers hooked the blocks that are gone, if any
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
     if family is COMPILED["albert"]:  # its loop goes over groups of layers
         owner.config = copy.copy(owner.config)
         owner.config.num_hidden_layers = owner.config.num_hidden_groups = len(layers)
@@ -193,30 +204,52 @@ class CompiledBlocks(nn.ModuleList):
     The first one runs all, so that calling the others would cost time and do nothing.
     """
 
+    def __init__(self, layers: list[CompiledLayer]) -> None:
+        super().__init__(layers)
+        for layer in layers:
+            layer.__dict__["all"] = layers  # a plain list: its owner is this module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledBlocks:
+        layers: list[Any] = list(self._modules.values())
+        return type(self)([copy.deepcopy(layer, memo) for layer in layers]).train(self.training)
+
     def __iter__(self) -> Iterator[nn.Module]:
-        layers = list(super().__iter__())
-        return iter(layers if layers[0]._forward_hooks else layers[:1])
+        layers: list[Any] = list(self._modules.values())
+        return iter(layers if layers[0].is_watched else layers[:1])
 
     def __getitem__(self, index: Any) -> Any:
-        whole = isinstance(index, slice) and len(range(len(self))[index]) == len(self)
-        return self if whole else super().__getitem__(index)
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        layers = list(self._modules.values())[index]
+        return self if len(layers) == len(self) else nn.ModuleList(layers)
 
 
 class CompiledLayer(nn.Module):
     """One block of a compiled model. Also an instance of the family's own class of blocks."""
 
     arguments: tuple[str, ...] = ()
+    all: list[CompiledLayer]
 
-    def __init__(self, runner: Runner, index: int) -> None:
+    def __init__(self, runner: Runner, index: int, config: Any) -> None:
         nn.Module.__init__(self)
         self.runner, self.index = runner, index
+        self._config, self._count = config, config.num_hidden_layers
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledLayer:
         """Packed weights never change, and a runner serves all callers: copies share them."""
-        return type(self)(self.runner, self.index).train(self.training)
+        config = copy.deepcopy(self._config, memo)
+        twin = type(self)(self.runner, self.index, config).train(self.training)
+        twin._forward_hooks = self._forward_hooks.copy()
+        twin._forward_pre_hooks = self._forward_pre_hooks.copy()
+        return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ValueError(NOT_STORED)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether someone has hooked a block, and wants to see what it is given or gives."""
+        return any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.all)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run all blocks if this is the first one, and give this one's hidden states."""
@@ -224,15 +257,33 @@ class CompiledLayer(nn.Module):
             given = dict(zip(self.arguments, args, strict=False)) | kwargs
             self.runner.results.states = self._run(hidden_states, given)
         states: Tensor = self.runner.results.states
-        last = self.index == len(self.runner.stack.blocks) - 1
-        if last:
+        if self.index == len(self.runner.stack.blocks) - 1:
             self.runner.results.states = None
-        return states if states.ndim == 3 else states[self.index]
+        if states.ndim == 3:
+            return states
+        if self.index and not _same(hidden_states, states[self.index - 1]):
+            raise ValueError(
+                f"a hook changed what block {self.index} is given: all blocks of a compiled model "
+                "are computed at once, so hooks on them can only look, but for the last one's. "
+                "Change hidden states in the model that was compiled."
+            )
+        # A copy: whoever writes into it is noticed by the next block.
+        return states[self.index].clone()
 
     def _run(self, hidden: Tensor, given: dict[str, Any]) -> Tensor:
         if torch.compiler.is_compiling():
             raise ValueError(
                 "the model is compiled already: torch.compile has nothing to add to it."
+            )
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise ValueError(
+                "a compiled model cannot be traced: its blocks would become constants. Trace the model "
+                "that was compiled, or export it by hf_sparse.export_onnx."
+            )
+        if self._config.num_hidden_layers != self._count:
+            raise ValueError(
+                f"config.num_hidden_layers is {self._config.num_hidden_layers}, and was {self._count} "
+                "when the model was compiled: all of its blocks run. Compile the shorter model."
             )
         if self.training:
             raise ValueError("a compiled model is for inference: call its eval() first.")
@@ -245,11 +296,6 @@ class CompiledLayer(nn.Module):
             raise ValueError(f"the input is on {hidden.device}; a compiled model runs on the CPU.")
         if given.get("encoder_hidden_states") is not None:
             raise ValueError("encoder_hidden_states: cross-attention is not compiled.")
-        if given.get("output_attentions"):
-            raise ValueError(
-                "output_attentions: a compiled model never forms the attention weights. Ask the "
-                "model that was compiled."
-            )
         mask = given.get("attention_mask")
         if mask is not None and mask.ndim != 2:
             raise ValueError(
@@ -270,11 +316,27 @@ class CompiledLayer(nn.Module):
                 hidden.detach().float(),
                 mask,
                 given.get("position_embeddings"),
-                cache if causal else None,
-                # Whoever hooked a block wants to see its output.
-                states=bool(self._forward_hooks),
+                cache,
+                states=self.is_watched,
             )
         return output.to(hidden.dtype)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same bits, NaN included."""
+    if a is b:
+        return True
+    alike = a.shape == b.shape and a.dtype == b.dtype
+    return alike and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _refuse_attentions(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    config: Any = base.config
+    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
+        raise ValueError(
+            "output_attentions: a compiled model never forms the attention weights. Ask the "
+            "model that was compiled."
+        )
 
 
 def _block_class(model: PreTrainedModel) -> type[nn.Module]:

@@ -2,11 +2,15 @@
 
 With one token a weight is used once, so the time is that of reading it from memory. Rows go in
 groups of 4. Per 16 columns a group has one 64-bit word, 16 bits for each of its rows, and the
-nonzeros of these 4 x 16 weights in a row; the CPU's expand-load spreads them over the lanes. What
-is to come is fetched ahead: without that the memory waits for the kernel.
+nonzeros of these 4 x 16 weights in a row; the CPU's expand instruction spreads them over the lanes.
+CPUs that have none spread 16 bytes at a time by a shuffle, which a table has for each mask. What is
+to come is fetched ahead: without that the memory waits for the kernel.
 
     sparse_rows   y = W x (+ bias) (+ y)    bitmask words and packed values
-    dense_rows    the same for a weight as torch stores it, float32, row by row
+    dense_rows    the same for a weight as torch stores it, row by row
+
+Each is there for every type of weights (`weight_types.py`): bfloat16 and float16 are widened as they
+are loaded, x, y and the sums are float32.
 
 Arguments of `sparse_rows`: words, values, x, y, bias, groups, words in a row, add. y is written
 four at a time, x is read in whole vectors: both have room for that, and x has zeros there.
@@ -20,7 +24,8 @@ from hf_sparse.runtime import normalisation
 from hf_sparse.runtime.activation import exponential
 from hf_sparse.runtime.attention import UNSEEN
 from hf_sparse.runtime.ir import Function, Value, Variable, vector
-from hf_sparse.runtime.target import Target
+from hf_sparse.runtime.target import Target, is_x86
+from hf_sparse.runtime.weight_types import BFLOAT16, WeightType
 
 # Rows of a group, and columns that a word's bits stand for.
 GROUP, COLUMNS = 4, 16
@@ -44,22 +49,62 @@ def _finish(
     place.store(results.get(), 4)
 
 
-def _expand(f: Function, target: Target, at: Value, mask: Value) -> Value:
-    """The values that lie at `at`, one after another, in the lanes that `mask` names; else 0."""
-    kind = vector(COLUMNS)
-    zero = f.constant(0.0, kind)
-    if target.has_expand:
-        # A plain load and an expansion between registers are faster than the load that expands.
-        name = f"llvm.x86.avx512.mask.expand.v{COLUMNS}f32"
-        loaded = f.emit(kind, f"load volatile {kind}, {at}, align 4")
-        return f.call(kind, name, loaded, zero, mask)
-    return f.call(kind, f"llvm.masked.expandload.v{COLUMNS}f32", at, mask, zero)
+def _expand(f: Function, target: Target, kept: WeightType, at: Value, bits: Value) -> Value:
+    """The weights at `at`, one after another, in the lanes that the last 16 bits name; else 0."""
+    if not target.has_expand:
+        return _shuffled(f, target, kept, at, bits)
+    lanes, mask = COLUMNS, bits.cast("trunc", "i16")
+    if kept is BFLOAT16:
+        # Into every other lane of twice as many: the upper halves of floats.
+        lanes = 2 * COLUMNS
+        odd = f.constant(0xAAAAAAAA, "i32")
+        mask = f.call("i32", "llvm.x86.bmi.pdep.32", bits.cast("trunc", "i32"), odd)
+    kind = vector(lanes, kept.lane)
+    # A plain load and an expansion between registers are faster than the load that expands.
+    loaded = f.emit(kind, f"load volatile {kind}, {at}, align {kept.size}")
+    name = f"llvm.x86.avx512.mask.expand.v{lanes}{kept.lane}"
+    chosen = mask.cast("bitcast", vector(lanes, "i1"))
+    expanded = f.call(kind, name, loaded, f.constant(0, kind), chosen)
+    if kept is BFLOAT16:
+        return expanded.cast("bitcast", vector(COLUMNS))
+    return kept.floats(f, target, expanded)
 
 
-def sparse_rows(target: Target) -> Function:
+def _shuffled(f: Function, target: Target, kept: WeightType, at: Value, bits: Value) -> Value:
+    """As `_expand`, as many weights at a time as there are in 16 bytes."""
+    count, bytes_kind = 16 // kept.size, vector(16, "i8")
+    table = f.table(f"expand{kept.size}", _shuffles(kept.size))
+    shuffle = "x86.ssse3.pshuf.b.128" if is_x86() else "aarch64.neon.tbl1.v16i8"
+    parts = []
+    for first in range(0, COLUMNS, count):
+        mask = (bits >> first) & ((1 << count) - 1)
+        before = bits & ((1 << first) - 1)
+        place = at.at(f.popcount(before) * kept.size)
+        order = table.at(mask * 16).load(bytes_kind, 16)
+        spread = f.call(bytes_kind, f"llvm.{shuffle}", place.load(bytes_kind, kept.size), order)
+        parts.append(kept.floats(f, target, spread.cast("bitcast", vector(count, kept.lane))))
+    return f.joined(parts)
+
+
+def _shuffles(size: int) -> bytes:
+    """For each mask of 16 / `size` lanes, the byte that each byte of the lanes takes; 128: zero."""
+    lanes = 16 // size
+    found = bytearray()
+    for mask in range(1 << lanes):
+        taken = 0
+        for lane in range(lanes):
+            if mask >> lane & 1:
+                found += bytes(range(size * taken, size * (taken + 1)))
+                taken += 1
+            else:
+                found += bytes([128] * size)
+    return bytes(found)
+
+
+def sparse_rows(target: Target, kept: WeightType) -> Function:
     """The kernel for packed rows (`DecodeWeight` in `decode_packing.py`)."""
     f = Function(
-        "sparse_rows",
+        f"sparse_rows{kept.suffix}",
         (
             "ptr words",
             "ptr values",
@@ -74,7 +119,6 @@ def sparse_rows(target: Target) -> Function:
     )
     words, values, x, y, bias, groups, row_words, add = f.parameters
     kind = vector(COLUMNS)
-    lanes = vector(COLUMNS, "i1")
     stream = f.variable(values)
     zero = f.constant(0.0, kind)
     with f.range(groups) as group:
@@ -84,28 +128,27 @@ def sparse_rows(target: Target) -> Function:
             place = first.at(word * 8)
             bits = place.load("i64")
             start = stream.get()
-            start.at(_AHEAD).prefetch()
-            start.at(_AHEAD + 64).prefetch()
+            for line in range(0, 32 * kept.size, 64):
+                start.at(_AHEAD + line).prefetch()
             place.at(_AHEAD // 8).prefetch()
             inputs = x.at(word * (4 * COLUMNS)).load(kind, 4)
             at = start
             for row in range(GROUP):
-                mask = (bits >> (COLUMNS * row)).cast("trunc", "i16").cast("bitcast", lanes)
-                loaded = _expand(f, target, at, mask)
+                loaded = _expand(f, target, kept, at, bits >> (COLUMNS * row))
                 sums[row].set(f.fma(loaded, inputs, sums[row].get()))
                 # Counted from the start, so that the rows do not wait for each other.
                 before = (1 << (COLUMNS * (row + 1))) - 1
                 if row < GROUP - 1:
-                    at = start.at(f.popcount(bits & before) * 4)
-            stream.set(start.at(f.popcount(bits) * 4))
+                    at = start.at(f.popcount(bits & before) * kept.size)
+            stream.set(start.at(f.popcount(bits) * kept.size))
         _finish(f, y, bias, add, sums, group)
     return f
 
 
-def dense_rows(target: Target) -> Function:
+def dense_rows(target: Target, kept: WeightType) -> Function:
     """The kernel for a weight that is not packed."""
     f = Function(
-        "dense_rows",
+        f"dense_rows{kept.suffix}",
         (
             "ptr weight",
             "i64 row_bytes",
@@ -127,10 +170,11 @@ def dense_rows(target: Target) -> Function:
         with f.range(columns, step=lanes) as i:
             inputs = x.at(i * 4).load(kind, 4)
             for row, total in zip(rows, sums, strict=True):
-                place = row.at(i * 4)
+                place = row.at(i * kept.size)
                 # A group's rows lie behind one another: this is 4 rows further.
                 place.at(row_bytes * GROUP).prefetch()
-                total.set(f.fma(place.load(kind, 4), inputs, total.get()))
+                loaded = kept.load(f, target, place, lanes)
+                total.set(f.fma(loaded, inputs, total.get()))
         _finish(f, y, bias, add, sums, group)
     return f
 
@@ -270,11 +314,11 @@ def row_attention(target: Target) -> Function:
     return f
 
 
-def decode_functions(target: Target) -> list[Function]:
-    """All kernels of this file."""
+def decode_functions(target: Target, kept: WeightType) -> list[Function]:
+    """All kernels of this file, for weights of type `kept`."""
     return [
-        sparse_rows(target),
-        dense_rows(target),
+        sparse_rows(target, kept),
+        dense_rows(target, kept),
         row_norm(target, "layer"),
         row_norm(target, "rms"),
         row_rotary(),

@@ -10,6 +10,7 @@ import numpy as np
 from hf_sparse.runtime.decode import COLUMNS, GROUP
 from hf_sparse.runtime.memory import Shelf
 from hf_sparse.runtime.packing import PADDING, Array, require
+from hf_sparse.runtime.weight_types import FLOAT32, WeightType, type_of
 
 # Rows after which the streams of a DecodeWeight can be entered: threads share rows at these.
 DECODE_ROWS = 64
@@ -28,7 +29,7 @@ class DecodeWeight:
 
     Attributes:
         words: `(ceil(rows / 4), ceil(columns / 16))` uint64, 16 bits for each row of a group.
-        values: the nonzeros: by groups, by words, by rows.
+        values: the nonzeros: by groups, by words, by rows; of one of the `WEIGHT_TYPES`.
         starts: where every `DECODE_ROWS` rows begin in `values`, and where the last ones end.
     """
 
@@ -48,20 +49,20 @@ class DecodeWeight:
         return self.words.nbytes + self.values.nbytes
 
 
-def pack_decode(weight: Array) -> DecodeWeight:
-    """Pack a weight `(rows, columns)` float32 for single tokens."""
+def pack_decode(weight: Array, kept: WeightType = FLOAT32) -> DecodeWeight:
+    """Pack a weight `(rows, columns)` float32, whose values came from `kept`, for single tokens."""
     rows, columns = weight.shape
     parts = [
         _pack_decode_rows(weight[start : start + DECODE_ROWS])
         for start in range(0, rows, DECODE_ROWS)
     ]
     starts = np.cumsum([0, *(len(values) for _, values in parts)])
-    tail = np.zeros(PADDING // 4, np.float32)
+    tail = np.zeros(PADDING // kept.size, kept.array)
     return DecodeWeight(
         rows,
         columns,
         np.concatenate([words for words, _ in parts]),
-        np.concatenate([*(values for _, values in parts), tail]),
+        np.concatenate([*(kept.narrow(values) for _, values in parts), tail]),
         starts.astype(np.int64),
     )
 
@@ -82,12 +83,12 @@ def unpack_decode(packed: DecodeWeight) -> Array:
     groups, words = packed.words.shape
     bits = np.unpackbits(packed.words.view(np.uint8), bitorder="little").astype(bool)
     ordered = np.zeros(bits.size, np.float32)
-    ordered[bits] = packed.values[: np.count_nonzero(bits)]
+    ordered[bits] = type_of(packed.values).widen(packed.values[: np.count_nonzero(bits)])
     weight = ordered.reshape(groups, words, GROUP, COLUMNS).swapaxes(1, 2)
     return weight.reshape(groups * GROUP, -1)[: packed.rows, : packed.columns]
 
 
-def check_decode(packed: DecodeWeight) -> None:
+def check_decode(packed: DecodeWeight, kept: WeightType) -> None:
     """As `check`, for single tokens.
 
     Raises:
@@ -96,10 +97,10 @@ def check_decode(packed: DecodeWeight) -> None:
     shape = (-(-packed.rows // GROUP), -(-packed.columns // COLUMNS))
     require(packed.words.dtype == np.uint64, f"words are {packed.words.dtype}")
     require(packed.words.shape == shape, f"words have the shape {packed.words.shape}, not {shape}")
-    require(packed.values.dtype == np.float32, f"values are {packed.values.dtype}")
+    require(packed.values.dtype == kept.array, f"values are {packed.values.dtype}")
     counts = np.bitwise_count(packed.words).sum(axis=1, dtype=np.int64)
     each = np.add.reduceat(counts, np.arange(0, len(counts), DECODE_ROWS // GROUP))
     wanted = np.cumsum([0, *each])
     require(np.array_equal(packed.starts, wanted), "starts do not match the bits")
-    room = wanted[-1] + PADDING // 4
+    room = wanted[-1] + PADDING // kept.size
     require(len(packed.values) >= room, "values are cut off")

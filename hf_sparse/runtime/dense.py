@@ -1,7 +1,8 @@
 """Y (+)= W X for a W that has too few zeros, read as torch stores it: nothing is packed or copied.
 
 As `spmm.py` with blocks of 4 rows and all columns: 4 rows share the loads of a row of X. Weights come
-from 4 rows of W at a time, which are fetched ahead.
+from 4 rows of W at a time, which are fetched ahead. Weights of two bytes (`weight_types.py`) are
+widened 64 columns at a time, into memory that stays in L1.
 
 Arguments: weight (row 0, the first column), bytes of a row, columns, first and last row (their
 difference is a multiple of 4), X, Y, bias, start (`START_*`).
@@ -16,25 +17,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_sparse.runtime import spmm
-from hf_sparse.runtime.ir import Function, vector
+from hf_sparse.runtime.ir import Function, Value, vector
 from hf_sparse.runtime.packing import chunk_edges
 from hf_sparse.runtime.program import Argument, Operation
 from hf_sparse.runtime.target import Target
+from hf_sparse.runtime.weight_types import FLOAT32, WEIGHT_TYPES, WeightType
 
 ROWS = 4
 # Columns in one round; what is left is multiplied one by one.
 _UNROLL = 4
+# Columns that are widened at once.
+_WIDENED = 64
 
 
-def name(vectors: int) -> str:
+def name(vectors: int, kept: WeightType = FLOAT32) -> str:
     """The symbol of the kernel for tiles of `vectors` vectors."""
-    return f"dense{vectors}"
+    return f"dense{vectors}{kept.suffix}"
 
 
-def dense(target: Target, vectors: int) -> Function:
+def dense(target: Target, vectors: int, kept: WeightType = FLOAT32) -> Function:
     """The kernel for tiles `vectors` vectors wide."""
     f = Function(
-        name(vectors),
+        name(vectors, kept),
         (
             "ptr weight",
             "i64 row_bytes",
@@ -55,7 +59,7 @@ def dense(target: Target, vectors: int) -> Function:
     while ROWS * width > target.registers // 2:
         width //= 2
     zero = f.constant(0.0, kind)
-    whole = columns / _UNROLL * _UNROLL
+    scratch = None if kept is FLOAT32 else f.scratch(4 * ROWS * _WIDENED)
     with f.range(last_row, start=first_row, step=ROWS) as row:
         places = [weight.at((row + r) * row_bytes) for r in range(ROWS)]
         outputs = [y.at((row + r) * tile_row) for r in range(ROWS)]
@@ -72,26 +76,69 @@ def dense(target: Target, vectors: int) -> Function:
                             value = value + added.splat(target.lanes)
                         total.set(value)
 
-            def multiply(column, count: int, first=first, sums=sums) -> None:  # type: ignore[no-untyped-def]
+            def multiply(  # type: ignore[no-untyped-def]
+                weights: list[Value],
+                inputs: Value,
+                column: Value,
+                count: int,
+                first=first,
+                sums=sums,
+            ) -> None:
                 for number in range(count):
-                    source = x.at(column * tile_row).at(number * tile_row)
-                    inputs = [source.at(size * (first + v)).load(kind, size) for v in range(width)]
-                    for place, totals in zip(places, sums, strict=True):
+                    source = inputs.at(column * tile_row).at(number * tile_row)
+                    loaded = [source.at(size * (first + v)).load(kind, size) for v in range(width)]
+                    for place, totals in zip(weights, sums, strict=True):
                         factor = place.at(column * 4).at(4 * number).load("float")
                         spread = factor.splat(target.lanes)
-                        for value, total in zip(inputs, totals, strict=True):
+                        for value, total in zip(loaded, totals, strict=True):
                             total.set(f.fma(spread, value, total.get()))
 
-            with f.range(whole, step=_UNROLL) as column:
-                for place in places:  # the same columns of the next four rows
-                    place.at(row_bytes * ROWS).at(column * 4).prefetch()
-                multiply(column, _UNROLL)
-            with f.range(columns, start=whole) as column:
-                multiply(column, 1)
+            def multiply_all(
+                weights: list[Value], inputs: Value, count: Value, ahead: bool
+            ) -> None:
+                whole = count / _UNROLL * _UNROLL
+                with f.range(whole, step=_UNROLL) as column:
+                    for place in weights if ahead else ():  # the same columns of the next four rows
+                        place.at(row_bytes * ROWS).at(column * 4).prefetch()
+                    multiply(weights, inputs, column, _UNROLL)
+                with f.range(count, start=whole) as column:
+                    multiply(weights, inputs, column, 1)
+
+            if scratch is None:
+                multiply_all(places, x, columns, ahead=True)
+            else:
+                widened = [scratch.at(4 * r * _WIDENED) for r in range(ROWS)]
+                with f.range(columns, step=_WIDENED) as begun:
+                    count = f.minimum_integer(columns - begun, f.constant(_WIDENED, "i64"))
+                    sources = [place.at(begun * kept.size) for place in places]
+                    _widen(f, target, kept, sources, widened, count, row_bytes)
+                    multiply_all(widened, x.at(begun * tile_row), count, ahead=False)
             for r in range(ROWS):
                 for v, total in enumerate(sums[r]):
                     outputs[r].at(size * (first + v)).store(total.get(), size)
     return f
+
+
+def _widen(
+    f: Function,
+    target: Target,
+    kept: WeightType,
+    sources: list[Value],
+    goals: list[Value],
+    count: Value,
+    row_bytes: Value,
+) -> None:
+    """Write `count` weights of each row as float32."""
+    whole = count / target.lanes * target.lanes
+    with f.range(whole, step=target.lanes) as i:
+        for source, goal in zip(sources, goals, strict=True):
+            place = source.at(i * kept.size)
+            place.at(row_bytes * ROWS).prefetch()
+            loaded = kept.load(f, target, place, target.lanes)
+            goal.at(i * 4).store(loaded, 4 * target.lanes)
+    with f.range(count, start=whole) as i:
+        for source, goal in zip(sources, goals, strict=True):
+            goal.at(i * 4).store(kept.load(f, target, source.at(i * kept.size)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +146,7 @@ class DenseWeight:
     """Columns of a weight that is computed densely; stands beside `PackedWeight`.
 
     Attributes:
-        weight: `(rows, all columns)` float32, contiguous.
+        weight: `(rows, all columns)` of one of the `WEIGHT_TYPES`, contiguous.
         first_column, columns: which columns.
     """
 
@@ -126,7 +173,7 @@ class DenseWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of these columns."""
-        return 4 * self.stored
+        return self.weight.itemsize * self.stored
 
     @property
     def chunk_rows(self) -> NDArray[np.int64]:
@@ -138,6 +185,7 @@ class DenseWeight:
     ) -> Operation:
         """Multiply one chunk of rows; addresses as `PackedWeight.operation`'s."""
         first, last = (int(row) for row in self.chunk_rows[chunk : chunk + 2])
-        stride = 4 * self.weight.shape[1]
-        weight = self.weight.data_ptr() + 4 * self.first_column
-        return (name(vectors), weight, stride, self.columns, first, last, x, y, bias, start)
+        kept = WEIGHT_TYPES[self.weight.dtype]
+        stride = kept.size * self.weight.shape[1]
+        weight = self.weight.data_ptr() + kept.size * self.first_column
+        return (name(vectors, kept), weight, stride, self.columns, first, last, x, y, bias, start)

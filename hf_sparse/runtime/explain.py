@@ -20,6 +20,7 @@ from hf_sparse.runtime.linear import Linear
 from hf_sparse.runtime.memory import aligned
 from hf_sparse.runtime.program import Program
 from hf_sparse.runtime.target import Target
+from hf_sparse.runtime.weight_types import WEIGHT_TYPES
 
 _REPEATS = 7
 
@@ -123,10 +124,11 @@ def explain_layers(
     if tokens < 1:
         raise ValueError(f"tokens is {tokens}; wanted at least 1.")
     threads = torch.get_num_threads()
-    width, code, rates = target.widths[0], kernels(target, cache), calibrate(target, cache)
+    width, rates = target.widths[0], calibrate(target, cache)
     found = []
     for linear in linears:
         # Tiles go to threads whole; time is that of the thread with the most.
+        code = kernels(target, cache, WEIGHT_TYPES[linear.dtype])
         tiles = math.ceil(tokens / width)
         rounds = math.ceil(tiles / threads)
         size = linear.rows * linear.columns

@@ -149,7 +149,7 @@ class Value:
 
 def _size(kind: str) -> int:
     element = element_of(kind)
-    return {"float": 4, "ptr": 8, "bfloat": 2}.get(element) or max(int(element[1:]) // 8, 1)
+    return {"float": 4, "ptr": 8}.get(element) or max(int(element[1:]) // 8, 1)
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,12 @@ class Function:
         name = f"%{self._fresh()}"
         self._stack.append(f"  {name} = alloca i8, i64 {size}, align 64")
         return Value(self, "ptr", name)
+
+    def table(self, name: str, content: bytes) -> Value:
+        """The address of constant bytes, aligned to 64; of the same name in all functions, one."""
+        text = "".join(f"\\{byte:02X}" for byte in content)
+        self.declare(f'@{name} = internal constant [{len(content)} x i8] c"{text}", align 64')
+        return Value(self, "ptr", f"@{name}")
 
     def call(self, kind: str, name: str, *operands: Value) -> Value:
         """Call a function without side effects, such as an intrinsic."""

@@ -1,4 +1,5 @@
-"""All kernels of a target, compiled together: about a second, or nothing from the cache."""
+"""All kernels of a target and a type of weights, compiled together: about two seconds, or nothing
+from the cache."""
 
 from __future__ import annotations
 
@@ -18,18 +19,22 @@ from hf_sparse.runtime import (
 from hf_sparse.runtime.ir import Function
 from hf_sparse.runtime.jit import Code, compile_kernels
 from hf_sparse.runtime.target import Target
+from hf_sparse.runtime.weight_types import FLOAT32, WeightType
 
 
-def kernel_functions(target: Target) -> list[Function]:
-    """Every kernel that a program may name."""
+def kernel_functions(target: Target, kept: WeightType = FLOAT32) -> list[Function]:
+    """Every kernel that a program may name whose weights are of type `kept`."""
     functions = [threads.worker(target, True), threads.worker(target, False)]
     functions += [tiles.append(), tiles.copy(target)]
-    functions += decode.decode_functions(target)
+    functions += decode.decode_functions(target, kept)
     for name in activation.ACTIVATIONS:
         functions += [activation.activation(target, name, gated) for gated in (False, True)]
     for vectors in (1, 2, 4):
-        functions += [spmm.spmm(target, height, vectors) for height in spmm.UNROLL]
-        functions.append(dense.dense(target, vectors))
+        functions += [
+            spmm.spmm(target, height, vectors, spmm.packed_type(height, kept))
+            for height in spmm.UNROLL
+        ]
+        functions.append(dense.dense(target, vectors, kept))
         functions += [
             normalisation.normalisation(target, norm, vectors) for norm in normalisation.NORMS
         ]
@@ -43,6 +48,6 @@ def kernel_functions(target: Target) -> list[Function]:
 
 
 @functools.cache
-def kernels(target: Target, cache: Path | None) -> Code:
-    """The compiled kernels of a target, once per process."""
-    return compile_kernels(kernel_functions(target), target, cache)
+def kernels(target: Target, cache: Path | None, kept: WeightType = FLOAT32) -> Code:
+    """The compiled kernels of a target and a type of weights, once per process."""
+    return compile_kernels(kernel_functions(target, kept), target, cache)

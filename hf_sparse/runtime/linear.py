@@ -19,6 +19,7 @@ from hf_sparse.runtime.latency import NOMINAL, Rates
 from hf_sparse.runtime.memory import Shelf, aligned
 from hf_sparse.runtime.packing import PackedWeight, pack_many
 from hf_sparse.runtime.program import Argument, Operation
+from hf_sparse.runtime.weight_types import WEIGHT_TYPES, WeightType
 
 # Below this fraction of zeros reading the bitmask costs more than the zeros save.
 MIN_DECODE_SPARSITY = 0.2
@@ -36,6 +37,7 @@ class Linear:
         edges: `len(parts) + 1` columns, where the parts begin and end.
         bias: `(rows,)`, or None.
         zeros: weights that are zero.
+        dtype: of the weight, a key of `WEIGHT_TYPES`; it is kept so in memory, but for blocks.
         single: the weight for single tokens: packed, or as it is, `(rows, columns)` in whole
             vectors; None if there are no single tokens.
     """
@@ -46,6 +48,7 @@ class Linear:
     edges: tuple[int, ...]
     bias: Tensor | None
     zeros: int
+    dtype: torch.dtype
     single: DecodeWeight | Tensor | None = None
 
     @property
@@ -147,17 +150,20 @@ class Linear:
         if self.bias is not None:
             bias = self.bias.data_ptr() + 4 * first
         groups = -(-(last - first) // GROUP)
+        kept = WEIGHT_TYPES[self.dtype]
         if isinstance(self.single, Tensor):
-            stride = 4 * self.single.shape[1]
+            stride = kept.size * self.single.shape[1]
             weight = self.single.data_ptr() + first * stride
             columns = self.single.shape[1]
-            return ("dense_rows", weight, stride, x, place, bias, groups, columns, int(add))
+            kernel = f"dense_rows{kept.suffix}"
+            return (kernel, weight, stride, x, place, bias, groups, columns, int(add))
         assert self.single is not None
         row_words = self.single.words.shape[1]
         words = self.single.words.ctypes.data + first // GROUP * row_words * 8
         start = int(self.single.starts[first // DECODE_ROWS])
-        values = self.single.values.ctypes.data + 4 * start
-        return ("sparse_rows", words, values, x, place, bias, groups, row_words, int(add))
+        values = self.single.values.ctypes.data + kept.size * start
+        kernel = f"sparse_rows{kept.suffix}"
+        return (kernel, words, values, x, place, bias, groups, row_words, int(add))
 
     @property
     def chunk_rows(self) -> list[tuple[int, int]]:
@@ -224,14 +230,23 @@ def pack_linear(
 
     Args:
         name: of the layer.
-        weight: any float type; packed as float32.
+        weight: any float type; kept as it is if it is one of the `WEIGHT_TYPES`, else as float32.
         bias: `(out_features,)` or None.
         column_chunk: multiply this many columns at a time, as separate parts.
         single: also pack it for single tokens, on this shelf.
         shelf: where the packed weight is put.
         rates: speed of the kernels, by which the one to use is chosen.
+
+    Raises:
+        ValueError: the weight or the bias has values that are not finite.
     """
-    array = weight.detach().float().numpy()
+    if weight.dtype not in WEIGHT_TYPES:
+        weight = weight.float()
+    weight, kept = weight.detach().contiguous(), WEIGHT_TYPES[weight.dtype]
+    for tensor, part in ((weight, "weight"), (bias, "bias")):
+        if tensor is not None:
+            check_finite(tensor, f"{name}: its {part}")
+    array = weight.float().numpy()
     columns = array.shape[1]
     edges = tuple(range(0, columns, column_chunk or columns)) + (columns,)
     zeros = array.size - int(np.count_nonzero(array))
@@ -239,19 +254,30 @@ def pack_linear(
     columns_of = list(pairwise(edges))
     parts: tuple[tuple[PackedWeight | DenseWeight, ...], ...]
     if summands[0][0] == 0:
-        whole = torch.from_numpy(np.ascontiguousarray(array))
-        parts = tuple((DenseWeight(whole, start, stop - start),) for start, stop in columns_of)
+        parts = tuple((DenseWeight(weight, start, stop - start),) for start, stop in columns_of)
         if single is not None and zeros < MIN_DECODE_SPARSITY * array.size and _fits(array):
-            return Linear(name, _label(weight), parts, edges, _padded(bias), zeros, whole)
+            return Linear(
+                name, _label(weight), parts, edges, _padded(bias), zeros, kept.dtype, weight
+            )
     else:
         wanted = [
             (part[:, start:stop], height) for start, stop in columns_of for height, part in summands
         ]
-        packed = [one.on(shelf) for one in pack_many(wanted, torch.get_num_threads())]
+        packed = [one.on(shelf) for one in pack_many(wanted, torch.get_num_threads(), kept)]
         each = len(summands)
         parts = tuple(tuple(packed[i : i + each]) for i in range(0, len(packed), each))
-    rows_weight = None if single is None else _single(array, zeros, single)
-    return Linear(name, _label(weight), parts, edges, _padded(bias), zeros, rows_weight)
+    rows_weight = None if single is None else _single(array, zeros, kept, single)
+    return Linear(name, _label(weight), parts, edges, _padded(bias), zeros, kept.dtype, rows_weight)
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Raise a ValueError that begins with `what` unless all numbers are finite."""
+    wrong = tensor.numel() - int(torch.isfinite(tensor).sum())
+    if wrong:
+        raise ValueError(
+            f"{what} has {wrong} values that are infinite or NaN; wanted finite ones: the model is "
+            "damaged, or its training diverged."
+        )
 
 
 def _label(weight: Tensor) -> str:
@@ -273,13 +299,13 @@ def _padded(bias: Tensor | None) -> Tensor | None:
     return padded
 
 
-def _single(array: np.ndarray, zeros: int, shelf: Shelf) -> DecodeWeight | Tensor:
+def _single(array: np.ndarray, zeros: int, kept: WeightType, shelf: Shelf) -> DecodeWeight | Tensor:
     """The weight for single tokens: packed if that is fewer bytes by a margin, else padded."""
     if zeros >= MIN_DECODE_SPARSITY * array.size:
-        return pack_decode(array).on(shelf)
+        return pack_decode(array, kept).on(shelf)
     rows, columns = (
         -(-size // unit) * unit for size, unit in zip(array.shape, (GROUP, COLUMNS), strict=True)
     )
     padded = np.zeros((rows, columns), np.float32)
     padded[: array.shape[0], : array.shape[1]] = array
-    return torch.from_numpy(shelf.place(padded))
+    return torch.from_numpy(shelf.place(kept.narrow(padded))).view(kept.dtype)

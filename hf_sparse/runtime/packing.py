@@ -18,6 +18,7 @@ from hf_sparse.runtime import spmm
 from hf_sparse.runtime.memory import Shelf
 from hf_sparse.runtime.program import Argument, Operation
 from hf_sparse.runtime.spmm import INDEX_BYTES, SIDE_BY_SIDE, UNROLL
+from hf_sparse.runtime.weight_types import FLOAT32, WeightType, type_of
 
 Array = NDArray
 
@@ -74,7 +75,8 @@ class PackedWeight:
             x, y, bias: addresses of the columns' tile, the whole output tile, the whole bias.
             start: `START_*` of `spmm.py`.
         """
-        return (spmm.name(self.height, vectors), *self.arguments(chunk), x, y, bias, start)
+        kernel = spmm.name(self.height, vectors, type_of(self.values))
+        return (kernel, *self.arguments(chunk), x, y, bias, start)
 
     @property
     def stored(self) -> int:
@@ -104,18 +106,21 @@ def chunk_edges(rows: int) -> Array:
     return np.array([*range(0, rows, CHUNK_ROWS), rows], np.int64)
 
 
-def pack(weight: Array, height: int = 1) -> PackedWeight:
+def pack(weight: Array, height: int = 1, kept: WeightType = FLOAT32) -> PackedWeight:
     """Pack a weight; what is zero is not stored. As `pack_many`."""
-    return pack_many([(weight, height)])[0]
+    return pack_many([(weight, height)], 1, kept)[0]
 
 
-def pack_many(weights: Sequence[tuple[Array, int]], threads: int = 1) -> list[PackedWeight]:
+def pack_many(
+    weights: Sequence[tuple[Array, int]], threads: int = 1, kept: WeightType = FLOAT32
+) -> list[PackedWeight]:
     """Pack several weights; what is zero is not stored.
 
     Args:
         weights: weights `(rows, columns)` float32, and with each the height of its blocks, a key
             of `spmm.UNROLL`. Blocks that are only partly zero are stored whole.
         threads: chunks of rows that are packed at the same time.
+        kept: the type that the weights came from, in which single ones are stored.
 
     Raises:
         ValueError: a height does not divide the rows, or there are too many columns.
@@ -129,7 +134,7 @@ def pack_many(weights: Sequence[tuple[Array, int]], threads: int = 1) -> list[Pa
         if panel > 1 << 16:
             raise ValueError(f"{columns} columns: blocks are packed for at most {1 << 16}.")
         tasks += [
-            (number, weight[start : start + CHUNK_ROWS], height, panel, start)
+            (number, weight[start : start + CHUNK_ROWS], height, panel, start, kept)
             for start in range(0, rows, CHUNK_ROWS)
         ]
     with ThreadPoolExecutor(threads) as pool:
@@ -173,7 +178,7 @@ def _joined(parts: list[Array]) -> Array:
 
 
 def _pack_chunk(
-    weight: Array, height: int, panel_columns: int, first_row: int
+    weight: Array, height: int, panel_columns: int, first_row: int, weight_type: WeightType
 ) -> tuple[tuple[Array, ...], int]:
     """The five streams of one chunk of rows, and the number of its nonzeros."""
     rows, columns = weight.shape
@@ -236,7 +241,7 @@ def _pack_chunk(
     streams = (
         np.array(described, np.int32),
         np.concatenate(groups).astype(np.int32),
-        values.reshape(-1),
+        spmm.packed_type(height, weight_type).narrow(values.reshape(-1)),
         indices,
         np.concatenate(order).astype(np.int32),
     )
@@ -246,7 +251,7 @@ def _pack_chunk(
 def unpack(packed: PackedWeight) -> Array:
     """The weight that was packed, `(rows, columns)` float32."""
     weight = np.zeros((packed.rows, packed.columns), np.float32)
-    height = packed.height
+    height, stored = packed.height, type_of(packed.values).widen(packed.values)
     unroll, sides = UNROLL[height], SIDE_BY_SIDE[height]
     for chunk, following in pairwise(packed.chunks):
         at_panel, at_group, _, at, at_row = (int(start) for start in chunk)
@@ -259,7 +264,7 @@ def unpack(packed: PackedWeight) -> Array:
                     for count in [remainder, *[unroll] * rounds]:
                         for row in rows:
                             columns = first + packed.indices[at : at + count].astype(np.int64)
-                            values = packed.values[height * at : height * (at + count)]
+                            values = stored[height * at : height * (at + count)]
                             # What pads the shorter row of a pair is zero and hides nothing.
                             kept = values.reshape(-1, height).any(axis=1)
                             block = values.reshape(-1, height)[kept].T
@@ -269,8 +274,12 @@ def unpack(packed: PackedWeight) -> Array:
     return weight
 
 
-def check(packed: PackedWeight) -> None:
+def check(packed: PackedWeight, kept: WeightType) -> None:
     """Check that a packed weight, read from a file, leads the kernels nowhere but into its streams.
+
+    Args:
+        packed: the weight.
+        kept: the type that it was packed from.
 
     Raises:
         ValueError: a count, a row or a column is out of range; the message tells which.
@@ -281,7 +290,7 @@ def check(packed: PackedWeight) -> None:
     streams = {
         "panels": (packed.panels, np.int32, 2),
         "groups": (packed.groups, np.int32, 2),
-        "values": (packed.values, np.float32, 1),
+        "values": (packed.values, spmm.packed_type(height, kept).array, 1),
         "indices": (packed.indices, np.uint8 if INDEX_BYTES[height] == 1 else np.uint16, 1),
         "order": (packed.order, np.int32, 1),
     }
@@ -292,7 +301,8 @@ def check(packed: PackedWeight) -> None:
     for column, (name, (stream, kind, dimensions)) in enumerate(streams.items()):
         require(stream.dtype == kind and stream.ndim == dimensions, f"{name} are {stream.dtype}")
         require(dimensions == 1 or stream.shape[1] == 3, f"{name} are no triples")
-        beyond = PADDING // stream.itemsize if name == "indices" else 0  # loaded, not used
+        read_further = name in ("values", "indices")  # loaded, not used
+        beyond = PADDING // stream.itemsize if read_further else 0
         require(len(stream) >= chunks[-1, column] + beyond, f"{name} are cut off")
     rows = packed.chunk_rows
     straight = np.array_equal(rows, chunk_edges(packed.rows))

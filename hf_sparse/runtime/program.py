@@ -93,6 +93,11 @@ class Program:
         self._worker = code.addresses[name]
         self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._worker)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the operations."""
+        return self._operations.nbytes
+
     def run(self, **addresses: int) -> None:
         """Run all phases; `addresses` fill the slots."""
         for name, address in addresses.items():

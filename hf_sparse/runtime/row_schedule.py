@@ -59,12 +59,13 @@ class RowProgram:
         phases = [
             phase for index, block in enumerate(stack.blocks) for phase in self._block(index, block)
         ]
-        self.program = Program(code, phases, [stack, self.__dict__])
+        self.program = Program(code, phases, [stack, self._buffers, self.tables])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers."""
-        return 4 * sum(buffer.numel() for buffer in self._buffers)
+        """Bytes of the buffers, the tables and the operations."""
+        buffers = 4 * sum(buffer.numel() for buffer in self._buffers)
+        return buffers + self.tables.nbytes + self.program.nbytes
 
     def _block(self, index: int, block: Block) -> list[list[list[Operation]]]:
         stack, threads = self.stack, range(self.shape.threads)

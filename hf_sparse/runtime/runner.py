@@ -31,7 +31,7 @@ class Runner:
 
     def __init__(self, stack: Stack, target: Target, cache: Path | None) -> None:
         self.stack, self.target = stack, target
-        self._code = kernels(target, cache)
+        self._code = kernels(target, cache, stack.weight_type)
         # What the first block computed, for the others: of each calling thread.
         self.results = threading.local()
         self._programs: Pool[TileProgram | RowProgram] = Pool(KEPT_BYTES)

@@ -75,12 +75,13 @@ class TileProgram:
         self.masks = aligned(shape.batch, shape.capacity)
         self._reserve(int(places[-1]))
         phases = self._phases()
-        self.program = Program(code, phases, [stack, self.__dict__])
+        self.program = Program(code, phases, [stack, self._buffers, self.tables])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers."""
-        return 4 * sum(buffer.numel() for buffer in self._buffers)
+        """Bytes of the buffers, the tables and the operations."""
+        buffers = 4 * sum(buffer.numel() for buffer in self._buffers)
+        return buffers + self.tables.nbytes + self.program.nbytes
 
     def _reserve(self, columns: int) -> None:
         """Allocate the buffers and fill in the tables of addresses."""

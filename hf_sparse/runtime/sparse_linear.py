@@ -24,6 +24,7 @@ from hf_sparse.runtime.pool import Pool
 from hf_sparse.runtime.program import Operation, Program, Slot
 from hf_sparse.runtime.target import Target
 from hf_sparse.runtime.tiling import Tile, cut, share
+from hf_sparse.runtime.weight_types import WEIGHT_TYPES
 
 _KEPT_BYTES = 16 << 20
 # Tokens that a head multiplies one by one; torch is faster for more.
@@ -51,10 +52,11 @@ class _Layer(nn.Module):
     in_features: int
     out_features: int
 
-    def _register(self, target: Target, cache: Path | None) -> None:
+    def _register(self, dtype: torch.dtype, target: Target, cache: Path | None) -> None:
         self._number = next(_NUMBERS)
         _LAYERS[self._number] = self  # type: ignore[assignment]
-        self._target, self._cache, self._code = target, cache, kernels(target, cache)
+        self._target, self._cache = target, cache
+        self._code = kernels(target, cache, WEIGHT_TYPES[dtype])
         self._programs: Pool[Any] = Pool(_KEPT_BYTES)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Layer:
@@ -67,6 +69,11 @@ class _Layer(nn.Module):
         )
 
     def _checked(self, x: Tensor) -> Tensor:
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise ValueError(
+                "a compiled layer cannot be traced: its weight is known to this process alone. Trace "
+                "the model that was compiled, or export it by hf_sparse.export_onnx."
+            )
         if self.training:
             raise ValueError("a compiled model is for inference: call its eval() first.")
         if torch.is_grad_enabled() and x.requires_grad:
@@ -94,7 +101,7 @@ class CompiledLinear(_Layer):
         self.in_features, self.out_features = packed.columns, packed.rows
         # Some models ask a layer for its weight's dtype and device; there is nothing else in it.
         self.register_buffer("weight", torch.empty(0), persistent=False)
-        self._register(target, cache)
+        self._register(packed.dtype, target, cache)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x (..., in_features)` to `(..., out_features)`, computed in float32."""
@@ -126,7 +133,7 @@ class _TileLinear:
             [operation for tile in part for operation in self._operations(tile, thread)]
             for thread, part in enumerate(lists)
         ]
-        self.program = Program(layer._code, [operations], [self.__dict__])
+        self.program = Program(layer._code, [operations], [layer.packed, self._x, self._y])
 
     @property
     def nbytes(self) -> int:
@@ -158,12 +165,15 @@ class CompiledHead(_Layer):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._register(target, cache)
+        self._dtype = linear.weight.dtype
+        self._register(self._dtype, target, cache)
 
     @staticmethod
     def suits(linear: nn.Module | None) -> bool:
-        """Whether a head is a float32 Linear of whole vectors and groups of rows."""
-        if type(linear) is not nn.Linear or linear.weight.dtype != torch.float32:
+        """Whether a head is a Linear of whole vectors and groups of rows that kernels can read."""
+        if type(linear) is not nn.Linear or linear.weight.dtype not in WEIGHT_TYPES:
+            return False
+        if linear.bias is not None and linear.bias.dtype != torch.float32:
             return False
         whole = not (linear.in_features % COLUMNS or linear.out_features % GROUP)
         return whole and linear.weight.is_contiguous()
@@ -171,7 +181,7 @@ class CompiledHead(_Layer):
     def forward(self, x: Tensor) -> Tensor:
         """`x (..., in_features)` to `(..., out_features)`."""
         tokens = x.numel() // self.in_features
-        if not self._as_compiled() or tokens > _FEW or not tokens or x.dtype != torch.float32:
+        if not self._as_compiled() or tokens > _FEW or not tokens or x.dtype != self._dtype:
             return nn.functional.linear(x, self.weight, self.bias)
         result: Tensor = torch.ops.hf_sparse.linear(
             self._checked(x), self._number, self.out_features
@@ -181,7 +191,7 @@ class CompiledHead(_Layer):
     def _as_compiled(self) -> bool:
         """Whether the weight is still what the kernel reads: it may have been tied, cast or moved."""
         weight, shape = self.weight, (self.out_features, self.in_features)
-        plain = weight.dtype == torch.float32 and weight.device.type == "cpu"
+        plain = weight.dtype == self._dtype and weight.device.type == "cpu"
         return plain and weight.shape == shape and weight.is_contiguous()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledHead:
@@ -192,12 +202,13 @@ class CompiledHead(_Layer):
 
     def multiply(self, x: Tensor) -> Tensor:
         """The operation itself."""
-        flat = x.detach().reshape(-1, self.in_features).contiguous()
+        flat = x.detach().reshape(-1, self.in_features).float().contiguous()
         output = torch.empty(len(flat), self.out_features, dtype=torch.float32, device="cpu")
-        key = (len(flat), torch.get_num_threads(), self.weight.data_ptr())
+        bias = None if self.bias is None else self.bias.data_ptr()
+        key = (len(flat), torch.get_num_threads(), self.weight.data_ptr(), bias)
         with self._programs.borrow(key, lambda: _RowHead(self, *key[:2])) as program:
             program.program.run(x=flat.data_ptr(), y=output.data_ptr())
-        return output.view(*x.shape[:-1], self.out_features)
+        return output.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
 class _RowHead:
@@ -207,8 +218,9 @@ class _RowHead:
 
     def __init__(self, head: CompiledHead, tokens: int, threads: int) -> None:
         rows, columns = head.out_features, head.in_features
+        kept = WEIGHT_TYPES[head.weight.dtype]
         bias = 0 if head.bias is None else head.bias.data_ptr()
-        weight, stride = head.weight.data_ptr(), 4 * columns
+        weight, stride = head.weight.data_ptr(), kept.size * columns
         lists: list[list[Operation]] = []
         for first, last in share_rows(rows, threads):
             lists.append([])
@@ -219,10 +231,10 @@ class _RowHead:
                 for token in range(tokens):
                     lists[-1].append(
                         (
-                            "dense_rows",
+                            f"dense_rows{kept.suffix}",
                             weight + start * stride,
                             stride,
-                            Slot("x", token * stride),
+                            Slot("x", 4 * token * columns),
                             Slot("y", 4 * (token * rows + start)),
                             bias and bias + 4 * start,
                             groups,

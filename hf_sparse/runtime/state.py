@@ -20,9 +20,10 @@ from hf_sparse.runtime.dense import DenseWeight
 from hf_sparse.runtime.linear import Linear
 from hf_sparse.runtime.packing import CHUNK_ROWS, PANEL_COLUMNS, PackedWeight, check
 from hf_sparse.runtime.spmm import INDEX_BYTES, SIDE_BY_SIDE, UNROLL
+from hf_sparse.runtime.weight_types import WEIGHT_TYPES
 
 # Files of another layout are not read: compiling again is quick.
-LAYOUT = [1, CHUNK_ROWS, PANEL_COLUMNS, DECODE_ROWS, UNROLL, SIDE_BY_SIDE, INDEX_BYTES]
+LAYOUT = [2, CHUNK_ROWS, PANEL_COLUMNS, DECODE_ROWS, UNROLL, SIDE_BY_SIDE, INDEX_BYTES]
 
 _LINEARS = ("qkv", "out", "up", "down", "gate")
 _NUMBERS = ("rows", "columns", "height", "nonzeros")
@@ -79,6 +80,7 @@ def _block_state(block: Block, prefix: str, tensors: dict[str, Tensor]) -> dict[
             "pattern": linear.pattern,
             "edges": list(linear.edges),
             "zeros": linear.zeros,
+            "dtype": str(linear.dtype),
             "parts": [[_numbers(packed) for packed in part] for part in linear.parts],
         }
         for number, packed in enumerate(linear.packed):
@@ -142,9 +144,10 @@ def _restore_linear(
     described: Mapping[str, Any], place: str, tensors: Mapping[str, Tensor]
 ) -> Linear:
     parts, number = [], 0
+    kept = {str(dtype): kept for dtype, kept in WEIGHT_TYPES.items()}[described["dtype"]]
     dense = tensors.get(f"{place}.dense")
     if dense is not None:
-        _require_matrix(dense, f"{place}.dense")
+        _require_matrix(dense, kept.dtype, f"{place}.dense")
         require(DenseWeight.suits(dense), place, f"its dense weight has {len(dense)} rows")
     for part in described["parts"]:
         summands: list[PackedWeight | DenseWeight] = []
@@ -155,7 +158,7 @@ def _restore_linear(
                 continue
             streams: Any = {n: tensors[f"{place}.{number}.{n}"].numpy() for n in _STREAMS}
             restored = PackedWeight(**numbers, **streams)
-            check(restored)
+            check(restored, kept)
             summands.append(restored)
             number += 1
         parts.append(tuple(summands))
@@ -172,7 +175,7 @@ def _restore_linear(
             tensors[f"{place}.single_values"].numpy(),
             tensors[f"{place}.starts"].numpy(),
         )
-        check_decode(single)
+        check_decode(single, kept)
     linear = Linear(
         described["name"],
         described["pattern"],
@@ -180,6 +183,7 @@ def _restore_linear(
         edges,
         tensors.get(f"{place}.bias"),
         int(described["zeros"]),
+        kept.dtype,
         single,
     )
     widths = [part[0].columns for part in parts]
@@ -196,7 +200,7 @@ def _restore_linear(
     if linear.bias is not None:
         require_floats(linear.bias, place, rows)
     if isinstance(single, Tensor):
-        _require_matrix(single, place)
+        _require_matrix(single, kept.dtype, place)
         whole = tuple(
             -(-size // unit) * unit for size, unit in ((rows, GROUP), (edges[-1], COLUMNS))
         )
@@ -204,6 +208,6 @@ def _restore_linear(
     return linear
 
 
-def _require_matrix(tensor: Tensor, place: str) -> None:
-    fits = tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.ndim == 2
+def _require_matrix(tensor: Tensor, dtype: torch.dtype, place: str) -> None:
+    fits = tensor.dtype == dtype and tensor.is_contiguous() and tensor.ndim == 2
     require(fits, place, f"its weight is {tensor.dtype} {tuple(tensor.shape)}")

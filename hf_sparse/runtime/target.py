@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 # What AVX-512 code here needs; a CPU that lacks one of them gets AVX2 code.
-_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi2", "fma")
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi2", "bmi2", "fma")
 _AVX2 = ("avx2", "fma", "f16c", "bmi2")
 
 
@@ -33,6 +33,11 @@ class Target:
     def has_expand(self) -> bool:
         """Whether one instruction spreads packed values over the set bits of a mask."""
         return self.name == "avx512"
+
+    @property
+    def has_half(self) -> bool:
+        """Whether one instruction turns float16 into float32."""
+        return self.name != "portable" or not is_x86()
 
     @property
     def has_scale(self) -> bool:

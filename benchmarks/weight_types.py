@@ -1,0 +1,117 @@
+"""What weights of two bytes give each kernel: its time against float32's, on one thread.
+
+    python benchmarks/weight_types.py            this CPU's best target
+    python benchmarks/weight_types.py --target avx2
+
+One row for each kernel and type: microseconds, and how much faster than float32 it is. Several
+copies of a weight take turns, so that it comes from memory, as it does in a model. Times are the
+least of many: other programs only add to them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from real_models import machine
+
+from hf_sparse.report import format_table
+from hf_sparse.runtime import decode, spmm
+from hf_sparse.runtime.decode_packing import pack_decode
+from hf_sparse.runtime.dense import DenseWeight
+from hf_sparse.runtime.jit import DEFAULT_CACHE
+from hf_sparse.runtime.kernels import kernels
+from hf_sparse.runtime.memory import Shelf, aligned
+from hf_sparse.runtime.packing import pack
+from hf_sparse.runtime.program import Operation
+from hf_sparse.runtime.target import Target, named
+from hf_sparse.runtime.weight_types import FLOAT32, WEIGHT_TYPES, WeightType
+
+ROWS, COLUMNS = 768, 768
+REPEATS, COPIES = 96, 24
+
+
+def operations(
+    kind: str, weight: np.ndarray, kept: WeightType, width: int
+) -> tuple[list[Operation], object]:
+    """The same multiplication with each of the copies, and what they point into."""
+    shelf = Shelf()
+    x, y = aligned(COLUMNS, width).fill_(1.0), aligned(ROWS, width)
+    ends = (x.data_ptr(), y.data_ptr(), 0)
+    found: list[Operation] = []
+    copies: list[Any] = []
+    groups = ROWS // decode.GROUP
+    dense, single = kept.narrow(weight), pack_decode(weight, kept)
+    tile = pack(weight, int(kind[-1]), kept) if kind.startswith("tile, blocks") else None
+    for _ in range(COPIES):
+        if tile is not None:
+            copies.append(tile.on(shelf))
+            found.append(copies[-1].operation(0, 4, *ends, spmm.START_SUM))
+        elif kind == "one token, sparse":
+            copies.append(single.on(shelf))
+            first = (copies[-1].words.ctypes.data, copies[-1].values.ctypes.data)
+            words = single.words.shape[1]
+            found.append((f"sparse_rows{kept.suffix}", *first, *ends, groups, words, 0))
+        else:
+            copies.append(
+                DenseWeight(torch.from_numpy(shelf.place(dense)).view(kept.dtype), 0, COLUMNS)
+            )
+            if kind == "tile, dense":
+                found.append(copies[-1].operation(0, 4, *ends, spmm.START_SUM))
+                continue
+            first = (copies[-1].weight.data_ptr(), kept.size * COLUMNS)
+            found.append((f"dense_rows{kept.suffix}", *first, *ends, groups, COLUMNS, 0))
+    return found, (copies, x, y)
+
+
+def compare(kind: str, sparsity: float, target: Target) -> list[tuple[str, ...]]:
+    """A row for each type of weights."""
+    random = np.random.default_rng(0)
+    height = int(kind[-1]) if kind.startswith("tile, blocks") else 1
+    kept_blocks = random.random((ROWS // height, COLUMNS)) >= sparsity
+    values = random.standard_normal((ROWS, COLUMNS)).astype(np.float32)
+    weight = torch.from_numpy(values * np.repeat(kept_blocks, height, axis=0)).bfloat16().float()
+    ready = {}
+    for kept in WEIGHT_TYPES.values():
+        code = kernels(target, DEFAULT_CACHE, kept)
+        ready[kept] = (code, *operations(kind, weight.numpy(), kept, target.widths[0]))
+    times: dict[WeightType, list[float]] = {kept: [] for kept in ready}
+    for turn in range(REPEATS):
+        for kept, (code, found, _) in ready.items():
+            start = time.perf_counter()
+            code.call(*found[turn % COPIES])
+            times[kept].append(time.perf_counter() - start)
+    wide = times[FLOAT32]
+    return [
+        (
+            kind,
+            f"{100 * sparsity:.0f} %",
+            str(kept.dtype).removeprefix("torch."),
+            f"{min(found) * 1e6:.0f}",
+            f"{min(wide) / min(found):.2f}",
+        )
+        for kept, found in times.items()
+    ]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--target", help="avx512, avx2 or portable")
+    target = named(parser.parse_args().target)
+    torch.set_num_threads(1)
+    print(machine(), target.name)
+    cases = [("tile, dense", (0.0,)), ("one token, dense", (0.0,))]
+    cases += [(f"tile, blocks of {height}", (0.5, 0.9)) for height in spmm.UNROLL]
+    cases += [("one token, sparse", (0.3, 0.5, 0.6, 0.7, 0.9))]
+    rows = [
+        row for kind, levels in cases for level in levels for row in compare(kind, level, target)
+    ]
+    print(format_table((f"{ROWS} x {COLUMNS}", "zeros", "weights", "us", "float32 / it"), rows))
+
+
+if __name__ == "__main__":
+    main()
