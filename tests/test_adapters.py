@@ -197,6 +197,24 @@ def test_shira_trains_kept_weights_and_loads_with_stock_peft(tmp_path: Path) -> 
     assert_same(places(ours), places(base))
 
 
+def test_shira_without_a_seed_is_the_same_in_all_processes() -> None:
+    one, other = (get_peft_model(sparse_model(), shira(random_seed=None)) for _ in range(2))
+    layers = [m for m in one.modules() if hasattr(m, "shira_indices")]
+    others = [m for m in other.modules() if hasattr(m, "shira_indices")]
+    for mine, theirs in zip(layers, others, strict=True):
+        assert torch.equal(mine.shira_indices["default"], theirs.shira_indices["default"])
+
+
+def test_weights_that_are_not_here_whole_are_told() -> None:
+    model = get_peft_model(sparse_model(), lora())
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.base_layer.weight.data = torch.empty(0)  # as FSDP1 and DeepSpeed ZeRO-3 leave it
+    with pytest.raises(ValueError, match=r"cut into shards .* Shard whole blocks"):
+        model(**tiny_batches("llama")[0])
+    with pytest.raises(ValueError, match=r"q_proj is cut into shards. To merge, gather"):
+        merge_adapters(model)
+
+
 @pytest.mark.parametrize("config", [lora(), shira()])
 def test_saving_merges_and_leaves_the_adapter(config: Any, tmp_path: Path) -> None:
     base = sparse_model()

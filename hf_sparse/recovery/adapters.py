@@ -20,11 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_sparse.recovery.zeros import (
     check_floats,
     fingerprint,
     is_sparse,
+    is_whole,
     num_zeros,
     refill_,
     unlike,
@@ -72,6 +76,7 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
             f"config is a {type(config).__name__}; wanted peft.LoraConfig or peft.ShiraConfig: of "
             "other adapters it is not known that they keep zeros."
         )
+    _check_alone(model)
     _check_not_quantized(model)
     with _undone_on_error(model, adapter_name):
         if isinstance(model, peft.PeftModel):
@@ -132,6 +137,7 @@ def load_adapter(
             "merging it fills the zeros. Train it with hf_sparse.get_peft_model; or load it with "
             "peft.PeftModel.from_pretrained and never merge it."
         )
+    _check_alone(model)
     _check_not_quantized(model)
     config.inference_mode = not is_trainable
     with _undone_on_error(model, adapter_name):
@@ -171,9 +177,11 @@ def merge_adapters(model: Any, adapter_names: Sequence[str] | None = None) -> An
     if not is_peft_model(model):
         raise ValueError(
             f"a {type(model).__name__} has no adapters to merge; wanted what "
-            "hf_sparse.get_peft_model or load_adapter returned."
+            "hf_sparse.get_peft_model or load_adapter returned, or of a wrapped model the model inside "
+            "(accelerator.unwrap_model)."
         )
     layers = adapted_layers(model)
+    _check_gathered(layers)
     chosen = list(adapter_names or model.active_adapters)
     if unknown := sorted(set(chosen) - set(model.peft_config)):
         raise ValueError(
@@ -200,7 +208,11 @@ def merged_copy(model: Any) -> Any:
     """The base model with the active adapters merged; the PeftModel stays as it is.
 
     Memory: a second model.
+
+    Raises:
+        ValueError: see `merge_adapters`.
     """
+    _check_gathered(adapted_layers(model))
     return merge_adapters(copy.deepcopy(model))
 
 
@@ -267,6 +279,19 @@ def _check_kept_apart(model: nn.Module) -> None:
             )
 
 
+def _check_gathered(layers: list[tuple[str, Any]]) -> None:
+    """Refuse to merge into weights of which this process holds a shard."""
+    for name, layer in layers:
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if isinstance(weight, Tensor) and not is_whole(weight):
+            raise ValueError(
+                f"{name} is cut into shards. To merge, gather the adapter: "
+                "state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) "
+                "of torch.distributed.checkpoint.state_dict, model.save_pretrained(folder, "
+                "state_dict=state); then load_adapter(base, folder) on the whole base model."
+            )
+
+
 def _take_off(model: nn.Module) -> None:
     """Put the layers of a model back that a half-made adapter has replaced."""
     for name, layer in adapted_layers(model):
@@ -324,6 +349,20 @@ def _check_plain(name: str, layer: nn.Module) -> None:
         raise ValueError(
             f"{name} is an Embedding with zeros, which its adapter would fill. Leave it out of "
             "target_modules."
+        )
+
+
+def _check_alone(model: Any) -> None:
+    """Refuse a model that is spread over processes already: they would train other adapters."""
+    if isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
+        raise ValueError(
+            f"the model is wrapped in {type(model).__name__}, which does not see adapters that come "
+            "later. Give the model inside, before it is wrapped (by Accelerate: prepared)."
+        )
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            "the model's weights are cut into shards. Make or load the adapter on the whole model, "
+            "before it is sharded (fully_shard, accelerator.prepare)."
         )
 
 

@@ -30,7 +30,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.pruning.training import is_bfloat16_faster
-from hf_sparse.recovery.zeros import refill_, unlike
+from hf_sparse.recovery.zeros import is_whole, refill_, unlike
 
 # Written as `peft_type`: PEFT alone does not know it, and refuses the adapter.
 MASKED_LORA = "HF_SPARSE_MASKED_LORA"
@@ -198,6 +198,11 @@ def masked_product(
     x: Tensor, weight: Tensor, module: MaskedLinear, adapters: list[str], bias: Any, add_base: bool
 ) -> Tensor:
     """`x (W + m * U V)^T + bias`, or without W if not `add_base`; W may be stored transposed."""
+    if not is_whole(weight):
+        raise ValueError(
+            "a weight under an adapter is cut into shards while it computes. Shard whole blocks by "
+            "FSDP2 (fully_shard), or train with DDP; FSDP1 and DeepSpeed ZeRO-3 do not work."
+        )
     left, right = module.factors(adapters)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype

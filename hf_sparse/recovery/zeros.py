@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.optim.sharding import local_part
@@ -59,6 +60,11 @@ def check_floats(name: str, weight: Tensor) -> None:
             f"{name} has no values here: device_map left it on the disk. Load the model without "
             "device_map, or with more memory."
         )
+
+
+def is_whole(weight: Tensor) -> bool:
+    """Whether this process holds all of a matrix, and not a shard (FSDP, DeepSpeed ZeRO-3)."""
+    return weight.ndim > 1 and not isinstance(weight, DTensor)
 
 
 def unlike(weight: Tensor) -> Tensor:
