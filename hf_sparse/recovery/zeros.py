@@ -15,6 +15,7 @@ from hf_sparse.structure import TargetLayer, promised_config, target_layers
 
 # A layer with fewer zeros is dense: weights are zero by chance too.
 SPARSE_FROM = 0.005
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def sparse_layers(model: nn.Module, config: SparsityConfig | None = None) -> list[TargetLayer]:
@@ -73,6 +74,21 @@ def unlike(weight: Tensor) -> Tensor:
     A comparison into floats: several times faster on CPUs than one into booleans.
     """
     return torch.ne(weight, 0, out=torch.empty_like(weight))
+
+
+def kept_bits(weight: Tensor) -> Tensor:
+    """1 where a weight is not zero, 0 where it is, as integers of the weight's width.
+
+    For `mask_`, which is three times faster with them than a product of half-precision floats on
+    CPUs: nothing is rounded.
+    """
+    bits = weight.view(_INTEGERS[weight.element_size()]) << 1  # without the sign: -0.0 is a zero
+    return torch.ne(bits, 0, out=bits)
+
+
+def mask_(values: Tensor, kept: Tensor) -> None:
+    """Make values zero where the integers of `kept_bits` are, in place; both of one width."""
+    values.view(kept.dtype).mul_(kept)
 
 
 def refill_(weight: Tensor, kept: Tensor) -> None:
