@@ -122,7 +122,7 @@ def load_adapter(
     peft = _import_peft()
     from hf_sparse.recovery.masked_lora import MASKED_LORA, MaskedLoraConfig
 
-    values = _stored_config(folder, **kwargs)
+    values = stored_config(folder, **kwargs)
     kind = values.pop("peft_type", None)
     if kind == MASKED_LORA:
         known = MaskedLoraConfig.__dataclass_fields__
@@ -453,10 +453,15 @@ def _zeros_of(model: nn.Module, adapter_name: str) -> str:
     return fingerprint(layer.get_base_layer().weight.detach() for layer in masked)
 
 
-def _stored_config(
+def stored_config(
     folder: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
 ) -> dict[str, Any]:
-    """The config from where PEFT takes the weights."""
+    """The settings of a saved adapter, from where PEFT takes the weights.
+
+    Raises:
+        ValueError: they cannot be read.
+        OSError: there are none, or no weights beside them.
+    """
     file = Path(folder) / (subfolder or "") / _CONFIG
     if not file.exists() and not Path(folder).exists():
         from huggingface_hub import hf_hub_download
