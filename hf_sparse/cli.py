@@ -132,11 +132,16 @@ def prune(options: argparse.Namespace) -> int:
 def _print_saved(report: Any, options: argparse.Namespace) -> int:
     """Print a report as the options want it, and where the model was saved; the exit code."""
     if options.json:
-        print(report.to_json())
+        _print_json(report, options)
     else:
         print(report if options.tensors else report.summary())
         print(f"saved to {options.output}")
     return 0
+
+
+def _print_json(report: Any, options: argparse.Namespace) -> None:
+    """Print a report as JSON, with the folder that was written."""
+    print(json.dumps({**json.loads(report.to_json()), "folder": options.output}, indent=2))
 
 
 def _windows(tokenizer: Any, documents: Sequence[str], options: argparse.Namespace) -> list[Any]:
@@ -277,14 +282,14 @@ def shrink(options: argparse.Namespace) -> int:
     """Remove the heads and neurons that zeros have made useless, and save the smaller model."""
     if Path(options.output).resolve() == Path(options.model).resolve():
         raise ValueError(f"OUTPUT is MODEL, {options.model}: the larger model would be lost.")
-    needs_tokenizer = bool(options.tokenizer) or not _is_bare(options.model)
+    needs_tokenizer = bool(options.tokenizer) or _has_tokenizer(options.model)
     model, tokenizer = load(options.model, options, needs_tokenizer)
     report = hf_sparse.shrink(model)
     hf_sparse.save_pretrained(
         model, options.output, tokenizer=tokenizer, base_model=options.base_model
     )
     if options.json:
-        print(report.to_json())
+        _print_json(report, options)
     else:
         print(report)
         print(f"saved to {options.output}{'' if needs_tokenizer else ', without a tokenizer'}")
@@ -314,22 +319,57 @@ def export(options: argparse.Namespace) -> int:
 
 
 def push(options: argparse.Namespace) -> int:
-    """Upload a checkpoint folder."""
-    from hf_sparse.hub import upload_folder
+    """Upload a checkpoint folder, or an adapter merged into its base model."""
+    from hf_sparse.hub import push_to_hub, upload_folder
 
-    hf_sparse.inspect_checkpoint(options.folder)  # a damaged folder is not uploaded
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(options.folder).resolve()
-        if options.onnx:  # into a copy of links
-            whole = Path(temporary) / "model"
-            shutil.copytree(folder, whole, copy_function=os.symlink)
-            needs_tokenizer = bool(options.tokenizer) or not _is_bare(options.folder)
-            model, tokenizer = load(options.folder, options, needs_tokenizer)
-            hf_sparse.export_onnx(model, whole / "onnx", tokenizer=tokenizer)
-            folder = whole
-        commit = upload_folder(folder, options.repo_id, private=options.private or None)
+    private = options.private or None
+    if (Path(options.folder) / "adapter_config.json").exists():
+        model, tokenizer = _merged(options)
+        commit = push_to_hub(
+            model, options.repo_id, tokenizer=tokenizer, private=private, onnx=options.onnx
+        )
+    elif options.base is not None:
+        raise ValueError(f"--base is for adapters, and {options.folder} is none: leave it out.")
+    else:
+        hf_sparse.inspect_checkpoint(options.folder)  # a damaged folder is not uploaded
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(options.folder)
+            if options.onnx:
+                folder = _with_graph(folder, Path(temporary) / "model", options)
+            commit = upload_folder(folder, options.repo_id, private=private)
     print(json.dumps({"url": commit.commit_url}) if options.json else commit.commit_url)
     return 0
+
+
+def _with_graph(folder: Path, copy: Path, options: argparse.Namespace) -> Path:
+    """A copy of a checkpoint folder, of links, with the ONNX graph in it."""
+    shutil.copytree(folder.resolve(), copy, copy_function=os.symlink)
+    needs_tokenizer = bool(options.tokenizer) or _has_tokenizer(str(folder))
+    model, tokenizer = load(str(folder), options, needs_tokenizer)
+    hf_sparse.export_onnx(model, copy / "onnx", tokenizer=tokenizer)
+    return copy
+
+
+def _merged(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The base model of an adapter with the adapter merged, and the tokenizer, if it has one."""
+    from hf_sparse.recovery.adapters import stored_config
+
+    base = options.base or stored_config(options.folder).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{options.folder} does not tell its base model: give --base FOLDER.")
+    try:
+        model, tokenizer = load(base, options, bool(options.tokenizer) or _has_tokenizer(base))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the base model of {options.folder} cannot be loaded from {base}: {error} Give the "
+            "sparse model that the adapter was trained on: --base FOLDER."
+        ) from error
+    return hf_sparse.merge_adapters(hf_sparse.load_adapter(model, options.folder)), tokenizer
+
+
+def _has_tokenizer(source: str) -> bool:
+    """Whether a folder has a tokenizer; a model of the Hub is taken to have one."""
+    return not Path(source).is_dir() or (Path(source) / "tokenizer_config.json").exists()
 
 
 def convert(options: argparse.Namespace) -> int:
@@ -392,11 +432,6 @@ def load_tokenizer(source: str, options: argparse.Namespace, config: Any = None)
             f"{config.vocab_size}: its files are missing. Name the right one with --tokenizer."
         )
     return tokenizer
-
-
-def _is_bare(source: str) -> bool:
-    """Whether this is a folder without a tokenizer."""
-    return Path(source).is_dir() and not (Path(source) / "tokenizer_config.json").exists()
 
 
 def _known_arguments(source: str, options: argparse.Namespace) -> dict[str, str]:
@@ -584,15 +619,21 @@ def _add_export(commands: Any) -> None:
 
 
 def _add_push(commands: Any) -> None:
-    command = _command(commands, "push", push, "upload a checkpoint folder to the Hub")
-    command.add_argument("folder", help="checkpoint folder")
+    summary = "upload a checkpoint folder to the Hub; an adapter is merged into its base model"
+    command = _command(commands, "push", push, summary)
+    command.add_argument("folder", help="checkpoint folder, or that of an adapter")
     command.add_argument("repo_id", help="user/name on the Hub")
+    command.add_argument(
+        "--base", help="folder or Hub name of the adapter's base model (default: what it names)"
+    )
     command.add_argument("--private", action="store_true", help="make the repository private")
     command.add_argument(
         "--onnx", action="store_true", help="put the ONNX graph into its folder onnx/, too"
     )
-    command.add_argument("--tokenizer", help="for the graph, if the model's folder has none")
-    command.add_argument("--dtype", default="auto", help="of the graph (default as stored)")
+    command.add_argument("--tokenizer", help="folder or Hub name, if the model has none")
+    command.add_argument(
+        "--dtype", default="auto", help="of graph or merged model (default as stored)"
+    )
     command.set_defaults(gguf_file=None)
 
 

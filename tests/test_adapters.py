@@ -197,6 +197,24 @@ def test_shira_trains_kept_weights_and_loads_with_stock_peft(tmp_path: Path) -> 
     assert_same(places(ours), places(base))
 
 
+def test_shira_without_a_seed_is_the_same_in_all_processes() -> None:
+    one, other = (get_peft_model(sparse_model(), shira(random_seed=None)) for _ in range(2))
+    layers = [m for m in one.modules() if hasattr(m, "shira_indices")]
+    others = [m for m in other.modules() if hasattr(m, "shira_indices")]
+    for mine, theirs in zip(layers, others, strict=True):
+        assert torch.equal(mine.shira_indices["default"], theirs.shira_indices["default"])
+
+
+def test_weights_that_are_not_here_whole_are_told() -> None:
+    model = get_peft_model(sparse_model(), lora())
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.base_layer.weight.data = torch.empty(0)  # as FSDP1 and DeepSpeed ZeRO-3 leave it
+    with pytest.raises(ValueError, match=r"cut into shards .* Shard whole blocks"):
+        model(**tiny_batches("llama")[0])
+    with pytest.raises(ValueError, match=r"q_proj is cut into shards. To merge, gather"):
+        merge_adapters(model)
+
+
 @pytest.mark.parametrize("config", [lora(), shira()])
 def test_saving_merges_and_leaves_the_adapter(config: Any, tmp_path: Path) -> None:
     base = sparse_model()
@@ -252,6 +270,47 @@ def test_another_model_than_the_adapters_is_refused(tmp_path: Path) -> None:
         load_adapter(base, tmp_path)
 
 
+def test_an_adapter_for_other_shapes_or_a_damaged_one(tmp_path: Path) -> None:
+    for name, config in (("lora", lora()), ("shira", shira())):
+        get_peft_model(sparse_model(), config).save_pretrained(tmp_path / name)
+        other = sparse_model(hidden_size=64)
+        with pytest.raises(
+            ValueError, match=r"made for a model of other shapes \(size mismatch .*"
+        ):
+            load_adapter(other, tmp_path / name)
+        assert not hf_sparse.structure.has_adapters(other)
+    (tmp_path / "lora/adapter_model.safetensors").rename(tmp_path / "weights")
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors"):
+        load_adapter(sparse_model(), tmp_path / "lora")
+    for text, message in (("{", "is no JSON: "), ("[]", "is no JSON object")):
+        (tmp_path / "lora/adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_adapter(sparse_model(), tmp_path / "lora")
+
+
+def test_a_state_with_other_zeros_under_an_adapter_is_told() -> None:
+    model = get_peft_model(sparse_model(), lora(init_lora_weights=False))
+    other = tiny_model("llama", seed=3).state_dict()
+    names = {name: name.replace(".base_layer", "") for name in model.base_model.model.state_dict()}
+    model.base_model.model.load_state_dict(
+        {name: other[plain] for name, plain in names.items() if plain in other}, strict=False
+    )
+    with pytest.raises(ValueError, match="zeros are not those that adapter 'default' was made for"):
+        merge_adapters(model)
+    assert model.peft_config
+
+
+def test_only_linear_and_conv1d_are_targets() -> None:
+    for config in (lora, shira):
+        for target in ("embed_tokens", "input_layernorm"):
+            model = sparse_model()
+            with pytest.raises(ValueError, match=rf"{target} is of class .* Leave it out"):
+                get_peft_model(model, config(target_modules=["q_proj", target]))
+            assert not hf_sparse.structure.has_adapters(model)
+    model = get_peft_model(sparse_model(), lora(target_modules=r".*q_proj.*"))
+    get_peft_model(model, lora(target_modules=r".*(q_proj|k_proj)"), "second")
+
+
 def test_dense_layers_get_a_plain_adapter_with_a_warning() -> None:
     model = tiny_model("llama")
     config = hf_sparse.SparsityConfig("2:4", targets=["q_proj"])
@@ -300,12 +359,15 @@ def test_bad_input() -> None:
         merge_adapters(sparse_model())
 
 
-def test_quantized_bases_are_refused() -> None:
+def test_quantized_bases_are_refused(tmp_path: Path) -> None:
     model = sparse_model()
     layer = model.model.layers[0].self_attn.q_proj
     layer.__class__ = FakeQuantized
-    with pytest.raises(ValueError, match="FakeQuantized with a forward of its own"):
-        get_peft_model(model, lora())
+    get_peft_model(sparse_model(), lora()).save_pretrained(tmp_path)
+    for adapt in (lambda: get_peft_model(model, lora()), lambda: load_adapter(model, tmp_path)):
+        with pytest.raises(ValueError, match="FakeQuantized with a forward of its own"):
+            adapt()
+        assert not hf_sparse.structure.has_adapters(model)
     model = sparse_model()
     layer = model.model.layers[0].self_attn.q_proj
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_sparse import SparsityConfig, prune_
+from hf_sparse import SparsityConfig, load_adapter, merge_adapters, prune_
 from hf_sparse.patterns import Pattern
 from hf_sparse.structure import target_layers
+from tests.test_frozen import sparse_model
 from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -246,3 +249,142 @@ def test_zeros_are_kept_on_copies_and_on_shards(tmp_path: Path) -> None:
             name = layer.weight_name
             assert torch.equal(weights[name] == 0, layer.parameter == 0), (kind, name)
             torch.testing.assert_close(weights[name], found["one"][name], atol=2e-3, rtol=0)
+
+
+ADAPTERS = """
+import os
+import sys
+import peft
+import torch
+from accelerate import Accelerator
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+import hf_sparse
+from tests.test_distributed import adapter_configs
+from tests.test_frozen import sparse_model
+from tests.tiny_models import tiny_model
+
+folder, kind = sys.argv[1:]
+accelerator = Accelerator(cpu=True)
+rank, size = accelerator.process_index, accelerator.num_processes
+refused = []
+
+
+def refuses(function, *arguments):
+    try:
+        function(*arguments)
+    except ValueError as error:
+        refused.append(str(error))
+
+
+def sharded(model, blocks):
+    mesh = init_device_mesh("cpu", (2,))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+for name, config in adapter_configs().items():
+    model = sparse_model(tie_word_embeddings=False)
+    torch.manual_seed(rank if kind == "ddp" else 0)  # DDP sends the first one's to all
+    adapted = hf_sparse.get_peft_model(model, config)
+    if kind == "fsdp2":
+        sharded(adapted, model.model.layers)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.5, momentum=0.9)
+    wrapped = adapted
+    if kind != "fsdp2":
+        wrapped, optimizer = accelerator.prepare(adapted, optimizer)
+    generator = torch.Generator().manual_seed(0)
+    wrapped.train()
+    for step in range(6):
+        ids = torch.randint(2, 256, (4, 12), generator=generator)[rank::size]
+        wrapped(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = None
+    if kind == "fsdp2":
+        refuses(hf_sparse.merge_adapters, adapted)
+        refuses(hf_sparse.save_pretrained, adapted, f"{folder}/merged")
+        options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
+        state = get_model_state_dict(adapted, options=options)
+    adapted.save_pretrained(f"{folder}/{kind}-{name}-{rank}", state_dict=state)
+    if kind == "ddp":
+        refuses(hf_sparse.merge_adapters, wrapped)
+        wrapped = DistributedDataParallel(sparse_model())
+        refuses(hf_sparse.get_peft_model, wrapped, config)
+    if kind == "fsdp2":
+        model = sparse_model(tie_word_embeddings=False)
+        refuses(hf_sparse.get_peft_model, sharded(model, model.model.layers), config)
+if kind == "fsdp2":  # single layers are sharded: the adapter does not find its weights
+    model = sparse_model(tie_word_embeddings=False)
+    adapted = hf_sparse.get_peft_model(model, adapter_configs()["lora"])
+    sharded(adapted, [layer.self_attn.q_proj.base_layer for layer in model.model.layers])
+    ids = torch.arange(2, 9)[None]
+    refuses(lambda: adapted(input_ids=ids, labels=ids))
+accelerator.wait_for_everyone()
+if accelerator.is_main_process:
+    print(*refused, sep="\\n")
+sys.stdout.flush()
+accelerator.wait_for_everyone()
+os._exit(0)  # threads of gloo now and then abort a process that ends with shards in it
+"""
+
+
+def adapter_configs() -> dict[str, Any]:
+    """What the processes train: no seed is given, so that they have to agree by themselves."""
+    import peft
+
+    layers = ["q_proj", "down_proj"]
+    return {
+        "lora": peft.LoraConfig(r=4, target_modules=layers, use_rslora=True),
+        "shira": peft.ShiraConfig(r=3, target_modules=layers),
+    }
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_on_copies_and_on_shards(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    base = sparse_model(tie_word_embeddings=False)
+    script = tmp_path / "worker.py"
+    script.write_text(ADAPTERS)
+    refused = {}
+    for kind, processes in (("one", 1), ("ddp", 2), ("fsdp2", 2)):
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run(
+            [sys.executable, *command, str(script), str(tmp_path), kind],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        refused[kind] = done.stdout
+    assert refused["ddp"].count("the model inside") == 4, refused["ddp"]
+    for message, times in (
+        ("To merge, gather the adapter", 4),
+        ("before it is sharded", 2),
+        ("whole blocks", 1),
+    ):
+        assert refused["fsdp2"].count(message) == times, refused["fsdp2"]
+    assert not (tmp_path / "merged").exists()
+    for name in adapter_configs():
+        merged = {}
+        for run in ("one-{}-0", "ddp-{}-0", "ddp-{}-1", "fsdp2-{}-0", "fsdp2-{}-1"):
+            adapted = load_adapter(copy.deepcopy(base), tmp_path / run.format(name))
+            merged[run] = merge_adapters(adapted).state_dict()
+        for layer in target_layers(base):
+            weight = layer.weight_name
+            for run, weights in merged.items():
+                assert torch.equal(weights[weight] == 0, layer.parameter == 0), (run, weight)
+                other = merged[run[:-1] + "0"]
+                assert torch.equal(weights[weight], other[weight]), (run, weight)
+                one = merged["one-{}-0"][weight]
+                # gradients are taken in bfloat16 where that is faster
+                torch.testing.assert_close(weights[weight], one, atol=2e-4, rtol=0)
+        changed = merged["one-{}-0"]["model.layers.0.self_attn.q_proj.weight"]
+        start = base.state_dict()["model.layers.0.self_attn.q_proj.weight"]
+        assert (changed - start).abs().max() > 5e-4

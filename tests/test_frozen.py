@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_sparse
 from hf_sparse import KeepZeros, SparsityConfig, keep_zeros
-from hf_sparse.recovery.zeros import refill_, sparse_layers, unlike
+from hf_sparse.recovery.zeros import kept_bits, mask_, refill_, sparse_layers, unlike
 from tests.tiny_models import tiny_batches, tiny_model
 
 
@@ -227,3 +227,15 @@ def test_weights_that_are_trained_later_keep_their_zeros_too() -> None:
     train(model, other, steps=1)
     with pytest.raises(ValueError, match="something else wrote"):
         mask.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_masking_by_integers_is_exact(dtype: torch.dtype) -> None:
+    weight = torch.randn(7, 9, dtype=dtype)
+    weight[::2, 1::3], weight[1::2, 2::3] = 0.0, -0.0
+    weight[0, 0], weight[1, 0] = torch.finfo(dtype).tiny, -torch.finfo(dtype).tiny / 4
+    values = torch.randn(9, 7, dtype=dtype).T  # not contiguous, as a Conv1D's gradient
+    values[0, 1], values[0, 0] = torch.nan, torch.inf
+    wanted = torch.where(weight != 0, values, torch.zeros_like(values))
+    mask_(values, kept_bits(weight))
+    assert torch.equal(values, wanted)

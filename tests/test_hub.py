@@ -12,6 +12,7 @@ from tests.hub_stand_in import HubStandIn
 
 SCRIPT = """
 import sys
+from pathlib import Path
 import torch, transformers, hf_sparse
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -48,6 +49,26 @@ merged = transformers.AutoModelForCausalLM.from_pretrained("user/recovered")
 ids = torch.arange(2, 9)[None]
 assert torch.allclose(merged(ids).logits, adapted.eval()(ids).logits, atol=1e-5)
 assert hf_sparse.measure_sparsity(merged).zeros == hf_sparse.measure_sparsity(model).zeros
+
+hf_sparse.save_pretrained(merged, sys.argv[1] + "-base", config, tokenizer=tiny_tokenizer())
+base = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1] + "-base")
+adapted = hf_sparse.get_peft_model(base, peft.LoraConfig(r=2, init_lora_weights=False)).eval()
+adapter = sys.argv[1] + "-adapter"
+adapted.save_pretrained(adapter)
+assert main(["push", adapter, "user/pushed", "--json"]) == 0
+merged = transformers.AutoModelForCausalLM.from_pretrained("user/pushed")
+assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-5)
+assert hf_sparse.measure_sparsity(merged).zeros == hf_sparse.measure_sparsity(model).zeros
+assert len(transformers.AutoTokenizer.from_pretrained("user/pushed")) == 256
+
+other = tiny_model("llama", seed=3)
+hf_sparse.prune_(other, config, "magnitude")
+hf_sparse.save_pretrained(other, sys.argv[1] + "-other", config)
+assert main(["push", adapter, "user/never", "--base", sys.argv[1] + "-other"]) == 1
+assert main(["push", sys.argv[1], "user/never", "--base", sys.argv[1]]) == 1
+Path(sys.argv[1] + "-base").rename(sys.argv[1] + "-moved")
+assert main(["push", adapter, "user/never"]) == 1
+assert main(["push", adapter, "user/moved", "--base", sys.argv[1] + "-moved"]) == 0
 print("PULLED")
 """
 
@@ -63,6 +84,10 @@ def test_push_and_pull(tmp_path: Path) -> None:
             cwd=Path(__file__).parent.parent,
         )
         assert done.stdout.endswith("PULLED\n"), done.stdout + done.stderr
+        for message in ("at other places", "--base is for adapters", "cannot be loaded from"):
+            assert message in done.stderr, done.stderr
+        assert "user/never" not in hub.repos
+        assert "adapter_config.json" not in hub.files("user/moved")
         files = hub.files("user/tiny-sparse")
         assert "One file" in hub.commits("user/tiny-sparse")
         others = [set(hub.files(name)) for name in ("user/other", "user/third")]

@@ -138,7 +138,7 @@ def test_the_command(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     command += [] if method == "finetune" else ["--r", "2"]
     assert main(command) == 0
     described = json.loads(capsys.readouterr().out)
-    assert described["sparsity"] == 0.5
+    assert (described["sparsity"], described["folder"]) == (0.5, out)
     assert described["options"]["distilled"] is True
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert_same(places(loaded), places(model))

@@ -516,7 +516,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "shrunk")
     assert {units.size.neurons for units in find_units(loaded)} == {32}
     assert main(["shrink", names[0], str(tmp_path / "again"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["after"][0]["neurons"] == 32
+    described = json.loads(capsys.readouterr().out)
+    assert described["after"][0]["neurons"] == 32
+    assert described["folder"].endswith("again")
     assert main(["shrink", names[1], str(tmp_path / "more")]) == 1
     assert "nothing to remove" in capsys.readouterr().err
     assert not (tmp_path / "more").exists()

@@ -20,11 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_sparse.recovery.zeros import (
     check_floats,
     fingerprint,
     is_sparse,
+    is_whole,
     num_zeros,
     refill_,
     unlike,
@@ -32,6 +36,7 @@ from hf_sparse.recovery.zeros import (
 from hf_sparse.structure import is_conv1d
 
 _CONFIG = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _INSTALL = "adapters need PEFT: pip install 'hf_sparse[peft]'"
 
 
@@ -57,7 +62,8 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
 
     Raises:
         ImportError: PEFT is not installed.
-        ValueError: another kind of adapter, quantized layers, no sparse layer among the targets, or
+        ValueError: another kind of adapter, layers that are no Linear or Conv1D, quantized or
+            sharded ones, no sparse layer among the targets, or
             ShiRA with an `r` that asks for more weights than a layer keeps.
     """
     peft = _import_peft()
@@ -72,7 +78,9 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
             f"config is a {type(config).__name__}; wanted peft.LoraConfig or peft.ShiraConfig: of "
             "other adapters it is not known that they keep zeros."
         )
+    _check_alone(model)
     _check_not_quantized(model)
+    _check_targets(model, config)
     with _undone_on_error(model, adapter_name):
         if isinstance(model, peft.PeftModel):
             model.add_adapter(adapter_name, config)
@@ -108,13 +116,13 @@ def load_adapter(
     Raises:
         ImportError: PEFT is not installed.
         ValueError: an adapter without a mask, whose merge would fill zeros, or one that was made for
-            a model with other zeros.
+            a model with other zeros or shapes, or a quantized or sharded model.
         OSError: there is no such adapter.
     """
     peft = _import_peft()
     from hf_sparse.recovery.masked_lora import MASKED_LORA, MaskedLoraConfig
 
-    values = _stored_config(folder, **kwargs)
+    values = stored_config(folder, **kwargs)
     kind = values.pop("peft_type", None)
     if kind == MASKED_LORA:
         known = MaskedLoraConfig.__dataclass_fields__
@@ -132,9 +140,11 @@ def load_adapter(
             "merging it fills the zeros. Train it with hf_sparse.get_peft_model; or load it with "
             "peft.PeftModel.from_pretrained and never merge it."
         )
+    _check_alone(model)
     _check_not_quantized(model)
+    _check_targets(model, config)
     config.inference_mode = not is_trainable
-    with _undone_on_error(model, adapter_name):
+    with _undone_on_error(model, adapter_name), _told_of_shapes(folder):
         if isinstance(model, peft.PeftModel):
             model.add_adapter(adapter_name, config)
             model.load_adapter(folder, adapter_name, is_trainable=is_trainable, **kwargs)
@@ -143,6 +153,8 @@ def load_adapter(
                 model, folder, adapter_name, is_trainable=is_trainable, config=config, **kwargs
             )
         _check_kept_apart(model)
+        for name, layer in adapted_layers(model, adapter_name):
+            _check_plain(name, layer.get_base_layer())
         if kind == "SHIRA":
             from hf_sparse.recovery.shira import check_places
 
@@ -166,14 +178,18 @@ def merge_adapters(model: Any, adapter_names: Sequence[str] | None = None) -> An
         The base model, a plain model again.
 
     Raises:
-        ValueError: an adapter would fill zeros (a stock LoRA). The model is as it was then.
+        ValueError: an adapter would fill zeros (a stock LoRA), the base model's zeros were changed
+            since the adapter was made, or its weights are cut into shards. The model is as it was
+            then.
     """
     if not is_peft_model(model):
         raise ValueError(
             f"a {type(model).__name__} has no adapters to merge; wanted what "
-            "hf_sparse.get_peft_model or load_adapter returned."
+            "hf_sparse.get_peft_model or load_adapter returned, or of a wrapped model the model inside "
+            "(accelerator.unwrap_model)."
         )
     layers = adapted_layers(model)
+    _check_gathered(layers)
     chosen = list(adapter_names or model.active_adapters)
     if unknown := sorted(set(chosen) - set(model.peft_config)):
         raise ValueError(
@@ -185,6 +201,8 @@ def merge_adapters(model: Any, adapter_names: Sequence[str] | None = None) -> An
             model.unmerge_adapter()
         for name, layer in layers:
             _check_keeps_zeros(name, layer, chosen)
+        for adapter in chosen:
+            _check_base_zeros(model, adapter)
         kept = [(layer.get_base_layer(), _kept(layer)) for _, layer in layers]
         merged = model.merge_and_unload(adapter_names=chosen)
         for (name, _), (base, mask) in zip(layers, kept, strict=True):
@@ -200,7 +218,11 @@ def merged_copy(model: Any) -> Any:
     """The base model with the active adapters merged; the PeftModel stays as it is.
 
     Memory: a second model.
+
+    Raises:
+        ValueError: see `merge_adapters`.
     """
+    _check_gathered(adapted_layers(model))
     return merge_adapters(copy.deepcopy(model))
 
 
@@ -255,6 +277,21 @@ def _undone_on_error(model: Any, adapter_name: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _told_of_shapes(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Tell of an adapter whose weights have other shapes than the model's in our words."""
+    try:
+        yield
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        if not lines:
+            raise
+        raise ValueError(
+            f"{folder} was made for a model of other shapes ({lines[0].rstrip('.')}; {len(lines)} in "
+            "all). Load it on the sparse model that it was trained on."
+        ) from error
+
+
 def _check_kept_apart(model: nn.Module) -> None:
     """Refuse what would fill zeros beside adapters: sparse layers that are trained as a whole."""
     for name, module in model.named_modules():
@@ -264,6 +301,19 @@ def _check_kept_apart(model: nn.Module) -> None:
             raise ValueError(
                 f"{name} is in modules_to_save, which trains all its weights, and it has zeros: they "
                 "would be filled. Put it into target_modules, or leave it out."
+            )
+
+
+def _check_gathered(layers: list[tuple[str, Any]]) -> None:
+    """Refuse to merge into weights of which this process holds a shard."""
+    for name, layer in layers:
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if isinstance(weight, Tensor) and not is_whole(weight):
+            raise ValueError(
+                f"{name} is cut into shards. To merge, gather the adapter: "
+                "state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) "
+                "of torch.distributed.checkpoint.state_dict, model.save_pretrained(folder, "
+                "state_dict=state); then load_adapter(base, folder) on the whole base model."
             )
 
 
@@ -305,6 +355,23 @@ def _check_adapted(model: nn.Module, adapter_name: str) -> None:
         )
 
 
+def _check_targets(model: Any, config: Any) -> None:
+    """Refuse targets that no adapter which keeps zeros is for, before PEFT changes any layer."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    model = model.get_base_model() if is_peft_model(model) else model
+    adapted = tuple(f"{name}." for name, _ in adapted_layers(model))
+    for name, module in model.named_modules():
+        base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        if isinstance(base, nn.Linear) or is_conv1d(base) or name.startswith(adapted):
+            continue
+        if config.target_modules and check_target_module_exists(config, name):
+            raise ValueError(
+                f"{name} is of class {type(base).__name__}; adapters that keep zeros are for Linear "
+                "and Conv1D layers of floats. Leave it out of target_modules."
+            )
+
+
 def _check_plain(name: str, layer: nn.Module) -> None:
     """Refuse layers that compute something else than a product with their weight."""
     check_floats(name, layer.weight)  # type: ignore[arg-type]
@@ -315,15 +382,19 @@ def _check_plain(name: str, layer: nn.Module) -> None:
             "training, or another adapter); wanted a plain Linear. Convert the model back to float "
             "layers first."
         )
-    if not isinstance(layer, nn.Linear | nn.Embedding) and not is_conv1d(layer):
+
+
+def _check_alone(model: Any) -> None:
+    """Refuse a model that is spread over processes already: they would train other adapters."""
+    if isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
         raise ValueError(
-            f"{name} is a {type(layer).__name__}; adapters that keep zeros are for Linear and Conv1D. "
-            "Leave it out of target_modules."
+            f"the model is wrapped in {type(model).__name__}, which does not see adapters that come "
+            "later. Give the model inside, before it is wrapped (by Accelerate: prepared)."
         )
-    if isinstance(layer, nn.Embedding) and is_sparse(layer.weight.detach()):
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError(
-            f"{name} is an Embedding with zeros, which its adapter would fill. Leave it out of "
-            "target_modules."
+            "the model's weights are cut into shards. Make or load the adapter on the whole model, "
+            "before it is sharded (fully_shard, accelerator.prepare)."
         )
 
 
@@ -356,6 +427,17 @@ def _check_keeps_zeros(name: str, layer: Any, adapters: Sequence[str]) -> None:
             )
 
 
+def _check_base_zeros(model: Any, adapter: str) -> None:
+    """Refuse a base model whose zeros are others than when the adapter was made or loaded."""
+    known = getattr(model.peft_config[adapter], "base_zeros", None)
+    if known is not None and known != _zeros_of(model, adapter):
+        raise ValueError(
+            f"the base model's zeros are not those that adapter '{adapter}' was made for: its weights "
+            "were changed since (a state was loaded, or the model pruned). Load the base model that "
+            "belongs to the adapter, and the adapter on it by hf_sparse.load_adapter."
+        )
+
+
 def _kept(layer: Any) -> Tensor | None:
     """Where the weight of a sparse layer is not zero."""
     weight = getattr(layer.get_base_layer(), "weight", None)
@@ -371,10 +453,15 @@ def _zeros_of(model: nn.Module, adapter_name: str) -> str:
     return fingerprint(layer.get_base_layer().weight.detach() for layer in masked)
 
 
-def _stored_config(
+def stored_config(
     folder: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
 ) -> dict[str, Any]:
-    """The config from where PEFT takes the weights."""
+    """The settings of a saved adapter, from where PEFT takes the weights.
+
+    Raises:
+        ValueError: they cannot be read.
+        OSError: there are none, or no weights beside them.
+    """
     file = Path(folder) / (subfolder or "") / _CONFIG
     if not file.exists() and not Path(folder).exists():
         from huggingface_hub import hf_hub_download
@@ -385,7 +472,14 @@ def _stored_config(
         file = Path(hf_hub_download(str(folder), _CONFIG, subfolder=subfolder, **hub))
     if not file.exists():
         raise FileNotFoundError(f"{folder} has no {_CONFIG}; wanted the folder of an adapter.")
-    values: dict[str, Any] = json.loads(file.read_text())
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}. Save the adapter again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is no JSON object; wanted the settings of an adapter.")
+    if Path(folder).exists() and not any((file.parent / name).exists() for name in _WEIGHTS):
+        raise FileNotFoundError(f"{file.parent} has no {_WEIGHTS[0]}: the adapter's weights.")
     return values
 
 

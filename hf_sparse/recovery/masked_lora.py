@@ -30,7 +30,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.pruning.training import is_bfloat16_faster
-from hf_sparse.recovery.zeros import refill_, unlike
+from hf_sparse.recovery.zeros import is_whole, kept_bits, mask_, refill_, unlike
 
 # Written as `peft_type`: PEFT alone does not know it, and refuses the adapter.
 MASKED_LORA = "HF_SPARSE_MASKED_LORA"
@@ -198,6 +198,11 @@ def masked_product(
     x: Tensor, weight: Tensor, module: MaskedLinear, adapters: list[str], bias: Any, add_base: bool
 ) -> Tensor:
     """`x (W + m * U V)^T + bias`, or without W if not `add_base`; W may be stored transposed."""
+    if not is_whole(weight):
+        raise ValueError(
+            "a weight under an adapter is cut into shards while it computes. Shard whole blocks by "
+            "FSDP2 (fully_shard), or train with DDP; FSDP1 and DeepSpeed ZeRO-3 do not work."
+        )
     left, right = module.factors(adapters)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
@@ -214,11 +219,12 @@ def masked_weight(
 ) -> Tensor:
     """`m * (W + U V)`, or `m * U V`, in the weight's type; the product is taken in it too.
 
-    `kept` is the mask, if it is there already.
+    `kept` is the mask as from `kept_bits`, if it is there already.
     """
     left, right = left.to(weight.dtype), right.to(weight.dtype)
     whole = torch.addmm(weight, left, right) if add_base else left @ right
-    return whole.mul_(unlike(weight) if kept is None else kept)
+    mask_(whole, kept_bits(weight) if kept is None else kept)
+    return whole
 
 
 class _MaskedProduct(torch.autograd.Function):
@@ -237,15 +243,18 @@ class _MaskedProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, left, right = ctx.saved_tensors
         [grad] = grads
-        grad_x, kept = None, unlike(weight)
+        grad_x, merged, kept = None, None, kept_bits(weight)
         if ctx.needs_input_grad[0]:
             merged = masked_weight(weight, left, right, ctx.base, kept)
             grad_x = functional.linear(grad, merged) if ctx.flipped else grad @ merged
         rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
         if is_bfloat16_faster(rows):
             rows, grad_rows = rows.bfloat16(), grad_rows.bfloat16()
-        whole = rows.T @ grad_rows if ctx.flipped else grad_rows.T @ rows
-        whole.mul_(kept.to(whole.dtype))
+            kept, merged = kept.to(torch.int16), None
+        # G is written over the merged weight: fresh memory costs more than the mask
+        first, second = (rows, grad_rows) if ctx.flipped else (grad_rows, rows)
+        whole = torch.mm(first.T, second, out=merged)
+        mask_(whole, kept)
         grad_left = (whole @ right.T.to(whole.dtype)).to(left.dtype)
         grad_right = (left.T.to(whole.dtype) @ whole).to(right.dtype)
         return grad_x, None, grad_left, grad_right, None, None

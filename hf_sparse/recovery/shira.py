@@ -23,7 +23,7 @@ def on_kept_weights(config: ShiraConfig, model: nn.Module) -> ShiraConfig:
     """The config with a mask function that draws from the nonzero weights of each layer.
 
     Args:
-        config: its `r` fixes how many, its `random_seed` which.
+        config: its `r` fixes how many, its `random_seed` (None: 0) which.
         model: whose layers are adapted, for their names in errors.
 
     Raises:
@@ -36,11 +36,9 @@ def on_kept_weights(config: ShiraConfig, model: nn.Module) -> ShiraConfig:
                 f"{name} is a Conv1D, which PEFT's ShiRA does not adapt. Use masked LoRA: LoraConfig."
             )
     names = {id(module): name for name, module in model.named_modules()}
-    generator = torch.Generator()
-    if config.random_seed is not None:
-        generator.manual_seed(config.random_seed)
-    else:
-        generator.seed()
+    generator = torch.Generator().manual_seed(
+        config.random_seed or 0
+    )  # all processes draw the same
 
     def mask_fn(base_layer: Any, r: int, **kwargs: Any) -> Tensor:
         name = names.get(id(base_layer), type(base_layer).__name__)

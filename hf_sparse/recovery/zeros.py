@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.optim.sharding import local_part
@@ -14,6 +15,7 @@ from hf_sparse.structure import TargetLayer, find_stacks, promised_config, targe
 
 # A layer with fewer zeros is dense: weights are zero by chance too.
 SPARSE_FROM = 0.005
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def sparse_layers(model: nn.Module, config: SparsityConfig | None = None) -> list[TargetLayer]:
@@ -79,12 +81,32 @@ def check_floats(name: str, weight: Tensor) -> None:
         )
 
 
+def is_whole(weight: Tensor) -> bool:
+    """Whether this process holds all of a matrix, and not a shard (FSDP, DeepSpeed ZeRO-3)."""
+    return weight.ndim > 1 and not isinstance(weight, DTensor)
+
+
 def unlike(weight: Tensor) -> Tensor:
     """1 where a weight is not zero, 0 where it is, in the weight's own type.
 
     A comparison into floats: several times faster on CPUs than one into booleans.
     """
     return torch.ne(weight, 0, out=torch.empty_like(weight))
+
+
+def kept_bits(weight: Tensor) -> Tensor:
+    """1 where a weight is not zero, 0 where it is, as integers of the weight's width.
+
+    For `mask_`, which is three times faster with them than a product of half-precision floats on
+    CPUs: nothing is rounded.
+    """
+    bits = weight.view(_INTEGERS[weight.element_size()]) << 1  # without the sign: -0.0 is a zero
+    return torch.ne(bits, 0, out=bits)
+
+
+def mask_(values: Tensor, kept: Tensor) -> None:
+    """Make values zero where the integers of `kept_bits` are, in place; both of one width."""
+    values.view(kept.dtype).mul_(kept)
 
 
 def refill_(weight: Tensor, kept: Tensor) -> None:
