@@ -3,15 +3,16 @@
     python benchmarks/recovery.py                  # text: prose that Python ships
     python benchmarks/recovery.py --data FOLDER    # WikiText-2 and C4, see real_models.texts
     python benchmarks/recovery.py --table          # the results so far as Markdown
+    python benchmarks/recovery.py --cost           # what keeping the zeros costs in a step
 
 Results go into a file of JSON lines; cells that it has are skipped, so that a run can be stopped and
 started again. Every cell runs in a process of its own, so that its peak memory (RSS) is its own. The
 pruned models are kept in `--work`.
 
 "recovered": the share of the gap in log perplexity between the pruned and the dense model that is
-closed. Seconds are the processor's. "step": those of an optimizer step of one window over those of the
-same step without: the hooks of the frozen mask taken off; stock LoRA instead of masked LoRA; the least
-of some in turns.
+closed. Seconds are the processor's. `--cost` prints those of an optimizer step of one window over those
+of the same step without what keeps the zeros: the hooks of the frozen mask taken off, stock LoRA
+instead of masked LoRA; the least of some steps, the two taking turns.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ from transformers.utils.logging import disable_progress_bar
 
 import hf_sparse
 from hf_sparse import SparsityConfig
-from hf_sparse.pruning.training import fast_autocast
 from hf_sparse.recovery.recover import RECOVERIES, fit
 from hf_sparse.recovery.zeros import fingerprint, sparse_layers
 
 WINDOW = 512
 CALIBRATION = 64
+# Takes an optimizer step and returns its seconds.
+Step = Callable[[], float]
 NAMES = {
     "none": "none",
     "lora": "masked LoRA",
@@ -105,6 +107,11 @@ def main() -> None:
         cell = Cell(**json.loads(options.cell))
         print(json.dumps({"cell": asdict(cell), "machine": machine(), **measure(cell, options)}))
         return
+    if options.cost:
+        print(f"{machine()}\n")
+        prepare(options, [Cell("2:4")])
+        print_cost(options)
+        return
     if not options.table:
         fill(options)
     print_table(read(options.out))
@@ -119,19 +126,25 @@ def fill(options: argparse.Namespace) -> None:
             raise SystemExit(f"no cell {name!r}; there are: {', '.join(c.name for c in known)}")
         known = [cell for cell in known if cell.name in options.only]
     todo = [cell for cell in known if cell.key not in done]
-    options.work.mkdir(parents=True, exist_ok=True)
-    if not (options.work / "dense" / "config.json").exists():
-        dense_smollm2(options.work / "dense")
+    prepare(options, todo)
     for number, cell in enumerate(todo, 1):
         print(f"{number} of {len(todo)}: {cell.name}", flush=True)
-        if cell.zeros != "0 %" and not pruned_folder(cell, options).exists():
-            prune(cell, options)
         command = [sys.executable, __file__, *sys.argv[1:], "--cell", cell.key]
         found = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if found.returncode:
             raise SystemExit(f"failed, see above: {cell.name}")
         with options.out.open("a") as file:
             file.write(found.stdout.splitlines()[-1] + "\n")
+
+
+def prepare(options: argparse.Namespace, todo: list[Cell]) -> None:
+    """Make the dense and the pruned models that these cells start from."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    if not (options.work / "dense" / "config.json").exists():
+        dense_smollm2(options.work / "dense")
+    for cell in todo:
+        if cell.zeros != "0 %" and not pruned_folder(cell, options).exists():
+            prune(cell, options)
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -186,8 +199,6 @@ def measure(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         name: hf_sparse.perplexity(model, tokenizer, text, WINDOW, max_windows=options.max_windows)
         for name, text in held_out.items()
     }
-    if cell.method in ("lora", "finetune") and not cell.teacher:
-        row["step"] = step_ratio(cell, model, batches, options.steps)
     return row
 
 
@@ -215,53 +226,67 @@ def zeros_of(model: PreTrainedModel) -> str:
     return fingerprint(layer.parameter.detach() for layer in sparse_layers(model))
 
 
-def step_ratio(
-    cell: Cell, model: PreTrainedModel, batches: list[dict[str, Any]], steps: int
-) -> float:
-    """Seconds of a step over those of the same step without what keeps the zeros."""
+def print_cost(options: argparse.Namespace) -> None:
+    """Print the cost of a step, with the products in several types."""
+    tokenizer = AutoTokenizer.from_pretrained(options.work / "dense")
+    [batch] = hf_sparse.calibration_batches(
+        tokenizer, texts(options.data)[0], num_samples=1, window=WINDOW
+    )
+    folder = pruned_folder(Cell("2:4"), options)
+    print("| 2:4 | weights | products | s | without, s | ratio |\n|---|---|---|---|---|---|")
+    for what, pair, dtype, fast in (
+        ("frozen mask over none", frozen_and_free, torch.float32, True),
+        ("masked LoRA over stock LoRA", masked_and_stock, torch.float32, False),
+        ("masked LoRA over stock LoRA", masked_and_stock, torch.float32, True),
+        ("masked LoRA over stock LoRA", masked_and_stock, torch.bfloat16, False),
+    ):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        runs = pair(model, {**batch, "labels": batch["input_ids"]}, fast)
+        seconds: list[list[float]] = [[], []]
+        for _ in range(options.steps + 1):
+            for run, found in zip(runs, seconds, strict=True):
+                found.append(run())
+        kept, free = (min(found[1:]) for found in seconds)
+        products = "bfloat16" if fast else str(dtype).removeprefix("torch.")
+        columns = [what, str(dtype).removeprefix("torch."), products]
+        columns += [f"{kept:.2f}", f"{free:.2f}", f"{kept / free:.3f}"]
+        print("| " + " | ".join(columns) + " |", flush=True)
+
+
+def frozen_and_free(model: Any, batch: dict[str, Any], fast: bool) -> tuple[Step, Step]:
+    """Steps of AdamW with the zeros kept, and without."""
+    # at rate 0 the steps without the mask leave the zeros for those with it
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+
+    def frozen() -> float:
+        mask = hf_sparse.keep_zeros(optimizer, model)
+        seconds = timed(model, optimizer, batch, fast)
+        mask.remove()
+        return seconds
+
+    return frozen, lambda: timed(model, optimizer, batch, fast)
+
+
+def masked_and_stock(model: Any, batch: dict[str, Any], fast: bool) -> tuple[Step, Step]:
+    """Steps of two adapters of the same sizes."""
     import peft
 
-    batch = {**batches[0], "labels": batches[0]["input_ids"]}
-    if cell.method == "finetune":
-        model.requires_grad_(True)
-        # at rate 0 the steps without the mask leave the zeros for those with it
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    settings = peft.LoraConfig(r=16, target_modules=[layer.name for layer in sparse_layers(model)])
 
-        def frozen() -> None:
-            mask = hf_sparse.keep_zeros(optimizer, model)
-            seconds.append(timed(model, optimizer, batch))
-            mask.remove()
+    def stepping(adapted: Any) -> Step:
+        trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-6)
+        return lambda: timed(adapted, optimizer, batch, fast)
 
-        def free() -> None:
-            seconds.append(timed(model, optimizer, batch))
-
-        pair: tuple[Callable[[], None], Callable[[], None]] = (frozen, free)
-    else:
-        settings = peft.LoraConfig(
-            r=16, target_modules=[layer.name for layer in sparse_layers(model)]
-        )
-        adapted = [hf_sparse.get_peft_model(copy.deepcopy(model), copy.deepcopy(settings))]
-        adapted.append(peft.get_peft_model(model, settings))
-        runs = [
-            (each, torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], lr=1e-6))
-            for each in adapted
-        ]
-        pair = (
-            lambda: seconds.append(timed(*runs[0], batch)),
-            lambda: seconds.append(timed(*runs[1], batch)),
-        )
-    seconds: list[float] = []
-    for _ in range(steps + 1):
-        for run in pair:
-            run()
-    return min(seconds[2::2]) / min(seconds[3::2])
+    masked = hf_sparse.get_peft_model(copy.deepcopy(model), copy.deepcopy(settings))
+    return stepping(masked), stepping(peft.get_peft_model(model, settings))
 
 
-def timed(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> float:
+def timed(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Any], fast: bool) -> float:
     """Seconds of one step."""
     model.train()
     start = time.process_time()
-    with fast_autocast(next(model.parameters())):
+    with torch.autocast("cpu", torch.bfloat16, enabled=fast):
         loss = model(**batch).loss
     loss.backward()
     optimizer.step()
@@ -279,7 +304,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     names = list(rows[0]["perplexity"])
     head = ["zeros", "recovery", "lr", *(f"perplexity {name}" for name in names)]
     head += [f"recovered {name}" for name in names]
-    head += ["sparsity", "same zeros", "CPU s per window", "step", "peak, MB"]
+    head += ["sparsity", "same zeros", "CPU s per window", "peak, MB"]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     dense = found.get(Cell("0 %"))
     for cell, row in found.items():
@@ -296,7 +321,6 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         ]
         windows = row["tokens"] / WINDOW
         columns += [f"{row['seconds'] / windows:.2f}" if "seconds" in row else "-"]
-        columns += [f"{row['step']:.3f}" if "step" in row else "-"]
         columns += [f"{row['peak_mb']:.0f}" if "peak_mb" in row else "-"]
         print("| " + " | ".join(columns) + " |")
 
@@ -314,6 +338,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("docs/recovery.jsonl"))
     parser.add_argument("--work", type=Path, default=Path("bench_output/recovery"))
     parser.add_argument("--table", action="store_true", help="print what is there and stop")
+    parser.add_argument("--cost", action="store_true", help="of a step; nothing else is done")
     parser.add_argument("--only", nargs="+", metavar="CELL", help='such as "2:4 lora"')
     parser.add_argument("--tokens", type=int, default=400_000, help="to train on")
     parser.add_argument("--accumulate", type=int, default=2, help="windows in a step")
