@@ -12,7 +12,13 @@ from torch.distributed.tensor import DTensor
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Pattern
-from hf_sparse.structure import num_parameters, promised_config, target_layers, with_head_size
+from hf_sparse.structure import (
+    block_layers,
+    num_parameters,
+    promised_config,
+    target_layers,
+    with_head_size,
+)
 
 
 @dataclass(frozen=True)
@@ -140,9 +146,9 @@ def measure_sparsity(model: nn.Module, config: SparsityConfig | None = None) -> 
     Args:
         model: any model; its weights are only read, one at a time. Under FSDP2 all processes must
             call this.
-        config: which layers to count, and the pattern to check them against. None: what the model
-            was pruned or loaded with, or else every Linear and Conv1D in the repeated blocks,
-            `unstructured`.
+        config: which layers to count, and the pattern to check them against. None: every Linear and
+            Conv1D in the repeated blocks, and what the model was pruned or loaded with, which is
+            checked against its pattern.
 
     Returns:
         The report; tied and shared weights count once.
@@ -151,14 +157,19 @@ def measure_sparsity(model: nn.Module, config: SparsityConfig | None = None) -> 
         ValueError: nothing matches the config's targets, or the pattern cannot divide a weight
             (the message names it).
     """
-    config = promised_config(model) if config is None else config
-    if config is not None:
-        config = with_head_size(config, model)
-    pattern = Pattern.parse("unstructured") if config is None else config.pattern
-    layers = target_layers(model, config)
-    tensors = tuple(count_zeros(x.weight_name, _whole(x.weight), pattern) for x in layers)
-    targets = {id(layer.parameter) for layer in layers}
-    others = (parameter for parameter in model.parameters() if id(parameter) not in targets)
+    promised = promised_config(model) if config is None else config
+    if promised is not None:
+        promised = with_head_size(promised, model)
+    anything = Pattern.parse("unstructured")
+    pattern = anything if promised is None else promised.pattern
+    counted = {id(layer.parameter): (layer, pattern) for layer in target_layers(model, promised)}
+    if config is None:
+        for layer in block_layers(model):
+            counted.setdefault(id(layer.parameter), (layer, anything))
+    tensors = tuple(
+        count_zeros(layer.weight_name, _whole(layer.weight), own) for layer, own in counted.values()
+    )
+    others = (parameter for parameter in model.parameters() if id(parameter) not in counted)
     other_zeros = sum(int(_whole((parameter.detach() == 0).sum())) for parameter in others)
     return SparsityReport(tensors, str(pattern), num_parameters(model), other_zeros=other_zeros)
 

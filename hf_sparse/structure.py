@@ -159,6 +159,15 @@ def target_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
     return list(chosen.values())
 
 
+def block_layers(model: nn.Module) -> list[TargetLayer]:
+    """Every layer in the repeated blocks, each weight once; none if there are no blocks."""
+    chosen: dict[int, TargetLayer] = {}
+    for stack in find_stacks(model):
+        for name, module in stack.layers():
+            chosen.setdefault(id(module.weight), TargetLayer(name, module))
+    return list(chosen.values())
+
+
 def _own_name(layer: str) -> str:
     """The name that a layer has without a PEFT adapter."""
     return layer.removesuffix(".base_layer")

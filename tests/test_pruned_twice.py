@@ -16,6 +16,7 @@ import hf_sparse
 from hf_sparse import FormatError, SparsityConfig
 from hf_sparse.cli import main
 from hf_sparse.formats import compress, join
+from hf_sparse.structure import promised_config
 from tests.tiny_models import tiny_batches, tiny_model
 
 ATTENTION = ["self_attn.*"]
@@ -70,7 +71,7 @@ def test_heads_and_then_neurons_are_all_compressed(tmp_path: Path, family: str) 
 def test_zeros_of_the_whole_model_are_true_everywhere(tmp_path: Path, name: str) -> None:
     model = pruned(name)
     hf_sparse.save_pretrained(model, tmp_path)
-    report = hf_sparse.measure_sparsity(model)
+    report = hf_sparse.measure_sparsity(model, promised_config(model))
     found = hf_sparse.inspect_checkpoint(tmp_path).report
     assert report.model_zeros == found.model_zeros == zeros_of(model)
     assert (report.pattern, report.zeros, report.violations) == (
@@ -82,7 +83,11 @@ def test_zeros_of_the_whole_model_are_true_everywhere(tmp_path: Path, name: str)
     assert f"| zeros in the whole model | {share:.4f} |" in (tmp_path / "README.md").read_text()
     assert main(["inspect", str(tmp_path)]) == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert hf_sparse.measure_sparsity(loaded) == report
+    assert hf_sparse.measure_sparsity(loaded, promised_config(loaded)) == report
+    everything = hf_sparse.measure_sparsity(loaded)
+    assert everything == hf_sparse.measure_sparsity(model)
+    assert everything.model_zeros == report.model_zeros
+    assert (everything.pattern, everything.violations) == (report.pattern, report.violations)
 
 
 def test_a_promise_is_checked_for_its_targets_alone(tmp_path: Path) -> None:

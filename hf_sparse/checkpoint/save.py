@@ -29,8 +29,8 @@ from hf_sparse.recovery.adapters import is_peft_model, merged_copy
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.structure import (
     TargetLayer,
+    block_layers,
     check_has_weights,
-    find_stacks,
     has_adapters,
     num_parameters,
     promised_config,
@@ -271,7 +271,7 @@ def _stored_parts(
     where that is smaller. Empties the state dict.
     """
     targets = _targets_by_weight(model, config)
-    blocks = {id(layer.weight) for stack in find_stacks(model) for _, layer in stack.layers()}
+    blocks = {id(layer.parameter) for layer in block_layers(model)}
     others = dict(model.named_parameters(remove_duplicate=False))
     dense = {}
     for name in list(state_dict):

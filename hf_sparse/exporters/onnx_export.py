@@ -166,7 +166,7 @@ def export_onnx(
                 "tolerance= if that is what you want."
             )
         config = promised_config(model)
-        measured = measure_sparsity(model)
+        measured = measure_sparsity(model, config)
         if config is None:
             config = SparsityConfig("unstructured", min(measured.sparsity, 0.999999))
         if not metrics and quantize is None:

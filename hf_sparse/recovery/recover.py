@@ -31,7 +31,7 @@ from hf_sparse.recovery.adapters import get_peft_model, is_peft_model, merge_ada
 from hf_sparse.recovery.frozen import keep_zeros
 from hf_sparse.recovery.zeros import fingerprint, sparse_layers
 from hf_sparse.report import SparsityReport, measure_sparsity
-from hf_sparse.structure import has_adapters
+from hf_sparse.structure import has_adapters, promised_config
 
 _WARM_UP = 0.1
 _CLIP = 1.0
@@ -155,7 +155,7 @@ def recover_(
         raise ValueError("the zeros of the model have changed while it was trained. Load it again.")
     options = {"epochs": epochs, "lr": recovery.lr, **({"r": recovery.r} if recovery.r else {})}
     report = replace(
-        measure_sparsity(model),
+        measure_sparsity(model, promised_config(model)),
         method=f"recovery by {method}",
         options={**options, "distilled": teacher is not None},
         seconds=time.perf_counter() - start,

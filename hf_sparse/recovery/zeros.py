@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.optim.sharding import local_part
-from hf_sparse.structure import TargetLayer, find_stacks, promised_config, target_layers
+from hf_sparse.structure import TargetLayer, block_layers, promised_config, target_layers
 
 # A layer with fewer zeros is dense: weights are zero by chance too.
 SPARSE_FROM = 0.005
@@ -34,22 +34,12 @@ def sparse_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
         check_floats(layer.weight_name, layer.parameter)
     found = [layer for layer in layers if bool((local_part(layer.parameter.detach()) == 0).any())]
     if config is None:
-        found += _others(model, layers)
-    return found
-
-
-def _others(model: nn.Module, layers: Sequence[TargetLayer]) -> list[TargetLayer]:
-    """The sparse layers of the blocks that are not among the given ones."""
-    seen = {id(layer.parameter) for layer in layers}
-    found = []
-    for stack in find_stacks(model):
-        for layer in (TargetLayer(name, module) for name, module in stack.layers()):
-            if id(layer.parameter) in seen:
-                continue
-            seen.add(id(layer.parameter))
-            check_floats(layer.weight_name, layer.parameter)
-            if is_sparse(local_part(layer.parameter.detach())):
-                found.append(layer)
+        seen = {id(layer.parameter) for layer in layers}
+        for layer in block_layers(model):
+            if id(layer.parameter) not in seen:
+                check_floats(layer.weight_name, layer.parameter)
+                if is_sparse(local_part(layer.parameter.detach())):
+                    found.append(layer)
     return found
 
 
