@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -154,8 +156,45 @@ def test_a_classifier_is_pruned_on_labelled_texts(
     assert "label 'never' is no class of the model" in capsys.readouterr().err
     with pytest.raises(ValueError, match="LlamaForCausalLM does not classify texts"):
         hf_sparse.labelled_batches(tiny_model("llama"), tokenizer, ["a"], [0])
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        hf_sparse.labelled_batches(model, tokenizer, ["a"], [0], batch_size=0)
+    few = ("--sparsity", 0.5, "--num-samples", -1, "--window", 16)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a", "label": "yes"}))
+    assert run(*common, *labelled, *few) == 1
+    assert "--num-samples is -1" in capsys.readouterr().err
+    assert run(*common, *labelled[:2], "--fields", "text,text,text", *sizes) == 1
+    assert "wanted the name of a text, or two" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "settings", "message"),
+    [
+        (["a"], [0], {"batch_size": 0}, "batch_size is 0"),
+        (["a"], [0], {"batch_size": 1.5}, "batch_size is 1.5; wanted a whole number"),
+        (["a"], [0], {"window": 3.5}, "window is 3.5; wanted a whole number"),
+        ("abc", [0, 1, 2], {}, "wanted a list of texts"),
+        ([None], [0], {}, "wanted a text, or a pair of texts"),
+        ([("a", "b", "c")], [0], {}, "wanted a text, or a pair of texts"),
+        (["\ud800"], [0], {}, "whole Unicode characters"),
+        (["a"], [3], {}, "label 3 is no class of the model; wanted 0 to 2"),
+        (["a"], [0.5], {}, "label 0.5 is no class"),
+        (["a"], [True], {}, "label True is no class"),
+    ],
+)
+def test_texts_and_labels_that_cannot_be_learned_from(
+    texts: Any, labels: Any, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        hf_sparse.labelled_batches(tiny_classifier(), tiny_tokenizer(), texts, labels, **settings)
+
+
+def test_labels_are_any_integers_and_need_classes() -> None:
+    model, tokenizer = tiny_classifier(), tiny_tokenizer()
+    model.config.label2id = None
+    for labels in (np.array([2, 0]), torch.tensor([2, 0])):
+        (batch,) = hf_sparse.labelled_batches(model, tokenizer, ["a", "b"], labels)
+        assert batch["labels"].tolist() == [2, 0]
+    model.config.problem_type = "multi_label_classification"
+    with pytest.raises(ValueError, match="one right class for each text"):
+        hf_sparse.labelled_batches(model, tokenizer, ["a"], [0])
 
 
 @pytest.mark.parametrize(
@@ -200,6 +239,9 @@ def test_a_folder_without_a_tokenizer_is_not_measured(
     BertForSequenceClassification(config).save_pretrained(tmp_path / "bare")
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"sentence": "a", "label": 0}))
+    assert run("eval", tmp_path / "bare", "--labels", rows) == 1
+    assert "bare holds no tokenizer: name one with --tokenizer" in capsys.readouterr().err
+    (tmp_path / "bare/tokenizer_config.json").write_text("{}")
     assert run("eval", tmp_path / "bare", "--labels", rows) == 1
     assert "its files are missing" in capsys.readouterr().err
     (tmp_path / "tokenizer").mkdir()
@@ -275,3 +317,19 @@ def test_the_command_is_installed() -> None:
     command = Path(sys.executable).with_name("hf-sparse")
     done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"hf_sparse {hf_sparse.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("compiled.json", "a compiled model, which hf_sparse.load_compiled reads"),
+        ("adapter_config.json", "an adapter, which hf_sparse.load_adapter reads"),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "bench"])
+def test_other_folders_of_ours_are_told_apart(
+    command: str, file: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / file).write_text("{}")
+    assert run(command, tmp_path) == 1
+    assert f"{tmp_path} holds {kind}" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_sparse.checkpoint.quantizer import QUANT_METHOD, SparseCheckpointConfig
 from hf_sparse.checkpoint.reading import (
     StoredTensor,
+    check_is_checkpoint,
     checkpoint_files,
     is_target,
     read_headers,
@@ -72,6 +73,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
+    check_is_checkpoint(folder)
     config = read_sparsity_config(folder)
     pattern = Unstructured() if config is None else config.pattern
     files = checkpoint_files(folder)

@@ -124,7 +124,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     Raises:
         FormatError: there are none, the index is no JSON, or a shard that it names is missing.
     """
-    check_no_graph(folder)
+    check_is_checkpoint(folder)
     index = folder / INDEX_NAME
     if (folder / WEIGHTS_NAME).is_file():
         return [folder / WEIGHTS_NAME]
@@ -139,8 +139,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return files
 
 
-def check_no_graph(folder: Path) -> None:
-    """Raise a FormatError if a folder holds an ONNX graph instead of weights."""
+def check_is_checkpoint(folder: Path) -> None:
+    """Raise a FormatError if a folder holds a graph, a compiled model or an adapter instead."""
     graphs = [path.name for path in sorted(folder.glob("*.onnx"))]
     weights = [file for kind in ("safetensors", "bin", "gguf") for file in folder.glob(f"*.{kind}")]
     if graphs and not weights:
@@ -148,6 +148,16 @@ def check_no_graph(folder: Path) -> None:
             f"{folder} holds an ONNX graph, {graphs[0]}, and no checkpoint. Its README.md tells what "
             "is in it, and how to run it; wanted the folder of the model that it was exported from."
         )
+    for name, kind in (
+        ("compiled.json", "a compiled model"),
+        ("adapter_config.json", "an adapter"),
+    ):
+        if (folder / name).exists() and not (folder / "config.json").exists():
+            reader = "load_compiled" if name == "compiled.json" else "load_adapter"
+            raise FormatError(
+                f"{folder} holds {kind}, which hf_sparse.{reader} reads, and no checkpoint; wanted "
+                "the folder of the model that it was made from."
+            )
 
 
 def read_index(index: Path) -> dict[str, str]:

@@ -70,6 +70,8 @@ def prune(options: argparse.Namespace) -> int:
     if documents is not None:
         batches = windows(tokenizer, documents, options)
     elif rows is not None:
+        if options.num_samples < 1:
+            raise ValueError(f"--num-samples is {options.num_samples}; wanted at least 1.")
         batches = hf_sparse.labelled_batches(
             model,
             tokenizer,

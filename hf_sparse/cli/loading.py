@@ -9,10 +9,16 @@ from typing import Any
 
 import hf_sparse
 from hf_sparse.checkpoint.loading import dense_model_class
-from hf_sparse.checkpoint.reading import check_no_graph
+from hf_sparse.checkpoint.reading import check_is_checkpoint
 from hf_sparse.checkpoint.source import remember_source_
 from hf_sparse.documents import read_documents, read_rows
 from hf_sparse.history import steps_of
+
+# Any of these makes a tokenizer.
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
+    *("vocab.json", "vocab.txt"),
+)
 
 
 def load(source: str, options: argparse.Namespace, needs_tokenizer: bool = True) -> tuple[Any, Any]:
@@ -57,6 +63,8 @@ def load_tokenizer(source: str, options: argparse.Namespace, config: Any = None)
     known = _known_arguments(source, options)
     if config is None:
         config = transformers.AutoConfig.from_pretrained(source, **known)
+    if not options.tokenizer and not known and not has_tokenizer(source):
+        raise ValueError(f"{source} holds no tokenizer: name one with --tokenizer.")
     given = {"pretrained_model_name_or_path": options.tokenizer or source}
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         **given, **({} if options.tokenizer else known)
@@ -75,14 +83,15 @@ def _known_arguments(source: str, options: argparse.Namespace) -> dict[str, str]
     folder = Path(source)
     if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ValueError(f"no such folder: {source}")
-    check_no_graph(folder)
+    check_is_checkpoint(folder)
     gguf_file = options.gguf_file
     return {"gguf_file": gguf_file} if gguf_file and (folder / gguf_file).exists() else {}
 
 
 def has_tokenizer(source: str) -> bool:
     """Whether a folder has a tokenizer; a model of the Hub is taken to have one."""
-    return not Path(source).is_dir() or (Path(source) / "tokenizer_config.json").exists()
+    folder = Path(source)
+    return not folder.is_dir() or any((folder / name).exists() for name in _TOKENIZER_FILES)
 
 
 def windows(tokenizer: Any, documents: Sequence[str], options: argparse.Namespace) -> list[Any]:
@@ -117,6 +126,10 @@ def measurement(options: argparse.Namespace) -> Callable[[Any, Any], float]:
 def labelled_texts(options: argparse.Namespace) -> tuple[Any, list[Any]]:
     """The texts, or tuples of texts, of --labels, and their labels."""
     fields = options.fields.split(",")
+    if len(fields) > 2 or "label" in fields or len(set(fields)) < len(fields):
+        raise ValueError(
+            f"--fields {options.fields}: wanted the name of a text, or two, by a comma."
+        )
     rows = [row for file in options.labels for row in read_rows(Path(file), [*fields, "label"])]
     texts = [row[fields[0]] if len(fields) == 1 else tuple(row[f] for f in fields) for row in rows]
     return texts, [row["label"] for row in rows]

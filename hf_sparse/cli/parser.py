@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         network = type(error).__module__.startswith(("httpx", "httpcore"))
         if not network and not isinstance(error, _EXPECTED):
             raise
-        print(f"hf-sparse: error: {error}", file=sys.stderr)
+        told = f"the Hub could not be reached: {error}" if network else error
+        print(f"hf-sparse: error: {told}", file=sys.stderr)
         return 1
     return code
 

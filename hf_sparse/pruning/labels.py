@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,18 +34,17 @@ def labelled_batches(
         `labels` `(batch_size,)`; the last one may be smaller.
 
     Raises:
-        ValueError: texts and labels differ in number, there are none, a label is no class of the
-            model, or the model is no such classifier.
+        ValueError: texts and labels differ in number, there are none, one is no text, a label is no
+            class of the model, or the model is no such classifier.
     """
     if not type(model).__name__.endswith("ForSequenceClassification"):
         raise ValueError(
             f"{type(model).__name__} does not classify texts; wanted ...ForSequenceClassification. "
             "For other models put labels into the batches as their forward takes them."
         )
-    if batch_size < 1 or window < 2:
-        raise ValueError(
-            f"batch_size is {batch_size} and window {window}; wanted at least 1 and 2 tokens."
-        )
+    for name, value, least in (("batch_size", batch_size, 1), ("window", window, 2)):
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} is {value!r}; wanted a whole number >= {least}.")
     indices = class_indices(model, texts, labels)
     return [
         {
@@ -67,20 +67,49 @@ def class_indices(
     """The class of each text, as an index, from labels that are indices or names.
 
     Raises:
-        ValueError: texts and labels differ in number, there are none, or a label is no class of the
-            model.
+        ValueError: texts and labels differ in number, there are none, one is no text or pair of
+            texts, a label is no class of the model, or the model has no classes of which one is
+            right.
     """
-    if len(texts) != len(labels) or not texts:
+    if isinstance(texts, str) or isinstance(labels, str):
+        raise ValueError("found one text or label; wanted a list of texts and one of labels.")
+    if len(texts) != len(labels) or not len(texts):
         raise ValueError(
             f"found {len(texts)} texts and {len(labels)} labels; wanted as many of each, at least one."
         )
+    for text in texts:
+        _check_text(text)
     described: Any = model.config
-    names: dict[Any, int] = described.label2id
-    indices: list[Any] = [names.get(x, x) if isinstance(x, str) else x for x in labels]
-    for index in indices:
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(names):
-            raise ValueError(
-                f"label {index!r} is no class of the model; wanted 0 to {len(names) - 1}, or one of "
-                f"{', '.join(names)}."
-            )
-    return indices
+    problem = described.problem_type
+    if described.num_labels < 2 or problem not in (None, "single_label_classification"):
+        raise ValueError(
+            f"the model has {described.num_labels} labels and problem_type {problem!r}; wanted a "
+            "classifier with one right class for each text. For other models put labels into the "
+            "batches as their forward takes them."
+        )
+    names = described.label2id or {}
+    return [_class_index(label, names, described.num_labels) for label in labels]
+
+
+def _class_index(label: Any, names: Mapping[str, int], classes: int) -> int:
+    named: Any = names.get(label) if isinstance(label, str) else label
+    try:
+        index = operator.index(named)
+    except TypeError:
+        index = -1
+    if isinstance(label, bool) or not 0 <= index < classes:
+        raise ValueError(
+            f"label {label!r} is no class of the model; wanted 0 to {classes - 1}, or one of "
+            f"{', '.join(map(str, names))}."
+        )
+    return index
+
+
+def _check_text(text: Any) -> None:
+    """Refuse what a tokenizer does not take as a text or a pair of texts."""
+    parts = (text,) if isinstance(text, str) else text
+    if not isinstance(parts, tuple | list) or len(parts) > 2 or not len(parts):
+        raise ValueError(f"found {text!r}; wanted a text, or a pair of texts.")
+    for part in parts:
+        if not isinstance(part, str) or any("\ud800" <= letter <= "\udfff" for letter in part):
+            raise ValueError(f"found {part!r}; wanted a text of whole Unicode characters.")

@@ -29,7 +29,7 @@ from hf_sparse.pruning.training import (
 )
 from hf_sparse.recovery.adapters import get_peft_model, is_peft_model, merge_adapters
 from hf_sparse.recovery.frozen import keep_zeros
-from hf_sparse.recovery.zeros import fingerprint, sparse_layers
+from hf_sparse.recovery.zeros import fingerprint, is_sparse, sparse_layers
 from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure import has_adapters, promised_config
 
@@ -108,7 +108,7 @@ def recover_(
     for batch in inputs:
         check_predicts(batch)
     layers = sparse_layers(model)
-    if not layers:
+    if not any(is_sparse(layer.parameter.detach()) for layer in layers):
         raise ValueError(
             f"{type(model).__name__} has no zeros to keep. Prune it first: hf_sparse.prune_."
         )
