@@ -9,13 +9,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_sparse.recovery.stored import check_tensors, stored_config, stored_weights
 from hf_sparse.recovery.zeros import (
     check_floats,
     fingerprint,
@@ -36,7 +35,6 @@ from hf_sparse.recovery.zeros import (
 from hf_sparse.structure import is_conv1d
 
 _CONFIG = "adapter_config.json"
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _INSTALL = "adapters need PEFT: pip install 'hf_sparse[peft]'"
 
 
@@ -117,6 +115,7 @@ def load_adapter(
         ImportError: PEFT is not installed.
         ValueError: an adapter without a mask, whose merge would fill zeros, or one that was made for
             a model with other zeros or shapes, or a quantized or sharded model.
+            Or its files are damaged: settings that cannot be, tensors that are missing or too many.
         OSError: there is no such adapter.
     """
     peft = _import_peft()
@@ -144,7 +143,8 @@ def load_adapter(
     _check_not_quantized(model)
     _check_targets(model, config)
     config.inference_mode = not is_trainable
-    with _undone_on_error(model, adapter_name), _told_of_shapes(folder):
+    weights = stored_weights(folder, **kwargs)
+    with _undone_on_error(model, adapter_name), _told_of_misfits(folder):
         if isinstance(model, peft.PeftModel):
             model.add_adapter(adapter_name, config)
             model.load_adapter(folder, adapter_name, is_trainable=is_trainable, **kwargs)
@@ -152,6 +152,7 @@ def load_adapter(
             model = peft.PeftModel.from_pretrained(
                 model, folder, adapter_name, is_trainable=is_trainable, config=config, **kwargs
             )
+        check_tensors(folder, weights, model, adapter_name)
         _check_kept_apart(model)
         for name, layer in adapted_layers(model, adapter_name):
             _check_plain(name, layer.get_base_layer())
@@ -278,10 +279,16 @@ def _undone_on_error(model: Any, adapter_name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _told_of_shapes(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Tell of an adapter whose weights have other shapes than the model's in our words."""
+def _told_of_misfits(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Tell in our words of an adapter whose weights PEFT cannot put into the model."""
     try:
         yield
+    except KeyError as error:  # a tensor of modules_to_save
+        if "." not in str(error):
+            raise
+        raise ValueError(
+            f"{folder} is damaged: its tensor {error} is missing. Save it again, or download it again."
+        ) from error
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         if not lines:
@@ -451,36 +458,6 @@ def _zeros_of(model: nn.Module, adapter_name: str) -> str:
     layers = adapted_layers(model, adapter_name)
     masked = [layer for _, layer in layers if adapter_name in getattr(layer, "lora_variant", {})]
     return fingerprint(layer.get_base_layer().weight.detach() for layer in masked)
-
-
-def stored_config(
-    folder: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
-) -> dict[str, Any]:
-    """The settings of a saved adapter, from where PEFT takes the weights.
-
-    Raises:
-        ValueError: they cannot be read.
-        OSError: there are none, or no weights beside them.
-    """
-    file = Path(folder) / (subfolder or "") / _CONFIG
-    if not file.exists() and not Path(folder).exists():
-        from huggingface_hub import hf_hub_download
-
-        hub = {
-            k: kwargs[k] for k in ("revision", "token", "cache_dir") if kwargs.get(k) is not None
-        }
-        file = Path(hf_hub_download(str(folder), _CONFIG, subfolder=subfolder, **hub))
-    if not file.exists():
-        raise FileNotFoundError(f"{folder} has no {_CONFIG}; wanted the folder of an adapter.")
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}. Save the adapter again.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} is no JSON object; wanted the settings of an adapter.")
-    if Path(folder).exists() and not any((file.parent / name).exists() for name in _WEIGHTS):
-        raise FileNotFoundError(f"{file.parent} has no {_WEIGHTS[0]}: the adapter's weights.")
-    return values
 
 
 def _import_peft() -> Any:

@@ -1,0 +1,122 @@
+"""Adapters on the disk: what is damaged, or belongs to another model, is refused and named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import hf_sparse
+from hf_sparse import get_peft_model, load_adapter
+from tests.test_adapters import lora, outputs, shira, train
+from tests.test_frozen import sparse_model
+
+peft = pytest.importorskip("peft")
+
+KINDS = {"lora": lora, "shira": shira}
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(params=KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A trained adapter of each kind."""
+    model = get_peft_model(sparse_model(), KINDS[request.param]())
+    train(model)
+    model.save_pretrained(tmp_path / request.param)
+    return tmp_path / request.param
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file(change(tensors), folder / WEIGHTS, {"format": "pt"})
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def refused(folder: Path, message: str, model: Any = None) -> None:
+    """The error comes, and the model is as it was."""
+    model = sparse_model() if model is None else model
+    before = outputs(model)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, folder)
+    assert not hf_sparse.structure.has_adapters(model)
+    assert torch.equal(outputs(model), before)
+
+
+def test_missing_and_unexpected_tensors(folder: Path) -> None:
+    names = sorted(load_file(folder / WEIGHTS))
+    change_weights(folder, lambda t: {name: t[name] for name in names[1:]})
+    refused(
+        folder, rf"1 of its tensors are missing \(first {names[0]}\); wanted {len(names)} tensors"
+    )
+    change_weights(folder, lambda t: {"x": torch.zeros(1)})
+    refused(folder, rf"{len(names)} of .* missing .*, 1 of its tensors are unexpected \(first x\)")
+
+
+def test_an_adapter_of_more_layers(folder: Path) -> None:
+    layers = sparse_model().config.num_hidden_layers
+    refused(folder, "tensors are missing", sparse_model(num_hidden_layers=layers + 1))
+    refused(folder, "tensors are unexpected", sparse_model(num_hidden_layers=layers - 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modules_to_save_under_another_name(kind: str, tmp_path: Path) -> None:
+    base = sparse_model(tie_word_embeddings=False)
+    model = get_peft_model(base, KINDS[kind](modules_to_save=["lm_head"]), "mine")
+    train(model)
+    found = outputs(model)
+    model.save_pretrained(tmp_path)
+    folder = tmp_path / "mine"
+    loaded = load_adapter(sparse_model(tie_word_embeddings=False), folder, "other")
+    assert torch.equal(outputs(loaded), found)
+    [head] = [name for name in load_file(folder / WEIGHTS) if "lm_head" in name]
+    change_weights(folder, lambda t: {name: t[name] for name in t if name != head})
+    refused(folder, rf"tensor '{head}' is missing", sparse_model(tie_word_embeddings=False))
+
+
+def test_embeddings_beside_an_adapter_are_expected(folder: Path) -> None:
+    name = "base_model.model.model.embed_tokens.weight"
+    weight = sparse_model().model.embed_tokens.weight.detach()
+    change_weights(folder, lambda t: {**t, name: weight.clone()})
+    load_adapter(sparse_model(), folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": "x"},
+        {"r": 0},
+        {"lora_alpha": "x"},
+        {"lora_alpha": float("nan")},
+        {"lora_dropout": 1.5},
+        {"bias": "weird"},
+        {"target_modules": 5},
+        {"target_modules": ".*("},
+        {"exclude_modules": ["q_proj", 5]},
+        {"modules_to_save": 5},
+        {"rank_pattern": {"q_proj": "x"}},
+        {"base_model_name_or_path": 5},
+    ],
+)
+def test_settings_that_cannot_be(folder: Path, changes: dict[str, Any]) -> None:
+    change_config(folder, **changes)
+    [name] = changes
+    refused(folder, rf"{folder}/adapter_config\.json has {name}=.*; wanted ")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_weights_that_are_cut_off(folder: Path, share: float) -> None:
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[: int(share * len(whole))])
+    refused(folder, rf"{folder} .* cannot be read")
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    refused(folder, rf"{folder} .* cannot be read")
