@@ -16,6 +16,7 @@ import hf_sparse
 from hf_sparse import get_peft_model, load_adapter
 from tests.test_adapters import lora, outputs, shira, train
 from tests.test_frozen import sparse_model
+from tests.tiny_models import tiny_model
 
 peft = pytest.importorskip("peft")
 
@@ -93,6 +94,7 @@ def test_embeddings_beside_an_adapter_are_expected(folder: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
+        {"peft_type": []},
         {"r": "x"},
         {"r": 0},
         {"lora_alpha": "x"},
@@ -120,3 +122,34 @@ def test_weights_that_are_cut_off(folder: Path, share: float) -> None:
     refused(folder, rf"{folder} .* cannot be read")
     (folder / WEIGHTS).rename(folder / "adapter_model.bin")
     refused(folder, rf"{folder} .* cannot be read")
+
+
+def test_a_base_with_other_zeros(folder: Path) -> None:
+    fewer = sparse_model()
+    weight = fewer.model.layers[0].self_attn.q_proj.weight
+    with torch.no_grad():
+        weight.view(-1)[(weight.view(-1) == 0).nonzero()[0]] = 1.0
+    for other in (tiny_model("llama"), fewer):
+        refused(folder, "zeros are at other places", other)
+    load_adapter(sparse_model(), folder)
+
+
+def test_a_base_whose_zeros_are_changed_under_shira() -> None:
+    model = get_peft_model(sparse_model(), shira())
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.fill_(1.0)
+    with pytest.raises(ValueError, match="zeros are not those that adapter 'default' was made for"):
+        hf_sparse.merge_adapters(model)
+
+
+def test_shira_and_stock_peft(tmp_path: Path) -> None:
+    model = get_peft_model(sparse_model(), shira())
+    train(model)
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.warns(UserWarning, match=r"\['base_zeros'\] .* ignored"):
+        stock = peft.PeftModel.from_pretrained(sparse_model(), tmp_path / "ours")
+    assert torch.equal(outputs(stock), outputs(model))
+    stock.save_pretrained(tmp_path / "theirs")
+    with pytest.warns(UserWarning, match="holds no hash of its base model's zeros"):
+        again = load_adapter(sparse_model(), tmp_path / "theirs")
+    assert torch.equal(outputs(again), outputs(model))

@@ -85,9 +85,7 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
         else:
             model = peft.get_peft_model(model, config, adapter_name)
         _check_adapted(model, adapter_name)
-    config = model.peft_config[adapter_name]
-    if isinstance(config, peft.LoraConfig):
-        config.base_zeros = _zeros_of(model, adapter_name)
+    model.peft_config[adapter_name].base_zeros = _zeros_of(model, adapter_name)
     return model
 
 
@@ -120,25 +118,23 @@ def load_adapter(
     """
     peft = _import_peft()
     from hf_sparse.recovery.masked_lora import MASKED_LORA, MaskedLoraConfig
+    from hf_sparse.recovery.shira import KeptShiraConfig, check_places
 
     values = stored_config(folder, **kwargs)
     kind = values.pop("peft_type", None)
-    if kind == MASKED_LORA:
-        known = MaskedLoraConfig.__dataclass_fields__
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(
-                f"{folder}/{_CONFIG} has unknown settings {', '.join(unknown)}: a newer version wrote "
-                "it. Upgrade: pip install -U hf_sparse peft"
-            )
-        config: Any = MaskedLoraConfig(**values)
-    elif kind == "SHIRA":
-        config = peft.ShiraConfig(**values)
-    else:
+    kinds: dict[str, Any] = {MASKED_LORA: MaskedLoraConfig, "SHIRA": KeptShiraConfig}
+    if kind not in kinds:
         raise ValueError(
             f"{folder} is an adapter of type {kind} without a mask: on a sparse model it is dense, and "
             "merging it fills the zeros. Train it with hf_sparse.get_peft_model; or load it with "
             "peft.PeftModel.from_pretrained and never merge it."
         )
+    if unknown := sorted(set(values) - set(kinds[kind].__dataclass_fields__)):
+        raise ValueError(
+            f"{folder}/{_CONFIG} has unknown settings {', '.join(unknown)}: a newer version wrote "
+            "it. Upgrade: pip install -U hf_sparse peft"
+        )
+    config = kinds[kind](**values)
     _check_alone(model)
     _check_not_quantized(model)
     _check_targets(model, config)
@@ -157,9 +153,13 @@ def load_adapter(
         for name, layer in adapted_layers(model, adapter_name):
             _check_plain(name, layer.get_base_layer())
         if kind == "SHIRA":
-            from hf_sparse.recovery.shira import check_places
-
             check_places(model, adapter_name)
+        if kind == "SHIRA" and config.base_zeros is None:
+            warnings.warn(
+                f"{folder} holds no hash of its base model's zeros, as stock PEFT writes it: it fills "
+                "none of this model's, but may have been trained on another model.",
+                stacklevel=2,
+            )
         elif config.base_zeros != _zeros_of(model, adapter_name):
             raise ValueError(
                 f"{folder} was made for a model whose zeros are at other places (or on other layers). "
@@ -454,10 +454,13 @@ def _kept(layer: Any) -> Tensor | None:
 
 
 def _zeros_of(model: nn.Module, adapter_name: str) -> str:
-    """The hash of the zeros of the layers that an adapter masks."""
-    layers = adapted_layers(model, adapter_name)
-    masked = [layer for _, layer in layers if adapter_name in getattr(layer, "lora_variant", {})]
-    return fingerprint(layer.get_base_layer().weight.detach() for layer in masked)
+    """The hash of the zeros of the layers that an adapter masks; ShiRA's are all of its layers."""
+    layers = [
+        layer
+        for _, layer in adapted_layers(model, adapter_name)
+        if adapter_name in getattr(layer, "lora_variant", (adapter_name,))
+    ]
+    return fingerprint(layer.get_base_layer().weight.detach() for layer in layers)
 
 
 def _import_peft() -> Any:

@@ -8,6 +8,7 @@ places among all weights; here they are drawn among the nonzero ones.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,18 @@ from torch import Tensor, nn
 from hf_sparse.structure import is_conv1d
 
 
-def on_kept_weights(config: ShiraConfig, model: nn.Module) -> ShiraConfig:
+@dataclass
+class KeptShiraConfig(ShiraConfig):
+    """PEFT's `ShiraConfig` that knows the base model. Stock PEFT warns of `base_zeros` and goes on.
+
+    Args:
+        base_zeros: hash of the zeros that the adapter was made for; filled in.
+    """
+
+    base_zeros: str | None = None
+
+
+def on_kept_weights(config: ShiraConfig, model: nn.Module) -> KeptShiraConfig:
     """The config with a mask function that draws from the nonzero weights of each layer.
 
     Args:
@@ -44,9 +56,10 @@ def on_kept_weights(config: ShiraConfig, model: nn.Module) -> ShiraConfig:
         name = names.get(id(base_layer), type(base_layer).__name__)
         return draw(name, base_layer.weight.detach(), r, generator)
 
-    config = copy.deepcopy(config)
-    config.mask_fn = mask_fn  # type: ignore[assignment]
-    return config
+    values = {name: getattr(config, name) for name in ShiraConfig.__dataclass_fields__}
+    kept = KeptShiraConfig(**copy.deepcopy(values))
+    kept.mask_fn = mask_fn  # type: ignore[assignment]
+    return kept
 
 
 def draw(name: str, weight: Tensor, r: int, generator: torch.Generator) -> Tensor:

@@ -150,6 +150,7 @@ _TARGETS = (
 )
 # What a setting may be, as JSON holds it, and how an error says so.
 _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "peft_type": (lambda v: v is None or isinstance(v, str), "a text, or null"),
     "r": (_is_rank, "a whole number >= 1"),
     "lora_alpha": (_is_number, "a finite number"),
     "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 on, below 1"),
