@@ -14,9 +14,11 @@ from torch import Tensor
 
 import hf_sparse
 from hf_sparse import get_peft_model, load_adapter
+from hf_sparse.recovery import recover
+from hf_sparse.recovery.recover import fit
 from tests.test_adapters import lora, outputs, shira, train
 from tests.test_frozen import sparse_model
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_batches, tiny_model
 
 peft = pytest.importorskip("peft")
 
@@ -153,3 +155,68 @@ def test_shira_and_stock_peft(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="holds no hash of its base model's zeros"):
         again = load_adapter(sparse_model(), tmp_path / "theirs")
     assert torch.equal(outputs(again), outputs(model))
+
+
+def trained_weights(model: Any) -> list[Tensor]:
+    return [parameter.data for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_in_a_file(folder: Path, bad: float) -> None:
+    def spoilt(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {n: v * bad if v.is_floating_point() else v for n, v in tensors.items()}
+
+    change_weights(folder, spoilt)
+    refused(folder, rf"adapter 'default' of {folder} has values that are not finite")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_that_are_not_finite_are_not_merged_or_saved(kind: str, tmp_path: Path) -> None:
+    model = get_peft_model(sparse_model(), KINDS[kind]())
+    train(model)
+    trained_weights(model)[-1].view(-1)[0] = float("nan")
+    for merge in (
+        hf_sparse.merge_adapters,
+        lambda m: hf_sparse.save_pretrained(m, tmp_path / "out"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"'default' has values that are not finite, in 1 places"
+        ):
+            merge(model)
+        assert model.peft_config
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scale_that_is_not_finite() -> None:
+    model = sparse_model()
+    with pytest.raises(ValueError, match=r"not finite, .* the scale of "):
+        get_peft_model(model, lora(lora_alpha=float("nan")))
+    assert not hf_sparse.structure.has_adapters(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_that_overflows(kind: str) -> None:
+    model = get_peft_model(sparse_model().half(), KINDS[kind]())
+    for weight in trained_weights(model):
+        weight.fill_(1e5)
+    with pytest.raises(ValueError, match=r"not finite in torch\.float16"):
+        hf_sparse.merge_adapters(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recovery_that_diverges_in_its_last_step(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverging(model: Any, *args: Any, **kwargs: Any) -> list[float]:
+        losses = fit(model, *args, **kwargs)
+        trained_weights(model)[0].fill_(float("nan"))
+        return losses
+
+    monkeypatch.setattr(recover, "fit", diverging)
+    model = sparse_model()
+    before = outputs(model)
+    with pytest.raises(ValueError, match="has values that are not finite"):
+        hf_sparse.recover_(model, tiny_batches("llama")[:1], kind, r=1)
+    assert not hf_sparse.structure.has_adapters(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(outputs(model), before)

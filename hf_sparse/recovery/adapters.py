@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import warnings
 from collections import Counter
@@ -85,6 +86,7 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
         else:
             model = peft.get_peft_model(model, config, adapter_name)
         _check_adapted(model, adapter_name)
+        _check_finite(model, adapter_name)
     model.peft_config[adapter_name].base_zeros = _zeros_of(model, adapter_name)
     return model
 
@@ -113,7 +115,8 @@ def load_adapter(
         ImportError: PEFT is not installed.
         ValueError: an adapter without a mask, whose merge would fill zeros, or one that was made for
             a model with other zeros or shapes, or a quantized or sharded model.
-            Or its files are damaged: settings that cannot be, tensors that are missing or too many.
+            Or its files are damaged: settings that cannot be, tensors that are missing or too many,
+            values that are not finite.
         OSError: there is no such adapter.
     """
     peft = _import_peft()
@@ -154,6 +157,7 @@ def load_adapter(
             _check_plain(name, layer.get_base_layer())
         if kind == "SHIRA":
             check_places(model, adapter_name)
+        _check_finite(model, adapter_name, f" of {folder}")
         if kind == "SHIRA" and config.base_zeros is None:
             warnings.warn(
                 f"{folder} holds no hash of its base model's zeros, as stock PEFT writes it: it fills "
@@ -179,9 +183,9 @@ def merge_adapters(model: Any, adapter_names: Sequence[str] | None = None) -> An
         The base model, a plain model again.
 
     Raises:
-        ValueError: an adapter would fill zeros (a stock LoRA), the base model's zeros were changed
-            since the adapter was made, or its weights are cut into shards. The model is as it was
-            then.
+        ValueError: an adapter would fill zeros (a stock LoRA) or has values that are not finite, the
+            base model's zeros were changed since the adapter was made, or its weights are cut into
+            shards. The model is as it was then.
     """
     if not is_peft_model(model):
         raise ValueError(
@@ -200,6 +204,8 @@ def merge_adapters(model: Any, adapter_names: Sequence[str] | None = None) -> An
     with torch.no_grad():
         if any(layer.merged for _, layer in layers):  # by PEFT's merge_adapter
             model.unmerge_adapter()
+        for adapter in chosen:
+            _check_finite(model, adapter)
         for name, layer in layers:
             _check_keeps_zeros(name, layer, chosen)
         for adapter in chosen:
@@ -426,12 +432,34 @@ def _check_keeps_zeros(name: str, layer: Any, adapters: Sequence[str]) -> None:
             continue
         delta = layer.get_delta_weight(adapter)
         delta = delta.to_dense() if delta.is_sparse else delta
+        if not bool((weight + delta.to(weight.dtype)).isfinite().all()):
+            raise ValueError(
+                f"merging adapter '{adapter}' gives {name} values that are not finite in "
+                f"{weight.dtype}: its training has diverged. Train it again at a lower learning rate."
+            )
         if filled := int(((delta != 0) & (weight == 0)).sum()):
             raise ValueError(
                 f"merging adapter '{adapter}' would fill {filled} of the {num_zeros(weight)} zeros of "
                 f"{name}: it was trained without a mask. Train it with hf_sparse.get_peft_model, which "
                 "masks it; or, for a dense model, merge with the model's own merge_and_unload()."
             )
+
+
+def _check_finite(model: Any, adapter: str, where: str = "") -> None:
+    """Refuse an adapter with NaN or infinity in what is trained, or in its scale."""
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    found = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    for name, layer in adapted_layers(model, adapter):
+        if not math.isfinite(getattr(layer, "scaling", {}).get(adapter, 1.0)):
+            found.append(f"the scale of {name}")
+    if found:
+        raise ValueError(
+            f"adapter '{adapter}'{where} has values that are not finite, in {len(found)} places (first "
+            f"{found[0]}): its training has diverged, or its file is damaged. Train it again at a "
+            "lower learning rate, or with a finite lora_alpha."
+        )
 
 
 def _check_base_zeros(model: Any, adapter: str) -> None:

@@ -144,13 +144,15 @@ def recover_(
     finally:
         if distillation is not None:
             distillation.remove()
-        if trained is not model and done:
-            merge_adapters(trained)
-        elif trained is not model:
-            trained.unload()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        model.train(was_training)
+        try:
+            if trained is not model and done:
+                merge_adapters(trained)
+        finally:
+            if has_adapters(model):
+                trained.unload()
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            model.train(was_training)
     if fingerprint(layer.parameter.detach() for layer in sparse_layers(model)) != zeros:
         raise ValueError("the zeros of the model have changed while it was trained. Load it again.")
     options = {"epochs": epochs, "lr": recovery.lr, **({"r": recovery.r} if recovery.r else {})}
