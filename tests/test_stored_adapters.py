@@ -220,3 +220,19 @@ def test_a_recovery_that_diverges_in_its_last_step(
     assert not hf_sparse.structure.has_adapters(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(outputs(model), before)
+
+
+@pytest.mark.parametrize("shift", [lambda p: p + 1000, lambda p: -p - 1, lambda p: p[:, 1:]])
+def test_places_that_are_not_in_the_layer(shift: Any, tmp_path: Path) -> None:
+    get_peft_model(sparse_model(), shira()).save_pretrained(tmp_path)
+
+    def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: v if v.is_floating_point() else shift(v).contiguous()
+            for name, v in tensors.items()
+        }
+
+    change_weights(tmp_path, moved)
+    refused(
+        tmp_path, r"has places of shape .* for base_model\..*_proj \(\d+ x \d+\) that are no rows"
+    )
