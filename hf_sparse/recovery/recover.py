@@ -74,6 +74,9 @@ def recover_(
 ) -> SparsityReport:
     """Train a sparse causal language model on text, in place; every zero stays, and no other comes.
 
+    Layers that the model's config does not target count as sparse from 0.5 % zeros on; fewer are
+    taken for chance and not kept.
+
     On CPUs where bfloat16 is faster the products of a float32 model are taken in it.
 
     Args:
