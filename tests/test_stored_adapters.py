@@ -14,6 +14,7 @@ from torch import Tensor
 
 import hf_sparse
 from hf_sparse import get_peft_model, load_adapter
+from hf_sparse.cli import main
 from hf_sparse.recovery import recover
 from hf_sparse.recovery.recover import fit
 from tests.test_adapters import lora, outputs, shira, train
@@ -236,3 +237,9 @@ def test_places_that_are_not_in_the_layer(shift: Any, tmp_path: Path) -> None:
     refused(
         tmp_path, r"has places of shape .* for base_model\..*_proj \(\d+ x \d+\) that are no rows"
     )
+
+
+def test_a_damaged_adapter_is_not_pushed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change_config(folder, base_model_name_or_path=5)
+    assert main(["push", str(folder), "user/never"]) == 1
+    assert "base_model_name_or_path=5; wanted a text" in capsys.readouterr().err
