@@ -239,3 +239,18 @@ def test_masking_by_integers_is_exact(dtype: torch.dtype) -> None:
     wanted = torch.where(weight != 0, values, torch.zeros_like(values))
     mask_(values, kept_bits(weight))
     assert torch.equal(values, wanted)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_few_zeros_of_an_earlier_pruning_are_kept_where_the_layer_is_named(named: bool) -> None:
+    model = tiny_model("llama", intermediate_size=512)
+    for targets, sparsity in (["*down_proj"], 0.004), (["*q_proj"], 0.5):
+        hf_sparse.prune_(model, SparsityConfig("unstructured", sparsity, targets), "magnitude")
+    few = {n: p == 0 for n, p in model.named_parameters() if n.endswith("down_proj.weight")}
+    both = SparsityConfig("unstructured", 0.004, ["*q_proj", "*down_proj"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    keep_zeros(optimizer, model, both if named else None)
+    train(model, optimizer)
+    assert all(zeros.any() for zeros in few.values())
+    kept = [torch.equal(model.get_parameter(name) == 0, zeros) for name, zeros in few.items()]
+    assert kept == [named] * len(few)

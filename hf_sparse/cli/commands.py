@@ -317,7 +317,7 @@ def _with_graph(folder: Path, copy: Path, options: argparse.Namespace) -> Path:
 
 def _merged(options: argparse.Namespace) -> tuple[Any, Any]:
     """The base model of an adapter with the adapter merged, and the tokenizer, if it has one."""
-    from hf_sparse.recovery.adapters import stored_config
+    from hf_sparse.recovery.stored import stored_config
 
     base = options.base or stored_config(options.folder).get("base_model_name_or_path")
     if not base:

@@ -9,13 +9,12 @@
 from __future__ import annotations
 
 import copy
-import json
+import math
 import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_sparse.recovery.stored import check_tensors, stored_config, stored_weights
 from hf_sparse.recovery.zeros import (
     check_floats,
     fingerprint,
@@ -36,7 +36,6 @@ from hf_sparse.recovery.zeros import (
 from hf_sparse.structure import is_conv1d
 
 _CONFIG = "adapter_config.json"
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _INSTALL = "adapters need PEFT: pip install 'hf_sparse[peft]'"
 
 
@@ -87,9 +86,8 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
         else:
             model = peft.get_peft_model(model, config, adapter_name)
         _check_adapted(model, adapter_name)
-    config = model.peft_config[adapter_name]
-    if isinstance(config, peft.LoraConfig):
-        config.base_zeros = _zeros_of(model, adapter_name)
+        _check_finite(model, adapter_name)
+    model.peft_config[adapter_name].base_zeros = _zeros_of(model, adapter_name)
     return model
 
 
@@ -117,34 +115,35 @@ def load_adapter(
         ImportError: PEFT is not installed.
         ValueError: an adapter without a mask, whose merge would fill zeros, or one that was made for
             a model with other zeros or shapes, or a quantized or sharded model.
+            Or its files are damaged: settings that cannot be, tensors that are missing or too many,
+            values that are not finite.
         OSError: there is no such adapter.
     """
     peft = _import_peft()
     from hf_sparse.recovery.masked_lora import MASKED_LORA, MaskedLoraConfig
+    from hf_sparse.recovery.shira import KeptShiraConfig, check_places
 
     values = stored_config(folder, **kwargs)
     kind = values.pop("peft_type", None)
-    if kind == MASKED_LORA:
-        known = MaskedLoraConfig.__dataclass_fields__
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(
-                f"{folder}/{_CONFIG} has unknown settings {', '.join(unknown)}: a newer version wrote "
-                "it. Upgrade: pip install -U hf_sparse peft"
-            )
-        config: Any = MaskedLoraConfig(**values)
-    elif kind == "SHIRA":
-        config = peft.ShiraConfig(**values)
-    else:
+    kinds: dict[str, Any] = {MASKED_LORA: MaskedLoraConfig, "SHIRA": KeptShiraConfig}
+    if kind not in kinds:
         raise ValueError(
             f"{folder} is an adapter of type {kind} without a mask: on a sparse model it is dense, and "
             "merging it fills the zeros. Train it with hf_sparse.get_peft_model; or load it with "
             "peft.PeftModel.from_pretrained and never merge it."
         )
+    if unknown := sorted(set(values) - set(kinds[kind].__dataclass_fields__)):
+        raise ValueError(
+            f"{folder}/{_CONFIG} has unknown settings {', '.join(unknown)}: a newer version wrote "
+            "it. Upgrade: pip install -U hf_sparse peft"
+        )
+    config = kinds[kind](**values)
     _check_alone(model)
     _check_not_quantized(model)
     _check_targets(model, config)
     config.inference_mode = not is_trainable
-    with _undone_on_error(model, adapter_name), _told_of_shapes(folder):
+    weights = stored_weights(folder, **kwargs)
+    with _undone_on_error(model, adapter_name), _told_of_misfits(folder):
         if isinstance(model, peft.PeftModel):
             model.add_adapter(adapter_name, config)
             model.load_adapter(folder, adapter_name, is_trainable=is_trainable, **kwargs)
@@ -152,13 +151,19 @@ def load_adapter(
             model = peft.PeftModel.from_pretrained(
                 model, folder, adapter_name, is_trainable=is_trainable, config=config, **kwargs
             )
+        check_tensors(folder, weights, model, adapter_name)
         _check_kept_apart(model)
         for name, layer in adapted_layers(model, adapter_name):
             _check_plain(name, layer.get_base_layer())
         if kind == "SHIRA":
-            from hf_sparse.recovery.shira import check_places
-
             check_places(model, adapter_name)
+        _check_finite(model, adapter_name, f" of {folder}")
+        if kind == "SHIRA" and config.base_zeros is None:
+            warnings.warn(
+                f"{folder} holds no hash of its base model's zeros, as stock PEFT writes it: it fills "
+                "none of this model's, but may have been trained on another model.",
+                stacklevel=2,
+            )
         elif config.base_zeros != _zeros_of(model, adapter_name):
             raise ValueError(
                 f"{folder} was made for a model whose zeros are at other places (or on other layers). "
@@ -178,9 +183,9 @@ def merge_adapters(model: Any, adapter_names: Sequence[str] | None = None) -> An
         The base model, a plain model again.
 
     Raises:
-        ValueError: an adapter would fill zeros (a stock LoRA), the base model's zeros were changed
-            since the adapter was made, or its weights are cut into shards. The model is as it was
-            then.
+        ValueError: an adapter would fill zeros (a stock LoRA) or has values that are not finite, the
+            base model's zeros were changed since the adapter was made, or its weights are cut into
+            shards. The model is as it was then.
     """
     if not is_peft_model(model):
         raise ValueError(
@@ -199,6 +204,8 @@ def merge_adapters(model: Any, adapter_names: Sequence[str] | None = None) -> An
     with torch.no_grad():
         if any(layer.merged for _, layer in layers):  # by PEFT's merge_adapter
             model.unmerge_adapter()
+        for adapter in chosen:
+            _check_finite(model, adapter)
         for name, layer in layers:
             _check_keeps_zeros(name, layer, chosen)
         for adapter in chosen:
@@ -278,10 +285,16 @@ def _undone_on_error(model: Any, adapter_name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _told_of_shapes(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Tell of an adapter whose weights have other shapes than the model's in our words."""
+def _told_of_misfits(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Tell in our words of an adapter whose weights PEFT cannot put into the model."""
     try:
         yield
+    except KeyError as error:  # a tensor of modules_to_save
+        if "." not in str(error):
+            raise
+        raise ValueError(
+            f"{folder} is damaged: its tensor {error} is missing. Save it again, or download it again."
+        ) from error
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         if not lines:
@@ -419,12 +432,34 @@ def _check_keeps_zeros(name: str, layer: Any, adapters: Sequence[str]) -> None:
             continue
         delta = layer.get_delta_weight(adapter)
         delta = delta.to_dense() if delta.is_sparse else delta
+        if not bool((weight + delta.to(weight.dtype)).isfinite().all()):
+            raise ValueError(
+                f"merging adapter '{adapter}' gives {name} values that are not finite in "
+                f"{weight.dtype}: its training has diverged. Train it again at a lower learning rate."
+            )
         if filled := int(((delta != 0) & (weight == 0)).sum()):
             raise ValueError(
                 f"merging adapter '{adapter}' would fill {filled} of the {num_zeros(weight)} zeros of "
                 f"{name}: it was trained without a mask. Train it with hf_sparse.get_peft_model, which "
                 "masks it; or, for a dense model, merge with the model's own merge_and_unload()."
             )
+
+
+def _check_finite(model: Any, adapter: str, where: str = "") -> None:
+    """Refuse an adapter with NaN or infinity in what is trained, or in its scale."""
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    found = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    for name, layer in adapted_layers(model, adapter):
+        if not math.isfinite(getattr(layer, "scaling", {}).get(adapter, 1.0)):
+            found.append(f"the scale of {name}")
+    if found:
+        raise ValueError(
+            f"adapter '{adapter}'{where} has values that are not finite, in {len(found)} places (first "
+            f"{found[0]}): its training has diverged, or its file is damaged. Train it again at a "
+            "lower learning rate, or with a finite lora_alpha."
+        )
 
 
 def _check_base_zeros(model: Any, adapter: str) -> None:
@@ -447,40 +482,13 @@ def _kept(layer: Any) -> Tensor | None:
 
 
 def _zeros_of(model: nn.Module, adapter_name: str) -> str:
-    """The hash of the zeros of the layers that an adapter masks."""
-    layers = adapted_layers(model, adapter_name)
-    masked = [layer for _, layer in layers if adapter_name in getattr(layer, "lora_variant", {})]
-    return fingerprint(layer.get_base_layer().weight.detach() for layer in masked)
-
-
-def stored_config(
-    folder: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
-) -> dict[str, Any]:
-    """The settings of a saved adapter, from where PEFT takes the weights.
-
-    Raises:
-        ValueError: they cannot be read.
-        OSError: there are none, or no weights beside them.
-    """
-    file = Path(folder) / (subfolder or "") / _CONFIG
-    if not file.exists() and not Path(folder).exists():
-        from huggingface_hub import hf_hub_download
-
-        hub = {
-            k: kwargs[k] for k in ("revision", "token", "cache_dir") if kwargs.get(k) is not None
-        }
-        file = Path(hf_hub_download(str(folder), _CONFIG, subfolder=subfolder, **hub))
-    if not file.exists():
-        raise FileNotFoundError(f"{folder} has no {_CONFIG}; wanted the folder of an adapter.")
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}. Save the adapter again.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} is no JSON object; wanted the settings of an adapter.")
-    if Path(folder).exists() and not any((file.parent / name).exists() for name in _WEIGHTS):
-        raise FileNotFoundError(f"{file.parent} has no {_WEIGHTS[0]}: the adapter's weights.")
-    return values
+    """The hash of the zeros of the layers that an adapter masks; ShiRA's are all of its layers."""
+    layers = [
+        layer
+        for _, layer in adapted_layers(model, adapter_name)
+        if adapter_name in getattr(layer, "lora_variant", (adapter_name,))
+    ]
+    return fingerprint(layer.get_base_layer().weight.detach() for layer in layers)
 
 
 def _import_peft() -> Any:

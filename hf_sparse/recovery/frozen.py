@@ -48,7 +48,7 @@ def keep_zeros(
             DDP, FSDP2 or Accelerate call this after they have prepared model and optimizer.
         model: the sparse model.
         config: which layers. None: those that it was pruned or loaded with, and all others in the
-            blocks that are sparse.
+            blocks that are sparse: at least 0.5 % zeros; fewer are taken for chance and not kept.
 
     Returns:
         The mask, whose `check()` tells whether the zeros are still those of now. It is not part of

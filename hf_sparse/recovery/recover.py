@@ -74,6 +74,9 @@ def recover_(
 ) -> SparsityReport:
     """Train a sparse causal language model on text, in place; every zero stays, and no other comes.
 
+    Layers that the model's config does not target count as sparse from 0.5 % zeros on; fewer are
+    taken for chance and not kept.
+
     On CPUs where bfloat16 is faster the products of a float32 model are taken in it.
 
     Args:
@@ -144,13 +147,15 @@ def recover_(
     finally:
         if distillation is not None:
             distillation.remove()
-        if trained is not model and done:
-            merge_adapters(trained)
-        elif trained is not model:
-            trained.unload()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        model.train(was_training)
+        try:
+            if trained is not model and done:
+                merge_adapters(trained)
+        finally:
+            if has_adapters(model):
+                trained.unload()
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            model.train(was_training)
     if fingerprint(layer.parameter.detach() for layer in sparse_layers(model)) != zeros:
         raise ValueError("the zeros of the model have changed while it was trained. Load it again.")
     options = {"epochs": epochs, "lr": recovery.lr, **({"r": recovery.r} if recovery.r else {})}

@@ -8,6 +8,7 @@ places among all weights; here they are drawn among the nonzero ones.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,18 @@ from torch import Tensor, nn
 from hf_sparse.structure import is_conv1d
 
 
-def on_kept_weights(config: ShiraConfig, model: nn.Module) -> ShiraConfig:
+@dataclass
+class KeptShiraConfig(ShiraConfig):
+    """PEFT's `ShiraConfig` that knows the base model. Stock PEFT warns of `base_zeros` and goes on.
+
+    Args:
+        base_zeros: hash of the zeros that the adapter was made for; filled in.
+    """
+
+    base_zeros: str | None = None
+
+
+def on_kept_weights(config: ShiraConfig, model: nn.Module) -> KeptShiraConfig:
     """The config with a mask function that draws from the nonzero weights of each layer.
 
     Args:
@@ -44,9 +56,10 @@ def on_kept_weights(config: ShiraConfig, model: nn.Module) -> ShiraConfig:
         name = names.get(id(base_layer), type(base_layer).__name__)
         return draw(name, base_layer.weight.detach(), r, generator)
 
-    config = copy.deepcopy(config)
-    config.mask_fn = mask_fn  # type: ignore[assignment]
-    return config
+    values = {name: getattr(config, name) for name in ShiraConfig.__dataclass_fields__}
+    kept = KeptShiraConfig(**copy.deepcopy(values))
+    kept.mask_fn = mask_fn  # type: ignore[assignment]
+    return kept
 
 
 def draw(name: str, weight: Tensor, r: int, generator: torch.Generator) -> Tensor:
@@ -74,19 +87,28 @@ def draw(name: str, weight: Tensor, r: int, generator: torch.Generator) -> Tenso
 
 
 def check_places(model: PeftModel, adapter_name: str) -> None:
-    """Refuse a ShiRA adapter that changes weights which are zero in this base model.
+    """Refuse a ShiRA adapter that changes weights which are not there, or zero in this base model.
 
     Raises:
         ValueError: what was found.
     """
     filled, layers = 0, []
     for name, module in model.named_modules():
-        if isinstance(module, ShiraLayer) and adapter_name in module.shira_indices:
+        if isinstance(module, ShiraLayer) and adapter_name in module.shira_weight:
             base: Any = module.get_base_layer()
-            weight = base.weight.detach()
-            rows, columns = module.shira_indices[adapter_name].to(weight.device).long()
-            if count := int((weight[rows, columns] == 0).sum()):
-                filled += count
+            weight, count = base.weight.detach(), module.shira_weight[adapter_name].numel()
+            places = module.shira_indices.get(adapter_name, torch.empty(0)).to(weight.device).long()
+            limits = torch.tensor(weight.shape, device=weight.device)[:, None]
+            if places.shape != (2, count) or bool(((places < 0) | (places >= limits)).any()):
+                raise ValueError(
+                    f"adapter '{adapter_name}' has places of shape {tuple(places.shape)} for {name} "
+                    f"({limits[0, 0]} x {limits[1, 0]}) that are no rows and columns of {count} of its "
+                    "weights: it is damaged, or was made for another model. Save it again, or load it "
+                    "on the sparse model that it was trained on."
+                )
+            rows, columns = places
+            if zeros := int((weight[rows, columns] == 0).sum()):
+                filled += zeros
                 layers.append(name)
     if filled:
         raise ValueError(

@@ -24,7 +24,8 @@ def sparse_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
     Args:
         model: any model, also one with PEFT adapters.
         config: its targets are looked at. None: what the model was pruned or loaded with, and every
-            other Linear and Conv1D in the blocks that is sparse, such as by an earlier pruning.
+            other Linear and Conv1D in the blocks that is sparse (`SPARSE_FROM`), such as by an
+            earlier pruning.
 
     Raises:
         ValueError: a weight is no matrix of floats.
