@@ -412,6 +412,33 @@ def test_leftovers_of_the_dead_are_removed_and_of_the_living_kept(
     assert [path.name for path in target.iterdir()] == ["config.json"]
 
 
+@pytest.mark.parametrize("marked", [False, True])
+def test_folders_that_look_like_leftovers_stay(tmp_path: Path, marked: bool) -> None:
+    mine = [tmp_path / ".model.saving-notes", tmp_path / "model" / ".model.saving-12345678"]
+    for path in mine:
+        path.mkdir(parents=True)
+        (path / "thesis.txt").write_text("mine")
+        if marked:
+            (path / atomic._MARKER).touch()
+    for _ in range(2):
+        with atomic.replacing(tmp_path / "model") as fresh:
+            (fresh / "config.json").write_text("new")
+    assert all((path / "thesis.txt").read_text() == "mine" for path in mine)
+
+
+def test_what_is_left_of_a_hidden_folder_is_removed(tmp_path: Path) -> None:
+    for number, entries in enumerate(((), (atomic._MARKER,), (atomic._MARKER, atomic._FILES))):
+        hidden = tmp_path / f".model.saving-1234567{number}"
+        hidden.mkdir()
+        if atomic._MARKER in entries:
+            (hidden / atomic._MARKER).touch()
+        if atomic._FILES in entries:
+            (hidden / atomic._FILES).mkdir()
+    with atomic.replacing(tmp_path / "model") as fresh:
+        (fresh / "config.json").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_without_locks_leftovers_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic, "fcntl", None)
     leftover = tmp_path / ".model.saving-12345678"
