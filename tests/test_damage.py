@@ -307,6 +307,28 @@ def test_subfolders_links_and_the_working_directory_survive(
     load(folder)
 
 
+@pytest.mark.parametrize("there", ["a model", "a file"])
+def test_a_folder_that_another_process_makes_meanwhile(
+    tmp_path: Path, there: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def late(path: Path, target: Path) -> Path:
+        target.mkdir()
+        (target / ("config.json" if there == "a model" else "file")).write_text("other")
+        (target / "mine").write_text("mine")
+        return rename(path, target)
+
+    with atomic.replacing(tmp_path / "model") as fresh:
+        (fresh / "config.json").write_text("new")
+        monkeypatch.setattr(Path, "rename", late)
+    files = {path.name: path.read_text() for path in (tmp_path / "model").iterdir()}
+    assert files == {"config.json": "new", "mine": "mine"} | (
+        {} if there == "a model" else {"file": "other"}
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_files_in_subfolders_are_replaced(tmp_path: Path) -> None:
     for content in ("old", "new"):
         with atomic.replacing(tmp_path / "model") as fresh:

@@ -20,6 +20,7 @@ removes them when its own files are in place. Where the file system has no locks
 from __future__ import annotations
 
 import ctypes
+import errno
 import glob
 import os
 import re
@@ -54,18 +55,12 @@ def replacing(folder: Path, is_stale: Callable[[str], bool] = lambda name: False
     folder = Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; wanted a folder to save the model in")
-    exchange = (folder / _COMMIT_FILE).exists() and _can_exchange(folder)
-    parent = folder if folder.exists() and not exchange else folder.parent
+    parent = folder if folder.exists() and not _can_exchange(folder) else folder.parent
     parent.mkdir(parents=True, exist_ok=True)
     with _hidden_folder(parent, folder.name) as fresh:
         yield fresh
         sync(fresh)
-        if not folder.exists():
-            fresh.rename(folder)
-        elif exchange:
-            _exchange(fresh, folder, is_stale)
-        else:
-            _move_in(fresh, folder, is_stale)
+        _put_in_place(fresh, folder, is_stale)
         sync_file(folder.parent)
     for place in (folder, folder.parent):
         _remove_leftovers(place, folder.name)
@@ -158,6 +153,20 @@ def sync(folder: Path) -> None:
     sync_file(folder)
 
 
+def _put_in_place(fresh: Path, folder: Path, is_stale: Callable[[str], bool]) -> None:
+    if not folder.exists():
+        try:
+            fresh.rename(folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise  # else another process has made the folder since
+    if _can_exchange(folder):
+        _exchange(fresh, folder, is_stale)
+    else:
+        _move_in(fresh, folder, is_stale)
+
+
 def _exchange(fresh: Path, folder: Path, is_stale: Callable[[str], bool]) -> None:
     written = {path.name for path in fresh.iterdir()}
     for path in folder.iterdir():
@@ -180,7 +189,9 @@ def _move_in(fresh: Path, folder: Path, is_stale: Callable[[str], bool]) -> None
 
 
 def _can_exchange(folder: Path) -> bool:
-    """Whether `folder` holds files alone, and the file system exchanges folders, which is tried."""
+    """Whether `folder` holds a model and files alone, and its file system exchanges folders (tried)."""
+    if not (folder / _COMMIT_FILE).exists():
+        return False
     if os.path.ismount(folder) or not os.access(folder.parent, os.W_OK):
         return False
     if folder.samefile(os.curdir) or any(path.is_dir() for path in folder.iterdir()):
