@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.checkpoint.card import CARD_NAME, Card, Metric
 from hf_sparse.checkpoint.config_files import write_configs
+from hf_sparse.checkpoint.source import hold_same_weights
 from hf_sparse.checkpoint.writing import ShardWriter, is_weight_file
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import can_compress, compress, format_of, num_nonzeros
@@ -190,7 +191,12 @@ def save_model(
         )
         _warn_if_zeros_were_lost(config, measured)
         card = Card(model, config, measured, formats, report, metrics, tags, base_model)
-        card.write(fresh / CARD_NAME, folder / CARD_NAME)
+        card.write(
+            fresh / CARD_NAME,
+            folder / CARD_NAME,
+            # The card tells of the weights without a variant, which stay where one is saved.
+            lambda: variant is not None or hold_same_weights(folder, fresh),
+        )
     return measured
 
 
