@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from hf_sparse.checkpoint.card import CARD_NAME, OUR_FACT, Metric
 from hf_sparse.checkpoint.save import save_pretrained
-from hf_sparse.checkpoint.writing import is_weight_file
+from hf_sparse.checkpoint.writing import MANIFEST_NAME, is_weight_file
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.exporters.onnx_export import MANIFEST_NAME, export_onnx, written_files
+from hf_sparse.exporters.onnx_export import export_onnx, written_files
 from hf_sparse.recovery.adapters import is_peft_model, merged_copy
 from hf_sparse.report import SparsityReport
 

@@ -253,6 +253,18 @@ def test_a_file_in_the_way_is_an_error(folder: Path) -> None:
     assert (folder.parent / "file").read_text() == "mine"
 
 
+def test_an_onnx_export_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
+    model = load(folder)
+    for name in ("export.json", "model.onnx", "config.json"):
+        (tmp_path / name).write_text("{}")
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match="an ONNX export"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="an ONNX export"):
+        hf_sparse.prune_checkpoint(folder, tmp_path, hf_sparse.SparsityConfig("2:4"))
+    assert snapshot(tmp_path) == before
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 def test_files_are_replaced_whole(
     tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch

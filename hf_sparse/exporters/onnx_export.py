@@ -20,6 +20,7 @@ from hf_sparse.checkpoint.card import CARD_NAME, Card, Metric
 from hf_sparse.checkpoint.config_files import dense_class_name, dense_config
 from hf_sparse.checkpoint.save import tensors_to_store
 from hf_sparse.checkpoint.source import is_stored_in, read_metrics
+from hf_sparse.checkpoint.writing import GRAPH_NAME, MANIFEST_NAME
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.exporters import QUANTIZATIONS
 from hf_sparse.exporters.heads import Head, head_of
@@ -32,8 +33,6 @@ from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure import check_has_weights, has_adapters, promised_config
 from hf_sparse.units import shrunk_sizes
 
-GRAPH_NAME = "model.onnx"
-MANIFEST_NAME = "export.json"  # of transformers' ExportedModel
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # What a tokenizer and a model that generates put beside the graph.
 _BESIDE = (
