@@ -23,7 +23,7 @@ from tests.tiny_models import (
 )
 
 MAGNITUDE = Step("magnitude", (("scope", "layer"),))
-METRICS = [Metric("accuracy, SST-2", 0.8899, 0.8807), Metric("other | one", 1.5e-7)]
+METRICS = [Metric("accuracy, SST-2", 0.8899, 0.8807), Metric("other, one", 1.5e-7)]
 
 
 @pytest.fixture
@@ -39,6 +39,12 @@ def sparse(tmp_path: Path) -> Path:
 
 def card(folder: Path) -> str:
     return (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["a | b", "a\nb", ""])
+def test_a_metric_that_would_break_the_table_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="one line"):
+        Metric(name, 1.0)
 
 
 def test_what_a_card_tells_is_read_back(sparse: Path, tmp_path: Path) -> None:

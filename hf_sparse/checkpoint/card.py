@@ -33,7 +33,8 @@ class Metric:
     """One measured figure of the sparse model, with the dense model's beside it.
 
     Args:
-        name: what was measured and on what, such as "perplexity, WikiText-2 validation, 512".
+        name: what was measured and on what, such as "perplexity, WikiText-2 validation, 512". One line
+            without "|".
         sparse: the sparse model's figure.
         dense: the dense model's figure by the same measurement; None if it was not measured.
     """
@@ -41,6 +42,13 @@ class Metric:
     name: str
     sparse: float
     dense: float | None = None
+
+    def __post_init__(self) -> None:
+        if "|" in self.name or len(self.name.splitlines()) != 1:
+            raise ValueError(
+                f"the metric's name is {self.name[:80]!r}; wanted one line without '|', which parts "
+                "the columns of the card's table. Write a comma instead."
+            )
 
 
 @dataclass(frozen=True)
