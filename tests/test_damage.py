@@ -253,6 +253,13 @@ def test_a_file_in_the_way_is_an_error(folder: Path) -> None:
     assert (folder.parent / "file").read_text() == "mine"
 
 
+def test_a_folder_in_place_of_the_card_is_an_error(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other" / "README.md").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError, match="wanted a file, the model card"):
+        load(folder).save_pretrained(tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").rglob("*")] == ["README.md"]
+
+
 def test_an_onnx_export_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
     model = load(folder)
     for name in ("export.json", "model.onnx", "config.json"):

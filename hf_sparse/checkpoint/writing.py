@@ -42,10 +42,15 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         NotADirectoryError: it is a file.
+        IsADirectoryError: its README.md is a folder.
         ValueError: it holds an ONNX export.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; wanted a folder to save the model in")
+    if (folder / "README.md").is_dir():
+        raise IsADirectoryError(
+            f"{folder / 'README.md'} is a folder; wanted a file, the model card. Move it away."
+        )
     if all((folder / name).exists() for name in (MANIFEST_NAME, GRAPH_NAME)):
         raise ValueError(
             f"{folder} holds {GRAPH_NAME}: an ONNX export, whose config.json the checkpoint would "
