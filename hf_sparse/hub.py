@@ -10,13 +10,15 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedModel
 
-from hf_sparse.checkpoint.card import CARD_NAME, Metric
+from hf_sparse.checkpoint.card import CARD_NAME, OUR_FACT, Metric
 from hf_sparse.checkpoint.save import save_pretrained
-from hf_sparse.checkpoint.writing import is_weight_file
+from hf_sparse.checkpoint.writing import MANIFEST_NAME, is_weight_file
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.exporters.onnx_export import export_onnx
+from hf_sparse.exporters.onnx_export import export_onnx, written_files
 from hf_sparse.recovery.adapters import is_peft_model, merged_copy
 from hf_sparse.report import SparsityReport
+
+_GRAPH_FOLDER = "onnx"
 
 
 def push_to_hub(
@@ -41,7 +43,8 @@ def push_to_hub(
     """Upload a model compressed, with a model card that holds what is known and measured.
 
     What is uploaded is exactly the folder that `save_pretrained` writes; weight files of an
-    earlier upload that it does not replace are removed in the same commit. A card that is there
+    earlier upload that it does not replace, and its graph in `onnx/`, are removed in the same
+    commit. A card that is there
     already is only replaced when a report or metrics are given.
 
     Args:
@@ -79,7 +82,7 @@ def push_to_hub(
         if onnx:
             export_onnx(
                 model,
-                folder / "onnx",
+                folder / _GRAPH_FOLDER,
                 tokenizer=tokenizer,
                 report=report,
                 metrics=metrics,
@@ -110,17 +113,35 @@ def upload_folder(
 ) -> CommitInfo:
     """Upload a checkpoint folder, sub-folders included, to a repository that is made if need be.
 
+    Weight files and an `onnx/` of hf_sparse that are there and are not uploaded are removed.
     With `keep_card` the repository's own model card stays, if it has one.
     """
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True)
     there = api.list_repo_files(repo.repo_id, revision=commit.get("revision"))
+    stale = [name for name in there if is_weight_file(name)]
+    stale += _old_graph(api, repo.repo_id, there, commit.get("revision"))
     info: CommitInfo = api.upload_folder(
         repo_id=repo.repo_id,
         folder_path=folder,
         commit_message=commit_message,
-        delete_patterns=[name for name in there if is_weight_file(name)] or None,
+        delete_patterns=stale or None,  # those that are uploaded anew are not deleted
         ignore_patterns=[CARD_NAME] if keep_card and CARD_NAME in there else None,
         **commit,
     )
     return info
+
+
+def _old_graph(api: HfApi, repo_id: str, there: list[str], revision: str | None) -> list[str]:
+    """The files of an export of hf_sparse in the folder `onnx/` of a repository."""
+    about = [f"{_GRAPH_FOLDER}/{name}" for name in (MANIFEST_NAME, CARD_NAME)]
+    if not set(about) <= set(there):
+        return []
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in about:
+            api.hf_hub_download(repo_id, name, revision=revision, local_dir=temporary)
+        folder = Path(temporary) / _GRAPH_FOLDER
+        if OUR_FACT not in (folder / CARD_NAME).read_text(encoding="utf-8", errors="replace"):
+            return []
+        ours = written_files(folder) | {MANIFEST_NAME, CARD_NAME, "config.json"}
+    return [name for name in there if name in {f"{_GRAPH_FOLDER}/{file}" for file in ours}]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_sparse
+from hf_sparse.formats import FormatError
 from hf_sparse.runtime.compiled import linears_of
 from hf_sparse.runtime.families import COMPILED
 from tests.test_compile import inputs, random_model
@@ -66,6 +67,16 @@ def test_it_lies_beside_a_checkpoint(tmp_path: Path) -> None:
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {"compiled.json", "compiled.safetensors"}
     hf_sparse.load_compiled(tmp_path / "both")
+
+
+def test_it_goes_when_another_checkpoint_is_saved(tmp_path: Path) -> None:
+    hf_sparse.save_compiled(compiled_model("bert"), tmp_path)
+    hf_sparse.save_pretrained(random_model(CONFIGS["bert"]), tmp_path)
+    with pytest.raises(FormatError, match="no compiled model"):
+        hf_sparse.load_compiled(tmp_path)
+    (tmp_path / "compiled.json").write_text('{"mine": 1}')
+    hf_sparse.save_pretrained(random_model(CONFIGS["bert"]), tmp_path)
+    assert (tmp_path / "compiled.json").read_text() == '{"mine": 1}'
 
 
 def test_what_is_not_compiled_is_not_saved(tmp_path: Path) -> None:

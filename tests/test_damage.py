@@ -253,6 +253,25 @@ def test_a_file_in_the_way_is_an_error(folder: Path) -> None:
     assert (folder.parent / "file").read_text() == "mine"
 
 
+def test_a_folder_in_place_of_the_card_is_an_error(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other" / "README.md").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError, match="wanted a file, the model card"):
+        load(folder).save_pretrained(tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").rglob("*")] == ["README.md"]
+
+
+def test_an_onnx_export_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
+    model = load(folder)
+    for name in ("export.json", "model.onnx", "config.json"):
+        (tmp_path / name).write_text("{}")
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match="an ONNX export"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="an ONNX export"):
+        hf_sparse.prune_checkpoint(folder, tmp_path, hf_sparse.SparsityConfig("2:4"))
+    assert snapshot(tmp_path) == before
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 def test_files_are_replaced_whole(
     tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
@@ -305,6 +324,28 @@ def test_subfolders_links_and_the_working_directory_survive(
     assert (folder / "model_ema.safetensors").read_text() == "mine"
     assert sorted(path.name for path in folder.parent.iterdir()) == ["link", folder.name]
     load(folder)
+
+
+@pytest.mark.parametrize("there", ["a model", "a file"])
+def test_a_folder_that_another_process_makes_meanwhile(
+    tmp_path: Path, there: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def late(path: Path, target: Path) -> Path:
+        target.mkdir()
+        (target / ("config.json" if there == "a model" else "file")).write_text("other")
+        (target / "mine").write_text("mine")
+        return rename(path, target)
+
+    with atomic.replacing(tmp_path / "model") as fresh:
+        (fresh / "config.json").write_text("new")
+        monkeypatch.setattr(Path, "rename", late)
+    files = {path.name: path.read_text() for path in (tmp_path / "model").iterdir()}
+    assert files == {"config.json": "new", "mine": "mine"} | (
+        {} if there == "a model" else {"file": "other"}
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_files_in_subfolders_are_replaced(tmp_path: Path) -> None:
@@ -410,6 +451,33 @@ def test_leftovers_of_the_dead_are_removed_and_of_the_living_kept(
     save()
     assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, target.name]
     assert [path.name for path in target.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_folders_that_look_like_leftovers_stay(tmp_path: Path, marked: bool) -> None:
+    mine = [tmp_path / ".model.saving-notes", tmp_path / "model" / ".model.saving-12345678"]
+    for path in mine:
+        path.mkdir(parents=True)
+        (path / "thesis.txt").write_text("mine")
+        if marked:
+            (path / atomic._MARKER).touch()
+    for _ in range(2):
+        with atomic.replacing(tmp_path / "model") as fresh:
+            (fresh / "config.json").write_text("new")
+    assert all((path / "thesis.txt").read_text() == "mine" for path in mine)
+
+
+def test_what_is_left_of_a_hidden_folder_is_removed(tmp_path: Path) -> None:
+    for number, entries in enumerate(((), (atomic._MARKER,), (atomic._MARKER, atomic._FILES))):
+        hidden = tmp_path / f".model.saving-1234567{number}"
+        hidden.mkdir()
+        if atomic._MARKER in entries:
+            (hidden / atomic._MARKER).touch()
+        if atomic._FILES in entries:
+            (hidden / atomic._FILES).mkdir()
+    with atomic.replacing(tmp_path / "model") as fresh:
+        (fresh / "config.json").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_without_locks_leftovers_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from tests.tiny_models import (
 )
 
 MAGNITUDE = Step("magnitude", (("scope", "layer"),))
-METRICS = [Metric("accuracy, SST-2", 0.8899, 0.8807), Metric("other | one", 1.5e-7)]
+METRICS = [Metric("accuracy, SST-2", 0.8899, 0.8807), Metric("other, one", 1.5e-7)]
 
 
 @pytest.fixture
@@ -39,6 +39,12 @@ def sparse(tmp_path: Path) -> Path:
 
 def card(folder: Path) -> str:
     return (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["a | b", "a\nb", ""])
+def test_a_metric_that_would_break_the_table_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="one line"):
+        Metric(name, 1.0)
 
 
 def test_what_a_card_tells_is_read_back(sparse: Path, tmp_path: Path) -> None:
@@ -95,6 +101,35 @@ def test_a_recovered_model_replaces_its_old_card(tmp_path: Path) -> None:
     hf_sparse.save_pretrained(loaded, tmp_path)
     assert "| then | recovery by finetune |" in card(tmp_path)
     assert read_metrics(tmp_path) == []  # they were another model's
+
+
+@pytest.mark.parametrize("format", ["auto", "dense"])
+def test_metrics_of_other_weights_do_not_stay(tmp_path: Path, format: str) -> None:
+    model = tiny_model("llama")
+    config = SparsityConfig("2:4", format=format)
+    hf_sparse.prune_(model, config, "magnitude")
+    hf_sparse.save_pretrained(model, tmp_path, config, metrics=METRICS)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for variant in (None, "fp16"):
+        hf_sparse.save_pretrained(loaded, tmp_path, config, variant=variant)
+        assert read_metrics(tmp_path) == METRICS
+    with torch.no_grad():
+        loaded.model.layers[0].mlp.up_proj.weight.mul_(2)  # zeros, and so all counts, are the same
+    hf_sparse.save_pretrained(loaded, tmp_path, config)
+    assert read_metrics(tmp_path) == []
+    assert read_steps(tmp_path) == [MAGNITUDE]
+
+
+def test_metrics_of_another_graph_do_not_stay(sparse: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    model: Any = AutoModelForSequenceClassification.from_pretrained(sparse)
+    model.config.name_or_path = ""  # the graph's own card is all that tells metrics
+    hf_sparse.export_onnx(model, tmp_path / "graph", metrics=METRICS)
+    assert read_metrics(tmp_path / "graph") == METRICS
+    with torch.no_grad():
+        model.classifier.bias += 1
+    hf_sparse.export_onnx(model, tmp_path / "graph")
+    assert read_metrics(tmp_path / "graph") == []
 
 
 @pytest.mark.parametrize("format", ["auto", "dense"])

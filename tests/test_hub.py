@@ -13,7 +13,7 @@ from tests.hub_stand_in import HubStandIn
 SCRIPT = """
 import sys
 from pathlib import Path
-import torch, transformers, hf_sparse
+import huggingface_hub, torch, transformers, hf_sparse
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 model = tiny_model("llama")
@@ -40,6 +40,8 @@ pulled.save_pretrained(sys.argv[1], push_to_hub=True, repo_id="user/other")
 from hf_sparse.cli import main
 assert main(["push", sys.argv[1], "user/third", "--json"]) == 0
 assert main(["push", sys.argv[1], "user/graph", "--onnx", "--json"]) == 0
+assert main(["push", sys.argv[1], "user/graph", "--onnx", "--json"]) == 0
+graph = huggingface_hub.HfApi().list_repo_files("user/graph")
 again = transformers.AutoModelForCausalLM.from_pretrained("user/third")
 assert torch.equal(again.model.norm.weight, model.model.norm.weight)
 import peft
@@ -69,6 +71,15 @@ assert main(["push", sys.argv[1], "user/never", "--base", sys.argv[1]]) == 1
 Path(sys.argv[1] + "-base").rename(sys.argv[1] + "-moved")
 assert main(["push", adapter, "user/never"]) == 1
 assert main(["push", adapter, "user/moved", "--base", sys.argv[1] + "-moved"]) == 0
+
+assert {"onnx/model.onnx", "onnx/export.json", "onnx/config.json"} <= set(graph)
+api = huggingface_hub.HfApi()
+api.upload_file(path_or_fileobj=b"mine", path_in_repo="onnx/mine.txt", repo_id="user/graph")
+assert main(["push", sys.argv[1] + "-other", "user/graph"]) == 0
+foreign = ("export.json", "model.onnx", "README.md")
+for name in foreign:
+    api.upload_file(path_or_fileobj=b"{}", path_in_repo=f"onnx/{name}", repo_id="user/moved")
+hf_sparse.push_to_hub(other, "user/moved", config)
 print("PULLED")
 """
 
@@ -89,9 +100,12 @@ def test_push_and_pull(tmp_path: Path) -> None:
         assert "user/never" not in hub.repos
         assert "adapter_config.json" not in hub.files("user/moved")
         files = hub.files("user/tiny-sparse")
+        first = hub.repos["user/tiny-sparse"][1].files
         assert "One file" in hub.commits("user/tiny-sparse")
         others = [set(hub.files(name)) for name in ("user/other", "user/third")]
-        with_graph = hub.files("user/graph")
+        with_graph = hub.repos["user/graph"][1].files
+        without_graph = hub.files("user/graph")
+        foreign = hub.files("user/moved")
         cards = [hub.files(name)["README.md"] for name in ("user/other", "user/third")]
     weights = {
         "config.json",
@@ -103,11 +117,15 @@ def test_push_and_pull(tmp_path: Path) -> None:
     given = {".gitattributes", "README.md"}
     graph = {"config.json", "export.json", "generation_config.json", "README.md"}
     graph |= {"model.onnx", "model.onnx.data"} | tokenizer
-    assert set(files) == weights | tokenizer | given | {f"onnx/{name}" for name in graph}
+    assert {name for name in first if "/" in name} == {f"onnx/{name}" for name in graph}
+    # A graph that is not uploaded anew goes; files that are not of hf_sparse stay.
+    assert set(files) == weights | tokenizer | given
     assert all(other == weights | given for other in others)
     onnx = {f"onnx/{name}" for name in graph - tokenizer}
     assert set(with_graph) == weights | given | onnx
-    assert b"base_model: someone/tiny-llama" in with_graph["onnx/README.md"]
+    assert b"base_model: someone/tiny-llama" in with_graph["onnx/README.md"].content
+    assert {name for name in without_graph if "onnx" in name} == {"onnx/mine.txt"}
+    assert {"onnx/export.json", "onnx/model.onnx", "onnx/README.md"} <= set(foreign)
     assert not (tmp_path / "saved" / "onnx").exists()
     # The second push knew neither method nor metrics: the card that was there stays.
     for text in (b"base_model: someone/tiny-llama", b"| method | magnitude |", b"| 11.25 | 12.5 |"):

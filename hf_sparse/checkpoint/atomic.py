@@ -11,16 +11,19 @@ A folder that holds sub-folders, that is the working directory or a mount point,
 system without `renameat2`, gets its files moved in one by one, `config.json` last: each file is
 whole, and nothing else is touched, but a kill between two moves may leave old files beside new ones.
 
+The hidden folder holds a marker and a folder `files`, which is what takes the place of the old one.
 A process locks its hidden folder (`flock`) until it is done. The system unlocks it when a process is
-killed: by that the next one that saves there knows which hidden folders are left over, and removes
-them when its own files are in place. Where the file system has no locks they stay.
+killed: by that the next one that saves there knows which of those with a marker are left over, and
+removes them when its own files are in place. Where the file system has no locks they stay.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import glob
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,6 +36,7 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 _COMMIT_FILE = "config.json"
+_MARKER, _FILES = ".of-hf_sparse", "files"
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 
 
@@ -51,19 +55,12 @@ def replacing(folder: Path, is_stale: Callable[[str], bool] = lambda name: False
     folder = Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; wanted a folder to save the model in")
-    exchange = (folder / _COMMIT_FILE).exists() and _can_exchange(folder)
-    parent = folder if folder.exists() and not exchange else folder.parent
+    parent = folder if folder.exists() and not _can_exchange(folder) else folder.parent
     parent.mkdir(parents=True, exist_ok=True)
     with _hidden_folder(parent, folder.name) as fresh:
         yield fresh
         sync(fresh)
-        if not folder.exists():
-            fresh.chmod(0o777 & ~_umask())
-            fresh.rename(folder)
-        elif exchange:
-            _exchange(fresh, folder, is_stale)
-        else:
-            _move_in(fresh, folder, is_stale)
+        _put_in_place(fresh, folder, is_stale)
         sync_file(folder.parent)
     for place in (folder, folder.parent):
         _remove_leftovers(place, folder.name)
@@ -74,27 +71,47 @@ def _hidden_folder(parent: Path, name: str) -> Iterator[Path]:
     """An empty folder for the new files of the folder `name`: locked, and removed at the end."""
     held = None
     while held is None:
-        fresh = Path(tempfile.mkdtemp(prefix=_prefix(name), dir=parent))
+        hidden = Path(tempfile.mkdtemp(prefix=_prefix(name), dir=parent))
         try:
-            held = _lock(fresh)  # None: in this moment another process has taken it for a leftover
+            held = _lock(hidden)  # None: in this moment another process has taken it for a leftover
         except OSError:  # no locks here: nobody will take it for one
             break
     try:
-        yield fresh
+        (hidden / _MARKER).touch()
+        (hidden / _FILES).mkdir()
+        yield hidden / _FILES
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        _remove(hidden)
         if held is not None:
             os.close(held)
 
 
 def _remove_leftovers(place: Path, name: str) -> None:
-    """Remove the hidden folders of processes that were killed."""
+    """Remove the hidden folders of processes that were killed, and no folder that looks like one."""
     for path in place.glob(f"{glob.escape(_prefix(name))}*"):
         with suppress(OSError):  # another process removes it, or its file system has no locks
             if path.is_symlink() or (held := _lock(path)) is None:
                 continue
-            shutil.rmtree(path, ignore_errors=True)
+            if _is_hidden_folder(path):
+                _remove(path)
             os.close(held)
+
+
+def _is_hidden_folder(path: Path) -> bool:
+    """Whether a folder was made by `_hidden_folder`; one that is empty was not yet marked."""
+    entries = set(os.listdir(path))
+    if not entries:
+        return re.search(r"\.saving-[a-z0-9_]{8}$", path.name) is not None
+    return _MARKER in entries and entries <= {_MARKER, _FILES}
+
+
+def _remove(hidden: Path) -> None:
+    """Remove a hidden folder, its marker last: what a kill leaves of it is known as such."""
+    with suppress(OSError):  # what cannot be removed stays until another process saves here
+        if (hidden / _FILES).exists():
+            shutil.rmtree(hidden / _FILES)
+        (hidden / _MARKER).unlink(missing_ok=True)
+        hidden.rmdir()
 
 
 def _lock(folder: Path) -> int | None:
@@ -136,6 +153,20 @@ def sync(folder: Path) -> None:
     sync_file(folder)
 
 
+def _put_in_place(fresh: Path, folder: Path, is_stale: Callable[[str], bool]) -> None:
+    if not folder.exists():
+        try:
+            fresh.rename(folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise  # else another process has made the folder since
+    if _can_exchange(folder):
+        _exchange(fresh, folder, is_stale)
+    else:
+        _move_in(fresh, folder, is_stale)
+
+
 def _exchange(fresh: Path, folder: Path, is_stale: Callable[[str], bool]) -> None:
     written = {path.name for path in fresh.iterdir()}
     for path in folder.iterdir():
@@ -158,7 +189,9 @@ def _move_in(fresh: Path, folder: Path, is_stale: Callable[[str], bool]) -> None
 
 
 def _can_exchange(folder: Path) -> bool:
-    """Whether `folder` holds files alone, and the file system exchanges folders, which is tried."""
+    """Whether `folder` holds a model and files alone, and its file system exchanges folders (tried)."""
+    if not (folder / _COMMIT_FILE).exists():
+        return False
     if os.path.ismount(folder) or not os.access(folder.parent, os.W_OK):
         return False
     if folder.samefile(os.curdir) or any(path.is_dir() for path in folder.iterdir()):
@@ -189,9 +222,3 @@ def sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

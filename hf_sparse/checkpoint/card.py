@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,8 @@ CARD_NAME = "README.md"
 OUR_FACT = "zeros in the whole model"
 # What the rows of a second step are called, where those of the first say "method".
 THEN = "then"
+METRICS_TITLE = "## Metrics"
+_NO_METRICS = "None were measured."
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Metric:
     """One measured figure of the sparse model, with the dense model's beside it.
 
     Args:
-        name: what was measured and on what, such as "perplexity, WikiText-2 validation, 512".
+        name: what was measured and on what, such as "perplexity, WikiText-2 validation, 512". One line
+            without "|".
         sparse: the sparse model's figure.
         dense: the dense model's figure by the same measurement; None if it was not measured.
     """
@@ -39,6 +42,13 @@ class Metric:
     name: str
     sparse: float
     dense: float | None = None
+
+    def __post_init__(self) -> None:
+        if "|" in self.name or len(self.name.splitlines()) != 1:
+            raise ValueError(
+                f"the metric's name is {self.name[:80]!r}; wanted one line without '|', which parts "
+                "the columns of the card's table. Write a comma instead."
+            )
 
 
 @dataclass(frozen=True)
@@ -67,11 +77,18 @@ class Card:
     base: str | None = None
     usage: str | None = None
 
-    def write(self, file: Path, old: Path) -> None:
+    def write(self, file: Path, old: Path, same_weights: Callable[[], bool]) -> None:
         """Write the card to `file`, unless the one at `old` is to stay.
 
         A card of somebody else stays, with a warning if there is news for it; one of ours stays
-        while its facts are true and nothing is given that it does not know.
+        while its facts are true and nothing is given that it does not know. Metrics in it that were
+        measured with other weights are taken out.
+
+        Args:
+            file: of the new card.
+            old: the one that is there, if there is one.
+            same_weights: tells whether the weights that `old` is about are those that are saved;
+                asked if metrics would stay.
         """
         news = self.report is not None or bool(self.metrics or self.tags or self.base)
         text = old.read_text(encoding="utf-8", errors="replace") if old.exists() else None
@@ -85,6 +102,8 @@ class Card:
         known = [self._how_to_load(), *_rows([*self._steps(), *self._facts()])]
         if text is None or news or not all(part in text for part in known):
             ModelCard(self._text()).save(file)
+        elif _NO_METRICS not in text and not same_weights():
+            file.write_text(_without_metrics(text), encoding="utf-8")
 
     def _text(self) -> str:
         base = base_model(self.model.config) if self.base is None else self.base
@@ -100,7 +119,7 @@ class Card:
             f"---\n{data.to_yaml()}\n---",
             f"# {'Sparse ' if self.config.sparsity else ''}{self._name}",
             _markdown(("", ""), [*how, *self._facts()]),
-            "## Metrics\n\n" + _metrics(self.metrics),
+            f"{METRICS_TITLE}\n\n" + _metrics(self.metrics),
             "## How to load\n\n" + self._how_to_load(),
         ]
         return "\n\n".join(sections) + "\n"
@@ -163,7 +182,7 @@ def base_model(config: PreTrainedConfig) -> str:
 
 def _metrics(metrics: Sequence[Metric]) -> str:
     if not metrics:
-        return "None were measured."
+        return _NO_METRICS
     rows = [
         (
             metric.name,
@@ -173,6 +192,13 @@ def _metrics(metrics: Sequence[Metric]) -> str:
         for metric in metrics
     ]
     return _markdown(("metric", "dense", "sparse"), rows)
+
+
+def _without_metrics(text: str) -> str:
+    """A card with nothing in its section of metrics."""
+    before, title, rest = text.partition(METRICS_TITLE)
+    _, next_title, after = rest.partition("\n## ")
+    return f"{before}{title}\n\n{_NO_METRICS}\n{next_title}{after}" if title else text
 
 
 def _usage(class_name: str, compressed: bool) -> str:

@@ -1,7 +1,8 @@
 """Compiled models in files: loading needs no packing, and maps the weights into memory.
 
 A folder holds `compiled.json` (class, config, numbers of the stack) and `compiled.safetensors`
-(packed streams, embeddings, heads). Both can lie beside a checkpoint: they touch no other file. The
+(packed streams, embeddings, heads). Both can lie beside a checkpoint: they touch no other file.
+A checkpoint that is saved there later removes them, since they are of the weights before. The
 machine code itself is not among them: it is made for the CPU that loads.
 """
 
@@ -20,6 +21,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 import hf_sparse
 from hf_sparse.checkpoint.atomic import replacing
+from hf_sparse.checkpoint.writing import COMPILED_DESCRIPTION, COMPILED_WEIGHTS
 from hf_sparse.formats import FormatError
 from hf_sparse.models.families import base_type
 from hf_sparse.runtime.blocks import Stack, numbers_of, why_not_compiled, window_of
@@ -30,8 +32,6 @@ from hf_sparse.runtime.sparse_linear import CompiledLinear
 from hf_sparse.runtime.state import LAYOUT, restore_stack, stack_state
 from hf_sparse.runtime.target import named
 
-DESCRIPTION_NAME = "compiled.json"
-WEIGHTS_NAME = "compiled.safetensors"
 _STACK, _REST = "stack.", "model."
 
 
@@ -77,8 +77,8 @@ def save_compiled(model: PreTrainedModel, folder: Path | str) -> Path:
     }
     folder = Path(folder)
     with replacing(folder) as fresh:
-        save_file(stored, fresh / WEIGHTS_NAME, metadata={"format": "pt"})
-        (fresh / DESCRIPTION_NAME).write_text(json.dumps(described))
+        save_file(stored, fresh / COMPILED_WEIGHTS, metadata={"format": "pt"})
+        (fresh / COMPILED_DESCRIPTION).write_text(json.dumps(described))
     return folder
 
 
@@ -99,10 +99,10 @@ def load_compiled(
         ImportError: llvmlite is not installed.
     """
     folder, chosen = Path(folder), named(target)
-    file = folder / DESCRIPTION_NAME
+    file = folder / COMPILED_DESCRIPTION
     try:
         described = json.loads(file.read_text())
-        tensors = load_file(folder / WEIGHTS_NAME)
+        tensors = load_file(folder / COMPILED_WEIGHTS)
     except (OSError, SafetensorError, ValueError) as error:
         raise FormatError(f"{folder} holds no compiled model that can be read: {error}") from error
     if not isinstance(described, dict) or described.get("layout") != json.loads(json.dumps(LAYOUT)):

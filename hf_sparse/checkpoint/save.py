@@ -21,7 +21,13 @@ from transformers.utils.quantization_config import QuantizationMethod
 from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.checkpoint.card import CARD_NAME, Card, Metric
 from hf_sparse.checkpoint.config_files import write_configs
-from hf_sparse.checkpoint.writing import ShardWriter, is_weight_file
+from hf_sparse.checkpoint.source import hold_same_weights
+from hf_sparse.checkpoint.writing import (
+    ShardWriter,
+    check_folder,
+    compiled_files,
+    is_weight_file,
+)
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import can_compress, compress, format_of, num_nonzeros
 from hf_sparse.patterns import NM, Pattern, Unstructured
@@ -69,7 +75,8 @@ def save_pretrained(
         model: a transformers model. Compressed: of a family in `FAMILIES`. Of a `peft.PeftModel`
             a copy is merged and saved, as `merge_adapters` does it: the zeros stay, and who loads it
             needs no adapter. (Its own `save_pretrained` saves the adapter alone.)
-        folder: made if it does not exist. Other files in it stay.
+        folder: made if it does not exist. Other files in it stay, but for what `save_compiled` wrote
+            there of the weights before.
         config: pattern, targets and format. None: what the model was pruned with or loaded with,
             or else `unstructured` at the sparsity that is measured.
         tokenizer: saved beside the model if given.
@@ -90,8 +97,8 @@ def save_pretrained(
 
     Raises:
         ValueError: the model's family is not in `FAMILIES`, an adapter without a mask would fill
-            zeros, a weight breaks the N:M pattern that
-            `config` promises, or the format cannot hold it. Nothing has been written then. (With
+            zeros, a weight breaks the N:M pattern that `config` promises, the format cannot hold
+            it, or the folder holds an ONNX export. Nothing has been written then. (With
             `config=None` a broken N:M promise is a warning, and the model is saved as
             `unstructured`: a Trainer must be able to write its checkpoints.)
         OSError: the folder cannot be written or the disk is full. Nothing has changed then.
@@ -165,6 +172,7 @@ def save_model(
     if unknown:
         raise TypeError(f"save_pretrained has no argument {', '.join(sorted(unknown))}.")
 
+    check_folder(folder)
     stored = tensors_to_store(model, state_dict)
     if config is None:
         config = _implied_config(model, stored)
@@ -172,7 +180,10 @@ def save_model(
     counts: list[TensorSparsity] = []
     other_zeros = 0
     formats: Counter[str] = Counter()
-    with replacing(folder, lambda name: is_weight_file(name, variant)) as fresh:
+    old_compiled = compiled_files(folder)
+    with replacing(
+        folder, lambda name: is_weight_file(name, variant) or name in old_compiled
+    ) as fresh:
         write_configs(model, config, fresh, base_model)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
@@ -190,7 +201,12 @@ def save_model(
         )
         _warn_if_zeros_were_lost(config, measured)
         card = Card(model, config, measured, formats, report, metrics, tags, base_model)
-        card.write(fresh / CARD_NAME, folder / CARD_NAME)
+        card.write(
+            fresh / CARD_NAME,
+            folder / CARD_NAME,
+            # The card tells of the weights without a variant, which stay where one is saved.
+            lambda: variant is not None or hold_same_weights(folder, fresh),
+        )
     return measured
 
 

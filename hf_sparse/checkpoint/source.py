@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse.checkpoint.card import CARD_NAME, OUR_FACT, THEN, Metric
+from hf_sparse.checkpoint.card import CARD_NAME, METRICS_TITLE, OUR_FACT, THEN, Metric
 from hf_sparse.checkpoint.reading import StoredTensor, checkpoint_files, read_headers, read_parts
 from hf_sparse.formats import FormatError, decompress
 from hf_sparse.history import Step, remember_
@@ -26,7 +26,7 @@ def remember_source_(model: Any, folder: Path) -> None:
 def read_steps(folder: Path) -> list[Step]:
     """The steps that the card in a folder tells; none if there is no card of hf_sparse."""
     steps: list[Step] = []
-    for line in _card(folder).split("## Metrics")[0].splitlines():
+    for line in _card(folder).split(METRICS_TITLE)[0].splitlines():
         if (row := _STEP_ROW.fullmatch(line)) is None:
             continue
         title, value = row.groups()
@@ -41,7 +41,7 @@ def read_steps(folder: Path) -> list[Step]:
 def read_metrics(folder: Path) -> list[Metric]:
     """The metrics that the card in a folder tells; none if there is no card of hf_sparse."""
     metrics = []
-    for line in _card(folder).partition("## Metrics")[2].partition("\n## ")[0].splitlines():
+    for line in _card(folder).partition(METRICS_TITLE)[2].partition("\n## ")[0].splitlines():
         if (row := _METRIC_ROW.fullmatch(line)) is None:
             continue
         name, dense, sparse = row.groups()
@@ -70,10 +70,28 @@ def is_stored_in(folder: Path, weights: dict[str, Tensor]) -> bool:
         return False
 
 
+def hold_same_weights(folder: Path, other: Path) -> bool:
+    """Whether the weights of two checkpoint folders can be read and are the same, bit for bit.
+
+    Memory: two weights.
+    """
+    try:
+        stored = read_headers(checkpoint_files(folder))
+        others = {tensor.name: tensor for tensor in read_headers(checkpoint_files(other))}
+        same = {tensor.name for tensor in stored} == others.keys()
+        return same and all(_is_equal(tensor, _read(others[tensor.name])) for tensor in stored)
+    except FormatError:
+        return False
+
+
 def _is_equal(stored: StoredTensor, weight: Tensor) -> bool:
-    parts = read_parts(stored)
-    found = decompress(parts) if stored.compressed else parts[""]
+    found = _read(stored)
     return found.dtype == weight.dtype and torch.equal(found, weight.detach().cpu())
+
+
+def _read(stored: StoredTensor) -> Tensor:
+    parts = read_parts(stored)
+    return decompress(parts) if stored.compressed else parts[""]
 
 
 def _card(folder: Path) -> str:

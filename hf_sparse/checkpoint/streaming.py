@@ -48,6 +48,7 @@ from hf_sparse.checkpoint.work_folder import (
     sampled_hash,
     work_folder,
 )
+from hf_sparse.checkpoint.writing import check_folder
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FormatError, compress, decompress, join, locate
 from hf_sparse.pruning.activations import on_disk
@@ -118,8 +119,7 @@ def prune_checkpoint(
         OSError: the disk is full. Finished blocks stay in the work folder: free space and resume.
     """
     folder, source = Path(os.path.abspath(folder)), str(source)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; wanted a folder to save the model in")
+    check_folder(folder)
     recipe = Recipe.of(method, config.pattern, options)
     if recipe.method.masks is not None:
         raise ValueError(

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from hf_sparse.formats import join
 
+COMPILED_DESCRIPTION, COMPILED_WEIGHTS = "compiled.json", "compiled.safetensors"
+# Of an ONNX export: what transformers' ExportedModel reads, and the graph.
+MANIFEST_NAME, GRAPH_NAME = "export.json", "model.onnx"
+
 
 def is_weight_file(name: str, variant: str | None = None) -> bool:
     """Whether a file of a checkpoint folder holds weights, or their index, of that variant."""
@@ -21,6 +25,37 @@ def is_weight_file(name: str, variant: str | None = None) -> bool:
     files = rf"model{infix}{shard}\.safetensors|pytorch_model{infix}{shard}\.bin"
     indices = rf"model\.safetensors\.index{infix}\.json|pytorch_model\.bin\.index{infix}\.json"
     return re.fullmatch(f"{files}|{indices}", name) is not None
+
+
+def compiled_files(folder: Path) -> set[str]:
+    """The files of a compiled model that `save_compiled` wrote into a folder, if there is one."""
+    try:
+        described = json.loads((folder / COMPILED_DESCRIPTION).read_text())
+    except (OSError, ValueError):
+        return set()
+    ours = isinstance(described, dict) and {"layout", "hf_sparse", "class"} <= described.keys()
+    return {COMPILED_DESCRIPTION, COMPILED_WEIGHTS} if ours else set()
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that a checkpoint cannot be saved in.
+
+    Raises:
+        NotADirectoryError: it is a file.
+        IsADirectoryError: its README.md is a folder.
+        ValueError: it holds an ONNX export.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; wanted a folder to save the model in")
+    if (folder / "README.md").is_dir():
+        raise IsADirectoryError(
+            f"{folder / 'README.md'} is a folder; wanted a file, the model card. Move it away."
+        )
+    if all((folder / name).exists() for name in (MANIFEST_NAME, GRAPH_NAME)):
+        raise ValueError(
+            f"{folder} holds {GRAPH_NAME}: an ONNX export, whose config.json the checkpoint would "
+            "replace. Wanted a folder of its own, such as the one that the export's folder is in."
+        )
 
 
 class ShardWriter:

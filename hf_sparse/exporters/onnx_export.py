@@ -20,6 +20,7 @@ from hf_sparse.checkpoint.card import CARD_NAME, Card, Metric
 from hf_sparse.checkpoint.config_files import dense_class_name, dense_config
 from hf_sparse.checkpoint.save import tensors_to_store
 from hf_sparse.checkpoint.source import is_stored_in, read_metrics
+from hf_sparse.checkpoint.writing import GRAPH_NAME, MANIFEST_NAME
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.exporters import QUANTIZATIONS
 from hf_sparse.exporters.heads import Head, head_of
@@ -32,8 +33,6 @@ from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure import check_has_weights, has_adapters, promised_config
 from hf_sparse.units import shrunk_sizes
 
-GRAPH_NAME = "model.onnx"
-_MANIFEST_NAME = "export.json"  # of transformers' ExportedModel
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # What a tokenizer and a model that generates put beside the graph.
 _BESIDE = (
@@ -142,7 +141,7 @@ def export_onnx(
         isinstance(tolerance, int | float) and 0 <= tolerance < math.inf
     ):
         raise ValueError(f"tolerance is {tolerance!r}; wanted a number >= 0.")
-    with plain_outputs(model), replacing(folder, _written(folder).__contains__) as fresh:
+    with plain_outputs(model), replacing(folder, written_files(folder).__contains__) as fresh:
         exported = trace(model, head, quantize, batches)
         component = exported.components["model"]
         packing = pack_(component.program) if pack else Packing()
@@ -173,7 +172,8 @@ def export_onnx(
             metrics = _metrics_of_source(model)
         facts = (report, metrics, ("onnx",), base_model, _usage(head, quantize))
         card = Card(model, config, measured, packing.formats, *facts)
-        card.write(fresh / CARD_NAME, folder / CARD_NAME)
+        # Metrics that are neither given nor the source's may be of another model's graph.
+        card.write(fresh / CARD_NAME, folder / CARD_NAME, same_weights=lambda: False)
         size = sum(path.stat().st_size for path in fresh.glob(f"{GRAPH_NAME}*"))
     return ExportReport(folder, head.task, size, packing, difference, allowed)
 
@@ -278,17 +278,17 @@ def _check_folder(folder: Path) -> None:
             f"{folder} holds {weights[0]}: a checkpoint, whose config.json the export would replace. "
             "Wanted a folder of its own, such as a folder in it."
         )
-    if folder.is_dir() and any(folder.iterdir()) and not _written(folder):
+    if folder.is_dir() and any(folder.iterdir()) and not written_files(folder):
         raise ValueError(
-            f"{folder} holds {next(folder.iterdir()).name} and no {_MANIFEST_NAME}: it is no export. "
+            f"{folder} holds {next(folder.iterdir()).name} and no {MANIFEST_NAME}: it is no export. "
             "Wanted a new or empty folder, or an earlier export."
         )
 
 
-def _written(folder: Path) -> set[str]:
-    """The files of the export that is in a folder; none if there is none."""
+def written_files(folder: Path) -> set[str]:
+    """The graphs of the export that is in a folder, and what is beside them; none if there is none."""
     try:
-        manifest = json.loads((folder / _MANIFEST_NAME).read_text())
+        manifest = json.loads((folder / MANIFEST_NAME).read_text())
         graphs = [entry["file"] for entry in manifest["components"].values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()
