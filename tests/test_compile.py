@@ -364,6 +364,68 @@ def test_another_number_of_blocks_is_refused(models: dict, name: str) -> None:
             hf_sparse.compile(model)
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "value"),
+    [
+        ("mistral", "sliding_window", 3),
+        ("qwen3", "layer_types", ["full_attention"]),
+        ("llama", "is_causal", False),
+        ("bert", "is_decoder", True),
+    ],
+)
+def test_a_config_that_was_changed_is_refused(
+    models: dict, family: str, name: str, value: object
+) -> None:
+    compiled = copy.deepcopy(models[family][1])
+    setattr(compiled.config, name, value)
+    for changed in (compiled, copy.deepcopy(compiled)):
+        with torch.no_grad(), pytest.raises(ValueError, match=rf"config\.{name} is"):
+            changed(**inputs(1, 6))
+    with torch.no_grad():  # a copy has its own config
+        models[family][1](**inputs(1, 6))
+
+
+@pytest.mark.parametrize("how", ["deleted", "reordered", "shortened", "replaced", "added"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_blocks_that_were_changed_are_refused(models: dict, name: str, how: str) -> None:
+    compiled = copy.deepcopy(models[name][1])
+    path, _, last = COMPILED[name].stack.rpartition(".")
+    owner = compiled.base_model.get_submodule(path)
+    blocks = blocks_of(compiled)
+    if how == "deleted":
+        del getattr(owner, last)[1]
+    elif how == "replaced":
+        getattr(owner, last)[1] = torch.nn.Identity()
+    elif how == "added":
+        getattr(owner, last).append(blocks[0])
+    else:
+        setattr(
+            owner, last, torch.nn.ModuleList(blocks[::-1] if how == "reordered" else blocks[:2])
+        )
+    for changed in (compiled, copy.deepcopy(compiled)):
+        with torch.no_grad(), pytest.raises(ValueError, match=f"{last} of this compiled"):
+            changed(**inputs(1, 6))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt_neox"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_is_not_loaded_into_a_compiled_model(family: str, strict: bool) -> None:
+    model = tiny_model(family)
+    hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", 0.6), "magnitude")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = {name: tensor + 1 for name, tensor in before.items()}
+    compiled = hf_sparse.compile(model)
+    for loaded in (compiled, copy.deepcopy(compiled), compiled.base_model):
+        with pytest.raises(ValueError, match="load_state_dict: this"):
+            loaded.load_state_dict(other, strict=strict)
+    with pytest.raises(ValueError, match="load_state_dict: this"):
+        torch.nn.Sequential(compiled).load_state_dict(
+            {f"0.{name}": tensor for name, tensor in other.items()}, strict=strict
+        )
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+    model.load_state_dict(other)  # whose own loading is as before
+
+
 def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
     family = COMPILED[model.config.model_type]
     return list(model.base_model.get_submodule(family.stack)._modules.values())
