@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import threading
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -29,6 +31,8 @@ from hf_sparse.runtime import jit, target
 from hf_sparse.runtime.cache import alone_with
 from hf_sparse.runtime.compiled import CompiledLayer, linears_of, stack_of
 from hf_sparse.runtime.families import COMPILED
+from hf_sparse.runtime.pool import Pool
+from hf_sparse.runtime.program import Program
 from hf_sparse.runtime.schedule import Shape
 from hf_sparse.runtime.sparse_linear import CompiledHead, CompiledLinear
 from tests.tiny_models import CONFIGS, tiny_model, tiny_tokenizer
@@ -584,6 +588,48 @@ def test_other_models_get_compiled_layers(family: str) -> None:
     assert explained.layers
     assert set(explained.torch_layers) <= set(dense)
     assert "not compiled as a whole" in str(explained)
+
+
+def test_single_layers_share_what_they_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations are counted, and all layers of a model stay within one bound."""
+    monkeypatch.setattr("hf_sparse.runtime.compiled.KEPT_BYTES", 200_000)
+    model = tiny_model("gpt_neox", hidden_size=64)
+    hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", 0.7), "magnitude")
+    compiled = hf_sparse.compile(model)
+    layers = [layer for layer in compiled.modules() if isinstance(layer, CompiledLinear)]
+    (pool,) = {layer._pool for layer in copy.deepcopy(compiled).modules() if layer in layers}
+    numbers = []
+    for tokens in (9, 70, 130, 40, 9, 70):
+        with torch.no_grad():
+            given = {"input_ids": inputs(1, tokens)["input_ids"]}
+            torch.testing.assert_close(compiled(**given)[0], model(**given)[0], **TOLERANCE)
+        kept = [item for items in pool._idle.values() for item in items]
+        assert pool.nbytes == sum(item.nbytes for item in kept) <= 200_000
+        programs = [item for item in kept if isinstance(item, Program)]
+        assert all(item.nbytes >= item._operations.nbytes for item in programs)
+        buffers = [item for item in kept if not isinstance(item, Program)]
+        assert len(buffers) <= len({(one.in_features, one.out_features) for one in layers})
+        numbers.append(len(programs))
+    # Twelve layers a shape, until the bound is reached.
+    assert numbers[:2] == [12, 24]
+    assert max(numbers) < 4 * 12
+
+
+def test_a_pool_keeps_what_was_used_last() -> None:
+    pool: Pool[np.ndarray] = Pool(100)
+    for key in ("a", "b", "a", "c"):
+        with pool.borrow(key, functools.partial(np.zeros, 40, np.uint8)):
+            pass
+    assert list(pool._idle) == ["a", "c"]
+    new = functools.partial(np.zeros, 40, np.uint8)
+    with pool.borrow("a", new) as one, pool.borrow("a", new) as other:
+        assert one is not other
+    assert list(pool._idle) == ["a"]
+    assert pool.nbytes == 80
+    with pool.borrow("large", lambda: np.zeros(400, np.uint8)):
+        pass
+    assert list(pool._idle) == ["large"]  # the last one stays, whatever its size
+    assert pool.nbytes == 400
 
 
 def test_explain_tells_each_layer() -> None:

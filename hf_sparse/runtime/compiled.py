@@ -27,6 +27,8 @@ from hf_sparse.runtime.families import COMPILED
 from hf_sparse.runtime.jit import DEFAULT_CACHE
 from hf_sparse.runtime.linear import Linear, pack_linear
 from hf_sparse.runtime.memory import Shelf
+from hf_sparse.runtime.pool import KEPT_BYTES, Pool
+from hf_sparse.runtime.program import Program
 from hf_sparse.runtime.runner import Runner
 from hf_sparse.runtime.sparse_linear import CompiledHead, CompiledLinear
 from hf_sparse.runtime.target import Target, named
@@ -137,7 +139,7 @@ def _compile_layers(
     model: PreTrainedModel, reason: str, target: Target, cache: Path | None
 ) -> PreTrainedModel:
     """Replace the sparse layers of a model's blocks one by one."""
-    shelf = Shelf()
+    shelf, pool = Shelf(), Pool[Program | Tensor](KEPT_BYTES)
     replaced: dict[str, CompiledLinear] = {}
     for layer in target_layers(model):
         weight = layer.weight
@@ -145,7 +147,7 @@ def _compile_layers(
         if zeros >= MIN_SPARSITY:
             bias: Any = layer.module.bias
             packed = pack_linear(layer.name, weight, bias, shelf=shelf)
-            replaced[layer.name] = CompiledLinear(packed, target, cache)
+            replaced[layer.name] = CompiledLinear(packed, target, cache, pool)
     if not replaced:
         raise ValueError(
             f"{type(model).__name__} is not compiled: {reason}; and no layer of its blocks has "
