@@ -531,6 +531,33 @@ def test_weights_that_are_not_finite_are_refused(part: str, value: float) -> Non
         hf_sparse.compile(model)
 
 
+@pytest.mark.parametrize("value", [float("-inf"), float("nan")])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_not_packed_is_finite(value: float, whole: bool, kind: torch.dtype) -> None:
+    """Embeddings, the final norm, the head; also layers of the blocks that torch computes."""
+    model = tiny_model("gpt2" if whole else "gpt_neox", tie_word_embeddings=False).to(kind)
+    hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", 0.7), "magnitude")
+    blocks = "transformer.h" if whole else "gpt_neox.layers"
+    checked = {n: p for n, p in model.named_parameters() if not n.startswith(f"{blocks}.")}
+    assert len(checked) >= 4
+    for name, parameter in checked.items():
+        before = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.view(-1)[5] = value
+            with pytest.raises(ValueError, match=f"{name} has 1 values that are infinite or NaN"):
+                hf_sparse.compile(model)
+            parameter.copy_(before)
+    hf_sparse.compile(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_types_that_torch_cannot_compute_with_are_refused(family: str) -> None:
+    model = tiny_model(family).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="float8_e4m3fn; wanted one of"):
+        hf_sparse.compile(model)
+
+
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_programs_that_are_dropped_are_freed_at_once(models: dict, tokens: int) -> None:
     """Their buffers must not wait for Python's collector of cycles, which seldom runs."""

@@ -23,10 +23,9 @@ from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.formats import FormatError
 from hf_sparse.models.families import base_type
 from hf_sparse.runtime.blocks import Stack, check_config, why_not_compiled
-from hf_sparse.runtime.compiled import assemble, stack_of
+from hf_sparse.runtime.compiled import assemble, check_parameters, stack_of
 from hf_sparse.runtime.families import COMPILED
 from hf_sparse.runtime.jit import DEFAULT_CACHE
-from hf_sparse.runtime.linear import check_finite
 from hf_sparse.runtime.sparse_linear import CompiledLinear
 from hf_sparse.runtime.state import LAYOUT, restore_stack, stack_state
 from hf_sparse.runtime.target import named
@@ -168,8 +167,7 @@ def _load_rest(model: PreTrainedModel, tensors: dict[str, Any], types: dict[str,
         if str(tensor.dtype) != types[name]:
             raise ValueError(f"{name} is {tensor.dtype}; it was saved as {types[name]}")
     model.load_state_dict(tensors, assign=True)
-    for name, parameter in model.named_parameters():
-        check_finite(parameter, name)
+    check_parameters(model)
     model.requires_grad_(False)
 
 

@@ -25,7 +25,7 @@ from hf_sparse.runtime.cache import alone_with
 from hf_sparse.runtime.explain import Explanation, explain_layers
 from hf_sparse.runtime.families import COMPILED
 from hf_sparse.runtime.jit import DEFAULT_CACHE
-from hf_sparse.runtime.linear import Linear, pack_linear
+from hf_sparse.runtime.linear import Linear, check_finite, pack_linear
 from hf_sparse.runtime.memory import Shelf
 from hf_sparse.runtime.pool import KEPT_BYTES, Pool
 from hf_sparse.runtime.program import Program
@@ -48,6 +48,7 @@ BUILT_IN = {
     "is_causal": True,
     "is_decoder": False,
 }
+COMPUTABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A single layer with fewer zeros is left to torch, with which it shares the layout of activations.
 MIN_SPARSITY = 0.4
 
@@ -81,8 +82,9 @@ def compile(
 
     Raises:
         ImportError: llvmlite is not installed.
-        ValueError: the model is not on the CPU, its weights are not finite, or it is not compiled
-            as a whole and no layer of its blocks has enough zeros.
+        ValueError: the model is not on the CPU, one of its parameters is not finite or of a type
+            that torch cannot compute with, or it is not compiled as a whole and no layer of its
+            blocks has enough zeros.
     """
     chosen = named(target)
     folder = None if cache is None else Path(cache)
@@ -92,6 +94,7 @@ def compile(
         raise ValueError(f"the model is on {model.device}; wanted the CPU: model.to('cpu') first.")
     if any(isinstance(module, (CompiledLayer, CompiledLinear)) for module in model.modules()):
         raise ValueError("the model is compiled already.")
+    check_types(model)
     reason = why_not_compiled(model.config)
     if reason is not None:
         return _compile_layers(model, reason, chosen, folder)
@@ -99,7 +102,9 @@ def compile(
     base: Any = model.base_model
     owner, name, modules = find_blocks(base, family)
     stack = pack_blocks(model.config, family, modules, family.stack)
-    return assemble(_without(model, [getattr(owner, name)]), stack, chosen, folder)
+    rest = _without(model, [getattr(owner, name)])
+    check_parameters(rest)
+    return assemble(rest, stack, chosen, folder)
 
 
 def assemble(
@@ -155,9 +160,26 @@ def _compile_layers(
         )
     modules = dict(model.named_modules())
     compiled = _without(model, [modules[name] for name in replaced])
+    check_parameters(compiled)
     for name, new in replaced.items():
         compiled.set_submodule(name, new)
     return _finished(compiled, reason, target, cache)
+
+
+def check_types(model: nn.Module) -> None:
+    """Raise a ValueError unless torch can compute with the types of all parameters."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype not in COMPUTABLE:
+            wanted = ", ".join(map(str, COMPUTABLE))
+            raise ValueError(
+                f"{name} is {parameter.dtype}; wanted one of {wanted}: model.to(torch.bfloat16) first."
+            )
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Raise a ValueError unless the parameters that are not packed are finite."""
+    for name, parameter in model.named_parameters():
+        check_finite(parameter.detach(), name)
 
 
 def _finished(
