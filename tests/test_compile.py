@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import threading
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -29,6 +31,8 @@ from hf_sparse.runtime import jit, target
 from hf_sparse.runtime.cache import alone_with
 from hf_sparse.runtime.compiled import CompiledLayer, linears_of, stack_of
 from hf_sparse.runtime.families import COMPILED
+from hf_sparse.runtime.pool import Pool
+from hf_sparse.runtime.program import Program
 from hf_sparse.runtime.schedule import Shape
 from hf_sparse.runtime.sparse_linear import CompiledHead, CompiledLinear
 from tests.tiny_models import CONFIGS, tiny_model, tiny_tokenizer
@@ -364,6 +368,68 @@ def test_another_number_of_blocks_is_refused(models: dict, name: str) -> None:
             hf_sparse.compile(model)
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "value"),
+    [
+        ("mistral", "sliding_window", 3),
+        ("qwen3", "layer_types", ["full_attention"]),
+        ("llama", "is_causal", False),
+        ("bert", "is_decoder", True),
+    ],
+)
+def test_a_config_that_was_changed_is_refused(
+    models: dict, family: str, name: str, value: object
+) -> None:
+    compiled = copy.deepcopy(models[family][1])
+    setattr(compiled.config, name, value)
+    for changed in (compiled, copy.deepcopy(compiled)):
+        with torch.no_grad(), pytest.raises(ValueError, match=rf"config\.{name} is"):
+            changed(**inputs(1, 6))
+    with torch.no_grad():  # a copy has its own config
+        models[family][1](**inputs(1, 6))
+
+
+@pytest.mark.parametrize("how", ["deleted", "reordered", "shortened", "replaced", "added"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_blocks_that_were_changed_are_refused(models: dict, name: str, how: str) -> None:
+    compiled = copy.deepcopy(models[name][1])
+    path, _, last = COMPILED[name].stack.rpartition(".")
+    owner = compiled.base_model.get_submodule(path)
+    blocks = blocks_of(compiled)
+    if how == "deleted":
+        del getattr(owner, last)[1]
+    elif how == "replaced":
+        getattr(owner, last)[1] = torch.nn.Identity()
+    elif how == "added":
+        getattr(owner, last).append(blocks[0])
+    else:
+        setattr(
+            owner, last, torch.nn.ModuleList(blocks[::-1] if how == "reordered" else blocks[:2])
+        )
+    for changed in (compiled, copy.deepcopy(compiled)):
+        with torch.no_grad(), pytest.raises(ValueError, match=f"{last} of this compiled"):
+            changed(**inputs(1, 6))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt_neox"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_is_not_loaded_into_a_compiled_model(family: str, strict: bool) -> None:
+    model = tiny_model(family)
+    hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", 0.6), "magnitude")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = {name: tensor + 1 for name, tensor in before.items()}
+    compiled = hf_sparse.compile(model)
+    for loaded in (compiled, copy.deepcopy(compiled), compiled.base_model):
+        with pytest.raises(ValueError, match="load_state_dict: this"):
+            loaded.load_state_dict(other, strict=strict)
+    with pytest.raises(ValueError, match="load_state_dict: this"):
+        torch.nn.Sequential(compiled).load_state_dict(
+            {f"0.{name}": tensor for name, tensor in other.items()}, strict=strict
+        )
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+    model.load_state_dict(other)  # whose own loading is as before
+
+
 def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
     family = COMPILED[model.config.model_type]
     return list(model.base_model.get_submodule(family.stack)._modules.values())
@@ -465,6 +531,33 @@ def test_weights_that_are_not_finite_are_refused(part: str, value: float) -> Non
         hf_sparse.compile(model)
 
 
+@pytest.mark.parametrize("value", [float("-inf"), float("nan")])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_not_packed_is_finite(value: float, whole: bool, kind: torch.dtype) -> None:
+    """Embeddings, the final norm, the head; also layers of the blocks that torch computes."""
+    model = tiny_model("gpt2" if whole else "gpt_neox", tie_word_embeddings=False).to(kind)
+    hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", 0.7), "magnitude")
+    blocks = "transformer.h" if whole else "gpt_neox.layers"
+    checked = {n: p for n, p in model.named_parameters() if not n.startswith(f"{blocks}.")}
+    assert len(checked) >= 4
+    for name, parameter in checked.items():
+        before = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.view(-1)[5] = value
+            with pytest.raises(ValueError, match=f"{name} has 1 values that are infinite or NaN"):
+                hf_sparse.compile(model)
+            parameter.copy_(before)
+    hf_sparse.compile(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_types_that_torch_cannot_compute_with_are_refused(family: str) -> None:
+    model = tiny_model(family).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="float8_e4m3fn; wanted one of"):
+        hf_sparse.compile(model)
+
+
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_programs_that_are_dropped_are_freed_at_once(models: dict, tokens: int) -> None:
     """Their buffers must not wait for Python's collector of cycles, which seldom runs."""
@@ -522,6 +615,48 @@ def test_other_models_get_compiled_layers(family: str) -> None:
     assert explained.layers
     assert set(explained.torch_layers) <= set(dense)
     assert "not compiled as a whole" in str(explained)
+
+
+def test_single_layers_share_what_they_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations are counted, and all layers of a model stay within one bound."""
+    monkeypatch.setattr("hf_sparse.runtime.compiled.KEPT_BYTES", 200_000)
+    model = tiny_model("gpt_neox", hidden_size=64)
+    hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", 0.7), "magnitude")
+    compiled = hf_sparse.compile(model)
+    layers = [layer for layer in compiled.modules() if isinstance(layer, CompiledLinear)]
+    (pool,) = {layer._pool for layer in copy.deepcopy(compiled).modules() if layer in layers}
+    numbers = []
+    for tokens in (9, 70, 130, 40, 9, 70):
+        with torch.no_grad():
+            given = {"input_ids": inputs(1, tokens)["input_ids"]}
+            torch.testing.assert_close(compiled(**given)[0], model(**given)[0], **TOLERANCE)
+        kept = [item for items in pool._idle.values() for item in items]
+        assert pool.nbytes == sum(item.nbytes for item in kept) <= 200_000
+        programs = [item for item in kept if isinstance(item, Program)]
+        assert all(item.nbytes >= item._operations.nbytes for item in programs)
+        buffers = [item for item in kept if not isinstance(item, Program)]
+        assert len(buffers) <= len({(one.in_features, one.out_features) for one in layers})
+        numbers.append(len(programs))
+    # Twelve layers a shape, until the bound is reached.
+    assert numbers[:2] == [12, 24]
+    assert max(numbers) < 4 * 12
+
+
+def test_a_pool_keeps_what_was_used_last() -> None:
+    pool: Pool[np.ndarray] = Pool(100)
+    for key in ("a", "b", "a", "c"):
+        with pool.borrow(key, functools.partial(np.zeros, 40, np.uint8)):
+            pass
+    assert list(pool._idle) == ["a", "c"]
+    new = functools.partial(np.zeros, 40, np.uint8)
+    with pool.borrow("a", new) as one, pool.borrow("a", new) as other:
+        assert one is not other
+    assert list(pool._idle) == ["a"]
+    assert pool.nbytes == 80
+    with pool.borrow("large", lambda: np.zeros(400, np.uint8)):
+        pass
+    assert list(pool._idle) == ["large"]  # the last one stays, whatever its size
+    assert pool.nbytes == 400
 
 
 def test_explain_tells_each_layer() -> None:

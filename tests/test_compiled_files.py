@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AlbertConfig, AutoModelForCausalLM, PreTrainedModel
 
 import hf_sparse
 from hf_sparse.formats import FormatError
@@ -37,6 +37,15 @@ def test_the_same_model_comes_back(family: str, tmp_path: Path) -> None:
     if COMPILED[family].causal:
         length = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 1}
         assert torch.equal(loaded.generate(**given, **length), model.generate(**given, **length))
+
+
+def test_rounded_rotary_frequencies_come_back(tmp_path: Path) -> None:
+    model = hf_sparse.compile(random_model(CONFIGS["llama"]).bfloat16())
+    hf_sparse.save_compiled(model, tmp_path)
+    loaded = hf_sparse.load_compiled(tmp_path)
+    assert loaded.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs(2, 19)).logits, model(**inputs(2, 19)).logits)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "albert"])
@@ -166,6 +175,17 @@ def test_streams_that_are_cut_off_are_found(folder: Path, part: str, how: str) -
         lambda d: d["blocks"][0]["epsilons"].update(norms=[float("nan"), 1e-5]),
         lambda d: d["blocks"][1]["linears"].pop("gate"),
         lambda d: d["config"].update(num_attention_heads=0),
+        lambda d: d.update(order=[0, 0, 0]),
+        lambda d: d.update(order=[-1, -2, -3]),
+        lambda d: d.update(order=[1, 0, 2]),
+        lambda d: d["config"].update(rms_norm_eps=0.5),
+        lambda d: d["blocks"][0]["epsilons"].update(norms=[0.5, 0.5]),
+        lambda d: d.pop("generation"),
+        lambda d: d.update(generation="greedy"),
+        lambda d: d.update(generation=None),
+        lambda d: d.update({"class": "MistralForCausalLM"}),
+        lambda d: d["config"].update(model_type="qwen2"),
+        lambda d: d.pop("types"),
     ],
 )
 def test_damaged_descriptions_are_found(folder: Path, change) -> None:  # type: ignore[no-untyped-def]
@@ -234,3 +254,79 @@ def test_damaged_files_are_found(folder: Path, name: str, how: str) -> None:
         file.write_bytes(b"something else")
     with pytest.raises(hf_sparse.FormatError):
         hf_sparse.load_compiled(folder)
+
+
+def test_deeply_nested_descriptions_are_found(folder: Path) -> None:
+    (folder / "compiled.json").write_text("[" * 100_000)
+    with pytest.raises(hf_sparse.FormatError, match="recursion"):
+        hf_sparse.load_compiled(folder)
+
+
+def test_shared_blocks_come_back_and_their_order_is_checked(tmp_path: Path) -> None:
+    changed = {"num_hidden_layers": 5, "num_hidden_groups": 2, "inner_group_num": 2}
+    config = AlbertConfig(**CONFIGS["albert"].to_diff_dict() | changed)
+    model = hf_sparse.compile(random_model(config))
+    hf_sparse.save_compiled(model, tmp_path)
+    given = inputs(1, 9)
+    with torch.no_grad():
+        found = hf_sparse.load_compiled(tmp_path)(**given).logits
+        assert torch.equal(found, model(**given).logits)
+    file = tmp_path / "compiled.json"
+    described = json.loads(file.read_text())
+    assert described["order"] == [0, 1, 0, 1, 0, 1, 2, 3, 2, 3]
+    described["order"] = [0, 1, 0, 1, 2, 3, 2, 3, 2, 3]
+    file.write_text(json.dumps(described))
+    with pytest.raises(hf_sparse.FormatError, match="order"):
+        hf_sparse.load_compiled(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sparsity", [0.0, 0.6])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_values_that_are_not_finite_are_found(
+    kind: torch.dtype, sparsity: float, value: float, tmp_path: Path
+) -> None:
+    model = random_model(CONFIGS["opt"], sparsity).to(kind)
+    hf_sparse.save_compiled(hf_sparse.compile(model), tmp_path)
+    whole = (tmp_path / "compiled.safetensors").read_bytes()
+    ends = ["norms.1.weight", "norms.0.bias", "up.bias", "embed_tokens.weight"]
+    ends += ["qkv.0.values", "down.single_values"] if sparsity else ["up.dense"]
+    for end in ends:
+
+        def spoil(tensors: dict[str, torch.Tensor], end: str = end) -> None:
+            name = next(name for name in tensors if name.endswith(end))
+            stored = tensors[name]
+            stored.view(kind if stored.dtype == torch.uint16 else stored.dtype).view(-1)[3] = value
+
+        rewrite(tmp_path, spoil)
+        with pytest.raises(hf_sparse.FormatError, match="infinite or NaN"):
+            hf_sparse.load_compiled(tmp_path)
+        (tmp_path / "compiled.safetensors").write_bytes(whole)
+    hf_sparse.load_compiled(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float64, torch.int32], ids=str)
+@pytest.mark.parametrize("name", ["model.model.embed_tokens.weight", "model.model.norm.weight"])
+def test_dense_tensors_of_another_type_are_found(
+    folder: Path, kind: torch.dtype, name: str
+) -> None:
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].to(kind)}))
+    with pytest.raises(hf_sparse.FormatError, match="saved as torch"):
+        hf_sparse.load_compiled(folder)
+
+
+def test_dense_tensors_may_have_several_types(tmp_path: Path) -> None:
+    model = random_model(CONFIGS["llama"]).bfloat16()
+    model.model.norm.float()
+    hf_sparse.save_compiled(hf_sparse.compile(model), tmp_path)
+    loaded = hf_sparse.load_compiled(tmp_path)
+    assert loaded.model.norm.weight.dtype == torch.float32
+    assert loaded.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_a_config_that_was_changed_is_not_saved(tmp_path: Path) -> None:
+    model = compiled_model("llama")
+    model.config.rms_norm_eps = 0.25
+    with pytest.raises(ValueError, match="epsilon"):
+        hf_sparse.save_compiled(model, tmp_path)
+    assert not list(tmp_path.iterdir())

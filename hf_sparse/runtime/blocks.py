@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_sparse.models.families import base_type
 from hf_sparse.runtime.families import ACTIVATION_NAMES, COMPILED, Blocks, family_of
 from hf_sparse.runtime.latency import NOMINAL, Rates
 from hf_sparse.runtime.linear import Linear, check_finite, pack_linear
@@ -277,6 +278,50 @@ def _pack_block(
     )
 
 
+def check_config(stack: Stack, config: Any) -> None:
+    """Check that a stack is one of a model with this config.
+
+    Raises:
+        ValueError: a number, a part, or the order of its blocks differs; the message names it.
+    """
+    family = COMPILED[base_type(config.model_type)]
+    order = run_order(config)
+    if len(stack.blocks) != len(order):
+        raise ValueError(f"there are {len(stack.blocks)} blocks, the config has {len(order)}")
+    places: dict[int, int] = {}
+    found = [places.setdefault(id(block), len(places)) for block in stack.blocks]
+    if found != order:
+        raise ValueError(f"the blocks run in the order {found}, the config's family in {order}")
+    for name, value in numbers_of(config, family).items():
+        if getattr(stack, name) != value:
+            raise ValueError(f"the blocks have {name}={getattr(stack, name)}, the config {value}")
+    epsilon = family.epsilon
+    if isinstance(epsilon, str):
+        epsilon = getattr(config, epsilon)
+    for index, block in enumerate(stack.blocks):
+        expected = family.gate is not None, family.head_norms is not None
+        if (block.gate is not None, block.head_norms is not None) != expected:
+            raise ValueError(f"block {index} has other parts than its family's")
+        window = window_of(config, family, index)
+        if block.window != window:
+            raise ValueError(f"block {index} has window={block.window}, the config {window}")
+        for norm in (*block.norms, *(block.head_norms or ())):
+            if norm.epsilon != epsilon:
+                raise ValueError(
+                    f"block {index} has a norm with epsilon={norm.epsilon}, the config {epsilon}"
+                )
+
+
+def run_order(config: Any) -> list[int]:
+    """The block that runs at each place: each its own, but for ALBERT's, which repeat."""
+    layers, groups = config.num_hidden_layers, getattr(config, "num_hidden_groups", None)
+    if groups is None:
+        return list(range(layers))
+    inner, places = config.inner_group_num, dict[int, int]()
+    listed = [int(i / (layers / groups)) * inner + j for i in range(layers) for j in range(inner)]
+    return [places.setdefault(place, len(places)) for place in listed]
+
+
 def check_stack(stack: Stack) -> None:
     """The sizes of all weights and norms against those that programs rely on."""
     hidden = stack.hidden
@@ -327,9 +372,10 @@ def check_stack(stack: Stack) -> None:
 
 
 def require_floats(tensor: Tensor, place: str, size: int) -> None:
-    """Raise a ValueError unless a tensor has `size` float32 numbers."""
+    """Raise a ValueError unless a tensor has `size` float32 numbers, all finite."""
     fits = tensor.dtype == torch.float32 and tensor.ndim == 1 and len(tensor) >= size
     require(fits and tensor.is_contiguous(), place, f"{tensor.dtype} {tuple(tensor.shape)}")
+    check_finite(tensor, f"the blocks cannot be run: {place}")
 
 
 def require(holds: bool, place: str, problem: str) -> None:

@@ -8,6 +8,7 @@ results on, so that transformers' own code around them, which collects hidden st
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +25,10 @@ from hf_sparse.runtime.cache import alone_with
 from hf_sparse.runtime.explain import Explanation, explain_layers
 from hf_sparse.runtime.families import COMPILED
 from hf_sparse.runtime.jit import DEFAULT_CACHE
-from hf_sparse.runtime.linear import Linear, pack_linear
+from hf_sparse.runtime.linear import Linear, check_finite, pack_linear
 from hf_sparse.runtime.memory import Shelf
+from hf_sparse.runtime.pool import KEPT_BYTES, Pool
+from hf_sparse.runtime.program import Program
 from hf_sparse.runtime.runner import Runner
 from hf_sparse.runtime.sparse_linear import CompiledHead, CompiledLinear
 from hf_sparse.runtime.target import Target, named
@@ -37,6 +40,15 @@ NOT_STORED = (
     "a compiled model has packed weights, which checkpoints and pickles cannot hold: save the model "
     "that was compiled, or use hf_sparse.save_compiled."
 )
+# What transformers reads from the config at each call, and compiled blocks have built in; defaults.
+BUILT_IN = {
+    "num_hidden_layers": None,
+    "sliding_window": None,
+    "layer_types": None,
+    "is_causal": True,
+    "is_decoder": False,
+}
+COMPUTABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A single layer with fewer zeros is left to torch, with which it shares the layout of activations.
 MIN_SPARSITY = 0.4
 
@@ -70,8 +82,9 @@ def compile(
 
     Raises:
         ImportError: llvmlite is not installed.
-        ValueError: the model is not on the CPU, its weights are not finite, or it is not compiled
-            as a whole and no layer of its blocks has enough zeros.
+        ValueError: the model is not on the CPU, one of its parameters is not finite or of a type
+            that torch cannot compute with, or it is not compiled as a whole and no layer of its
+            blocks has enough zeros.
     """
     chosen = named(target)
     folder = None if cache is None else Path(cache)
@@ -81,6 +94,7 @@ def compile(
         raise ValueError(f"the model is on {model.device}; wanted the CPU: model.to('cpu') first.")
     if any(isinstance(module, (CompiledLayer, CompiledLinear)) for module in model.modules()):
         raise ValueError("the model is compiled already.")
+    check_types(model)
     reason = why_not_compiled(model.config)
     if reason is not None:
         return _compile_layers(model, reason, chosen, folder)
@@ -88,7 +102,9 @@ def compile(
     base: Any = model.base_model
     owner, name, modules = find_blocks(base, family)
     stack = pack_blocks(model.config, family, modules, family.stack)
-    return assemble(_without(model, [getattr(owner, name)]), stack, chosen, folder)
+    rest = _without(model, [getattr(owner, name)])
+    check_parameters(rest)
+    return assemble(rest, stack, chosen, folder)
 
 
 def assemble(
@@ -110,6 +126,7 @@ def assemble(
     runner = Runner(stack, target, cache)
     layers = [layer_class(runner, index, model.config) for index in range(len(stack.blocks))]
     setattr(owner, name, CompiledBlocks(layers))
+    owner.register_forward_pre_hook(functools.partial(_refuse_other_blocks, name=name))
     for module in {model.base_model, owner}:  # heads call either
         module.register_forward_pre_hook(_refuse_attentions, with_kwargs=True)
     for module in model.modules():  # transformers hooked the blocks that are gone, if any
@@ -127,7 +144,7 @@ def _compile_layers(
     model: PreTrainedModel, reason: str, target: Target, cache: Path | None
 ) -> PreTrainedModel:
     """Replace the sparse layers of a model's blocks one by one."""
-    shelf = Shelf()
+    shelf, pool = Shelf(), Pool[Program | Tensor](KEPT_BYTES)
     replaced: dict[str, CompiledLinear] = {}
     for layer in target_layers(model):
         weight = layer.weight
@@ -135,7 +152,7 @@ def _compile_layers(
         if zeros >= MIN_SPARSITY:
             bias: Any = layer.module.bias
             packed = pack_linear(layer.name, weight, bias, shelf=shelf)
-            replaced[layer.name] = CompiledLinear(packed, target, cache)
+            replaced[layer.name] = CompiledLinear(packed, target, cache, pool)
     if not replaced:
         raise ValueError(
             f"{type(model).__name__} is not compiled: {reason}; and no layer of its blocks has "
@@ -143,9 +160,26 @@ def _compile_layers(
         )
     modules = dict(model.named_modules())
     compiled = _without(model, [modules[name] for name in replaced])
+    check_parameters(compiled)
     for name, new in replaced.items():
         compiled.set_submodule(name, new)
     return _finished(compiled, reason, target, cache)
+
+
+def check_types(model: nn.Module) -> None:
+    """Raise a ValueError unless torch can compute with the types of all parameters."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype not in COMPUTABLE:
+            wanted = ", ".join(map(str, COMPUTABLE))
+            raise ValueError(
+                f"{name} is {parameter.dtype}; wanted one of {wanted}: model.to(torch.bfloat16) first."
+            )
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Raise a ValueError unless the parameters that are not packed are finite."""
+    for name, parameter in model.named_parameters():
+        check_finite(parameter.detach(), name)
 
 
 def _finished(
@@ -162,6 +196,8 @@ def _finished(
     vars(model)[PACKED] = True
     model.__dict__["explain"] = explain
     model.__dict__["save_pretrained"] = save_pretrained
+    for module in {model, model.base_model}:
+        module.register_load_state_dict_pre_hook(_refuse_state)
     model.eval()
     return model
 
@@ -206,16 +242,23 @@ class CompiledBlocks(nn.ModuleList):
 
     def __init__(self, layers: list[CompiledLayer]) -> None:
         super().__init__(layers)
+        self._compiled = layers
         for layer in layers:
             layer.__dict__["all"] = layers  # a plain list: its owner is this module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledBlocks:
-        layers: list[Any] = list(self._modules.values())
-        return type(self)([copy.deepcopy(layer, memo) for layer in layers]).train(self.training)
+        twin = type(self)([copy.deepcopy(layer, memo) for layer in self._compiled])
+        twin._modules = copy.deepcopy(self._modules, memo)  # the same ones, unless changed since
+        return twin.train(self.training)
 
     def __iter__(self) -> Iterator[nn.Module]:
         layers: list[Any] = list(self._modules.values())
         return iter(layers if layers[0].is_watched else layers[:1])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it holds the blocks that were compiled, in their order."""
+        return list(self._modules.values()) == self._compiled
 
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, slice):
@@ -233,12 +276,13 @@ class CompiledLayer(nn.Module):
     def __init__(self, runner: Runner, index: int, config: Any) -> None:
         nn.Module.__init__(self)
         self.runner, self.index = runner, index
-        self._config, self._count = config, config.num_hidden_layers
+        self._config, self._built_in = config, _built_in(config)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledLayer:
         """Packed weights never change, and a runner serves all callers: copies share them."""
         config = copy.deepcopy(self._config, memo)
         twin = type(self)(self.runner, self.index, config).train(self.training)
+        twin._built_in = self._built_in
         twin._forward_hooks = self._forward_hooks.copy()
         twin._forward_pre_hooks = self._forward_pre_hooks.copy()
         return twin
@@ -280,11 +324,13 @@ class CompiledLayer(nn.Module):
                 "a compiled model cannot be traced: its blocks would become constants. Trace the model "
                 "that was compiled, or export it by hf_sparse.export_onnx."
             )
-        if self._config.num_hidden_layers != self._count:
-            raise ValueError(
-                f"config.num_hidden_layers is {self._config.num_hidden_layers}, and was {self._count} "
-                "when the model was compiled: all of its blocks run. Compile the shorter model."
-            )
+        for name, value in _built_in(self._config).items():
+            if value != self._built_in[name]:
+                raise ValueError(
+                    f"config.{name} is {value}, and was {self._built_in[name]} when the model was "
+                    "compiled, which is built into its blocks. Change the model that was compiled, "
+                    "and compile it again."
+                )
         if self.training:
             raise ValueError("a compiled model is for inference: call its eval() first.")
         if hidden.requires_grad:
@@ -322,6 +368,10 @@ class CompiledLayer(nn.Module):
         return output.to(hidden.dtype)
 
 
+def _built_in(config: Any) -> dict[str, Any]:
+    return {name: copy.copy(getattr(config, name, value)) for name, value in BUILT_IN.items()}
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same bits, NaN included."""
     if a is b:
@@ -337,6 +387,25 @@ def _refuse_attentions(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
             "output_attentions: a compiled model never forms the attention weights. Ask the "
             "model that was compiled."
         )
+
+
+def _refuse_other_blocks(owner: nn.Module, args: tuple[Any, ...], *, name: str) -> None:
+    blocks = getattr(owner, name)
+    if not isinstance(blocks, CompiledBlocks) or not blocks.is_whole:
+        raise ValueError(
+            f"{name} of this compiled {type(owner).__name__} is not the list that was compiled: "
+            "blocks were deleted, added, replaced or reordered, and all compiled ones would run. "
+            "Change the model that was compiled, and compile it again."
+        )
+
+
+def _refuse_state(model: nn.Module, *args: Any) -> None:
+    """Refuse: packed weights would stay, and dense ones change in the other model, too."""
+    raise ValueError(
+        f"load_state_dict: this {type(model).__name__} is compiled: its packed weights cannot be "
+        "replaced, and it shares the others with the model that was compiled. Load the weights into "
+        "an uncompiled model, and compile that."
+    )
 
 
 def _block_class(model: PreTrainedModel) -> type[nn.Module]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from hf_sparse.runtime.decode import COLUMNS, GROUP
 from hf_sparse.runtime.memory import Shelf
-from hf_sparse.runtime.packing import PADDING, Array, require
+from hf_sparse.runtime.packing import PADDING, Array, check_values, require
 from hf_sparse.runtime.weight_types import FLOAT32, WeightType, type_of
 
 # Rows after which the streams of a DecodeWeight can be entered: threads share rows at these.
@@ -92,7 +92,7 @@ def check_decode(packed: DecodeWeight, kept: WeightType) -> None:
     """As `check`, for single tokens.
 
     Raises:
-        ValueError: the bits name more values, or others, than there are.
+        ValueError: the bits name more values, or others, than there are, or one is not finite.
     """
     shape = (-(-packed.rows // GROUP), -(-packed.columns // COLUMNS))
     require(packed.words.dtype == np.uint64, f"words are {packed.words.dtype}")
@@ -104,3 +104,4 @@ def check_decode(packed: DecodeWeight, kept: WeightType) -> None:
     require(np.array_equal(packed.starts, wanted), "starts do not match the bits")
     room = wanted[-1] + PADDING // kept.size
     require(len(packed.values) >= room, "values are cut off")
+    check_values(packed.values)

@@ -41,6 +41,7 @@ class Blocks(Parts):
         windows: the config may limit how far back a token sees.
         rotary: positions are rotations of queries and keys.
         activation: the config's attribute that names the activation.
+        epsilon: of all norms: the config's attribute that tells, or a number.
         supported: attributes of the config, and the values of them that are compiled.
     """
 
@@ -52,6 +53,7 @@ class Blocks(Parts):
     rotary: bool = False
     windows: bool = False
     activation: str = "hidden_act"
+    epsilon: str | float = "layer_norm_eps"
     supported: dict[str, tuple[object, ...]] = field(default_factory=dict)
 
 
@@ -70,6 +72,7 @@ def _llama(family: str, head_norms: tuple[str, str] | None = None, windows: bool
         norms=("input_layernorm", "post_attention_layernorm"),
         head_norms=head_norms,
         norm="rms",
+        epsilon="rms_norm_eps",
         rotary=True,
         windows=windows,
     )
@@ -93,6 +96,7 @@ COMPILED = {
         "gpt2",
         norms=("ln_1", "ln_2"),
         activation="activation_function",
+        epsilon="layer_norm_epsilon",
         supported={
             "add_cross_attention": (False, None),
             "scale_attn_weights": (True,),
@@ -104,6 +108,7 @@ COMPILED = {
         norms=("self_attn_layer_norm", "final_layer_norm"),
         norm_first="do_layer_norm_before",
         activation="activation_function",
+        epsilon=1e-5,
     ),
     "llama": _llama("llama", windows=False),
     "mistral": _llama("mistral"),

@@ -19,7 +19,7 @@ from hf_sparse.runtime.latency import NOMINAL, Rates
 from hf_sparse.runtime.memory import Shelf, aligned
 from hf_sparse.runtime.packing import PackedWeight, pack_many
 from hf_sparse.runtime.program import Argument, Operation
-from hf_sparse.runtime.weight_types import WEIGHT_TYPES, WeightType
+from hf_sparse.runtime.weight_types import WEIGHT_TYPES, WeightType, is_finite
 
 # Below this fraction of zeros reading the bitmask costs more than the zeros save.
 MIN_DECODE_SPARSITY = 0.2
@@ -272,8 +272,8 @@ def pack_linear(
 
 def check_finite(tensor: Tensor, what: str) -> None:
     """Raise a ValueError that begins with `what` unless all numbers are finite."""
-    wrong = tensor.numel() - int(torch.isfinite(tensor).sum())
-    if wrong:
+    if not is_finite(tensor):
+        wrong = tensor.numel() - int(torch.isfinite(tensor).sum())
         raise ValueError(
             f"{what} has {wrong} values that are infinite or NaN; wanted finite ones: the model is "
             "damaged, or its training diverged."

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from hf_sparse.runtime import spmm
 from hf_sparse.runtime.memory import Shelf
 from hf_sparse.runtime.program import Argument, Operation
 from hf_sparse.runtime.spmm import INDEX_BYTES, SIDE_BY_SIDE, UNROLL
-from hf_sparse.runtime.weight_types import FLOAT32, WeightType, type_of
+from hf_sparse.runtime.weight_types import FLOAT32, WeightType, is_finite, type_of
 
 Array = NDArray
 
@@ -282,7 +283,8 @@ def check(packed: PackedWeight, kept: WeightType) -> None:
         kept: the type that it was packed from.
 
     Raises:
-        ValueError: a count, a row or a column is out of range; the message tells which.
+        ValueError: a count, a row or a column is out of range, or a value is not finite; the
+            message tells which.
     """
     height = packed.height
     require(height in UNROLL, f"blocks of {height} rows; wanted {list(UNROLL)}")
@@ -307,6 +309,7 @@ def check(packed: PackedWeight, kept: WeightType) -> None:
     rows = packed.chunk_rows
     straight = np.array_equal(rows, chunk_edges(packed.rows))
     require(straight and len(rows) == len(chunks), "chunk rows")
+    check_values(packed.values)
     for number, (first, last) in enumerate(pairwise(chunks)):
         panels, groups, values, indices, order = (
             stream[start:stop]
@@ -332,6 +335,12 @@ def check(packed: PackedWeight, kept: WeightType) -> None:
         wanted = range(int(rows[number]), int(rows[number + 1]), height)
         require(np.array_equal(np.unique(begun), wanted), "a row is never begun")
         require(panels[0, 2] == 1 and not panels[1:, 2].any(), "panels begin in the wrong place")
+
+
+def check_values(values: Array) -> None:
+    """Raise a ValueError unless all stored values are finite."""
+    numbers = torch.from_numpy(values).view(type_of(values).dtype)
+    require(is_finite(numbers), "some values are infinite or NaN")
 
 
 def require(holds: bool, problem: str) -> None:

@@ -8,13 +8,16 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
+# Bytes of programs and buffers that a model keeps for later calls of the same shape.
+KEPT_BYTES = 128 << 20
+
 
 class HasBytes(Protocol):
     """Anything whose memory is counted."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its buffers."""
+        """Bytes of its memory; never changes."""
 
 
 Item = TypeVar("Item", bound=HasBytes)
@@ -25,6 +28,7 @@ class Pool(Generic[Item]):
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
+        self._size = 0
         self._lock = threading.Lock()
         self._idle: OrderedDict[Hashable, list[Item]] = OrderedDict()
 
@@ -34,6 +38,8 @@ class Pool(Generic[Item]):
         with self._lock:
             idle = self._idle.get(key)
             item = idle.pop() if idle else None
+            if item is not None:
+                self._size -= item.nbytes
         if item is None:
             item = make()
         try:
@@ -42,16 +48,21 @@ class Pool(Generic[Item]):
             with self._lock:
                 self._idle.setdefault(key, []).append(item)
                 self._idle.move_to_end(key)
+                self._size += item.nbytes
                 self._forget()
 
     def _forget(self) -> None:
         """Drop the items that were not used for longest, but never the last one."""
-        kept = [(key, item) for key, items in self._idle.items() for item in items]
-        size = sum(item.nbytes for _, item in kept)
-        for key, item in kept[:-1]:
-            if size <= self._limit:
+        while self._size > self._limit:
+            key, items = next(iter(self._idle.items()))
+            if len(items) == 1 == len(self._idle):
                 break
-            self._idle[key].remove(item)
-            size -= item.nbytes
-            if not self._idle[key]:
+            if items:
+                self._size -= items.pop(0).nbytes
+            if not items:
                 del self._idle[key]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all items that wait."""
+        return self._size

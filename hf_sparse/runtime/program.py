@@ -32,6 +32,8 @@ class Slot:
 
 
 Argument = int | float | Slot
+# Bytes of the objects of a program, about.
+_OBJECTS = 3 << 10
 # A kernel's name, then its arguments.
 Operation = tuple[Any, ...]
 
@@ -95,8 +97,9 @@ class Program:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the operations."""
-        return self._operations.nbytes
+        """Bytes of the operations, of what tells where the slots are, and of Python's objects."""
+        slots = sum(column.nbytes for columns in self._slots.values() for column in columns)
+        return self._operations.nbytes + slots + _OBJECTS
 
     def run(self, **addresses: int) -> None:
         """Run all phases; `addresses` fill the slots."""

@@ -15,13 +15,11 @@ from hf_sparse.runtime.attention import UNSEEN
 from hf_sparse.runtime.blocks import Stack
 from hf_sparse.runtime.cache import TileLayer, tile_layers
 from hf_sparse.runtime.kernels import kernels
-from hf_sparse.runtime.pool import Pool
+from hf_sparse.runtime.pool import KEPT_BYTES, Pool
 from hf_sparse.runtime.row_schedule import RowProgram
 from hf_sparse.runtime.schedule import Shape, TileProgram
 from hf_sparse.runtime.target import Target
 
-# Bytes of buffers of programs that are kept for later calls of the same shape.
-KEPT_BYTES = 128 << 20
 # Masks and tables grow by this many tokens at a time, so that generation seldom needs a new program.
 _CAPACITY = 512
 

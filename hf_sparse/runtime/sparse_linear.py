@@ -26,7 +26,8 @@ from hf_sparse.runtime.target import Target
 from hf_sparse.runtime.tiling import Tile, cut, share
 from hf_sparse.runtime.weight_types import WEIGHT_TYPES
 
-_KEPT_BYTES = 16 << 20
+# Bytes of programs that a head keeps.
+_HEAD_BYTES = 4 << 20
 # Tokens that a head multiplies one by one; torch is faster for more.
 _FEW = 4
 
@@ -47,7 +48,7 @@ def _(x: Tensor, layer: int, out_features: int) -> Tensor:
 
 
 class _Layer(nn.Module):
-    """What the two have in common: a number, checks, and programs by the number of tokens."""
+    """What the two have in common: a number, its kernels, and checks."""
 
     in_features: int
     out_features: int
@@ -57,7 +58,6 @@ class _Layer(nn.Module):
         _LAYERS[self._number] = self  # type: ignore[assignment]
         self._target, self._cache = target, cache
         self._code = kernels(target, cache, WEIGHT_TYPES[dtype])
-        self._programs: Pool[Any] = Pool(_KEPT_BYTES)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Layer:
         """Nothing in it changes: copies of a model share it."""
@@ -93,11 +93,14 @@ class CompiledLinear(_Layer):
         packed: the weight `(out_features, in_features)`.
         target: what the code is for.
         cache: folder of the machine code, or None.
+        pool: keeps programs and buffers, for all layers of a model together.
     """
 
-    def __init__(self, packed: Linear, target: Target, cache: Path | None) -> None:
+    def __init__(
+        self, packed: Linear, target: Target, cache: Path | None, pool: Pool[Program | Tensor]
+    ) -> None:
         super().__init__()
-        self.packed = packed
+        self.packed, self._pool = packed, pool
         self.in_features, self.out_features = packed.columns, packed.rows
         # Some models ask a layer for its weight's dtype and device; there is nothing else in it.
         self.register_buffer("weight", torch.empty(0), persistent=False)
@@ -115,39 +118,34 @@ class CompiledLinear(_Layer):
         flat = x.detach().reshape(-1, self.in_features).float().contiguous()
         output = torch.empty(len(flat), self.out_features, dtype=torch.float32, device="cpu")
         if len(flat):
-            key = (len(flat), torch.get_num_threads())
-            with self._programs.borrow(key, lambda: _TileLinear(self, *key)) as program:
-                program.program.run(x=flat.data_ptr(), y=output.data_ptr())
+            tokens, threads = len(flat), torch.get_num_threads()
+            shape = (threads, self.in_features + self.out_features, self._target.widths[0])
+            made: Any = self._pool.borrow(
+                ("program", self._number, tokens, threads), lambda: self._program(tokens, threads)
+            )
+            # Layers of one shape share the tiles.
+            tiles: Any = self._pool.borrow(("tiles", *shape), lambda: aligned(*shape))
+            with made as program, tiles as buffer:
+                program.run(x=flat.data_ptr(), y=output.data_ptr(), tiles=buffer.data_ptr())
         return output.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
-
-class _TileLinear:
-    """A program that multiplies `tokens` tokens."""
-
-    def __init__(self, layer: CompiledLinear, tokens: int, threads: int) -> None:
-        self._packed, widths = layer.packed, layer._target.widths
-        lists = share(cut(0, tokens, widths), threads)
-        self._x = aligned(threads, layer.in_features, widths[0])
-        self._y = aligned(threads, layer.out_features, widths[0])
+    def _program(self, tokens: int, threads: int) -> Program:
+        """Multiplies `tokens` tokens, in a buffer of a tile's input and output for each thread."""
+        lists = share(cut(0, tokens, self._target.widths), threads)
+        size = 4 * (self.in_features + self.out_features) * self._target.widths[0]
         operations = [
-            [operation for tile in part for operation in self._operations(tile, thread)]
+            [op for tile in part for op in self._operations(tile, Slot("tiles", thread * size))]
             for thread, part in enumerate(lists)
         ]
-        self.program = Program(layer._code, [operations], [layer.packed, self._x, self._y])
+        return Program(self._code, [operations], [self.packed])
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers."""
-        return 4 * (self._x.numel() + self._y.numel())
-
-    def _operations(self, tile: Tile, thread: int) -> list[Operation]:
-        packed = self._packed
-        x, y = self._x[thread].data_ptr(), self._y[thread].data_ptr()
-        columns, rows = packed.columns, packed.rows
+    def _operations(self, tile: Tile, x: Slot) -> list[Operation]:
+        columns, rows = self.in_features, self.out_features
+        y = x + 4 * columns * self._target.widths[0]
         source, goal = Slot("x", 4 * columns * tile.start), Slot("y", 4 * rows * tile.start)
         return [
             (f"to_tile{tile.vectors}", source, x, columns, tile.tokens, 4 * columns),
-            *packed.operations(x, y, tile.vectors),
+            *self.packed.operations(x, y, tile.vectors),
             (f"from_tile{tile.vectors}", y, goal, rows, tile.tokens, 4 * rows),
         ]
 
@@ -167,6 +165,7 @@ class CompiledHead(_Layer):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._dtype = linear.weight.dtype
         self._register(self._dtype, target, cache)
+        self._programs: Pool[Program] = Pool(_HEAD_BYTES)
 
     @staticmethod
     def suits(linear: nn.Module | None) -> bool:
@@ -206,21 +205,16 @@ class CompiledHead(_Layer):
         output = torch.empty(len(flat), self.out_features, dtype=torch.float32, device="cpu")
         bias = None if self.bias is None else self.bias.data_ptr()
         key = (len(flat), torch.get_num_threads(), self.weight.data_ptr(), bias)
-        with self._programs.borrow(key, lambda: _RowHead(self, *key[:2])) as program:
-            program.program.run(x=flat.data_ptr(), y=output.data_ptr())
+        with self._programs.borrow(key, lambda: self._program(*key[:2])) as program:
+            program.run(x=flat.data_ptr(), y=output.data_ptr())
         return output.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
-
-class _RowHead:
-    """A program that multiplies a few tokens, one after the other, by a thread's rows."""
-
-    nbytes = 0
-
-    def __init__(self, head: CompiledHead, tokens: int, threads: int) -> None:
-        rows, columns = head.out_features, head.in_features
-        kept = WEIGHT_TYPES[head.weight.dtype]
-        bias = 0 if head.bias is None else head.bias.data_ptr()
-        weight, stride = head.weight.data_ptr(), kept.size * columns
+    def _program(self, tokens: int, threads: int) -> Program:
+        """Multiplies a few tokens, one after the other, by a thread's rows."""
+        rows, columns = self.out_features, self.in_features
+        kept = WEIGHT_TYPES[self.weight.dtype]
+        bias = 0 if self.bias is None else self.bias.data_ptr()
+        weight, stride = self.weight.data_ptr(), kept.size * columns
         lists: list[list[Operation]] = []
         for first, last in share_rows(rows, threads):
             lists.append([])
@@ -242,4 +236,4 @@ class _RowHead:
                             0,
                         )
                     )
-        self.program = Program(head._code, [lists], [head.weight, head.bias])
+        return Program(self._code, [lists], [self.weight, self.bias])

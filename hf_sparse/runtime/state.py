@@ -17,13 +17,13 @@ from hf_sparse.runtime.blocks import Block, Norm, Stack, check_stack, require, r
 from hf_sparse.runtime.decode import COLUMNS, GROUP
 from hf_sparse.runtime.decode_packing import DECODE_ROWS, DecodeWeight, check_decode
 from hf_sparse.runtime.dense import DenseWeight
-from hf_sparse.runtime.linear import Linear
+from hf_sparse.runtime.linear import Linear, check_finite
 from hf_sparse.runtime.packing import CHUNK_ROWS, PANEL_COLUMNS, PackedWeight, check
 from hf_sparse.runtime.spmm import INDEX_BYTES, SIDE_BY_SIDE, UNROLL
 from hf_sparse.runtime.weight_types import WEIGHT_TYPES
 
 # Files of another layout are not read: compiling again is quick.
-LAYOUT = [2, CHUNK_ROWS, PANEL_COLUMNS, DECODE_ROWS, UNROLL, SIDE_BY_SIDE, INDEX_BYTES]
+LAYOUT = [3, CHUNK_ROWS, PANEL_COLUMNS, DECODE_ROWS, UNROLL, SIDE_BY_SIDE, INDEX_BYTES]
 
 _LINEARS = ("qkv", "out", "up", "down", "gate")
 _NUMBERS = ("rows", "columns", "height", "nonzeros")
@@ -58,8 +58,11 @@ def restore_stack(tensors: Mapping[str, Tensor], description: Mapping[str, Any])
             _restore_block(block, f"blocks.{number}", tensors)
             for number, block in enumerate(description["blocks"])
         ]
+        order = description["order"]
+        first_used = list(dict.fromkeys(order))
+        require(first_used == list(range(len(blocks))), "stack", f"its order {order}")
         stack = Stack(
-            blocks=tuple(blocks[number] for number in description["order"]),
+            blocks=tuple(blocks[number] for number in order),
             **description["stack"],
         )
     except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -211,3 +214,4 @@ def _restore_linear(
 def _require_matrix(tensor: Tensor, dtype: torch.dtype, place: str) -> None:
     fits = tensor.dtype == dtype and tensor.is_contiguous() and tensor.ndim == 2
     require(fits, place, f"its weight is {tensor.dtype} {tuple(tensor.shape)}")
+    check_finite(tensor, f"the blocks cannot be run: {place}")
