@@ -15,7 +15,8 @@ from hf_sparse.checkpoint.save import save_pretrained
 from hf_sparse.checkpoint.writing import MANIFEST_NAME, is_weight_file
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.exporters.onnx_export import export_onnx, written_files
-from hf_sparse.recovery.adapters import is_peft_model, merged_copy
+from hf_sparse.recovery.adapter_checks import is_peft_model
+from hf_sparse.recovery.adapters import merged_copy
 from hf_sparse.report import SparsityReport
 
 _GRAPH_FOLDER = "onnx"

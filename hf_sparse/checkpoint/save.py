@@ -31,7 +31,8 @@ from hf_sparse.checkpoint.writing import (
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import can_compress, compress, format_of, num_nonzeros
 from hf_sparse.patterns import NM, Pattern, Unstructured
-from hf_sparse.recovery.adapters import is_peft_model, merged_copy
+from hf_sparse.recovery.adapter_checks import is_peft_model
+from hf_sparse.recovery.adapters import merged_copy
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.structure import (
     TargetLayer,

@@ -27,7 +27,8 @@ from hf_sparse.pruning.training import (
     trainable,
     with_labels,
 )
-from hf_sparse.recovery.adapters import get_peft_model, is_peft_model, merge_adapters
+from hf_sparse.recovery.adapter_checks import is_peft_model
+from hf_sparse.recovery.adapters import get_peft_model, merge_adapters
 from hf_sparse.recovery.frozen import keep_zeros
 from hf_sparse.recovery.zeros import fingerprint, is_sparse, sparse_layers
 from hf_sparse.report import SparsityReport, measure_sparsity
