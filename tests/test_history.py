@@ -56,6 +56,18 @@ def test_what_a_card_tells_is_read_back(sparse: Path, tmp_path: Path) -> None:
     assert read_steps(tmp_path / "none") == []
 
 
+def test_steps_are_read_from_the_table_of_facts_alone(sparse: Path) -> None:
+    text = card(sparse)
+    prose = text.replace("\n# ", "\n| method | in prose |\n\n# ", 1)
+    prose = prose.replace("\n## ", "\n| x | y |\n|---|---|\n| then | another table |\n\n## ", 1)
+    (sparse / "README.md").write_text(prose)
+    assert read_steps(sparse) == [MAGNITUDE]
+    (sparse / "README.md").write_text(
+        text.replace("| zeros in the", f"| then | {'long ' * 200} |\n| zeros in the")
+    )
+    assert read_steps(sparse) == [MAGNITUDE]
+
+
 def test_every_step_is_told_once_and_in_order(tmp_path: Path) -> None:
     model = tiny_model("llama")
     batches = tiny_batches("llama")

@@ -125,7 +125,9 @@ class Card:
         return "\n\n".join(sections) + "\n"
 
     def _how_to_load(self) -> str:
-        return self.usage or _usage(self._name, self.config.format != "dense")
+        ours = self.config.format != "dense"
+        compressed = any(name != "dense" for name in self.formats)
+        return self.usage or _usage(self._name, ours, compressed)
 
     def _steps(self) -> list[tuple[str, str]]:
         """What was done to the model: what it remembers, and what the report tells."""
@@ -201,7 +203,7 @@ def _without_metrics(text: str) -> str:
     return f"{before}{title}\n\n{_NO_METRICS}\n{next_title}{after}" if title else text
 
 
-def _usage(class_name: str, compressed: bool) -> str:
+def _usage(class_name: str, ours: bool, compressed: bool) -> str:
     auto = "AutoModel"
     heads = {
         "ForCausalLM": "ForCausalLM",
@@ -215,14 +217,15 @@ def _usage(class_name: str, compressed: bool) -> str:
     for ending, head in heads.items():
         if class_name.endswith(ending):
             auto = f"AutoModel{head}"
-    package = "import hf_sparse  # pip install hf_sparse\n" if compressed else ""
+    package = "import hf_sparse  # pip install hf_sparse\n" if ours else ""
     code = (
         f"{package}from transformers import {auto}\n\n"
         f'model = {auto}.from_pretrained("REPO_OR_FOLDER")'
     )
     note = (
-        "The checkpoint is stored compressed; without hf_sparse the model does not load."
-        if compressed
+        f"The checkpoint is stored {'compressed' if compressed else 'under a class of hf_sparse'}; "
+        "without hf_sparse the model does not load."
+        if ours
         else "The zeros are stored in place; no other package is needed."
     )
     return f"```python\n{code}\n```\n\n{note}"

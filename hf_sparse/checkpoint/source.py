@@ -14,6 +14,8 @@ from hf_sparse.checkpoint.reading import StoredTensor, checkpoint_files, read_he
 from hf_sparse.formats import FormatError, decompress
 from hf_sparse.history import Step, remember_
 
+# A row that is longer was not written by us.
+_LONGEST_ROW = 500
 _STEP_ROW = re.compile(rf"\| (method|{THEN}|option \S+) \| (.+) \|")
 _METRIC_ROW = re.compile(r"\| (.+) \| (not measured|\S+) \| (\S+) \|")
 
@@ -26,8 +28,10 @@ def remember_source_(model: Any, folder: Path) -> None:
 def read_steps(folder: Path) -> list[Step]:
     """The steps that the card in a folder tells; none if there is no card of hf_sparse."""
     steps: list[Step] = []
-    for line in _card(folder).split(METRICS_TITLE)[0].splitlines():
-        if (row := _STEP_ROW.fullmatch(line)) is None:
+    tables = re.split(r"\n\s*\n", _card(folder).split(METRICS_TITLE)[0])
+    [table] = [table for table in tables if f"\n| {OUR_FACT} |" in table][-1:] or [""]
+    for line in table.split("\n"):
+        if len(line) > _LONGEST_ROW or (row := _STEP_ROW.fullmatch(line)) is None:
             continue
         title, value = row.groups()
         if title in ("method", THEN):
