@@ -294,11 +294,17 @@ def test_what_is_beside_an_export_stays_and_checkpoints_are_safe(tmp_path: Path)
     hf_sparse.export_onnx(model, folder)
     assert (folder / "mine.onnx").read_text() == "mine"
     assert not (folder / "tokenizer.json").exists()  # of the export before
-    hf_sparse.save_pretrained(model, folder, SparsityConfig("unstructured", 0.0))
     config = (folder / "config.json").read_text()
-    with pytest.raises(ValueError, match="a checkpoint"):
-        hf_sparse.export_onnx(model, folder)
+    with pytest.raises(ValueError, match="an ONNX export, whose config"):
+        hf_sparse.save_pretrained(model, folder, SparsityConfig("unstructured", 0.0))
     assert (folder / "config.json").read_text() == config
+    checkpoint = hf_sparse.save_pretrained(
+        model, tmp_path / "model", SparsityConfig("unstructured", 0.0)
+    )
+    config = (checkpoint / "config.json").read_text()
+    with pytest.raises(ValueError, match="a checkpoint"):
+        hf_sparse.export_onnx(model, checkpoint)
+    assert (checkpoint / "config.json").read_text() == config
 
 
 def test_other_outputs_that_the_config_asks_for_are_left_out(tmp_path: Path) -> None:
