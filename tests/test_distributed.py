@@ -61,19 +61,24 @@ print("sparsity", sparsifier.sparsity)
 """
 
 
-def launch(folder: Path, kind: str, pattern: str, method: str = "proximal") -> str:
-    script = folder / "worker.py"
-    script.write_text(WORKER)
-    processes = 1 if kind == "one" else 2
+def torchrun(script: Path, processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in several processes of one thread each."""
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [sys.executable, *command, str(script), str(folder), kind, pattern, method],
+    return subprocess.run(
+        [sys.executable, *command, str(script), *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         check=False,
     )
+
+
+def launch(folder: Path, kind: str, pattern: str, method: str = "proximal") -> str:
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    processes = 1 if kind == "one" else 2
+    done = torchrun(script, processes, str(folder), kind, pattern, method)
     return done.stdout if done.returncode == 0 else f"failed: {done.stdout}{done.stderr}"
 
 
@@ -165,17 +170,9 @@ if accelerator.is_main_process:
 def test_masks_are_learned_on_shards_as_on_copies(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(MASKS)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     found = {}
     for kind, method in (("ddp", "proxsparse"), ("fsdp2", "proxsparse"), ("fsdp2", "wanda")):
-        done = subprocess.run(
-            [sys.executable, *command, kind, method],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            check=False,
-        )
+        done = torchrun(script, 2, kind, method)
         found[kind, method] = done.stdout + done.stderr
     copies = found["ddp", "proxsparse"]
     assert "notes 21 layers had these shares of groups" in copies, copies
@@ -233,15 +230,7 @@ def test_zeros_are_kept_on_copies_and_on_shards(tmp_path: Path) -> None:
     found = {}
     for kind in ("one", "ddp", "fsdp2"):
         processes = 1 if kind == "one" else 2
-        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        done = subprocess.run(
-            [sys.executable, *command, str(script), str(tmp_path), kind],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            check=False,
-        )
+        done = torchrun(script, processes, str(tmp_path), kind)
         assert done.returncode == 0, done.stderr
         found[kind] = load_file(tmp_path / f"{kind}.safetensors")
     for kind, weights in found.items():
@@ -352,15 +341,7 @@ def test_adapters_are_trained_on_copies_and_on_shards(tmp_path: Path) -> None:
     script.write_text(ADAPTERS)
     refused = {}
     for kind, processes in (("one", 1), ("ddp", 2), ("fsdp2", 2)):
-        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        done = subprocess.run(
-            [sys.executable, *command, str(script), str(tmp_path), kind],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            check=False,
-        )
+        done = torchrun(script, processes, str(tmp_path), kind)
         assert done.returncode == 0, done.stderr
         refused[kind] = done.stdout
     assert refused["ddp"].count("the model inside") == 4, refused["ddp"]

@@ -154,8 +154,8 @@ class SparseHfQuantizer(HfQuantizer):
         ]
         if hasattr(model.config, "sparsity_config"):
             model.config.sparsity_config = self.quantization_config.sparsity.to_dict()
-        for stored in list(self._stored.values())[:1]:
-            remember_source_(model, stored.file.parent)
+        if self._stored:
+            remember_source_(model, next(iter(self._stored.values())).file.parent)
 
 
 def _check_blocks(model: PreTrainedModel, stored: Sequence[StoredTensor]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hf_sparse.checkpoint.writing import COMPILED_DESCRIPTION
 from hf_sparse.configuration_sparse import SparsityConfig, matches
 from hf_sparse.formats import (
     FormatError,
@@ -22,6 +23,7 @@ from hf_sparse.formats import (
     locate,
     split_name,
 )
+from hf_sparse.recovery.stored import ADAPTER_CONFIG
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -148,12 +150,11 @@ def check_is_checkpoint(folder: Path) -> None:
             f"{folder} holds an ONNX graph, {graphs[0]}, and no checkpoint. Its README.md tells what "
             "is in it, and how to run it; wanted the folder of the model that it was exported from."
         )
-    for name, kind in (
-        ("compiled.json", "a compiled model"),
-        ("adapter_config.json", "an adapter"),
+    for name, kind, reader in (
+        (COMPILED_DESCRIPTION, "a compiled model", "load_compiled"),
+        (ADAPTER_CONFIG, "an adapter", "load_adapter"),
     ):
         if (folder / name).exists() and not (folder / "config.json").exists():
-            reader = "load_compiled" if name == "compiled.json" else "load_adapter"
             raise FormatError(
                 f"{folder} holds {kind}, which hf_sparse.{reader} reads, and no checkpoint; wanted "
                 "the folder of the model that it was made from."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def read_metrics(folder: Path) -> list[Metric]:
     return metrics
 
 
-def is_stored_in(folder: Path, weights: dict[str, Tensor]) -> bool:
+def is_stored_in(folder: Path, weights: Mapping[str, Tensor]) -> bool:
     """Whether the weights of a checkpoint folder can be read and are these, bit for bit.
 
     Args:
@@ -66,12 +67,7 @@ def is_stored_in(folder: Path, weights: dict[str, Tensor]) -> bool:
 
     Memory: one weight.
     """
-    try:
-        stored = read_headers(checkpoint_files(folder))
-        same = {tensor.name for tensor in stored} == weights.keys()
-        return same and all(_is_equal(tensor, weights[tensor.name]) for tensor in stored)
-    except FormatError:
-        return False
+    return _holds(folder, weights.keys(), lambda name: weights[name])
 
 
 def hold_same_weights(folder: Path, other: Path) -> bool:
@@ -80,17 +76,24 @@ def hold_same_weights(folder: Path, other: Path) -> bool:
     Memory: two weights.
     """
     try:
-        stored = read_headers(checkpoint_files(folder))
         others = {tensor.name: tensor for tensor in read_headers(checkpoint_files(other))}
-        same = {tensor.name for tensor in stored} == others.keys()
-        return same and all(_is_equal(tensor, _read(others[tensor.name])) for tensor in stored)
+    except FormatError:
+        return False
+    return _holds(folder, others.keys(), lambda name: _read(others[name]))
+
+
+def _holds(folder: Path, names: Set[str], weight_of: Callable[[str], Tensor]) -> bool:
+    """Whether the weights of a folder have these names and values."""
+    try:
+        stored = read_headers(checkpoint_files(folder))
+        same = {tensor.name for tensor in stored} == names
+        return same and all(_is_equal(_read(each), weight_of(each.name)) for each in stored)
     except FormatError:
         return False
 
 
-def _is_equal(stored: StoredTensor, weight: Tensor) -> bool:
-    found = _read(stored)
-    return found.dtype == weight.dtype and torch.equal(found, weight.detach().cpu())
+def _is_equal(stored: Tensor, weight: Tensor) -> bool:
+    return stored.dtype == weight.dtype and torch.equal(stored, weight.detach().cpu())
 
 
 def _read(stored: StoredTensor) -> Tensor:

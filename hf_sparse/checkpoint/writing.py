@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hf_sparse.checkpoint.card import CARD_NAME
 from hf_sparse.formats import join
 
 COMPILED_DESCRIPTION, COMPILED_WEIGHTS = "compiled.json", "compiled.safetensors"
@@ -47,9 +48,9 @@ def check_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; wanted a folder to save the model in")
-    if (folder / "README.md").is_dir():
+    if (folder / CARD_NAME).is_dir():
         raise IsADirectoryError(
-            f"{folder / 'README.md'} is a folder; wanted a file, the model card. Move it away."
+            f"{folder / CARD_NAME} is a folder; wanted a file, the model card. Move it away."
         )
     if all((folder / name).exists() for name in (MANIFEST_NAME, GRAPH_NAME)):
         raise ValueError(

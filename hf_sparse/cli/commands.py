@@ -286,9 +286,10 @@ def export(options: argparse.Namespace) -> int:
 def push(options: argparse.Namespace) -> int:
     """Upload a checkpoint folder, or an adapter merged into its base model."""
     from hf_sparse.hub import push_to_hub, upload_folder
+    from hf_sparse.recovery.stored import ADAPTER_CONFIG
 
     private = options.private or None
-    if (Path(options.folder) / "adapter_config.json").exists():
+    if (Path(options.folder) / ADAPTER_CONFIG).exists():
         model, tokenizer = _merged(options)
         commit = push_to_hub(
             model, options.repo_id, tokenizer=tokenizer, private=private, onnx=options.onnx

@@ -36,13 +36,17 @@ def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> list[tu
     """The layers that have an adapter, or the one of this name, with their names."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            own = {key for part in module.adapter_layer_names for key in getattr(module, part, {})}
-            if adapter_name is None or adapter_name in own:
-                found.append((name, module))
-    return found
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        and (adapter_name is None or adapter_name in _adapters_of(module))
+    ]
+
+
+def _adapters_of(layer: Any) -> set[str]:
+    """The names of the adapters that a layer of PEFT has."""
+    return {name for part in layer.adapter_layer_names for name in getattr(layer, part, {})}
 
 
 def check_kept_apart(model: nn.Module) -> None:
@@ -158,7 +162,7 @@ def check_keeps_zeros(name: str, layer: Any, adapters: Sequence[str]) -> None:
     weight = getattr(base, "weight", None)
     if not isinstance(weight, Tensor) or not is_sparse(weight) or layer.merged:
         return
-    own = {key for part in layer.adapter_layer_names for key in getattr(layer, part, {})}
+    own = _adapters_of(layer)
     for adapter in adapters:
         if adapter not in own or not hasattr(layer, "get_delta_weight"):
             continue

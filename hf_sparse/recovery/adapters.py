@@ -34,12 +34,9 @@ from hf_sparse.recovery.adapter_checks import (
     kept_weights,
     zeros_of,
 )
-from hf_sparse.recovery.stored import check_tensors, stored_config, stored_weights
-from hf_sparse.recovery.zeros import (
-    refill_,
-)
+from hf_sparse.recovery.stored import ADAPTER_CONFIG, check_tensors, stored_config, stored_weights
+from hf_sparse.recovery.zeros import refill_
 
-_CONFIG = "adapter_config.json"
 _INSTALL = "adapters need PEFT: pip install 'hf_sparse[peft]'"
 
 
@@ -138,8 +135,8 @@ def load_adapter(
         )
     if unknown := sorted(set(values) - set(kinds[kind].__dataclass_fields__)):
         raise ValueError(
-            f"{folder}/{_CONFIG} has unknown settings {', '.join(unknown)}: a newer version wrote "
-            "it. Upgrade: pip install -U hf_sparse peft"
+            f"{folder}/{ADAPTER_CONFIG} has unknown settings {', '.join(unknown)}: a newer version "
+            "wrote it. Upgrade: pip install -U hf_sparse peft"
         )
     config = kinds[kind](**values)
     check_alone(model)

@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from torch import Tensor
 
-_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -29,13 +29,17 @@ def stored_config(
         ValueError: they cannot be read, or one has a value that it cannot have.
         OSError: there are none, or no weights beside them.
     """
-    file = Path(folder) / (subfolder or "") / _CONFIG
+    file = Path(folder) / (subfolder or "") / ADAPTER_CONFIG
     if not file.exists() and not Path(folder).exists():
         file = Path(
-            hf_hub_download(str(folder), _CONFIG, subfolder=subfolder, **_hub_options(kwargs))
+            hf_hub_download(
+                str(folder), ADAPTER_CONFIG, subfolder=subfolder, **_hub_options(kwargs)
+            )
         )
     if not file.exists():
-        raise FileNotFoundError(f"{folder} has no {_CONFIG}; wanted the folder of an adapter.")
+        raise FileNotFoundError(
+            f"{folder} has no {ADAPTER_CONFIG}; wanted the folder of an adapter."
+        )
     try:
         values = json.loads(file.read_text())
     except ValueError as error:
