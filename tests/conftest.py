@@ -1,16 +1,81 @@
-"""Settings that hold for all tests."""
+"""Settings that hold for all tests, and two ways to run them as another machine would."""
 
 from __future__ import annotations
 
 import os
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--target", help="compile for this target where a test names none")
+    parser.addoption(
+        "--jitter",
+        action="store_true",
+        help="disturb the last bits of torch's products, as other CPUs and memory alignments do",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if name := config.getoption("--target"):
+        from hf_sparse.runtime import target
+
+        chosen = target.named(name)
+        target.host = lambda: chosen
+
+
+class Jitter(TorchFunctionMode):
+    """Scales the results of products and norms by 1 + a few 1e-7.
+
+    Two CPUs, and two alignments of one weight in memory, give such differences. A test that asserts
+    bit equality of floats that torch computes twice passes by luck: it fails under this mode.
+    """
+
+    _DISTURBED = frozenset(
+        {
+            torch.nn.functional.linear,
+            torch.nn.functional.scaled_dot_product_attention,
+            torch.nn.functional.layer_norm,
+            torch.addmm,
+            torch.baddbmm,
+            torch.bmm,
+            torch.matmul,
+            torch.mm,
+            torch.Tensor.matmul,
+            torch.Tensor.__matmul__,
+        }
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._random = random.Random(0)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in self._DISTURBED and "out" not in (kwargs or {}) and result.is_floating_point():
+            return result * (1 + self._random.choice([-6e-7, -3e-7, 3e-7, 6e-7]))
+        return result
+
+
 @pytest.fixture(autouse=True)
-def _two_threads() -> None:
+def _one_thread() -> None:
     """Test workers share two cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _other_machine(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not request.config.getoption("--jitter"):
+        yield
+        return
+    with Jitter():
+        yield

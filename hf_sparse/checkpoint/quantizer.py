@@ -147,8 +147,10 @@ class SparseHfQuantizer(HfQuantizer):
         if self._errors:
             more = f" ({len(self._errors) - 1} more like it)" if len(self._errors) > 1 else ""
             raise FormatError(f"{self._errors[0]}{more}")
+        # Saving dense reverts the family's own conversions. From 5.24 on transformers drops them
+        # together with the quantizer; ours alone has no meaning for a plain model.
+        conversions = getattr(model, "_weight_conversions", None) or []
         self.remove_quantization_config(model)
-        conversions: list[Any] = model._weight_conversions  # type: ignore[assignment]
         model._weight_conversions = [  # type: ignore[assignment]
             conversion for conversion in conversions if not isinstance(conversion, _WeightConverter)
         ]

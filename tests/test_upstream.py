@@ -1,0 +1,69 @@
+"""Names of other packages that are no public API of theirs, and that hf_sparse relies on.
+
+One line each: when a new release renames one, the test that fails tells which and who uses it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import pytest
+import torch
+
+# (package.module, the name in it, who uses it)
+RELIED_ON = [
+    ("transformers.core_model_loading", "ConversionOps.convert", "checkpoint.quantizer"),
+    ("transformers.core_model_loading", "WeightConverter.add_tensor", "checkpoint.quantizer"),
+    ("transformers.core_model_loading", "revert_weight_conversion", "checkpoint.save"),
+    ("transformers.integrations.accelerate", "load_offloaded_parameter", "checkpoint.save"),
+    ("transformers.modeling_utils", "remove_tied_weights_from_state_dict", "checkpoint.save"),
+    ("transformers.modeling_utils", "PreTrainedModel._get_dtype_plan", "checkpoint.quantizer"),
+    ("transformers.modeling_utils", "PreTrainedModel._keys_to_ignore_on_save", "checkpoint.save"),
+    ("transformers.modeling_utils", "PreTrainedModel._from_config", "checkpoint.legacy"),
+    ("transformers.quantizers.base", "HfQuantizer.remove_quantization_config", "checkpoint.quantizer"),
+    ("transformers.quantizers.base", "HfQuantizer.get_weight_conversions", "checkpoint.quantizer"),
+    ("transformers.models.auto", "AutoModel._model_mapping", "models.modeling"),
+    ("transformers.models.auto.tokenization_auto", "TOKENIZER_MAPPING", "models.modeling"),
+    ("transformers.masking_utils", "AttentionMaskInterface.register", "runtime.compiled"),
+    ("transformers.cache_utils", "CacheLayerMixin", "runtime.cache"),
+    ("transformers.cache_utils", "DynamicLayer", "runtime.cache"),
+    ("torch.optim.adamw", "adamw", "optim.movement"),
+    ("torch.utils._pytree", "tree_map", "pruning.recording"),
+    ("torch", "_C._has_mkldnn", "pruning.linalg"),
+]
+OPTIONAL = [
+    ("transformers.exporters.configs", "OnnxConfig", "exporters.tracing"),
+    ("transformers.exporters.exporter_onnx", "OnnxExporter", "exporters.tracing"),
+    ("transformers.exporters.exporter_dynamo", "get_auto_dynamic_shapes", "exporters.tracing"),
+    ("peft.tuners.lora.layer", "LoraLayer.resolve_lora_variant", "recovery.masked_lora"),
+    ("peft.tuners.tuners_utils", "check_target_module_exists", "recovery.adapter_checks"),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "user"), RELIED_ON + OPTIONAL)
+def test_a_name_that_we_rely_on_is_there(module: str, name: str, user: str) -> None:
+    value = pytest.importorskip(module)
+    for part in name.split("."):
+        assert hasattr(value, part), f"{module}.{name} is gone: hf_sparse.{user} needs another way"
+        value = getattr(value, part)
+
+
+def test_conversions_are_called_with_the_names_that_ours_reads() -> None:
+    convert = importlib.import_module("transformers.core_model_loading").WeightConverter.convert
+    source = inspect.getsource(convert)
+    assert "full_layer_name=" in source
+    assert "model=" in source
+
+
+def test_families_tell_the_class_of_their_blocks() -> None:
+    from transformers import BertModel, LlamaModel
+
+    for model_class in (BertModel, LlamaModel):
+        assert "hidden_states" in model_class._can_record_outputs  # runtime.compiled
+
+
+@pytest.mark.skipif(not torch._C._has_mkldnn, reason="torch was built without oneDNN")
+def test_onednn_tells_whether_it_computes_in_bfloat16() -> None:
+    assert isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool)
+    assert hasattr(torch.ops.mkldnn, "_linear_pointwise")
