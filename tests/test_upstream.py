@@ -21,7 +21,11 @@ RELIED_ON = [
     ("transformers.modeling_utils", "PreTrainedModel._get_dtype_plan", "checkpoint.quantizer"),
     ("transformers.modeling_utils", "PreTrainedModel._keys_to_ignore_on_save", "checkpoint.save"),
     ("transformers.modeling_utils", "PreTrainedModel._from_config", "checkpoint.legacy"),
-    ("transformers.quantizers.base", "HfQuantizer.remove_quantization_config", "checkpoint.quantizer"),
+    (
+        "transformers.quantizers.base",
+        "HfQuantizer.remove_quantization_config",
+        "checkpoint.quantizer",
+    ),
     ("transformers.quantizers.base", "HfQuantizer.get_weight_conversions", "checkpoint.quantizer"),
     ("transformers.models.auto", "AutoModel._model_mapping", "models.modeling"),
     ("transformers.models.auto.tokenization_auto", "TOKENIZER_MAPPING", "models.modeling"),
