@@ -43,6 +43,7 @@ from hf_sparse.runtime.jit import DEFAULT_CACHE, compile_kernels
 from hf_sparse.runtime.kernels import kernel_functions
 from hf_sparse.runtime.latency import calibrate
 from hf_sparse.runtime.target import host
+from hf_sparse.upstream import cache_name
 
 PROMPTS = [
     "The capital of France is",
@@ -211,12 +212,12 @@ def decode(name: str, model: Any) -> str:
         caches = {}
         for way, one in ways.items():
             caches[way] = DynamicCache(config=one.config)
-            one(ids, past_key_values=caches[way])
+            one(ids, **{cache_name(one.forward): caches[way]})
         for turn in range(STEPS + 2):
             for way, one in ways.items():
                 for _ in range(2):  # the second is timed: its weights are where they would be
                     start = time.perf_counter()
-                    one(ids[:, :1], past_key_values=caches[way])
+                    one(ids[:, :1], **{cache_name(one.forward): caches[way]})
                     spent = time.perf_counter() - start
                 if turn >= 2:
                     times[way].append(spent)

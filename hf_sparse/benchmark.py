@@ -17,6 +17,7 @@ from hf_sparse.report import format_table
 from hf_sparse.runtime.blocks import why_not_compiled
 from hf_sparse.runtime.compiled import compile as compile_model
 from hf_sparse.structure import target_layers
+from hf_sparse.upstream import cache_name
 
 # What the zeros of the dense twin become; its results are never used.
 _FILLING = 1e-3
@@ -139,10 +140,11 @@ def _forward(model: nn.Module, ids: torch.Tensor) -> Callable[[], Any]:
 
 def _decode(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
     cache = DynamicCache(config=model.config)
-    model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+    cached = {cache_name(model.forward): cache, "use_cache": True}
+    model(input_ids=ids[:, :-1], **cached)
 
     def step() -> None:
-        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, :1], **cached)
         cache.crop(-1)
 
     return step

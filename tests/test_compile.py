@@ -35,9 +35,11 @@ from hf_sparse.runtime.pool import Pool
 from hf_sparse.runtime.program import Program
 from hf_sparse.runtime.schedule import Shape
 from hf_sparse.runtime.sparse_linear import CompiledHead, CompiledLinear
+from hf_sparse.upstream import cache_in, cache_name
 from tests.tiny_models import CONFIGS, tiny_model, tiny_tokenizer
 
 CAUSAL = [name for name, family in COMPILED.items() if family.causal]
+CACHE = cache_name(LlamaForCausalLM.forward)
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 
 
@@ -125,7 +127,7 @@ def test_a_cache_goes_on_from_any_position(models: dict, name: str) -> None:
         wanted = model(ids).logits
         cache = DynamicCache(config=compiled.config)
         parts = [
-            compiled(part, past_key_values=cache).logits for part in ids.split((3, 1, 70, 1, 25), 1)
+            compiled(part, **{CACHE: cache}).logits for part in ids.split((3, 1, 70, 1, 25), 1)
         ]
     assert cache.get_seq_length() == 100
     torch.testing.assert_close(torch.cat(parts, dim=1), wanted, **TOLERANCE)
@@ -135,13 +137,13 @@ def test_a_cache_that_the_model_filled_is_taken_over(models: dict) -> None:
     model, compiled = models["llama"]
     ids = inputs(2, 40)["input_ids"]
     with torch.no_grad():
-        cache = model(ids[:, :30], use_cache=True).past_key_values
-        found = compiled(ids[:, 30:], past_key_values=cache).logits
+        cache = cache_in(model(ids[:, :30], use_cache=True))
+        found = compiled(ids[:, 30:], **{CACHE: cache}).logits
         wanted = model(ids).logits[:, 30:]
     torch.testing.assert_close(found, wanted, **TOLERANCE)
     cache.crop(-5)
     with torch.no_grad():
-        again = compiled(ids[:, 35:], past_key_values=cache).logits
+        again = compiled(ids[:, 35:], **{CACHE: cache}).logits
     torch.testing.assert_close(again, found[:, 5:], **TOLERANCE)
 
 
@@ -500,7 +502,7 @@ def test_attention_in_both_directions_with_a_cache() -> None:
         cache = DynamicCache(config=one.config)
         with torch.no_grad():
             parts = ids.split((30, 1, 9), dim=1)
-            results.append([one(part, past_key_values=cache).logits for part in parts])
+            results.append([one(part, **{CACHE: cache}).logits for part in parts])
         assert cache.get_seq_length() == 40
     for wanted, found in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted, **TOLERANCE)
@@ -767,7 +769,7 @@ def test_what_needs_weights_refuses_compiled_models(tmp_path: Path, whole: bool)
 def test_a_cache_is_cropped_as_transformers_crops_it(models: dict) -> None:
     _, compiled = models["llama"]
     with torch.no_grad():
-        cache = compiled(**inputs(1, 8), use_cache=True).past_key_values
+        cache = cache_in(compiled(**inputs(1, 8), use_cache=True))
     with pytest.raises(ValueError, match="negative"):
         cache.crop(5)
     cache.crop(-3)
@@ -802,12 +804,12 @@ def test_foreign_widths_and_caches_are_refused(models: dict) -> None:
     with torch.no_grad():
         with pytest.raises(ValueError, match="hidden states"):
             compiled(inputs_embeds=torch.randn(1, 6, 16))
-        cache = models["gpt2"][1](**inputs(1, 5), use_cache=True).past_key_values
+        cache = cache_in(models["gpt2"][1](**inputs(1, 5), use_cache=True))
         with pytest.raises(ValueError, match="another"):
-            compiled(**inputs(1, 1), past_key_values=cache)
-        cache = models["gpt2"][0](**inputs(1, 5), use_cache=True).past_key_values
+            compiled(**inputs(1, 1), **{CACHE: cache})
+        cache = cache_in(models["gpt2"][0](**inputs(1, 5), use_cache=True))
         with pytest.raises(ValueError, match="another"):
-            compiled(inputs(1, 1)["input_ids"], past_key_values=cache)
+            compiled(inputs(1, 1)["input_ids"], **{CACHE: cache})
 
 
 def test_layers_that_are_no_plain_linears_are_refused() -> None:
@@ -836,7 +838,7 @@ def test_threads_do_not_share_a_cache(models: dict) -> None:
     cache = DynamicCache(config=compiled.config)
     given = inputs(1, 5)
     with torch.no_grad(), alone_with(cache), pytest.raises(ValueError, match="another thread"):
-        compiled(**given, past_key_values=cache)
+        compiled(**given, **{CACHE: cache})
     with torch.no_grad():
-        compiled(**given, past_key_values=cache)
+        compiled(**given, **{CACHE: cache})
     assert cache.get_seq_length() == 5

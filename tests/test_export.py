@@ -25,6 +25,7 @@ from hf_sparse.cli import main
 from hf_sparse.exporters.heads import HEADS, Case, example, head_of, named_outputs
 from hf_sparse.exporters.packing import pack_
 from hf_sparse.pruning.oneshot import quiet
+from hf_sparse.upstream import cache_in, cache_name
 from tests.tiny_models import CONFIGS, prose, tiny_classifier, tiny_model, tiny_tokenizer
 
 SLOW = [
@@ -198,13 +199,13 @@ def test_transformers_opens_the_export(tmp_path: Path) -> None:
     hf_sparse.export_onnx(causal, tmp_path / "causal")
     opened = ExportedModel.from_pretrained(tmp_path / "causal")
     given = example(causal, head_of(causal), Case(2, 3, past=4))
-    cache: DynamicCache = given.inputs["past_key_values"]
+    cache: DynamicCache = cache_in(given.inputs)
     layers = {
         str(index): {"key": layer.keys, "value": layer.values}
         for index, layer in enumerate(cache.layers)
     }
     arguments = {k: given.inputs[k] for k in ("input_ids", "attention_mask", "position_ids")}
-    found = opened(**arguments, past_key_values=layers).logits
+    found = opened(**arguments, **{cache_name(causal.forward): layers}).logits
     with torch.no_grad():
         wanted = causal(**given.inputs).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

@@ -15,7 +15,7 @@ import hf_sparse
 PACKAGE = Path(hf_sparse.__file__).parent
 # A module imports only from layers above its own, and from its own package.
 LAYERS = [
-    ["patterns", "models.families"],
+    ["patterns", "models.families", "upstream"],
     ["models.parts"],
     ["selection", "history"],
     ["formats"],

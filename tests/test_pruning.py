@@ -234,7 +234,7 @@ def test_experts_that_are_not_pruned_are_named() -> None:
 def test_adapters_are_left_alone(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = tiny_model("llama")
-    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["q_proj"]), model)
     report = prune_(model, SparsityConfig("2:4"), "wanda", tiny_batches("llama"))
     names = [tensor.name for tensor in report.tensors]
     assert not any("lora" in name for name in names)

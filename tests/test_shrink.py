@@ -27,6 +27,7 @@ from hf_sparse.models.modeling import model_classes
 from hf_sparse.models.parts import PARTS, BlockSize
 from hf_sparse.shrinking import heads_to_remove
 from hf_sparse.units import find_units, unused_neurons
+from hf_sparse.upstream import cache_in
 from tests.tiny_models import CONFIGS, UNKNOWN, tiny_batches, tiny_classifier, tiny_model
 
 HEADS = [(family, name) for family in FAMILIES for name in model_classes(family)]
@@ -144,7 +145,7 @@ def test_generation_with_every_kind_of_cache(family: str) -> None:
     beams = model.generate(ids, num_beams=3, **settings)
     assert beams.shape == wanted.shape
     for layer, units in zip(
-        model(ids, use_cache=True).past_key_values.layers, find_units(model), strict=True
+        cache_in(model(ids, use_cache=True)).layers, find_units(model), strict=True
     ):
         assert layer.keys.shape[1] == units.size.key_heads
 
@@ -289,7 +290,7 @@ def test_wrong_models_are_refused() -> None:
     with pytest.raises(ValueError, match="is on the meta device"):
         shrink(copy.deepcopy(model).to("meta"))
     peft = pytest.importorskip("peft")
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["up_proj"]))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["up_proj"]), model)
     with pytest.raises(ValueError, match="Merge adapters first"):
         shrink(model)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_sparse.models.families import base_type
+from hf_sparse.upstream import cache_in, cache_name
 
 _CHOICES = 3
 
@@ -109,22 +110,22 @@ def example(model: PreTrainedModel, head: Head, case: Case) -> Example:
     if base_type(model.config.model_type) != "opt":  # OPT counts the mask itself
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, case.past :]
     cache = DynamicCache()  # whole, for sliding windows too: the masks keep to the window
+    cached = {cache_name(model.forward): cache, "use_cache": True}
     if case.past:
         past = torch.randint(0, text.vocab_size, (case.batch, case.past), generator=generator)
         model(
             input_ids=past,
             attention_mask=mask[:, : case.past],
-            past_key_values=cache,
-            use_cache=True,
+            **cached,
         )
     arrays = {**inputs, **_cached(cache, "past_key_values")}
-    return Example({**inputs, "past_key_values": cache, "use_cache": True}, arrays)
+    return Example({**inputs, **cached}, arrays)
 
 
 def named_outputs(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """What a model returned, by the names of the graph's outputs."""
     named = {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
-    cache = outputs.get("past_key_values")
+    cache = cache_in(outputs)
     return named if cache is None else {**named, **_cached(cache, "present")}
 
 

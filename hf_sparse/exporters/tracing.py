@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse.exporters.heads import Case, Head, example
 from hf_sparse.pruning.oneshot import quiet
+from hf_sparse.upstream import CACHE_NAMES
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -123,10 +124,9 @@ def _dynamic_axes(inputs: dict[str, Any]) -> dict[str, Any]:
 
     tensors = {name: value for name, value in inputs.items() if name != "use_cache"}
     axes: dict[str, Any] = get_auto_dynamic_shapes(tensors)
-    if "past_key_values" in axes:
-        axes["past_key_values"] = [
-            {axis: size for axis, size in leaf.items() if axis in (0, 2)}
-            for leaf in axes["past_key_values"]
+    for name in axes.keys() & set(CACHE_NAMES):
+        axes[name] = [
+            {axis: size for axis, size in leaf.items() if axis in (0, 2)} for leaf in axes[name]
         ]
     return axes
 
@@ -136,10 +136,10 @@ def _rename_caches(graph: onnx_ir.Graph) -> None:
     for values, start in ((graph.inputs, "past_key_values"), (graph.outputs, "present")):
         for value in values:
             found = re.fullmatch(
-                r".*past_key_values\.layers\.(\d+)\.(key|value)s", value.name or ""
+                rf".*({'|'.join(CACHE_NAMES)})\.layers\.(\d+)\.(key|value)s", value.name or ""
             )
             if found:
-                value.name = f"{start}.{found[1]}.{found[2]}"
+                value.name = f"{start}.{found[2]}.{found[3]}"
 
 
 def _name_axes(graph: onnx_ir.Graph, head: Head) -> None:

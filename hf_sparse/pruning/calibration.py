@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.upstream import cache_in
+
 
 def token_windows(
     tokenizer: Any, documents: Iterable[str], window: int, limit: int | None = None
@@ -169,7 +171,7 @@ def _check_batch(batch: Any) -> dict[str, Any]:
             f"a batch is {type(batch).__name__} {str(batch)[:60]!r}; wanted a dict of tensors, or "
             "input_ids of shape (batch, tokens)."
         )
-    if inputs.get("past_key_values") is not None:
+    if cache_in(inputs) is not None:
         raise ValueError("a batch has past_key_values; wanted whole sequences without a cache.")
     return {k: v for k, v in inputs.items() if k not in ("use_cache", "return_dict")}
 

@@ -33,6 +33,7 @@ from hf_sparse.runtime.runner import Runner
 from hf_sparse.runtime.sparse_linear import CompiledHead, CompiledLinear
 from hf_sparse.runtime.target import Target, named
 from hf_sparse.structure import PACKED, target_layers
+from hf_sparse.upstream import cache_in
 
 # The name of the attention in the compiled model's config: masks reach the blocks as they were given.
 ATTENTION = "hf_sparse"
@@ -348,7 +349,7 @@ class CompiledLayer(nn.Module):
                 f"attention_mask has {mask.ndim} dimensions; a compiled model takes masks of shape "
                 "(batch, tokens) only."
             )
-        cache = given.get("past_key_values")
+        cache = cache_in(given)
         positions = given.get("position_ids")
         causal = self.runner.stack.causal
         unmasked = causal and mask is None and cache is None

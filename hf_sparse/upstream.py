@@ -1,0 +1,23 @@
+"""What the supported releases of transformers name differently."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# The argument of a model's forward, and the field of its outputs, that hold keys and values:
+# `cache` since transformers 5.24, which takes the older name with a warning until 5.40.
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def cache_name(forward: Callable[..., Any]) -> str:
+    """The name of the argument by which a model's forward takes its cache of keys and values."""
+    arguments = inspect.signature(forward).parameters
+    return next((name for name in CACHE_NAMES if name in arguments), CACHE_NAMES[-1])
+
+
+def cache_in(values: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a model or a block, or among its outputs; None without one."""
+    caches = (values[name] for name in CACHE_NAMES if values.get(name) is not None)
+    return next(caches, None)
