@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForMaskedLM,
     DynamicCache,
     GPT2Config,
+    LlamaForCausalLM,
     OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
