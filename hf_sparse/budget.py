@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Block, Pattern
+from hf_sparse.pruning.calibration import checked_batches
 from hf_sparse.report import format_table
 from hf_sparse.runtime.jit import DEFAULT_CACHE
 from hf_sparse.runtime.latency import Rates, calibrate
@@ -139,15 +140,12 @@ def allocate(
     """
     wanted = parse_budget(budget)
     parsed = [Pattern.parse(pattern) for pattern in patterns]
-    rates = calibrate(named(target), None if cache is None else Path(cache))
     layers = target_layers(model, SparsityConfig("unstructured", 0.5, targets=targets))
+    inputs = None if batches is None else checked_batches(batches, model, "allocate")
+    rates = calibrate(named(target), None if cache is None else Path(cache))
     scores = {layer.name: layer.weight.float().abs() for layer in layers}
     weights = dict.fromkeys(scores, 1.0)
-    if batches is not None:
-        batches = list(batches)
-        if not batches:
-            raise ValueError("batches is empty; wanted calibration inputs, or None to do without.")
-        inputs = [dict(b) if isinstance(b, Mapping) else {"input_ids": b} for b in batches]
+    if inputs is not None:
         norms = input_norms(model, layers, inputs)
         scores = {name: score * norms[name] for name, score in scores.items()}
         weights = sensitivities(model, layers, scores, inputs)

@@ -15,6 +15,7 @@ import hf_sparse
 PACKAGE = Path(hf_sparse.__file__).parent
 # A module imports only from layers above its own, and from its own package.
 LAYERS = [
+    ["suggestions"],
     ["patterns", "models.families"],
     ["models.parts"],
     ["selection", "history"],

@@ -13,6 +13,7 @@ from hf_sparse.optim.penalties import PENALTIES, SCALES, default_penalty
 from hf_sparse.optim.sharding import check_shardable
 from hf_sparse.patterns import Pattern, Unstructured
 from hf_sparse.structure import check_divides
+from hf_sparse.suggestions import check_name
 
 # What a param group holds beside the optimizer's own settings.
 SETTINGS: dict[str, Any] = {
@@ -53,9 +54,8 @@ def check_group(group: Group) -> None:
     lam = group["lam"]
     if isinstance(lam, bool) or not isinstance(lam, int | float) or not 0 <= lam < math.inf:
         raise ValueError(f"lam is {lam!r}; wanted a finite number >= 0.")
-    for name, allowed in (("penalty", tuple(PENALTIES)), ("scale", SCALES)):
-        if group[name] not in allowed:
-            raise ValueError(f"unknown {name} {group[name]!r}; wanted one of {', '.join(allowed)}.")
+    for name, kinds, allowed in (("penalty", "penalties", PENALTIES), ("scale", "scales", SCALES)):
+        check_name(group[name], allowed, name, kinds)
     penalty = PENALTIES[group["penalty"]]
     penalty.check_pattern(group["penalty"], pattern)
     if group["scale"] == "adaptive" and not penalty.adaptive:

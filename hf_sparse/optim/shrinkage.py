@@ -44,6 +44,7 @@ from hf_sparse.optim.penalties import PENALTIES
 from hf_sparse.optim.settings import SETTINGS, check_group, check_resumed, check_settings
 from hf_sparse.optim.sharding import local_part
 from hf_sparse.patterns import GroupPattern, Pattern
+from hf_sparse.suggestions import did_you_mean
 
 _ATTACHED = "_hf_sparse_attached"
 _KEPT = "_hf_sparse_kept"
@@ -70,6 +71,7 @@ def add_shrinkage(optimizer: Optimizer, **settings: Any) -> Optimizer:
     if unknown := sorted(set(settings) - set(SETTINGS)):
         raise ValueError(
             f"unknown shrinkage settings {', '.join(unknown)}. Known: {', '.join(SETTINGS)}."
+            f"{did_you_mean(unknown[0], SETTINGS)}"
         )
     optimizer.defaults.update({**SETTINGS, **settings})
     for group in optimizer.param_groups:

@@ -19,6 +19,7 @@ from hf_sparse.optim.shrinkage import attach, freeze_groups
 from hf_sparse.patterns import NM, Head
 from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure import check_finite
+from hf_sparse.suggestions import check_name
 
 # The least number of adjustments over a schedule.
 _ADJUSTMENTS = 10
@@ -26,10 +27,7 @@ _ADJUSTMENTS = 10
 
 def check_method(method: str) -> None:
     """Raise a ValueError if there is no such method."""
-    if method not in TRAINING_METHODS:
-        raise ValueError(
-            f"unknown method {method!r}. Known methods: {', '.join(TRAINING_METHODS)}."
-        )
+    check_name(method, TRAINING_METHODS, "method", "methods")
 
 
 class Sparsifier:

@@ -23,6 +23,7 @@ from hf_sparse.optim.sparse_optimizers import SparseAdamW, SparseMixin
 from hf_sparse.optim.sparsifier import Sparsifier, check_method
 from hf_sparse.report import SparsityReport
 from hf_sparse.structure import PRUNED_WITH, target_layers, with_head_size
+from hf_sparse.suggestions import check_name
 
 # Settings of shrinkage that are not for trainer_optimizer to give.
 _OWNED = {"pattern", "transposed", "frozen", "shrink_steps"}
@@ -74,8 +75,7 @@ def trainer_optimizer(
             f"{', '.join(owned)} cannot be given to trainer_optimizer: the config tells the pattern, "
             "and keep_zeros freezes."
         )
-    if penalty not in PENALTIES:
-        raise ValueError(f"unknown penalty {penalty!r}; wanted one of {', '.join(PENALTIES)}.")
+    check_name(penalty, PENALTIES, "penalty", "penalties")
     if scale is None:
         maker = getattr(optimizer_cls, "func", optimizer_cls)  # of a functools.partial
         adam = isinstance(maker, type) and issubclass(maker, SparseAdamW)

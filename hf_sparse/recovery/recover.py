@@ -33,6 +33,7 @@ from hf_sparse.recovery.frozen import keep_zeros
 from hf_sparse.recovery.zeros import fingerprint, is_sparse, sparse_layers
 from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure import has_adapters, promised_config
+from hf_sparse.suggestions import check_name
 
 _WARM_UP = 0.1
 _CLIP = 1.0
@@ -174,8 +175,7 @@ def recover_(
 def _checked(
     model: Any, method: str, epochs: int, accumulate: int, lr: float | None, r: int | None
 ) -> Recovery:
-    if method not in RECOVERIES:
-        raise ValueError(f"unknown method {method!r}. Known methods: {', '.join(RECOVERIES)}.")
+    check_name(method, RECOVERIES, "method", "methods")
     if is_peft_model(model) or has_adapters(model):
         raise ValueError("the model has adapters already. Merge them: hf_sparse.merge_adapters.")
     for name, value in (("epochs", epochs), ("accumulate", accumulate), ("r", r)):
