@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.arguments import check_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Block, Pattern
 from hf_sparse.pruning.calibration import checked_batches
@@ -138,6 +139,7 @@ def allocate(
     Raises:
         ValueError: the budget is not a fraction, or less than the sparsest choices need.
     """
+    check_model(model, "allocate")
     wanted = parse_budget(budget)
     parsed = [Pattern.parse(pattern) for pattern in patterns]
     layers = target_layers(model, SparsityConfig("unstructured", 0.5, targets=targets))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
+from hf_sparse.arguments import check_model
 from hf_sparse.pruning.calibration import token_windows
 from hf_sparse.pruning.labels import class_indices
 from hf_sparse.pruning.linalg import FastProducts
@@ -54,6 +55,7 @@ def perplexity(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; wanted 1 or more.")
+    check_model(model, "perplexity")
     windows = token_windows(tokenizer, text, window, max_windows)
     device = next(model.parameters()).device
     total = 0.0
@@ -133,6 +135,7 @@ def accuracy(
         ValueError: texts and labels differ in number, there are none, or a label is no class of the
             model.
     """
+    check_model(model, "accuracy")
     check_tokenizer(tokenizer)
     indices = class_indices(model, texts, labels)
     device = next(model.parameters()).device

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedModel
 
+from hf_sparse.arguments import check_model
 from hf_sparse.checkpoint.card import CARD_NAME, OUR_FACT, Metric
 from hf_sparse.checkpoint.save import save_pretrained
 from hf_sparse.checkpoint.writing import MANIFEST_NAME, is_weight_file
@@ -68,6 +69,7 @@ def push_to_hub(
     """
     if is_peft_model(model):
         model = merged_copy(model)
+    check_model(model, "push_to_hub", PreTrainedModel)
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_pretrained(
             model,

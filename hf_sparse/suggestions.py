@@ -51,7 +51,7 @@ def did_you_mean(found: object, known: Iterable[str]) -> str:
 
 def shortened(value: object) -> str:
     """The repr of a value in an error, at most a line of it."""
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

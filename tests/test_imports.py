@@ -16,6 +16,7 @@ PACKAGE = Path(hf_sparse.__file__).parent
 # A module imports only from layers above its own, and from its own package.
 LAYERS = [
     ["suggestions"],
+    ["arguments"],
     ["patterns", "models.families"],
     ["models.parts"],
     ["selection", "history"],

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import hf_sparse
+from hf_sparse.arguments import check_path
 from hf_sparse.checkpoint.atomic import sync_file
 from hf_sparse.checkpoint.config_files import write_configs
 from hf_sparse.checkpoint.loading import dense_model_class
@@ -49,7 +50,7 @@ from hf_sparse.checkpoint.work_folder import (
     work_folder,
 )
 from hf_sparse.checkpoint.writing import check_folder
-from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.formats import FormatError, compress, decompress, join, locate
 from hf_sparse.pruning.activations import on_disk
 from hf_sparse.pruning.allocation import allocate
@@ -118,6 +119,9 @@ def prune_checkpoint(
             or one that is there without `resume`.
         OSError: the disk is full. Finished blocks stay in the work folder: free space and resume.
     """
+    check_path(source, "prune_checkpoint", "folder of the dense model")
+    check_path(folder, "prune_checkpoint")
+    check_config(config)
     folder, source = Path(os.path.abspath(folder)), str(source)
     check_folder(folder)
     recipe = Recipe.of(method, config.pattern, options)

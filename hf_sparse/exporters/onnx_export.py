@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_sparse.arguments import check_model, check_path
 from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.checkpoint.card import CARD_NAME, Card, Metric
 from hf_sparse.checkpoint.config_files import dense_class_name, dense_config
@@ -132,6 +133,7 @@ def export_onnx(
             that differs from the model. The folder is untouched then.
         OSError: the disk is full, or the folder cannot be written; likewise.
     """
+    check_path(folder, "export_onnx")
     folder = Path(folder)
     _check_packages()
     head = _check_model(model)
@@ -185,12 +187,7 @@ def _check_packages() -> None:
 
 
 def _check_model(model: Any) -> Head:
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"a {type(model).__name__} cannot be exported; wanted a PreTrainedModel of transformers. "
-            "Merge the adapters of a PEFT model first: hf_sparse.merge_adapters(model). Of another "
-            "wrapper, export the model inside."
-        )
+    check_model(model, "export_onnx", PreTrainedModel)
     if getattr(model, "_hf_peft_config_loaded", False) or has_adapters(model):
         raise ValueError(
             "the model has adapters, which are for training. Merge them first: "

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.optim.methods import TRAINING_METHODS
-from hf_sparse.optim.parameters import sparse_groups, sparse_parameters
+from hf_sparse.optim.parameters import sparse_groups, sparse_parameters, take_over
 from hf_sparse.optim.projection import count_zero_units, measured_sparsity, pattern_of
 from hf_sparse.optim.schedules import Schedule
 from hf_sparse.optim.settings import check_settings
@@ -73,6 +73,7 @@ class Sparsifier:
         interval: int = 10,
         **options: Any,
     ) -> None:
+        check_config(config)
         check_method(method)
         for name, value in (("total_steps", total_steps), ("interval", interval)):
             if not isinstance(value, int) or value < 1:
@@ -99,6 +100,7 @@ class Sparsifier:
                 f"'{config.pattern}'. Make both from one SparsityConfig."
             )
         attach(self.optimizer)
+        take_over(self.optimizer)
         self._share = 1.0 if isinstance(config.pattern, NM) else config.sparsity
         self._method_name = method
         _ = self._state  # notes the zeros that are there, or that this optimizer is another's
@@ -155,7 +157,7 @@ class Sparsifier:
     @property
     def lam(self) -> float:
         """The strength of the penalty now."""
-        return float(sparse_groups(self.optimizer)[0]["lam"])
+        return float(sparse_groups(self.optimizer)[0]["lam"] or 0.0)
 
     def step(self) -> None:
         """Follow one more step of the optimizer.

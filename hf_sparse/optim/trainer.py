@@ -17,7 +17,7 @@ from hf_sparse.optim.groups import sparse_param_groups
 from hf_sparse.optim.parameters import sparse_parameters
 from hf_sparse.optim.penalties import PENALTIES
 from hf_sparse.optim.schedules import Schedule
-from hf_sparse.optim.settings import SETTINGS
+from hf_sparse.optim.settings import SETTINGS, is_unsteered
 from hf_sparse.optim.shrinkage import add_shrinkage, freeze_zeros
 from hf_sparse.optim.sparse_optimizers import SparseAdamW, SparseMixin
 from hf_sparse.optim.sparsifier import Sparsifier, check_method
@@ -67,7 +67,8 @@ def trainer_optimizer(
 
     Raises:
         ValueError: when Trainer makes the optimizer: a setting outside what is allowed, targets that
-            match nothing, DeepSpeed ZeRO.
+            match nothing, DeepSpeed ZeRO. At the first step: neither a `SparsityCallback` nor `lam`
+            nor `keep_zeros` was given, so that nothing would become zero.
     """
     check_config(config)
     if owned := sorted(_OWNED & set(kwargs)):
@@ -95,11 +96,22 @@ def trainer_optimizer(
                 add_shrinkage(optimizer)
             if keep_zeros:
                 freeze_zeros(optimizer)
+            optimizer.register_step_pre_hook(_refuse_unsteered)
             return optimizer
 
         return make
 
     return factory, {"lr": lr, **kwargs}
+
+
+def _refuse_unsteered(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Before a step: refuse to train on where nothing will become sparse."""
+    if is_unsteered(optimizer):
+        raise ValueError(
+            "the Trainer has an optimizer of trainer_optimizer, and nothing that steers it: no weight "
+            "would become zero. Give it callbacks=[SparsityCallback(config)] too; or a fixed strength, "
+            "trainer_optimizer(config, lam=...); or keep_zeros=True for a model that is sparse already."
+        )
 
 
 class SparsityCallback(TrainerCallback):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.arguments import check_model
 from hf_sparse.pruning.texts import check_tokenizer, check_unicode
 
 
@@ -39,6 +40,7 @@ def labelled_batches(
         ValueError: texts and labels differ in number, there are none, one is no text, a label is no
             class of the model, or the model is no such classifier.
     """
+    check_model(model, "labelled_batches")
     if not type(model).__name__.endswith("ForSequenceClassification"):
         raise ValueError(
             f"{type(model).__name__} does not classify texts; wanted ...ForSequenceClassification. "

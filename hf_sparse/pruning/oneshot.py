@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.arguments import check_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.history import Step, remember_
 from hf_sparse.patterns import GroupPattern
@@ -71,6 +72,7 @@ def prune_(
             pattern cannot divide, no calibration where it is needed, weights or activations that
             are not finite. All but the last are found before the model is changed.
     """
+    check_model(model, "prune_")
     given, config = config, with_head_size(config, model)
     recipe = Recipe.of(method, config.pattern, options)
     check_not_compiled(model)

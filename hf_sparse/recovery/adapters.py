@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_sparse.arguments import check_model, check_path
 from hf_sparse.recovery.adapter_checks import (
     adapted_layers,
     check_adapted,
@@ -67,6 +68,7 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
             ShiRA with an `r` that asks for more weights than a layer keeps.
     """
     peft = _import_peft()
+    check_model(model, "get_peft_model")
     if isinstance(config, peft.LoraConfig):
         config = _masked(config)
     elif isinstance(config, peft.ShiraConfig):
@@ -124,6 +126,8 @@ def load_adapter(
     from hf_sparse.recovery.masked_lora import MASKED_LORA, MaskedLoraConfig
     from hf_sparse.recovery.shira import KeptShiraConfig, check_places
 
+    check_model(model, "load_adapter")
+    check_path(folder, "load_adapter")
     values = stored_config(folder, **kwargs)
     kind = values.pop("peft_type", None)
     kinds: dict[str, Any] = {MASKED_LORA: MaskedLoraConfig, "SHIRA": KeptShiraConfig}
@@ -188,6 +192,7 @@ def merge_adapters(model: Any, adapter_names: Sequence[str] | None = None) -> An
             base model's zeros were changed since the adapter was made, or its weights are cut into
             shards. The model is as it was then.
     """
+    check_model(model, "merge_adapters")
     if not is_peft_model(model):
         raise ValueError(
             f"a {type(model).__name__} has no adapters to merge; wanted what "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
+from hf_sparse.arguments import check_model
 from hf_sparse.distillation import Distillation
 from hf_sparse.history import Step, remember_
 from hf_sparse.pruning.calibration import checked_batches
@@ -176,6 +177,7 @@ def _checked(
     model: Any, method: str, epochs: int, accumulate: int, lr: float | None, r: int | None
 ) -> Recovery:
     check_name(method, RECOVERIES, "method", "methods")
+    check_model(model, "recover_")
     if is_peft_model(model) or has_adapters(model):
         raise ValueError("the model has adapters already. Merge them: hf_sparse.merge_adapters.")
     for name, value in (("epochs", epochs), ("accumulate", accumulate), ("r", r)):
