@@ -58,8 +58,8 @@ _ATTACHED = "_hf_sparse_attached"
 _KEPT = "_hf_sparse_kept"
 _UNSTEERED = (
     "{} shrinks nothing: it was given no lam, and no Sparsifier steers it. Give it a strength "
-    "(lam=...), or let hf_sparse.Sparsifier(optimizer, config, total_steps) find the one for a sparsity; lam=0 "
-    "says that dense training is meant."
+    "(lam=...), or let hf_sparse.Sparsifier(optimizer, config, total_steps) find the one for a "
+    "sparsity; lam=0 says that dense training is meant."
 )
 _ALL = slice(None)
 # Weights that are shrunk together: few enough for their temporaries to stay in the cache.

@@ -28,9 +28,11 @@ from hf_sparse.recovery.adapter_checks import (
     check_gathered,
     check_keeps_zeros,
     check_kept_apart,
+    check_mergeable,
     check_not_quantized,
     check_plain,
     check_targets,
+    check_trainable,
     is_peft_model,
     kept_weights,
     zeros_of,
@@ -63,12 +65,14 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
 
     Raises:
         ImportError: PEFT is not installed.
-        ValueError: another kind of adapter, layers that are no Linear or Conv1D, quantized or
-            sharded ones, no sparse layer among the targets, or
-            ShiRA with an `r` that asks for more weights than a layer keeps.
+        ValueError: another kind of adapter, settings that cannot be trained, saved or merged (see
+            docs/recovery.md), layers that are no Linear or Conv1D, quantized or sharded ones, no
+            sparse layer among the targets, or ShiRA with an `r` that asks for more weights than a
+            layer keeps.
     """
     peft = _import_peft()
     check_model(model, "get_peft_model")
+    check_trainable(config)
     if isinstance(config, peft.LoraConfig):
         config = _masked(config)
     elif isinstance(config, peft.ShiraConfig):
@@ -83,12 +87,13 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
     check_alone(model)
     check_not_quantized(model)
     check_targets(model, config)
-    with _undone_on_error(model, adapter_name):
+    with _undone_on_error(model, adapter_name), _without_deprecations():
         if isinstance(model, peft.PeftModel):
             model.add_adapter(adapter_name, config)
         else:
             model = peft.get_peft_model(model, config, adapter_name)
         check_adapted(model, adapter_name)
+        check_mergeable(model, adapter_name)
         check_finite(model, adapter_name)
     model.peft_config[adapter_name].base_zeros = zeros_of(model, adapter_name)
     return model
@@ -130,6 +135,7 @@ def load_adapter(
     check_path(folder, "load_adapter")
     values = stored_config(folder, **kwargs)
     kind = values.pop("peft_type", None)
+    kind = kind.partition(":")[0] if isinstance(kind, str) else kind
     kinds: dict[str, Any] = {MASKED_LORA: MaskedLoraConfig, "SHIRA": KeptShiraConfig}
     if kind not in kinds:
         raise ValueError(
@@ -148,7 +154,11 @@ def load_adapter(
     check_targets(model, config)
     config.inference_mode = not is_trainable
     weights = stored_weights(folder, **kwargs)
-    with _undone_on_error(model, adapter_name), _told_of_misfits(folder):
+    with (
+        _undone_on_error(model, adapter_name),
+        _told_of_misfits(folder),
+        _without_deprecations(),
+    ):
         if isinstance(model, peft.PeftModel):
             model.add_adapter(adapter_name, config)
             model.load_adapter(folder, adapter_name, is_trainable=is_trainable, **kwargs)
@@ -270,6 +280,14 @@ def _undone_on_error(model: Any, adapter_name: str) -> Iterator[None]:
 
 
 @contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """Keep back what transformers says to PEFT, which reads a name that it has deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
+
+
+@contextmanager
 def _told_of_misfits(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Tell in our words of an adapter whose weights PEFT cannot put into the model."""
     try:
@@ -292,6 +310,16 @@ def _told_of_misfits(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 def _take_off(model: nn.Module) -> None:
     """Put the layers of a model back that a half-made adapter has replaced."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    wrapped = [
+        (name, module.original_module)
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)  # of modules_to_save, or of single tokens
+    ]
+    for name, original in wrapped:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, original)
     for name, layer in adapted_layers(model):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
