@@ -135,7 +135,7 @@ def export_onnx(
     """
     check_path(folder, "export_onnx")
     folder = Path(folder)
-    _check_packages()
+    check_packages()
     head = _check_model(model)
     _check_quantization(quantize, batches)
     _check_folder(folder)
@@ -180,7 +180,12 @@ def export_onnx(
     return ExportReport(folder, head.task, size, packing, difference, allowed)
 
 
-def _check_packages() -> None:
+def check_packages() -> None:
+    """Refuse to begin without the packages that an export needs.
+
+    Raises:
+        ImportError: which are missing, and how to install them.
+    """
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"export_onnx needs {', '.join(missing)}: pip install 'hf_sparse[onnx]'")

@@ -108,7 +108,12 @@ def check_adapted(model: nn.Module, adapter_name: str) -> None:
 def check_trainable(config: Any) -> None:
     """Refuse settings with which an adapter could not be trained, or not be loaded again."""
     way_out = "Correct it: every setting is as in PEFT."
-    check_settings(vars(config), f"the {type(config).__name__}", way_out)
+    values = {
+        name: value
+        for name, value in vars(config).items()
+        if not isinstance(value, float) or math.isfinite(value)  # else check_finite names the layer
+    }
+    check_settings(values, f"the {type(config).__name__}", way_out)
     if getattr(config, "inference_mode", False):
         raise ValueError(
             "inference_mode=True makes an adapter that is not trained. Leave it out; a trained adapter "

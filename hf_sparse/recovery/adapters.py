@@ -70,7 +70,7 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
             sparse layer among the targets, or ShiRA with an `r` that asks for more weights than a
             layer keeps.
     """
-    peft = _import_peft()
+    peft = import_peft()
     check_model(model, "get_peft_model")
     check_trainable(config)
     if isinstance(config, peft.LoraConfig):
@@ -127,7 +127,7 @@ def load_adapter(
             values that are not finite.
         OSError: there is no such adapter.
     """
-    peft = _import_peft()
+    peft = import_peft()
     from hf_sparse.recovery.masked_lora import MASKED_LORA, MaskedLoraConfig
     from hf_sparse.recovery.shira import KeptShiraConfig, check_places
 
@@ -262,7 +262,7 @@ def _masked(config: Any) -> Any:
 @contextmanager
 def _undone_on_error(model: Any, adapter_name: str) -> Iterator[None]:
     """Take an adapter off again that is refused: the model is as it was then."""
-    peft = _import_peft()
+    peft = import_peft()
     known = set(getattr(model, "peft_config", {}))
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = list(model.active_adapters) if isinstance(model, peft.PeftModel) else []
@@ -326,7 +326,12 @@ def _take_off(model: nn.Module) -> None:
     vars(model).pop("peft_config", None)
 
 
-def _import_peft() -> Any:
+def import_peft() -> Any:
+    """The package PEFT.
+
+    Raises:
+        ImportError: it is not installed; how to.
+    """
     try:
         import peft
     except ImportError as error:

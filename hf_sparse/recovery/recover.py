@@ -29,7 +29,7 @@ from hf_sparse.pruning.training import (
     with_labels,
 )
 from hf_sparse.recovery.adapter_checks import is_peft_model
-from hf_sparse.recovery.adapters import get_peft_model, merge_adapters
+from hf_sparse.recovery.adapters import get_peft_model, import_peft, merge_adapters
 from hf_sparse.recovery.frozen import keep_zeros
 from hf_sparse.recovery.zeros import fingerprint, is_sparse, sparse_layers
 from hf_sparse.report import SparsityReport, measure_sparsity
@@ -178,6 +178,8 @@ def _checked(
 ) -> Recovery:
     check_name(method, RECOVERIES, "method", "methods")
     check_model(model, "recover_")
+    if RECOVERIES[method].r is not None:
+        import_peft()
     if is_peft_model(model) or has_adapters(model):
         raise ValueError("the model has adapters already. Merge them: hf_sparse.merge_adapters.")
     for name, value in (("epochs", epochs), ("accumulate", accumulate), ("r", r)):
