@@ -68,6 +68,10 @@ class Benchmark:
             "decode_ms": {one.name: one.median for one in self.decode},
         }
 
+    def __repr__(self) -> str:
+        times = ", ".join(f"{one.name} {one.median:.2f} ms" for one in self.forward)
+        return f"<Benchmark: {self.batch} x {self.tokens} tokens, {self.threads} threads: {times}>"
+
     def __str__(self) -> str:
         rows = []
         for kind, found in (("forward", self.forward), ("new token", self.decode)):

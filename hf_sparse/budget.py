@@ -94,6 +94,13 @@ class Allocation:
             for (pattern, sparsity), names in grouped.items()
         ]
 
+    def __repr__(self) -> str:
+        least, most = min(self.sparsity, default=0.0), max(self.sparsity, default=0.0)
+        return (
+            f"<Allocation: {len(self.choices)} layers, sparsity {least:.3f} to {most:.3f}, predicted "
+            f"time {self.fraction:.3f} of dense>"
+        )
+
     def __str__(self) -> str:
         rows = [
             (

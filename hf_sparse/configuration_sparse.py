@@ -35,8 +35,8 @@ class SparsityConfig:
             None: every Linear and Conv1D in the repeated blocks, so that embeddings, norms,
             poolers and task heads are left alone.
         ignore: globs of layers to leave out of the targets.
-        format: how the weights are stored: `"auto"` (the smallest), or a key of
-            `hf_sparse.formats.FORMATS`.
+        format: how the weights are stored: `"auto"` (the smallest), `"bitmask"`, `"gap4"`, `"gap8"`,
+            `"nm"`, `"block"`, or `"dense"` (zeros in place: loads without hf_sparse).
 
     A glob matches the whole dotted name of a layer, or the end of it from a dot on: `"q_proj"`
     matches `model.layers.0.self_attn.q_proj`.

@@ -74,6 +74,13 @@ class Distillation:
         self.temperature = temperature
         self._handles: list[Any] = []
 
+    def __repr__(self) -> str:
+        return (
+            f"<Distillation from {type(self.teacher).__name__}: logits={self.logits}, "
+            f"hidden={self.hidden}, temperature={self.temperature}, "
+            f"{'attached' if self._handles else 'not attached'}>"
+        )
+
     def attach(self, model: nn.Module) -> Distillation:
         """Let `model` learn from the teacher until `remove` is called.
 

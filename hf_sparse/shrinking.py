@@ -86,7 +86,14 @@ class ShrinkReport:
             ]
         )
 
+    def __repr__(self) -> str:
+        return f"<ShrinkReport: {' '.join(self.summary().splitlines()[:2])}>"
+
     def __str__(self) -> str:
+        return self.table()
+
+    def table(self) -> str:
+        """A row for each block, and the totals."""
         rows = [
             (
                 name,

@@ -53,7 +53,7 @@ class Sparsifier:
             `"magnitude"` and `"movement"`, for which `lam` and `penalty` have no meaning.
         schedule: a `Schedule`, or its shape.
         interval: steps between two adjustments; fewer where the schedule has not ten of them.
-        **options: the method's own.
+        **options: the method's own: of `"movement"` `score_lr=0.01`, `threshold=0.1` and `gain=2.0`.
 
     What it has to remember is kept in the optimizer's param groups, and so in its `state_dict`. A loop
     that stops before `total_steps` calls `finish()`.
@@ -105,6 +105,14 @@ class Sparsifier:
         self._method_name = method
         _ = self._state  # notes the zeros that are there, or that this optimizer is another's
         self._method = TRAINING_METHODS[method](self.optimizer, **options)
+
+    def __repr__(self) -> str:
+        [state, *_] = [group.get("sparsifier", {}) for group in sparse_groups(self.optimizer)]
+        return (
+            f"<Sparsifier of {type(self.optimizer).__name__}: {self.config!r}, {self._method_name}, "
+            f"{self.schedule!r}, step {state.get('steps', 0)} of {self.total_steps}"
+            f"{', finished' if state.get('finished') else ''}>"
+        )
 
     @property
     def _state(self) -> dict[str, Any]:

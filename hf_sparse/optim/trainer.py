@@ -130,7 +130,7 @@ class SparsityCallback(TrainerCallback):
         method: `"proximal"`, `"magnitude"` (gradual magnitude pruning) or `"movement"` (soft).
         schedule: a `Schedule`, or its shape: `"cubic"`, `"linear"`, `"constant"`.
         interval: steps between two adjustments.
-        **options: the method's own.
+        **options: the method's own: of `"movement"` `score_lr=0.01`, `threshold=0.1` and `gain=2.0`.
 
     Attributes:
         report: after training, exact counts with method, options and time, for
@@ -158,6 +158,10 @@ class SparsityCallback(TrainerCallback):
         self.sparsifier: Sparsifier | None = None
         self.report: SparsityReport | None = None
         self._start = 0.0
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self._arguments.items())
+        return f"SparsityCallback({self.config!r}, schedule={self.schedule!r}{options})"
 
     def log_through(self, trainer: Any) -> None:
         """Let all of a Trainer's loggers see sparsity and lam.

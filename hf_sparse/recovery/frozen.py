@@ -108,6 +108,11 @@ class FrozenMask:
             optimizer.register_step_post_hook(self._restore),
         ]
 
+    def __repr__(self) -> str:
+        state = "" if self._handles else ", removed"
+        optimizer = type(self._optimizer).__name__
+        return f"<FrozenMask of {optimizer}: zeros of {len(self.names)} weights{state}>"
+
     def remove(self) -> None:
         """Let the optimizer fill the zeros again."""
         for handle in self._handles:

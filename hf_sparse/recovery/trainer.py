@@ -32,6 +32,9 @@ class KeepZeros(TrainerCallback):
         self.config = config
         self.mask: FrozenMask | None = None
 
+    def __repr__(self) -> str:
+        return f"KeepZeros({'' if self.config is None else repr(self.config)})"
+
     def on_train_begin(
         self,
         args: TrainingArguments,
