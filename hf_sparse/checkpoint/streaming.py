@@ -13,6 +13,7 @@ block's result follows from its inputs alone, it is the same bit for bit.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 import time
@@ -76,6 +77,21 @@ from hf_sparse.structure import (
 _SHARD_SIZE = "250MB"
 
 
+@contextmanager
+def _expected_on_disk() -> Iterator[None]:
+    """Keep back accelerate's warning that weights stay on the disk: that is what is wanted here."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "offloaded to the disk" not in record.getMessage()
+
+    logger = logging.getLogger("accelerate.big_modeling")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
+
+
 @torch.no_grad()
 def prune_checkpoint(
     source: str | os.PathLike[str],
@@ -132,7 +148,10 @@ def prune_checkpoint(
         )
     if folder.resolve() == Path(source).resolve():
         raise ValueError(f"the output is the source, {source}: the dense model would be lost.")
-    model = dense_model_class(source).from_pretrained(source, device_map={"": "disk"}, dtype=dtype)
+    with _expected_on_disk():
+        model = dense_model_class(source).from_pretrained(
+            source, device_map={"": "disk"}, dtype=dtype
+        )
     config = with_head_size(config, model)
     layers = target_layers(model, config)
     _check(model, layers, config)

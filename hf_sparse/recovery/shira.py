@@ -56,6 +56,10 @@ def on_kept_weights(config: ShiraConfig, model: nn.Module) -> KeptShiraConfig:
             raise ValueError(
                 f"{name} is a Conv1D, which PEFT's ShiRA does not adapt. Use masked LoRA: LoraConfig."
             )
+    # PEFT makes sparse tensors. torch warns unless it was told whether to check them: say what holds.
+    checks = torch.sparse.check_sparse_tensor_invariants
+    with checks(checks.is_enabled()):
+        pass
     names = {id(module): name for name, module in model.named_modules()}
     generator = torch.Generator().manual_seed(
         config.random_seed or 0
