@@ -15,7 +15,9 @@ import hf_sparse
 PACKAGE = Path(hf_sparse.__file__).parent
 # A module imports only from layers above its own, and from its own package.
 LAYERS = [
-    ["patterns", "models.families", "upstream"],
+    ["suggestions", "upstream"],
+    ["arguments"],
+    ["patterns", "models.families"],
     ["models.parts"],
     ["selection", "history"],
     ["formats"],

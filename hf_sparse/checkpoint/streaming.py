@@ -13,6 +13,7 @@ block's result follows from its inputs alone, it is the same bit for bit.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 import time
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import hf_sparse
+from hf_sparse.arguments import check_path
 from hf_sparse.checkpoint.atomic import sync_file
 from hf_sparse.checkpoint.config_files import write_configs
 from hf_sparse.checkpoint.loading import dense_model_class
@@ -49,7 +51,7 @@ from hf_sparse.checkpoint.work_folder import (
     work_folder,
 )
 from hf_sparse.checkpoint.writing import check_folder
-from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.formats import FormatError, compress, decompress, join, locate
 from hf_sparse.pruning.activations import on_disk
 from hf_sparse.pruning.allocation import allocate
@@ -73,6 +75,21 @@ from hf_sparse.structure import (
 )
 
 _SHARD_SIZE = "250MB"
+
+
+@contextmanager
+def _expected_on_disk() -> Iterator[None]:
+    """Keep back accelerate's warning that weights stay on the disk: that is what is wanted here."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "offloaded to the disk" not in record.getMessage()
+
+    logger = logging.getLogger("accelerate.big_modeling")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 @torch.no_grad()
@@ -118,6 +135,9 @@ def prune_checkpoint(
             or one that is there without `resume`.
         OSError: the disk is full. Finished blocks stay in the work folder: free space and resume.
     """
+    check_path(source, "prune_checkpoint", "folder of the dense model")
+    check_path(folder, "prune_checkpoint")
+    check_config(config)
     folder, source = Path(os.path.abspath(folder)), str(source)
     check_folder(folder)
     recipe = Recipe.of(method, config.pattern, options)
@@ -128,7 +148,10 @@ def prune_checkpoint(
         )
     if folder.resolve() == Path(source).resolve():
         raise ValueError(f"the output is the source, {source}: the dense model would be lost.")
-    model = dense_model_class(source).from_pretrained(source, device_map={"": "disk"}, dtype=dtype)
+    with _expected_on_disk():
+        model = dense_model_class(source).from_pretrained(
+            source, device_map={"": "disk"}, dtype=dtype
+        )
     config = with_head_size(config, model)
     layers = target_layers(model, config)
     _check(model, layers, config)

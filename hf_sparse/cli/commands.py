@@ -110,7 +110,7 @@ def _print_saved(report: Any, options: argparse.Namespace) -> int:
     if options.json:
         _print_json(report, options)
     else:
-        print(report if options.tensors else report.summary())
+        print(report.table() if options.tensors else report.summary())
         print(f"saved to {options.output}")
     return 0
 
@@ -213,7 +213,7 @@ def inspect(options: argparse.Namespace) -> int:
         print(json.dumps(described, indent=2))
     else:
         if options.tensors:
-            print(report)
+            print(report.table())
         print(found)
     if found.config is not None and found.config.pattern.implied_sparsity and report.violations:
         print(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_sparse.arguments import check_model, check_path
 from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.checkpoint.card import CARD_NAME, Card, Metric
 from hf_sparse.checkpoint.config_files import dense_class_name, dense_config
@@ -132,8 +133,9 @@ def export_onnx(
             that differs from the model. The folder is untouched then.
         OSError: the disk is full, or the folder cannot be written; likewise.
     """
+    check_path(folder, "export_onnx")
     folder = Path(folder)
-    _check_packages()
+    check_packages()
     head = _check_model(model)
     _check_quantization(quantize, batches)
     _check_folder(folder)
@@ -178,19 +180,19 @@ def export_onnx(
     return ExportReport(folder, head.task, size, packing, difference, allowed)
 
 
-def _check_packages() -> None:
+def check_packages() -> None:
+    """Refuse to begin without the packages that an export needs.
+
+    Raises:
+        ImportError: which are missing, and how to install them.
+    """
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"export_onnx needs {', '.join(missing)}: pip install 'hf_sparse[onnx]'")
 
 
 def _check_model(model: Any) -> Head:
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"a {type(model).__name__} cannot be exported; wanted a PreTrainedModel of transformers. "
-            "Merge the adapters of a PEFT model first: hf_sparse.merge_adapters(model). Of another "
-            "wrapper, export the model inside."
-        )
+    check_model(model, "export_onnx", PreTrainedModel)
     if getattr(model, "_hf_peft_config_loaded", False) or has_adapters(model):
         raise ValueError(
             "the model has adapters, which are for training. Merge them first: "
