@@ -104,6 +104,10 @@ class TileLayer(CacheLayerMixin):
                 f"crop({tokens_to_remove}): wanted a negative number of tokens to remove."
             )
         self.length -= min(abs(tokens_to_remove), self.length)
+        # Kernels read whole tiles: what was forgotten must not be NaN in what they read and mask.
+        first, place = divmod(self.length, self.width)
+        self.tiles[:, first : first + 1, :, place:] = 0
+        self.tiles[:, first + 1 :] = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

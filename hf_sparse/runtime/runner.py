@@ -117,7 +117,7 @@ class Runner:
     def _make(self, shape: Shape) -> TileProgram | RowProgram:
         single = shape.tokens == 1 and shape.cached and not shape.states
         widths = self.target.widths
-        if single and row_schedule.fits(self.stack, self.target.lanes):
+        if single and row_schedule.fits(self.stack):
             return RowProgram(self.stack, self._code, self.target.lanes, widths[0], shape)
         return TileProgram(self.stack, self._code, widths, shape)
 
