@@ -24,7 +24,7 @@ LLAMAS = {
     "4 modulo 8": (36, 3, 1, 12, 50, None),
     "2 modulo 4": (30, 2, 1, 4, 33, None),
     "less than a vector": (6, 1, 1, 4, 3, None),
-    "shrunk": (48, 4, 2, 12, 50, [{"heads": 2, "key_heads": 1, "neurons": 7}, FULL]),
+    "shrunk": (48, 4, 2, 16, 50, [{"heads": 2, "key_heads": 1, "neurons": 7}, FULL]),
 }
 
 

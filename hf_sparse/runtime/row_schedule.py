@@ -71,11 +71,11 @@ class RowProgram:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, the tables and the operations."""
-        buffers = 4 * sum(buffer.numel() for buffer in self._buffers)
-        return buffers + self.tables.nbytes + self.program.nbytes
+        buffers = sum(buffer.nbytes for buffer in self._buffers)
+        return int(buffers + self.tables.nbytes + self.program.nbytes)
 
     def _block(self, index: int, block: Block) -> list[list[list[Operation]]]:
-        stack, threads = self.stack, range(self.shape.threads)
+        threads = range(self.shape.threads)
         opening = block.gate or block.up
         context = self._contexts[block.out.columns]
         gate, up = self._gates[opening.rows], self._ups[opening.rows]
