@@ -22,11 +22,20 @@ from transformers.masking_utils import AttentionMaskInterface
 from hf_sparse.models.families import base_type
 from hf_sparse.runtime.blocks import Stack, find_blocks, pack_blocks, why_not_compiled
 from hf_sparse.runtime.cache import alone_with
+from hf_sparse.runtime.copying import copy_hooks, with_modules
 from hf_sparse.runtime.explain import Explanation, explain_layers
+from hf_sparse.runtime.faithful import check_blocks, check_parents, why_other_attention
 from hf_sparse.runtime.families import COMPILED
 from hf_sparse.runtime.jit import DEFAULT_CACHE
 from hf_sparse.runtime.linear import Linear, check_finite, pack_linear
 from hf_sparse.runtime.memory import Shelf
+from hf_sparse.runtime.plain import (
+    check_dropout,
+    check_in_memory,
+    check_no_global_hooks,
+    is_plain_matrix,
+    why_not_plain,
+)
 from hf_sparse.runtime.pool import KEPT_BYTES, Pool
 from hf_sparse.runtime.program import Program
 from hf_sparse.runtime.runner import Runner
@@ -47,6 +56,7 @@ BUILT_IN = {
     "layer_types": None,
     "is_causal": True,
     "is_decoder": False,
+    "_attn_implementation": None,
 }
 COMPUTABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A single layer with fewer zeros is left to torch, with which it shares the layout of activations.
@@ -84,25 +94,31 @@ def compile(
         ImportError: llvmlite is not installed.
         ValueError: the model is not on the CPU, one of its parameters is not finite or of a type
             that torch cannot compute with, or it is not compiled as a whole and no layer of its
-            blocks has enough zeros.
+            blocks has enough zeros; or its blocks do something else than what transformers makes
+            of its config: modules that were exchanged or changed, hooks, adapters.
     """
     chosen = named(target)
     folder = None if cache is None else Path(cache)
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"compile takes a transformers model, not a {type(model).__name__}.")
-    if model.device.type != "cpu":
-        raise ValueError(f"the model is on {model.device}; wanted the CPU: model.to('cpu') first.")
+        hint = " Call its merge_and_unload() first." if hasattr(model, "peft_config") else ""
+        raise ValueError(f"compile takes a transformers model, not a {type(model).__name__}.{hint}")
     if any(isinstance(module, (CompiledLayer, CompiledLinear)) for module in model.modules()):
         raise ValueError("the model is compiled already.")
+    check_in_memory(model)
     check_types(model)
-    reason = why_not_compiled(model.config)
+    check_no_global_hooks()
+    check_dropout(model)
+    reason = why_not_compiled(model.config) or why_other_attention(model.config)
     if reason is not None:
         return _compile_layers(model, reason, chosen, folder)
     family = COMPILED[base_type(model.config.model_type)]
+    check_blocks(model, family)
     base: Any = model.base_model
     owner, name, modules = find_blocks(base, family)
+    blocks = getattr(owner, name)
+    check_parents(model, [blocks])
     stack = pack_blocks(model.config, family, modules, family.stack)
-    rest = _without(model, [getattr(owner, name)])
+    rest = with_modules(model, {blocks: nn.ModuleList()})
     check_parameters(rest)
     return assemble(rest, stack, chosen, folder)
 
@@ -135,7 +151,7 @@ def assemble(
         owner.config = copy.copy(owner.config)
         owner.config.num_hidden_layers = owner.config.num_hidden_groups = len(layers)
     head = model.get_output_embeddings()
-    if stack.causal and CompiledHead.suits(head):
+    if stack.causal and CompiledHead.suits(head) and why_not_plain(head) is None:
         model.set_output_embeddings(CompiledHead(head, target, cache))
     return _finished(model, None, target, cache)
 
@@ -145,24 +161,25 @@ def _compile_layers(
 ) -> PreTrainedModel:
     """Replace the sparse layers of a model's blocks one by one."""
     shelf, pool = Shelf(), Pool[Program | Tensor](KEPT_BYTES)
-    replaced: dict[str, CompiledLinear] = {}
+    replaced: dict[nn.Module, nn.Module] = {}
+    left = ""
     for layer in target_layers(model):
         weight = layer.weight
         zeros = 1 - int(torch.count_nonzero(weight)) / weight.numel()
-        if zeros >= MIN_SPARSITY:
+        if zeros >= MIN_SPARSITY and not is_plain_matrix(layer.module):
+            left = f" {layer.name} is left to torch: it is no plain Linear, or it has hooks."
+        elif zeros >= MIN_SPARSITY:
             bias: Any = layer.module.bias
             packed = pack_linear(layer.name, weight, bias, shelf=shelf)
-            replaced[layer.name] = CompiledLinear(packed, target, cache, pool)
+            replaced[layer.module] = CompiledLinear(packed, target, cache, pool)
     if not replaced:
         raise ValueError(
-            f"{type(model).__name__} is not compiled: {reason}; and no layer of its blocks has "
-            f"{100 * MIN_SPARSITY:.0f} % zeros, which single layers need. Prune it first."
+            f"{type(model).__name__} is not compiled: {reason}; and no plain layer of its blocks has "
+            f"{100 * MIN_SPARSITY:.0f} % zeros, which single layers need.{left or ' Prune it first.'}"
         )
-    modules = dict(model.named_modules())
-    compiled = _without(model, [modules[name] for name in replaced])
+    check_parents(model, list(replaced))
+    compiled = with_modules(model, replaced)
     check_parameters(compiled)
-    for name, new in replaced.items():
-        compiled.set_submodule(name, new)
     return _finished(compiled, reason, target, cache)
 
 
@@ -195,7 +212,15 @@ def _finished(
 
     vars(model)[PACKED] = True
     model.__dict__["explain"] = explain
+    def resize_token_embeddings(*args: Any, **kwargs: Any) -> None:
+        """Refuse: embeddings are shared with the model that was compiled, and the head is compiled."""
+        raise ValueError(
+            "the embeddings of a compiled model keep their size: resize those of the model that was "
+            "compiled, and compile it again."
+        )
+
     model.__dict__["save_pretrained"] = save_pretrained
+    model.__dict__["resize_token_embeddings"] = resize_token_embeddings
     for module in {model, model.base_model}:
         module.register_load_state_dict_pre_hook(_refuse_state)
     model.eval()
@@ -220,18 +245,6 @@ def linears_of(model: nn.Module) -> list[Linear]:
     """All packed weights of a compiled model, shared ones once."""
     single = [module.packed for module in model.modules() if isinstance(module, CompiledLinear)]
     return single or stack_of(model).linears
-
-
-def _without(model: PreTrainedModel, parts: list[nn.Module]) -> PreTrainedModel:
-    """A copy of a model that shares its tensors and has nothing in place of some modules."""
-    memo: dict[int, Any] = {id(part): nn.ModuleList() for part in parts}
-    inside = {id(tensor) for part in parts for tensor in [*part.parameters(), *part.buffers()]}
-    for parameter in model.parameters():
-        if id(parameter) not in inside:
-            memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer
-    return copy.deepcopy(model, memo)
 
 
 class CompiledBlocks(nn.ModuleList):
@@ -283,8 +296,7 @@ class CompiledLayer(nn.Module):
         config = copy.deepcopy(self._config, memo)
         twin = type(self)(self.runner, self.index, config).train(self.training)
         twin._built_in = self._built_in
-        twin._forward_hooks = self._forward_hooks.copy()
-        twin._forward_pre_hooks = self._forward_pre_hooks.copy()
+        copy_hooks(self, twin)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -333,7 +345,7 @@ class CompiledLayer(nn.Module):
                 )
         if self.training:
             raise ValueError("a compiled model is for inference: call its eval() first.")
-        if hidden.requires_grad:
+        if torch.is_grad_enabled() and hidden.requires_grad:
             raise ValueError(
                 "a compiled model has no gradients: use torch.no_grad(), or train the model that "
                 "was compiled."
