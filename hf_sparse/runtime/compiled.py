@@ -54,10 +54,11 @@ BUILT_IN = {
     "num_hidden_layers": None,
     "sliding_window": None,
     "layer_types": None,
-    "is_causal": True,
     "is_decoder": False,
     "_attn_implementation": None,
 }
+# Arguments of a call that reach transformers' attention functions, and change what they compute.
+NOT_COMPILED = ("position_bias", "softcap", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "cache")
 COMPUTABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A single layer with fewer zeros is left to torch, with which it shares the layout of activations.
 MIN_SPARSITY = 0.4
@@ -142,7 +143,8 @@ def assemble(
     runner = Runner(stack, target, cache)
     layers = [layer_class(runner, index, model.config) for index in range(len(stack.blocks))]
     setattr(owner, name, CompiledBlocks(layers))
-    owner.register_forward_pre_hook(functools.partial(_refuse_other_blocks, name=name))
+    owner.register_forward_pre_hook(functools.partial(_enter, name=name))
+    owner.register_forward_hook(functools.partial(_leave, name=name), always_call=True)
     for module in {model.base_model, owner}:  # heads call either
         module.register_forward_pre_hook(_refuse_attentions, with_kwargs=True)
     for module in model.modules():  # transformers hooked the blocks that are gone, if any
@@ -212,6 +214,7 @@ def _finished(
 
     vars(model)[PACKED] = True
     model.__dict__["explain"] = explain
+
     def resize_token_embeddings(*args: Any, **kwargs: Any) -> None:
         """Refuse: embeddings are shared with the model that was compiled, and the head is compiled."""
         raise ValueError(
@@ -309,12 +312,17 @@ class CompiledLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run all blocks if this is the first one, and give this one's hidden states."""
-        if self.index == 0:
+        results = self.runner.results
+        if self.index == 0 and getattr(results, "entered", False):
+            results.entered = False
             given = dict(zip(self.arguments, args, strict=False)) | kwargs
-            self.runner.results.states = self._run(hidden_states, given)
-        states: Tensor = self.runner.results.states
-        if self.index == len(self.runner.stack.blocks) - 1:
-            self.runner.results.states = None
+            results.states = self._run(hidden_states, given)
+        states: Tensor | None = getattr(results, "states", None)
+        if states is None:
+            raise ValueError(
+                "a block of a compiled model is not run by itself, since the first one runs all: call "
+                "the model, and neither its blocks nor the forward of its base model."
+            )
         if states.ndim == 3:
             return states
         if self.index and not _same(hidden_states, states[self.index - 1]):
@@ -354,6 +362,16 @@ class CompiledLayer(nn.Module):
             raise ValueError(f"the input is on {hidden.device}; a compiled model runs on the CPU.")
         if given.get("encoder_hidden_states") is not None:
             raise ValueError("encoder_hidden_states: cross-attention is not compiled.")
+        for name in NOT_COMPILED:
+            if given.get(name) is not None:
+                raise ValueError(f"{name}: what it changes in attention is not compiled.")
+        causal = self.runner.stack.causal
+        asked = given.get("is_causal", getattr(self._config, "is_causal", None))
+        if asked is not None and bool(asked) != causal:
+            raise ValueError(
+                f"config.is_causal is {asked}, or this call has is_causal={asked}, and the blocks were "
+                f"compiled for {causal}. Change the model that was compiled, and compile it again."
+            )
         mask = given.get("attention_mask")
         if mask is not None and mask.ndim != 2:
             raise ValueError(
@@ -362,7 +380,6 @@ class CompiledLayer(nn.Module):
             )
         cache = given.get("past_key_values")
         positions = given.get("position_ids")
-        causal = self.runner.stack.causal
         unmasked = causal and mask is None and cache is None
         if unmasked and positions is not None and (positions.diff(dim=-1) != 1).any():
             raise ValueError(
@@ -401,7 +418,8 @@ def _refuse_attentions(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         )
 
 
-def _refuse_other_blocks(owner: nn.Module, args: tuple[Any, ...], *, name: str) -> None:
+def _enter(owner: nn.Module, args: tuple[Any, ...], *, name: str) -> None:
+    """Let the first block run, if the blocks are those that were compiled."""
     blocks = getattr(owner, name)
     if not isinstance(blocks, CompiledBlocks) or not blocks.is_whole:
         raise ValueError(
@@ -409,6 +427,16 @@ def _refuse_other_blocks(owner: nn.Module, args: tuple[Any, ...], *, name: str) 
             "blocks were deleted, added, replaced or reordered, and all compiled ones would run. "
             "Change the model that was compiled, and compile it again."
         )
+    results: Any = blocks[0].runner.results
+    results.entered, results.states = True, None
+
+
+def _leave(owner: nn.Module, args: tuple[Any, ...], output: Any, *, name: str) -> None:
+    """Forget what the blocks gave, also behind an error."""
+    blocks = getattr(owner, name)
+    if isinstance(blocks, CompiledBlocks) and blocks.is_whole:
+        results: Any = blocks[0].runner.results
+        results.entered, results.states = False, None
 
 
 def _refuse_state(model: nn.Module, *args: Any) -> None:

@@ -23,8 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.models.families import base_type
 from hf_sparse.models.parts import head_size
-from hf_sparse.runtime.families import Blocks
-from hf_sparse.runtime.plain import own_forward, why_not_plain
+from hf_sparse.runtime.activation import activation_ref
+from hf_sparse.runtime.families import ACTIVATION_NAMES, Blocks
+from hf_sparse.runtime.plain import is_known, own_forward, why_not_plain
 from hf_sparse.units import BlockUnits
 
 # Attributes that change no output of a model in eval mode, whatever they are.
@@ -43,7 +44,10 @@ _NO_MATTER = {
 }
 # Layers that do without a bias what they do with one; so do kernels.
 _BIAS_OR_NONE = (nn.Linear, nn.LayerNorm)
-_MERGE = "Merge adapters, and remove parametrizations, before compiling."
+_MERGE = (
+    "Put back what transformers makes of the config; merge adapters, and remove parametrizations, "
+    "before compiling."
+)
 _GIVE_BACK = "Give it back what transformers made, or change the config and load the model anew."
 
 
@@ -69,7 +73,11 @@ def check_blocks(model: PreTrainedModel, family: Blocks) -> None:
             "which the blocks are compiled by: make them the same object."
         )
     if type(blocks) is not nn.ModuleList or not len(blocks):
-        raise ValueError(f"{prefix}{name} is a {_named(type(blocks))}; wanted a ModuleList of blocks.")
+        raise ValueError(
+            f"{prefix}{name} is a {_named(type(blocks))}; wanted a ModuleList of blocks."
+        )
+    first = _blocks_in(wanted.get_submodule(path).get_submodule(name)[0])[0]
+    _check_activation(BlockUnits("", first, family, head_size(config)).activation, family, config)
     kinds = _kinds(config)
     for index, block in enumerate(blocks):
         # Config and list may differ in length, which is told elsewhere.
@@ -162,15 +170,33 @@ def _check_owner(owner: nn.Module, own: type[nn.Module], prefix: str) -> None:
         )
 
 
+def _check_activation(activation: Any, family: Blocks, config: Any) -> None:
+    """What transformers calls by this name may have been registered anew."""
+    name = getattr(config, family.activation)
+    x = torch.linspace(-6, 6, 49)
+    with torch.no_grad():
+        found = activation(x).double()
+    wanted = torch.from_numpy(activation_ref(ACTIVATION_NAMES[name], x.numpy()))
+    if not torch.allclose(found, wanted, atol=1e-5):
+        raise ValueError(
+            f"transformers' activation '{name}' is a {_named(type(activation))} here, which computes "
+            "something else: it was registered anew."
+        )
+
+
 def _sized(reference: Any, block: Any, family: Blocks, config: Any) -> Any:
     """The reference, as small as a block from which `hf_sparse.shrink` removed heads or neurons."""
     smaller = None
     for number, one in enumerate(_blocks_in(block)):
         try:
-            found = BlockUnits("", one, family, head_size(config)).size
-            full = BlockUnits("", _blocks_in(reference)[number], family, head_size(config)).size
+            units = BlockUnits("", one, family, head_size(config))
+            whole = BlockUnits("", _blocks_in(reference)[number], family, head_size(config))
+            pairs = zip(units.layers, whole.layers, strict=True)
+            if any(type(a.module) is not type(b.module) for a, b in pairs):
+                return reference  # the comparison tells why
+            found, full = units.size, whole.size
         except (AttributeError, TypeError, ValueError, IndexError, ZeroDivisionError):
-            return reference  # the comparison tells why
+            return reference
         counts = list(zip(vars(found).values(), vars(full).values(), strict=True))
         removed = all(1 <= some <= every for some, every in counts) and found != full
         if removed and not found.heads % found.key_heads:
@@ -193,6 +219,11 @@ def _check_part(found: nn.Module, wanted: nn.Module, place: str, config: Any) ->
     if kind is not own:
         plain = "a plain Linear" if own in (nn.Linear, Conv1D) else _named(own)
         raise ValueError(f"{place} is a {_named(kind)}; wanted {plain}. {_MERGE}")
+    if not is_known(kind):
+        raise ValueError(
+            f"{place} is a {_named(kind)}, which was put in place of transformers' own class: what it "
+            "computes is not known."
+        )
     reason = why_not_plain(found)
     if reason is not None:
         raise ValueError(
@@ -258,9 +289,7 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, MethodType):
         return one.__func__ is other.__func__
     if isinstance(one, functools.partial):
-        return _same(
-            (one.func, one.args, one.keywords), (other.func, other.args, other.keywords)
-        )
+        return _same((one.func, one.args, one.keywords), (other.func, other.args, other.keywords))
     equal = one == other
     return equal if isinstance(equal, bool) else False
 

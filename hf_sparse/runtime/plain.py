@@ -6,7 +6,9 @@ own, a patched class and tensors of other kinds would be lost in silence, so the
 
 from __future__ import annotations
 
-from types import MethodType
+import inspect
+import sys
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -92,13 +94,35 @@ def _patched(module: nn.Module) -> str | None:
     if own_forward(module):
         return "has a forward of its own, which was put on the instance"
     kind = type(module)
-    owner = next(one for one in kind.__mro__ if "forward" in vars(one))
-    forward: Any = vars(owner)["forward"]
-    names = getattr(forward, "__module__", None), getattr(forward, "__qualname__", "")
-    # nn.Module's own one is that of lists of modules, which nobody calls.
-    if owner is not nn.Module and names != (owner.__module__, f"{owner.__qualname__}.forward"):
-        return f"is a {kind.__name__} whose class was given another forward, {names[0]}.{names[1]}"
+    for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        found = _patched_class(owner)
+        if found is not None:
+            return f"is a {kind.__name__}, whose {found}"
     return None
+
+
+def _patched_class(owner: type) -> str | None:
+    """What was put in place of a class's functions, or of those that they call."""
+    for name, value in vars(owner).items():
+        if name not in ("forward", "__call__") and not isinstance(value, FunctionType):
+            continue
+        if name.startswith("__") and name != "__call__":
+            continue
+        origin = getattr(value, "__module__", ""), getattr(value, "__qualname__", "")
+        if origin != (owner.__module__, f"{owner.__qualname__}.{name}"):
+            return f"{name} was exchanged for {'.'.join(map(str, origin))}"
+        function: Any = inspect.unwrap(value)
+        for used in function.__code__.co_names:
+            called = function.__globals__.get(used)
+            if isinstance(called, FunctionType | type) and not is_known(called):
+                return f"{name} calls {used}, which is {called.__module__}.{called.__qualname__}"
+    return None
+
+
+def is_known(item: Any) -> bool:
+    """Whether a function or class is one of transformers, torch or Python."""
+    package = str(item.__module__).partition(".")[0]
+    return package in ("transformers", "torch") or package in sys.stdlib_module_names
 
 
 def _hooked(module: nn.Module) -> str | None:

@@ -68,6 +68,10 @@ class Runner:
             rows = [2 * self.stack.rows_of(block)[1] for block in self.stack.blocks]
             layers = tile_layers(cache, rows, self.target.widths[0])
             past = layers[0].length
+        if self.stack.rotary and rotation is None:
+            raise ValueError(
+                "position_embeddings are missing: wanted cos and sin of the positions."
+            )
         if past + tokens > MAX_TOKENS:
             raise ValueError(
                 f"the sequences have {past + tokens} tokens; a compiled model takes {MAX_TOKENS}."
