@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -390,6 +391,24 @@ def test_a_method_of_a_module_becomes_the_copys() -> None:
 
 
 @pytest.mark.parametrize("how", ["hook", "pre-hook", "forward", "subclass"])
+def test_methods_that_were_put_on_the_model_become_the_copys() -> None:
+    """As accelerate's mixed precision does it."""
+    model = model_of("llama")
+    called: list[nn.Module] = []
+    for module in (model, model.model):
+        forward = type(module).forward
+
+        def wrapped(self: Any, *args: Any, forward: Any = forward, **kwargs: Any) -> Any:
+            called.append(self)
+            return forward(self, *args, **kwargs)
+
+        module.forward = MethodType(wrapped, module)
+    compiled = check_same(model)
+    called.clear()
+    result(compiled)
+    assert called == [compiled, compiled.model]
+
+
 def test_a_head_that_does_more_is_left_to_torch(how: str) -> None:
     model = model_of("llama", tie_word_embeddings=False)
     head = model.lm_head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -34,8 +35,9 @@ def with_modules(model: Model, replaced: Mapping[nn.Module, nn.Module]) -> Model
                 memo[id(value)] = value.detach()
         for hook in _hooks_of(module):
             owner = getattr(hook, "__self__", hook)
-            if id(owner) not in modules:  # a module's own method becomes that of its copy
-                memo[id(owner)] = owner
+            known = [owner, *owner.args] if isinstance(owner, functools.partial) else [owner]
+            if not any(id(one) in modules for one in known):
+                memo[id(owner)] = owner  # else a module's own method becomes that of its copy
     return copy.deepcopy(model, memo)
 
 

@@ -25,7 +25,7 @@ from hf_sparse.models.families import base_type
 from hf_sparse.models.parts import head_size
 from hf_sparse.runtime.activation import activation_ref
 from hf_sparse.runtime.families import ACTIVATION_NAMES, Blocks
-from hf_sparse.runtime.plain import is_known, own_forward, why_not_plain
+from hf_sparse.runtime.plain import foreign_forward, is_known, why_not_plain
 from hf_sparse.units import BlockUnits
 
 # Attributes that change no output of a model in eval mode, whatever they are.
@@ -110,7 +110,7 @@ def check_parents(model: nn.Module, replaced: list[nn.Module]) -> None:
         ]
         if id(module) in parts:
             return True
-        if any(inside) and own_forward(module):
+        if any(inside) and foreign_forward(module):
             raise ValueError(
                 f"{name or type(module).__name__} has a forward of its own, which was put on the "
                 "instance and would run the model that was given. Use a forward hook or a subclass."
@@ -173,7 +173,7 @@ def _check_owner(owner: nn.Module, own: type[nn.Module], prefix: str) -> None:
 def _check_activation(activation: Any, family: Blocks, config: Any) -> None:
     """What transformers calls by this name may have been registered anew."""
     name = getattr(config, family.activation)
-    x = torch.linspace(-6, 6, 49)
+    x = torch.linspace(-6, 6, 49, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         found = activation(x).double()
     wanted = torch.from_numpy(activation_ref(ACTIVATION_NAMES[name], x.numpy()))
@@ -309,7 +309,7 @@ def _check_places(blocks: list[nn.Module], name: str) -> None:
 
 def _named(kind: type) -> str:
     """A class's name, with its module where that is not torch's."""
-    known = kind.__module__.startswith(("torch.", "builtins"))
+    known = kind.__module__.startswith("torch.nn.modules.")
     return kind.__name__ if known else f"{kind.__module__}.{kind.__qualname__}"
 
 

@@ -6,6 +6,7 @@ own, a patched class and tensors of other kinds would be lost in silence, so the
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from types import FunctionType, MethodType
@@ -47,6 +48,18 @@ def own_forward(module: nn.Module) -> bool:
         return False
     same = isinstance(forward, MethodType) and forward.__self__ is module
     return not (same and forward.__func__ is type(module).forward)
+
+
+def foreign_forward(module: nn.Module) -> bool:
+    """Whether a module's `forward` was put on the instance, and stays another's in a copy.
+
+    Methods of the module itself, and partial functions of it, become those of the copy.
+    """
+    forward = vars(module).get("forward")
+    owners: Any = [getattr(forward, "__self__", None)]
+    if isinstance(forward, functools.partial):
+        owners = forward.args
+    return forward is not None and all(owner is not module for owner in owners)
 
 
 def check_no_global_hooks() -> None:
