@@ -390,7 +390,6 @@ def test_a_method_of_a_module_becomes_the_copys() -> None:
     assert not torch.allclose(result(compiled), result(model), **TOLERANCE)
 
 
-@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward", "subclass"])
 def test_methods_that_were_put_on_the_model_become_the_copys() -> None:
     """As accelerate's mixed precision does it."""
     model = model_of("llama")
@@ -409,6 +408,7 @@ def test_methods_that_were_put_on_the_model_become_the_copys() -> None:
     assert called == [compiled, compiled.model]
 
 
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward", "subclass"])
 def test_a_head_that_does_more_is_left_to_torch(how: str) -> None:
     model = model_of("llama", tie_word_embeddings=False)
     head = model.lm_head
@@ -514,6 +514,7 @@ def test_arguments_that_change_attention_are_refused(family: str) -> None:
             compiled(input_ids=IDS, position_bias=torch.ones(1))
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_a_model_that_was_trained_with_checkpoints_runs_without_gradients() -> None:
     """Its embeddings' results need gradients, even inside no_grad."""
     model = model_of("llama").train()
@@ -552,6 +553,7 @@ def test_hooks_of_accelerate_that_move_nothing_are_taken(tmp_path: Any) -> None:
     check(hooked, r"layers\.1\.mlp has a forward of its own")
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_adapters_of_any_kind_are_refused() -> None:
     import peft
 
