@@ -117,6 +117,9 @@ def why_not_compiled(config: Any) -> str | None:
         value = getattr(config, name, values[0])
         if value not in values:
             return f"its config has {name}={value!r}"
+    window = getattr(config, "sliding_window", None) if family.windows else None
+    if window is not None and (not isinstance(window, int) or window < 1):
+        return f"its config has sliding_window={window!r}"
     if family.windows and not getattr(config, "is_causal", True):
         windows = [window_of(config, family, i) for i in range(config.num_hidden_layers)]
         if min(windows) != NO_WINDOW:
@@ -189,13 +192,13 @@ def _sizes(config: Any) -> tuple[int, int, int]:
 
 
 def window_of(config: Any, family: Blocks, index: int) -> int:
-    """How many tokens back block `index` sees."""
+    """How many tokens back block `index` sees; kernels count them in 32 bits."""
     if not family.windows:
         return NO_WINDOW
     kinds = getattr(config, "layer_types", None)
     sliding = kinds[index] == "sliding_attention" if kinds else True
     window = getattr(config, "sliding_window", None) if sliding else None
-    return window or NO_WINDOW
+    return NO_WINDOW if window is None else min(window, NO_WINDOW)
 
 
 def _common_type(modules: list[nn.Module]) -> torch.dtype:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 
 class TileLayer(CacheLayerMixin):
@@ -104,6 +104,10 @@ class TileLayer(CacheLayerMixin):
                 f"crop({tokens_to_remove}): wanted a negative number of tokens to remove."
             )
         self.length -= min(abs(tokens_to_remove), self.length)
+        # Kernels read whole tiles: what was forgotten must not be NaN in what they read and mask.
+        first, place = divmod(self.length, self.width)
+        self.tiles[:, first : first + 1, :, place:] = 0
+        self.tiles[:, first + 1 :] = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -150,7 +154,12 @@ def tile_layers(cache: Any, rows: Sequence[int], width: int) -> list[TileLayer]:
     Raises:
         ValueError: the cache is of another kind (static, quantised, offloaded).
     """
-    layers: list[TileLayer] = cache.layers
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"the cache is a {type(cache).__name__}; a compiled model needs a DynamicCache, "
+            "transformers' default."
+        )
+    layers: list[Any] = cache.layers
     if any(isinstance(layer, TileLayer) for layer in layers):
         sizes = [(getattr(x, "rows", None), getattr(x, "width", None)) for x in layers]
         if sizes != [(count, width) for count in rows]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +19,37 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from hf_sparse.models.families import base_type
 from hf_sparse.runtime.blocks import Stack, find_blocks, pack_blocks, why_not_compiled
-from hf_sparse.runtime.cache import alone_with
+from hf_sparse.runtime.copying import with_modules
 from hf_sparse.runtime.explain import Explanation, explain_layers
+from hf_sparse.runtime.faithful import check_blocks, check_parents, why_other_attention
 from hf_sparse.runtime.families import COMPILED
 from hf_sparse.runtime.jit import DEFAULT_CACHE
+from hf_sparse.runtime.layers import (
+    NOT_STORED,
+    CompiledBlocks,
+    CompiledLayer,
+    compiled_class,
+    enter,
+    leave,
+)
 from hf_sparse.runtime.linear import Linear, check_finite, pack_linear
 from hf_sparse.runtime.memory import Shelf
+from hf_sparse.runtime.plain import (
+    check_dropout,
+    check_in_memory,
+    check_no_global_hooks,
+    is_plain_matrix,
+    why_not_plain,
+)
 from hf_sparse.runtime.pool import KEPT_BYTES, Pool
 from hf_sparse.runtime.program import Program
 from hf_sparse.runtime.runner import Runner
 from hf_sparse.runtime.sparse_linear import CompiledHead, CompiledLinear
 from hf_sparse.runtime.target import Target, named
 from hf_sparse.structure import PACKED, target_layers
-from hf_sparse.upstream import cache_in
 
 # The name of the attention in the compiled model's config: masks reach the blocks as they were given.
 ATTENTION = "hf_sparse"
-NOT_STORED = (
-    "a compiled model has packed weights, which checkpoints and pickles cannot hold: save the model "
-    "that was compiled, or use hf_sparse.save_compiled."
-)
-# What transformers reads from the config at each call, and compiled blocks have built in; defaults.
-BUILT_IN = {
-    "num_hidden_layers": None,
-    "sliding_window": None,
-    "layer_types": None,
-    "is_causal": True,
-    "is_decoder": False,
-}
 COMPUTABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A single layer with fewer zeros is left to torch, with which it shares the layout of activations.
 MIN_SPARSITY = 0.4
@@ -85,25 +86,31 @@ def compile(
         ImportError: llvmlite is not installed.
         ValueError: the model is not on the CPU, one of its parameters is not finite or of a type
             that torch cannot compute with, or it is not compiled as a whole and no layer of its
-            blocks has enough zeros.
+            blocks has enough zeros; or its blocks do something else than what transformers makes
+            of its config: modules that were exchanged or changed, hooks, adapters.
     """
     chosen = named(target)
     folder = None if cache is None else Path(cache)
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"compile takes a transformers model, not a {type(model).__name__}.")
-    if model.device.type != "cpu":
-        raise ValueError(f"the model is on {model.device}; wanted the CPU: model.to('cpu') first.")
+        hint = " Call its merge_and_unload() first." if hasattr(model, "peft_config") else ""
+        raise ValueError(f"compile takes a transformers model, not a {type(model).__name__}.{hint}")
     if any(isinstance(module, (CompiledLayer, CompiledLinear)) for module in model.modules()):
         raise ValueError("the model is compiled already.")
+    check_in_memory(model)
     check_types(model)
-    reason = why_not_compiled(model.config)
+    check_no_global_hooks()
+    check_dropout(model)
+    reason = why_not_compiled(model.config) or why_other_attention(model.config)
     if reason is not None:
         return _compile_layers(model, reason, chosen, folder)
     family = COMPILED[base_type(model.config.model_type)]
+    check_blocks(model, family)
     base: Any = model.base_model
     owner, name, modules = find_blocks(base, family)
+    blocks = getattr(owner, name)
+    check_parents(model, [blocks])
     stack = pack_blocks(model.config, family, modules, family.stack)
-    rest = _without(model, [getattr(owner, name)])
+    rest = with_modules(model, {blocks: nn.ModuleList()})
     check_parameters(rest)
     return assemble(rest, stack, chosen, folder)
 
@@ -123,11 +130,12 @@ def assemble(
         )
     path, _, name = family.stack.rpartition(".")
     owner: Any = model.base_model.get_submodule(path)
-    layer_class = _compiled_class(_block_class(model))
+    layer_class = compiled_class(_block_class(model))
     runner = Runner(stack, target, cache)
     layers = [layer_class(runner, index, model.config) for index in range(len(stack.blocks))]
     setattr(owner, name, CompiledBlocks(layers))
-    owner.register_forward_pre_hook(functools.partial(_refuse_other_blocks, name=name))
+    owner.register_forward_pre_hook(functools.partial(enter, name=name))
+    owner.register_forward_hook(functools.partial(leave, name=name), always_call=True)
     for module in {model.base_model, owner}:  # heads call either
         module.register_forward_pre_hook(_refuse_attentions, with_kwargs=True)
     for module in model.modules():  # transformers hooked the blocks that are gone, if any
@@ -136,7 +144,7 @@ def assemble(
         owner.config = copy.copy(owner.config)
         owner.config.num_hidden_layers = owner.config.num_hidden_groups = len(layers)
     head = model.get_output_embeddings()
-    if stack.causal and CompiledHead.suits(head):
+    if stack.causal and CompiledHead.suits(head) and why_not_plain(head) is None:
         model.set_output_embeddings(CompiledHead(head, target, cache))
     return _finished(model, None, target, cache)
 
@@ -146,24 +154,25 @@ def _compile_layers(
 ) -> PreTrainedModel:
     """Replace the sparse layers of a model's blocks one by one."""
     shelf, pool = Shelf(), Pool[Program | Tensor](KEPT_BYTES)
-    replaced: dict[str, CompiledLinear] = {}
+    replaced: dict[nn.Module, nn.Module] = {}
+    left = ""
     for layer in target_layers(model):
         weight = layer.weight
         zeros = 1 - int(torch.count_nonzero(weight)) / weight.numel()
-        if zeros >= MIN_SPARSITY:
+        if zeros >= MIN_SPARSITY and not is_plain_matrix(layer.module):
+            left = f" {layer.name} is left to torch: it is no plain Linear, or it has hooks."
+        elif zeros >= MIN_SPARSITY:
             bias: Any = layer.module.bias
             packed = pack_linear(layer.name, weight, bias, shelf=shelf)
-            replaced[layer.name] = CompiledLinear(packed, target, cache, pool)
+            replaced[layer.module] = CompiledLinear(packed, target, cache, pool)
     if not replaced:
         raise ValueError(
-            f"{type(model).__name__} is not compiled: {reason}; and no layer of its blocks has "
-            f"{100 * MIN_SPARSITY:.0f} % zeros, which single layers need. Prune it first."
+            f"{type(model).__name__} is not compiled: {reason}; and no plain layer of its blocks has "
+            f"{100 * MIN_SPARSITY:.0f} % zeros, which single layers need.{left or ' Prune it first.'}"
         )
-    modules = dict(model.named_modules())
-    compiled = _without(model, [modules[name] for name in replaced])
+    check_parents(model, list(replaced))
+    compiled = with_modules(model, replaced)
     check_parameters(compiled)
-    for name, new in replaced.items():
-        compiled.set_submodule(name, new)
     return _finished(compiled, reason, target, cache)
 
 
@@ -196,7 +205,16 @@ def _finished(
 
     vars(model)[PACKED] = True
     model.__dict__["explain"] = explain
+
+    def resize_token_embeddings(*args: Any, **kwargs: Any) -> None:
+        """Refuse: embeddings are shared with the model that was compiled, and the head is compiled."""
+        raise ValueError(
+            "the embeddings of a compiled model keep their size: resize those of the model that was "
+            "compiled, and compile it again."
+        )
+
     model.__dict__["save_pretrained"] = save_pretrained
+    model.__dict__["resize_token_embeddings"] = resize_token_embeddings
     for module in {model, model.base_model}:
         module.register_load_state_dict_pre_hook(_refuse_state)
     model.eval()
@@ -223,180 +241,12 @@ def linears_of(model: nn.Module) -> list[Linear]:
     return single or stack_of(model).linears
 
 
-def _without(model: PreTrainedModel, parts: list[nn.Module]) -> PreTrainedModel:
-    """A copy of a model that shares its tensors and has nothing in place of some modules."""
-    memo: dict[int, Any] = {id(part): nn.ModuleList() for part in parts}
-    inside = {id(tensor) for part in parts for tensor in [*part.parameters(), *part.buffers()]}
-    for parameter in model.parameters():
-        if id(parameter) not in inside:
-            memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer
-    return copy.deepcopy(model, memo)
-
-
-class CompiledBlocks(nn.ModuleList):
-    """The list of blocks. A loop over it meets the first one only, unless someone listens to them.
-
-    The first one runs all, so that calling the others would cost time and do nothing.
-    """
-
-    def __init__(self, layers: list[CompiledLayer]) -> None:
-        super().__init__(layers)
-        self._compiled = layers
-        for layer in layers:
-            layer.__dict__["all"] = layers  # a plain list: its owner is this module
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledBlocks:
-        twin = type(self)([copy.deepcopy(layer, memo) for layer in self._compiled])
-        twin._modules = copy.deepcopy(self._modules, memo)  # the same ones, unless changed since
-        return twin.train(self.training)
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        layers: list[Any] = list(self._modules.values())
-        return iter(layers if layers[0].is_watched else layers[:1])
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it holds the blocks that were compiled, in their order."""
-        return list(self._modules.values()) == self._compiled
-
-    def __getitem__(self, index: Any) -> Any:
-        if not isinstance(index, slice):
-            return super().__getitem__(index)
-        layers = list(self._modules.values())[index]
-        return self if len(layers) == len(self) else nn.ModuleList(layers)
-
-
-class CompiledLayer(nn.Module):
-    """One block of a compiled model. Also an instance of the family's own class of blocks."""
-
-    arguments: tuple[str, ...] = ()
-    all: list[CompiledLayer]
-
-    def __init__(self, runner: Runner, index: int, config: Any) -> None:
-        nn.Module.__init__(self)
-        self.runner, self.index = runner, index
-        self._config, self._built_in = config, _built_in(config)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledLayer:
-        """Packed weights never change, and a runner serves all callers: copies share them."""
-        config = copy.deepcopy(self._config, memo)
-        twin = type(self)(self.runner, self.index, config).train(self.training)
-        twin._built_in = self._built_in
-        twin._forward_hooks = self._forward_hooks.copy()
-        twin._forward_pre_hooks = self._forward_pre_hooks.copy()
-        return twin
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise ValueError(NOT_STORED)
-
-    @property
-    def is_watched(self) -> bool:
-        """Whether someone has hooked a block, and wants to see what it is given or gives."""
-        return any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.all)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run all blocks if this is the first one, and give this one's hidden states."""
-        if self.index == 0:
-            given = dict(zip(self.arguments, args, strict=False)) | kwargs
-            self.runner.results.states = self._run(hidden_states, given)
-        states: Tensor = self.runner.results.states
-        if self.index == len(self.runner.stack.blocks) - 1:
-            self.runner.results.states = None
-        if states.ndim == 3:
-            return states
-        if self.index and not _same(hidden_states, states[self.index - 1]):
-            raise ValueError(
-                f"a hook changed what block {self.index} is given: all blocks of a compiled model "
-                "are computed at once, so hooks on them can only look, but for the last one's. "
-                "Change hidden states in the model that was compiled."
-            )
-        # A copy: whoever writes into it is noticed by the next block.
-        return states[self.index].clone()
-
-    def _run(self, hidden: Tensor, given: dict[str, Any]) -> Tensor:
-        if torch.compiler.is_compiling():
-            raise ValueError(
-                "the model is compiled already: torch.compile has nothing to add to it."
-            )
-        if torch.jit.is_tracing():  # type: ignore[attr-defined]
-            raise ValueError(
-                "a compiled model cannot be traced: its blocks would become constants. Trace the model "
-                "that was compiled, or export it by hf_sparse.export_onnx."
-            )
-        for name, value in _built_in(self._config).items():
-            if value != self._built_in[name]:
-                raise ValueError(
-                    f"config.{name} is {value}, and was {self._built_in[name]} when the model was "
-                    "compiled, which is built into its blocks. Change the model that was compiled, "
-                    "and compile it again."
-                )
-        if self.training:
-            raise ValueError("a compiled model is for inference: call its eval() first.")
-        if hidden.requires_grad:
-            raise ValueError(
-                "a compiled model has no gradients: use torch.no_grad(), or train the model that "
-                "was compiled."
-            )
-        if hidden.device.type != "cpu":
-            raise ValueError(f"the input is on {hidden.device}; a compiled model runs on the CPU.")
-        if given.get("encoder_hidden_states") is not None:
-            raise ValueError("encoder_hidden_states: cross-attention is not compiled.")
-        mask = given.get("attention_mask")
-        if mask is not None and mask.ndim != 2:
-            raise ValueError(
-                f"attention_mask has {mask.ndim} dimensions; a compiled model takes masks of shape "
-                "(batch, tokens) only."
-            )
-        cache = cache_in(given)
-        positions = given.get("position_ids")
-        causal = self.runner.stack.causal
-        unmasked = causal and mask is None and cache is None
-        if unmasked and positions is not None and (positions.diff(dim=-1) != 1).any():
-            raise ValueError(
-                "position_ids start anew within a sequence: packed sequences are not compiled. "
-                "Give each text a row of the batch."
-            )
-        with alone_with(cache):
-            output = self.runner(
-                hidden.detach().float(),
-                mask,
-                given.get("position_embeddings"),
-                cache,
-                states=self.is_watched,
-            )
-        return output.to(hidden.dtype)
-
-
-def _built_in(config: Any) -> dict[str, Any]:
-    return {name: copy.copy(getattr(config, name, value)) for name, value in BUILT_IN.items()}
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same bits, NaN included."""
-    if a is b:
-        return True
-    alike = a.shape == b.shape and a.dtype == b.dtype
-    return alike and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
 def _refuse_attentions(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     config: Any = base.config
     if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
         raise ValueError(
             "output_attentions: a compiled model never forms the attention weights. Ask the "
             "model that was compiled."
-        )
-
-
-def _refuse_other_blocks(owner: nn.Module, args: tuple[Any, ...], *, name: str) -> None:
-    blocks = getattr(owner, name)
-    if not isinstance(blocks, CompiledBlocks) or not blocks.is_whole:
-        raise ValueError(
-            f"{name} of this compiled {type(owner).__name__} is not the list that was compiled: "
-            "blocks were deleted, added, replaced or reordered, and all compiled ones would run. "
-            "Change the model that was compiled, and compile it again."
         )
 
 
@@ -414,11 +264,3 @@ def _block_class(model: PreTrainedModel) -> type[nn.Module]:
     base: Any = model.base_model
     found: type[nn.Module] = base._can_record_outputs["hidden_states"]
     return found
-
-
-def _compiled_class(layer_class: type[nn.Module]) -> type[CompiledLayer]:
-    """CompiledLayer as a subclass of a family's block, by which transformers finds its outputs."""
-    names = tuple(inspect.signature(layer_class.forward).parameters)[2:]
-    return type(
-        f"Compiled{layer_class.__name__}", (CompiledLayer, layer_class), {"arguments": names}
-    )

@@ -13,9 +13,9 @@ Each is there for every type of weights (`weight_types.py`): bfloat16 and float1
 are loaded, x, y and the sums are float32.
 
 Arguments of `sparse_rows`: words, values, x, y, bias, groups, words in a row, add. y is written
-four at a time, x is read in whole vectors: both have room for that, and x has zeros there.
-Arguments of `dense_rows`: weight, bytes of a row, x, y, bias, groups of 4 rows, columns (whole
-vectors), add.
+four at a time, x is read sixteen at a time: both have room for that of their own, and x has zeros
+there. Arguments of `dense_rows`: weight, bytes of a row, x, y, bias, groups of 4 rows, columns (a
+multiple of 16), add.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def dense_rows(target: Target, kept: WeightType) -> Function:
 def row_norm(target: Target, norm: str) -> Function:
     """LayerNorm or RMSNorm of vectors: as `normalisation.py`, with features as lanes.
 
-    Arguments: x, y, features (whole vectors), groups, weight, bias, epsilon.
+    Arguments: x, y, features (any number), groups, weight, bias, epsilon.
     """
     f = Function(
         f"{norm}_norm_row",
@@ -191,28 +191,40 @@ def row_norm(target: Target, norm: str) -> Function:
     )
     x, y, features, groups, weight, bias, epsilon = f.parameters
     kind, lanes = vector(target.lanes), target.lanes
-    zero = f.constant(0.0, kind)
+    zero, nothing = f.constant(0.0, kind), f.constant(0.0, "float")
     count = features.cast("uitofp", "float")
+    whole = features / lanes * lanes
     with f.range(groups) as group:
         source, result = x.at(group * features * 4), y.at(group * features * 4)
-        mean = zero
+        mean = nothing
         if norm == "layer":
-            total = f.variable(zero)
-            with f.range(features, step=lanes) as i:
+            total, rest = f.variable(zero), f.variable(nothing)
+            with f.range(whole, step=lanes) as i:
                 total.set(total.get() + source.at(i * 4).load(kind, 4))
-            mean = (f.total(total.get()) / count).splat(lanes)
-        squares = f.variable(zero)
-        with f.range(features, step=lanes) as i:
-            value = source.at(i * 4).load(kind, 4) - mean
+            with f.range(features, start=whole) as i:
+                rest.set(rest.get() + source.at(i * 4).load("float"))
+            mean = (f.total(total.get()) + rest.get()) / count
+        squares, rest = f.variable(zero), f.variable(nothing)
+        with f.range(whole, step=lanes) as i:
+            value = source.at(i * 4).load(kind, 4) - mean.splat(lanes)
             squares.set(f.fma(value, value, squares.get()))
-        inverse = f.constant(1.0, "float") / f.sqrt(f.total(squares.get()) / count + epsilon)
-        factor = inverse.splat(lanes)
-        with f.range(features, step=lanes) as i:
-            value = (source.at(i * 4).load(kind, 4) - mean) * factor
+        with f.range(features, start=whole) as i:
+            value = source.at(i * 4).load("float") - mean
+            rest.set(f.fma(value, value, rest.get()))
+        variance = (f.total(squares.get()) + rest.get()) / count
+        inverse = f.constant(1.0, "float") / f.sqrt(variance + epsilon)
+        with f.range(whole, step=lanes) as i:
+            value = (source.at(i * 4).load(kind, 4) - mean.splat(lanes)) * inverse.splat(lanes)
             value = value * weight.at(i * 4).load(kind, 4)
             if norm == "layer":
                 value = value + bias.at(i * 4).load(kind, 4)
             result.at(i * 4).store(value, 4)
+        with f.range(features, start=whole) as i:
+            value = (source.at(i * 4).load("float") - mean) * inverse
+            value = value * weight.at(i * 4).load("float")
+            if norm == "layer":
+                value = value + bias.at(i * 4).load("float")
+            result.at(i * 4).store(value)
     return f
 
 

@@ -84,13 +84,18 @@ COMPILED = {
         norms=("attention.output.LayerNorm", "output.LayerNorm"),
         norm_first=False,
         causal=False,
-        supported={"is_decoder": (False,), "add_cross_attention": (False, None)},
+        supported={
+            "is_decoder": (False,),
+            "add_cross_attention": (False, None),
+            "is_causal": (False, None),
+        },
     ),
     "albert": _blocks(
         "albert",
         norms=("attention.LayerNorm", "full_layer_layer_norm"),
         norm_first=False,
         causal=False,
+        supported={"is_causal": (False, None)},
     ),
     "gpt2": _blocks(
         "gpt2",

@@ -19,14 +19,17 @@ from hf_sparse.runtime.program import Operation, Program, Slot
 from hf_sparse.runtime.schedule import Shape, cache_tables
 
 
-def fits(stack: Stack, lanes: int) -> bool:
+def fits(stack: Stack) -> bool:
     """Whether a stack's single tokens can be computed by rows: else they go as narrow tiles."""
-    sizes = [stack.hidden, *([stack.head_dim] if stack.blocks[0].head_norms else [])]
-    return stack.causal and stack.norm_first and not any(size % lanes for size in sizes)
+    return stack.causal and stack.norm_first
 
 
 class RowProgram:
     """A program for one new token of each of `shape.batch` sequences, with its buffers.
+
+    Kernels read and write a few features more than a vector has. So every vector has room behind it
+    that is its own, and zeros stay there: a buffer that a weight reads is written by vectors of one
+    size only, and blocks of another size (`hf_sparse.shrink`) have another buffer.
 
     Attributes:
         residual: `(batch, hidden)`: the input before a run, the output behind it.
@@ -36,24 +39,28 @@ class RowProgram:
     def __init__(self, stack: Stack, code: Code, lanes: int, width: int, shape: Shape) -> None:
         self.stack, self.shape, self.lanes, self.width = stack, shape, lanes, width
         batch, threads = shape.batch, shape.threads
-        self.residual = aligned(batch, stack.hidden)
+        self.residual = aligned(batch, _padded(stack.hidden))[:, : stack.hidden]
         self.masks = aligned(batch, shape.capacity)
         entries = shape.capacity // width
         self.tables = cache_tables(len(stack.blocks), batch, entries, width)
-        self._normed = aligned(threads, batch, stack.hidden)
+        self._normed = aligned(threads, batch, _padded(stack.hidden))
         self._qkv = aligned(batch, _padded(stack.query_rows + 2 * stack.key_rows))
-        self._context = aligned(batch, _padded(stack.query_rows))
-        self._gate = aligned(batch, _padded(stack.intermediate))
-        self._up = aligned(batch, _padded(stack.intermediate))
+        queries = {block.out.columns for block in stack.blocks}
+        neurons = {block.down.columns for block in stack.blocks}
+        self._contexts = {size: aligned(batch, _padded(size)) for size in queries}
+        self._gates = {size: aligned(batch, _padded(size)) for size in neurons}
+        self._ups = self._gates
+        if stack.blocks[0].gate is not None:
+            self._ups = {size: aligned(batch, _padded(size)) for size in neurons}
         self._scores = aligned(threads, shape.capacity)
         self._buffers = [
             self.residual,
             self.masks,
             self._normed,
             self._qkv,
-            self._context,
-            self._gate,
-            self._up,
+            *self._contexts.values(),
+            *self._gates.values(),
+            *(self._ups.values() if self._ups is not self._gates else ()),
             self._scores,
         ]
         phases = [
@@ -64,12 +71,14 @@ class RowProgram:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, the tables and the operations."""
-        buffers = 4 * sum(buffer.numel() for buffer in self._buffers)
-        return buffers + self.tables.nbytes + self.program.nbytes
+        buffers = sum(buffer.nbytes for buffer in self._buffers)
+        return int(buffers + self.tables.nbytes + self.program.nbytes)
 
     def _block(self, index: int, block: Block) -> list[list[list[Operation]]]:
-        stack, threads = self.stack, range(self.shape.threads)
+        threads = range(self.shape.threads)
         opening = block.gate or block.up
+        context = self._contexts[block.out.columns]
+        gate, up = self._gates[opening.rows], self._ups[opening.rows]
         return [
             [
                 [
@@ -80,24 +89,24 @@ class RowProgram:
             ],
             [self._attend(index, block, thread) for thread in threads],
             [
-                self._multiply(block.out, self._context, self.residual, thread, add=True)
+                self._multiply(block.out, context, self.residual, thread, add=True)
                 for thread in threads
             ],
             [
                 [
                     *self._norm(block.norms[1], thread),
-                    *self._multiply(opening, self._normed[thread], self._gate, thread),
+                    *self._multiply(opening, self._normed[thread], gate, thread),
                     *(
-                        self._multiply(block.up, self._normed[thread], self._up, thread)
+                        self._multiply(block.up, self._normed[thread], up, thread)
                         if block.gate
                         else []
                     ),
-                    *self._activate(stack.activation, opening, block.gate is not None, thread),
+                    *self._activate(block, thread),
                 ]
                 for thread in threads
             ],
             [
-                self._multiply(block.down, self._gate, self.residual, thread, add=True)
+                self._multiply(block.down, gate, self.residual, thread, add=True)
                 for thread in threads
             ],
         ]
@@ -108,9 +117,12 @@ class RowProgram:
 
     def _norm(self, norm: Norm, thread: int) -> list[Operation]:
         weight, bias = norm.weight.data_ptr(), norm.bias.data_ptr()
-        x, y = self.residual.data_ptr(), self._normed[thread].data_ptr()
-        groups, name = self.shape.batch, f"{self.stack.norm}_norm_row"
-        return [(name, x, y, self.stack.hidden, groups, weight, bias, norm.epsilon)]
+        name, hidden = f"{self.stack.norm}_norm_row", self.stack.hidden
+        normed = self._normed[thread]
+        return [
+            (name, x.data_ptr(), y.data_ptr(), hidden, 1, weight, bias, norm.epsilon)
+            for x, y in zip(self.residual, normed, strict=True)
+        ]
 
     def _multiply(
         self, linear: Linear, x: torch.Tensor, y: torch.Tensor, thread: int, add: bool = False
@@ -128,18 +140,19 @@ class RowProgram:
             for b in range(self.shape.batch)
         ]
 
-    def _activate(self, name: str, linear: Linear, gated: bool, thread: int) -> list[Operation]:
-        first, last = self._rows(linear, thread)
+    def _activate(self, block: Block, thread: int) -> list[Operation]:
+        opening = block.gate or block.up
+        first, last = self._rows(opening, thread)
         if first >= last:
             return []
         round_size = UNROLL * self.lanes
         count = -(-(last - first) // round_size) * UNROLL
-        found: list[Operation] = []
-        for b in range(self.shape.batch):
-            gate = self._gate[b].data_ptr() + 4 * first
-            up = self._up[b].data_ptr() + 4 * first
-            found.append((f"{name}_gate" if gated else name, gate, up if gated else gate, count))
-        return found
+        name = self.stack.activation if block.gate is None else f"{self.stack.activation}_gate"
+        gates, ups = self._gates[opening.rows], self._ups[opening.rows]
+        return [
+            (name, gate.data_ptr() + 4 * first, up.data_ptr() + 4 * first, count)
+            for gate, up in zip(gates, ups, strict=True)
+        ]
 
     def _attend(self, index: int, block: Block, thread: int) -> list[Operation]:
         """For a thread's heads of keys and the queries that share them: all of attention."""
@@ -151,6 +164,7 @@ class RowProgram:
             return []
         heads, dim = last - first, stack.head_dim
         group = all_heads // key_heads
+        context = self._contexts[query_rows]
         found: list[Operation] = []
         for b in range(shape.batch):
             row = self._qkv[b].data_ptr()
@@ -176,7 +190,7 @@ class RowProgram:
                 (
                     "attention_row",
                     queries,
-                    self._context[b].data_ptr() + 4 * first * group * dim,
+                    context[b].data_ptr() + 4 * first * group * dim,
                     heads * group,
                     dim,
                     first * dim,
@@ -195,5 +209,5 @@ class RowProgram:
 
 
 def _padded(rows: int) -> int:
-    """Rows up to a whole unit that a thread may write."""
+    """Features up to a whole unit: the most that a thread may write, and a kernel may read."""
     return -(-rows // DECODE_ROWS) * DECODE_ROWS

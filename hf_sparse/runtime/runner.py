@@ -20,6 +20,8 @@ from hf_sparse.runtime.row_schedule import RowProgram
 from hf_sparse.runtime.schedule import Shape, TileProgram
 from hf_sparse.runtime.target import Target
 
+# Kernels count positions in 32 bits, and windows reach this far back, and further.
+MAX_TOKENS = 1 << 29
 # Masks and tables grow by this many tokens at a time, so that generation seldom needs a new program.
 _CAPACITY = 512
 
@@ -66,6 +68,14 @@ class Runner:
             rows = [2 * self.stack.rows_of(block)[1] for block in self.stack.blocks]
             layers = tile_layers(cache, rows, self.target.widths[0])
             past = layers[0].length
+        if self.stack.rotary and rotation is None:
+            raise ValueError(
+                "position_embeddings are missing: wanted cos and sin of the positions."
+            )
+        if past + tokens > MAX_TOKENS:
+            raise ValueError(
+                f"the sequences have {past + tokens} tokens; a compiled model takes {MAX_TOKENS}."
+            )
         if mask is not None and mask.shape != (batch, past + tokens):
             raise ValueError(
                 f"attention_mask has the shape {tuple(mask.shape)}; wanted {(batch, past + tokens)}: "
@@ -117,7 +127,7 @@ class Runner:
     def _make(self, shape: Shape) -> TileProgram | RowProgram:
         single = shape.tokens == 1 and shape.cached and not shape.states
         widths = self.target.widths
-        if single and row_schedule.fits(self.stack, self.target.lanes):
+        if single and row_schedule.fits(self.stack):
             return RowProgram(self.stack, self._code, self.target.lanes, widths[0], shape)
         return TileProgram(self.stack, self._code, widths, shape)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.runtime.copying import copy_hooks
 from hf_sparse.runtime.decode import COLUMNS, GROUP
 from hf_sparse.runtime.decode_packing import DECODE_ROWS, share_rows
 from hf_sparse.runtime.kernels import kernels
@@ -197,7 +198,9 @@ class CompiledHead(_Layer):
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = copy.deepcopy(self.weight, memo)
         linear.bias = copy.deepcopy(self.bias, memo)
-        return CompiledHead(linear, self._target, self._cache).train(self.training)
+        twin = CompiledHead(linear, self._target, self._cache).train(self.training)
+        copy_hooks(self, twin)
+        return twin
 
     def multiply(self, x: Tensor) -> Tensor:
         """The operation itself."""
