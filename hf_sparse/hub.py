@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 
 from hf_sparse.checkpoint.card import CARD_NAME, OUR_FACT, Metric
@@ -66,6 +67,7 @@ def push_to_hub(
         ValueError: see `save_pretrained` and `export_onnx`; nothing has been uploaded then.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused.
     """
+    check_can_push(repo_id, token)
     if is_peft_model(model):
         model = merged_copy(model)
     with tempfile.TemporaryDirectory() as temporary:
@@ -99,6 +101,25 @@ def push_to_hub(
             revision=revision,
             create_pr=create_pr,
             keep_card=report is None and not metrics,
+        )
+
+
+def check_can_push(repo_id: str, token: bool | str | None = None) -> None:
+    """Refuse an upload for its name, or for want of a token, without asking the Hub.
+
+    Args:
+        repo_id: `"name"` or `"user/name"`.
+        token: as `push_to_hub`'s.
+
+    Raises:
+        ValueError: the Hub takes no such name (huggingface_hub's `HFValidationError`), or no token is
+            given or stored.
+    """
+    validate_repo_id(repo_id)
+    if not isinstance(token, str) and (token is False or get_token() is None):
+        raise ValueError(
+            f"uploading to {repo_id} needs a token of the Hub that may write. Log in with `hf auth "
+            "login`, or set HF_TOKEN, or give token=."
         )
 
 

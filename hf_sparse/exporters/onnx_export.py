@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_sparse.checkpoint.atomic import replacing
+from hf_sparse.checkpoint.can_save import check_can_write
 from hf_sparse.checkpoint.card import CARD_NAME, Card, Metric
 from hf_sparse.checkpoint.config_files import dense_class_name, dense_config
 from hf_sparse.checkpoint.save import tensors_to_store
@@ -133,10 +134,9 @@ def export_onnx(
         OSError: the disk is full, or the folder cannot be written; likewise.
     """
     folder = Path(folder)
-    _check_packages()
-    head = _check_model(model)
+    head = check_can_export(model, folder)
+    _check_weights(model)
     _check_quantization(quantize, batches)
-    _check_folder(folder)
     if tolerance is not None and not (
         isinstance(tolerance, int | float) and 0 <= tolerance < math.inf
     ):
@@ -178,13 +178,33 @@ def export_onnx(
     return ExportReport(folder, head.task, size, packing, difference, allowed)
 
 
+def check_can_export(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Head:
+    """Refuse an export for want of packages, for the kind of model, or for its folder.
+
+    Args:
+        model: a model, which may be on the meta device.
+        folder: where the graph is to be.
+
+    Returns:
+        The model's head.
+
+    Raises:
+        ImportError, ValueError, OSError: as `export_onnx`.
+    """
+    _check_packages()
+    head = _check_kind(model)
+    _check_folder(Path(folder))
+    check_can_write(folder)
+    return head
+
+
 def _check_packages() -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"export_onnx needs {', '.join(missing)}: pip install 'hf_sparse[onnx]'")
 
 
-def _check_model(model: Any) -> Head:
+def _check_kind(model: Any) -> Head:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"a {type(model).__name__} cannot be exported; wanted a PreTrainedModel of transformers. "
@@ -198,25 +218,10 @@ def _check_model(model: Any) -> Head:
         )
     check_has_weights(model)
     check_not_compiled(model)
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError(
-            "the model is quantized. Load it without quantization, and give export_onnx quantize="
-            "'dynamic' for 8-bit weights."
-        )
     head = head_of(model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
             f"a {type(model).__name__} is an encoder and a decoder; wanted a model of one stack."
-        )
-    where = {parameter.device.type for parameter in model.parameters()}
-    if where != {"cpu"}:
-        raise ValueError(
-            f"the model is on {', '.join(sorted(where))}; wanted the CPU: model.to('cpu')."
-        )
-    if model.dtype not in TOLERANCES:
-        raise ValueError(
-            f"the model is {model.dtype}, which ONNX Runtime has no CPU kernels for. Wanted float32 or "
-            "float16: model.float()."
         )
     text = model.config.get_text_config()
     if "dynamic" in _rope_types(text):
@@ -235,6 +240,24 @@ def _check_model(model: Any) -> Head:
             "model.config.pad_token_id."
         )
     return head
+
+
+def _check_weights(model: PreTrainedModel) -> None:
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "the model is quantized. Load it without quantization, and give export_onnx quantize="
+            "'dynamic' for 8-bit weights."
+        )
+    where = {parameter.device.type for parameter in model.parameters()}
+    if where != {"cpu"}:
+        raise ValueError(
+            f"the model is on {', '.join(sorted(where))}; wanted the CPU: model.to('cpu')."
+        )
+    if model.dtype not in TOLERANCES:
+        raise ValueError(
+            f"the model is {model.dtype}, which ONNX Runtime has no CPU kernels for. Wanted float32 or "
+            "float16: model.float()."
+        )
 
 
 def _rope_types(config: Any) -> set[str]:
