@@ -28,15 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: 0 after `--help`, 2 for arguments that cannot be parsed.
     """
-    options = None
+    options = argparse.Namespace()
     try:
-        options = make_parser().parse_args(arguments)
-        check(options)
-        from hf_sparse.cli.commands import run
+        try:
+            make_parser().parse_args(arguments, options)
+            check(options)
+            from hf_sparse.cli.commands import run
 
-        code = run(options)
-        sys.stdout.flush()
-        return code
+            return run(options)
+        finally:
+            print(end="", flush=True)  # a broken pipe is noticed here, not when Python ends
     except BrokenPipeError:
         _leave_stdout()
         return _BROKEN_PIPE
@@ -48,15 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
 
 
-def _hint(options: argparse.Namespace | None) -> str:
+def _hint(options: argparse.Namespace) -> str:
     """How to go on after an interruption, if something was kept."""
-    if options is None or not getattr(options, "stream", False):
-        return ""
-    work = unfinished(options.output)
-    if not work.exists():
+    if not getattr(options, "stream", False) or not unfinished(options.output).exists():
         return ""
     again = "the same command" if options.resume else "the same command with --resume"
-    return f" Finished blocks are in {work}: {again} goes on from there."
+    return f" Finished blocks are in {unfinished(options.output)}: {again} goes on from there."
 
 
 def _leave_stdout() -> None:

@@ -183,7 +183,7 @@ def _stored_in(
         return None
     if promised is None:
         promised = hf_sparse.SparsityConfig("unstructured", min(sparsity, 0.999999))
-    return hf_sparse.SparsityConfig(**{**promised.to_dict(), "format": format})
+    return hf_sparse.SparsityConfig.from_dict({**promised.to_dict(), "format": format})
 
 
 def evaluate(options: argparse.Namespace) -> int:
