@@ -1,4 +1,4 @@
-"""Every script of benchmarks/ and examples/ tells what it does, and stops there, when asked for help."""
+"""Every script of benchmarks/ and examples/ tells what it does when asked for help, and stops there."""
 
 from __future__ import annotations
 
