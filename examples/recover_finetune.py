@@ -55,6 +55,7 @@ def main() -> None:
             warmup_steps=0.1,
             save_strategy="no",
             report_to=[],
+            dataloader_pin_memory=torch.cuda.is_available(),
         ),
         train_dataset=rows,
         callbacks=[hf_sparse.KeepZeros()],

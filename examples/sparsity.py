@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import load_dataset
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
 
@@ -114,6 +115,7 @@ def parse(data_arguments: type, argv: list[str] | None) -> tuple[SparsityArgumen
     """Read the command line: sparsity, data and Trainer arguments."""
     parser = HfArgumentParser((SparsityArguments, data_arguments, TrainingArguments))
     sparsity, data, training = parser.parse_args_into_dataclasses(argv)
+    training.dataloader_pin_memory &= torch.cuda.is_available()
     if sparsity.optimizer != "none":  # refuse nonsense before anything is loaded
         sparsity.callback()
         hf_sparse.trainer_optimizer(sparsity.config(), lr=1.0, penalty=sparsity.penalty)

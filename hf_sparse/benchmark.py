@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from hf_sparse.arguments import check_model
 from hf_sparse.report import format_table
 from hf_sparse.runtime.blocks import why_not_compiled
 from hf_sparse.runtime.compiled import compile as compile_model
@@ -67,6 +68,10 @@ class Benchmark:
             "decode_ms": {one.name: one.median for one in self.decode},
         }
 
+    def __repr__(self) -> str:
+        times = ", ".join(f"{one.name} {one.median:.2f} ms" for one in self.forward)
+        return f"<Benchmark: {self.batch} x {self.tokens} tokens, {self.threads} threads: {times}>"
+
     def __str__(self) -> str:
         rows = []
         for kind, found in (("forward", self.forward), ("new token", self.decode)):
@@ -102,9 +107,10 @@ def benchmark(
         ValueError: the model cannot be compiled, or a size is not positive or beyond the model's
             positions.
     """
+    check_model(model, "benchmark", PreTrainedModel)
     for name, value in (("batch", batch), ("tokens", tokens), ("repeats", repeats)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; wanted at least 1.")
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} is {value!r}; wanted a whole number, at least 1.")
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise ValueError(f"tokens is {tokens}, but the model has {limit} positions.")

@@ -24,8 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.arguments import check_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Block, Pattern
+from hf_sparse.pruning.calibration import checked_batches
 from hf_sparse.report import format_table
 from hf_sparse.runtime.jit import DEFAULT_CACHE
 from hf_sparse.runtime.latency import Rates, calibrate
@@ -92,6 +94,13 @@ class Allocation:
             for (pattern, sparsity), names in grouped.items()
         ]
 
+    def __repr__(self) -> str:
+        least, most = min(self.sparsity, default=0.0), max(self.sparsity, default=0.0)
+        return (
+            f"<Allocation: {len(self.choices)} layers, sparsity {least:.3f} to {most:.3f}, predicted "
+            f"time {self.fraction:.3f} of dense>"
+        )
+
     def __str__(self) -> str:
         rows = [
             (
@@ -137,17 +146,15 @@ def allocate(
     Raises:
         ValueError: the budget is not a fraction, or less than the sparsest choices need.
     """
+    check_model(model, "allocate")
     wanted = parse_budget(budget)
     parsed = [Pattern.parse(pattern) for pattern in patterns]
-    rates = calibrate(named(target), None if cache is None else Path(cache))
     layers = target_layers(model, SparsityConfig("unstructured", 0.5, targets=targets))
+    inputs = None if batches is None else checked_batches(batches, model, "allocate")
+    rates = calibrate(named(target), None if cache is None else Path(cache))
     scores = {layer.name: layer.weight.float().abs() for layer in layers}
     weights = dict.fromkeys(scores, 1.0)
-    if batches is not None:
-        batches = list(batches)
-        if not batches:
-            raise ValueError("batches is empty; wanted calibration inputs, or None to do without.")
-        inputs = [dict(b) if isinstance(b, Mapping) else {"input_ids": b} for b in batches]
+    if inputs is not None:
         norms = input_norms(model, layers, inputs)
         scores = {name: score * norms[name] for name, score in scores.items()}
         weights = sensitivities(model, layers, scores, inputs)

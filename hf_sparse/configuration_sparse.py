@@ -10,11 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from hf_sparse.formats import FORMATS, FormatError
 from hf_sparse.patterns import Pattern
+from hf_sparse.suggestions import check_name, did_you_mean, shortened
 
 # Raised when the meaning of a stored config or format changes; older readers then refuse it.
 CONFIG_VERSION = 1
@@ -33,8 +35,8 @@ class SparsityConfig:
             None: every Linear and Conv1D in the repeated blocks, so that embeddings, norms,
             poolers and task heads are left alone.
         ignore: globs of layers to leave out of the targets.
-        format: how the weights are stored: `"auto"` (the smallest), or a key of
-            `hf_sparse.formats.FORMATS`.
+        format: how the weights are stored: `"auto"` (the smallest), `"bitmask"`, `"gap4"`, `"gap8"`,
+            `"nm"`, `"block"`, or `"dense"` (zeros in place: loads without hf_sparse).
 
     A glob matches the whole dotted name of a layer, or the end of it from a dot on: `"q_proj"`
     matches `model.layers.0.self_attn.q_proj`.
@@ -58,13 +60,25 @@ class SparsityConfig:
         format: str = "auto",
     ) -> None:
         parsed = Pattern.parse(pattern)
-        if format not in FORMATS:
-            raise ValueError(f"unknown format {format!r}. Known formats: {', '.join(FORMATS)}.")
+        check_name(format, FORMATS, "format", "formats")
         object.__setattr__(self, "pattern", parsed)
         object.__setattr__(self, "sparsity", _checked_sparsity(parsed, sparsity))
         object.__setattr__(self, "targets", _globs("targets", targets))
         object.__setattr__(self, "ignore", _globs("ignore", ignore) or ())
         object.__setattr__(self, "format", format)
+
+    def __repr__(self) -> str:
+        """The call that makes it, with what is not the default."""
+        parts = [repr(str(self.pattern))]
+        if self.pattern.implied_sparsity is None:
+            parts.append(f"sparsity={self.sparsity!r}")
+        if self.targets is not None:
+            parts.append(f"targets={list(self.targets)!r}")
+        if self.ignore:
+            parts.append(f"ignore={list(self.ignore)!r}")
+        if self.format != "auto":
+            parts.append(f"format={self.format!r}")
+        return f"SparsityConfig({', '.join(parts)})"
 
     def ignores(self, layer: str) -> bool:
         """Whether `ignore` names the layer."""
@@ -102,6 +116,7 @@ class SparsityConfig:
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(
                 f"unknown keys {unknown} in a sparsity config. Known keys: {', '.join(known)}."
+                f"{did_you_mean(unknown[0], known)}"
             )
         return cls(**values)
 
@@ -118,9 +133,9 @@ class SparsityConfig:
 def check_config(config: Any) -> None:
     """Raise a ValueError if this is no SparsityConfig."""
     if not isinstance(config, SparsityConfig):
-        raise ValueError(
-            f"config is {config!r}; wanted a SparsityConfig, as SparsityConfig('2:4')."
-        )
+        way = f"SparsityConfig({config!r})" if isinstance(config, str) else "SparsityConfig('2:4')"
+        way = "SparsityConfig.from_dict(config)" if isinstance(config, Mapping) else way
+        raise ValueError(f"config is {shortened(config)}; wanted a SparsityConfig, as {way}.")
 
 
 def matches(layer: str, glob: str) -> bool:
@@ -145,16 +160,34 @@ def _checked_sparsity(pattern: Pattern, sparsity: float | None) -> float:
                 f'SparsityConfig("{pattern}", sparsity=0.5).'
             )
         return implied
-    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float):
-        raise ValueError(f"sparsity is {sparsity!r}; wanted a number in [0, 1).")
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real):
+        raise ValueError(
+            f"sparsity is {shortened(sparsity)}; wanted a number in [0, 1).{_meant_share(sparsity)}"
+        )
     if not 0 <= sparsity < 1:  # False for NaN too
-        raise ValueError(f"sparsity is {sparsity}; wanted a fraction of zeros in [0, 1).")
+        reason = "; 1 would leave no weight" if sparsity == 1 else ""
+        raise ValueError(
+            f"sparsity is {sparsity}; wanted a fraction of zeros in [0, 1){reason}."
+            f"{_meant_share(sparsity)}"
+        )
     if implied is not None and not math.isclose(sparsity, implied, abs_tol=1e-6):
         raise ValueError(
             f"pattern '{pattern}' fixes the sparsity at {implied:.4g}, but sparsity={sparsity} was "
             "asked for. Leave sparsity out, or choose another pattern."
         )
     return float(sparsity) if implied is None else implied
+
+
+def _meant_share(sparsity: Any) -> str:
+    """A question after an error: the fraction that a text or a percentage probably means."""
+    text = str(sparsity).strip()
+    try:
+        share = float(text.rstrip("% "))
+    except ValueError:
+        return ""
+    if text.endswith("%") or share > 1:
+        share /= 100
+    return f" Did you mean {share:g}?" if 0 < share < 1 else ""
 
 
 def _globs(name: str, globs: str | Sequence[str] | None) -> tuple[str, ...] | None:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_sparse.arguments import check_model
+
 # Logits whose divergence is computed at once.
 _CHUNK = 1 << 21
 
@@ -63,10 +65,7 @@ class Distillation:
                 f"logits={logits} and hidden={hidden}; wanted 0 <= logits <= 1 and hidden >= 0, "
                 "not both 0."
             )
-        if not isinstance(teacher, nn.Module):
-            raise ValueError(
-                f"teacher is {teacher!r}; wanted a model: AutoModel....from_pretrained."
-            )
+        check_model(teacher, "Distillation")
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature is {temperature}; wanted a number > 0.")
         self.teacher = teacher.eval().requires_grad_(False)
@@ -75,12 +74,20 @@ class Distillation:
         self.temperature = temperature
         self._handles: list[Any] = []
 
+    def __repr__(self) -> str:
+        return (
+            f"<Distillation from {type(self.teacher).__name__}: logits={self.logits}, "
+            f"hidden={self.hidden}, temperature={self.temperature}, "
+            f"{'attached' if self._handles else 'not attached'}>"
+        )
+
     def attach(self, model: nn.Module) -> Distillation:
         """Let `model` learn from the teacher until `remove` is called.
 
         Raises:
             ValueError: the model is the teacher, or this is attached already.
         """
+        check_model(model, "Distillation.attach")
         if hasattr(model, "get_base_model"):  # a PeftModel, whose forward hides the inputs' names
             model = model.get_base_model()  # type: ignore[operator]
         taught = {id(parameter) for parameter in self.teacher.parameters()}

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
+from hf_sparse.arguments import check_model
 from hf_sparse.pruning.calibration import token_windows
 from hf_sparse.pruning.labels import class_indices
 from hf_sparse.pruning.linalg import FastProducts
+from hf_sparse.pruning.texts import check_tokenizer
 
 
 @torch.inference_mode()
@@ -39,7 +41,7 @@ def perplexity(
         model: a causal language model.
         tokenizer: of the model.
         text: one text (join lines with "\\n\\n", as WikiText is), or documents, which are joined by
-            one end-of-sequence token (as C4 is).
+            one end-of-sequence token (as C4 is); blank ones are left out.
         window: tokens in a window.
         max_windows: use the first so many windows only.
         batch_size: windows in one forward pass; memory is mostly batch_size * window * vocabulary.
@@ -53,8 +55,8 @@ def perplexity(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; wanted 1 or more.")
-    documents = [text] if isinstance(text, str) else text
-    windows = token_windows(tokenizer, documents, window, max_windows)
+    check_model(model, "perplexity")
+    windows = token_windows(tokenizer, text, window, max_windows)
     device = next(model.parameters()).device
     total = 0.0
     with _evaluating(model):
@@ -133,6 +135,8 @@ def accuracy(
         ValueError: texts and labels differ in number, there are none, or a label is no class of the
             model.
     """
+    check_model(model, "accuracy")
+    check_tokenizer(tokenizer)
     indices = class_indices(model, texts, labels)
     device = next(model.parameters()).device
     order = sorted(range(len(texts)), key=lambda index: sum(map(len, texts[index])))

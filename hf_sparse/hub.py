@@ -11,11 +11,12 @@ from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 
+from hf_sparse.arguments import check_model
 from hf_sparse.checkpoint.card import CARD_NAME, OUR_FACT, Metric
 from hf_sparse.checkpoint.save import save_pretrained
 from hf_sparse.checkpoint.writing import MANIFEST_NAME, is_weight_file
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.exporters.onnx_export import export_onnx, written_files
+from hf_sparse.exporters.onnx_export import check_packages, export_onnx, written_files
 from hf_sparse.recovery.adapter_checks import is_peft_model
 from hf_sparse.recovery.adapters import merged_copy
 from hf_sparse.report import SparsityReport
@@ -70,6 +71,9 @@ def push_to_hub(
     check_can_push(repo_id, token)
     if is_peft_model(model):
         model = merged_copy(model)
+    check_model(model, "push_to_hub", PreTrainedModel)
+    if onnx:
+        check_packages()
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_pretrained(
             model,

@@ -32,6 +32,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from hf_sparse.suggestions import meant_pattern, shortened
+
 NOTATIONS = (
     "unstructured",
     "N:M (2:4, 4:8, ...)",
@@ -102,17 +104,14 @@ class Pattern(ABC):
             return notation
         if not isinstance(notation, str):
             raise ValueError(
-                f"pattern is a {type(notation).__name__}: {notation!r}. Wanted a string, one of "
-                f"{', '.join(NOTATIONS)}."
+                f"pattern is a {type(notation).__name__}: {shortened(notation)}. Wanted a string, one "
+                f"of {', '.join(NOTATIONS)}.{meant_pattern(str(notation), _read)}"
             )
-        if notation in _PLAIN:
-            return _PLAIN[notation]
-        for shape, pattern in _SIZED.items():
-            if match := re.fullmatch(shape, notation, re.ASCII):
-                return pattern(*map(int, match.groups()))
+        if (pattern := _read(notation)) is not None:
+            return pattern
         raise ValueError(
-            f"unknown pattern {notation!r}. Known patterns: {', '.join(NOTATIONS)}. "
-            "For example '2:4' keeps at most 2 of 4 consecutive weights."
+            f"unknown pattern {shortened(notation)}. Known patterns: {', '.join(NOTATIONS)}."
+            f"{meant_pattern(notation, _read)}"
         )
 
 
@@ -142,7 +141,8 @@ class NM(Pattern):
     def __post_init__(self) -> None:
         if not 1 <= self.n < self.m:
             raise ValueError(
-                f"pattern '{self.n}:{self.m}': wanted N:M with 1 <= N < M, as in '2:4'."
+                f"pattern '{self.n}:{self.m}': wanted N:M with 1 <= N < M, as in '2:4': at most N of "
+                "M consecutive weights are kept."
             )
 
     def __str__(self) -> str:
@@ -317,6 +317,16 @@ _SIZED: dict[str, Callable[..., Pattern]] = {
     r"head:(\d{1,6})": Head,
     r"head_in:(\d{1,6})": partial(Head, inputs=True),
 }
+
+
+def _read(notation: str) -> Pattern | None:
+    """The pattern of a notation; None: it is none."""
+    if notation in _PLAIN:
+        return _PLAIN[notation]
+    for shape, pattern in _SIZED.items():
+        if match := re.fullmatch(shape, notation, re.ASCII):
+            return pattern(*map(int, match.groups()))
+    return None
 
 
 def _lowest_share(scores: Tensor, share: float) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_sparse.arguments import check_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Pattern
 from hf_sparse.structure import (
@@ -19,6 +20,9 @@ from hf_sparse.structure import (
     target_layers,
     with_head_size,
 )
+
+# The kinds of tensors that a printed report tells one by one.
+_MOST_ROWS = 20
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class TensorSparsity:
 @dataclass(frozen=True)
 class SparsityReport:
     """The sparsity of the target tensors and of the whole model.
+
+    `print` shows a row for each kind of tensor, `table()` one for each tensor.
 
     Attributes:
         tensors: one entry per target weight; shared weights count once.
@@ -99,8 +105,8 @@ class SparsityReport:
         """Whether the sparsity is below a promised one by more than a few zeros."""
         return self.sparsity < promised - 0.005
 
-    def to_json(self) -> str:
-        """All counts and totals as JSON text."""
+    def to_dict(self) -> dict[str, Any]:
+        """All counts and totals as plain values."""
         totals = {
             "zeros": self.zeros,
             "numel": self.numel,
@@ -109,7 +115,11 @@ class SparsityReport:
             "model_zeros": self.model_zeros,
             "model_sparsity": self.model_sparsity,
         }
-        return json.dumps({**asdict(self), **totals}, indent=2)
+        return {**asdict(self), **totals}
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
 
     def summary(self) -> str:
         """The totals in a few lines, without the table of tensors."""
@@ -125,7 +135,8 @@ class SparsityReport:
             lines.append(f"{self.method}{options}{seconds}")
         return "\n".join([*lines, *self.notes])
 
-    def __str__(self) -> str:
+    def table(self) -> str:
+        """A row for each tensor, and the totals."""
         rows = [
             (
                 tensor.name,
@@ -138,6 +149,35 @@ class SparsityReport:
         ]
         head = ("tensor", "out x in", "zeros", "sparsity", "violations")
         return f"{format_table(head, rows)}\n{self.summary()}"
+
+    def __str__(self) -> str:
+        """A row for each kind of tensor, those of one name in all blocks, and the totals."""
+        kinds: dict[str, list[TensorSparsity]] = {}
+        for tensor in self.tensors:
+            kinds.setdefault(_kind(tensor.name), []).append(tensor)
+        rows = [
+            (
+                name,
+                f"{len(tensors)}",
+                f"{sum(tensor.zeros for tensor in tensors):,}",
+                f"{min(tensor.sparsity for tensor in tensors):.4f}",
+                f"{max(tensor.sparsity for tensor in tensors):.4f}",
+                f"{sum(tensor.violations for tensor in tensors):,}",
+            )
+            for name, tensors in kinds.items()
+        ]
+        if len(rows) > _MOST_ROWS:
+            rows[_MOST_ROWS:] = [(f"and {len(rows) - _MOST_ROWS} more", "", "", "", "", "")]
+        head = ("tensors", "number", "zeros", "least sparsity", "most", "violations")
+        return f"{format_table(head, rows)}\n{self.summary()}"
+
+    def __repr__(self) -> str:
+        made = "measured" if self.method is None else self.method
+        return (
+            f"<SparsityReport: {made}, pattern {self.pattern}, sparsity {self.sparsity:.4f} in "
+            f"{len(self.tensors)} tensors, {self.model_sparsity:.4f} in the whole model; print it, or "
+            "see .table()>"
+        )
 
 
 def measure_sparsity(model: nn.Module, config: SparsityConfig | None = None) -> SparsityReport:
@@ -157,6 +197,7 @@ def measure_sparsity(model: nn.Module, config: SparsityConfig | None = None) -> 
         ValueError: nothing matches the config's targets, or the pattern cannot divide a weight
             (the message names it).
     """
+    check_model(model, "measure_sparsity")
     promised = promised_config(model) if config is None else config
     if promised is not None:
         promised = with_head_size(promised, model)
@@ -172,6 +213,11 @@ def measure_sparsity(model: nn.Module, config: SparsityConfig | None = None) -> 
     others = (parameter for parameter in model.parameters() if id(parameter) not in counted)
     other_zeros = sum(int(_whole((parameter.detach() == 0).sum())) for parameter in others)
     return SparsityReport(tensors, str(pattern), num_parameters(model), other_zeros=other_zeros)
+
+
+def _kind(name: str) -> str:
+    """The name of a tensor without the numbers of blocks."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 def _whole(weight: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_sparse.arguments import check_model
 from hf_sparse.history import Step, remember_
 from hf_sparse.models.parts import BlockSize
 from hf_sparse.report import format_table
@@ -85,7 +86,14 @@ class ShrinkReport:
             ]
         )
 
+    def __repr__(self) -> str:
+        return f"<ShrinkReport: {' '.join(self.summary().splitlines()[:2])}>"
+
     def __str__(self) -> str:
+        return self.table()
+
+    def table(self) -> str:
+        """A row for each block, and the totals."""
         rows = [
             (
                 name,
@@ -120,11 +128,7 @@ def shrink(model: PreTrainedModel) -> ShrinkReport:
         ValueError: there is nothing to remove, the family is not known, or weights are sharded,
             offloaded, quantized, not finite, or belong to adapters. Nothing has changed then.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"shrink takes a transformers model, not a {type(model).__name__}. Of a wrapped model, "
-            "shrink the model inside."
-        )
+    check_model(model, "shrink", PreTrainedModel)
     blocks = find_units(model)
     _check_own(blocks)
     for units in blocks:

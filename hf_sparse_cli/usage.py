@@ -6,6 +6,7 @@ What needs the model's config or its tokenizer is checked by the package, before
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from hf_sparse_cli.choices import ALLOCATIONS, COMPOSITION, METHODS, PATTERNS, SCOPES
 
-_SIZED = (r"(\d{1,4}):(\d{1,4})", r"block:\d{1,6}x\d{1,6}", r"head(?:_in)?:\d{1,6}")
+_SIZED = (r"\d{1,4}:\d{1,4}", r"block:\d{1,6}x\d{1,6}", r"head(?:_in)?:\d{1,6}")
 # Flags whose values are counts, and the least of them.
 _COUNTS = {
     **dict.fromkeys(("num_samples", "batch_size", "max_windows", "epochs", "accumulate", "r"), 1),
@@ -116,32 +117,37 @@ def implied_sparsity(pattern: str) -> float | None:
     Raises:
         ValueError: no notation of `hf_sparse.patterns`.
     """
-    if pattern in PATTERNS and pattern.isalpha():
+    if not _is_pattern(pattern):
+        meant = _suggestions().meant_pattern(pattern, lambda name: _is_pattern(name) or None)
+        raise ValueError(
+            f"unknown pattern '{pattern}'. Known patterns: {', '.join(PATTERNS)}.{meant}"
+        )
+    n, colon, m = pattern.partition(":")
+    if not colon or not n.isdigit():
         return None
-    for shape in _SIZED:
-        if match := re.fullmatch(shape, pattern, re.ASCII):
-            if not match.groups():
-                return None
-            n, m = map(int, match.groups())
-            if 1 <= n < m:
-                return 1 - n / m
-            raise ValueError(f"pattern '{pattern}': wanted N:M with 1 <= N < M, as in '2:4'.")
-    raise ValueError(
-        f"unknown pattern '{pattern}'. Known patterns: {', '.join(PATTERNS)}.{_meant(pattern)}"
-    )
+    if not 1 <= int(n) < int(m):
+        raise ValueError(f"pattern '{pattern}': wanted N:M with 1 <= N < M, as in '2:4'.")
+    return 1 - int(n) / int(m)
 
 
-def _meant(pattern: str) -> str:
-    """A question after an error: the pattern that was probably meant, if one is like it."""
-    from difflib import get_close_matches
+def _is_pattern(notation: str) -> bool:
+    """Whether a text has the form of a pattern."""
+    plain = notation in PATTERNS and notation.isalpha()
+    return plain or any(re.fullmatch(shape, notation, re.ASCII) for shape in _SIZED)
 
-    numbers = re.fullmatch(r"\D*(\d+)\s*([x*:/-]|of)\s*(\d+)\D*", pattern)
-    if numbers is not None:
-        first, sign, second = numbers.groups()
-        meant = [f"block:{first}x{second}" if sign in "x*" else f"{first}:{second}"]
-    else:
-        meant = get_close_matches(pattern.lower(), [name for name in PATTERNS if name.isalpha()])
-    return f" Did you mean --pattern {meant[0]}?" if meant else ""
+
+def _suggestions() -> Any:
+    """The module `hf_sparse.suggestions`: it imports nothing, but its package imports torch."""
+    package = importlib.util.find_spec("hf_sparse")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    file = Path(package.submodule_search_locations[0]) / "suggestions.py"
+    spec = importlib.util.spec_from_file_location("suggestions", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _check_sparsity(pattern: str, sparsity: float | None, implied: float | None) -> None:

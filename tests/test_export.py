@@ -346,7 +346,7 @@ def test_models_that_cannot_be_exported_are_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "graph").exists()
 
     config = CONFIGS["bert"]
-    refused(nn.Linear(2, 2), "wanted a PreTrainedModel")
+    refused(nn.Linear(2, 2), "takes a transformers model, not a Linear")
     refused(transformers.BertForPreTraining(config), "ForSequenceClassification, ForToken")
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     refused(tiny_model("llama", rope_parameters=rope), "has rope_type 'dynamic'")

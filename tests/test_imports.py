@@ -15,6 +15,8 @@ import hf_sparse
 PACKAGE = Path(hf_sparse.__file__).parent
 # A module imports only from layers above its own, and from its own package.
 LAYERS = [
+    ["suggestions"],
+    ["arguments"],
     ["patterns", "models.families"],
     ["models.parts"],
     ["selection", "history"],

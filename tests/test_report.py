@@ -222,7 +222,7 @@ def test_to_json_holds_counts_and_totals():
 
 
 def test_the_table():
-    assert str(report_of_two()).splitlines() == [
+    assert report_of_two().table().splitlines() == [
         "tensor   out x in  zeros  sparsity  violations",
         "------  ---------  -----  --------  ----------",
         "first       4 x 8     16    0.5000           3",
@@ -249,7 +249,7 @@ def test_without_a_config_the_blocks_are_counted_and_the_promise_is_checked():
 
 def test_the_table_of_a_model_has_a_row_for_each_tensor():
     report = measure_sparsity(model := sparse(bert))
-    lines = str(report).splitlines()
+    lines = report.table().splitlines()
     assert len(lines) == 2 + len(report.tensors) + 2
     for line, tensor in zip(lines[2:], report.tensors, strict=False):
         assert line.split()[0] == tensor.name

@@ -73,7 +73,7 @@ def test_without_strength_it_is_adamw_bit_for_bit(setting: dict, dtype: torch.dt
 @pytest.mark.parametrize("setting", [{"foreach": True}, {"momentum": 0.9, "nesterov": True}])
 def test_without_strength_it_is_sgd_bit_for_bit(setting: dict) -> None:
     ours, theirs = parameters(), parameters()
-    steps(SparseSGD(ours, lr=1e-2, **setting), ours, 0, 50)
+    steps(SparseSGD(ours, lr=1e-2, lam=0.0, **setting), ours, 0, 50)
     steps(torch.optim.SGD(theirs, lr=1e-2, **setting), theirs, 0, 50)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -194,7 +194,7 @@ def test_frozen_zeros_never_grow_again(make: Any) -> None:
 
 def test_frozen_zeros_survive_old_momentum_and_a_closure() -> None:
     weights = parameters()
-    optimizer = SparseAdamW(weights, lr=1e-2)
+    optimizer = SparseAdamW(weights, lr=1e-2, lam=0.0)
     steps(optimizer, weights, 0, 5)
     with torch.no_grad():
         weights[0][0] = 0

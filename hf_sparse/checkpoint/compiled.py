@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 import hf_sparse
+from hf_sparse.arguments import check_model
 from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.checkpoint.can_save import check_can_write
 from hf_sparse.checkpoint.writing import COMPILED_DESCRIPTION, COMPILED_WEIGHTS
@@ -52,6 +53,7 @@ def save_compiled(model: PreTrainedModel, folder: Path | str) -> Path:
         ValueError: the model's blocks are not compiled, or its config was changed since.
         OSError: the folder cannot be written; what was in it stays.
     """
+    check_model(model, "save_compiled", PreTrainedModel)
     if any(isinstance(module, CompiledLinear) for module in model.modules()):
         raise ValueError(
             f"the blocks of this {type(model).__name__} are compiled layer by layer, which is not "

@@ -44,6 +44,12 @@ class CheckpointSparsity:
     stored_bytes: dict[str, int]
     file_bytes: int
 
+    def __repr__(self) -> str:
+        return (
+            f"<CheckpointSparsity: {self.config!r}, sparsity {self.report.sparsity:.4f} found, "
+            f"{self.file_bytes:,} bytes>"
+        )
+
     def __str__(self) -> str:
         formats = Counter(self.formats.values())
         stored = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(formats.items()))

@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from hf_sparse.arguments import check_model, check_path
 from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.checkpoint.can_save import check_not_quantized
 from hf_sparse.checkpoint.card import CARD_NAME, Card, Metric
@@ -28,7 +29,7 @@ from hf_sparse.checkpoint.writing import (
     compiled_files,
     is_weight_file,
 )
-from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.formats import can_compress, compress, format_of, num_nonzeros
 from hf_sparse.patterns import NM, Pattern, Unstructured
 from hf_sparse.recovery.adapter_checks import is_peft_model
@@ -104,11 +105,15 @@ def save_pretrained(
             `unstructured`: a Trainer must be able to write its checkpoints.)
         OSError: the folder cannot be written or the disk is full. Nothing has changed then.
     """
-    folder = Path(folder)
+    check_path(folder, "save_pretrained")
+    if config is not None:
+        check_config(config)
     if is_peft_model(model):
         model = merged_copy(model)
+    check_model(model, "save_pretrained", PreTrainedModel)
     if getattr(model, "_hf_peft_config_loaded", False) or has_adapters(model):
         raise ValueError(_ADAPTERS)
+    folder = Path(folder)
     save_model(
         model,
         folder,
@@ -144,11 +149,7 @@ def save_model(
     Returns:
         The exact counts of what was saved; None where an adapter was, or another process saves.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"a {type(model).__name__} cannot be saved; wanted a transformers PreTrainedModel. Of a "
-            "wrapped model, save the model inside (accelerator.unwrap_model, model.module)."
-        )
+    check_model(model, "save_pretrained", PreTrainedModel)
     if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is saved then
         PreTrainedModel.save_pretrained(
             model,

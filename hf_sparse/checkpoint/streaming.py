@@ -13,6 +13,7 @@ block's result follows from its inputs alone, it is the same bit for bit.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 import hf_sparse
+from hf_sparse.arguments import check_path
 from hf_sparse.checkpoint.atomic import sync_file
 from hf_sparse.checkpoint.can_save import check_can_save
 from hf_sparse.checkpoint.loading import dense_model_class
@@ -48,7 +50,7 @@ from hf_sparse.checkpoint.work_folder import (
     sampled_hash,
     work_folder,
 )
-from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.formats import FormatError, compress, decompress, join, locate
 from hf_sparse.pruning.activations import on_disk
 from hf_sparse.pruning.allocation import allocate
@@ -71,6 +73,21 @@ from hf_sparse.structure import (
 )
 
 _SHARD_SIZE = "250MB"
+
+
+@contextmanager
+def _expected_on_disk() -> Iterator[None]:
+    """Keep back accelerate's warning that weights stay on the disk: that is what is wanted here."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "offloaded to the disk" not in record.getMessage()
+
+    logger = logging.getLogger("accelerate.big_modeling")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 @torch.no_grad()
@@ -116,12 +133,16 @@ def prune_checkpoint(
             or one that is there without `resume`.
         OSError: the disk is full. Finished blocks stay in the work folder: free space and resume.
     """
+    check_path(source, "prune_checkpoint", "folder of the dense model")
+    check_path(folder, "prune_checkpoint")
+    check_config(config)
     folder, source = Path(os.path.abspath(folder)), str(source)
     recipe, asked = check_run(source, folder, config, method, options, resume)
     described = AutoConfig.from_pretrained(source)
     check_can_save(described, folder, config)
     model_class = dense_model_class(source, described)
-    model = model_class.from_pretrained(source, device_map={"": "disk"}, dtype=dtype)
+    with _expected_on_disk():
+        model = model_class.from_pretrained(source, device_map={"": "disk"}, dtype=dtype)
     check_can_save(model, folder, config)
     config = with_head_size(config, model)
     layers = target_layers(model, config)

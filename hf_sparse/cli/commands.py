@@ -125,7 +125,7 @@ def _print_saved(report: Any, options: argparse.Namespace, source: str) -> int:
     if options.json:
         _print_json(report, options, file_bytes={"before": before, "after": after})
     else:
-        print(report if options.tensors else report.summary())
+        print(report.table() if options.tensors else report.summary())
         ratio = after / max(before, 1)
         print(
             f"weight files: {before / 1e6:.2f} MB before, {after / 1e6:.2f} MB after ({ratio:.2f}x)"
@@ -216,7 +216,7 @@ def inspect(options: argparse.Namespace) -> int:
         print(json.dumps(described, indent=2))
     else:
         if options.tensors:
-            print(report)
+            print(report.table())
         print(found)
     if found.config is not None and found.config.pattern.implied_sparsity and report.violations:
         print(

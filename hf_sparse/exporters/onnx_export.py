@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_sparse.arguments import check_model, check_path
 from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.checkpoint.can_save import check_can_write
 from hf_sparse.checkpoint.card import CARD_NAME, Card, Metric
@@ -133,6 +134,7 @@ def export_onnx(
             that differs from the model. The folder is untouched then.
         OSError: the disk is full, or the folder cannot be written; likewise.
     """
+    check_path(folder, "export_onnx")
     folder = Path(folder)
     head = check_can_export(model, folder)
     _check_weights(model)
@@ -191,26 +193,26 @@ def check_can_export(model: PreTrainedModel, folder: str | os.PathLike[str]) -> 
     Raises:
         ImportError, ValueError, OSError: as `export_onnx`.
     """
-    _check_packages()
+    check_packages()
     head = _check_kind(model)
     _check_folder(Path(folder))
     check_can_write(folder)
     return head
 
 
-def _check_packages() -> None:
+def check_packages() -> None:
+    """Refuse to begin without the packages that an export needs.
+
+    Raises:
+        ImportError: which are missing, and how to install them.
+    """
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"export_onnx needs {', '.join(missing)}: pip install 'hf_sparse[onnx]'")
 
 
 def _check_kind(model: Any) -> Head:
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"a {type(model).__name__} cannot be exported; wanted a PreTrainedModel of transformers. "
-            "Merge the adapters of a PEFT model first: hf_sparse.merge_adapters(model). Of another "
-            "wrapper, export the model inside."
-        )
+    check_model(model, "export_onnx", PreTrainedModel)
     if getattr(model, "_hf_peft_config_loaded", False) or has_adapters(model):
         raise ValueError(
             "the model has adapters, which are for training. Merge them first: "

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_sparse.arguments import check_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Unstructured
 from hf_sparse.structure import TargetLayer, check_divides, target_layers, with_head_size
@@ -29,6 +30,7 @@ def sparse_param_groups(
     Raises:
         ValueError: targets that match nothing, that are frozen, or that the pattern cannot divide.
     """
+    check_model(model, "sparse_param_groups")
     config = with_head_size(config, model)
     layers = target_layers(model, config)
     pattern = str(config.pattern)

@@ -93,6 +93,13 @@ def unit_strength(group: Group) -> float:
     return 1.0 if group["scale"] == "constant" else float(group["lr"])
 
 
+def take_over(optimizer: Optimizer) -> None:
+    """Begin at no strength where no `lam` was given: somebody steers it from now on."""
+    for group in sparse_groups(optimizer):
+        if group["lam"] is None:
+            group["lam"] = 0.0
+
+
 def set_strength(optimizer: Optimizer, lam: float) -> None:
     """Set `lam` of all sparse groups."""
     for group in sparse_groups(optimizer):

@@ -62,7 +62,7 @@ class Proximal:
                 "the weights in training are NaN or infinite: lower the learning rate."
             )
         groups[0]["sparsity_due"] = share
-        old = groups[0]["lam"]
+        old = groups[0]["lam"] or 0.0
         if not gradual:
             lam = lam or old  # as many zeros as are due: the threshold that holds them stays
         else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hf_sparse.suggestions import check_name
+
 # Progress in [0, 1] as a function of time in [0, 1] between the beginning and the end.
 SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda time: 1.0,
@@ -32,8 +34,7 @@ class Schedule:
     end: float = 0.6
 
     def __post_init__(self) -> None:
-        if self.shape not in SHAPES:
-            raise ValueError(f"unknown schedule {self.shape!r}; wanted one of {', '.join(SHAPES)}.")
+        check_name(self.shape, SHAPES, "schedule", "schedules")
         if any(isinstance(time, bool | str) for time in (self.begin, self.end)):
             raise ValueError(f"begin={self.begin!r}, end={self.end!r}; wanted numbers in [0, 1].")
         if not 0 <= self.begin <= self.end <= 1:

@@ -8,15 +8,16 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_sparse.optim.parameters import Group
+from hf_sparse.optim.parameters import Group, sparse_groups
 from hf_sparse.optim.penalties import PENALTIES, SCALES, default_penalty
 from hf_sparse.optim.sharding import check_shardable
 from hf_sparse.patterns import Pattern, Unstructured
 from hf_sparse.structure import check_divides
+from hf_sparse.suggestions import check_name
 
 # What a param group holds beside the optimizer's own settings.
 SETTINGS: dict[str, Any] = {
-    "lam": 0.0,
+    "lam": None,  # 0 until somebody sets it: see `is_unsteered`
     "penalty": None,  # by pattern: see default_penalty
     "scale": "lr",
     "pattern": "unstructured",
@@ -39,6 +40,15 @@ def check_settings(optimizer: Optimizer) -> None:
         )
 
 
+def is_unsteered(optimizer: Optimizer) -> bool:
+    """Whether there is something to shrink, and nobody has said how strongly.
+
+    Those who do: a `lam` that was given (0 is one), a `Sparsifier`, `freeze_zeros`.
+    """
+    groups = sparse_groups(optimizer)
+    return bool(groups) and all(group["lam"] is None and not group["frozen"] for group in groups)
+
+
 def check_group(group: Group) -> None:
     """Check the settings of a param group and that the pattern fits its parameters.
 
@@ -51,11 +61,11 @@ def check_group(group: Group) -> None:
     group["pattern"] = str(pattern)
     group["penalty"] = group["penalty"] or default_penalty(pattern)
     lam = group["lam"]
-    if isinstance(lam, bool) or not isinstance(lam, int | float) or not 0 <= lam < math.inf:
+    number = isinstance(lam, int | float) and not isinstance(lam, bool)
+    if lam is not None and not (number and 0 <= lam < math.inf):
         raise ValueError(f"lam is {lam!r}; wanted a finite number >= 0.")
-    for name, allowed in (("penalty", tuple(PENALTIES)), ("scale", SCALES)):
-        if group[name] not in allowed:
-            raise ValueError(f"unknown {name} {group[name]!r}; wanted one of {', '.join(allowed)}.")
+    for name, kinds, allowed in (("penalty", "penalties", PENALTIES), ("scale", "scales", SCALES)):
+        check_name(group[name], allowed, name, kinds)
     penalty = PENALTIES[group["penalty"]]
     penalty.check_pattern(group["penalty"], pattern)
     if group["scale"] == "adaptive" and not penalty.adaptive:

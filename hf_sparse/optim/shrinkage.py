@@ -27,6 +27,7 @@ fp16 GradScaler skips shrinks nothing. All settings live in the param groups, an
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,15 +39,28 @@ from hf_sparse.optim.parameters import (
     SparseParameter,
     sparse_groups,
     sparse_parameters,
+    take_over,
     unit_strength,
 )
 from hf_sparse.optim.penalties import PENALTIES
-from hf_sparse.optim.settings import SETTINGS, check_group, check_resumed, check_settings
+from hf_sparse.optim.settings import (
+    SETTINGS,
+    check_group,
+    check_resumed,
+    check_settings,
+    is_unsteered,
+)
 from hf_sparse.optim.sharding import local_part
 from hf_sparse.patterns import GroupPattern, Pattern
+from hf_sparse.suggestions import did_you_mean
 
 _ATTACHED = "_hf_sparse_attached"
 _KEPT = "_hf_sparse_kept"
+_UNSTEERED = (
+    "{} shrinks nothing: it was given no lam, and no Sparsifier steers it. Give it a strength "
+    "(lam=...), or let hf_sparse.Sparsifier(optimizer, config, total_steps) find the one for a "
+    "sparsity; lam=0 says that dense training is meant."
+)
 _ALL = slice(None)
 # Weights that are shrunk together: few enough for their temporaries to stay in the cache.
 _CHUNK = 1 << 17
@@ -70,6 +84,7 @@ def add_shrinkage(optimizer: Optimizer, **settings: Any) -> Optimizer:
     if unknown := sorted(set(settings) - set(SETTINGS)):
         raise ValueError(
             f"unknown shrinkage settings {', '.join(unknown)}. Known: {', '.join(SETTINGS)}."
+            f"{did_you_mean(unknown[0], SETTINGS)}"
         )
     optimizer.defaults.update({**SETTINGS, **settings})
     for group in optimizer.param_groups:
@@ -106,6 +121,9 @@ def _shrink(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     kept = iter(vars(optimizer).pop(_KEPT))
     if was_skipped(optimizer):
         return
+    if is_unsteered(optimizer):
+        warnings.warn(_UNSTEERED.format(type(optimizer).__name__), stacklevel=4)
+    take_over(optimizer)
     for group in sparse_groups(optimizer):
         members = list(sparse_parameters(optimizer, [group]))
         stepped = [sparse for sparse in members if sparse.parameter.grad is not None]

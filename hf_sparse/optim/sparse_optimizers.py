@@ -36,11 +36,12 @@ class SparseAdamW(SparseMixin, torch.optim.AdamW):
         params: as for any torch optimizer. A group shrinks all of its parameters, unless it has
             `pattern=None`; `hf_sparse.sparse_param_groups(model, config)` sorts a model.
         lr, betas, eps, weight_decay, **kwargs: of `torch.optim.AdamW` (`foreach`, `fused`, ...).
-        lam: strength of the penalty, `>= 0`. A `Sparsifier` or `SparsityCallback` sets it
-            to reach a wanted sparsity.
-        penalty: a key of `hf_sparse.optim.penalties.PENALTIES`. None takes the lasso of the pattern:
-            `"l1"`, `"group_l2"` (blocks, rows, columns, heads) or `"nm"` (N:M). The others are
-            `"reweighted_l1"` and `"l0"`.
+        lam: strength of the penalty, `>= 0`. None: a `Sparsifier` or `SparsityCallback` sets it to
+            reach a wanted sparsity; without one nothing is shrunk, and the first step warns.
+        penalty: a key of `hf_sparse.optim.penalties.PENALTIES`. None takes the lasso of the pattern,
+            for which a fixed `lam` has a meaning: `"l1"`, `"group_l2"` (blocks, rows, columns, heads)
+            or `"nm"` (N:M). The others are `"reweighted_l1"` and `"l0"`, which did best where `lam`
+            is steered: there `trainer_optimizer` takes it, with scale `"adaptive"`.
         scale: what the penalty's strength follows: `"lr"`, `"adaptive"` (Adam's metric; l1 and l0) or
             `"constant"`. See `hf_sparse.optim.shrinkage`.
         pattern: the pattern that the zeros form.
@@ -67,7 +68,7 @@ class SparseAdamW(SparseMixin, torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        lam: float = 0.0,
+        lam: float | None = None,
         penalty: str | None = None,
         scale: str = "lr",
         pattern: str = "unstructured",
@@ -108,7 +109,7 @@ class SparseSGD(SparseMixin, torch.optim.SGD):
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         *,
-        lam: float = 0.0,
+        lam: float | None = None,
         penalty: str | None = None,
         scale: str = "lr",
         pattern: str = "unstructured",

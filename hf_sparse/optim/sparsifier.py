@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.optim.methods import TRAINING_METHODS
-from hf_sparse.optim.parameters import sparse_groups, sparse_parameters
+from hf_sparse.optim.parameters import sparse_groups, sparse_parameters, take_over
 from hf_sparse.optim.projection import count_zero_units, measured_sparsity, pattern_of
 from hf_sparse.optim.schedules import Schedule
 from hf_sparse.optim.settings import check_settings
@@ -19,6 +19,7 @@ from hf_sparse.optim.shrinkage import attach, freeze_groups
 from hf_sparse.patterns import NM, Head
 from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure import check_finite
+from hf_sparse.suggestions import check_name
 
 # The least number of adjustments over a schedule.
 _ADJUSTMENTS = 10
@@ -26,10 +27,7 @@ _ADJUSTMENTS = 10
 
 def check_method(method: str) -> None:
     """Raise a ValueError if there is no such method."""
-    if method not in TRAINING_METHODS:
-        raise ValueError(
-            f"unknown method {method!r}. Known methods: {', '.join(TRAINING_METHODS)}."
-        )
+    check_name(method, TRAINING_METHODS, "method", "methods")
 
 
 class Sparsifier:
@@ -55,7 +53,7 @@ class Sparsifier:
             `"magnitude"` and `"movement"`, for which `lam` and `penalty` have no meaning.
         schedule: a `Schedule`, or its shape.
         interval: steps between two adjustments; fewer where the schedule has not ten of them.
-        **options: the method's own.
+        **options: the method's own: of `"movement"` `score_lr=0.01`, `threshold=0.1` and `gain=2.0`.
 
     What it has to remember is kept in the optimizer's param groups, and so in its `state_dict`. A loop
     that stops before `total_steps` calls `finish()`.
@@ -75,6 +73,7 @@ class Sparsifier:
         interval: int = 10,
         **options: Any,
     ) -> None:
+        check_config(config)
         check_method(method)
         for name, value in (("total_steps", total_steps), ("interval", interval)):
             if not isinstance(value, int) or value < 1:
@@ -101,10 +100,19 @@ class Sparsifier:
                 f"'{config.pattern}'. Make both from one SparsityConfig."
             )
         attach(self.optimizer)
+        take_over(self.optimizer)
         self._share = 1.0 if isinstance(config.pattern, NM) else config.sparsity
         self._method_name = method
         _ = self._state  # notes the zeros that are there, or that this optimizer is another's
         self._method = TRAINING_METHODS[method](self.optimizer, **options)
+
+    def __repr__(self) -> str:
+        [state, *_] = [group.get("sparsifier", {}) for group in sparse_groups(self.optimizer)]
+        return (
+            f"<Sparsifier of {type(self.optimizer).__name__}: {self.config!r}, {self._method_name}, "
+            f"{self.schedule!r}, step {state.get('steps', 0)} of {self.total_steps}"
+            f"{', finished' if state.get('finished') else ''}>"
+        )
 
     @property
     def _state(self) -> dict[str, Any]:
@@ -157,7 +165,7 @@ class Sparsifier:
     @property
     def lam(self) -> float:
         """The strength of the penalty now."""
-        return float(sparse_groups(self.optimizer)[0]["lam"])
+        return float(sparse_groups(self.optimizer)[0]["lam"] or 0.0)
 
     def step(self) -> None:
         """Follow one more step of the optimizer.

@@ -17,12 +17,13 @@ from hf_sparse.optim.groups import sparse_param_groups
 from hf_sparse.optim.parameters import sparse_parameters
 from hf_sparse.optim.penalties import PENALTIES
 from hf_sparse.optim.schedules import Schedule
-from hf_sparse.optim.settings import SETTINGS
+from hf_sparse.optim.settings import SETTINGS, is_unsteered
 from hf_sparse.optim.shrinkage import add_shrinkage, freeze_zeros
 from hf_sparse.optim.sparse_optimizers import SparseAdamW, SparseMixin
 from hf_sparse.optim.sparsifier import Sparsifier, check_method
 from hf_sparse.report import SparsityReport
 from hf_sparse.structure import PRUNED_WITH, target_layers, with_head_size
+from hf_sparse.suggestions import check_name
 
 # Settings of shrinkage that are not for trainer_optimizer to give.
 _OWNED = {"pattern", "transposed", "frozen", "shrink_steps"}
@@ -66,7 +67,8 @@ def trainer_optimizer(
 
     Raises:
         ValueError: when Trainer makes the optimizer: a setting outside what is allowed, targets that
-            match nothing, DeepSpeed ZeRO.
+            match nothing, DeepSpeed ZeRO. At the first step: neither a `SparsityCallback` nor `lam`
+            nor `keep_zeros` was given, so that nothing would become zero.
     """
     check_config(config)
     if owned := sorted(_OWNED & set(kwargs)):
@@ -74,8 +76,7 @@ def trainer_optimizer(
             f"{', '.join(owned)} cannot be given to trainer_optimizer: the config tells the pattern, "
             "and keep_zeros freezes."
         )
-    if penalty not in PENALTIES:
-        raise ValueError(f"unknown penalty {penalty!r}; wanted one of {', '.join(PENALTIES)}.")
+    check_name(penalty, PENALTIES, "penalty", "penalties")
     if scale is None:
         maker = getattr(optimizer_cls, "func", optimizer_cls)  # of a functools.partial
         adam = isinstance(maker, type) and issubclass(maker, SparseAdamW)
@@ -95,11 +96,22 @@ def trainer_optimizer(
                 add_shrinkage(optimizer)
             if keep_zeros:
                 freeze_zeros(optimizer)
+            optimizer.register_step_pre_hook(_refuse_unsteered)
             return optimizer
 
         return make
 
     return factory, {"lr": lr, **kwargs}
+
+
+def _refuse_unsteered(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Before a step: refuse to train on where nothing will become sparse."""
+    if is_unsteered(optimizer):
+        raise ValueError(
+            "the Trainer has an optimizer of trainer_optimizer, and nothing that steers it: no weight "
+            "would become zero. Give it callbacks=[SparsityCallback(config)] too; or a fixed strength, "
+            "trainer_optimizer(config, lam=...); or keep_zeros=True for a model that is sparse already."
+        )
 
 
 class SparsityCallback(TrainerCallback):
@@ -118,7 +130,7 @@ class SparsityCallback(TrainerCallback):
         method: `"proximal"`, `"magnitude"` (gradual magnitude pruning) or `"movement"` (soft).
         schedule: a `Schedule`, or its shape: `"cubic"`, `"linear"`, `"constant"`.
         interval: steps between two adjustments.
-        **options: the method's own.
+        **options: the method's own: of `"movement"` `score_lr=0.01`, `threshold=0.1` and `gain=2.0`.
 
     Attributes:
         report: after training, exact counts with method, options and time, for
@@ -146,6 +158,10 @@ class SparsityCallback(TrainerCallback):
         self.sparsifier: Sparsifier | None = None
         self.report: SparsityReport | None = None
         self._start = 0.0
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self._arguments.items())
+        return f"SparsityCallback({self.config!r}, schedule={self.schedule!r}{options})"
 
     def log_through(self, trainer: Any) -> None:
         """Let all of a Trainer's loggers see sparsity and lam.

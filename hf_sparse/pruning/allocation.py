@@ -26,6 +26,7 @@ from hf_sparse.pruning.task import Task
 from hf_sparse.pruning.walk import BlockStep, walk
 from hf_sparse.pruning.wanda import wanda_scores
 from hf_sparse.structure import TargetLayer, layers_in
+from hf_sparse.suggestions import did_you_mean
 
 ALLOCATIONS = ("uniform", "owl", "alpha")
 
@@ -41,7 +42,10 @@ def check_allocation(allocation: str, pattern: Pattern) -> None:
         ValueError: unknown, or anything but `uniform` with N:M.
     """
     if allocation not in ALLOCATIONS:
-        raise ValueError(f"allocation is {allocation!r}; wanted one of {', '.join(ALLOCATIONS)}.")
+        raise ValueError(
+            f"allocation is {allocation!r}; wanted one of {', '.join(ALLOCATIONS)}."
+            f"{did_you_mean(allocation, ALLOCATIONS)}"
+        )
     if allocation != "uniform" and isinstance(pattern, NM):
         raise ValueError(
             f"pattern '{pattern}' fixes the sparsity of every block, allocation={allocation!r} has "

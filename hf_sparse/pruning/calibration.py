@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.pruning.texts import check_tokenizer, documents_of
+from hf_sparse.suggestions import shortened
+
 
 def token_windows(
-    tokenizer: Any, documents: Iterable[str], window: int, limit: int | None = None
+    tokenizer: Any, documents: str | Iterable[str], window: int, limit: int | None = None
 ) -> Tensor:
     """Tokenise documents in order and cut them into windows of equal length.
 
@@ -20,7 +23,8 @@ def token_windows(
 
     Args:
         tokenizer: of the model.
-        documents: texts; read only as far as they are needed.
+        documents: one text, or texts, read only as far as they are needed. Blank ones are left
+            out. (The lines of a file are no documents: give its text.)
         window: tokens in a window.
         limit: windows to cut at most; None: as many as there are.
 
@@ -28,16 +32,17 @@ def token_windows(
         Token ids `(windows, window)`.
 
     Raises:
-        ValueError: the text is shorter than one window.
+        ValueError: the text is shorter than one window, or something else was given as texts.
     """
-    if window < 2:
-        raise ValueError(f"window is {window}; wanted at least 2 tokens.")
-    if limit is not None and limit < 1:
-        raise ValueError(f"{limit} windows were asked for; wanted 1 or more.")
+    check_tokenizer(tokenizer)
+    if type(window) is not int or window < 2:
+        raise ValueError(f"window is {window!r}; wanted a whole number, at least 2 tokens.")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise ValueError(f"{limit!r} windows were asked for; wanted 1 or more.")
     joint = tokenizer.eos_token_id
     joint = tokenizer.sep_token_id if joint is None else joint
     ids: list[int] = []
-    for number, document in enumerate(documents):
+    for number, document in enumerate(documents_of(documents)):
         if number and joint is not None:
             ids.append(joint)
         ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
@@ -54,7 +59,7 @@ def token_windows(
 
 def calibration_batches(
     tokenizer: Any,
-    documents: Iterable[str],
+    documents: str | Iterable[str],
     *,
     num_samples: int = 128,
     window: int = 512,
@@ -64,7 +69,7 @@ def calibration_batches(
 
     Args:
         tokenizer: of the model.
-        documents: texts, in the order in which they are used.
+        documents: one text, or texts in the order in which they are used.
         num_samples: number of windows.
         window: tokens in a window; memory grows with it, so take the length that is used.
         batch_size: windows that go through a block together.
@@ -73,10 +78,11 @@ def calibration_batches(
         Batches with `input_ids` `(batch_size, window)`; the last one may be smaller.
 
     Raises:
-        ValueError: there is less text than `num_samples` windows.
+        ValueError: there is less text than `num_samples` windows, or something else was given as
+            texts.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; wanted 1 or more.")
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; wanted 1 or more.")
     windows = token_windows(tokenizer, documents, window, num_samples)
     if len(windows) < num_samples:
         raise ValueError(
@@ -97,6 +103,11 @@ def checked_batches(
     if isinstance(batches, Tensor | Mapping):
         raise ValueError(
             f"batches is one {type(batches).__name__}; wanted a list of them: batches=[batch]."
+        )
+    if isinstance(batches, str | bytes) or not isinstance(batches, Iterable | None):
+        raise ValueError(
+            f"batches is {shortened(batches)}; wanted batches of token ids, as "
+            "hf_sparse.calibration_batches(tokenizer, texts) gives them."
         )
     checked = [_check_batch(batch) for batch in batches or ()]
     if not checked:
@@ -167,7 +178,8 @@ def _check_batch(batch: Any) -> dict[str, Any]:
     if max(dimensions, default=0) < 2 or getattr(inputs.get("input_ids"), "ndim", 2) < 2:
         raise ValueError(
             f"a batch is {type(batch).__name__} {str(batch)[:60]!r}; wanted a dict of tensors, or "
-            "input_ids of shape (batch, tokens)."
+            "input_ids of shape (batch, tokens), as hf_sparse.calibration_batches(tokenizer, texts) "
+            "gives them."
         )
     if inputs.get("past_key_values") is not None:
         raise ValueError("a batch has past_key_values; wanted whole sequences without a cache.")

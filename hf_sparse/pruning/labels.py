@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.arguments import check_model
+from hf_sparse.pruning.texts import check_tokenizer, check_unicode
+
 
 def labelled_batches(
     model: nn.Module,
@@ -37,6 +40,7 @@ def labelled_batches(
         ValueError: texts and labels differ in number, there are none, one is no text, a label is no
             class of the model, or the model is no such classifier.
     """
+    check_model(model, "labelled_batches")
     if not type(model).__name__.endswith("ForSequenceClassification"):
         raise ValueError(
             f"{type(model).__name__} does not classify texts; wanted ...ForSequenceClassification. "
@@ -45,6 +49,7 @@ def labelled_batches(
     for name, value, least in (("batch_size", batch_size, 1), ("window", window, 2)):
         if type(value) is not int or value < least:
             raise ValueError(f"{name} is {value!r}; wanted a whole number >= {least}.")
+    check_tokenizer(tokenizer)
     indices = class_indices(model, texts, labels)
     return [
         {
@@ -73,6 +78,12 @@ def class_indices(
     """
     if isinstance(texts, str) or isinstance(labels, str):
         raise ValueError("found one text or label; wanted a list of texts and one of labels.")
+    for name, given in (("texts", texts), ("labels", labels)):
+        if isinstance(given, bytes | Mapping) or not hasattr(given, "__getitem__"):
+            raise ValueError(
+                f"{name} is a {type(given).__name__}; wanted a list. Of rows of a data set: "
+                f"[row[{name[:-1]!r}] for row in rows]."
+            )
     if len(texts) != len(labels) or not len(texts):
         raise ValueError(
             f"found {len(texts)} texts and {len(labels)} labels; wanted as many of each, at least one."
@@ -108,8 +119,14 @@ def _class_index(label: Any, names: Mapping[str, int], classes: int) -> int:
 def _check_text(text: Any) -> None:
     """Refuse what a tokenizer does not take as a text or a pair of texts."""
     parts = (text,) if isinstance(text, str) else text
+    if isinstance(text, Mapping):
+        raise ValueError(
+            f"found a {type(text).__name__} with the fields {', '.join(map(str, text))}; wanted a "
+            'text, or a pair of texts: [row["text"] for row in rows].'
+        )
     if not isinstance(parts, tuple | list) or len(parts) > 2 or not len(parts):
         raise ValueError(f"found {text!r}; wanted a text, or a pair of texts.")
     for part in parts:
-        if not isinstance(part, str) or any("\ud800" <= letter <= "\udfff" for letter in part):
+        if not isinstance(part, str):
             raise ValueError(f"found {part!r}; wanted a text of whole Unicode characters.")
+        check_unicode(part)

@@ -14,8 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# oneDNN's linear without the reordering of weights; not on every build of torch.
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch._C._has_mkldnn else None
+
+def onednn(operation: str) -> Callable[..., Any] | None:
+    """An operation of oneDNN; None where torch was built without it."""
+    return getattr(torch.ops.mkldnn, operation, None) if torch._C._has_mkldnn else None
+
+
+_ONEDNN = onednn("_linear_pointwise")  # a linear layer that does not reorder its weight
 _PANEL = 256  # rows of a Gram matrix that are computed together
 _RETRIES = 6
 

@@ -36,6 +36,7 @@ from hf_sparse.pruning.prox_local import check_learnable
 from hf_sparse.pruning.statistics import Grams, Norms
 from hf_sparse.pruning.task import Task
 from hf_sparse.structure import TargetLayer
+from hf_sparse.suggestions import check_name, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ class Composition:
         if self.refine not in (None, *REFINEMENTS):
             raise ValueError(
                 f"refine is {self.refine!r}; wanted None or one of {', '.join(REFINEMENTS)}."
+                f"{did_you_mean(self.refine, REFINEMENTS)}"
             )
         if self.refine:
             {"swaps": swaps, "refit": refit}[self.refine].check_pattern(pattern)
@@ -177,13 +179,13 @@ class Recipe:
         Raises:
             ValueError: unknown method or option, or a composition that the pattern does not allow.
         """
-        if name not in METHODS:
-            raise ValueError(f"unknown method {name!r}. Known methods: {', '.join(METHODS)}.")
+        check_name(name, METHODS, "method", "methods")
         own, composed = METHODS[name].options(), asdict(Composition())
         if unknown := sorted(set(options) - set(own) - set(composed)):
             raise ValueError(
                 f"method '{name}' has no option {', '.join(unknown)}. "
                 f"Its options: {', '.join([*own, *composed])}."
+                f"{did_you_mean(unknown[0], [*own, *composed])}"
             )
         for key, value in options.items():
             _check_type(key, value, {**own, **composed}[key])

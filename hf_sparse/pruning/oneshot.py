@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.arguments import check_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.history import Step, remember_
 from hf_sparse.patterns import GroupPattern
@@ -49,14 +50,31 @@ def prune_(
             weights stay tied.
         config: pattern, sparsity and targets. With `head` or `column` and no targets whole heads or
             neurons go: the columns that they enter, and also the rows and biases that feed those.
-        method: a key of `hf_sparse.pruning.methods.METHODS`.
+        method: one of the table below.
         batches: calibration inputs of the model, dicts or `input_ids` `(batch, tokens)`: see
             `hf_sparse.calibration_batches`. Needed by every method but magnitude.
         accelerator: an `accelerate.Accelerator`: blocks run on its device. Its processes must be
             given the same batches, and share them.
-        **options: the method's own, such as `scope="global"` for magnitude, and those of
-            `hf_sparse.pruning.methods.Composition` for every method: `allocation`, `refine`,
-            `reconstruct`.
+        **options: the method's own, and for every method how the sparsity is shared by the blocks,
+            `allocation="uniform"` (or `"owl"`, `"alpha"`); what follows the choice of zeros,
+            `refine=None` (or `"swaps"`, `"refit"`); and passes over the data in which each block is
+            trained with its zeros fixed, `reconstruct=0`.
+
+    | method | what goes, or what is done | its options and their defaults |
+    |---|---|---|
+    | `magnitude` | smallest weights | `scope="layer"` (or `"global"`) |
+    | `wanda` | smallest weight x input norm | |
+    | `taylor` | smallest effect on the loss; needs labels | `scope="layer"` (or `"global"`) |
+    | `sparsegpt` | column by column, the others make up | `damping=0.01`, `block_size=128` |
+    | `sparsellm` | that, feed-forward networks as a whole | those, `rounds=2`, `penalty=1.0`, \
+`solver="sparsegpt"` (or `"alps"`) |
+    | `alps` | ADMM on the layer's error | `damping=0.01`, `iterations=300`, `refit_steps=10` |
+    | `prox_local` | N:M masks from each layer's error | `lam=0.0001`, `growth=1.15`, \
+`iterations=60`, `damping=0.01` |
+    | `proxsparse` | N:M masks learned from the loss | `lam=0.01`, `relative_lr=0.01`, \
+`preserve=0.0`, `epochs=1`, `accumulate=2`, `gradient_checkpointing=False`, `state=None` |
+
+    docs/pruning.md tells which to take when.
 
     Returns:
         Exact counts per tensor, with the method, its options and the time.
@@ -71,6 +89,7 @@ def prune_(
             pattern cannot divide, no calibration where it is needed, weights or activations that
             are not finite. All but the last are found before the model is changed.
     """
+    check_model(model, "prune_")
     given, config = config, with_head_size(config, model)
     recipe = Recipe.of(method, config.pattern, options)
     check_not_compiled(model)

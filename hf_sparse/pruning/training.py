@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.pruning.linalg import onednn
 from hf_sparse.pruning.recording import Batch
 
 
@@ -26,13 +27,15 @@ def trainable(module: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator
             parameter.requires_grad_(flag)
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16, and torch uses them."""
+    supported = onednn("_is_mkldnn_bf16_supported")
+    return supported is not None and bool(supported())
+
+
 def is_bfloat16_faster(tensor: Tensor) -> bool:
     """Whether this is an fp32 tensor on a CPU that multiplies faster in bfloat16."""
-    return (
-        tensor.device.type == "cpu"
-        and tensor.dtype == torch.float32
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and multiplies_bfloat16()
 
 
 def fast_autocast(tensor: Tensor) -> torch.autocast:

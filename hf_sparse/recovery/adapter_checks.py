@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_sparse.recovery.stored import check_settings
 from hf_sparse.recovery.zeros import (
     check_floats,
     fingerprint,
@@ -104,6 +105,39 @@ def check_adapted(model: nn.Module, adapter_name: str) -> None:
         )
 
 
+def check_trainable(config: Any) -> None:
+    """Refuse settings with which an adapter could not be trained, or not be loaded again."""
+    way_out = "Correct it: every setting is as in PEFT."
+    values = {
+        name: value
+        for name, value in vars(config).items()
+        if not isinstance(value, float) or math.isfinite(value)  # else check_finite names the layer
+    }
+    check_settings(values, f"the {type(config).__name__}", way_out)
+    if getattr(config, "inference_mode", False):
+        raise ValueError(
+            "inference_mode=True makes an adapter that is not trained. Leave it out; a trained adapter "
+            "is loaded by hf_sparse.load_adapter(model, folder)."
+        )
+
+
+def check_mergeable(model: Any, adapter_name: str) -> None:
+    """Refuse an adapter that can be trained and never merged, or whose update is always zero."""
+    for name, layer in adapted_layers(model, adapter_name):
+        if getattr(layer, "scaling", {}).get(adapter_name, 1.0) == 0:
+            raise ValueError(
+                f"the adapter changes nothing in {name}: lora_alpha (or alpha_pattern) is 0; wanted a "
+                "number that is not 0, such as lora_alpha=16."
+            )
+        biased = getattr(layer, "lora_bias", {}).get(adapter_name, False)
+        if biased and getattr(layer.get_base_layer(), "bias", None) is None:
+            raise ValueError(
+                f"{name} has no bias that lora_bias=True could be merged into: the adapter could be "
+                "trained, and neither merged nor saved as a model. Leave lora_bias out, or leave the "
+                "layers without bias out of target_modules."
+            )
+
+
 def check_targets(model: Any, config: Any) -> None:
     """Refuse targets that no adapter which keeps zeros is for, before PEFT changes any layer."""
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -185,7 +219,11 @@ def check_finite(model: Any, adapter: str, where: str = "") -> None:
     """Refuse an adapter with NaN or infinity in what is trained, or in its scale."""
     from peft import get_peft_model_state_dict
 
-    tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    with warnings.catch_warnings():  # PEFT takes the vectors of lora_bias for shards of matrices
+        warnings.filterwarnings("ignore", ".*LoRA tensor.*have invalid shape")
+        tensors = get_peft_model_state_dict(
+            model, adapter_name=adapter, save_embedding_layers=False
+        )
     found = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     for name, layer in adapted_layers(model, adapter):
         if not math.isfinite(getattr(layer, "scaling", {}).get(adapter, 1.0)):

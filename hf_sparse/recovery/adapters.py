@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_sparse.arguments import check_model, check_path
 from hf_sparse.recovery.adapter_checks import (
     adapted_layers,
     check_adapted,
@@ -27,9 +28,11 @@ from hf_sparse.recovery.adapter_checks import (
     check_gathered,
     check_keeps_zeros,
     check_kept_apart,
+    check_mergeable,
     check_not_quantized,
     check_plain,
     check_targets,
+    check_trainable,
     is_peft_model,
     kept_weights,
     zeros_of,
@@ -62,11 +65,14 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
 
     Raises:
         ImportError: PEFT is not installed.
-        ValueError: another kind of adapter, layers that are no Linear or Conv1D, quantized or
-            sharded ones, no sparse layer among the targets, or
-            ShiRA with an `r` that asks for more weights than a layer keeps.
+        ValueError: another kind of adapter, settings that cannot be trained, saved or merged (see
+            docs/recovery.md), layers that are no Linear or Conv1D, quantized or sharded ones, no
+            sparse layer among the targets, or ShiRA with an `r` that asks for more weights than a
+            layer keeps.
     """
-    peft = _import_peft()
+    peft = import_peft()
+    check_model(model, "get_peft_model")
+    check_trainable(config)
     if isinstance(config, peft.LoraConfig):
         config = _masked(config)
     elif isinstance(config, peft.ShiraConfig):
@@ -81,12 +87,13 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
     check_alone(model)
     check_not_quantized(model)
     check_targets(model, config)
-    with _undone_on_error(model, adapter_name):
+    with _undone_on_error(model, adapter_name), _without_deprecations():
         if isinstance(model, peft.PeftModel):
             model.add_adapter(adapter_name, config)
         else:
             model = peft.get_peft_model(model, config, adapter_name)
         check_adapted(model, adapter_name)
+        check_mergeable(model, adapter_name)
         check_finite(model, adapter_name)
     model.peft_config[adapter_name].base_zeros = zeros_of(model, adapter_name)
     return model
@@ -120,12 +127,15 @@ def load_adapter(
             values that are not finite.
         OSError: there is no such adapter.
     """
-    peft = _import_peft()
+    peft = import_peft()
     from hf_sparse.recovery.masked_lora import MASKED_LORA, MaskedLoraConfig
     from hf_sparse.recovery.shira import KeptShiraConfig, check_places
 
+    check_model(model, "load_adapter")
+    check_path(folder, "load_adapter")
     values = stored_config(folder, **kwargs)
     kind = values.pop("peft_type", None)
+    kind = kind.partition(":")[0] if isinstance(kind, str) else kind
     kinds: dict[str, Any] = {MASKED_LORA: MaskedLoraConfig, "SHIRA": KeptShiraConfig}
     if kind not in kinds:
         raise ValueError(
@@ -144,7 +154,11 @@ def load_adapter(
     check_targets(model, config)
     config.inference_mode = not is_trainable
     weights = stored_weights(folder, **kwargs)
-    with _undone_on_error(model, adapter_name), _told_of_misfits(folder):
+    with (
+        _undone_on_error(model, adapter_name),
+        _told_of_misfits(folder),
+        _without_deprecations(),
+    ):
         if isinstance(model, peft.PeftModel):
             model.add_adapter(adapter_name, config)
             model.load_adapter(folder, adapter_name, is_trainable=is_trainable, **kwargs)
@@ -188,6 +202,7 @@ def merge_adapters(model: Any, adapter_names: Sequence[str] | None = None) -> An
             base model's zeros were changed since the adapter was made, or its weights are cut into
             shards. The model is as it was then.
     """
+    check_model(model, "merge_adapters")
     if not is_peft_model(model):
         raise ValueError(
             f"a {type(model).__name__} has no adapters to merge; wanted what "
@@ -247,7 +262,7 @@ def _masked(config: Any) -> Any:
 @contextmanager
 def _undone_on_error(model: Any, adapter_name: str) -> Iterator[None]:
     """Take an adapter off again that is refused: the model is as it was then."""
-    peft = _import_peft()
+    peft = import_peft()
     known = set(getattr(model, "peft_config", {}))
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = list(model.active_adapters) if isinstance(model, peft.PeftModel) else []
@@ -262,6 +277,14 @@ def _undone_on_error(model: Any, adapter_name: str) -> Iterator[None]:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
+
+
+@contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """Keep back what transformers says to PEFT, which reads a name that it has deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
 
 
 @contextmanager
@@ -287,13 +310,28 @@ def _told_of_misfits(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 def _take_off(model: nn.Module) -> None:
     """Put the layers of a model back that a half-made adapter has replaced."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    wrapped = [
+        (name, module.original_module)
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)  # of modules_to_save, or of single tokens
+    ]
+    for name, original in wrapped:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, original)
     for name, layer in adapted_layers(model):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
     vars(model).pop("peft_config", None)
 
 
-def _import_peft() -> Any:
+def import_peft() -> Any:
+    """The package PEFT.
+
+    Raises:
+        ImportError: it is not installed; how to.
+    """
     try:
         import peft
     except ImportError as error:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hf_sparse.arguments import check_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.optim.sharding import local_part
 from hf_sparse.recovery.zeros import fingerprint, refill_, sparse_layers, unlike
@@ -74,6 +75,7 @@ class FrozenMask:
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise ValueError(f"optimizer is {optimizer!r}; wanted one of torch.optim.")
+        check_model(model, "keep_zeros")
         layers = sparse_layers(model, config)
         if not layers:
             raise ValueError(
@@ -105,6 +107,11 @@ class FrozenMask:
             optimizer.register_step_pre_hook(self._remember),
             optimizer.register_step_post_hook(self._restore),
         ]
+
+    def __repr__(self) -> str:
+        state = "" if self._handles else ", removed"
+        optimizer = type(self._optimizer).__name__
+        return f"<FrozenMask of {optimizer}: zeros of {len(self.names)} weights{state}>"
 
     def remove(self) -> None:
         """Let the optimizer fill the zeros again."""

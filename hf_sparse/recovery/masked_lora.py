@@ -32,12 +32,13 @@ from transformers.pytorch_utils import Conv1D
 from hf_sparse.pruning.training import is_bfloat16_faster
 from hf_sparse.recovery.zeros import is_whole, kept_bits, mask_, refill_, unlike
 
-# Written as `peft_type`: PEFT alone does not know it, and refuses the adapter.
 MASKED_LORA = "HF_SPARSE_MASKED_LORA"
+# Written as `peft_type`: PEFT alone does not know it, and refuses the adapter with it as the reason.
+_STORED_TYPE = f"{MASKED_LORA}: load this adapter by hf_sparse.load_adapter(model, folder)"
 # Starts that leave the base weights alone, and what is not a matter of single matrices.
 _STARTS = (True, False, "gaussian", "orthogonal")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OTHERS = ("layer_replication", "target_parameters")
+_OTHERS = ("layer_replication", "target_parameters", "use_qalora")
 
 
 @dataclass
@@ -78,7 +79,7 @@ class MaskedLoraConfig(LoraConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As it is saved: under a type that stock PEFT refuses to load without the mask."""
-        return {**super().to_dict(), "peft_type": MASKED_LORA}
+        return {**super().to_dict(), "peft_type": _STORED_TYPE}
 
 
 class MaskedLinear(LoraLinear):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
+from hf_sparse.arguments import check_model
 from hf_sparse.distillation import Distillation
 from hf_sparse.history import Step, remember_
 from hf_sparse.pruning.calibration import checked_batches
@@ -28,11 +29,12 @@ from hf_sparse.pruning.training import (
     with_labels,
 )
 from hf_sparse.recovery.adapter_checks import is_peft_model
-from hf_sparse.recovery.adapters import get_peft_model, merge_adapters
+from hf_sparse.recovery.adapters import get_peft_model, import_peft, merge_adapters
 from hf_sparse.recovery.frozen import keep_zeros
 from hf_sparse.recovery.zeros import fingerprint, is_sparse, sparse_layers
 from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure import has_adapters, promised_config
+from hf_sparse.suggestions import check_name
 
 _WARM_UP = 0.1
 _CLIP = 1.0
@@ -174,8 +176,10 @@ def recover_(
 def _checked(
     model: Any, method: str, epochs: int, accumulate: int, lr: float | None, r: int | None
 ) -> Recovery:
-    if method not in RECOVERIES:
-        raise ValueError(f"unknown method {method!r}. Known methods: {', '.join(RECOVERIES)}.")
+    check_name(method, RECOVERIES, "method", "methods")
+    check_model(model, "recover_")
+    if RECOVERIES[method].r is not None:
+        import_peft()
     if is_peft_model(model) or has_adapters(model):
         raise ValueError("the model has adapters already. Merge them: hf_sparse.merge_adapters.")
     for name, value in (("epochs", epochs), ("accumulate", accumulate), ("r", r)):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel, ShiraConfig
 from peft.tuners.shira.layer import ShiraLayer
+from peft.tuners.shira.mask_functions import random_mask
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
@@ -39,14 +40,26 @@ def on_kept_weights(config: ShiraConfig, model: nn.Module) -> KeptShiraConfig:
         model: whose layers are adapted, for their names in errors.
 
     Raises:
-        ValueError: a target is a Conv1D; when PEFT makes the adapter: a layer keeps fewer weights
-            than `r` asks for.
+        ValueError: a mask of the caller's own, or a target is a Conv1D; when PEFT makes the adapter:
+            a layer keeps fewer weights than `r` asks for.
     """
+    own = isinstance(config, KeptShiraConfig) or config.mask_fn is random_mask
+    if config.mask_type != "random" or not own:
+        name = getattr(config.mask_fn, "__name__", None)
+        raise ValueError(
+            f"mask_type is {config.mask_type!r}, and mask_fn {name}; "
+            "wanted those of PEFT's default: which weights are trained is drawn here, among those that "
+            "are not zero. Leave mask_type and mask_fn alone; random_seed chooses the draw."
+        )
     for name, module in model.named_modules():
         if is_conv1d(module) and check_target_module_exists(config, name):
             raise ValueError(
                 f"{name} is a Conv1D, which PEFT's ShiRA does not adapt. Use masked LoRA: LoraConfig."
             )
+    # PEFT makes sparse tensors. torch warns unless it was told whether to check them: say what holds.
+    checks = torch.sparse.check_sparse_tensor_invariants
+    with checks(checks.is_enabled()):
+        pass
     names = {id(module): name for name, module in model.named_modules()}
     generator = torch.Generator().manual_seed(
         config.random_seed or 0

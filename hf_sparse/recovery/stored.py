@@ -48,13 +48,26 @@ def stored_config(
         raise ValueError(f"{file} is no JSON object; wanted the settings of an adapter.")
     if Path(folder).exists() and not any((file.parent / name).exists() for name in _WEIGHTS):
         raise FileNotFoundError(f"{file.parent} has no {_WEIGHTS[0]}: the adapter's weights.")
-    for name, (allowed, wanted) in _SETTINGS.items():
-        if name in values and not allowed(values[name]):
-            raise ValueError(
-                f"{file} has {name}={values[name]!r}; wanted {wanted}. Correct it, or save the adapter "
-                "again."
-            )
+    check_settings(values, str(file), "Correct it, or save the adapter again.")
     return values
+
+
+def check_settings(values: dict[str, Any], place: str, way_out: str) -> None:
+    """Refuse settings of an adapter with values that they cannot have.
+
+    Args:
+        values: as JSON holds them; sets and tuples are taken for lists.
+        place: where they are from, for the error.
+        way_out: what to do, for the error.
+
+    Raises:
+        ValueError: the setting, its value, and what was wanted.
+    """
+    for name, (allowed, wanted) in _SETTINGS.items():
+        value = values.get(name)
+        value = list(value) if isinstance(value, set | tuple) else value
+        if name in values and not allowed(value):
+            raise ValueError(f"{place} has {name}={value!r}; wanted {wanted}. {way_out}")
 
 
 def stored_weights(folder: str | os.PathLike[str], **kwargs: Any) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.recovery.frozen import FrozenMask, keep_zeros
 
 
@@ -27,8 +27,13 @@ class KeepZeros(TrainerCallback):
     """
 
     def __init__(self, config: SparsityConfig | None = None) -> None:
+        if config is not None:
+            check_config(config)
         self.config = config
         self.mask: FrozenMask | None = None
+
+    def __repr__(self) -> str:
+        return f"KeepZeros({'' if self.config is None else repr(self.config)})"
 
     def on_train_begin(
         self,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.optim.sharding import local_part
 from hf_sparse.structure import TargetLayer, block_layers, promised_config, target_layers
 
@@ -30,6 +30,8 @@ def sparse_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
     Raises:
         ValueError: a weight is no matrix of floats.
     """
+    if config is not None:
+        check_config(config)
     layers = target_layers(model, promised_config(model) if config is None else config)
     for layer in layers:
         check_floats(layer.weight_name, layer.parameter)
