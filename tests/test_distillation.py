@@ -255,7 +255,7 @@ def test_several_labels_and_several_values() -> None:
 
 
 def test_teachers_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="wanted a model"):
+    with pytest.raises(ValueError, match="takes a model, not a str"):
         Distillation("bert-base-uncased")  # type: ignore[arg-type]
     student = without_dropout(tiny_classifier())
     headless = Distillation(tiny_model("bert")).attach(student)
