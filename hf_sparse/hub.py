@@ -15,7 +15,7 @@ from hf_sparse.arguments import check_model
 from hf_sparse.checkpoint.card import CARD_NAME, OUR_FACT, Metric
 from hf_sparse.checkpoint.save import save_pretrained
 from hf_sparse.checkpoint.writing import MANIFEST_NAME, is_weight_file
-from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.exporters.onnx_export import check_packages, export_onnx, written_files
 from hf_sparse.recovery.adapter_checks import is_peft_model
 from hf_sparse.recovery.adapters import merged_copy
@@ -68,12 +68,15 @@ def push_to_hub(
         ValueError: see `save_pretrained` and `export_onnx`; nothing has been uploaded then.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused.
     """
+    if not is_peft_model(model):
+        check_model(model, "push_to_hub", PreTrainedModel)
+    if config is not None:
+        check_config(config)
+    if onnx:
+        check_packages()
     check_can_push(repo_id, token)
     if is_peft_model(model):
         model = merged_copy(model)
-    check_model(model, "push_to_hub", PreTrainedModel)
-    if onnx:
-        check_packages()
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_pretrained(
             model,
