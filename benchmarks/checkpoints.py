@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
 import subprocess
@@ -43,6 +44,10 @@ REPEATS = 7
 
 def main() -> None:
     """Print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     disable_progress_bar()
     print(machine())
     print(f"{GOALS}\n")

@@ -6,8 +6,11 @@
 
 By Lawson's iteration: reweighted least squares, which tends to the minimax polynomial. Prints
 coefficients, lowest power first, and the largest errors.
+
+    python benchmarks/fit_polynomials.py
 """
 
+import argparse
 import math
 
 import numpy as np
@@ -38,6 +41,10 @@ def show(name: str, fitted: np.ndarray, error: float) -> None:
 
 def main() -> None:
     """Fit and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     nodes = np.cos(np.pi * (np.arange(POINTS) + 0.5) / POINTS)
     r = nodes * math.log(2) / 2 * 1.0001
     powers = np.vander(r, EXPONENTIAL_DEGREE + 1, increasing=True)

@@ -7,6 +7,7 @@ the weights back to where they are in a process that does nothing else. MODEL is
 file or a compiled module; `torch` kinds and `ours` take a transformers folder.
 """
 
+import argparse
 import os
 import shutil
 import sys
@@ -157,7 +158,13 @@ KINDS = {
 
 
 def main():
-    prepare = KINDS[sys.argv[1]](sys.argv[2])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("model")
+    options = parser.parse_args()
+    prepare = KINDS[options.kind](options.model)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what runtimes print goes to stderr
     print("ready", file=answers)

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 
 from hf_sparse.arguments import check_model
 from hf_sparse.checkpoint.card import CARD_NAME, OUR_FACT, Metric
 from hf_sparse.checkpoint.save import save_pretrained
 from hf_sparse.checkpoint.writing import MANIFEST_NAME, is_weight_file
-from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.exporters.onnx_export import check_packages, export_onnx, written_files
 from hf_sparse.recovery.adapter_checks import is_peft_model
 from hf_sparse.recovery.adapters import merged_copy
@@ -67,11 +68,15 @@ def push_to_hub(
         ValueError: see `save_pretrained` and `export_onnx`; nothing has been uploaded then.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused.
     """
-    if is_peft_model(model):
-        model = merged_copy(model)
-    check_model(model, "push_to_hub", PreTrainedModel)
+    if not is_peft_model(model):
+        check_model(model, "push_to_hub", PreTrainedModel)
+    if config is not None:
+        check_config(config)
     if onnx:
         check_packages()
+    check_can_push(repo_id, token)
+    if is_peft_model(model):
+        model = merged_copy(model)
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_pretrained(
             model,
@@ -103,6 +108,25 @@ def push_to_hub(
             revision=revision,
             create_pr=create_pr,
             keep_card=report is None and not metrics,
+        )
+
+
+def check_can_push(repo_id: str, token: bool | str | None = None) -> None:
+    """Refuse an upload for its name, or for want of a token, without asking the Hub.
+
+    Args:
+        repo_id: `"name"` or `"user/name"`.
+        token: as `push_to_hub`'s.
+
+    Raises:
+        ValueError: the Hub takes no such name (huggingface_hub's `HFValidationError`), or no token is
+            given or stored.
+    """
+    validate_repo_id(repo_id)
+    if not isinstance(token, str) and (token is False or get_token() is None):
+        raise ValueError(
+            f"uploading to {repo_id} needs a token of the Hub that may write. Log in with `hf auth "
+            "login`, or set HF_TOKEN, or give token=."
         )
 
 

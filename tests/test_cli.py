@@ -129,6 +129,7 @@ def test_a_classifier_is_pruned_on_labelled_texts(
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = tmp_path / "sparse"
     common = ("prune", tmp_path / "dense", out, "--method", "taylor", "--pattern", "head")
+    common += ("--overwrite",)
     labelled = ("--labels", tmp_path / "rows.jsonl", "--fields", "text")
     sizes = ("--sparsity", 0.5, "--num-samples", 10, "--batch-size", 4, "--window", 16)
     assert run(*common, *labelled, *sizes) == 0, capsys.readouterr().err

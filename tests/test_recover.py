@@ -147,5 +147,8 @@ def test_the_command(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert_same(places(loaded), places(model))
     assert main(["recover", sparse, sparse, "--data", str(text)]) == 1
-    assert main(["recover", dense, out, "--data", str(text), "--window", "32"]) == 1
+    again = ["recover", dense, out, "--data", str(text), "--window", "32"]
+    assert main(again) == 1
+    assert "is not empty: it holds config.json" in capsys.readouterr().err
+    assert main([*again, "--overwrite"]) == 1
     assert "has no zeros to keep" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 import hf_sparse
 from hf_sparse.arguments import check_model
 from hf_sparse.checkpoint.atomic import replacing
+from hf_sparse.checkpoint.can_save import check_can_write
 from hf_sparse.checkpoint.writing import COMPILED_DESCRIPTION, COMPILED_WEIGHTS
 from hf_sparse.formats import FormatError
 from hf_sparse.models.families import base_type
@@ -58,6 +59,7 @@ def save_compiled(model: PreTrainedModel, folder: Path | str) -> Path:
             f"the blocks of this {type(model).__name__} are compiled layer by layer, which is not "
             "saved: save the model itself, and compile it after loading."
         )
+    check_can_write(folder)
     stack = stack_of(model)
     check_config(stack, model.config)
     tensors, description = stack_state(stack)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_sparse.checkpoint.can_save import check_family, check_sizes
 from hf_sparse.checkpoint.card import base_model
 from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.models.configuration import CONFIGS, SparseConfigMixin, base_config_class
-from hf_sparse.models.families import FAMILIES
 from hf_sparse.units import shrunk_sizes
 
 STUB_NAME = "modeling_hf_sparse.py"
@@ -35,15 +35,9 @@ def write_configs(
             '"""This checkpoint is compressed by hf_sparse: pip install hf_sparse"""\n\n'
             f'from hf_sparse import {config_class}\n\n__all__ = ["{config_class}"]\n'
         )
-    sizes = shrunk_sizes(model)
-    if sizes is not None and config.format == "dense":
-        raise ValueError(
-            f"the blocks of this {type(model).__name__} were made smaller by hf_sparse.shrink, and "
-            f"models of type '{model_config.model_type}' have blocks of one size: transformers could "
-            "not load it. Save it in another format, as 'auto': it loads with hf_sparse, and what is "
-            "dense is stored as it is."
-        )
+    check_sizes(model, config.format)
     if config.format != "dense":  # as the layers are, whatever the config said
+        sizes = shrunk_sizes(model)
         model_config.block_sizes = None if sizes is None else [asdict(size) for size in sizes]
     model_config.dtype = model.dtype
     (folder / "config.json").write_text(model_config.to_json_string())
@@ -75,14 +69,9 @@ def _sparse_config(model: PreTrainedModel, config: SparsityConfig) -> PreTrained
     """The config under the family's sparse model type, with what transformers loads it by."""
     if isinstance(model.config, SparseConfigMixin):
         model_config: PreTrainedConfig = copy.deepcopy(model.config)
-    elif model.config.model_type in FAMILIES:
-        model_config = CONFIGS[model.config.model_type].from_dict(model.config.to_dict())
     else:
-        raise ValueError(
-            f"models of type '{model.config.model_type}' have no Sparse class to load a compressed "
-            f"checkpoint with; families: {', '.join(FAMILIES)}. Save with format='dense': "
-            "SparsityConfig(..., format='dense')."
-        )
+        check_family(model.config.model_type, config.format)
+        model_config = CONFIGS[model.config.model_type].from_dict(model.config.to_dict())
     model_config.architectures = [f"Sparse{dense_class_name(model)}"]
     model_config.quantization_config = SparseCheckpointConfig(**config.to_dict()).to_dict()
     return model_config

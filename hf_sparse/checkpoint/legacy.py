@@ -38,6 +38,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hf_sparse.checkpoint.can_save import check_can_save
 from hf_sparse.checkpoint.reading import checkpoint_files, open_file
 from hf_sparse.checkpoint.save import save_model
 from hf_sparse.configuration_sparse import SparsityConfig
@@ -93,6 +94,7 @@ def convert_legacy(
         raise ValueError(f"output {output} lies in {folder}, which is only read: choose another.")
     values, sparsity = _read_config(folder)
     model = _meta_model(values, folder)
+    check_can_save(model, output, SparsityConfig("unstructured", 0.0, format=format))
     weights = _OldWeights(folder, LAYOUTS[sparsity["format"]], model)
     config = _measure(weights, model, sparsity, format)
     # As for a model that `device_map` left on the disk, the weights are asked for by name.

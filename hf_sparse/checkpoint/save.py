@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_sparse.arguments import check_model, check_path
 from hf_sparse.checkpoint.atomic import replacing
+from hf_sparse.checkpoint.can_save import check_not_quantized
 from hf_sparse.checkpoint.card import CARD_NAME, Card, Metric
 from hf_sparse.checkpoint.config_files import write_configs
 from hf_sparse.checkpoint.source import hold_same_weights
@@ -167,7 +167,7 @@ def save_model(
             "and pass state_dict=."
         )
     check_has_weights(model)
-    _check_not_quantized(model)
+    check_not_quantized(model)
     if not is_saving_process(is_main_process):
         return None
     unknown = set(kwargs) - {"save_peft_format", "save_original_format"}  # no meaning here
@@ -215,17 +215,6 @@ def save_model(
 def is_saving_process(is_main_process: bool) -> bool:
     """Whether this process, of several, is the one that saves."""
     return is_main_process and not (dist.is_initialized() and dist.get_rank() != 0)
-
-
-def _check_not_quantized(model: PreTrainedModel) -> None:
-    """Refuse weights that are no plain floats; those of a GGUF file are restored when loaded."""
-    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    method = getattr(method, "quant_method", None)
-    if method is not None and method != QuantizationMethod.GGUF:
-        raise ValueError(
-            f"the model is quantized with {getattr(method, 'value', method)}, but zeros are stored "
-            "as floats. Load it without quantization, or call model.dequantize() first."
-        )
 
 
 def _implied_config(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> SparsityConfig:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,12 +28,12 @@ from accelerate.utils import set_module_tensor_to_device
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 import hf_sparse
 from hf_sparse.arguments import check_path
 from hf_sparse.checkpoint.atomic import sync_file
-from hf_sparse.checkpoint.config_files import write_configs
+from hf_sparse.checkpoint.can_save import check_can_save
 from hf_sparse.checkpoint.loading import dense_model_class
 from hf_sparse.checkpoint.reading import (
     StoredTensor,
@@ -46,11 +45,11 @@ from hf_sparse.checkpoint.reading import (
 from hf_sparse.checkpoint.save import save_model
 from hf_sparse.checkpoint.work_folder import (
     HIDDEN_STATES,
+    check_work_folder,
     read_json,
     sampled_hash,
     work_folder,
 )
-from hf_sparse.checkpoint.writing import check_folder
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.formats import FormatError, compress, decompress, join, locate
 from hf_sparse.pruning.activations import on_disk
@@ -64,7 +63,6 @@ from hf_sparse.pruning.walk import BlockStep, Residence
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.structure import (
     TargetLayer,
-    check_divides,
     check_finite,
     find_stacks,
     layers_in,
@@ -139,26 +137,20 @@ def prune_checkpoint(
     check_path(folder, "prune_checkpoint")
     check_config(config)
     folder, source = Path(os.path.abspath(folder)), str(source)
-    check_folder(folder)
-    recipe = Recipe.of(method, config.pattern, options)
-    if recipe.method.masks is not None:
-        raise ValueError(
-            f"method '{method}' looks at all layers at once and cannot stream. Use one that goes "
-            "through the blocks, such as 'wanda' or 'sparsegpt', or prune_ in memory."
-        )
-    if folder.resolve() == Path(source).resolve():
-        raise ValueError(f"the output is the source, {source}: the dense model would be lost.")
+    recipe, asked = check_run(source, folder, config, method, options, resume)
+    described = AutoConfig.from_pretrained(source)
+    check_can_save(described, folder, config)
+    model_class = dense_model_class(source, described)
     with _expected_on_disk():
-        model = dense_model_class(source).from_pretrained(
-            source, device_map={"": "disk"}, dtype=dtype
-        )
+        model = model_class.from_pretrained(source, device_map={"": "disk"}, dtype=dtype)
+    check_can_save(model, folder, config)
     config = with_head_size(config, model)
     layers = target_layers(model, config)
-    _check(model, layers, config)
+    _check_in_blocks(model, layers)
     inputs = checked_batches(batches, model, method)
     start = time.perf_counter()
     residence = _OnDisk(model, layers, config, notes := Notes())
-    run = _described(model, residence.files, config, recipe, inputs)
+    run = {**asked, **_described(model, residence.files, inputs)}
     with work_folder(folder, run, resume=resume) as work:
         residence.work = work
         task = Task(
@@ -195,35 +187,61 @@ def prune_checkpoint(
     return report if saved is None else replace(report, other_zeros=saved.other_zeros)
 
 
-def _check(model: PreTrainedModel, layers: list[TargetLayer], config: SparsityConfig) -> None:
-    """Refuse what would only be noticed after hours."""
+def check_run(
+    source: str,
+    folder: str | os.PathLike[str],
+    config: SparsityConfig,
+    method: str,
+    options: Mapping[str, Any],
+    resume: bool,
+) -> tuple[Recipe, dict[str, Any]]:
+    """Refuse a run that cannot be streamed or resumed, from its arguments alone.
+
+    Args:
+        source, folder, config, method, options, resume: see `prune_checkpoint`.
+
+    Returns:
+        The recipe, and what a run that goes on with this one must share of the arguments.
+
+    Raises:
+        ValueError: a method that needs the whole model, an output that is the source, or a work
+            folder of another run, or one that is there without `resume`.
+    """
+    recipe = Recipe.of(method, config.pattern, options)
+    if recipe.method.masks is not None:
+        raise ValueError(
+            f"method '{method}' looks at all layers at once and cannot stream. Use one that goes "
+            "through the blocks, such as 'wanda' or 'sparsegpt', or prune_ in memory."
+        )
+    folder = Path(os.path.abspath(folder))
+    if folder.resolve() == Path(source).resolve():
+        raise ValueError(f"the output is the source, {source}: the dense model would be lost.")
+    asked = {
+        "hf_sparse": hf_sparse.__version__,
+        "config": config.to_dict(),
+        "method": recipe.name,
+        "options": {**recipe.all_options, **asdict(recipe.composition)},
+    }
+    check_work_folder(folder, asked, resume=resume)
+    return recipe, asked
+
+
+def _check_in_blocks(model: PreTrainedModel, layers: list[TargetLayer]) -> None:
     if outside := layers_outside(find_stacks(model), layers):
         raise ValueError(
             f"{outside[0].name} is outside the blocks, and only blocks are streamed. Leave it out, or "
             "prune the model in memory with prune_."
         )
-    for layer in layers:
-        check_divides(config.pattern, layer.weight_name, *layer.weight.shape)
-    with tempfile.TemporaryDirectory() as folder:
-        write_configs(model, config, Path(folder))  # has the family a sparse class?
 
 
 def _described(
-    model: PreTrainedModel,
-    files: set[Path],
-    config: SparsityConfig,
-    recipe: Recipe,
-    inputs: list[dict[str, Any]],
+    model: PreTrainedModel, files: set[Path], inputs: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What a run must share with the one that it resumes."""
+    """What a run must share with the one that it resumes, beside its arguments."""
     return {
-        "hf_sparse": hf_sparse.__version__,
         "source": {file.name: sampled_hash(file) for file in sorted(files)},
         "model": json.loads(model.config.to_json_string()),
         "dtype": str(model.dtype),
-        "config": config.to_dict(),
-        "method": recipe.name,
-        "options": {**recipe.all_options, **asdict(recipe.composition)},
         "calibration": fingerprint(inputs),
     }
 

@@ -23,6 +23,8 @@ except ImportError:  # not on Windows
 HIDDEN_STATES = "hidden_states"
 _RUN_FILE = "run.json"
 _PIECES, _PIECE = 64, 1 << 14
+# How many differences between two runs are told, and how long a value may be to be told.
+_TOLD, _LONGEST_VALUE = 4, 60
 
 
 @contextmanager
@@ -37,17 +39,10 @@ def work_folder(folder: Path, run: dict[str, Any], *, resume: bool) -> Iterator[
     Raises:
         ValueError: it is there without `resume`, is of another run, damaged, or in use.
     """
-    work = folder.with_name(f"{folder.name}.unfinished")
-    described = json.loads(json.dumps(run))
+    work = check_work_folder(folder, run, resume=resume)
     if not work.exists():
         work.mkdir(parents=True)
-        (work / _RUN_FILE).write_text(json.dumps(described, indent=2))
-    elif not resume:
-        raise ValueError(
-            f"{work} is there: a run was stopped. Go on with it by resume=True (--resume), or remove "
-            "it."
-        )
-    _check_run(work, described)
+        (work / _RUN_FILE).write_text(json.dumps(run, indent=2))
     with (work / _RUN_FILE).open() as file:
         _lock(file, work)
         hidden = work / HIDDEN_STATES
@@ -64,13 +59,46 @@ def work_folder(folder: Path, run: dict[str, Any], *, resume: bool) -> Iterator[
         shutil.rmtree(work)
 
 
-def _check_run(work: Path, described: dict[str, Any]) -> None:
-    known = read_json(work / _RUN_FILE)
-    if changed := [key for key, value in described.items() if known.get(key) != value]:
+def check_work_folder(folder: Path, run: dict[str, Any], *, resume: bool) -> Path:
+    """The work folder beside an output folder, if a run may begin in it or go on with it.
+
+    Args:
+        folder: the output.
+        run: what is known of the run, as JSON has it: what `work_folder` is given, or a part of it.
+        resume: go on with the folder if it is there.
+
+    Raises:
+        ValueError: it is there without `resume`, is of another run, or damaged.
+    """
+    work = folder.with_name(f"{folder.name}.unfinished")
+    if not work.exists():
+        return work
+    if not resume:
         raise ValueError(
-            f"{work} is of a run with another {', '.join(changed)} (it had "
-            f"{str(known.get(changed[0]))[:80]!r}). Resume with the same arguments, or remove it."
+            f"{work} is there: a run was stopped. Go on with it by resume=True (--resume), or remove "
+            "it."
         )
+    known, run = read_json(work / _RUN_FILE), json.loads(json.dumps(run))
+    changed = [key for key, value in run.items() if known.get(key) != value]
+    if changed:
+        told = [line for key in changed for line in _differences(key, known.get(key), run[key])]
+        more = f", and {len(told) - _TOLD} more differences" if len(told) > _TOLD else ""
+        raise ValueError(
+            f"{work} is of a run with another {', '.join(changed)}: {'; '.join(told[:_TOLD])}{more}. "
+            "Resume with the same arguments, or remove it."
+        )
+    return work
+
+
+def _differences(key: str, old: Any, new: Any) -> list[str]:
+    """What differs between two values of a run, each in a few words."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        return [line for name in names for line in _differences(name, old.get(name), new.get(name))]
+    texts = [json.dumps(value) for value in (old, new)]
+    if max(map(len, texts)) > _LONGEST_VALUE:  # hashes, and lists of many
+        return [f"{key} has changed"]
+    return [f"{key} was {texts[0]}, now {texts[1]}"]
 
 
 def _lock(file: IO[str], work: Path) -> None:

@@ -14,72 +14,71 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 
 import hf_sparse
+from hf_sparse.checkpoint.can_save import check_can_save, check_family, check_not_quantized
+from hf_sparse.checkpoint.reading import check_is_checkpoint
+from hf_sparse.checkpoint.streaming import check_run
 from hf_sparse.cli.loading import (
     has_tokenizer,
     labelled_texts,
     load,
     load_tokenizer,
     measurement,
+    skeleton,
+    weight_bytes,
     windows,
 )
 from hf_sparse.documents import read_documents
+from hf_sparse.exporters.onnx_export import check_can_export
+from hf_sparse.hub import check_can_push, push_to_hub, upload_folder
 from hf_sparse.pruning.calibration import token_windows
-from hf_sparse.pruning.methods import METHODS, Recipe
+from hf_sparse.pruning.methods import Recipe
+from hf_sparse.recovery.stored import ADAPTER_CONFIG, stored_config
 from hf_sparse.report import format_table
+from hf_sparse.structure import promised_config
+from hf_sparse_cli.usage import method_options, needs_calibration
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command that the options name; returns the exit code.
+
+    Raises:
+        ValueError, OSError, ImportError: what is wrong, told for people.
+    """
+    if options.json:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    try:
+        return COMMANDS[options.command](options)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    except HfHubHTTPError:
+        raise
+    except Exception as error:
+        # What went wrong on the network has no common class: the client's library decides it.
+        if type(error).__module__.startswith(("httpx", "httpcore")):
+            raise OSError(f"the Hub could not be reached: {error}") from error
+        raise
 
 
 def prune(options: argparse.Namespace) -> int:
     """Prune a model and save it."""
-    if Path(options.output).resolve() == Path(options.model).resolve():
-        raise ValueError(f"OUTPUT is MODEL, {options.model}: the dense model would be lost.")
-    if (
-        options.sparsity is None
-        and hf_sparse.Pattern.parse(options.pattern).implied_sparsity is None
-    ):
-        raise ValueError(f"pattern '{options.pattern}' needs a sparsity: --sparsity 0.5")
     config = hf_sparse.SparsityConfig(
         options.pattern, options.sparsity, options.targets, options.ignore, options.format
     )
     own = method_options(options)
-    needs_calibration = Recipe.of(options.method, config.pattern, own).needs_calibration
-    if needs_calibration and not options.calibration and not options.labels:
-        raise ValueError(
-            f"method '{options.method}' needs calibration text: --calibration FILE, or of a classifier "
-            "--labels FILE"
-        )
-    if options.stream and options.labels:
-        raise ValueError(
-            "--labels are for methods that need the model's loss, and those do not --stream: give "
-            "--calibration instead."
-        )
-    if options.resume and not options.stream:
-        raise ValueError("--resume goes on with a streamed run: give --stream too.")
-    documents = rows = None
-    if needs_calibration and options.labels:
-        rows = labelled_texts(options)
-    elif needs_calibration:
-        documents = read_documents(options.calibration)
-    model: Any = None
+    Recipe.of(options.method, config.pattern, own)
+    model = skeleton(options.model, options)
+    check_can_save(model, options.output, config)
     if options.stream:
-        tokenizer = load_tokenizer(options.model, options)
-    else:
-        model, tokenizer = load(options.model, options)
-    batches = None
-    if documents is not None:
-        batches = windows(tokenizer, documents, options)
-    elif rows is not None:
-        if options.num_samples < 1:
-            raise ValueError(f"--num-samples is {options.num_samples}; wanted at least 1.")
-        batches = hf_sparse.labelled_batches(
-            model,
-            tokenizer,
-            *(column[: options.num_samples] for column in rows),
-            window=options.window,
-            batch_size=options.batch_size,
-        )
-    if model is None:
+        check_run(options.model, options.output, config, options.method, own, options.resume)
+    tokenizer = load_tokenizer(options.model, options, model.config)
+    batches = _calibration(model, tokenizer, options)
+    if options.stream:
         report = hf_sparse.prune_checkpoint(
             options.model,
             options.output,
@@ -93,6 +92,8 @@ def prune(options: argparse.Namespace) -> int:
             **own,
         )
     else:
+        model, _ = load(options.model, options, needs_tokenizer=False)
+        check_not_quantized(model)
         report = hf_sparse.prune_(model, config, options.method, batches, **own)
         hf_sparse.save_pretrained(
             model,
@@ -102,70 +103,54 @@ def prune(options: argparse.Namespace) -> int:
             report=report,
             base_model=options.base_model,
         )
-    return _print_saved(report, options)
+    return _print_saved(report, options, options.model)
 
 
-def _print_saved(report: Any, options: argparse.Namespace) -> int:
+def _calibration(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[Any] | None:
+    """What a method looks at: windows of text, or labelled texts; None if it looks at nothing."""
+    if not needs_calibration(options):
+        return None
+    if not options.labels:
+        return windows(tokenizer, read_documents(options.calibration), options)
+    texts, labels = (column[: options.num_samples] for column in labelled_texts(options))
+    return hf_sparse.labelled_batches(
+        model, tokenizer, texts, labels, window=options.window, batch_size=options.batch_size
+    )
+
+
+def _print_saved(report: Any, options: argparse.Namespace, source: str) -> int:
     """Print a report as the options want it, and where the model was saved; the exit code."""
+    before = weight_bytes(source, options.gguf_file)
+    after = weight_bytes(options.output)
     if options.json:
-        _print_json(report, options)
+        _print_json(report, options, file_bytes={"before": before, "after": after})
     else:
         print(report.table() if options.tensors else report.summary())
+        ratio = after / max(before, 1)
+        print(
+            f"weight files: {before / 1e6:.2f} MB before, {after / 1e6:.2f} MB after ({ratio:.2f}x)"
+        )
         print(f"saved to {options.output}")
     return 0
 
 
-def _print_json(report: Any, options: argparse.Namespace) -> None:
+def _print_json(report: Any, options: argparse.Namespace, **more: Any) -> None:
     """Print a report as JSON, with the folder that was written."""
-    print(json.dumps({**json.loads(report.to_json()), "folder": options.output}, indent=2))
-
-
-def method_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `prune_` that the flags give.
-
-    Raises:
-        ValueError: a value cannot be read as the option's type.
-    """
-    own: dict[str, Any] = {}
-    for name in ("scope", "allocation", "refine", "reconstruct"):
-        if (value := getattr(options, name)) is not None:
-            own[name] = value
-    defaults = METHODS[options.method].options()
-    for given in options.option or ():
-        name, equals, text = given.partition("=")
-        if not equals or name not in defaults:
-            raise ValueError(
-                f"--option {given}: wanted NAME=VALUE; method '{options.method}' has the options "
-                f"{', '.join(f'{k}={v}' for k, v in defaults.items()) or 'none'}."
-            )
-        try:
-            own[name] = _read_as(defaults[name], text)
-        except ValueError as error:
-            raise ValueError(
-                f"--option {given}: wanted a value like {name}={defaults[name]}."
-            ) from error
-    return own
-
-
-def _read_as(default: Any, text: str) -> Any:
-    """The text as a value of the default's type."""
-    if isinstance(default, bool):
-        if text not in ("true", "false"):
-            raise ValueError(text)
-        return text == "true"
-    return text if default is None else type(default)(text)
+    print(json.dumps({**json.loads(report.to_json()), "folder": options.output, **more}, indent=2))
 
 
 def recover(options: argparse.Namespace) -> int:
     """Train a sparse model on text, its zeros kept, and save it."""
-    if Path(options.output).resolve() == Path(options.folder).resolve():
-        raise ValueError(f"OUTPUT is FOLDER, {options.folder}: the pruned model would be lost.")
-    documents = read_documents(options.data)
     if options.method == "finetune" and options.dtype == "auto":
         options.dtype = "float32"
-    model, tokenizer = load(options.folder, options)
+    bones = skeleton(options.folder, options)
+    check_can_save(bones, options.output, _stored_in(options.format, promised_config(bones)))
+    tokenizer = load_tokenizer(options.folder, options, bones.config)
+    documents = read_documents(options.data)
     windows = token_windows(tokenizer, documents, options.window, options.num_samples)
     batches = [{"input_ids": batch} for batch in windows.split(options.batch_size)]
+    model, _ = load(options.folder, options, needs_tokenizer=False)
+    check_not_quantized(model)
     teacher = None
     if options.teacher is not None:
         teacher, _ = load(options.teacher, options, needs_tokenizer=False)
@@ -179,8 +164,26 @@ def recover(options: argparse.Namespace) -> int:
         lr=options.lr,
         r=options.r,
     )
-    hf_sparse.save_pretrained(model, options.output, tokenizer=tokenizer, report=report)
-    return _print_saved(report, options)
+    config = _stored_in(options.format, promised_config(model), report.sparsity)
+    hf_sparse.save_pretrained(model, options.output, config, tokenizer=tokenizer, report=report)
+    return _print_saved(report, options, options.folder)
+
+
+def _stored_in(
+    format: str | None, promised: hf_sparse.SparsityConfig | None, sparsity: float = 0.0
+) -> hf_sparse.SparsityConfig | None:
+    """The config of a model in another format; None: as it is, if no format is given.
+
+    Args:
+        format: of `--format`.
+        promised: what the model was pruned to, if that is known.
+        sparsity: of the model, where it is not.
+    """
+    if format is None:
+        return None
+    if promised is None:
+        promised = hf_sparse.SparsityConfig("unstructured", min(sparsity, 0.999999))
+    return hf_sparse.SparsityConfig.from_dict({**promised.to_dict(), "format": format})
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -229,8 +232,6 @@ def bench(options: argparse.Namespace) -> int:
     """Time a model with torch, with dense kernels, and compiled."""
     model, _ = load(options.model, options, needs_tokenizer=False)
     if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads {options.threads}: wanted at least 1.")
         torch.set_num_threads(options.threads)
     found = hf_sparse.benchmark(model, options.batch, options.tokens, options.repeats)
     if options.json:
@@ -245,8 +246,7 @@ def bench(options: argparse.Namespace) -> int:
 
 def shrink(options: argparse.Namespace) -> int:
     """Remove the heads and neurons that zeros have made useless, and save the smaller model."""
-    if Path(options.output).resolve() == Path(options.model).resolve():
-        raise ValueError(f"OUTPUT is MODEL, {options.model}: the larger model would be lost.")
+    check_can_save(skeleton(options.model, options), options.output)
     needs_tokenizer = bool(options.tokenizer) or has_tokenizer(options.model)
     model, tokenizer = load(options.model, options, needs_tokenizer)
     report = hf_sparse.shrink(model)
@@ -263,14 +263,12 @@ def shrink(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Export a model as an ONNX graph."""
-    if options.quantize == "static" and not options.calibration:
-        raise ValueError("--quantize static calibrates on text: --calibration FILE")
-    if options.calibration and options.quantize != "static":
-        raise ValueError("--calibration is for --quantize static alone: leave it out.")
-    model, tokenizer = load(options.model, options)
+    check_can_export(skeleton(options.model, options), options.output)
+    tokenizer = load_tokenizer(options.model, options)
     batches = None
     if options.calibration:
         batches = windows(tokenizer, read_documents(options.calibration), options)
+    model, _ = load(options.model, options, needs_tokenizer=False)
     report = hf_sparse.export_onnx(
         model,
         options.output,
@@ -285,9 +283,6 @@ def export(options: argparse.Namespace) -> int:
 
 def push(options: argparse.Namespace) -> int:
     """Upload a checkpoint folder, or an adapter merged into its base model."""
-    from hf_sparse.hub import push_to_hub, upload_folder
-    from hf_sparse.recovery.stored import ADAPTER_CONFIG
-
     private = options.private or None
     if (Path(options.folder) / ADAPTER_CONFIG).exists():
         model, tokenizer = _merged(options)
@@ -297,11 +292,15 @@ def push(options: argparse.Namespace) -> int:
     elif options.base is not None:
         raise ValueError(f"--base is for adapters, and {options.folder} is none: leave it out.")
     else:
-        hf_sparse.inspect_checkpoint(options.folder)  # a damaged folder is not uploaded
+        check_is_checkpoint(Path(options.folder))
+        check_can_push(options.repo_id)
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(options.folder)
+            folder, copy = Path(options.folder), Path(temporary) / "model"
             if options.onnx:
-                folder = _with_graph(folder, Path(temporary) / "model", options)
+                check_can_export(skeleton(options.folder, options), copy / "onnx")
+            hf_sparse.inspect_checkpoint(folder)  # a damaged folder is not uploaded
+            if options.onnx:
+                folder = _with_graph(folder, copy, options)
             commit = upload_folder(folder, options.repo_id, private=private)
     print(json.dumps({"url": commit.commit_url}) if options.json else commit.commit_url)
     return 0
@@ -318,12 +317,12 @@ def _with_graph(folder: Path, copy: Path, options: argparse.Namespace) -> Path:
 
 def _merged(options: argparse.Namespace) -> tuple[Any, Any]:
     """The base model of an adapter with the adapter merged, and the tokenizer, if it has one."""
-    from hf_sparse.recovery.stored import stored_config
-
     base = options.base or stored_config(options.folder).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{options.folder} does not tell its base model: give --base FOLDER.")
+    check_can_push(options.repo_id)
     try:
+        check_family(skeleton(base, options).config.model_type, "auto")
         model, tokenizer = load(base, options, bool(options.tokenizer) or has_tokenizer(base))
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -335,6 +334,19 @@ def _merged(options: argparse.Namespace) -> tuple[Any, Any]:
 
 def convert(options: argparse.Namespace) -> int:
     """Convert an old checkpoint."""
-    folder = hf_sparse.convert_legacy(options.folder, options.output)
+    folder = hf_sparse.convert_legacy(options.folder, options.output, format=options.format)
     print(json.dumps({"folder": str(folder)}) if options.json else f"saved to {folder}")
     return 0
+
+
+COMMANDS = {
+    "prune": prune,
+    "recover": recover,
+    "eval": evaluate,
+    "inspect": inspect,
+    "bench": bench,
+    "shrink": shrink,
+    "export": export,
+    "push": push,
+    "convert": convert,
+}

@@ -7,18 +7,40 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from transformers.utils.hub import cached_file
+
 import hf_sparse
 from hf_sparse.checkpoint.loading import dense_model_class
+from hf_sparse.checkpoint.quantizer import QUANT_METHOD, SparseCheckpointConfig
 from hf_sparse.checkpoint.reading import check_is_checkpoint
 from hf_sparse.checkpoint.source import remember_source_
+from hf_sparse.checkpoint.writing import is_weight_file
 from hf_sparse.documents import read_documents, read_rows
 from hf_sparse.history import steps_of
+from hf_sparse_cli.usage import text_fields
 
 # Any of these makes a tokenizer.
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
     *("vocab.json", "vocab.txt"),
 )
+
+
+def skeleton(source: str, options: argparse.Namespace) -> Any:
+    """The model that `load` gives, without weights: they are on the meta device.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    model_class, config, _ = _class_and_config(source, options)
+    described = getattr(config, "quantization_config", None)
+    if isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD:
+        config.sparsity_config = SparseCheckpointConfig(**described).sparsity.to_dict()
+    make = getattr(model_class, "from_config", model_class)  # of an Auto class
+    with torch.device("meta"):
+        return make(config)
 
 
 def load(source: str, options: argparse.Namespace, needs_tokenizer: bool = True) -> tuple[Any, Any]:
@@ -28,23 +50,37 @@ def load(source: str, options: argparse.Namespace, needs_tokenizer: bool = True)
         ValueError: there is no such folder, the config names no class that transformers or
             hf_sparse has, or the tokenizer is not the model's.
     """
-    import transformers
-
-    known = _known_arguments(source, options)
-    config = transformers.AutoConfig.from_pretrained(source, **known)
-    name = (config.architectures or ["AutoModelForCausalLM" if known else ""])[0]
-    if name.startswith("Sparse") and hasattr(hf_sparse, name):
-        model_class = getattr(hf_sparse, name)
-    elif name.startswith("Auto"):
-        model_class = transformers.AutoModelForCausalLM
-    else:
-        model_class = dense_model_class(source, config)
+    model_class, config, known = _class_and_config(source, options)
     model = model_class.from_pretrained(source, dtype=options.dtype, **known)
     if not steps_of(model):  # of a checkpoint in the format "dense"
         remember_source_(model, Path(source))
     if not needs_tokenizer:
         return model, None
     return model, load_tokenizer(source, options, config)
+
+
+def _class_and_config(source: str, options: argparse.Namespace) -> tuple[Any, Any, dict[str, str]]:
+    """The class of a model, its config, and what loading it needs beside its name."""
+    known = _known_arguments(source, options)
+    config = transformers.AutoConfig.from_pretrained(source, **known)
+    name = (config.architectures or ["AutoModelForCausalLM" if known else ""])[0]
+    if name.startswith("Sparse") and hasattr(hf_sparse, name):
+        return getattr(hf_sparse, name), config, known
+    if name.startswith("Auto"):
+        return transformers.AutoModelForCausalLM, config, known
+    return dense_model_class(source, config), config, known
+
+
+def weight_bytes(source: str, gguf_file: str | None = None) -> int:
+    """The bytes of a model's weight files, as they are on this machine."""
+    folder = Path(source)
+    if not folder.is_dir():  # a model of the Hub: its snapshot in the cache
+        folder = Path(cached_file(source, "config.json") or "").parent
+    files = [path for path in folder.iterdir() if is_weight_file(path.name)]
+    files = [path for path in files if path.suffix == ".safetensors"] or files
+    if gguf_file and (folder / gguf_file).exists():
+        files = [folder / gguf_file]
+    return sum(file.stat().st_size for file in files)
 
 
 def load_tokenizer(source: str, options: argparse.Namespace, config: Any = None) -> Any:
@@ -58,8 +94,6 @@ def load_tokenizer(source: str, options: argparse.Namespace, config: Any = None)
     Raises:
         ValueError: there is no such folder, or the tokenizer is not the model's.
     """
-    import transformers
-
     known = _known_arguments(source, options)
     if config is None:
         config = transformers.AutoConfig.from_pretrained(source, **known)
@@ -81,8 +115,6 @@ def load_tokenizer(source: str, options: argparse.Namespace, config: Any = None)
 def _known_arguments(source: str, options: argparse.Namespace) -> dict[str, str]:
     """What a dense model's folder needs beside its name: the GGUF file in it."""
     folder = Path(source)
-    if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise ValueError(f"no such folder: {source}")
     check_is_checkpoint(folder)
     gguf_file = options.gguf_file
     return {"gguf_file": gguf_file} if gguf_file and (folder / gguf_file).exists() else {}
@@ -125,11 +157,7 @@ def measurement(options: argparse.Namespace) -> Callable[[Any, Any], float]:
 
 def labelled_texts(options: argparse.Namespace) -> tuple[Any, list[Any]]:
     """The texts, or tuples of texts, of --labels, and their labels."""
-    fields = options.fields.split(",")
-    if len(fields) > 2 or "label" in fields or len(set(fields)) < len(fields):
-        raise ValueError(
-            f"--fields {options.fields}: wanted the name of a text, or two, by a comma."
-        )
+    fields = text_fields(options)
     rows = [row for file in options.labels for row in read_rows(Path(file), [*fields, "label"])]
     texts = [row[fields[0]] if len(fields) == 1 else tuple(row[f] for f in fields) for row in rows]
     return texts, [row["label"] for row in rows]

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse.arguments import check_model, check_path
 from hf_sparse.checkpoint.atomic import replacing
+from hf_sparse.checkpoint.can_save import check_can_write
 from hf_sparse.checkpoint.card import CARD_NAME, Card, Metric
 from hf_sparse.checkpoint.config_files import dense_class_name, dense_config
 from hf_sparse.checkpoint.save import tensors_to_store
@@ -135,10 +136,9 @@ def export_onnx(
     """
     check_path(folder, "export_onnx")
     folder = Path(folder)
-    check_packages()
-    head = _check_model(model)
+    head = check_can_export(model, folder)
+    _check_weights(model)
     _check_quantization(quantize, batches)
-    _check_folder(folder)
     if tolerance is not None and not (
         isinstance(tolerance, int | float) and 0 <= tolerance < math.inf
     ):
@@ -180,6 +180,26 @@ def export_onnx(
     return ExportReport(folder, head.task, size, packing, difference, allowed)
 
 
+def check_can_export(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Head:
+    """Refuse an export for want of packages, for the kind of model, or for its folder.
+
+    Args:
+        model: a model, which may be on the meta device.
+        folder: where the graph is to be.
+
+    Returns:
+        The model's head.
+
+    Raises:
+        ImportError, ValueError, OSError: as `export_onnx`.
+    """
+    check_packages()
+    head = _check_kind(model)
+    _check_folder(Path(folder))
+    check_can_write(folder)
+    return head
+
+
 def check_packages() -> None:
     """Refuse to begin without the packages that an export needs.
 
@@ -191,7 +211,7 @@ def check_packages() -> None:
         raise ImportError(f"export_onnx needs {', '.join(missing)}: pip install 'hf_sparse[onnx]'")
 
 
-def _check_model(model: Any) -> Head:
+def _check_kind(model: Any) -> Head:
     check_model(model, "export_onnx", PreTrainedModel)
     if getattr(model, "_hf_peft_config_loaded", False) or has_adapters(model):
         raise ValueError(
@@ -200,25 +220,10 @@ def _check_model(model: Any) -> Head:
         )
     check_has_weights(model)
     check_not_compiled(model)
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError(
-            "the model is quantized. Load it without quantization, and give export_onnx quantize="
-            "'dynamic' for 8-bit weights."
-        )
     head = head_of(model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
             f"a {type(model).__name__} is an encoder and a decoder; wanted a model of one stack."
-        )
-    where = {parameter.device.type for parameter in model.parameters()}
-    if where != {"cpu"}:
-        raise ValueError(
-            f"the model is on {', '.join(sorted(where))}; wanted the CPU: model.to('cpu')."
-        )
-    if model.dtype not in TOLERANCES:
-        raise ValueError(
-            f"the model is {model.dtype}, which ONNX Runtime has no CPU kernels for. Wanted float32 or "
-            "float16: model.float()."
         )
     text = model.config.get_text_config()
     if "dynamic" in _rope_types(text):
@@ -237,6 +242,24 @@ def _check_model(model: Any) -> Head:
             "model.config.pad_token_id."
         )
     return head
+
+
+def _check_weights(model: PreTrainedModel) -> None:
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "the model is quantized. Load it without quantization, and give export_onnx quantize="
+            "'dynamic' for 8-bit weights."
+        )
+    where = {parameter.device.type for parameter in model.parameters()}
+    if where != {"cpu"}:
+        raise ValueError(
+            f"the model is on {', '.join(sorted(where))}; wanted the CPU: model.to('cpu')."
+        )
+    if model.dtype not in TOLERANCES:
+        raise ValueError(
+            f"the model is {model.dtype}, which ONNX Runtime has no CPU kernels for. Wanted float32 or "
+            "float16: model.float()."
+        )
 
 
 def _rope_types(config: Any) -> set[str]:

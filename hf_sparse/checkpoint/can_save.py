@@ -1,0 +1,131 @@
+"""Whether a model can be saved: told from its config and the folder, before any work is done for it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.quantization_config import QuantizationMethod
+
+from hf_sparse.checkpoint.writing import check_folder
+from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.formats import compress
+from hf_sparse.models.families import FAMILIES, base_type
+from hf_sparse.patterns import NM, GroupPattern
+from hf_sparse.structure import check_divides, promised_config, target_layers, with_head_size
+from hf_sparse.units import shrunk_sizes
+
+
+def check_can_save(
+    model: PreTrainedModel | PreTrainedConfig,
+    folder: str | os.PathLike[str],
+    config: SparsityConfig | None = None,
+) -> None:
+    """Refuse what `save_pretrained` would refuse at the end.
+
+    Args:
+        model: a model, which may be on the meta device, or the config of one: then the shapes of
+            its weights are not looked at.
+        folder: where it is to be saved.
+        config: what it is pruned to. None: what it is already pruned to.
+
+    Raises:
+        ValueError: the family has no Sparse class for the format, transformers could not load the
+            model in it, the format does not hold the pattern, the pattern does not divide a weight,
+            targets match nothing, or the folder holds an ONNX export.
+        OSError: the folder is a file, or cannot be made or written.
+    """
+    check_folder(Path(folder))
+    check_can_write(folder)
+    promised = config
+    if isinstance(model, PreTrainedModel):
+        promised = promised_config(model) if config is None else config
+        check_not_quantized(model)
+    format = "auto" if promised is None else promised.format
+    described = model.config if isinstance(model, PreTrainedModel) else model
+    check_family(described.model_type, format)
+    if isinstance(model, PreTrainedModel):
+        check_sizes(model, format)
+        if config is not None:
+            _check_pattern(model, config)
+
+
+def check_can_write(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder that cannot be made or written; tried with a hidden folder that is removed.
+
+    Raises:
+        OSError: the folder is a file, or may not be written. The message names it.
+    """
+    folder = Path(os.path.realpath(folder))
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"{place} is a file; wanted a folder to save in.")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=place))
+    except OSError as error:
+        raise type(error)(
+            f"{folder} cannot be written: {error.strerror} in {place}. Choose another folder."
+        ) from error
+
+
+def check_family(model_type: str, format: str) -> None:
+    """Refuse a format that models of a type cannot be loaded in.
+
+    Raises:
+        ValueError: the type has no Sparse class, and the format needs one.
+    """
+    if format != "dense" and base_type(model_type) not in FAMILIES:
+        raise ValueError(
+            f"models of type '{model_type}' have no Sparse class to load a compressed checkpoint with; "
+            f"families: {', '.join(FAMILIES)}. Save it as large as the dense model, zeros included: "
+            "SparsityConfig(..., format='dense'), on the command line --format dense. A small ONNX "
+            "graph is made of any family, from that folder too: hf_sparse.export_onnx, on the command "
+            "line hf-sparse export."
+        )
+
+
+def check_sizes(model: PreTrainedModel, format: str) -> None:
+    """Refuse the format `dense` for a model whose blocks `shrink` made smaller.
+
+    Raises:
+        ValueError: it is such a model.
+    """
+    if format == "dense" and shrunk_sizes(model) is not None:
+        raise ValueError(
+            f"the blocks of this {type(model).__name__} were made smaller by hf_sparse.shrink, and "
+            f"models of type '{base_type(model.config.model_type)}' have blocks of one size: "
+            "transformers could not load it. Save it in another format, as 'auto': it loads with "
+            "hf_sparse, and what is dense is stored as it is."
+        )
+
+
+def check_not_quantized(model: PreTrainedModel) -> None:
+    """Refuse weights that are no plain floats; those of a GGUF file are restored when loaded.
+
+    Raises:
+        ValueError: the model is quantized.
+    """
+    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    method = getattr(method, "quant_method", None)
+    if method is not None and method != QuantizationMethod.GGUF:
+        raise ValueError(
+            f"the model is quantized with {getattr(method, 'value', method)}, but zeros are stored "
+            "as floats. Load it without quantization, or call model.dequantize() first."
+        )
+
+
+def _check_pattern(model: nn.Module, config: SparsityConfig) -> None:
+    config = with_head_size(config, model)
+    pattern = config.pattern
+    for layer in target_layers(model, config):
+        check_divides(pattern, layer.weight_name, *layer.weight.shape)
+    smallest = (1, pattern.m) if isinstance(pattern, NM) else (1, 1)
+    if isinstance(pattern, GroupPattern):
+        smallest = pattern.group_shape(1, 1)
+    compress(
+        torch.zeros(smallest), config.format, pattern
+    )  # tells if the format has no such pattern

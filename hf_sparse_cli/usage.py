@@ -1,0 +1,285 @@
+"""Wrong usage, told before torch and transformers are imported: every check here takes no time.
+
+What needs the model's config or its tokenizer is checked by the package, before the weights are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_sparse_cli.choices import ALLOCATIONS, COMPOSITION, METHODS, PATTERNS, SCOPES
+
+_SIZED = (r"\d{1,4}:\d{1,4}", r"block:\d{1,6}x\d{1,6}", r"head(?:_in)?:\d{1,6}")
+# Flags whose values are counts, and the least of them.
+_COUNTS = {
+    **dict.fromkeys(("num_samples", "batch_size", "max_windows", "epochs", "accumulate", "r"), 1),
+    **dict.fromkeys(("batch", "tokens", "repeats", "threads", "window"), 1),
+    "reconstruct": 0,
+}
+# Flags that name files to read.
+_FILES = ("calibration", "labels", "data", "text")
+# Positional arguments that name a model to read: a folder, or a model on the Hub.
+_MODELS = ("model", "teacher", "dense", "base", "tokenizer")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise a ValueError or an OSError for options that no run can follow."""
+    given = vars(options)
+    for name, least in _COUNTS.items():
+        if given.get(name) is not None and given[name] < least:
+            raise ValueError(f"--{_flag(name)} is {given[name]}; wanted at least {least}.")
+    for name in _FILES:
+        _check_files(given.get(name) or ())
+    if given.get("labels"):
+        text_fields(options)
+    for name in _MODELS:
+        if given.get(name) is not None:
+            _check_model(given[name])
+    if given.get("folder") is not None:
+        _check_model(options.folder, local=options.command != "recover")
+    if options.command in _CHECKS:
+        _CHECKS[options.command](options)
+
+
+def _check_prune(options: argparse.Namespace) -> None:
+    implied = implied_sparsity(options.pattern)
+    _check_sparsity(options.pattern, options.sparsity, implied)
+    own = method_options(options)
+    method = METHODS[options.method]
+    if method.nm_only and implied is None:
+        raise ValueError(
+            f"method '{options.method}' learns N:M masks; the pattern is '{options.pattern}'. Use "
+            "--pattern 2:4, or another method."
+        )
+    if own.get("allocation", "uniform") != "uniform" and implied is not None:
+        raise ValueError(
+            f"pattern '{options.pattern}' fixes the sparsity of every block: --allocation "
+            f"{own['allocation']} has nothing to choose. Leave it out."
+        )
+    if options.stream and not method.streams:
+        names = ", ".join(name for name, other in METHODS.items() if other.streams)
+        raise ValueError(
+            f"method '{options.method}' looks at all layers at once, and such methods do not --stream. "
+            f"Leave --stream out, or use one that goes through the blocks: {names}."
+        )
+    if options.resume and not options.stream:
+        raise ValueError("--resume goes on with a streamed run: give --stream too.")
+    if needs_calibration(options) and not options.calibration and not options.labels:
+        raise ValueError(
+            f"method '{options.method}' needs calibration text: --calibration FILE, or of a classifier "
+            "--labels FILE"
+        )
+    goes_on = options.resume and unfinished(options.output).exists()
+    _check_output(options, "model", "the dense model", asked=goes_on)
+
+
+def _check_recover(options: argparse.Namespace) -> None:
+    if options.lr is not None and not options.lr > 0:
+        raise ValueError(f"--lr is {options.lr}; wanted a number > 0.")
+    if options.r is not None and options.method == "finetune":
+        raise ValueError("--r is for the methods lora and shira: leave it out.")
+    _check_output(options, "folder", "the pruned model")
+
+
+def _check_shrink(options: argparse.Namespace) -> None:
+    _check_output(options, "model", "the larger model")
+
+
+def _check_convert(options: argparse.Namespace) -> None:
+    _check_output(options, "folder", "the old checkpoint")
+
+
+def _check_export(options: argparse.Namespace) -> None:
+    if options.quantize == "static" and not options.calibration:
+        raise ValueError("--quantize static calibrates on text: --calibration FILE")
+    if options.calibration and options.quantize != "static":
+        raise ValueError("--calibration is for --quantize static alone: leave it out.")
+    _check_no_file(options.output)
+
+
+_CHECKS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "prune": _check_prune,
+    "recover": _check_recover,
+    "shrink": _check_shrink,
+    "convert": _check_convert,
+    "export": _check_export,
+}
+
+
+def implied_sparsity(pattern: str) -> float | None:
+    """The sparsity that a pattern fixes; None where it is free.
+
+    Raises:
+        ValueError: no notation of `hf_sparse.patterns`.
+    """
+    if not _is_pattern(pattern):
+        meant = _suggestions().meant_pattern(pattern, lambda name: _is_pattern(name) or None)
+        raise ValueError(
+            f"unknown pattern '{pattern}'. Known patterns: {', '.join(PATTERNS)}.{meant}"
+        )
+    n, colon, m = pattern.partition(":")
+    if not colon or not n.isdigit():
+        return None
+    if not 1 <= int(n) < int(m):
+        raise ValueError(f"pattern '{pattern}': wanted N:M with 1 <= N < M, as in '2:4'.")
+    return 1 - int(n) / int(m)
+
+
+def _is_pattern(notation: str) -> bool:
+    """Whether a text has the form of a pattern."""
+    plain = notation in PATTERNS and notation.isalpha()
+    return plain or any(re.fullmatch(shape, notation, re.ASCII) for shape in _SIZED)
+
+
+def _suggestions() -> Any:
+    """The module `hf_sparse.suggestions`: it imports nothing, but its package imports torch."""
+    package = importlib.util.find_spec("hf_sparse")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    file = Path(package.submodule_search_locations[0]) / "suggestions.py"
+    spec = importlib.util.spec_from_file_location("suggestions", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _check_sparsity(pattern: str, sparsity: float | None, implied: float | None) -> None:
+    if sparsity is None:
+        if implied is None:
+            raise ValueError(f"pattern '{pattern}' needs a sparsity: --sparsity 0.5")
+        return
+    if not 0 <= sparsity < 1:  # False for NaN too
+        share = sparsity / 100
+        meant = f" Did you mean --sparsity {share:g}?" if 0.01 < share < 1 else ""
+        raise ValueError(f"sparsity is {sparsity:g}; wanted a fraction of zeros in [0, 1).{meant}")
+    if implied is not None and abs(sparsity - implied) > 1e-6:
+        raise ValueError(
+            f"pattern '{pattern}' fixes the sparsity at {implied:.4g}, but --sparsity {sparsity:g} was "
+            "given. Leave --sparsity out, or choose another pattern."
+        )
+
+
+def needs_calibration(options: argparse.Namespace) -> bool:
+    """Whether a pruning looks at data."""
+    composed = options.allocation == "owl" or options.refine or options.reconstruct
+    return METHODS[options.method].needs_calibration or bool(composed)
+
+
+def method_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `prune_` that the flags give.
+
+    Raises:
+        ValueError: the method has no such option, or a value cannot be read as the option's type.
+    """
+    defaults = METHODS[options.method].options
+    own: dict[str, Any] = {
+        name: getattr(options, name)
+        for name in ("scope", *COMPOSITION)
+        if getattr(options, name) is not None
+    }
+    if "scope" in own and "scope" not in defaults:
+        raise ValueError(
+            f"method '{options.method}' has no option scope. "
+            f"Its options: {', '.join([*defaults, *COMPOSITION])}."
+        )
+    for given in options.option or ():
+        name, equals, text = given.partition("=")
+        if not equals or name not in defaults:
+            raise ValueError(
+                f"--option {given}: wanted NAME=VALUE; method '{options.method}' has the options "
+                f"{', '.join(f'{k}={v}' for k, v in defaults.items()) or 'none'}."
+            )
+        try:
+            own[name] = _read_as(defaults[name], text)
+        except ValueError as error:
+            raise ValueError(
+                f"--option {given}: wanted a value like {name}={defaults[name]}."
+            ) from error
+    for name, known in (("scope", SCOPES), ("allocation", ALLOCATIONS)):
+        if name in own and own[name] not in known:
+            raise ValueError(f"{name} is {own[name]!r}; wanted one of {', '.join(known)}.")
+    return own
+
+
+def _read_as(default: Any, text: str) -> Any:
+    """The text as a value of the default's type."""
+    if isinstance(default, bool):
+        if text not in ("true", "false"):
+            raise ValueError(text)
+        return text == "true"
+    return text if default is None else type(default)(text)
+
+
+def text_fields(options: argparse.Namespace) -> list[str]:
+    """The names in `--fields`: of one text, or two.
+
+    Raises:
+        ValueError: another number of names, or the label's.
+    """
+    fields: list[str] = options.fields.split(",")
+    if len(fields) > 2 or "label" in fields or len(set(fields)) < len(fields) or not all(fields):
+        raise ValueError(
+            f"--fields {options.fields}: wanted the name of a text, or two, by a comma."
+        )
+    return fields
+
+
+def unfinished(output: str) -> Path:
+    """The work folder of a streamed run (see `hf_sparse.checkpoint.work_folder`)."""
+    folder = Path(output).absolute()
+    return folder.with_name(f"{folder.name}.unfinished")
+
+
+def _check_files(files: Sequence[str]) -> None:
+    for file in map(Path, files):
+        if not file.exists():
+            raise FileNotFoundError(f"no such file: {file}")
+        if file.is_dir():
+            raise IsADirectoryError(f"{file} is a folder; wanted a file of text.")
+
+
+def _check_model(source: str, local: bool = False) -> None:
+    """Refuse the path of a folder that is not there; other names may be models of the Hub."""
+    folder = Path(source)
+    if not folder.exists():
+        if local or source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise FileNotFoundError(f"no such folder: {source}")
+    elif not folder.is_dir():
+        raise NotADirectoryError(f"{source} is a file; wanted a folder, or a model of the Hub.")
+
+
+def _check_output(options: argparse.Namespace, source: str, lost: str, asked: bool = False) -> None:
+    """Refuse an output folder that is the source, is a file, or holds files, without --overwrite."""
+    folder, given = Path(options.output), getattr(options, source)
+    if folder.resolve() == Path(given).resolve():
+        raise ValueError(f"OUTPUT is {source.upper()}, {given}: {lost} would be lost.")
+    _check_no_file(options.output)
+    if options.overwrite or asked or not folder.is_dir():
+        return
+    names = sorted(path.name for path in folder.iterdir())
+    if (
+        names and "export.json" not in names
+    ):  # nothing is saved over an ONNX export, see check_folder
+        first = "config.json" if "config.json" in names else names[0]
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ValueError(
+            f"{options.output} is not empty: it holds {first}{others}. Give another OUTPUT, or "
+            "--overwrite: the model in it is replaced, files of other names stay."
+        )
+
+
+def _check_no_file(output: str) -> None:
+    for path in (Path(output), *Path(output).parents):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"{path} is a file; wanted a folder to save in.")
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
