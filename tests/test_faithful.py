@@ -563,7 +563,7 @@ def test_adapters_of_any_kind_are_refused() -> None:
         peft.LNTuningConfig(target_modules=["input_layernorm"]),
     ):
         model = model_of("llama")
-        model.add_adapter(config)
+        peft.inject_adapter_in_model(config, model)
         check(model.eval(), r"layers\.0\.\S+ is a peft.*merge adapters")
     prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="merge_and_unload"):
