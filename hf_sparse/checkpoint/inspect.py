@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from hf_sparse.checkpoint.index import read_object
-from hf_sparse.checkpoint.promised import CONFIG_NAME, promised_by
-from hf_sparse.checkpoint.quantizer import QUANT_METHOD, SparseCheckpointConfig
+from hf_sparse.checkpoint.promised import CONFIG_NAME, QUANT_METHOD, promised_by
+from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
 from hf_sparse.checkpoint.reading import (
     StoredTensor,
     check_is_checkpoint,

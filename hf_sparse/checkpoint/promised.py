@@ -8,6 +8,7 @@ parameters must be stored, in its shape, and no others in the blocks. A class th
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from hf_sparse.checkpoint.index import read_object
-from hf_sparse.checkpoint.reading import StoredTensor, open_file
+from hf_sparse.checkpoint.index import read_index, read_object
+from hf_sparse.checkpoint.reading import StoredTensor, open_file, read_headers
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FormatError, join, locate, parse_layout
 from hf_sparse.models.configuration import CONFIGS
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 CONFIG_NAME = "config.json"
+QUANT_METHOD = "hf_sparse"
 # What the shapes of the weights do not tell, or tell only in part; defaults would be another model.
 _SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
 # Where else than in `num_hidden_layers` a config tells how many blocks are stored, and their names.
@@ -154,15 +156,37 @@ def promised_by(
         values = json.loads(config.to_json_string())
     else:
         values = read_object(file)
-    family = base_type(str(values.get("model_type")))
-    if family not in CONFIGS:
-        raise FormatError(
-            f"{file}: model_type is {values.get('model_type')!r}; wanted one of "
-            f"{', '.join(config.model_type for config in CONFIGS.values())}."
-        )
-    _check_counts(values, family, [tensor.name for tensor in stored], file)
-    model, exact = _described(values, family, file)
-    return Promised(model, file, exact)
+    family, kind, exact = _class_named(values, file)
+    _check_counts(values, family, kind, stored, file)
+    return Promised(_described(values, kind, family, file), file, exact)
+
+
+def check_to_load(
+    source: str | os.PathLike[str] | None, subfolder: str | None = None, variant: str | None = None
+) -> None:
+    """Check what transformers would follow before it calls the loader: index and number of blocks.
+
+    Args:
+        source: a folder; of a Hub name nothing is known yet, nor of None.
+        subfolder, variant: as in `PreTrainedModel.from_pretrained`.
+
+    Raises:
+        FormatError: they are damaged, or not of the tensors in the files.
+    """
+    folder = Path(source or "") / (subfolder or "")
+    file, infix = folder / CONFIG_NAME, f".{variant}" if variant else ""
+    if not source or not file.is_file():
+        return
+    values = read_object(file)
+    files = [folder / f"model{infix}.safetensors"]
+    index = folder / f"model.safetensors.index{infix}.json"
+    if not files[0].exists() and index.is_file():
+        files = [folder / name for name in sorted(set(read_index(index).files.values()))]
+    section = values.get("quantization_config")
+    compressed = isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
+    if compressed and all(file.is_file() for file in files):
+        family, kind, _ = _class_named(values, file)
+        _check_counts(values, family, kind, read_headers(files), file)
 
 
 def check_shapes(
@@ -200,11 +224,15 @@ def check_shapes(
                     )
 
 
-def _check_counts(values: Mapping[str, Any], family: str, names: Sequence[str], file: Path) -> None:
-    """Raise a FormatError if sizes are missing, or the numbers of blocks are not those of the files.
+def _check_counts(
+    values: Mapping[str, Any], family: str, kind: Any, stored: Sequence[StoredTensor], file: Path
+) -> None:
+    """Raise a FormatError if sizes are missing, or other numbers of blocks are stored.
 
     The model is only built after that: a number that was changed may be any.
     """
+    prefix = f"{kind.base_model_prefix}."
+    names = [tensor.name.removeprefix(prefix) for tensor in stored]
     others = CONFIGS[family].attribute_map
     for key in _SIZES:
         if not {key, others.get(key, key)} & values.keys():
@@ -214,38 +242,45 @@ def _check_counts(values: Mapping[str, Any], family: str, names: Sequence[str], 
     counted = {key: (count, re.escape(PARTS[family].stack))}
     if family in _COUNTED:
         counted = {key: (values.get(key, 1), path) for key, path in _COUNTED[family].items()}
-    prefix = re.escape(_base_class(family).base_model_prefix)
     for key, (wanted, path) in counted.items():
-        numbers = re.compile(rf"(?:{prefix}\.)?{path}\.(\d{{1,9}})\.")
+        numbers = re.compile(rf"{path}\.(\d{{1,9}})\.")
         found = max((int(match[1]) for match in map(numbers.match, names) if match), default=-1) + 1
         if wanted != found:
             raise FormatError(f"{file} has {key}={wanted!r:.40}, but {found} are stored. {_AGAIN}")
 
 
-def _base_class(family: str) -> Any:
-    """The class of a family without a head."""
-    base: Any = transformers.MODEL_MAPPING[CONFIGS[family].__mro__[2]]
-    return base[0] if isinstance(base, tuple | list) else base
+def _class_named(values: Mapping[str, Any], file: Path) -> tuple[str, Any, bool]:
+    """The family of a config, the transformers class that it names, and whether there is one.
 
-
-def _described(values: dict[str, Any], family: str, file: Path) -> tuple[PreTrainedModel, bool]:
-    """The model that a config describes, and whether transformers has the class that it names."""
-    ours = ("quantization_config", "auto_map")
-    values = {key: value for key, value in values.items() if key not in ours}
+    If there is none, the class is the family's without a head.
+    """
+    family = base_type(str(values.get("model_type")))
+    if family not in CONFIGS:
+        raise FormatError(
+            f"{file}: model_type is {values.get('model_type')!r}; wanted one of "
+            f"{', '.join(config.model_type for config in CONFIGS.values())}."
+        )
     names = values.get("architectures")
     name = str(names[0]).removeprefix("Sparse") if isinstance(names, list) and names else ""
-    kind: Any = getattr(transformers, name, None) if name.isidentifier() else None
-    exact = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-    if not exact:
-        kind = _base_class(family)
+    kind = getattr(transformers, name, None) if name.isidentifier() else None
+    if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+        return family, kind, True
+    base: Any = transformers.MODEL_MAPPING[CONFIGS[family].__mro__[2]]
+    return family, base[0] if isinstance(base, tuple | list) else base, False
+
+
+def _described(values: dict[str, Any], kind: Any, family: str, file: Path) -> PreTrainedModel:
+    """The model of a class that a config describes."""
+    ours = ("quantization_config", "auto_map")
+    values = {key: value for key, value in values.items() if key not in ours}
     with describing(file):
         config = CONFIGS[family].from_dict(values)
         sizes = sizes_in(config)
         with torch.device("meta"):
-            model = kind._from_config(config, attn_implementation="eager")
+            model: PreTrainedModel = kind._from_config(config, attn_implementation="eager")
             if sizes is not None:
                 resize_(model, sizes)
-    return model, exact
+    return model
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_sparse.checkpoint.promised import check_shapes, promised_by
+from hf_sparse.checkpoint.promised import QUANT_METHOD, check_shapes, promised_by
 from hf_sparse.checkpoint.reading import StoredTensor, is_target, read_headers, watch
 from hf_sparse.checkpoint.source import remember_source_
 from hf_sparse.configuration_sparse import SparsityConfig
@@ -32,8 +32,6 @@ from hf_sparse.structure import is_conv1d
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-QUANT_METHOD = "hf_sparse"
 
 # The names that the parts of a weight have in a checkpoint, as transformers' patterns.
 _PART_PATTERNS = {re.escape(join("weight", part)) + "$": part for part in ("", *COMPANIONS)}

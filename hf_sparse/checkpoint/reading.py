@@ -114,7 +114,21 @@ def read_headers(files: Sequence[Path]) -> list[StoredTensor]:
                     "different checkpoints: copy or download the folder again."
                 )
             tensors[name] = stored
+        _check_alone(file, any(tensor.compressed for tensor in tensors.values()))
     return list(tensors.values())
+
+
+def _check_alone(file: Path, compressed: bool) -> None:
+    """Refuse a file with all weights of a compressed checkpoint that has shards beside it.
+
+    No save leaves both, and readers do not agree on which they take.
+    """
+    index = file.with_name(INDEX_NAME)
+    if file.name == WEIGHTS_NAME and index.is_file() and (compressed or read_index(index).digests):
+        raise FormatError(
+            f"{file.parent} has {WEIGHTS_NAME} and shards with {INDEX_NAME}: weights of two saves. "
+            "Remove those that are not meant, or copy or download the folder again."
+        )
 
 
 def watch(files: Sequence[Path]) -> Callable[[], None]:
@@ -201,4 +215,9 @@ def open_file(file: Path) -> Iterator[safe_open]:
         raise FormatError(
             f"{file} cannot be read as safetensors ({error}). It is damaged or incomplete: copy or "
             "download it again."
+        ) from error
+    except FileNotFoundError as error:
+        raise FormatError(
+            f"{file} is missing, or was removed while the folder was read: another process may have "
+            "saved a model there. Load it again, or copy or download it again."
         ) from error

@@ -34,6 +34,7 @@ import hf_sparse
 from hf_sparse.checkpoint.atomic import sync_file
 from hf_sparse.checkpoint.config_files import write_configs
 from hf_sparse.checkpoint.loading import dense_model_class
+from hf_sparse.checkpoint.promised import check_to_load
 from hf_sparse.checkpoint.reading import (
     StoredTensor,
     open_file,
@@ -116,6 +117,7 @@ def prune_checkpoint(
     Raises:
         ValueError: as `prune_`; a method that needs the whole model; a work folder of another run,
             or one that is there without `resume`.
+        FormatError: the dense model is damaged, or lacks weights.
         OSError: the disk is full. Finished blocks stay in the work folder: free space and resume.
     """
     folder, source = Path(os.path.abspath(folder)), str(source)
@@ -128,7 +130,7 @@ def prune_checkpoint(
         )
     if folder.resolve() == Path(source).resolve():
         raise ValueError(f"the output is the source, {source}: the dense model would be lost.")
-    model = dense_model_class(source).from_pretrained(source, device_map={"": "disk"}, dtype=dtype)
+    model = _load(source, dtype)
     config = with_head_size(config, model)
     layers = target_layers(model, config)
     _check(model, layers, config)
@@ -170,6 +172,20 @@ def prune_checkpoint(
             max_shard_size=_SHARD_SIZE,
         )
     return report if saved is None else replace(report, other_zeros=saved.other_zeros)
+
+
+def _load(source: str, dtype: str | torch.dtype) -> PreTrainedModel:
+    """The model with its weights left on the disk, all of them."""
+    check_to_load(source)
+    model, info = dense_model_class(source).from_pretrained(
+        source, device_map={"": "disk"}, dtype=dtype, output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise FormatError(
+            f"{source} lacks {len(missing)} weights of the {type(model).__name__} that its config.json "
+            f"names, first {missing[0]}: they would be random. Copy or download it again."
+        )
+    return model  # type: ignore[no-any-return]
 
 
 def _check(model: PreTrainedModel, layers: list[TargetLayer], config: SparsityConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,8 +42,10 @@ def compiled_files(folder: Path) -> set[str]:
     return {COMPILED_DESCRIPTION, COMPILED_WEIGHTS} if ours else set()
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that a checkpoint cannot be saved in.
+def check_folder(folder: Path, variant: str | None = None) -> None:
+    """Refuse a folder that a checkpoint cannot be saved in; warn of files that saving will remove.
+
+    Weights of PyTorch's own format are removed: a loader may prefer them to those that are saved.
 
     Raises:
         NotADirectoryError: it is a file.
@@ -59,6 +62,13 @@ def check_folder(folder: Path) -> None:
         raise ValueError(
             f"{folder} holds {GRAPH_NAME}: an ONNX export, whose config.json the checkpoint would "
             "replace. Wanted a folder of its own, such as the one that the export's folder is in."
+        )
+    names = sorted(path.name for path in folder.glob("pytorch_model*"))
+    if removed := [name for name in names if is_weight_file(name, variant)]:
+        warnings.warn(
+            f"{folder} holds the weights {', '.join(removed)}. They are removed when the model is "
+            "saved there, since they are not its weights. Move them away first if they are needed.",
+            stacklevel=4,
         )
 
 

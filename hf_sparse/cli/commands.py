@@ -285,6 +285,7 @@ def export(options: argparse.Namespace) -> int:
 
 def push(options: argparse.Namespace) -> int:
     """Upload a checkpoint folder, or an adapter merged into its base model."""
+    from hf_sparse.checkpoint.links import check_links
     from hf_sparse.hub import push_to_hub, upload_folder
     from hf_sparse.recovery.stored import ADAPTER_CONFIG
 
@@ -298,6 +299,7 @@ def push(options: argparse.Namespace) -> int:
         raise ValueError(f"--base is for adapters, and {options.folder} is none: leave it out.")
     else:
         hf_sparse.inspect_checkpoint(options.folder)  # a damaged folder is not uploaded
+        check_links(Path(options.folder))
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(options.folder)
             if options.onnx:
