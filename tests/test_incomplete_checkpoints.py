@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -259,6 +261,21 @@ def test_shards_of_two_saves_are_refused(tmp_path: Path) -> None:
     for read in READERS:
         with pytest.raises(FormatError, match="different saves"):
             read(again)
+
+
+def test_digests_are_those_of_the_specification(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", max_shard_size="20KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    digests = index["metadata"]["hf_sparse_digests"]
+    assert digests.keys() == set(index["weight_map"].values())
+    for name, digest in digests.items():
+        with safe_open(folder / name, "pt") as reader:
+            assert reader.metadata() == {"format": "pt", "hf_sparse_digest": digest}
+        text = b""
+        for key, tensor in sorted(load_file(folder / name).items()):
+            text += f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+            text += tensor.numpy().tobytes()
+        assert hashlib.sha256(text).hexdigest() == digest
 
 
 def test_shards_without_digests_load(tmp_path: Path) -> None:
