@@ -172,6 +172,7 @@ def check_to_load(
 
     Raises:
         FormatError: they are damaged, or not of the tensors in the files.
+        FileNotFoundError: a shard is missing.
     """
     folder = Path(source or "") / (subfolder or "")
     file, infix = folder / CONFIG_NAME, f".{variant}" if variant else ""
@@ -182,9 +183,14 @@ def check_to_load(
     index = folder / f"model.safetensors.index{infix}.json"
     if not files[0].exists() and index.is_file():
         files = [folder / name for name in sorted(set(read_index(index).files.values()))]
+        if lost := [shard.name for shard in files if not shard.is_file()]:
+            raise FileNotFoundError(
+                f"{folder} lacks the shards {', '.join(lost)} that {index.name} names. Copy or "
+                "download the folder again."
+            )
     section = values.get("quantization_config")
     compressed = isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
-    if compressed and all(file.is_file() for file in files):
+    if compressed and files[0].is_file():
         family, kind, _ = _class_named(values, file)
         _check_counts(values, family, kind, read_headers(files), file)
 
