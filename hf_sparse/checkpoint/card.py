@@ -80,7 +80,7 @@ class Card:
     def write(self, file: Path, old: Path, same_weights: Callable[[], bool]) -> None:
         """Write the card to `file`, unless the one at `old` is to stay.
 
-        A card of somebody else stays, with a warning if there is news for it; one of ours stays
+        A card of somebody else stays, with a warning; one of ours stays
         while its facts are true and nothing is given that it does not know. Metrics in it that were
         measured with other weights are taken out.
 
@@ -93,11 +93,11 @@ class Card:
         news = self.report is not None or bool(self.metrics or self.tags or self.base)
         text = old.read_text(encoding="utf-8", errors="replace") if old.exists() else None
         if text is not None and OUR_FACT not in text:
-            if news:
-                warnings.warn(
-                    f"{old} is no card of hf_sparse and stays; move it away to have one written.",
-                    stacklevel=5,
-                )
+            warnings.warn(
+                f"{old} is no card of hf_sparse and stays, so that no model card is written. To have "
+                "one, move it away and save again.",
+                stacklevel=5,
+            )
             return
         known = [self._how_to_load(), *_rows([*self._steps(), *self._facts()])]
         if text is None or news or not all(part in text for part in known):

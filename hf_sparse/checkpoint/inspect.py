@@ -1,8 +1,7 @@
-"""Reading the sparsity of a checkpoint without building its model."""
+"""Reading the sparsity of a checkpoint without memory for its model."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -10,7 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hf_sparse.checkpoint.quantizer import QUANT_METHOD, SparseCheckpointConfig
+from hf_sparse.checkpoint.index import read_object
+from hf_sparse.checkpoint.promised import CONFIG_NAME, QUANT_METHOD, promised_by
+from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
 from hf_sparse.checkpoint.reading import (
     StoredTensor,
     check_is_checkpoint,
@@ -18,6 +19,7 @@ from hf_sparse.checkpoint.reading import (
     is_target,
     read_headers,
     read_parts,
+    watch,
 )
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FormatError, decompress, locate, num_bytes, read_layout
@@ -73,8 +75,8 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
 
     Raises:
         FileNotFoundError: there is no such folder, or no `config.json` in it.
-        FormatError: the checkpoint is damaged. Groups that break the promised pattern are counted
-            in the report.
+        FormatError: the checkpoint is damaged, incomplete, or of another model than config.json
+            describes. Groups that break the promised pattern are counted in the report.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -83,10 +85,18 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
     config = read_sparsity_config(folder)
     pattern = Unstructured() if config is None else config.pattern
     files = checkpoint_files(folder)
+    check_unchanged = watch(files)
     stored = read_headers(files)
+    if config is not None:
+        promised_by(folder, stored).check(stored)
     counts, formats, sizes, parameters, other_zeros = [], {}, {}, 0, 0
     for tensor in stored:
         parts = read_parts(tensor)
+        if tensor.compressed and config is None:
+            raise FormatError(
+                f"{tensor.place} is compressed, but the quantization_config of {folder / CONFIG_NAME} "
+                "is not of hf_sparse: config and weights are of different checkpoints."
+            )
         with locate(tensor.place):
             weight = decompress(parts) if tensor.compressed else parts[""]
         parameters += weight.numel()
@@ -98,6 +108,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
         if target or tensor.compressed:
             formats[tensor.name] = tensor.format
             sizes[tensor.name] = num_bytes(parts)
+    check_unchanged()
     report = SparsityReport(tuple(counts), str(pattern), parameters, other_zeros=other_zeros)
     total = sum(file.stat().st_size for file in files)
     return CheckpointSparsity(config, report, formats, sizes, total)
@@ -118,12 +129,8 @@ def read_sparsity_config(folder: Path) -> SparsityConfig | None:
         FileNotFoundError: there is no `config.json`.
         FormatError: `config.json` is no JSON object, or was written by a newer version.
     """
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text())
-        entry = values.get("quantization_config") or {}
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise FormatError(f"{path} is no JSON object: {error}") from error
+    path = folder / CONFIG_NAME
+    entry = read_object(path).get("quantization_config") or {}
     if not isinstance(entry, dict):
         raise FormatError(f"{path}: quantization_config is {entry!r}, wanted an object")
     if entry.get("quant_method") != QUANT_METHOD:

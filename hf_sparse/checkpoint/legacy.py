@@ -22,7 +22,6 @@ Source: github.com/vllm-project/compressed-tensors before pull request 610, in
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -33,13 +32,15 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_sparse.checkpoint.can_save import check_can_save
-from hf_sparse.checkpoint.reading import checkpoint_files, open_file
+from hf_sparse.checkpoint.index import read_object
+from hf_sparse.checkpoint.links import check_links
+from hf_sparse.checkpoint.promised import describing
+from hf_sparse.checkpoint.reading import checkpoint_files, open_file, watch
 from hf_sparse.checkpoint.save import save_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FormatError, bits, join, locate
@@ -84,7 +85,8 @@ def convert_legacy(
         FormatError: the checkpoint is damaged, incomplete, or not what its config promises; the
             message names tensor and file.
         ValueError: it is no such checkpoint, it is quantised too, its family is not in `FAMILIES`
-            (`format="dense"` needs none), `output` lies inside `folder`, or a bad `format`.
+            (`format="dense"` needs none), `output` lies inside `folder`, a bad `format`, or a file
+            that would be copied is a link out of the folder.
         OSError: `output` cannot be written or the disk is full. Nothing has changed then.
 
     Source: the layout of github.com/vllm-project/compressed-tensors, at the top of this file.
@@ -95,11 +97,12 @@ def convert_legacy(
     values, sparsity = _read_config(folder)
     model = _meta_model(values, folder)
     check_can_save(model, output, SparsityConfig("unstructured", 0.0, format=format))
+    small_files = _SmallFiles(folder)
     weights = _OldWeights(folder, LAYOUTS[sparsity["format"]], model)
     config = _measure(weights, model, sparsity, format)
     # As for a model that `device_map` left on the disk, the weights are asked for by name.
     model._hf_hook = SimpleNamespace(weights_map=weights)  # type: ignore[assignment]
-    save_model(model, output, config=config, tokenizer=_SmallFiles(folder))
+    save_model(model, output, config=config, tokenizer=small_files)
     return output
 
 
@@ -112,7 +115,9 @@ class _OldWeights:
     def __init__(self, folder: Path, layout: tuple[str, ...], model: PreTrainedModel) -> None:
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self.parts: dict[str, dict[str, tuple[str, Path]]] = {}
-        for file in checkpoint_files(folder):
+        files = checkpoint_files(folder)
+        self._check_unchanged = watch(files)
+        for file in files:
             with open_file(file) as reader:
                 keys = list(reader.keys())
             for key in keys:
@@ -157,6 +162,7 @@ class _OldWeights:
             weight = parts[""] if "" in parts else _decode(parts, shape)
             if tuple(weight.shape) != shape:
                 raise FormatError(f"found shape {tuple(weight.shape)}; config.json implies {shape}")
+        self._check_unchanged()
         return weight
 
 
@@ -232,11 +238,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} has no config.json; wanted the folder of a checkpoint.")
-    try:
-        values = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file} is no JSON: {error}") from error
-    values = values if isinstance(values, dict) else {}
+    values = read_object(file)
     sections = [values.pop(f"{kind}_config", None) for kind in ("quantization", "compression")]
     section = next((section for section in sections if isinstance(section, dict)), {})
     if section.get("config_groups") or section.get("kv_cache_scheme"):
@@ -263,18 +265,10 @@ def _refuse_quantised(folder: Path, found: str) -> None:
 
 def _meta_model(values: dict[str, Any], folder: Path) -> PreTrainedModel:
     """The model that the config describes, without memory for weights."""
-    try:
+    with describing(folder / "config.json"), torch.device("meta"):
         config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
         model_class = getattr(transformers, values["architectures"][0])
-        with torch.device("meta"):
-            model: PreTrainedModel = model_class._from_config(config, attn_implementation="eager")
-    except (
-        *(StrictDataclassError, ArithmeticError, AttributeError, LookupError),
-        *(RuntimeError, TypeError, ValueError),
-    ) as error:
-        raise FormatError(
-            f"{folder / 'config.json'} describes no model of transformers: {error!r}"
-        ) from error
+        model: PreTrainedModel = model_class._from_config(config, attn_implementation="eager")
     return model
 
 
@@ -282,10 +276,14 @@ class _SmallFiles:
     """Tokenizer and generation config of a folder, to be saved as they are."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._files = [
+            file
+            for file in sorted(folder.iterdir())
+            if file.name.startswith(_COPIED) and file.suffix in _COPIED_TYPES and file.is_file()
+        ]
+        check_links(folder, self._files)
 
     def save_pretrained(self, folder: Path) -> None:
         """Copy the files to `folder`, as a tokenizer would save its own."""
-        for file in self._folder.iterdir():
-            if file.name.startswith(_COPIED) and file.suffix in _COPIED_TYPES and file.is_file():
-                shutil.copyfile(file, folder / file.name)
+        for file in self._files:
+            shutil.copyfile(file, folder / file.name)

@@ -21,7 +21,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_sparse.checkpoint.reading import StoredTensor, is_target, open_file, read_headers
+from hf_sparse.checkpoint.promised import QUANT_METHOD, check_shapes, promised_by
+from hf_sparse.checkpoint.reading import StoredTensor, is_target, read_headers, watch
 from hf_sparse.checkpoint.source import remember_source_
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import COMPANIONS, FormatError, decompress, join, locate, read_layout
@@ -31,8 +32,6 @@ from hf_sparse.structure import is_conv1d
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-QUANT_METHOD = "hf_sparse"
 
 # The names that the parts of a weight have in a checkpoint, as transformers' patterns.
 _PART_PATTERNS = {re.escape(join("weight", part)) + "$": part for part in ("", *COMPANIONS)}
@@ -63,6 +62,8 @@ class SparseHfQuantizer(HfQuantizer):
         self._stored: dict[str, StoredTensor] = {}
         self._dtype_plan: Mapping[str, torch.dtype] = {}
         self._errors: list[FormatError] = []
+        self._check_unchanged = watch([])
+        self._targets: set[str] = set()
 
     @property
     def is_trainable(self) -> bool:
@@ -83,6 +84,7 @@ class SparseHfQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files or []]
         if other := [file for file in files if file.suffix != ".safetensors"]:
             raise FormatError(f"{other[0]}: compressed checkpoints are stored as safetensors alone")
+        self._check_unchanged = watch(files)
         self._stored = {stored.name: stored for stored in read_headers(files)}
         wanted = {name.removeprefix(f"{model.base_model_prefix}.") for name in model.state_dict()}
         stored_names = {name.removeprefix(f"{model.base_model_prefix}.") for name in self._stored}
@@ -91,7 +93,12 @@ class SparseHfQuantizer(HfQuantizer):
                 f"none of the weights in {files[0]} belongs to {type(model).__name__}. Load the "
                 "checkpoint with AutoModel, or the class that its config.json names."
             )
-        _check_blocks(model, list(self._stored.values()))
+        if self._stored:
+            stored = list(self._stored.values())
+            promised = promised_by(files[0].parent, stored, model.config)
+            promised.check(stored)
+            self._targets = promised.targets(self.quantization_config.sparsity)
+            _check_blocks(model, stored)
         self._dtype_plan = model._get_dtype_plan(dtype)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
@@ -105,36 +112,38 @@ class SparseHfQuantizer(HfQuantizer):
         for pattern, planned in self._dtype_plan.items():
             if re.search(pattern.replace("*", ".*"), name):
                 dtype = planned
-        if list(parts) == [""]:
-            weight = parts[""]
-        else:
-            try:
-                weight = self._decompress(name, parts, model)
-            except FormatError as error:
-                # transformers turns errors raised here into a table in the log. Ours are raised
-                # in `postprocess_model`, before the model is returned.
-                self._errors.append(error)
-                return torch.zeros(parameter.shape, dtype=dtype)
+        try:
+            weight = self._restored(name, parts, model)
+        except FormatError as error:
+            # transformers turns errors raised here into a table in the log. Ours are raised
+            # in `postprocess_model`, before the model is returned.
+            self._errors.append(error)
+            return torch.zeros(parameter.shape, dtype=dtype)
         return weight.to(dtype) if weight.is_floating_point() else weight
 
-    def _decompress(self, name: str, parts: dict[str, Tensor], model: PreTrainedModel) -> Tensor:
-        stored = self._stored.get(name) or self._stored.get(
-            name.removeprefix(f"{model.base_model_prefix}.")
-        )
+    def _restored(self, name: str, parts: dict[str, Tensor], model: PreTrainedModel) -> Tensor:
+        """The weight from its parts; it has the model's shape and follows the promised pattern."""
+        local = name.removeprefix(f"{model.base_model_prefix}.")
+        stored = self._stored.get(name) or self._stored.get(local)
+        config = self.quantization_config.sparsity
+        pattern, follows = config.pattern, False
+        conv1d = is_conv1d(model.get_submodule(name.rpartition(".")[0]))
         with locate(stored.place if stored else f"tensor {name}"):
-            _, rows, columns, transposed, parameters = read_layout(parts)
-            shape = (columns, rows) if transposed else (rows, columns)
-            wanted = tuple(model.get_parameter_or_buffer(name).shape)
-            if shape != wanted:
-                raise FormatError(
-                    f"shape mismatch: {shape} is stored, the model of config.json wants {wanted}"
-                )
-            weight = decompress(parts)
-            config = self.quantization_config.sparsity
-            pattern = config.pattern
-            promised = is_target(stored.name if stored else name, True, config)
-            if promised and isinstance(pattern, NM) and parameters != (pattern.n, pattern.m):
-                conv1d = is_conv1d(model.get_submodule(name.rpartition(".")[0]))
+            if list(parts) == [""]:
+                weight, promised = parts[""], local in self._targets
+            else:
+                form, rows, columns, transposed, parameters = read_layout(parts)
+                shape = (columns, rows) if transposed else (rows, columns)
+                wanted = tuple(model.get_parameter_or_buffer(name).shape)
+                if shape != wanted:
+                    raise FormatError(
+                        f"shape mismatch: {shape} is stored, the model of config.json wants {wanted}"
+                    )
+                weight = decompress(parts)
+                promised = is_target(stored.name if stored else name, True, config)
+                if isinstance(pattern, NM) and form == "nm" and transposed == conv1d:
+                    follows = parameters == (pattern.n, pattern.m)
+            if isinstance(pattern, NM) and promised and not follows:
                 _check_promise(weight.T if conv1d else weight, pattern)
         return weight
 
@@ -142,8 +151,10 @@ class SparseHfQuantizer(HfQuantizer):
         """Raise what was wrong with the weights, then detach from the model.
 
         Raises:
-            FormatError: a compressed tensor is damaged; no model is returned.
+            FormatError: a compressed tensor is damaged, or a file was replaced while it was read; no
+            model is returned.
         """
+        self._check_unchanged()
         if self._errors:
             more = f" ({len(self._errors) - 1} more like it)" if len(self._errors) > 1 else ""
             raise FormatError(f"{self._errors[0]}{more}")
@@ -161,29 +172,22 @@ class SparseHfQuantizer(HfQuantizer):
 
 
 def _check_blocks(model: PreTrainedModel, stored: Sequence[StoredTensor]) -> None:
-    """Raise a FormatError if blocks have other sizes than their weights, which are stored dense.
-
-    The shapes of compressed weights are checked when they are restored.
-    """
+    """Raise a FormatError if the model has other blocks than are stored, as arguments may ask for."""
     parts = parts_of(model.config)
     if parts is None:
         return
-    prefix = f"{model.base_model_prefix}."
+    prefix, stack = f"{model.base_model_prefix}.", f"{parts.stack}."
     wanted = {name.removeprefix(prefix): value for name, value in model.state_dict().items()}
-    dense = [tensor for tensor in stored if not tensor.compressed]
-    for file in dict.fromkeys(tensor.file for tensor in dense):
-        with open_file(file) as reader:
-            for tensor in (tensor for tensor in dense if tensor.file == file):
-                name = tensor.name.removeprefix(prefix)
-                if not name.startswith(f"{parts.stack}.") or name not in wanted:
-                    continue
-                found = tuple(reader.get_slice(tensor.name).get_shape())
-                if found != (shape := tuple(wanted[name].shape)):
-                    raise FormatError(
-                        f"{tensor.place}: shape mismatch: {found} is stored, the model of config.json "
-                        f"wants {shape}. Its block_sizes tell the sizes of a shrunk model's blocks: "
-                        "config and weights are of different checkpoints."
-                    )
+    found = {tensor.name.removeprefix(prefix): tensor for tensor in stored}
+    found = {name: tensor for name, tensor in found.items() if name.startswith(stack)}
+    check_shapes(found, {name: tuple(tensor.shape) for name, tensor in wanted.items()})
+    blocks = {name.removeprefix(stack).partition(".")[0] for name in found}
+    for name in wanted:
+        if name.startswith(stack) and name.removeprefix(stack).partition(".")[0] not in blocks:
+            raise FormatError(
+                f"the model has the weight {name}, but of that block no tensor is stored in "
+                f"{stored[0].file.parent}. Load it with the number of blocks in its config.json."
+            )
 
 
 def _check_promise(weight: Tensor, pattern: NM) -> None:

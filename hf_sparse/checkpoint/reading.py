@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hf_sparse.checkpoint.index import DIGEST, INDEX_NAME, index_of, read_index
 from hf_sparse.checkpoint.writing import COMPILED_DESCRIPTION
 from hf_sparse.configuration_sparse import SparsityConfig, matches
 from hf_sparse.formats import (
@@ -25,7 +25,6 @@ from hf_sparse.formats import (
 )
 from hf_sparse.recovery.stored import ADAPTER_CONFIG
 
-INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
 
 
@@ -90,13 +89,16 @@ def read_headers(files: Sequence[Path]) -> list[StoredTensor]:
 
     Raises:
         FormatError: a file is truncated or no safetensors file, a part of a compressed tensor is
-            missing, or a file lacks a tensor that the index beside it promises.
+            missing, two files hold the same tensor, or a shard is not the one that the index beside
+            it was saved with.
     """
-    tensors = []
+    indices = {path: read_index(path) for path in map(index_of, files) if path and path.is_file()}
+    tensors: dict[str, StoredTensor] = {}
     for file in files:
         with open_file(file) as reader:
-            names = list(reader.keys())
-        _check_index(file, names)
+            names, digest = list(reader.keys()), (reader.metadata() or {}).get(DIGEST)
+        if (index := index_of(file)) in indices:
+            indices[index].check_shard(file.name, set(names), digest)
         for name, parts in group_parts(names).items():
             stored = StoredTensor(name, tuple(parts), file)
             orphan = split_name(name)[1]
@@ -106,8 +108,50 @@ def read_headers(files: Sequence[Path]) -> list[StoredTensor]:
                     "a compressed tensor has values, layout and one array of positions. The "
                     "checkpoint is incomplete: copy or download it again."
                 )
-            tensors.append(stored)
-    return tensors
+            if name in tensors:
+                raise FormatError(
+                    f"{stored.place}: {tensors[name].file.name} has it, too. The files are of "
+                    "different checkpoints: copy or download the folder again."
+                )
+            tensors[name] = stored
+        _check_alone(file, any(tensor.compressed for tensor in tensors.values()))
+    return list(tensors.values())
+
+
+def _check_alone(file: Path, compressed: bool) -> None:
+    """Refuse a file with all weights of a compressed checkpoint that has shards beside it.
+
+    No save leaves both, and readers do not agree on which they take.
+    """
+    index = file.with_name(INDEX_NAME)
+    if file.name == WEIGHTS_NAME and index.is_file() and (compressed or read_index(index).digests):
+        raise FormatError(
+            f"{file.parent} has {WEIGHTS_NAME} and shards with {INDEX_NAME}: weights of two saves. "
+            "Remove those that are not meant, or copy or download the folder again."
+        )
+
+
+def watch(files: Sequence[Path]) -> Callable[[], None]:
+    """A function that raises a FormatError if one of the files was replaced or written to since."""
+    before = {file: _version(file) for file in files}
+
+    def check() -> None:
+        for file, version in before.items():
+            if _version(file) != version:
+                raise FormatError(
+                    f"{file} was replaced while it was read: another process saved a model there. "
+                    "Load it again."
+                )
+
+    return check
+
+
+def _version(file: Path) -> tuple[int, ...] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_parts(stored: StoredTensor) -> dict[str, Tensor]:
@@ -124,7 +168,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, by its index where it has one.
 
     Raises:
-        FormatError: there are none, the index is no JSON, or a shard that it names is missing.
+        FormatError: there are none, the index is damaged, or a shard that it names is missing.
     """
     check_is_checkpoint(folder)
     index = folder / INDEX_NAME
@@ -132,7 +176,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS_NAME]
     if not index.is_file():
         raise FormatError(f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}")
-    files = [folder / name for name in sorted(set(read_index(index).values()))]
+    files = [folder / name for name in sorted(set(read_index(index).files.values()))]
     if missing := [file.name for file in files if not file.is_file()]:
         raise FormatError(
             f"{folder}: the shards {missing} that {INDEX_NAME} names are missing. Copy or download "
@@ -161,21 +205,6 @@ def check_is_checkpoint(folder: Path) -> None:
             )
 
 
-def read_index(index: Path) -> dict[str, str]:
-    """The file of each tensor, from a shard index.
-
-    Raises:
-        FormatError: it is no such index.
-    """
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise FormatError(f"{index} is no shard index: {error!r}") from error
-    if not isinstance(weight_map, dict) or any("/" in str(name) for name in weight_map.values()):
-        raise FormatError(f"{index}: weight_map does not map tensors to files of its folder")
-    return weight_map
-
-
 @contextmanager
 def open_file(file: Path) -> Iterator[safe_open]:
     """Open a safetensors file; its errors become FormatErrors that name the file."""
@@ -187,15 +216,8 @@ def open_file(file: Path) -> Iterator[safe_open]:
             f"{file} cannot be read as safetensors ({error}). It is damaged or incomplete: copy or "
             "download it again."
         ) from error
-
-
-def _check_index(file: Path, names: Sequence[str]) -> None:
-    index = file.parent / INDEX_NAME
-    if file.name == WEIGHTS_NAME or not index.is_file():
-        return
-    promised = {name for name, shard in read_index(index).items() if shard == file.name}
-    if missing := sorted(promised - set(names)):
+    except FileNotFoundError as error:
         raise FormatError(
-            f"{file} lacks {len(missing)} tensors that {INDEX_NAME} promises, first {missing[0]}. "
-            "The shards are of different checkpoints: copy or download the folder again."
-        )
+            f"{file} is missing, or was removed while the folder was read: another process may have "
+            "saved a model there. Load it again, or copy or download it again."
+        ) from error

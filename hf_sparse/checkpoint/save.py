@@ -77,8 +77,9 @@ def save_pretrained(
         model: a transformers model. Compressed: of a family in `FAMILIES`. Of a `peft.PeftModel`
             a copy is merged and saved, as `merge_adapters` does it: the zeros stay, and who loads it
             needs no adapter. (Its own `save_pretrained` saves the adapter alone.)
-        folder: made if it does not exist. Other files in it stay, but for what `save_compiled` wrote
-            there of the weights before.
+        folder: made if it does not exist. Other files in it stay, but for weights: what
+            `save_compiled` wrote there before, and a `pytorch_model.bin`, with a warning. A README.md
+            that is no card of hf_sparse stays, with a warning.
         config: pattern, targets and format. None: what the model was pruned with or loaded with,
             or else `unstructured` at the sparsity that is measured.
         tokenizer: saved beside the model if given.
@@ -174,7 +175,7 @@ def save_model(
     if unknown:
         raise TypeError(f"save_pretrained has no argument {', '.join(sorted(unknown))}.")
 
-    check_folder(folder)
+    check_folder(folder, variant)
     stored = tensors_to_store(model, state_dict)
     if config is None:
         config = _implied_config(model, stored)

@@ -28,13 +28,14 @@ from accelerate.utils import set_module_tensor_to_device
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 import hf_sparse
 from hf_sparse.arguments import check_path
 from hf_sparse.checkpoint.atomic import sync_file
 from hf_sparse.checkpoint.can_save import check_can_save
 from hf_sparse.checkpoint.loading import dense_model_class
+from hf_sparse.checkpoint.promised import check_to_load
 from hf_sparse.checkpoint.reading import (
     StoredTensor,
     open_file,
@@ -131,6 +132,7 @@ def prune_checkpoint(
     Raises:
         ValueError: as `prune_`; a method that needs the whole model; a work folder of another run,
             or one that is there without `resume`.
+        FormatError: the dense model is damaged, or lacks weights.
         OSError: the disk is full. Finished blocks stay in the work folder: free space and resume.
     """
     check_path(source, "prune_checkpoint", "folder of the dense model")
@@ -140,9 +142,7 @@ def prune_checkpoint(
     recipe, asked = check_run(source, folder, config, method, options, resume)
     described = AutoConfig.from_pretrained(source)
     check_can_save(described, folder, config)
-    model_class = dense_model_class(source, described)
-    with _expected_on_disk():
-        model = model_class.from_pretrained(source, device_map={"": "disk"}, dtype=dtype)
+    model = _load(source, described, dtype)
     check_can_save(model, folder, config)
     config = with_head_size(config, model)
     layers = target_layers(model, config)
@@ -224,6 +224,21 @@ def check_run(
     }
     check_work_folder(folder, asked, resume=resume)
     return recipe, asked
+
+
+def _load(source: str, described: PreTrainedConfig, dtype: str | torch.dtype) -> PreTrainedModel:
+    """The model with its weights left on the disk, all of them."""
+    check_to_load(source)
+    with _expected_on_disk():
+        model, info = dense_model_class(source, described).from_pretrained(
+            source, device_map={"": "disk"}, dtype=dtype, output_loading_info=True
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise FormatError(
+            f"{source} lacks {len(missing)} weights of the {type(model).__name__} that its config.json "
+            f"names, first {missing[0]}: they would be random. Copy or download it again."
+        )
+    return model  # type: ignore[no-any-return]
 
 
 def _check_in_blocks(model: PreTrainedModel, layers: list[TargetLayer]) -> None:

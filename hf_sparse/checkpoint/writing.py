@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_sparse.checkpoint.card import CARD_NAME
+from hf_sparse.checkpoint.index import DIGEST, DIGESTS
 from hf_sparse.formats import join
 
 COMPILED_DESCRIPTION, COMPILED_WEIGHTS = "compiled.json", "compiled.safetensors"
@@ -38,8 +42,10 @@ def compiled_files(folder: Path) -> set[str]:
     return {COMPILED_DESCRIPTION, COMPILED_WEIGHTS} if ours else set()
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that a checkpoint cannot be saved in.
+def check_folder(folder: Path, variant: str | None = None) -> None:
+    """Refuse a folder that a checkpoint cannot be saved in; warn of files that saving will remove.
+
+    Weights of PyTorch's own format are removed: a loader may prefer them to those that are saved.
 
     Raises:
         NotADirectoryError: it is a file.
@@ -57,13 +63,20 @@ def check_folder(folder: Path) -> None:
             f"{folder} holds {GRAPH_NAME}: an ONNX export, whose config.json the checkpoint would "
             "replace. Wanted a folder of its own, such as the one that the export's folder is in."
         )
+    names = sorted(path.name for path in folder.glob("pytorch_model*"))
+    if removed := [name for name in names if is_weight_file(name, variant)]:
+        warnings.warn(
+            f"{folder} holds the weights {', '.join(removed)}. They are removed when the model is "
+            "saved there, since they are not its weights. Move them away first if they are needed.",
+            stacklevel=4,
+        )
 
 
 class ShardWriter:
     """Collects tensors into safetensors shards of at most `max_bytes` (a larger tensor has its own).
 
-    All parts of a tensor go into the same shard, so that a shard can be read on its own. Memory:
-    the tensors of one shard.
+    All parts of a tensor go into the same shard, so that a shard can be read on its own. Each shard
+    has a digest of its tensors in its header, and so has the index. Memory: the tensors of one shard.
     """
 
     def __init__(self, folder: Path, max_bytes: int, variant: str | None = None) -> None:
@@ -73,6 +86,7 @@ class ShardWriter:
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
+        self._digests: list[str] = []
         self.total_bytes = 0
 
     def add(self, name: str, parts: Mapping[str, Tensor]) -> None:
@@ -91,28 +105,62 @@ class ShardWriter:
         Args:
             total_parameters: weights in the model, for the index.
         """
-        self._flush()
+        self._flush(last=True)
         if len(self._shards) == 1:
             self._shard(0).rename(self._folder / f"model{self._variant}.safetensors")
             return
-        weight_map = {}
+        weight_map, digests = {}, {}
         for number, names in enumerate(self._shards):
             stem = f"model{self._variant}-{number + 1:05d}-of-{len(self._shards):05d}"
             file = f"{stem}.safetensors"
             self._shard(number).rename(self._folder / file)
             weight_map.update(dict.fromkeys(names, file))
-        metadata = {"total_parameters": total_parameters, "total_size": self.total_bytes}
+            digests[file] = self._digests[number]
+        metadata = {
+            "total_parameters": total_parameters,
+            "total_size": self.total_bytes,
+            DIGESTS: digests,
+        }
         index = {"metadata": metadata, "weight_map": weight_map}
         name = f"model.safetensors.index{self._variant}.json"
         (self._folder / name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
-    def _flush(self) -> None:
+    def _flush(self, last: bool = False) -> None:
+        metadata = {"format": "pt"}
+        if self._shards or not last:  # a file that is alone has no index to agree with
+            metadata[DIGEST] = _digest(self._pending)
+            self._digests.append(metadata[DIGEST])
         try:
-            save_file(self._pending, self._shard(len(self._shards)), metadata={"format": "pt"})
+            save_file(self._pending, self._shard(len(self._shards)), metadata=metadata)
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise OSError(f"the weights cannot be written: {error}") from error
+        _sort_metadata(self._shard(len(self._shards)), metadata)
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
     def _shard(self, number: int) -> Path:
         return self._folder / f"model.shard-{number}"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of the names, types, shapes and bytes of tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _sort_metadata(file: Path, metadata: Mapping[str, str]) -> None:
+    """Put the metadata of a header in order: safetensors writes them in a random one.
+
+    Equal models are equal files by that, which storage can share.
+    """
+    first = '{"__metadata__":'
+    ordered = json.dumps(metadata, separators=(",", ":"), sort_keys=True)
+    with file.open("r+b") as opened:
+        opened.seek(8)  # the header's length
+        found = opened.read(len(first) + len(ordered)).decode()
+        if found.startswith(first) and json.loads(found.removeprefix(first)) == metadata:
+            opened.seek(8 + len(first))
+            opened.write(ordered.encode())

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 import hf_sparse
 from hf_sparse.checkpoint.can_save import check_can_save, check_family, check_not_quantized
+from hf_sparse.checkpoint.links import check_links
 from hf_sparse.checkpoint.reading import check_is_checkpoint
 from hf_sparse.checkpoint.streaming import check_run
 from hf_sparse.cli.loading import (
@@ -293,6 +294,7 @@ def push(options: argparse.Namespace) -> int:
         raise ValueError(f"--base is for adapters, and {options.folder} is none: leave it out.")
     else:
         check_is_checkpoint(Path(options.folder))
+        check_links(Path(options.folder))
         check_can_push(options.repo_id)
         with tempfile.TemporaryDirectory() as temporary:
             folder, copy = Path(options.folder), Path(temporary) / "model"

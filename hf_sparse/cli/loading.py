@@ -13,7 +13,8 @@ from transformers.utils.hub import cached_file
 
 import hf_sparse
 from hf_sparse.checkpoint.loading import dense_model_class
-from hf_sparse.checkpoint.quantizer import QUANT_METHOD, SparseCheckpointConfig
+from hf_sparse.checkpoint.promised import QUANT_METHOD
+from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
 from hf_sparse.checkpoint.reading import check_is_checkpoint
 from hf_sparse.checkpoint.source import remember_source_
 from hf_sparse.checkpoint.writing import is_weight_file

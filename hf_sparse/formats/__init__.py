@@ -163,6 +163,15 @@ def read_layout(parts: Mapping[str, Tensor]) -> tuple[str, int, int, bool, tuple
             f"'{name}' has shape {tuple(parts[name].shape)} and type {parts[name].dtype}; wanted "
             "1-D bytes"
         )
+    return name, *parse_layout(name, layout)
+
+
+def parse_layout(name: str, layout: Tensor) -> tuple[int, int, bool, tuple[int, ...]]:
+    """Rows, columns, transposed and parameters, from the layout of a weight in format `name`.
+
+    Raises:
+        FormatError: it has the wrong type or shape, or holds what no weight has.
+    """
     if layout.dtype != torch.int64 or layout.shape != (3 + _NUM_PARAMETERS[name],):
         raise FormatError(
             f"'{LAYOUT}' has shape {tuple(layout.shape)} and type {layout.dtype}; wanted "
@@ -174,9 +183,12 @@ def read_layout(parts: Mapping[str, Tensor]) -> tuple[str, int, int, bool, tuple
     if name == "nm":
         n, m = parameters
         sizes_fit &= 1 <= n < m <= nm.LARGEST_M and columns % max(m, 1) == 0
+    if name == "block":
+        height, width = parameters
+        sizes_fit &= min(height, width) >= 1 and height * width <= _LARGEST_WEIGHT
     if not sizes_fit:
         raise FormatError(f"'{LAYOUT}' holds {layout.tolist()}, which is no layout of '{name}'")
-    return name, rows, columns, bool(transposed), tuple(parameters)
+    return rows, columns, bool(transposed), tuple(parameters)
 
 
 def num_bytes(parts: Mapping[str, Tensor]) -> int:

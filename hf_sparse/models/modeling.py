@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
+from hf_sparse.checkpoint.promised import check_to_load
 from hf_sparse.checkpoint.reading import restore_state_dict
 from hf_sparse.checkpoint.save import is_saving_process, save_model
 from hf_sparse.hub import push_to_hub as push
@@ -48,6 +49,19 @@ class SparseModelMixin:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if sizes is not None:
             resize_(self, sizes)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`; a damaged folder is refused before a model is built.
+
+        Raises:
+            FormatError: the checkpoint is damaged, incomplete, or of another model than its
+                config.json describes.
+        """
+        check_to_load(pretrained_model_name_or_path, kwargs.get("subfolder"), kwargs.get("variant"))
+        return super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *args, **kwargs
+        )
 
     def save_pretrained(
         self: Any,
