@@ -17,10 +17,11 @@ PACKAGE = Path(hf_sparse.__file__).parent
 LAYERS = [
     ["patterns", "models.families"],
     ["models.parts"],
-    ["selection", "history"],
+    ["version"],
+    ["selection"],
     ["formats"],
     ["configuration_sparse"],
-    ["structure"],
+    ["structure", "provenance"],
     ["units"],
     ["report"],
     ["optim.prox", "optim.sharding"],

@@ -12,7 +12,6 @@ from hf_sparse.checkpoint.loading import dense_model_class
 from hf_sparse.checkpoint.reading import check_is_checkpoint
 from hf_sparse.checkpoint.source import remember_source_
 from hf_sparse.documents import read_documents, read_rows
-from hf_sparse.history import steps_of
 
 # Any of these makes a tokenizer.
 _TOKENIZER_FILES = (
@@ -40,8 +39,7 @@ def load(source: str, options: argparse.Namespace, needs_tokenizer: bool = True)
     else:
         model_class = dense_model_class(source, config)
     model = model_class.from_pretrained(source, dtype=options.dtype, **known)
-    if not steps_of(model):  # of a checkpoint in the format "dense"
-        remember_source_(model, Path(source))
+    remember_source_(model, Path(source))
     if not needs_tokenizer:
         return model, None
     return model, load_tokenizer(source, options, config)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.optim.notes import note_fine_tuning_
 from hf_sparse.optim.sharding import local_part
 from hf_sparse.recovery.zeros import fingerprint, refill_, sparse_layers, unlike
 
@@ -59,7 +60,10 @@ def keep_zeros(
     Raises:
         ValueError: the layers have no zeros, are quantized, or are not in the optimizer.
     """
-    return FrozenMask(getattr(optimizer, "optimizer", optimizer), model, config)
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    mask = FrozenMask(optimizer, model, config)
+    note_fine_tuning_(optimizer, model)
+    return mask
 
 
 class FrozenMask:

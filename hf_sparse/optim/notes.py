@@ -1,0 +1,68 @@
+"""What the model card tells of training: the step of an optimizer, noted when it begins to train.
+
+An optimizer that a `Sparsifier` follows is told of by that one, which knows more.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.optim.parameters import sparse_groups
+from hf_sparse.provenance.record import has_recorded, record_optimizer_
+from hf_sparse.provenance.values import Step
+
+
+def note_fine_tuning_(optimizer: Optimizer, model: nn.Module) -> None:
+    """Note that an optimizer trains a sparse model with its zeros frozen."""
+    _note_when_it_steps_(optimizer, model, lambda: fine_tuning(optimizer))
+
+
+def note_shrinking_(optimizer: Optimizer, model: nn.Module, config: SparsityConfig) -> None:
+    """Note that an optimizer shrinks weights, with the settings of its first step."""
+
+    def step() -> Step:
+        return Step.of(type(optimizer).__name__, shrinking(optimizer, "lam"), config)
+
+    _note_when_it_steps_(optimizer, model, step)
+
+
+def fine_tuning(optimizer: Optimizer, **more: Any) -> Step:
+    """The step of fine-tuning with frozen zeros.
+
+    Args:
+        optimizer: that trains.
+        **more: what else is known: `seed`, and options.
+    """
+    group = optimizer.param_groups[0]
+    rate = group.get("initial_lr", group.get("lr"))
+    options = {"optimizer": type(optimizer).__name__, "lr": rate, **more}
+    seed = options.pop("seed", None)
+    return Step.of("fine-tuning with frozen zeros", options, seed=seed)
+
+
+def shrinking(optimizer: Optimizer, *names: str) -> Mapping[str, Any]:
+    """The settings of an optimizer's shrinkage: penalty, scale, and those named."""
+    group = sparse_groups(optimizer)[0]
+    return {name: group[name] for name in ("penalty", "scale", *names)}
+
+
+def _note_when_it_steps_(
+    optimizer: Optimizer, model: nn.Module, describe: Callable[[], Step]
+) -> None:
+    trained = weakref.ref(model)  # an optimizer keeps no model alive
+    noted = False
+
+    def note(*_: Any) -> None:
+        nonlocal noted
+        model = trained()
+        if not noted and model is not None and not has_recorded(optimizer):
+            record_optimizer_(optimizer, describe(), model)
+        noted = True
+
+    optimizer.register_step_post_hook(note)
