@@ -106,6 +106,7 @@ class Sparsifier:
         attach(self.optimizer)
         self._share = 1.0 if isinstance(config.pattern, NM) else config.sparsity
         self._method_name = method
+        self._seed: int | None = None
         _ = self._state  # notes the zeros that are there, or that this optimizer is another's
         self._method = TRAINING_METHODS[method](self.optimizer, **options)
 
@@ -202,7 +203,8 @@ class Sparsifier:
             model: that is trained; None: the one that `sparse_param_groups` got, if it is there.
             seed: of the run.
         """
-        step = Step.of(self._told_method, self._options, self.config, seed=seed)
+        self._seed = self._seed if seed is None else seed
+        step = Step.of(self._told_method, self._options, self.config, seed=self._seed)
         record_optimizer_(self.optimizer, step, model)
 
     @property

@@ -207,9 +207,10 @@ def merge_adapters(model: Any, adapter_names: Sequence[str] | None = None) -> An
 def _told(config: Any) -> dict[str, Any]:
     """What the model card tells of an adapter."""
     kind = getattr(config.peft_type, "value", config.peft_type)
-    described = {"kind": str(kind).lower().removeprefix("hf_sparse_").replace("_", " ")}
     values = {name: getattr(config, name, None) for name in ("r", "lora_alpha")}
-    return described | {name: value for name, value in values.items() if value is not None}
+    return {"kind": str(kind).lower()} | {
+        k: value for k, value in values.items() if value is not None
+    }
 
 
 def merge_(model: Any, chosen: Sequence[str] | None = None) -> Any:
