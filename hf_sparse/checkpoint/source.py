@@ -21,6 +21,7 @@ from hf_sparse.checkpoint.same_weights import (
 from hf_sparse.provenance.entry import ENTRY, to_dict
 from hf_sparse.provenance.record import provenance_of, read_entry, remember_
 from hf_sparse.provenance.values import (
+    CARD_DATA,
     LONGEST_LIST,
     LONGEST_TEXT,
     Metric,
@@ -29,9 +30,6 @@ from hf_sparse.provenance.values import (
     is_line,
     line,
 )
-
-# What can be given for the card's metadata.
-CARD_DATA = ("license", "license_name", "license_link", "language", "datasets", "tags")
 
 
 def remember_source_(model: nn.Module, folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from hf_sparse.formats.error import FormatError
 from hf_sparse.provenance.values import (
+    CARD_DATA,
     LONGEST_LIST,
     LONGEST_TEXT,
     Calibration,
@@ -159,14 +160,12 @@ def _pairs(value: Any, name: str) -> Pairs:
     return tuple(sorted(read))
 
 
-def _card(value: Any, name: str) -> tuple[tuple[str, str | tuple[str, ...]], ...]:
-    return tuple(
-        (
-            _line(key, name),
-            _list_of(_line)(item, name) if isinstance(item, list) else _line(item, name),
-        )
-        for key, item in _object(value, name).items()
-    )
+def _card(values: Any, name: str) -> tuple[tuple[str, str | tuple[str, ...]], ...]:
+    def lines(value: Any, name: str) -> str | tuple[str, ...]:
+        return _list_of(_line)(value, name) if isinstance(value, list) else _line(value, name)
+
+    readers = {key: _line if key.startswith("license") else lines for key in CARD_DATA}
+    return tuple(sorted(_read(values, readers, name).items()))
 
 
 def _line(value: Any, name: str) -> str:

@@ -16,6 +16,8 @@ from hf_sparse.version import __version__
 # Bounds of what is told: a longer text is cut, and of more steps the last ones stay.
 LONGEST_TEXT = 300
 LONGEST_LIST = 200
+# What can be given for the card's metadata.
+CARD_DATA = ("license", "license_name", "license_link", "language", "datasets", "tags")
 
 Pairs = tuple[tuple[str, str], ...]
 
@@ -151,7 +153,7 @@ class Provenance:
         base_model: Hub name of the dense model; None: it is not known, or has none.
         metrics: measured with the weights whose hash is `weights`.
         weights: see `metrics`; None without any.
-        card: license, language, datasets and tags for the card's metadata, as they were given.
+        card: what was given for the card's metadata, by the names of `CARD_DATA`.
         teaching: settings of a `Distillation` that no step tells of yet; not stored.
     """
 
