@@ -90,6 +90,26 @@ def test_a_loop_with_a_sparsifier_is_told(tmp_path: Path, finished: bool) -> Non
     assert rows(card_of(model, tmp_path))["option penalty"] == dict(step.options)["penalty"]
 
 
+def test_pruning_in_the_midst_of_training_makes_two_steps_of_it() -> None:
+    model = tiny_classifier()
+    hf_sparse.prune_(model, SparsityConfig("unstructured", 0.3), "magnitude")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for sparsity in (0.5, 0.6):
+        hf_sparse.keep_zeros(optimizer, model)
+        loop(model, optimizer, steps=2)
+        hf_sparse.prune_(model, SparsityConfig("unstructured", sparsity), "magnitude")
+    tuned = "fine-tuning with frozen zeros"
+    methods = [step.method for step in steps_of(model)]
+    assert methods == ["magnitude", tuned, "magnitude", tuned, "magnitude"]
+
+
+def test_an_optimizer_that_shrinks_nothing_is_not_told() -> None:
+    model = tiny_classifier()
+    factory, settings = hf_sparse.trainer_optimizer(CONFIG, lr=1e-3, lam=0.0)
+    loop(model, factory()(model, **settings), steps=1)
+    assert steps_of(model) == ()
+
+
 def test_models_in_training_are_told_apart() -> None:
     first, second = tiny_classifier(), tiny_classifier()
     optimizers = [SparseAdamW(sparse_param_groups(m, CONFIG), lr=1e-3) for m in (first, second)]
@@ -106,7 +126,9 @@ def test_an_optimizer_alone_is_told(tmp_path: Path) -> None:
     assert {("lam", "0.01"), ("penalty", "l1")} <= set(step.options)
 
 
-@pytest.mark.parametrize("way", ["KeepZeros", "keep_zeros", "trainer_optimizer", "DDP"])
+@pytest.mark.parametrize(
+    "way", ["KeepZeros", "keep_zeros", "trainer_optimizer", "freeze_zeros", "DDP"]
+)
 def test_fine_tuning_with_frozen_zeros_is_told(tmp_path: Path, way: str) -> None:
     model = tiny_classifier()
     hf_sparse.prune_(model, CONFIG, "magnitude")
@@ -115,6 +137,10 @@ def test_fine_tuning_with_frozen_zeros_is_told(tmp_path: Path, way: str) -> None
     elif way == "trainer_optimizer":
         factory = hf_sparse.trainer_optimizer(CONFIG, lr=1e-3, keep_zeros=True)
         train(tmp_path, model, optimizer_cls_and_kwargs=factory)
+    elif way == "freeze_zeros":
+        optimizer = SparseAdamW(sparse_param_groups(model, CONFIG), lr=1e-3)
+        hf_sparse.freeze_zeros(optimizer)
+        loop(model, optimizer)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         wrapped: Any = model

@@ -14,20 +14,26 @@ from torch.optim import Optimizer
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.optim.parameters import sparse_groups
-from hf_sparse.provenance.record import has_recorded, record_optimizer_
+from hf_sparse.provenance.record import is_told, record_optimizer_
 from hf_sparse.provenance.values import Step
 
 
-def note_fine_tuning_(optimizer: Optimizer, model: nn.Module) -> None:
-    """Note that an optimizer trains a sparse model with its zeros frozen."""
+def note_fine_tuning_(optimizer: Optimizer, model: nn.Module | None = None) -> None:
+    """Note that an optimizer trains a sparse model with its zeros frozen.
+
+    Args:
+        optimizer: that trains.
+        model: that is trained; None: the one that `sparse_param_groups` got, if it is there.
+    """
     _note_when_it_steps_(optimizer, model, lambda: fine_tuning(optimizer))
 
 
 def note_shrinking_(optimizer: Optimizer, model: nn.Module, config: SparsityConfig) -> None:
-    """Note that an optimizer shrinks weights, with the settings of its first step."""
+    """Note that an optimizer shrinks weights, with the settings of the first step that does."""
 
-    def step() -> Step:
-        return Step.of(type(optimizer).__name__, shrinking(optimizer, "lam"), config)
+    def step() -> Step | None:
+        options = shrinking(optimizer, "lam")
+        return Step.of(type(optimizer).__name__, options, config) if options["lam"] else None
 
     _note_when_it_steps_(optimizer, model, step)
 
@@ -53,16 +59,18 @@ def shrinking(optimizer: Optimizer, *names: str) -> Mapping[str, Any]:
 
 
 def _note_when_it_steps_(
-    optimizer: Optimizer, model: nn.Module, describe: Callable[[], Step]
+    optimizer: Optimizer, model: nn.Module | None, describe: Callable[[], Step | None]
 ) -> None:
-    trained = weakref.ref(model)  # an optimizer keeps no model alive
+    trained = None if model is None else weakref.ref(model)  # an optimizer keeps no model alive
     noted = False
 
     def note(*_: Any) -> None:
         nonlocal noted
-        model = trained()
-        if not noted and model is not None and not has_recorded(optimizer):
-            record_optimizer_(optimizer, describe(), model)
+        if noted or (step := describe()) is None:
+            return
         noted = True
+        model = None if trained is None else trained()
+        if not is_told(optimizer, model):
+            record_optimizer_(optimizer, step, model)
 
     optimizer.register_step_post_hook(note)

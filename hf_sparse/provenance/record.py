@@ -116,9 +116,11 @@ def record_optimizer_(optimizer: Optimizer, step: Step, model: nn.Module | None 
         vars(optimizer)[_STEP] = record_training_(model, step, vars(optimizer).get(_STEP))
 
 
-def has_recorded(optimizer: Optimizer) -> bool:
-    """Whether something was told of what an optimizer does."""
-    return _STEP in vars(optimizer)
+def is_told(optimizer: Optimizer, model: nn.Module | None = None) -> bool:
+    """Whether the last thing that is known of a model is what this optimizer does to it."""
+    model = _model_of(optimizer) if model is None else model
+    steps = () if model is None else provenance_of(model).steps
+    return bool(steps) and steps[-1] == vars(optimizer).get(_STEP)
 
 
 def _model_of(optimizer: Optimizer) -> nn.Module | None:
