@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
+import torch
+import transformers
 from torch import Tensor
 
 from hf_sparse.configuration_sparse import SparsityConfig
@@ -196,5 +197,5 @@ def pairs(options: Mapping[str, Any]) -> Pairs:
 
 
 def _versions() -> Pairs:
-    others = [(name, importlib.metadata.version(name)) for name in ("torch", "transformers")]
-    return (("hf_sparse", __version__), *others)
+    others = (str(torch.__version__), transformers.__version__)
+    return tuple(zip(("hf_sparse", "torch", "transformers"), (__version__, *others), strict=True))
