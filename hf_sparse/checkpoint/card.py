@@ -157,9 +157,9 @@ class Card:
 def settle(new: str, old: str | None, place: str, stacklevel: int) -> str:
     """Which card is written where one may be already.
 
-    A card of somebody else stays, with a warning. One of ours stays, with what was added to it by hand,
-    while it tells all that the new one does; else the new one takes its place, and keeps the license,
-    the language and the data sets of its metadata.
+    A card of somebody else stays, with a warning. A card of ours stays, with what was added to it by
+    hand, as long as it tells all that the new one does. Else the new one takes its place, and keeps the
+    license, the language and the data sets of the old metadata.
 
     Args:
         new: the text of the card that is to be written.

@@ -35,7 +35,8 @@ from hf_sparse.provenance.values import (
 def remember_source_(model: nn.Module, folder: Path) -> None:
     """Let a model that was loaded from a folder know where it comes from.
 
-    Its config tells; for older checkpoints the folder's card does.
+    The model's config tells its steps. Where it does not, since the checkpoint is older, the card in the
+    folder does.
     """
     known = provenance_of(model)
     if not known.steps and (steps := read_steps(folder)):
@@ -131,8 +132,8 @@ def write_entry(folder: Path, provenance: Provenance) -> None:
 class MetricsWatch:
     """Finds the metrics that are true of a checkpoint while it is written.
 
-    They are those that are given; or those that the model, or the folder's last checkpoint, is known to
-    have had with the same weights.
+    The metrics that the caller gives come first. Without any, those stay that the model, or the last
+    checkpoint in the folder, had with the same weights.
 
     Args:
         known: what is known of the model.
@@ -182,8 +183,8 @@ def known_metrics(model: Any, weights: Mapping[str, Tensor]) -> tuple[Metric, ..
     """The metrics that are known of a model, if its weights are those that they were measured with.
 
     Args:
-        model: of older checkpoints, the card of the folder that it was loaded from tells them.
-        weights: of it, without tied ones.
+        model: if its checkpoint is older than the entry, the card in that folder tells its metrics.
+        weights: the model's, without tied ones.
     """
     known = provenance_of(model)
     if known.metrics:

@@ -1,6 +1,6 @@
-"""What the model card tells of training: the step of an optimizer, noted when it begins to train.
+"""What the model card tells of training: an optimizer's step, recorded when it begins to train.
 
-An optimizer that a `Sparsifier` follows is told of by that one, which knows more.
+A `Sparsifier` that follows the optimizer knows more, and records its own description instead.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def note_fine_tuning_(optimizer: Optimizer, model: nn.Module | None = None) -> N
     """Note that an optimizer trains a sparse model with its zeros frozen.
 
     Args:
-        optimizer: that trains.
-        model: that is trained; None: the one that `sparse_param_groups` got, if it is there.
+        optimizer: the optimizer.
+        model: the model that it trains. None: the one that `sparse_param_groups` got, if any.
     """
     _note_when_it_steps_(optimizer, model, lambda: fine_tuning(optimizer))
 
@@ -42,7 +42,7 @@ def fine_tuning(optimizer: Optimizer, **more: Any) -> Step:
     """The step of fine-tuning with frozen zeros.
 
     Args:
-        optimizer: that trains.
+        optimizer: the optimizer.
         **more: what else is known: `seed`, and options.
     """
     group = optimizer.param_groups[0]

@@ -197,10 +197,10 @@ class Sparsifier:
         self._update(finished=True)
 
     def record(self, model: nn.Module | None = None, seed: int | None = None) -> None:
-        """Tell the model what is done to it, for its model card; `step` does so, too.
+        """Let the model remember how it is trained, for its card; every `step` does so, too.
 
         Args:
-            model: that is trained; None: the one that `sparse_param_groups` got, if it is there.
+            model: the model that is trained. None: the one that `sparse_param_groups` got, if any.
             seed: of the run.
         """
         self._seed = self._seed if seed is None else seed
@@ -223,9 +223,7 @@ class Sparsifier:
         }
 
     def report(self, model: nn.Module, seconds: float | None = None) -> SparsityReport:
-        """Exact counts and how they came about.
-
-        The model remembers the latter by itself, for its card.
+        """Exact counts and how they came about; the model remembers the latter, for its card.
 
         Args:
             model: the model that was trained; not under FSDP2, where no process has all its weights.

@@ -125,8 +125,8 @@ class SparsityCallback(TrainerCallback):
         **options: the method's own.
 
     Attributes:
-        report: after training, exact counts with method, options and time; None under FSDP2. The
-            model remembers the method by itself, for the model card.
+        report: after training, exact counts with method, options and time; None under FSDP2.
+            `save_pretrained` needs no report: the model remembers how it was trained.
 
     Raises:
         ValueError: when training begins: an optimizer without sparse groups or with another pattern,

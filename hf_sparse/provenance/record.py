@@ -81,12 +81,12 @@ def record_training_(model: nn.Module, step: Step, instead_of: Step | None = Non
 
 
 def announce_teaching_(model: nn.Module, settings: Mapping[str, Any]) -> None:
-    """Let the steps of training tell of a teacher, until one is recorded after it has left."""
+    """Announce a teacher: the steps of training that are recorded from now on tell its settings."""
     remember_(model, replace(provenance_of(model), teaching=pairs(settings)))
 
 
 def end_teaching_(model: nn.Module) -> None:
-    """Let training from now on tell of no teacher; what no step tells of yet is told by the next."""
+    """Forget the announced teacher, unless no step has told of it yet."""
     known = provenance_of(model)
     if any(step.distillation == known.teaching for step in known.steps):
         remember_(model, replace(known, teaching=()))
@@ -99,17 +99,17 @@ def _has_teacher(model: nn.Module) -> bool:
 
 
 def watch_(model: nn.Module) -> None:
-    """Let `record_optimizer_` find the model of an optimizer that gets its parameters."""
+    """Remember a model whose parameters an optimizer gets, so that `record_optimizer_` finds it."""
     _IN_TRAINING.add(_inside(model))
 
 
 def record_optimizer_(optimizer: Optimizer, step: Step, model: nn.Module | None = None) -> None:
-    """Tell what an optimizer is doing to its model, instead of what was told of it before.
+    """Record what an optimizer does to its model. It replaces what was last recorded of that optimizer.
 
     Args:
         optimizer: one of torch.
         step: what it does.
-        model: that it trains; None: one of `watch_`, if it has the optimizer's parameters.
+        model: the model that it trains. None: the model of `watch_` that has its parameters, if any.
     """
     model = _model_of(optimizer) if model is None else model
     if model is not None:
@@ -117,7 +117,7 @@ def record_optimizer_(optimizer: Optimizer, step: Step, model: nn.Module | None 
 
 
 def is_told(optimizer: Optimizer, model: nn.Module | None = None) -> bool:
-    """Whether the last thing that is known of a model is what this optimizer does to it."""
+    """Whether the last step that a model remembers is that of this optimizer."""
     model = _model_of(optimizer) if model is None else model
     steps = () if model is None else provenance_of(model).steps
     return bool(steps) and steps[-1] == vars(optimizer).get(_STEP)
