@@ -35,8 +35,8 @@ from hf_sparse.provenance.values import (
 def remember_source_(model: nn.Module, folder: Path) -> None:
     """Let a model that was loaded from a folder know where it comes from.
 
-    The model's config tells its steps. Where it does not, since the checkpoint is older, the card in the
-    folder does.
+    The model's config tells its steps. Where it does not, since the checkpoint is older, the card in
+    the folder does.
     """
     known = provenance_of(model)
     if not known.steps and (steps := read_steps(folder)):
