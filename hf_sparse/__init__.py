@@ -10,14 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from hf_sparse import registration as registration
-
-__version__ = "0.1.0"
+from hf_sparse.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from hf_sparse.benchmark import benchmark as benchmark
     from hf_sparse.budget import allocate as allocate
     from hf_sparse.budget import sparsity_for as sparsity_for
-    from hf_sparse.checkpoint.card import Metric as Metric
     from hf_sparse.checkpoint.compiled import load_compiled as load_compiled
     from hf_sparse.checkpoint.compiled import save_compiled as save_compiled
     from hf_sparse.checkpoint.inspect import inspect_checkpoint as inspect_checkpoint
@@ -41,6 +39,7 @@ if TYPE_CHECKING:
     from hf_sparse.optim.trainer import SparsityCallback as SparsityCallback
     from hf_sparse.optim.trainer import trainer_optimizer as trainer_optimizer
     from hf_sparse.patterns import Pattern as Pattern
+    from hf_sparse.provenance.values import Metric as Metric
     from hf_sparse.pruning.calibration import calibration_batches as calibration_batches
     from hf_sparse.pruning.labels import labelled_batches as labelled_batches
     from hf_sparse.pruning.oneshot import prune_ as prune_
@@ -60,7 +59,7 @@ _PUBLIC = {
     "Distillation": "hf_sparse.distillation",
     "FormatError": "hf_sparse.formats",
     "KeepZeros": "hf_sparse.recovery.trainer",
-    "Metric": "hf_sparse.checkpoint.card",
+    "Metric": "hf_sparse.provenance.values",
     "Pattern": "hf_sparse.patterns",
     "Schedule": "hf_sparse.optim.schedules",
     "ShrinkReport": "hf_sparse.shrinking",

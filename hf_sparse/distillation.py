@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_sparse.arguments import check_model
+from hf_sparse.provenance.record import announce_teaching_, end_teaching_
 
 # Logits whose divergence is computed at once.
 _CHUNK = 1 << 21
@@ -73,6 +75,7 @@ class Distillation:
         self.hidden = hidden
         self.temperature = temperature
         self._handles: list[Any] = []
+        self._student: nn.Module | None = None
 
     def __repr__(self) -> str:
         return (
@@ -114,6 +117,9 @@ class Distillation:
             model.register_forward_pre_hook(self._ask_for_states, with_kwargs=True),
             model.register_forward_hook(self._add_loss, with_kwargs=True),
         ]
+        self._student = model
+        settings = {name: getattr(self, name) for name in ("logits", "hidden", "temperature")}
+        announce_teaching_(model, {"model": _name_of(self.teacher), **settings})
         return self
 
     def remove(self) -> None:
@@ -121,6 +127,9 @@ class Distillation:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._student is not None:
+            end_teaching_(self._student)
+        self._student = None
 
     def _ask_for_states(
         self, model: nn.Module, args: Any, kwargs: dict[str, Any]
@@ -242,6 +251,12 @@ def _bernoulli_divergence(student: Tensor, teacher: Tensor, temperature: float) 
     crossed = functional.binary_cross_entropy_with_logits(student / temperature, chance)
     own = functional.binary_cross_entropy_with_logits(teacher / temperature, chance)
     return (crossed - own) * temperature**2
+
+
+def _name_of(model: nn.Module) -> str:
+    """The name that a model has on the Hub, or else its class."""
+    name: str = getattr(getattr(model, "config", None), "name_or_path", None) or ""
+    return type(model).__name__ if not name or Path(name).exists() or name.count("/") > 1 else name
 
 
 def _is_causal_lm(model: nn.Module) -> bool:

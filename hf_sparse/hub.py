@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 
 from hf_sparse.arguments import check_model
-from hf_sparse.checkpoint.card import CARD_NAME, OUR_FACT, Metric
+from hf_sparse.checkpoint.card import CARD_NAME, OUR_FACT, settle
 from hf_sparse.checkpoint.save import save_pretrained
 from hf_sparse.checkpoint.writing import MANIFEST_NAME, is_weight_file
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.exporters.onnx_export import check_packages, export_onnx, written_files
+from hf_sparse.provenance.values import Metric
 from hf_sparse.recovery.adapter_checks import is_peft_model
 from hf_sparse.recovery.adapters import merged_copy
 from hf_sparse.report import SparsityReport
@@ -40,6 +41,7 @@ def push_to_hub(
     create_pr: bool = False,
     tags: Sequence[str] = (),
     base_model: str | None = None,
+    card_data: Mapping[str, Any] | None = None,
     onnx: bool = False,
     **saving: Any,
 ) -> CommitInfo:
@@ -47,12 +49,12 @@ def push_to_hub(
 
     What is uploaded is exactly the folder that `save_pretrained` writes; weight files of an
     earlier upload that it does not replace, and its graph in `onnx/`, are removed in the same
-    commit. A card that is there
-    already is only replaced when a report or metrics are given.
+    commit. A card of hf_sparse that is there already stays while it tells all that is known now; one
+    of somebody else stays, with a warning.
 
     Args:
-        model: as in `save_pretrained`, with `config`, `tokenizer`, `report`, `metrics` and
-            `base_model`.
+        model: as in `save_pretrained`, with `config`, `tokenizer`, `report`, `metrics`, `base_model`
+            and `card_data`.
         repo_id: `"name"` or `"user/name"`; made if it does not exist.
         commit_message, commit_description, private, token, revision, create_pr: as in
             `PreTrainedModel.push_to_hub`.
@@ -87,17 +89,11 @@ def push_to_hub(
             metrics=metrics,
             tags=tags,
             base_model=base_model,
+            card_data=card_data,
             **saving,
         )
         if onnx:
-            export_onnx(
-                model,
-                folder / _GRAPH_FOLDER,
-                tokenizer=tokenizer,
-                report=report,
-                metrics=metrics,
-                base_model=base_model,
-            )
+            export_onnx(model, folder / _GRAPH_FOLDER, tokenizer=tokenizer)
         return upload_folder(
             folder,
             repo_id,
@@ -107,7 +103,7 @@ def push_to_hub(
             token=token,
             revision=revision,
             create_pr=create_pr,
-            keep_card=report is None and not metrics,
+            settle_card=True,
         )
 
 
@@ -137,28 +133,40 @@ def upload_folder(
     private: bool | None = None,
     token: bool | str | None = None,
     commit_message: str = "Upload sparse model",
-    keep_card: bool = False,
+    settle_card: bool = False,
     **commit: Any,
 ) -> CommitInfo:
     """Upload a checkpoint folder, sub-folders included, to a repository that is made if need be.
 
     Weight files and an `onnx/` of hf_sparse that are there and are not uploaded are removed.
-    With `keep_card` the repository's own model card stays, if it has one.
+    With `settle_card` the folder is for this upload alone, and its model card is written anew with
+    regard to the one in the repository: see `hf_sparse.checkpoint.card.settle`.
     """
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True)
     there = api.list_repo_files(repo.repo_id, revision=commit.get("revision"))
     stale = [name for name in there if is_weight_file(name)]
+    if settle_card and CARD_NAME in there:
+        _settle_card(api, repo.repo_id, folder / CARD_NAME, commit.get("revision"))
     stale += _old_graph(api, repo.repo_id, there, commit.get("revision"))
     info: CommitInfo = api.upload_folder(
         repo_id=repo.repo_id,
         folder_path=folder,
         commit_message=commit_message,
         delete_patterns=stale or None,  # those that are uploaded anew are not deleted
-        ignore_patterns=[CARD_NAME] if keep_card and CARD_NAME in there else None,
         **commit,
     )
     return info
+
+
+def _settle_card(api: HfApi, repo_id: str, file: Path, revision: str | None) -> None:
+    """Let the card at `file` be the one that the repository is to have."""
+    with tempfile.TemporaryDirectory() as temporary:
+        api.hf_hub_download(repo_id, CARD_NAME, revision=revision, local_dir=temporary)
+        old = (Path(temporary) / CARD_NAME).read_text(encoding="utf-8", errors="replace")
+    place = f"{CARD_NAME} of {repo_id}"
+    new = settle(file.read_text(encoding="utf-8"), old, place, stacklevel=5)
+    file.write_text(new, encoding="utf-8")
 
 
 def _old_graph(api: HfApi, repo_id: str, there: list[str], revision: str | None) -> list[str]:

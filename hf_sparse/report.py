@@ -27,12 +27,21 @@ _MOST_ROWS = 20
 
 @dataclass(frozen=True)
 class TensorSparsity:
-    """Exact counts of one weight `(out_features, in_features)`."""
+    """Exact counts of one weight `(out_features, in_features)`.
+
+    Attributes:
+        violations: groups that break what an N:M pattern promises of each of them: they have more
+            than N nonzeros. Other patterns promise nothing of a single group.
+        partial: groups (blocks, rows, columns, heads) of which some weights are zero and some are not.
+            They keep the pattern: an earlier pruning, or chance, made those zeros. But as groups
+            they cannot be removed.
+    """
 
     name: str
     shape: tuple[int, int]
     zeros: int
     violations: int
+    partial: int = 0
 
     @property
     def numel(self) -> int:
@@ -83,8 +92,13 @@ class SparsityReport:
 
     @property
     def violations(self) -> int:
-        """Groups that break the pattern, in all targets (see `Pattern.violations`)."""
+        """Groups that break the promise of an N:M pattern, in all targets."""
         return sum(tensor.violations for tensor in self.tensors)
+
+    @property
+    def partial(self) -> int:
+        """Groups that are zero in part, in all targets (see `TensorSparsity`)."""
+        return sum(tensor.partial for tensor in self.tensors)
 
     @property
     def sparsity(self) -> float:
@@ -112,6 +126,7 @@ class SparsityReport:
             "numel": self.numel,
             "sparsity": self.sparsity,
             "violations": self.violations,
+            "partial": self.partial,
             "model_zeros": self.model_zeros,
             "model_sparsity": self.model_sparsity,
         }
@@ -123,9 +138,11 @@ class SparsityReport:
 
     def summary(self) -> str:
         """The totals in a few lines, without the table of tensors."""
+        partial = f", {self.partial:,} groups zero in part" if self.partial else ""
         lines = [
             f"{len(self.tensors)} tensors, pattern {self.pattern}: {self.zeros:,} zeros in "
-            f"{self.numel:,} weights ({self.sparsity:.4f}), {self.violations:,} violations",
+            f"{self.numel:,} weights ({self.sparsity:.4f}), {self.violations:,} violations"
+            f"{partial}",
             f"whole model: {self.model_zeros:,} zeros in {self.parameters:,} weights "
             f"({self.model_sparsity:.4f})",
         ]
@@ -234,10 +251,13 @@ def count_zeros(name: str, weight: Tensor, pattern: Pattern) -> TensorSparsity:
     rows, columns = weight.shape
     zeros = int((weight == 0).sum())
     try:
-        violations = pattern.violations(weight)
+        broken = pattern.violations(weight)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return TensorSparsity(name, (rows, columns), zeros, violations)
+    # A pattern that fixes the sparsity promises it of each group; others, of the number of whole ones.
+    each = pattern.implied_sparsity is not None
+    counts = (broken, 0) if each else (0, broken)
+    return TensorSparsity(name, (rows, columns), zeros, *counts)
 
 
 def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

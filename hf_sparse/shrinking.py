@@ -25,8 +25,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_sparse.arguments import check_model
-from hf_sparse.history import Step, remember_
 from hf_sparse.models.parts import BlockSize
+from hf_sparse.provenance.record import record_
+from hf_sparse.provenance.values import Step
 from hf_sparse.report import format_table
 from hf_sparse.structure import PRUNED_WITH, TargetLayer, num_parameters
 from hf_sparse.units import BlockUnits, check_whole, find_units, unused_heads, unused_neurons
@@ -150,7 +151,7 @@ def shrink(model: PreTrainedModel) -> ShrinkReport:
     vars(model).pop(PRUNED_WITH, None)
     if getattr(model.config, "sparsity_config", None) is not None:
         model.config.sparsity_config = None
-    remember_(model, [Step("shrink")])
+    record_(model, Step.of("shrink", {}))
     return ShrinkReport(
         tuple(units.name for units in blocks),
         before,

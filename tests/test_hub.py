@@ -106,7 +106,8 @@ def test_push_and_pull(tmp_path: Path) -> None:
         with_graph = hub.repos["user/graph"][1].files
         without_graph = hub.files("user/graph")
         foreign = hub.files("user/moved")
-        cards = [hub.files(name)["README.md"] for name in ("user/other", "user/third")]
+        names = ("user/other", "user/third", "user/recovered")
+        *cards, recovered = [hub.files(name)["README.md"] for name in names]
     weights = {
         "config.json",
         "generation_config.json",
@@ -127,7 +128,11 @@ def test_push_and_pull(tmp_path: Path) -> None:
     assert {name for name in without_graph if "onnx" in name} == {"onnx/mine.txt"}
     assert {"onnx/export.json", "onnx/model.onnx", "onnx/README.md"} <= set(foreign)
     assert not (tmp_path / "saved" / "onnx").exists()
-    # The second push knew neither method nor metrics: the card that was there stays.
+    # What was pulled knows where it comes from, and tells it wherever it is pushed.
     for text in (b"base_model: someone/tiny-llama", b"| method | magnitude |", b"| 11.25 | 12.5 |"):
-        assert text in files["README.md"]
-    assert all(b"base_model: someone/tiny-llama" in card for card in cards)
+        assert all(text in card for card in (files["README.md"], *cards))
+    assert b"- tiny\n" in cards[0]
+    assert b"| method | magnitude |" in recovered
+    assert b"| method | merged adapter |" in recovered
+    assert b"None were measured." in recovered  # the figures are those of the model before
+    assert b"| perplexity, prose, after this step | 12.5 (dense 11.25) |" in recovered

@@ -186,7 +186,8 @@ def test_head_takes_its_size_from_the_model():
     report = measure_sparsity(model, config)
     assert (report.pattern, report.zeros, report.violations) == ("head:8", 128, 0)
     query[9, 3] = 1.0
-    assert measure_sparsity(model, config).violations == 1
+    report = measure_sparsity(model, config)
+    assert (report.violations, report.partial) == (0, 1)
 
 
 def test_measuring_leaves_the_model_as_it_was():
@@ -210,8 +211,8 @@ def report_of_two():
 def test_to_json_holds_counts_and_totals():
     stored = json.loads(report_of_two().to_json())
     assert stored["tensors"] == [
-        {"name": "first", "shape": [4, 8], "zeros": 16, "violations": 3},
-        {"name": "b", "shape": [1000, 10], "zeros": 2500, "violations": 0},
+        {"name": "first", "shape": [4, 8], "zeros": 16, "violations": 3, "partial": 0},
+        {"name": "b", "shape": [1000, 10], "zeros": 2500, "violations": 0, "partial": 0},
     ]
     assert (stored["zeros"], stored["numel"], stored["violations"]) == (2516, 10032, 3)
     assert stored["sparsity"] == 2516 / 10032

@@ -1,18 +1,19 @@
-"""The model card: only what is known or was measured."""
+"""The model card: only what is known or was measured, made from the provenance and exact counts."""
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.history import Step, steps_of
 from hf_sparse.models.parts import full_size
+from hf_sparse.provenance.values import Calibration, Metric, Provenance, Step
 from hf_sparse.report import SparsityReport
 from hf_sparse.units import shrunk_sizes
 
@@ -22,33 +23,22 @@ if TYPE_CHECKING:
 CARD_NAME = "README.md"
 # A row that every card of ours has.
 OUR_FACT = "zeros in the whole model"
-# What the rows of a second step are called, where those of the first say "method".
-THEN = "then"
 METRICS_TITLE = "## Metrics"
 _NO_METRICS = "None were measured."
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One measured figure of the sparse model, with the dense model's beside it.
-
-    Args:
-        name: what was measured and on what, such as "perplexity, WikiText-2 validation, 512". One line
-            without "|".
-        sparse: the sparse model's figure.
-        dense: the dense model's figure by the same measurement; None if it was not measured.
-    """
-
-    name: str
-    sparse: float
-    dense: float | None = None
-
-    def __post_init__(self) -> None:
-        if "|" in self.name or len(self.name.splitlines()) != 1:
-            raise ValueError(
-                f"the metric's name is {self.name[:80]!r}; wanted one line without '|', which parts "
-                "the columns of the card's table. Write a comma instead."
-            )
+# Metadata that an older card may have got by hand, and that its successor keeps.
+_KEPT_DATA = ("license", "license_name", "license_link", "language", "datasets")
+# Endings of class names, the Auto class that loads them, and what the Hub calls their task.
+_HEADS = (
+    ("ForCausalLM", "AutoModelForCausalLM", "text-generation"),
+    ("LMHeadModel", "AutoModelForCausalLM", "text-generation"),
+    ("ForMaskedLM", "AutoModelForMaskedLM", "fill-mask"),
+    ("ForSequenceClassification", "AutoModelForSequenceClassification", "text-classification"),
+    ("ForTokenClassification", "AutoModelForTokenClassification", "token-classification"),
+    ("ForQuestionAnswering", "AutoModelForQuestionAnswering", "question-answering"),
+    ("ForMultipleChoice", "AutoModelForMultipleChoice", "multiple-choice"),
+    ("ForImageClassification", "AutoModelForImageClassification", "image-classification"),
+    ("Model", "AutoModel", "feature-extraction"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,14 +46,12 @@ class Card:
     """What is known of a checkpoint.
 
     Args:
-        model: the model that is saved; the steps that it remembers are told.
+        model: the model that is saved.
         config: pattern, sparsity and format that it is saved with.
         measured: the exact counts of what is saved.
         formats: the formats of the target weights, counted.
-        report: how the zeros were made, if the model does not remember it.
-        metrics: figures to print; none are invented.
-        tags: for the Hub, beside the card's own.
-        base: Hub name of the dense model; None: what the model's config tells.
+        provenance: what was done to the model; its metrics are those of what is saved.
+        tags: for the Hub, beside those of the provenance.
         usage: how to load it; None: as a checkpoint of transformers.
     """
 
@@ -71,84 +59,50 @@ class Card:
     config: SparsityConfig
     measured: SparsityReport
     formats: Mapping[str, int]
-    report: SparsityReport | None = None
-    metrics: Sequence[Metric] = ()
+    provenance: Provenance
     tags: Sequence[str] = ()
-    base: str | None = None
     usage: str | None = None
 
-    def write(self, file: Path, old: Path, same_weights: Callable[[], bool]) -> None:
-        """Write the card to `file`, unless the one at `old` is to stay.
-
-        A card of somebody else stays, with a warning; one of ours stays
-        while its facts are true and nothing is given that it does not know. Metrics in it that were
-        measured with other weights are taken out.
-
-        Args:
-            file: of the new card.
-            old: the one that is there, if there is one.
-            same_weights: tells whether the weights that `old` is about are those that are saved;
-                asked if metrics would stay.
-        """
-        news = self.report is not None or bool(self.metrics or self.tags or self.base)
-        text = old.read_text(encoding="utf-8", errors="replace") if old.exists() else None
-        if text is not None and OUR_FACT not in text:
-            warnings.warn(
-                f"{old} is no card of hf_sparse and stays, so that no model card is written. To have "
-                "one, move it away and save again.",
-                stacklevel=5,
-            )
-            return
-        known = [self._how_to_load(), *_rows([*self._steps(), *self._facts()])]
-        if text is None or news or not all(part in text for part in known):
-            ModelCard(self._text()).save(file)
-        elif _NO_METRICS not in text and not same_weights():
-            file.write_text(_without_metrics(text), encoding="utf-8")
-
-    def _text(self) -> str:
-        base = base_model(self.model.config) if self.base is None else self.base
-        sparse = ["sparse", str(self.config.pattern)] if self.config.sparsity else []
-        data = ModelCardData(
-            base_model=base or None,
-            library_name="transformers",
-            tags=["hf_sparse", *sparse, *self.tags],
-        )
-        how = [("base model", base or "not recorded")]
-        how += self._steps() or [("method", "not recorded")]
+    def text(self) -> str:
+        """The card in Markdown, with its metadata."""
         sections = [
-            f"---\n{data.to_yaml()}\n---",
+            f"---\n{self._data().to_yaml()}\n---",
             f"# {'Sparse ' if self.config.sparsity else ''}{self._name}",
-            _markdown(("", ""), [*how, *self._facts()]),
-            f"{METRICS_TITLE}\n\n" + _metrics(self.metrics),
-            "## How to load\n\n" + self._how_to_load(),
+            _markdown(("", ""), self._facts()),
+            "## What was done",
+            *self._steps(),
+            METRICS_TITLE,
+            _metrics(self.provenance.metrics),
+            "## How to load",
+            self.usage or self._usage(),
         ]
         return "\n\n".join(sections) + "\n"
 
-    def _how_to_load(self) -> str:
-        ours = self.config.format != "dense"
-        compressed = any(name != "dense" for name in self.formats)
-        return self.usage or _usage(self._name, ours, compressed)
-
-    def _steps(self) -> list[tuple[str, str]]:
-        """What was done to the model: what it remembers, and what the report tells."""
-        steps = list(steps_of(self.model))
-        if self.report is not None and self.report.method:
-            told = Step.of(self.report.method, self.report.options)
-            steps += [] if told in steps else [told]
-        rows = []
-        for number, step in enumerate(steps):
-            rows.append((THEN if number else "method", step.method))
-            rows += [(f"option {name}", value) for name, value in step.options]
-        return rows
+    def _data(self) -> ModelCardData:
+        card: dict[str, Any] = {
+            key: value if isinstance(value, str) else list(value)
+            for key, value in self.provenance.card
+        }
+        tags = card.pop("tags", [])
+        sparse = ["sparse", str(self.config.pattern)] if self.config.sparsity else []
+        tags = ["hf_sparse", *sparse, *self.tags, *([tags] if isinstance(tags, str) else tags)]
+        return ModelCardData(
+            base_model=self.provenance.base_model,
+            library_name="transformers",
+            pipeline_tag=_head_of(self._name)[1],
+            tags=list(dict.fromkeys(tags)),
+            **card,
+        )
 
     @property
     def _name(self) -> str:
-        return type(self.model).__name__.removeprefix("Sparse")
+        return type(self.model).__name__.removeprefix("FSDP").removeprefix("Sparse")
 
     def _facts(self) -> list[tuple[str, str]]:
         measured = self.measured
         formats = ", ".join(f"{name} ({count})" for name, count in sorted(self.formats.items()))
         return [
+            ("base model", _plain(self.provenance.base_model or "not recorded")),
             *self._blocks(),
             ("pattern", str(self.config.pattern)),
             ("sparsity of the target weights", f"{measured.sparsity:.4f}"),
@@ -171,6 +125,74 @@ class Card:
         )
         return [("what is left of the blocks", left)]
 
+    def _steps(self) -> list[str]:
+        """One table for each step, under its number if there are several."""
+        steps = self.provenance.steps
+        if not steps:
+            return ["Nothing that was recorded."]
+        tables = [_markdown(("", ""), _step_rows(step)) for step in steps]
+        if len(steps) == 1:
+            return tables
+        titles = [f"### Step {number}" for number in range(1, len(steps) + 1)]
+        return [part for pair in zip(titles, tables, strict=True) for part in pair]
+
+    def _usage(self) -> str:
+        ours = self.config.format != "dense"
+        compressed = any(name != "dense" for name in self.formats)
+        auto = _head_of(self._name)[0]
+        package = "import hf_sparse  # pip install hf_sparse\n" if ours else ""
+        code = (
+            f"{package}from transformers import {auto}\n\n"
+            f'model = {auto}.from_pretrained("REPO_OR_FOLDER")'
+        )
+        note = (
+            f"The checkpoint is stored {'compressed' if compressed else 'under a class of hf_sparse'}; "
+            "without hf_sparse the model does not load."
+            if ours
+            else "All weights are stored in place; no other package is needed."
+        )
+        return f"```python\n{code}\n```\n\n{note}"
+
+
+def settle(new: str, old: str | None, place: str, stacklevel: int) -> str:
+    """Which card is written where one may be already.
+
+    A card of somebody else stays, with a warning. A card of ours stays, with what was added to it by
+    hand, as long as it tells all that the new one does. Else the new one takes its place, and keeps the
+    license, the language and the data sets of the old metadata.
+
+    Args:
+        new: the text of the card that is to be written.
+        old: the text that is there; None: nothing.
+        place: of the old one, for the warning.
+        stacklevel: of the caller who saves.
+    """
+    if old is None:
+        return new
+    if OUR_FACT not in old and _body(old):
+        warnings.warn(
+            f"{place} is no card of hf_sparse and stays: the model card was not written. To get it, "
+            "move that file away and save again.",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
+        return old
+    new = _with_data(new, _metadata(old))
+    missing = [part for part in _body(new).split("\n\n") if part[0] != "#" and part not in old]
+    if not missing and _covers(_metadata(old), _metadata(new)):
+        return old
+    if missing == [_NO_METRICS] and METRICS_TITLE in old:
+        return _without_metrics(old)
+    return new
+
+
+def write_card(card: Card, file: Path, old: Path) -> None:
+    """Write a card to `file`, or the one at `old` if that is to stay: see `settle`."""
+    text = old.read_text(encoding="utf-8", errors="replace") if old.exists() else None
+    settled = settle(card.text(), text, str(old), stacklevel=5)
+    if settled != text:
+        file.write_text(settled, encoding="utf-8")
+
 
 def base_model(config: PreTrainedConfig) -> str:
     """Hub name of the dense model that a model comes from; `""` if it is not known."""
@@ -182,12 +204,52 @@ def base_model(config: PreTrainedConfig) -> str:
     return "" if Path(name).exists() or name.count("/") > 1 else name
 
 
+def _head_of(class_name: str) -> tuple[str, str | None]:
+    """The Auto class that loads models of a class, and their task on the Hub."""
+    for ending, auto, task in _HEADS:
+        if class_name.endswith(ending):
+            return auto, task
+    return "AutoModel", None
+
+
+def _step_rows(step: Step) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str | None]] = [("method", step.method), ("pattern", step.pattern)]
+    if step.sparsity is not None:
+        rows.append(("sparsity", f"{step.sparsity:.4g}"))
+    rows += [("targets", ", ".join(step.targets or ())), ("ignored layers", ", ".join(step.ignore))]
+    rows += [(f"option {name}", value) for name, value in step.options]
+    rows += [
+        ("calibration", _calibration(step.calibration)),
+        ("teacher", ", ".join(f"{name} {value}" for name, value in step.distillation)),
+        ("seed", None if step.seed is None else str(step.seed)),
+        *((f"{metric.name}, after this step", _figures(metric)) for metric in step.metrics),
+        ("made with", ", ".join(f"{name} {value}" for name, value in step.versions)),
+        ("date", step.date),
+    ]
+    return [(_plain(title), _plain(value)) for title, value in rows if value]
+
+
+def _calibration(data: Calibration | None) -> str | None:
+    if data is None:
+        return None
+    windows = f"{data.windows:,} {'window' if data.windows == 1 else 'windows'}"
+    length = f" of {data.length:,} tokens" if data.length else ""
+    tokens = f", {data.tokens:,} tokens in all" if data.tokens else ""
+    known = f" (fingerprint {data.fingerprint})" if data.fingerprint else ""
+    return f"{windows}{length}{tokens}{known}"
+
+
+def _figures(metric: Metric) -> str:
+    dense = "" if metric.dense is None else f" (dense {metric.dense:.4g})"
+    return f"{metric.sparse:.4g}{dense}"
+
+
 def _metrics(metrics: Sequence[Metric]) -> str:
     if not metrics:
         return _NO_METRICS
     rows = [
         (
-            metric.name,
+            _plain(metric.name),
             "not measured" if metric.dense is None else f"{metric.dense:.4g}",
             f"{metric.sparse:.4g}",
         )
@@ -200,40 +262,47 @@ def _without_metrics(text: str) -> str:
     """A card with nothing in its section of metrics."""
     before, title, rest = text.partition(METRICS_TITLE)
     _, next_title, after = rest.partition("\n## ")
-    return f"{before}{title}\n\n{_NO_METRICS}\n{next_title}{after}" if title else text
+    return f"{before}{title}\n\n{_NO_METRICS}\n{next_title}{after}"
 
 
-def _usage(class_name: str, ours: bool, compressed: bool) -> str:
-    auto = "AutoModel"
-    heads = {
-        "ForCausalLM": "ForCausalLM",
-        "LMHeadModel": "ForCausalLM",
-        "ForMaskedLM": "ForMaskedLM",
-        "ForSequenceClassification": "ForSequenceClassification",
-        "ForTokenClassification": "ForTokenClassification",
-        "ForQuestionAnswering": "ForQuestionAnswering",
-        "ForMultipleChoice": "ForMultipleChoice",
-    }
-    for ending, head in heads.items():
-        if class_name.endswith(ending):
-            auto = f"AutoModel{head}"
-    package = "import hf_sparse  # pip install hf_sparse\n" if ours else ""
-    code = (
-        f"{package}from transformers import {auto}\n\n"
-        f'model = {auto}.from_pretrained("REPO_OR_FOLDER")'
-    )
-    note = (
-        f"The checkpoint is stored {'compressed' if compressed else 'under a class of hf_sparse'}; "
-        "without hf_sparse the model does not load."
-        if ours
-        else "The zeros are stored in place; no other package is needed."
-    )
-    return f"```python\n{code}\n```\n\n{note}"
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, in a cell of a table."""
+    return re.sub(r"([\\`<>|\[\]])", r"\\\1", text)
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join([*_rows([head]), "|---" * len(head) + "|", *_rows(rows)])
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
-def _rows(rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in rows]
+def _body(text: str) -> str:
+    """A card without its metadata."""
+    return re.sub(r"\A\s*---\r?\n.*?\r?\n---[ \t]*(\r?\n|\Z)", "", text, flags=re.DOTALL).strip()
+
+
+def _metadata(text: str) -> dict[str, Any]:
+    """The metadata of a card; none if they cannot be read."""
+    if _body(text) == text.strip():
+        return {}
+    try:
+        return dict(ModelCard(text, ignore_metadata_errors=True).data.to_dict())
+    except Exception:  # whatever YAML makes of a file by hand
+        return {}
+
+
+def _with_data(text: str, old: Mapping[str, Any]) -> str:
+    """A card with metadata of an older one that it does not have itself."""
+    data = _metadata(text)
+    kept = {key: old[key] for key in _KEPT_DATA if key in old and key not in data}
+    if not kept:
+        return text
+    return f"---\n{ModelCardData(**{**data, **kept}).to_yaml()}\n---\n\n{_body(text)}\n"
+
+
+def _covers(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether metadata tell all that others tell."""
+
+    def texts(value: Any) -> set[str]:
+        return set(map(str, value)) if isinstance(value, list) else {str(value)}
+
+    return all(key in old and texts(value) <= texts(old[key]) for key, value in new.items())

@@ -44,6 +44,8 @@ from hf_sparse.checkpoint.reading import checkpoint_files, open_file, watch
 from hf_sparse.checkpoint.save import save_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FormatError, bits, join, locate
+from hf_sparse.provenance.record import record_
+from hf_sparse.provenance.values import Step
 from hf_sparse.report import count_zeros
 from hf_sparse.structure import target_layers
 
@@ -102,6 +104,7 @@ def convert_legacy(
     config = _measure(weights, model, sparsity, format)
     # As for a model that `device_map` left on the disk, the weights are asked for by name.
     model._hf_hook = SimpleNamespace(weights_map=weights)  # type: ignore[assignment]
+    record_(model, Step.of("conversion from compressed-tensors", {"format": sparsity["format"]}))
     save_model(model, output, config=config, tokenizer=small_files)
     return output
 

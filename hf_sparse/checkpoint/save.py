@@ -20,9 +20,9 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from hf_sparse.arguments import check_model, check_path
 from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.checkpoint.can_save import check_not_quantized
-from hf_sparse.checkpoint.card import CARD_NAME, Card, Metric
+from hf_sparse.checkpoint.card import CARD_NAME, Card, write_card
 from hf_sparse.checkpoint.config_files import write_configs
-from hf_sparse.checkpoint.source import hold_same_weights
+from hf_sparse.checkpoint.source import MetricsWatch, described, write_entry
 from hf_sparse.checkpoint.writing import (
     ShardWriter,
     check_folder,
@@ -32,8 +32,11 @@ from hf_sparse.checkpoint.writing import (
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.formats import can_compress, compress, format_of, num_nonzeros
 from hf_sparse.patterns import NM, Pattern, Unstructured
+from hf_sparse.provenance.record import remember_
+from hf_sparse.provenance.values import Metric
 from hf_sparse.recovery.adapter_checks import is_peft_model
 from hf_sparse.recovery.adapters import merged_copy
+from hf_sparse.recovery.zeros import SPARSE_FROM
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.structure import (
     TargetLayer,
@@ -45,6 +48,7 @@ from hf_sparse.structure import (
     target_layers,
     with_head_size,
 )
+from hf_sparse.units import shrunk_sizes
 
 _ADAPTERS = (
     "the model has adapters, which a sparse checkpoint does not hold. Merge them "
@@ -63,6 +67,7 @@ def save_pretrained(
     metrics: Sequence[Metric] = (),
     tags: Sequence[str] = (),
     base_model: str | None = None,
+    card_data: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Path:
     """Save a model so that `AutoModel*.from_pretrained(folder)` gives the same weights back.
@@ -83,13 +88,17 @@ def save_pretrained(
         config: pattern, targets and format. None: what the model was pruned with or loaded with,
             or else `unstructured` at the sparsity that is measured.
         tokenizer: saved beside the model if given.
-        report: for the method on the model card, if the model does not remember it: models do that
-            were pruned, recovered or shrunk here, or loaded from a compressed checkpoint whose card
-            tells it.
-        metrics: measured figures for the model card.
+        report: of a step that the model does not remember. It remembers all that was done to it here
+            (pruning, sparse training, recovery, merging, shrinking), and what the checkpoint that it
+            was loaded from tells.
+        metrics: measured figures for the model card. None: those that are known of the model, if its
+            weights are still the same.
         tags: for the model card, beside its own.
-        base_model: Hub name of the dense model, for the card. None: what the model was loaded
-            from, if that was no folder.
+        base_model: Hub name of the dense model, for the card. None: what is known, or what the model
+            was loaded from, if that was no folder.
+        card_data: for the metadata of the model card, which the Hub searches by: `license`,
+            `license_name`, `license_link`, `language`, `datasets` and `tags`, such as
+            `{"license": "apache-2.0", "language": "en"}`. Later saves keep them.
         **kwargs: `max_shard_size` (default `"5GB"`), `state_dict`, `is_main_process` and `variant`
             as in `PreTrainedModel.save_pretrained`. Of several processes the first one saves.
 
@@ -124,6 +133,7 @@ def save_pretrained(
         metrics=metrics,
         tags=tags,
         base_model=base_model,
+        card_data=card_data,
         **kwargs,
     )
     return folder
@@ -139,6 +149,7 @@ def save_model(
     metrics: Sequence[Metric] = (),
     tags: Sequence[str] = (),
     base_model: str | None = None,
+    card_data: Mapping[str, Any] | None = None,
     is_main_process: bool = True,
     state_dict: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str = "5GB",
@@ -176,6 +187,7 @@ def save_model(
         raise TypeError(f"save_pretrained has no argument {', '.join(sorted(unknown))}.")
 
     check_folder(folder, variant)
+    known = described(model, report, base_model, card_data, tags)
     stored = tensors_to_store(model, state_dict)
     if config is None:
         config = _implied_config(model, stored)
@@ -184,14 +196,15 @@ def save_model(
     other_zeros = 0
     formats: Counter[str] = Counter()
     old_compiled = compiled_files(folder)
+    watch = MetricsWatch(known, metrics, folder)
     with replacing(
         folder, lambda name: is_weight_file(name, variant) or name in old_compiled
     ) as fresh:
-        write_configs(model, config, fresh, base_model)
+        write_configs(model, config, fresh, known.base_model)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         writer = ShardWriter(fresh, convert_file_size_to_int(max_shard_size), variant)
-        for name, parts, count in _stored_parts(model, stored, config):
+        for name, parts, count in _stored_parts(model, stored, config, watch):
             writer.add(name, parts)
             if isinstance(count, TensorSparsity):
                 counts.append(count)
@@ -203,13 +216,11 @@ def save_model(
             tuple(counts), str(config.pattern), num_parameters(model), other_zeros=other_zeros
         )
         _warn_if_zeros_were_lost(config, measured)
-        card = Card(model, config, measured, formats, report, metrics, tags, base_model)
-        card.write(
-            fresh / CARD_NAME,
-            folder / CARD_NAME,
-            # The card tells of the weights without a variant, which stay where one is saved.
-            lambda: variant is not None or hold_same_weights(folder, fresh),
-        )
+        known = watch.result(fresh, variant)
+        write_entry(fresh, known)
+        card = Card(model, config, measured, formats, known)
+        write_card(card, fresh / CARD_NAME, folder / CARD_NAME)
+    remember_(model, known)
     return measured
 
 
@@ -231,6 +242,9 @@ def _implied_config(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> Spa
         tensor = _load_offloaded(model, name, stored[name])
         counts.append(count_zeros(name, tensor.T if layers[name].transposed else tensor, pattern))
     found = SparsityReport(tuple(counts), str(pattern), num_parameters(model))
+    if promised is None and shrunk_sizes(model) is None and not any(map(_is_sparse, counts)):
+        # A dense model: it is to load with transformers alone, though its class be a Sparse one.
+        return SparsityConfig("unstructured", 0.0, targets, ignore, "dense")
     if promised is not None and not found.violations:
         return promised
     format = "auto"
@@ -244,6 +258,10 @@ def _implied_config(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> Spa
         )
     sparsity = min(found.sparsity, 0.999999)  # a config promises less than 1
     return SparsityConfig("unstructured", sparsity, targets, ignore, format)
+
+
+def _is_sparse(count: TensorSparsity) -> bool:
+    return count.sparsity >= SPARSE_FROM
 
 
 def tensors_to_store(
@@ -272,6 +290,7 @@ def _stored_parts(
     model: PreTrainedModel,
     state_dict: dict[str, Tensor],
     config: SparsityConfig,
+    watch: MetricsWatch,
 ) -> Iterator[tuple[str, dict[str, Tensor], TensorSparsity | int]]:
     """The name and parts of every tensor, with a target's counts or another weight's zeros.
 
@@ -284,6 +303,7 @@ def _stored_parts(
     dense = {}
     for name in list(state_dict):
         tensor = _load_offloaded(model, name, state_dict.pop(name))
+        watch.add(name, tensor)
         parts = {"": tensor}
         count: TensorSparsity | int = 0
         if name in targets:

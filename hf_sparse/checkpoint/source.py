@@ -1,107 +1,196 @@
-"""What the model card of the folder that a model was loaded from tells: its steps, its metrics."""
+"""Where a model comes from: taken over when it is loaded, completed and written when it is saved."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Set
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_sparse.checkpoint.card import CARD_NAME, METRICS_TITLE, OUR_FACT, THEN, Metric
-from hf_sparse.checkpoint.reading import StoredTensor, checkpoint_files, read_headers, read_parts
-from hf_sparse.formats import FormatError, decompress
-from hf_sparse.history import Step, remember_
-
-# A row that is longer was not written by us.
-_LONGEST_ROW = 500
-_STEP_ROW = re.compile(rf"\| (method|{THEN}|option \S+) \| (.+) \|")
-_METRIC_ROW = re.compile(r"\| (.+) \| (not measured|\S+) \| (\S+) \|")
-
-
-def remember_source_(model: Any, folder: Path) -> None:
-    """Let a model that was loaded from a folder know the steps that the folder's card tells."""
-    remember_(model, read_steps(folder))
-
-
-def read_steps(folder: Path) -> list[Step]:
-    """The steps that the card in a folder tells; none if there is no card of hf_sparse."""
-    steps: list[Step] = []
-    tables = re.split(r"\n\s*\n", _card(folder).split(METRICS_TITLE)[0])
-    [table] = [table for table in tables if f"\n| {OUR_FACT} |" in table][-1:] or [""]
-    for line in table.split("\n"):
-        if len(line) > _LONGEST_ROW or (row := _STEP_ROW.fullmatch(line)) is None:
-            continue
-        title, value = row.groups()
-        if title in ("method", THEN):
-            steps.append(Step(value))
-        elif steps:
-            option = (title.removeprefix("option "), value)
-            steps[-1] = Step(steps[-1].method, (*steps[-1].options, option))
-    return [step for step in steps if step.method != "not recorded"]
+from hf_sparse.checkpoint.card import base_model
+from hf_sparse.checkpoint.legacy_card import read_metrics, read_steps
+from hf_sparse.checkpoint.same_weights import (
+    WeightsHash,
+    hash_weights,
+    hold_same_weights,
+    is_stored_in,
+)
+from hf_sparse.provenance.entry import ENTRY, to_dict
+from hf_sparse.provenance.record import provenance_of, read_entry, remember_
+from hf_sparse.provenance.values import (
+    CARD_DATA,
+    LONGEST_LIST,
+    LONGEST_TEXT,
+    Metric,
+    Provenance,
+    Step,
+    is_line,
+    line,
+)
 
 
-def read_metrics(folder: Path) -> list[Metric]:
-    """The metrics that the card in a folder tells; none if there is no card of hf_sparse."""
-    metrics = []
-    for line in _card(folder).partition(METRICS_TITLE)[2].partition("\n## ")[0].splitlines():
-        if (row := _METRIC_ROW.fullmatch(line)) is None:
-            continue
-        name, dense, sparse = row.groups()
-        try:
-            known = None if dense == "not measured" else float(dense)
-            metrics.append(Metric(name, float(sparse), known))
-        except ValueError:  # the table's head
-            continue
-    return metrics
+def remember_source_(model: nn.Module, folder: Path) -> None:
+    """Let a model that was loaded from a folder know where it comes from.
+
+    The model's config tells its steps. Where it does not, since the checkpoint is older, the card in
+    the folder does.
+    """
+    known = provenance_of(model)
+    if not known.steps and (steps := read_steps(folder)):
+        remember_(model, replace(known, steps=steps))
 
 
-def is_stored_in(folder: Path, weights: Mapping[str, Tensor]) -> bool:
-    """Whether the weights of a checkpoint folder can be read and are these, bit for bit.
+def described(
+    model: Any,
+    report: Any = None,
+    base: str | None = None,
+    card_data: Mapping[str, Any] | None = None,
+    tags: Sequence[str] = (),
+) -> Provenance:
+    """What is known of a model that is about to be saved.
 
     Args:
-        folder: of the checkpoint.
-        weights: of a model, without tied ones.
+        model: it remembers its steps.
+        report: of a step that it does not remember.
+        base: Hub name of the dense model; None: what is known, or what the config was loaded from.
+        card_data: for the card's metadata, beside what is known; see `CARD_DATA`.
+        tags: likewise, more of them.
 
-    Memory: one weight.
+    Raises:
+        ValueError: a key or a value that the card's metadata cannot have.
     """
-    return _holds(folder, weights.keys(), lambda name: weights[name])
+    known = provenance_of(model)
+    if report is not None and report.method:
+        told = Step.of(report.method, report.options)
+        if not any(step.is_same_as(told) for step in known.steps):
+            pattern, sparsity = (getattr(report, name, None) for name in ("pattern", "sparsity"))
+            known = known.after(replace(told, pattern=pattern, sparsity=sparsity))
+    if base is None:
+        base = known.base_model or base_model(model.config)
+    card = {**dict(known.card), **checked_card_data(card_data or {})}
+    if tags:
+        card |= checked_card_data(
+            {"tags": [*dict.fromkeys([*_texts(card.get("tags", ())), *tags])]}
+        )
+    return replace(known, base_model=line(base) or None, card=tuple(sorted(card.items())))
 
 
-def hold_same_weights(folder: Path, other: Path) -> bool:
-    """Whether the weights of two checkpoint folders can be read and are the same, bit for bit.
+def checked_card_data(values: Mapping[str, Any]) -> dict[str, str | tuple[str, ...]]:
+    """The metadata of a card as plain texts and tuples of texts.
 
-    Memory: two weights.
+    Raises:
+        ValueError: another key than those of `CARD_DATA`, or a value that is no text.
     """
+    checked: dict[str, str | tuple[str, ...]] = {}
+    if unknown := [str(key) for key in values if key not in CARD_DATA]:
+        raise ValueError(
+            f"card_data has the key {unknown[0]!r}; wanted some of {', '.join(CARD_DATA)}."
+        )
+    for key, value in values.items():
+        texts = [value] if isinstance(value, str) else value
+        if (
+            not isinstance(texts, Sequence)
+            or len(texts) > LONGEST_LIST
+            or not all(isinstance(text, str) and is_line(text) for text in texts)
+            or (key.startswith("license") and not isinstance(value, str))
+        ):
+            raise ValueError(
+                f"card_data[{key!r}] is {value!r:.80}; wanted a line of text"
+                f"{'' if key.startswith('license') else ', or a list of them'}, of at most "
+                f"{LONGEST_TEXT} characters."
+            )
+        checked[key] = value if isinstance(value, str) else tuple(texts)
+    return checked
+
+
+def _texts(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
+
+
+def stored_in(folder: Path) -> Provenance:
+    """What the config of a checkpoint folder tells; nothing if there is none that can be read."""
     try:
-        others = {tensor.name: tensor for tensor in read_headers(checkpoint_files(other))}
-    except FormatError:
-        return False
-    return _holds(folder, others.keys(), lambda name: _read(others[name]))
+        values = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return Provenance()
+    return read_entry(values.get(ENTRY)) if isinstance(values, dict) else Provenance()
 
 
-def _holds(folder: Path, names: Set[str], weight_of: Callable[[str], Tensor]) -> bool:
-    """Whether the weights of a folder have these names and values."""
-    try:
-        stored = read_headers(checkpoint_files(folder))
-        same = {tensor.name for tensor in stored} == names
-        return same and all(_is_equal(_read(each), weight_of(each.name)) for each in stored)
-    except FormatError:
-        return False
+def write_entry(folder: Path, provenance: Provenance) -> None:
+    """Put the provenance into the `config.json` of a folder, or take out an older one."""
+    file = folder / "config.json"
+    values = json.loads(file.read_text())
+    values.pop(ENTRY, None)
+    if provenance != Provenance():
+        values[ENTRY] = to_dict(provenance)
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def _is_equal(stored: Tensor, weight: Tensor) -> bool:
-    return stored.dtype == weight.dtype and torch.equal(stored, weight.detach().cpu())
+class MetricsWatch:
+    """Finds the metrics that are true of a checkpoint while it is written.
+
+    The metrics that the caller gives come first. Without any, those stay that the model, or the last
+    checkpoint in the folder, had with the same weights.
+
+    Args:
+        known: what is known of the model.
+        given: the metrics that the caller gives.
+        folder: that is to be replaced.
+    """
+
+    def __init__(self, known: Provenance, given: Sequence[Metric], folder: Path) -> None:
+        self._known, self._given, self._folder = known, tuple(given), folder
+        self._stored = stored_in(folder)
+        self._legacy = read_metrics(folder) if self._stored == Provenance() else ()
+        in_question = given or known.metrics or self._stored.metrics or self._legacy
+        self._digest = WeightsHash() if in_question else None
+
+    def add(self, name: str, weight: Tensor) -> None:
+        """Look at a weight that is saved."""
+        if self._digest is not None:
+            self._digest.add(name, weight)
+
+    def result(self, fresh: Path, variant: str | None) -> Provenance:
+        """What is known of the model, with the metrics that are true.
+
+        Args:
+            fresh: the folder with the new weights.
+            variant: of the weights. The card tells of those without one, which stay where one is saved.
+        """
+        digest = None if self._digest is None else self._digest.hexdigest()
+        metrics = self._given
+        if not metrics and variant is not None:
+            metrics, digest = self._stored.metrics or self._legacy, self._stored.weights
+        elif not metrics:
+            metrics = _measured_with([self._known, self._stored], digest)
+            if not metrics and self._legacy and hold_same_weights(self._folder, fresh):
+                metrics = self._legacy
+        return replace(self._known, metrics=metrics, weights=digest if metrics else None)
 
 
-def _read(stored: StoredTensor) -> Tensor:
-    parts = read_parts(stored)
-    return decompress(parts) if stored.compressed else parts[""]
+def _measured_with(candidates: Sequence[Provenance], digest: str | None) -> tuple[Metric, ...]:
+    """The first metrics that were measured with the weights of this hash."""
+    for candidate in candidates:
+        if candidate.metrics and candidate.weights == digest is not None:
+            return candidate.metrics
+    return ()
 
 
-def _card(folder: Path) -> str:
-    file = folder / CARD_NAME
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    return text if OUR_FACT in text else ""
+def known_metrics(model: Any, weights: Mapping[str, Tensor]) -> tuple[Metric, ...]:
+    """The metrics that are known of a model, if its weights are those that they were measured with.
+
+    Args:
+        model: if its checkpoint is older than the entry, the card in that folder tells its metrics.
+        weights: the model's, without tied ones.
+    """
+    known = provenance_of(model)
+    if known.metrics:
+        return _measured_with([known], hash_weights(weights))
+    source = Path(model.config.name_or_path or "")
+    if not model.config.name_or_path or stored_in(source) != Provenance():
+        return ()
+    metrics = read_metrics(source)
+    return metrics if metrics and is_stored_in(source, weights) else ()

@@ -53,6 +53,8 @@ from hf_sparse.checkpoint.work_folder import (
 )
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.formats import FormatError, compress, decompress, join, locate
+from hf_sparse.provenance.record import record_
+from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.pruning.activations import on_disk
 from hf_sparse.pruning.allocation import allocate
 from hf_sparse.pruning.calibration import checked_batches, fingerprint
@@ -175,12 +177,13 @@ def prune_checkpoint(
             time.perf_counter() - start,
             (*residence.earlier_notes, *notes.lines(), *notes_on(model, config)),
         )
+        data = Calibration.of(inputs, run["calibration"])
+        record_(model, Step.of(method, recipe.all_options, config, data))
         saved = save_model(
             model,
             folder,
             config=config,
             tokenizer=tokenizer,
-            report=report,
             base_model=base_model,
             max_shard_size=_SHARD_SIZE,
         )

@@ -19,7 +19,6 @@ from hf_sparse.checkpoint.reading import check_is_checkpoint
 from hf_sparse.checkpoint.source import remember_source_
 from hf_sparse.checkpoint.writing import is_weight_file
 from hf_sparse.documents import read_documents, read_rows
-from hf_sparse.history import steps_of
 from hf_sparse_cli.usage import text_fields
 
 # Any of these makes a tokenizer.
@@ -53,8 +52,7 @@ def load(source: str, options: argparse.Namespace, needs_tokenizer: bool = True)
     """
     model_class, config, known = _class_and_config(source, options)
     model = model_class.from_pretrained(source, dtype=options.dtype, **known)
-    if not steps_of(model):  # of a checkpoint in the format "dense"
-        remember_source_(model, Path(source))
+    remember_source_(model, Path(source))
     if not needs_tokenizer:
         return model, None
     return model, load_tokenizer(source, options, config)

@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from hf_sparse.arguments import check_model, check_path
 from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.checkpoint.can_save import check_can_write
-from hf_sparse.checkpoint.card import CARD_NAME, Card, Metric
+from hf_sparse.checkpoint.card import CARD_NAME, Card, write_card
 from hf_sparse.checkpoint.config_files import dense_class_name, dense_config
 from hf_sparse.checkpoint.save import tensors_to_store
-from hf_sparse.checkpoint.source import is_stored_in, read_metrics
+from hf_sparse.checkpoint.source import described, known_metrics, write_entry
 from hf_sparse.checkpoint.writing import GRAPH_NAME, MANIFEST_NAME
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.exporters import QUANTIZATIONS
@@ -30,6 +30,7 @@ from hf_sparse.exporters.packing import Packing, pack_
 from hf_sparse.exporters.tracing import plain_outputs, trace
 from hf_sparse.exporters.verification import Difference, compare
 from hf_sparse.models.parts import full_size
+from hf_sparse.provenance.values import Metric
 from hf_sparse.pruning.oneshot import check_not_compiled
 from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure import check_has_weights, has_adapters, promised_config
@@ -143,6 +144,7 @@ def export_onnx(
         isinstance(tolerance, int | float) and 0 <= tolerance < math.inf
     ):
         raise ValueError(f"tolerance is {tolerance!r}; wanted a number >= 0.")
+    known = described(model, report, base_model)
     with plain_outputs(model), replacing(folder, written_files(folder).__contains__) as fresh:
         exported = trace(model, head, quantize, batches)
         component = exported.components["model"]
@@ -171,11 +173,12 @@ def export_onnx(
         if config is None:
             config = SparsityConfig("unstructured", min(measured.sparsity, 0.999999))
         if not metrics and quantize is None:
-            metrics = _metrics_of_source(model)
-        facts = (report, metrics, ("onnx",), base_model, _usage(head, quantize))
-        card = Card(model, config, measured, packing.formats, *facts)
-        # Metrics that are neither given nor the source's may be of another model's graph.
-        card.write(fresh / CARD_NAME, folder / CARD_NAME, same_weights=lambda: False)
+            metrics = known_metrics(model, tensors_to_store(model))
+        known = replace(known, metrics=tuple(metrics), weights=None)
+        write_entry(fresh, known)
+        usage = _usage(head, quantize)
+        card = Card(model, config, measured, packing.formats, known, ("onnx",), usage)
+        write_card(card, fresh / CARD_NAME, folder / CARD_NAME)
         size = sum(path.stat().st_size for path in fresh.glob(f"{GRAPH_NAME}*"))
     return ExportReport(folder, head.task, size, packing, difference, allowed)
 
@@ -318,15 +321,6 @@ def written_files(folder: Path) -> set[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()
     return {*graphs, *(f"{name}.data" for name in graphs), *_BESIDE}
-
-
-def _metrics_of_source(model: PreTrainedModel) -> list[Metric]:
-    """The metrics on the card of the folder that a model was loaded from, while they are true."""
-    if not model.config.name_or_path:
-        return []
-    folder = Path(model.config.name_or_path)
-    metrics = read_metrics(folder)
-    return metrics if metrics and is_stored_in(folder, tensors_to_store(model)) else []
 
 
 def _tell_key_heads(config: Any, model: PreTrainedModel) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from hf_sparse.arguments import check_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Unstructured
+from hf_sparse.provenance.record import watch_
 from hf_sparse.structure import TargetLayer, check_divides, target_layers, with_head_size
 
 
@@ -63,4 +64,5 @@ def sparse_param_groups(
         {"params": matrices, "pattern": None, **decay},
         {"params": vectors, "pattern": None, "weight_decay": 0.0},
     ]
+    watch_(model)
     return [group for group in groups if group["params"]]

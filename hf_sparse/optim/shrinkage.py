@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from hf_sparse.optim.notes import note_fine_tuning_
 from hf_sparse.optim.parameters import (
     Group,
     SparseParameter,
@@ -209,6 +210,7 @@ def freeze_zeros(optimizer: Optimizer) -> None:
             "the optimizer's sparse groups have no zeros to keep. Is it made for the sparse model?"
         )
     freeze_groups(optimizer)
+    note_fine_tuning_(optimizer)
 
 
 def freeze_groups(optimizer: Optimizer) -> None:

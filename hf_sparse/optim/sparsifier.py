@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.optim.methods import TRAINING_METHODS
+from hf_sparse.optim.notes import shrinking
 from hf_sparse.optim.parameters import sparse_groups, sparse_parameters, take_over
 from hf_sparse.optim.projection import count_zero_units, measured_sparsity, pattern_of
 from hf_sparse.optim.schedules import Schedule
@@ -17,6 +18,8 @@ from hf_sparse.optim.settings import check_settings
 from hf_sparse.optim.sharding import processes_of
 from hf_sparse.optim.shrinkage import attach, freeze_groups
 from hf_sparse.patterns import NM, Head
+from hf_sparse.provenance.record import record_optimizer_
+from hf_sparse.provenance.values import Step
 from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure import check_finite
 from hf_sparse.suggestions import check_name
@@ -103,6 +106,7 @@ class Sparsifier:
         take_over(self.optimizer)
         self._share = 1.0 if isinstance(config.pattern, NM) else config.sparsity
         self._method_name = method
+        self._seed: int | None = None
         _ = self._state  # notes the zeros that are there, or that this optimizer is another's
         self._method = TRAINING_METHODS[method](self.optimizer, **options)
 
@@ -174,6 +178,10 @@ class Sparsifier:
             ValueError: the weights are no longer finite.
         """
         self._update(steps=self.steps + 1)
+        self._approach()
+        self.record()
+
+    def _approach(self) -> None:
         if self.finished:
             return
         left = self.schedule.last_step(self.total_steps) - self.steps
@@ -196,24 +204,44 @@ class Sparsifier:
         freeze_groups(self.optimizer)
         self._update(finished=True)
 
+    def record(self, model: nn.Module | None = None, seed: int | None = None) -> None:
+        """Let the model remember how it is trained, for its card; every `step` does so, too.
+
+        Args:
+            model: the model that is trained. None: the one that `sparse_param_groups` got, if any.
+            seed: of the run.
+        """
+        self._seed = self._seed if seed is None else seed
+        step = Step.of(self._told_method, self._options, self.config, seed=self._seed)
+        record_optimizer_(self.optimizer, step, model)
+
+    @property
+    def _told_method(self) -> str:
+        proximal = self._method_name == "proximal"
+        return type(self.optimizer).__name__ if proximal else self._method_name
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What the report and the model card tell beside the method."""
+        shape, begin, end = self.schedule.shape, self.schedule.begin, self.schedule.end
+        return {
+            **(shrinking(self.optimizer) if self._method_name == "proximal" else {}),
+            "schedule": f"{shape} {begin} to {end}",
+            "steps": self.steps,
+        }
+
     def report(self, model: nn.Module, seconds: float | None = None) -> SparsityReport:
-        """Exact counts and how they came about, for `hf_sparse.save_pretrained(report=...)`.
+        """Exact counts and how they came about; the model remembers the latter, for its card.
 
         Args:
             model: the model that was trained; not under FSDP2, where no process has all its weights.
             seconds: time that the training took.
         """
-        group = sparse_groups(self.optimizer)[0]
-        proximal = self._method_name == "proximal"
-        shape, begin, end = self.schedule.shape, self.schedule.begin, self.schedule.end
+        self.record(model)
         return replace(
             measure_sparsity(model, self.config),
-            method=type(self.optimizer).__name__ if proximal else self._method_name,
-            options={
-                **({key: group[key] for key in ("penalty", "scale")} if proximal else {}),
-                "schedule": f"{shape} {begin} to {end}",
-                "steps": self.steps,
-            },
+            method=self._told_method,
+            options=self._options,
             seconds=seconds,
         )
 

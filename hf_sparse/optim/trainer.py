@@ -14,6 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.optim.groups import sparse_param_groups
+from hf_sparse.optim.notes import note_fine_tuning_, note_shrinking_
 from hf_sparse.optim.parameters import sparse_parameters
 from hf_sparse.optim.penalties import PENALTIES
 from hf_sparse.optim.schedules import Schedule
@@ -96,6 +97,9 @@ def trainer_optimizer(
                 add_shrinkage(optimizer)
             if keep_zeros:
                 freeze_zeros(optimizer)
+                note_fine_tuning_(optimizer, model)
+            else:
+                note_shrinking_(optimizer, model, config)
             optimizer.register_step_pre_hook(_refuse_unsteered)
             return optimizer
 
@@ -133,8 +137,8 @@ class SparsityCallback(TrainerCallback):
         **options: the method's own: of `"movement"` `score_lr=0.01`, `threshold=0.1` and `gain=2.0`.
 
     Attributes:
-        report: after training, exact counts with method, options and time, for
-            `hf_sparse.save_pretrained(report=...)`; None under FSDP2.
+        report: after training, exact counts with method, options and time; None under FSDP2.
+            `save_pretrained` needs no report: the model remembers how it was trained.
 
     Raises:
         ValueError: when training begins: an optimizer without sparse groups or with another pattern,
@@ -271,6 +275,7 @@ class SparsityCallback(TrainerCallback):
             )
             self.sparsifier.finish()
         self.sparsifier.check()
+        self.sparsifier.record(model, args.seed)
         vars(model)[PRUNED_WITH] = self.config
         if not self.sparsifier.is_sharded:  # else the weights are not all here to be counted
             self.report = self.sparsifier.report(model, time.perf_counter() - self._start)

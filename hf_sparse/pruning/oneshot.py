@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from hf_sparse.arguments import check_model
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.history import Step, remember_
 from hf_sparse.patterns import GroupPattern
-from hf_sparse.pruning.calibration import checked_batches
+from hf_sparse.provenance.record import record_
+from hf_sparse.provenance.values import Calibration, Step
+from hf_sparse.pruning.calibration import checked_batches, fingerprint
 from hf_sparse.pruning.methods import Recipe
 from hf_sparse.pruning.processes import own_batches
 from hf_sparse.pruning.task import Task
@@ -118,7 +119,8 @@ def prune_(
     if whole_units:  # what fed the heads or neurons that went goes too
         clear_unused_(model)
     vars(model)[PRUNED_WITH] = config
-    remember_(model, [Step.of(method, recipe.all_options)])
+    data = Calibration.of(inputs, fingerprint(inputs)) if inputs else None
+    record_(model, Step.of(method, recipe.all_options, config, data))
     return replace(
         measure_sparsity(model, config),
         method=method,

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from hf_sparse.arguments import check_model, check_path
+from hf_sparse.provenance.record import record_training_
+from hf_sparse.provenance.values import Step
 from hf_sparse.recovery.adapter_checks import (
     adapted_layers,
     check_adapted,
@@ -209,9 +211,28 @@ def merge_adapters(model: Any, adapter_names: Sequence[str] | None = None) -> An
             "hf_sparse.get_peft_model or load_adapter returned, or of a wrapped model the model inside "
             "(accelerator.unwrap_model)."
         )
+    chosen = list(adapter_names or model.active_adapters)
+    configs = {name: model.peft_config[name] for name in chosen if name in model.peft_config}
+    merged = merge_(model, chosen)
+    for name in chosen:
+        record_training_(merged, Step.of("merged adapter", _told(configs[name])))
+    return merged
+
+
+def _told(config: Any) -> dict[str, Any]:
+    """What the model card tells of an adapter."""
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    values = {name: getattr(config, name, None) for name in ("r", "lora_alpha")}
+    return {"kind": str(kind).lower()} | {
+        k: value for k, value in values.items() if value is not None
+    }
+
+
+def merge_(model: Any, chosen: Sequence[str] | None = None) -> Any:
+    """`merge_adapters` that adds no step to what is known of the model."""
     layers = adapted_layers(model)
     check_gathered(layers)
-    chosen = list(adapter_names or model.active_adapters)
+    chosen = list(chosen or model.active_adapters)
     if unknown := sorted(set(chosen) - set(model.peft_config)):
         raise ValueError(
             f"no adapter {', '.join(unknown)}; there are {', '.join(model.peft_config)}."

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from hf_sparse.arguments import check_model
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.optim.notes import note_fine_tuning_
 from hf_sparse.optim.sharding import local_part
 from hf_sparse.recovery.zeros import fingerprint, refill_, sparse_layers, unlike
 
@@ -60,7 +61,10 @@ def keep_zeros(
     Raises:
         ValueError: the layers have no zeros, are quantized, or are not in the optimizer.
     """
-    return FrozenMask(getattr(optimizer, "optimizer", optimizer), model, config)
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    mask = FrozenMask(optimizer, model, config)
+    note_fine_tuning_(optimizer, model)
+    return mask
 
 
 class FrozenMask:

@@ -19,8 +19,10 @@ from transformers.utils.logging import tqdm
 
 from hf_sparse.arguments import check_model
 from hf_sparse.distillation import Distillation
-from hf_sparse.history import Step, remember_
+from hf_sparse.provenance.record import record_training_
+from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.pruning.calibration import checked_batches
+from hf_sparse.pruning.calibration import fingerprint as hash_of
 from hf_sparse.pruning.training import (
     check_labels,
     check_predicts,
@@ -29,8 +31,8 @@ from hf_sparse.pruning.training import (
     with_labels,
 )
 from hf_sparse.recovery.adapter_checks import is_peft_model
-from hf_sparse.recovery.adapters import get_peft_model, import_peft, merge_adapters
-from hf_sparse.recovery.frozen import keep_zeros
+from hf_sparse.recovery.adapters import get_peft_model, import_peft, merge_
+from hf_sparse.recovery.frozen import FrozenMask
 from hf_sparse.recovery.zeros import fingerprint, is_sparse, sparse_layers
 from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure import has_adapters, promised_config
@@ -152,7 +154,7 @@ def recover_(
             distillation.remove()
         try:
             if trained is not model and done:
-                merge_adapters(trained)
+                merge_(trained)
         finally:
             if has_adapters(model):
                 trained.unload()
@@ -169,7 +171,9 @@ def recover_(
         seconds=time.perf_counter() - start,
         notes=(f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end",),
     )
-    remember_(model, [Step.of(f"recovery by {method}", report.options)])
+    data = Calibration.of(given, hash_of(given))
+    step = Step.of(f"recovery by {method}", report.options, calibration=data, seed=seed)
+    record_training_(model, step)
     return report
 
 
@@ -220,7 +224,7 @@ def fit(
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    frozen = keep_zeros(optimizer, model) if freeze else None
+    frozen = FrozenMask(optimizer, model) if freeze else None
     generator = torch.Generator().manual_seed(seed)
     order = [
         index

@@ -7,6 +7,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
+from hf_sparse.optim.notes import fine_tuning
+from hf_sparse.provenance.record import record_optimizer_
 from hf_sparse.recovery.frozen import FrozenMask, keep_zeros
 
 
@@ -60,9 +62,18 @@ class KeepZeros(TrainerCallback):
         self.mask.check()
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
-        """Check the zeros, and take the hooks off the optimizer."""
+        """Check the zeros, take the hooks off the optimizer, and note the step for the model card."""
         assert self.mask is not None
         self.mask.check()
         self.mask.remove()
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        step = fine_tuning(optimizer, steps=state.global_step, seed=args.seed)
+        record_optimizer_(optimizer, step, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import hf_sparse
 from hf_sparse import Metric, SparsityConfig
-from hf_sparse.checkpoint.source import is_stored_in, read_metrics, read_steps
+from hf_sparse.checkpoint.same_weights import is_stored_in
+from hf_sparse.checkpoint.source import stored_in
 from hf_sparse.cli import main
-from hf_sparse.history import Step, steps_of
+from hf_sparse.provenance.record import provenance_of
 from tests.tiny_models import (
     prose,
     tiny_batches,
@@ -22,7 +24,7 @@ from tests.tiny_models import (
     tiny_tokenizer,
 )
 
-MAGNITUDE = Step("magnitude", (("scope", "layer"),))
+MAGNITUDE = ("magnitude", {"scope": "layer"})
 METRICS = [Metric("accuracy, SST-2", 0.8899, 0.8807), Metric("other, one", 1.5e-7)]
 
 
@@ -41,31 +43,38 @@ def card(folder: Path) -> str:
     return (folder / "README.md").read_text()
 
 
+def steps_in(folder: Path) -> list[tuple[str, dict[str, str]]]:
+    return [(step.method, dict(step.options)) for step in stored_in(folder).steps]
+
+
+def metrics_in(folder: Path) -> list[Metric]:
+    """Those of config.json, which are those of the card, too."""
+    metrics = list(stored_in(folder).metrics)
+    assert ("None were measured." in card(folder)) == (not metrics)
+    for metric in metrics:
+        assert f"| {metric.name} | " in card(folder)
+    return metrics
+
+
+def methods_in_card(folder: Path) -> list[str]:
+    return re.findall(r"^\| method \| (.+) \|$", card(folder), flags=re.MULTILINE)
+
+
+def methods_of(model: Any) -> list[str]:
+    return [step.method for step in provenance_of(model).steps]
+
+
 @pytest.mark.parametrize("name", ["a | b", "a\nb", ""])
 def test_a_metric_that_would_break_the_table_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="one line"):
         Metric(name, 1.0)
 
 
-def test_what_a_card_tells_is_read_back(sparse: Path, tmp_path: Path) -> None:
-    assert read_steps(sparse) == [MAGNITUDE]
-    assert read_metrics(sparse) == METRICS
-    assert steps_of(AutoModelForSequenceClassification.from_pretrained(sparse)) == (MAGNITUDE,)
-    (sparse / "README.md").write_text("| method | of somebody else |")
-    assert read_steps(sparse) == read_metrics(sparse) == []
-    assert read_steps(tmp_path / "none") == []
-
-
-def test_steps_are_read_from_the_table_of_facts_alone(sparse: Path) -> None:
-    text = card(sparse)
-    prose = text.replace("\n# ", "\n| method | in prose |\n\n# ", 1)
-    prose = prose.replace("\n## ", "\n| x | y |\n|---|---|\n| then | another table |\n\n## ", 1)
-    (sparse / "README.md").write_text(prose)
-    assert read_steps(sparse) == [MAGNITUDE]
-    (sparse / "README.md").write_text(
-        text.replace("| zeros in the", f"| then | {'long ' * 200} |\n| zeros in the")
-    )
-    assert read_steps(sparse) == [MAGNITUDE]
+def test_what_config_json_tells_is_read_back(sparse: Path) -> None:
+    assert steps_in(sparse) == [MAGNITUDE]
+    assert metrics_in(sparse) == METRICS
+    loaded = AutoModelForSequenceClassification.from_pretrained(sparse)
+    assert provenance_of(loaded) == stored_in(sparse)
 
 
 def test_every_step_is_told_once_and_in_order(tmp_path: Path) -> None:
@@ -76,14 +85,15 @@ def test_every_step_is_told_once_and_in_order(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     hf_sparse.shrink(model)
     report = hf_sparse.prune_(model, SparsityConfig("2:4", targets=["mlp.*"]), "magnitude")
-    assert [step.method for step in steps_of(model)] == ["wanda", "shrink", "magnitude"]
+    assert methods_of(model) == ["wanda", "shrink", "magnitude"]
     hf_sparse.save_pretrained(model, tmp_path / "b", report=report)
-    rows = "| method | wanda |\n| then | shrink |\n| then | magnitude |\n| option scope | layer |\n"
-    assert rows in card(tmp_path / "b")
+    assert methods_in_card(tmp_path / "b") == ["wanda", "shrink", "magnitude"]
+    assert "| pattern | column |\n| sparsity | 0.25 |" in card(tmp_path / "b")
     # What was done elsewhere is in the report alone.
     other = hf_sparse.SparsityReport((), "2:4", 0, "SparseAdamW", {"steps": 3})
     hf_sparse.save_pretrained(model, tmp_path / "c", report=other)
-    assert f"{rows}| then | SparseAdamW |\n| option steps | 3 |\n" in card(tmp_path / "c")
+    assert methods_in_card(tmp_path / "c") == ["wanda", "shrink", "magnitude", "SparseAdamW"]
+    assert "| option steps | 3 |" in card(tmp_path / "c").split("### Step 4")[1]
 
 
 @pytest.mark.parametrize("format", ["auto", "dense"])
@@ -99,7 +109,7 @@ def test_recovery_keeps_the_method_of_pruning(
     assert main(["prune", *folders[:2], *pruning]) == 0
     data = ("--data", str(text), "--num-samples", "4", "--window", "16", "--lr", "0.001")
     assert main(["recover", *folders[1:], *data]) == 0, capsys.readouterr().err
-    methods = [step.method for step in read_steps(tmp_path / "recovered")]
+    methods = [method for method, _ in steps_in(tmp_path / "recovered")]
     assert methods == ["magnitude", "recovery by finetune"]
     assert "| option lr | 0.001 |" in card(tmp_path / "recovered")
 
@@ -111,8 +121,8 @@ def test_a_recovered_model_replaces_its_old_card(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     hf_sparse.recover_(loaded, tiny_batches("llama"))
     hf_sparse.save_pretrained(loaded, tmp_path)
-    assert "| then | recovery by finetune |" in card(tmp_path)
-    assert read_metrics(tmp_path) == []  # they were another model's
+    assert methods_in_card(tmp_path) == ["magnitude", "recovery by finetune"]
+    assert metrics_in(tmp_path) == []  # they were another model's
 
 
 @pytest.mark.parametrize("format", ["auto", "dense"])
@@ -124,12 +134,12 @@ def test_metrics_of_other_weights_do_not_stay(tmp_path: Path, format: str) -> No
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     for variant in (None, "fp16"):
         hf_sparse.save_pretrained(loaded, tmp_path, config, variant=variant)
-        assert read_metrics(tmp_path) == METRICS
+        assert metrics_in(tmp_path) == METRICS
     with torch.no_grad():
         loaded.model.layers[0].mlp.up_proj.weight.mul_(2)  # zeros, and so all counts, are the same
     hf_sparse.save_pretrained(loaded, tmp_path, config)
-    assert read_metrics(tmp_path) == []
-    assert read_steps(tmp_path) == [MAGNITUDE]
+    assert metrics_in(tmp_path) == []
+    assert steps_in(tmp_path) == [MAGNITUDE]
 
 
 def test_metrics_of_another_graph_do_not_stay(sparse: Path, tmp_path: Path) -> None:
@@ -137,11 +147,11 @@ def test_metrics_of_another_graph_do_not_stay(sparse: Path, tmp_path: Path) -> N
     model: Any = AutoModelForSequenceClassification.from_pretrained(sparse)
     model.config.name_or_path = ""  # the graph's own card is all that tells metrics
     hf_sparse.export_onnx(model, tmp_path / "graph", metrics=METRICS)
-    assert read_metrics(tmp_path / "graph") == METRICS
+    assert metrics_in(tmp_path / "graph") == METRICS
     with torch.no_grad():
         model.classifier.bias += 1
     hf_sparse.export_onnx(model, tmp_path / "graph")
-    assert read_metrics(tmp_path / "graph") == []
+    assert metrics_in(tmp_path / "graph") == []
 
 
 @pytest.mark.parametrize("format", ["auto", "dense"])
@@ -154,17 +164,17 @@ def test_an_export_takes_over_method_and_metrics(sparse: Path, tmp_path: Path, f
             model, tmp_path / "dense", config, tokenizer=tiny_tokenizer(), metrics=METRICS
         )
     assert main(["export", str(sparse), str(tmp_path / "graph")]) == 0
-    assert read_steps(tmp_path / "graph") == [MAGNITUDE]
-    assert read_metrics(tmp_path / "graph") == METRICS
+    assert steps_in(tmp_path / "graph") == [MAGNITUDE]
+    assert metrics_in(tmp_path / "graph") == METRICS
     model: Any = AutoModelForSequenceClassification.from_pretrained(sparse)
     hf_sparse.export_onnx(model, tmp_path / "int8", quantize="dynamic")
-    assert read_metrics(tmp_path / "int8") == []
+    assert metrics_in(tmp_path / "int8") == []
     with torch.no_grad():
         model.classifier.bias += 1
     hf_sparse.export_onnx(model, tmp_path / "trained")
-    assert read_metrics(tmp_path / "trained") == []
+    assert metrics_in(tmp_path / "trained") == []
     hf_sparse.export_onnx(model, tmp_path / "trained", metrics=METRICS[:1])
-    assert read_metrics(tmp_path / "trained") == METRICS[:1]
+    assert metrics_in(tmp_path / "trained") == METRICS[:1]
 
 
 def test_stored_weights_are_compared(sparse: Path) -> None:

@@ -1,0 +1,144 @@
+"""What is known of a model in memory, and how all that change it add their step."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+
+from hf_sparse.formats.error import FormatError
+from hf_sparse.provenance.entry import ENTRY, from_dict
+from hf_sparse.provenance.values import Provenance, Step, pairs
+
+# The attribute of a model that holds its Provenance.
+_PROVENANCE = "_hf_sparse_provenance"
+# The attribute of an optimizer that holds the step of its training.
+_STEP = "_hf_sparse_step"
+# The models whose weights were sorted for a sparse optimizer: optimizers do not know their models.
+_IN_TRAINING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def provenance_of(model: nn.Module) -> Provenance:
+    """What a model remembers; or else what the config tells that it was loaded with."""
+    model = _inside(model)
+    if _PROVENANCE not in vars(model):
+        remember_(model, read_entry(getattr(getattr(model, "config", None), ENTRY, None)))
+    known: Provenance = vars(model)[_PROVENANCE]
+    return known
+
+
+def remember_(model: nn.Module, provenance: Provenance) -> None:
+    """Let a model know where it comes from, instead of what it knew."""
+    vars(_inside(model))[_PROVENANCE] = provenance
+
+
+def read_entry(entry: Any) -> Provenance:
+    """The provenance that an entry of `config.json` tells.
+
+    Nothing that is computed depends on it: a damaged one is dropped, with a warning.
+    """
+    if entry is None:
+        return Provenance()
+    try:
+        return from_dict(entry)
+    except FormatError as error:
+        warnings.warn(
+            f"config.json: {ENTRY} is damaged, or of a newer hf_sparse ({error}). What was done to the "
+            "model is not known; its weights are not concerned.",
+            stacklevel=4,
+        )
+        return Provenance()
+
+
+def record_(model: nn.Module, step: Step) -> None:
+    """Add a step to what is known of a model."""
+    remember_(model, provenance_of(model).after(step))
+
+
+def record_training_(model: nn.Module, step: Step, instead_of: Step | None = None) -> Step:
+    """Add a step of training, with the teacher that a `Distillation` has announced.
+
+    Args:
+        model: the model.
+        step: the step.
+        instead_of: an earlier description of the same training, which this one replaces.
+
+    Returns:
+        The step as it is recorded.
+    """
+    known = provenance_of(model)
+    taught = known.teaching or (() if instead_of is None else instead_of.distillation)
+    step = replace(step, distillation=taught)
+    teaching = known.teaching if _has_teacher(model) else ()
+    remember_(model, replace(known.after(step, instead_of), teaching=teaching))
+    return step
+
+
+def announce_teaching_(model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Announce a teacher: the steps of training that are recorded from now on tell its settings."""
+    remember_(model, replace(provenance_of(model), teaching=pairs(settings)))
+
+
+def end_teaching_(model: nn.Module) -> None:
+    """Forget the announced teacher, unless no step has told of it yet."""
+    known = provenance_of(model)
+    if any(step.distillation == known.teaching for step in known.steps):
+        remember_(model, replace(known, teaching=()))
+
+
+def _has_teacher(model: nn.Module) -> bool:
+    """Whether a `Distillation` is attached to a model."""
+    owners = (getattr(hook, "__self__", None) for hook in _inside(model)._forward_hooks.values())
+    return any(type(owner).__name__ == "Distillation" for owner in owners)
+
+
+def watch_(model: nn.Module) -> None:
+    """Remember a model whose parameters an optimizer gets, so that `record_optimizer_` finds it."""
+    _IN_TRAINING.add(_inside(model))
+
+
+def record_optimizer_(optimizer: Optimizer, step: Step, model: nn.Module | None = None) -> None:
+    """Record what an optimizer does to its model. It replaces what was last recorded of that optimizer.
+
+    Args:
+        optimizer: one of torch.
+        step: what it does.
+        model: the model that it trains. None: the model of `watch_` that has its parameters, if any.
+    """
+    model = _model_of(optimizer) if model is None else model
+    if model is not None:
+        vars(optimizer)[_STEP] = record_training_(model, step, vars(optimizer).get(_STEP))
+
+
+def is_told(optimizer: Optimizer, model: nn.Module | None = None) -> bool:
+    """Whether the last step that a model remembers is that of this optimizer."""
+    model = _model_of(optimizer) if model is None else model
+    steps = () if model is None else provenance_of(model).steps
+    return bool(steps) and steps[-1] == vars(optimizer).get(_STEP)
+
+
+def _model_of(optimizer: Optimizer) -> nn.Module | None:
+    parameter = optimizer.param_groups[0]["params"][0]
+    for model in _IN_TRAINING:
+        if any(own is parameter for own in model.parameters()):
+            return model
+    return None
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model inside of wrappers: DDP's, torch.compile's, and PEFT's."""
+    while True:
+        if isinstance(model, DistributedDataParallel | DataParallel):
+            model = model.module
+        elif isinstance(inner := vars(model).get("_modules", {}).get("_orig_mod"), nn.Module):
+            model = inner
+        elif any(base.__name__ == "PeftModel" for base in type(model).__mro__):
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
