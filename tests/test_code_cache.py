@@ -1,4 +1,4 @@
-"""The cache of machine code: only what this user wrote is executed, and nothing about it is an error."""
+"""The cache of machine code: only what this user wrote is executed, and nothing is an error."""
 
 from __future__ import annotations
 
