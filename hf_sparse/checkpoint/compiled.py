@@ -147,7 +147,9 @@ def _instead(folder: Path) -> str:
     if not folder.is_dir():
         return ", since there is no such folder" if not folder.exists() else ", since it is a file"
     if (folder / "config.json").is_file():
-        return "; it holds a checkpoint, which from_pretrained loads and hf_sparse.compile then compiles"
+        return (
+            "; it holds a checkpoint, for from_pretrained, whose model hf_sparse.compile compiles"
+        )
     names = sorted(path.name for path in folder.iterdir())
     return f"; it holds {', '.join(names[:5]) or 'nothing'}"
 

@@ -47,6 +47,9 @@ def check_restored(stack: Stack) -> None:
                 require(one, place, f"it is cut into {len(linear.parts)} parts")
                 single = linear.single is not None or not stack.causal
                 require(single, place, "its weight for single tokens is missing")
+        for norms, size in ((block.norms, stack.hidden), (block.head_norms or (), stack.head_dim)):
+            found = [len(each) for norm in norms for each in (norm.weight, norm.bias)]
+            require({*found} <= {size}, f"blocks.{number}.norms", f"{found} numbers, not {size}")
     check_stack(stack)
     most = max(block.up.rows for block in stack.blocks)
     require(stack.intermediate == most, "stack", f"{stack.intermediate} neurons, and {most}")
