@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import resource
 import shutil
 import signal
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,8 @@ import torch
 from transformers import GPT2Config
 
 import hf_sparse
+from hf_sparse.checkpoint import atomic, skeleton
 from hf_sparse.checkpoint import compiled as compiled_files
-from hf_sparse.checkpoint import skeleton
 from hf_sparse.formats import FormatError
 from tests.compiled_folders import DECODER, MODELS, in_a_child, logits, saved, write
 from tests.test_compile import random_model
@@ -39,6 +42,32 @@ def test_a_description_beside_the_weights_of_another_save_is_found(tmp_path: Pat
     shutil.copy(new / "compiled.json", old / "compiled.json")
     with pytest.raises(FormatError, match="not saved together"):
         hf_sparse.load_compiled(old)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_kill_while_saving_leaves_the_old_model_or_the_new_one(tmp_path: Path, step: int) -> None:
+    old, new = (hf_sparse.compile(MODELS[name]()) for name in ("gpt2", "llama"))
+    hf_sparse.save_compiled(old, tmp_path)
+    steps = []
+
+    def killed(real: Callable) -> Callable:
+        def call(*given: object) -> None:
+            steps.append(given)
+            if len(steps) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(*given)
+
+        return call
+
+    def run() -> None:
+        os.replace, atomic._rename_exchange = killed(os.replace), killed(atomic._rename_exchange)
+        hf_sparse.save_compiled(new, tmp_path)
+
+    in_a_child(run)
+    with suppress(FormatError):  # "not saved together", where the system exchanges no folders
+        loaded = hf_sparse.load_compiled(tmp_path)
+        whole = {type(model): logits(model) for model in (old, new)}
+        torch.testing.assert_close(logits(loaded), whole[type(loaded)])
 
 
 @pytest.mark.parametrize("how", ["cut", "overwritten", "removed"])
@@ -183,6 +212,15 @@ def test_a_full_disk_is_an_os_error_and_the_old_model_stays(tmp_path: Path) -> N
 
     assert in_a_child(run) == 0
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_model_that_was_loaded_in_inference_mode_is_usable_outside(tmp_path: Path) -> None:
+    folder = write(tmp_path / "inference", *saved("gpt2"))
+    with torch.inference_mode(), torch.device("meta"):
+        model = hf_sparse.load_compiled(folder)
+    wanted = logits(hf_sparse.load_compiled(folder))
+    torch.testing.assert_close(logits(copy.deepcopy(model)), wanted)
+    model.transformer.wte.weight.mul_(2)  # an inference tensor would refuse
 
 
 def test_tensors_that_share_memory_are_saved(tmp_path: Path) -> None:
