@@ -22,9 +22,10 @@ from transformers import PreTrainedModel
 
 import hf_sparse
 from hf_sparse.checkpoint.atomic import replacing
+from hf_sparse.checkpoint.disk import disk_errors
 from hf_sparse.checkpoint.owned_tensors import Entry, read_header, read_tensor
 from hf_sparse.checkpoint.skeleton import build_skeleton, fill, set_generation, unsaved_buffers
-from hf_sparse.checkpoint.writing import COMPILED_DESCRIPTION, COMPILED_WEIGHTS, disk_errors
+from hf_sparse.checkpoint.writing import COMPILED_DESCRIPTION, COMPILED_WEIGHTS
 from hf_sparse.formats import FormatError
 from hf_sparse.runtime.blocks import check_config
 from hf_sparse.runtime.compiled import assemble, stack_of

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -60,15 +59,6 @@ def check_folder(folder: Path) -> None:
         )
 
 
-@contextmanager
-def disk_errors() -> Iterator[None]:
-    """Turn what safetensors makes of a full disk into an OSError."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(f"the weights cannot be written: {error}") from error
-
-
 class ShardWriter:
     """Collects tensors into safetensors shards of at most `max_bytes` (a larger tensor has its own).
 
@@ -117,8 +107,10 @@ class ShardWriter:
         (self._folder / name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def _flush(self) -> None:
-        with disk_errors():
+        try:
             save_file(self._pending, self._shard(len(self._shards)), metadata={"format": "pt"})
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(f"the weights cannot be written: {error}") from error
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
