@@ -36,6 +36,7 @@ from hf_sparse.runtime.state import LAYOUT, restore_stack, stack_state
 from hf_sparse.runtime.target import named
 
 _STACK, _REST, _BUFFER, _ID = "stack.", "model.", "buffer.", "id"
+_ID_BYTES = 16
 
 
 def save_compiled(model: PreTrainedModel, folder: Path | str) -> Path:
@@ -62,7 +63,7 @@ def save_compiled(model: PreTrainedModel, folder: Path | str) -> Path:
     stack = stack_of(model)
     check_config(stack, model.config)
     tensors, description = stack_state(stack)
-    own = secrets.token_bytes(16)
+    own = secrets.token_bytes(_ID_BYTES)
     stored = {_ID: torch.tensor(list(own), dtype=torch.uint8)}
     stored |= {f"{_STACK}{name}": tensor for name, tensor in tensors.items()}
     rest, tied = _untied(model.state_dict())
@@ -164,8 +165,9 @@ def _read_weights(path: Path, described: Mapping[str, Any]) -> dict[str, Tensor]
     shelf = Shelf()
     with path.open("rb") as file:
         entries = read_header(file)
-        own = read_tensor(file, entries[_ID]) if _ID in entries else torch.zeros(0)
-        if own.dtype != torch.uint8 or bytes(own.tolist()).hex() != described["id"]:
+        own = entries.get(_ID)
+        fits = own is not None and (own.dtype, own.shape) == (torch.uint8, (_ID_BYTES,))
+        if not fits or bytes(read_tensor(file, entries[_ID]).tolist()).hex() != described["id"]:
             raise ValueError(
                 f"{COMPILED_WEIGHTS} and {COMPILED_DESCRIPTION} were not saved together: one of them "
                 "is another model's, or saving was interrupted. Save the compiled model again."

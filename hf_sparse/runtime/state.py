@@ -66,7 +66,8 @@ def restore_stack(tensors: Mapping[str, Tensor], description: Mapping[str, Any])
         ]
         order = description["order"]
         first_used = list(dict.fromkeys(order))
-        require(first_used == list(range(len(blocks))), "stack", f"its order {order}")
+        right = first_used == list(range(len(blocks)))
+        require(right, "stack", f"the order {order[:9]} of its {len(blocks)} blocks")
         stack = Stack(
             blocks=tuple(blocks[number] for number in order),
             **description["stack"],
