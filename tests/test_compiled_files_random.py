@@ -142,7 +142,7 @@ def attack(folder: Path, seed: int, count: int) -> Counter[str]:
 
 
 @pytest.mark.parametrize(
-    ("seed", "count"), [(0, 200), pytest.param(1, 5000, marks=pytest.mark.slow)]
+    ("seed", "count"), [(0, 200), pytest.param(1, 3000, marks=pytest.mark.slow)]
 )
 def test_random_changes_are_found_or_harmless(
     tmp_path: Path, seed: int, count: int, monkeypatch: pytest.MonkeyPatch
@@ -160,4 +160,5 @@ def test_random_changes_are_found_or_harmless(
     found = json.loads((tmp_path / "found").read_text())
     assert found.pop("refused") > 0.5 * count
     assert found.pop("ran") > 0.05 * count
-    assert not found
+    # transformers reads settings from the config at each call, and tells what it cannot use.
+    assert all(told.startswith("['config', ") for told in found), found
