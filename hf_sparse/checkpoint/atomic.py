@@ -5,7 +5,8 @@ The new files are written and synced into a hidden folder first. Then, in one st
 - a folder that does not exist yet is renamed into place;
 - one that holds a model is exchanged with the new one (Linux `renameat2`), into which its other
   files were hard-linked before;
-- one without a model gets the files moved in, `config.json` last: nothing loads without it.
+- one without a model gets the files moved in, `config.json` (of a compiled model `compiled.json`)
+  last: nothing loads without it.
 
 A folder that holds sub-folders, that is the working directory or a mount point, or that lies on a
 system without `renameat2`, gets its files moved in one by one, `config.json` last: each file is
@@ -35,7 +36,8 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-_COMMIT_FILE = "config.json"
+# Without these nothing loads, neither a checkpoint nor a compiled model.
+_COMMIT_FILES = ("config.json", "compiled.json")
 _MARKER, _FILES = ".of-hf_sparse", "files"
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 
@@ -179,7 +181,7 @@ def _exchange(fresh: Path, folder: Path, is_stale: Callable[[str], bool]) -> Non
 
 def _move_in(fresh: Path, folder: Path, is_stale: Callable[[str], bool]) -> None:
     files = [path.relative_to(fresh) for path in fresh.rglob("*") if path.is_file()]
-    for file in sorted(files, key=lambda file: (file.name == _COMMIT_FILE, file)):
+    for file in sorted(files, key=lambda file: (file.name in _COMMIT_FILES, file)):
         (folder / file).parent.mkdir(exist_ok=True)
         os.replace(fresh / file, folder / file)
     for path in list(folder.iterdir()):
@@ -190,7 +192,7 @@ def _move_in(fresh: Path, folder: Path, is_stale: Callable[[str], bool]) -> None
 
 def _can_exchange(folder: Path) -> bool:
     """Whether `folder` holds a model and files alone, and its file system exchanges folders (tried)."""
-    if not (folder / _COMMIT_FILE).exists():
+    if not any((folder / name).exists() for name in _COMMIT_FILES):
         return False
     if os.path.ismount(folder) or not os.access(folder.parent, os.W_OK):
         return False

@@ -1,41 +1,44 @@
-"""Compiled models in files: loading needs no packing, and maps the weights into memory.
+"""Compiled models in files: loading needs no packing.
 
-A folder holds `compiled.json` (class, config, numbers of the stack) and `compiled.safetensors`
-(packed streams, embeddings, heads). Both can lie beside a checkpoint: they touch no other file.
-A checkpoint that is saved there later removes them, since they are of the weights before. The
-machine code itself is not among them: it is made for the CPU that loads.
+A folder holds `compiled.json` (class, config, numbers of the stack, type and shape of each tensor)
+and `compiled.safetensors` (packed streams, embeddings, heads). Both have the same random `id`, which
+tells that they were saved together. Both can lie beside a checkpoint: they touch no other file. A
+checkpoint that is saved there later removes them, since they are of the weights before. The machine
+code itself is not among them: it is made for the CPU that loads.
 """
 
 from __future__ import annotations
 
-import copy
 import json
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
 
 import hf_sparse
 from hf_sparse.arguments import check_model
 from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.checkpoint.can_save import check_can_write
+from hf_sparse.checkpoint.disk import disk_errors
+from hf_sparse.checkpoint.owned_tensors import Entry, read_header, read_tensor
+from hf_sparse.checkpoint.skeleton import build_skeleton, fill, set_generation, unsaved_buffers
 from hf_sparse.checkpoint.writing import COMPILED_DESCRIPTION, COMPILED_WEIGHTS
 from hf_sparse.formats import FormatError
-from hf_sparse.models.families import base_type
-from hf_sparse.runtime.blocks import Stack, check_config, why_not_compiled
-from hf_sparse.runtime.compiled import assemble, check_parameters, stack_of
-from hf_sparse.runtime.families import COMPILED
+from hf_sparse.runtime.blocks import check_config
+from hf_sparse.runtime.compiled import assemble, stack_of
 from hf_sparse.runtime.jit import DEFAULT_CACHE
+from hf_sparse.runtime.memory import Shelf
 from hf_sparse.runtime.sparse_linear import CompiledLinear
 from hf_sparse.runtime.state import LAYOUT, restore_stack, stack_state
 from hf_sparse.runtime.target import named
 
-_STACK, _REST, _BUFFER = "stack.", "model.", "buffer."
+_STACK, _REST, _BUFFER, _ID = "stack.", "model.", "buffer.", "id"
+_ID_BYTES = 16
 
 
 def save_compiled(model: PreTrainedModel, folder: Path | str) -> Path:
@@ -44,14 +47,15 @@ def save_compiled(model: PreTrainedModel, folder: Path | str) -> Path:
     Args:
         model: what `hf_sparse.compile` gave, of a family whose blocks are compiled as a whole.
         folder: where to; files of other names in it stay. Written atomically. A tokenizer is not
-            among them.
+            among them, nor a `config.json`: transformers' `from_pretrained` cannot read the folder
+            unless a checkpoint is in it, too.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: the model's blocks are not compiled, or its config was changed since.
-        OSError: the folder cannot be written; what was in it stays.
+        OSError: the folder cannot be written, or the disk is full; what was in it stays.
     """
     check_model(model, "save_compiled", PreTrainedModel)
     if any(isinstance(module, CompiledLinear) for module in model.modules()):
@@ -63,30 +67,28 @@ def save_compiled(model: PreTrainedModel, folder: Path | str) -> Path:
     stack = stack_of(model)
     check_config(stack, model.config)
     tensors, description = stack_state(stack)
-    stored = {f"{_STACK}{name}": tensor for name, tensor in tensors.items()}
-    seen: dict[int, str] = {}
-    tied: dict[str, str] = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen and tensor.numel():
-            tied[name] = seen[tensor.data_ptr()]
-            continue
-        seen[tensor.data_ptr()] = name
-        stored[f"{_REST}{name}"] = tensor.contiguous()
-    buffers = _unsaved_buffers(model)
-    stored |= {f"{_BUFFER}{name}": tensor.clone() for name, tensor in buffers.items()}
+    own = secrets.token_bytes(_ID_BYTES)
+    stored = {_ID: torch.tensor(list(own), dtype=torch.uint8)}
+    stored |= {f"{_STACK}{name}": tensor for name, tensor in tensors.items()}
+    rest, tied = _untied(model.state_dict())
+    stored |= {f"{_REST}{name}": tensor for name, tensor in rest.items()}
+    stored |= {f"{_BUFFER}{name}": tensor for name, tensor in unsaved_buffers(model).items()}
+    stored = _apart(stored)
     described = {
-        "layout": json.loads(json.dumps(LAYOUT)),
+        "layout": LAYOUT,
         "hf_sparse": hf_sparse.__version__,
+        "id": own.hex(),
         "class": type(model).__name__,
         "config": json.loads(model.config.to_json_string(use_diff=False)),
         "tied": tied,
-        "types": {k: str(v.dtype) for k, v in {**model.state_dict(), **buffers}.items()},
+        "types": {name: [str(t.dtype), list(t.shape)] for name, t in stored.items()},
         "generation": model.generation_config.to_dict() if model.can_generate() else None,
         **description,
     }
     folder = Path(folder)
     with replacing(folder) as fresh:
-        save_file(stored, fresh / COMPILED_WEIGHTS, metadata={"format": "pt"})
+        with disk_errors():
+            save_file(stored, fresh / COMPILED_WEIGHTS, metadata={"format": "pt"})
         (fresh / COMPILED_DESCRIPTION).write_text(json.dumps(described))
     return folder
 
@@ -96,8 +98,8 @@ def load_compiled(
 ) -> PreTrainedModel:
     """Load a model that `save_compiled` wrote.
 
-    The weights are mapped into memory, not copied; every count, row, column and value in them is
-    checked before machine code sees it, which reads them once.
+    The weights are read into memory, and every count, row, column and value in them is checked there
+    before machine code sees it. What happens to the files afterwards does not matter.
 
     Args:
         folder: what `save_compiled` wrote.
@@ -105,107 +107,120 @@ def load_compiled(
 
     Raises:
         FormatError: a file is missing, damaged, or of another version's layout; or the two files
-            contradict each other or the config.
+            were not saved together, or contradict each other or the config.
         ImportError: llvmlite is not installed.
     """
     folder, chosen = Path(folder), named(target)
+    described = _read_description(folder)
+    try:
+        tensors = _read_weights(folder / COMPILED_WEIGHTS, described)
+        stack = restore_stack(_under(_STACK, tensors), described)
+        rest, tied = _under(_REST, tensors), described["tied"]
+        if both := sorted(tied.keys() & rest.keys()):
+            raise ValueError(f"{both[0]} is stored, and tied to {tied[both[0]]} as well")
+        rest |= {name: rest[source] for name, source in tied.items()}
+        model = build_skeleton(described["class"], described["config"], stack)
+        fill(model, rest, _under(_BUFFER, tensors))
+        set_generation(model, described["generation"])
+    except Exception as error:  # a damaged description can make any class of a config fail
+        raise FormatError(f"{folder}: {error or repr(error)}") from error
+    return assemble(model, stack, chosen, None if cache is None else Path(cache))
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    """The description, if both files are there and it is of this version's layout."""
     file = folder / COMPILED_DESCRIPTION
+    missing = [n for n in (COMPILED_DESCRIPTION, COMPILED_WEIGHTS) if not (folder / n).is_file()]
+    if missing:
+        raise FormatError(
+            f"{folder} holds no compiled model: {' and '.join(missing)} missing{_instead(folder)}. "
+            "Wanted a folder that hf_sparse.save_compiled wrote."
+        )
     try:
         described = json.loads(file.read_text())
-        tensors = load_file(folder / COMPILED_WEIGHTS)
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{folder} holds no compiled model that can be read: {error}") from error
-    if not isinstance(described, dict) or described.get("layout") != json.loads(json.dumps(LAYOUT)):
+    if not isinstance(described, dict) or described.get("layout") != LAYOUT:
         raise FormatError(
             f"{file} was written by another version of hf_sparse, with another layout of weights. "
             "Compile the model again."
         )
-    try:
-        packed = {k.removeprefix(_STACK): v for k, v in tensors.items() if k.startswith(_STACK)}
-        stack = restore_stack(packed, described)
-        model = _skeleton(described, stack)
-        rest = {k.removeprefix(_REST): v for k, v in tensors.items() if k.startswith(_REST)}
-        rest |= {name: rest[source] for name, source in described["tied"].items()}
-        _load_rest(model, rest, described["types"])
-        found = {k.removeprefix(_BUFFER): v for k, v in tensors.items() if k.startswith(_BUFFER)}
-        _load_buffers(model, found, described["types"])
-        _set_generation(model, described["generation"])
-    except Exception as error:  # a damaged description can make any class of a config fail
-        raise FormatError(f"{folder}: {error}") from error
-    return assemble(model, stack, chosen, None if cache is None else Path(cache))
+    return described
 
 
-def _skeleton(described: dict[str, Any], stack: Stack) -> PreTrainedModel:
-    """The model without blocks: built with one, which is then taken out."""
-    config = AutoConfig.for_model(**described["config"])
-    reason = why_not_compiled(config)
-    if reason is not None:
-        raise ValueError(reason)
-    model_class = getattr(transformers, described["class"], None)
-    if model_class is None:
-        model_class = getattr(hf_sparse, described["class"])
-    if not issubclass(model_class, PreTrainedModel):
-        raise ValueError(f"{described['class']} is no model class")
-    if model_class.config_class is not type(config):
-        raise ValueError(f"{described['class']} is no class of models of type {config.model_type}")
-    check_config(stack, config)
-    family = COMPILED[base_type(config.model_type)]
-    small = copy.deepcopy(config)
-    small.num_hidden_layers = 1
-    small.block_sizes = None
-    if getattr(small, "layer_types", None):
-        small.layer_types = small.layer_types[:1]
-    model: PreTrainedModel = model_class(small)
-    path, _, name = family.stack.rpartition(".")
-    owner: Any = model.base_model.get_submodule(path)
-    setattr(owner, name, nn.ModuleList())
-    if hasattr(owner, "has_sliding_layers"):  # of all blocks, not of the one that was built
-        owner.has_sliding_layers = "sliding_attention" in config.layer_types
-    for module in model.modules():
-        if getattr(module, "config", None) is small:
-            module.__dict__["config"] = config
-    return model
+def _instead(folder: Path) -> str:
+    """What a folder holds instead of a compiled model, for an error message."""
+    if not folder.is_dir():
+        return ", since there is no such folder" if not folder.exists() else ", since it is a file"
+    if (folder / "config.json").is_file():
+        return (
+            "; it holds a checkpoint, for from_pretrained, whose model hf_sparse.compile compiles"
+        )
+    names = sorted(path.name for path in folder.iterdir())
+    return f"; it holds {', '.join(names[:5]) or 'nothing'}"
 
 
-def _unsaved_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Buffers that no checkpoint holds, such as rotary frequencies: they may have been rounded."""
-    saved = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+def _read_weights(path: Path, described: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the weights' file: those that the description names, all of them and no others.
+
+    Raises:
+        ValueError: it is damaged, or of another save than the description.
+    """
+    shelf = Shelf()
+    with path.open("rb") as file:
+        entries = read_header(file)
+        own = entries.get(_ID)
+        fits = own is not None and (own.dtype, own.shape) == (torch.uint8, (_ID_BYTES,))
+        if not fits or bytes(read_tensor(file, entries[_ID]).tolist()).hex() != described["id"]:
+            raise ValueError(
+                f"{COMPILED_WEIGHTS} and {COMPILED_DESCRIPTION} were not saved together: one of them "
+                "is another model's, or saving was interrupted. Save the compiled model again."
+            )
+        _check_entries(entries, described["types"])
+        # Packed weights side by side, in the order of their use, which is the description's.
+        return {
+            name: read_tensor(file, entries[name], shelf if name.startswith(_STACK) else None)
+            for name in described["types"]
+        }
 
 
-def _load_rest(model: PreTrainedModel, tensors: dict[str, Tensor], types: dict[str, str]) -> None:
-    _check_fit(model.state_dict(), tensors, types)
-    model.load_state_dict(tensors, assign=True)
-    check_parameters(model)
-    model.requires_grad_(False)
+def _check_entries(entries: Mapping[str, Entry], types: Mapping[str, Any]) -> None:
+    """Refuse tensors that are missing, not described, or of another type or shape."""
+    for name in sorted(entries.keys() ^ types.keys()):
+        what = "is missing" if name in types else "is not described"
+        raise ValueError(f"a compiled model is damaged: {name} {what}. Compile it again.")
+    for name, entry in entries.items():
+        dtype, shape = types[name]
+        if [str(entry.dtype), list(entry.shape)] != [dtype, shape]:
+            raise ValueError(
+                f"a compiled model is damaged: {name} is {entry}; it was saved as {dtype} of shape "
+                f"{tuple(shape)}. Compile it again."
+            )
 
 
-def _load_buffers(
-    model: PreTrainedModel, tensors: dict[str, Tensor], types: dict[str, str]
-) -> None:
-    _check_fit(_unsaved_buffers(model), tensors, types)
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, by the rest of their names."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _untied(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor once, and for the other names of one the first."""
+    first: dict[Any, str] = {}
+    tied: dict[str, str] = {}
     for name, tensor in tensors.items():
-        path, _, own = name.rpartition(".")
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name} has values that are not finite")
-        model.get_submodule(path).register_buffer(own, tensor, persistent=False)
+        same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if first.setdefault(same, name) != name and tensor.numel():
+            tied[name] = first[same]
+    return {name: tensor for name, tensor in tensors.items() if name not in tied}, tied
 
 
-def _check_fit(
-    wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], types: Mapping[str, str]
-) -> None:
-    """Refuse tensors of other names or shapes than the model's, or other types than were saved."""
-    shapes = {name: tensor.shape for name, tensor in wanted.items()}
-    if {name: tensor.shape for name, tensor in found.items()} != shapes:
-        differing = sorted(set(shapes.items()) ^ {(k, v.shape) for k, v in found.items()})
-        raise ValueError(f"weights do not fit the model: {differing[:3]}")
-    for name, tensor in found.items():
-        if str(tensor.dtype) != types[name]:
-            raise ValueError(f"{name} is {tensor.dtype}; it was saved as {types[name]}")
-
-
-def _set_generation(model: PreTrainedModel, described: dict[str, Any] | None) -> None:
-    if (described is not None) != model.can_generate():
-        raise ValueError(f"generation is {described!r}, which {type(model).__name__} cannot use")
-    if described is not None:
-        model.generation_config = GenerationConfig.from_dict(described)
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors contiguous, and those copied that share memory with one before, as files want it."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        shared = place in seen or not tensor.is_contiguous()
+        apart[name] = tensor.detach().contiguous().clone() if shared else tensor.detach()
+        seen.add(place)
+    return apart

@@ -36,7 +36,7 @@ def compiled_files(folder: Path) -> set[str]:
     """The files of a compiled model that `save_compiled` wrote into a folder, if there is one."""
     try:
         described = json.loads((folder / COMPILED_DESCRIPTION).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return set()
     ours = isinstance(described, dict) and {"layout", "hf_sparse", "class"} <= described.keys()
     return {COMPILED_DESCRIPTION, COMPILED_WEIGHTS} if ours else set()

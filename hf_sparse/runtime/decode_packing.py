@@ -94,14 +94,25 @@ def check_decode(packed: DecodeWeight, kept: WeightType) -> None:
     Raises:
         ValueError: the bits name more values, or others, than there are, or one is not finite.
     """
-    shape = (-(-packed.rows // GROUP), -(-packed.columns // COLUMNS))
-    require(packed.words.dtype == np.uint64, f"words are {packed.words.dtype}")
-    require(packed.words.shape == shape, f"words have the shape {packed.words.shape}, not {shape}")
+    rows, columns, words = packed.rows, packed.columns, packed.words
+    shape = (-(-rows // GROUP), -(-columns // COLUMNS))
+    require(words.dtype == np.uint64, f"words are {words.dtype}")
+    require(words.shape == shape, f"words have the shape {words.shape}, not {shape}")
     require(packed.values.dtype == kept.array, f"values are {packed.values.dtype}")
-    counts = np.bitwise_count(packed.words).sum(axis=1, dtype=np.int64)
+    require(packed.starts.dtype == np.int64, f"starts are {packed.starts.dtype}")
+    for stream in (words, packed.values, packed.starts):
+        fits = stream.flags.c_contiguous and stream.flags.aligned
+        require(fits, f"streams for single tokens are {stream.strides}")
+    # Bits beyond the last row and the last column stand for nothing: x and y have other data there.
+    last_column, last_row = columns - COLUMNS * (shape[1] - 1), rows - GROUP * (shape[0] - 1)
+    in_columns = sum(((1 << last_column) - 1) << COLUMNS * row for row in range(GROUP))
+    beyond = ~np.uint64(in_columns), ~np.uint64((1 << COLUMNS * last_row) - 1)
+    clean = not (words[:, -1] & beyond[0]).any() and not (words[-1] & beyond[1]).any()
+    require(clean, "some bits stand for no row or no column")
+    counts = np.bitwise_count(words).sum(axis=1, dtype=np.int64)
     each = np.add.reduceat(counts, np.arange(0, len(counts), DECODE_ROWS // GROUP))
     wanted = np.cumsum([0, *each])
     require(np.array_equal(packed.starts, wanted), "starts do not match the bits")
-    room = wanted[-1] + PADDING // kept.size
-    require(len(packed.values) >= room, "values are cut off")
+    room = int(wanted[-1]) + PADDING // kept.size
+    require(len(packed.values) == room, f"values are cut off: {len(packed.values)} of {room}")
     check_values(packed.values)

@@ -1,26 +1,26 @@
 """From IR to callable machine code, with the object code kept on disk.
 
 The cache holds one file per set of kernels, target and LLVM version. A file that is not exactly
-what was written (cut off, foreign, of another version) is ignored and written anew.
+what this user wrote (cut off, foreign, of another version) is ignored and written anew;
+`code_cache.py` tells by what it is known.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
-import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_sparse.runtime import code_cache
+from hf_sparse.runtime.code_cache import DEFAULT_CACHE as DEFAULT_CACHE
 from hf_sparse.runtime.ir import Function
 from hf_sparse.runtime.target import Target, llvm
 
-DEFAULT_CACHE = Path.home() / ".cache" / "hf_sparse" / "kernels"
-
-_MAGIC = b"hf_sparse object code 2\n"
+# What object code in the cache begins with.
+_MAGIC = b"hf_sparse object code 3\n"
 _LOCK = threading.Lock()  # LLVM's set-up is not safe in two threads at once
 
 
@@ -59,7 +59,7 @@ def compile_kernels(
     Args:
         functions: the kernels; their names differ.
         target: what the code is for.
-        cache: folder of the object code, or None to keep none.
+        cache: folder of the object code, or None to keep none; `~` is the home folder.
     """
     declared = sorted(set().union(*(function.declarations for function in functions)))
     text = "\n".join([*declared, *(function.text() for function in functions)])
@@ -102,27 +102,11 @@ def _compile(text: str, target: Target) -> bytes:
 
 
 def _read(file: Path) -> bytes | None:
-    try:
-        data = file.read_bytes()
-    except OSError:
-        return None
-    digest, code = data[len(_MAGIC) : len(_MAGIC) + 32], data[len(_MAGIC) + 32 :]
-    whole = data.startswith(_MAGIC) and _digest(file, code) == digest
-    return code if whole else None
-
-
-def _digest(file: Path, code: bytes) -> bytes:
-    """Of the code and of what it was made from: a file under another name is foreign."""
-    return hashlib.sha256(file.name.encode() + code).digest()
+    """The object code that this user kept in a file, if any."""
+    data = code_cache.read(file.parent, file.name)
+    return data.removeprefix(_MAGIC) if data and data.startswith(_MAGIC) else None
 
 
 def _write(file: Path, code: bytes) -> None:
-    """Write atomically; a cache that cannot be written is no error, the code is there."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(handle, "wb") as temporary:
-            temporary.write(_MAGIC + _digest(file, code) + code)
-        os.replace(name, file)
-    except OSError:
-        return
+    """Keep object code in a file; a cache that cannot be written is no error, the code is there."""
+    code_cache.write(file.parent, file.name, _MAGIC + code)

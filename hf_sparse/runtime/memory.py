@@ -34,11 +34,15 @@ class Shelf:
 
     def place(self, array: NDArray) -> NDArray:
         """A copy of `array` on the shelf."""
-        if self._used + array.nbytes + ALIGNMENT > len(self._memory):
-            self._memory = np.empty(max(self._piece, array.nbytes + ALIGNMENT), np.uint8)
-            self._used = -self._memory.ctypes.data % ALIGNMENT
-        room = self._memory[self._used : self._used + array.nbytes]
-        self._used += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
-        placed = room.view(array.dtype).reshape(array.shape)
+        placed = self.room(array.nbytes).view(array.dtype).reshape(array.shape)
         placed[...] = array
         return placed
+
+    def room(self, nbytes: int) -> NDArray[np.uint8]:
+        """The next `nbytes` bytes, to be written."""
+        if self._used + nbytes + ALIGNMENT > len(self._memory):
+            self._memory = np.empty(max(self._piece, nbytes + ALIGNMENT), np.uint8)
+            self._used = -self._memory.ctypes.data % ALIGNMENT
+        room = self._memory[self._used : self._used + nbytes]
+        self._used += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        return room

@@ -6,24 +6,25 @@ Whoever restores one from a file gets a checked one: machine code never runs on 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hf_sparse.runtime.blocks import Block, Norm, Stack, check_stack, require, require_floats
-from hf_sparse.runtime.decode import COLUMNS, GROUP
-from hf_sparse.runtime.decode_packing import DECODE_ROWS, DecodeWeight, check_decode
+from hf_sparse.runtime.blocks import Block, Norm, Stack, require
+from hf_sparse.runtime.decode_packing import DECODE_ROWS, DecodeWeight
 from hf_sparse.runtime.dense import DenseWeight
-from hf_sparse.runtime.linear import Linear, check_finite
-from hf_sparse.runtime.packing import CHUNK_ROWS, PANEL_COLUMNS, PackedWeight, check
+from hf_sparse.runtime.linear import Linear
+from hf_sparse.runtime.packing import CHUNK_ROWS, PANEL_COLUMNS, PackedWeight
 from hf_sparse.runtime.spmm import INDEX_BYTES, SIDE_BY_SIDE, UNROLL
+from hf_sparse.runtime.stack_checks import check_restored
 from hf_sparse.runtime.weight_types import WEIGHT_TYPES
 
 # Files of another layout are not read: compiling again is quick.
-LAYOUT = [3, CHUNK_ROWS, PANEL_COLUMNS, DECODE_ROWS, UNROLL, SIDE_BY_SIDE, INDEX_BYTES]
+LAYOUT = [4, CHUNK_ROWS, PANEL_COLUMNS, DECODE_ROWS]
+LAYOUT += [each[height] for each in (UNROLL, SIDE_BY_SIDE, INDEX_BYTES) for height in sorted(each)]
 
 _LINEARS = ("qkv", "out", "up", "down", "gate")
 _NUMBERS = ("rows", "columns", "height", "nonzeros")
@@ -50,8 +51,13 @@ def stack_state(stack: Stack) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def restore_stack(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Stack:
     """Undo `stack_state`, and check everything that a kernel would follow.
 
+    Args:
+        tensors: in memory that nobody else writes to: they are checked once.
+        description: what `stack_state` gave beside them.
+
     Raises:
-        ValueError: something is missing, or does not fit; the message names it.
+        ValueError: something is missing, does not fit, or is there and not needed; the message
+            names it.
     """
     try:
         blocks = [
@@ -60,14 +66,19 @@ def restore_stack(tensors: Mapping[str, Tensor], description: Mapping[str, Any])
         ]
         order = description["order"]
         first_used = list(dict.fromkeys(order))
-        require(first_used == list(range(len(blocks))), "stack", f"its order {order}")
+        right = first_used == list(range(len(blocks)))
+        require(right, "stack", f"the order {order[:9]} of its {len(blocks)} blocks")
         stack = Stack(
             blocks=tuple(blocks[number] for number in order),
             **description["stack"],
         )
+        check_restored(stack)
+        names, again = stack_state(stack)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"a compiled model is damaged: {error!r}. Compile it again.") from error
-    check_stack(stack)
+    extra = sorted(names.keys() ^ tensors.keys())
+    require(not extra, "stack", f"the tensors {extra[:3]}, which it does not need")
+    require(all(description[k] == again[k] for k in again), "stack", "its description")
     return stack
 
 
@@ -146,72 +157,32 @@ def _restore_block(
 def _restore_linear(
     described: Mapping[str, Any], place: str, tensors: Mapping[str, Tensor]
 ) -> Linear:
-    parts, number = [], 0
     kept = {str(dtype): kept for dtype, kept in WEIGHT_TYPES.items()}[described["dtype"]]
-    dense = tensors.get(f"{place}.dense")
-    if dense is not None:
-        _require_matrix(dense, kept.dtype, f"{place}.dense")
-        require(DenseWeight.suits(dense), place, f"its dense weight has {len(dense)} rows")
-    for part in described["parts"]:
-        summands: list[PackedWeight | DenseWeight] = []
-        for numbers in part:
-            if dense is not None:
-                columns = int(numbers["columns"])
-                summands.append(DenseWeight(dense, int(numbers["first_column"]), columns))
-                continue
-            streams: Any = {n: tensors[f"{place}.{number}.{n}"].numpy() for n in _STREAMS}
-            restored = PackedWeight(**numbers, **streams)
-            check(restored, kept)
-            summands.append(restored)
-            number += 1
-        parts.append(tuple(summands))
-    first = parts[0][0]
-    rows, edges = first.rows, tuple(described["edges"])
+    dense, streams = tensors.get(f"{place}.dense"), itertools.count()
+
+    def part(numbers: Mapping[str, Any]) -> PackedWeight | DenseWeight:
+        if dense is not None:
+            return DenseWeight(dense, **numbers)
+        prefix = f"{place}.{next(streams)}"
+        found: Any = {name: tensors[f"{prefix}.{name}"].numpy() for name in _STREAMS}
+        return PackedWeight(**numbers, **found)
+
+    parts = tuple(tuple(part(numbers) for numbers in summands) for summands in described["parts"])
+    edges = tuple(described["edges"])
     single: DecodeWeight | Tensor | None = tensors.get(f"{place}.single")
     if described["shared"]:
         single = dense
     if f"{place}.words" in tensors:
-        single = DecodeWeight(
-            rows,
-            edges[-1],
-            tensors[f"{place}.words"].numpy(),
-            tensors[f"{place}.single_values"].numpy(),
-            tensors[f"{place}.starts"].numpy(),
-        )
-        check_decode(single, kept)
-    linear = Linear(
+        names = ("words", "single_values", "starts")
+        words, values, starts = (tensors[f"{place}.{name}"].numpy() for name in names)
+        single = DecodeWeight(parts[0][0].rows, edges[-1], words, values, starts)
+    return Linear(
         described["name"],
         described["pattern"],
-        tuple(parts),
+        parts,
         edges,
         tensors.get(f"{place}.bias"),
-        int(described["zeros"]),
+        described["zeros"],
         kept.dtype,
         single,
     )
-    widths = [part[0].columns for part in parts]
-    require(list(np.cumsum([0, *widths])) == list(edges), place, "its parts and edges differ")
-    for part in parts:
-        for packed in part:
-            if isinstance(packed, DenseWeight):
-                begins = packed.first_column == edges[parts.index(part)]
-                fits = begins and packed.weight.shape[1] == edges[-1]
-                require(fits and packed.columns > 0, place, "its dense columns")
-            same = packed.rows == rows and packed.columns == part[0].columns
-            same = same and np.array_equal(packed.chunk_rows, first.chunk_rows)
-            require(same, place, "its parts have different rows, columns or chunks")
-    if linear.bias is not None:
-        require_floats(linear.bias, place, rows)
-    if isinstance(single, Tensor):
-        _require_matrix(single, kept.dtype, place)
-        whole = tuple(
-            -(-size // unit) * unit for size, unit in ((rows, GROUP), (edges[-1], COLUMNS))
-        )
-        require(tuple(single.shape) == whole, place, f"its single weight is not {whole}")
-    return linear
-
-
-def _require_matrix(tensor: Tensor, dtype: torch.dtype, place: str) -> None:
-    fits = tensor.dtype == dtype and tensor.is_contiguous() and tensor.ndim == 2
-    require(fits, place, f"its weight is {tensor.dtype} {tuple(tensor.shape)}")
-    check_finite(tensor, f"the blocks cannot be run: {place}")

@@ -1,0 +1,51 @@
+"""Memory that ends where no process may read: a kernel that goes too far ends its process."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_PAGE = mmap.PAGESIZE
+
+
+def guarded(nbytes: int, alignment: int = 1) -> np.ndarray:
+    """Bytes between two pages without access, as close to the second one as the alignment allows."""
+    body = max(-(-nbytes // _PAGE), 1) * _PAGE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    base = _LIBC.mmap(None, body + 2 * _PAGE, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    assert base != ctypes.c_void_p(-1).value
+    for page in (base, base + _PAGE + body):
+        assert _LIBC.mprotect(page, _PAGE, 0) == 0
+    start = (base + _PAGE + body - nbytes) // alignment * alignment
+    room = (ctypes.c_ubyte * nbytes).from_address(start)
+    weakref.finalize(room, _LIBC.munmap, base, body + 2 * _PAGE)
+    return np.frombuffer(room, np.uint8, nbytes)
+
+
+def guard_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put every packed weight, bias and norm of loaded models, and all buffers, in guarded memory."""
+    from hf_sparse.runtime import linear, memory, row_schedule, schedule, sparse_linear
+
+    def aligned(*shape: int) -> torch.Tensor:
+        memory = guarded(4 * int(np.prod(shape)), 64).view(np.float32)
+        return torch.from_numpy(memory).view(shape)
+
+    def room(shelf: Any, nbytes: int) -> np.ndarray:
+        return guarded(nbytes)
+
+    for module in (linear, row_schedule, schedule, sparse_linear):
+        if hasattr(module, "aligned"):
+            monkeypatch.setattr(module, "aligned", aligned)
+    linear._no_bias.cache_clear()
+    monkeypatch.setattr(memory.Shelf, "room", room)
