@@ -200,7 +200,7 @@ def test_saving_tells_which_weights_it_removes(
 
 def test_saving_tells_that_a_foreign_card_stays(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
-    with pytest.warns(UserWarning, match=r"README.md is no card .* no model card is written.*move"):
+    with pytest.warns(UserWarning, match=r"README.md is no card .* was not written.*move"):
         hf_sparse.save_pretrained(
             tiny_model("llama"), tmp_path, SparsityConfig("unstructured", 0.0)
         )

@@ -37,6 +37,7 @@ from hf_sparse.runtime.program import Program
 from hf_sparse.runtime.schedule import Shape
 from hf_sparse.runtime.sparse_linear import CompiledHead, CompiledLinear
 from hf_sparse.upstream import cache_in, cache_name
+from tests.crosses import cross
 from tests.tiny_models import CONFIGS, tiny_model, tiny_tokenizer
 
 CAUSAL = [name for name, family in COMPILED.items() if family.causal]
@@ -233,10 +234,13 @@ def run_stack(compiled: PreTrainedModel) -> list[torch.Tensor]:
     return results
 
 
-@pytest.mark.parametrize("name", target.targets())
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-@pytest.mark.parametrize("sparsity", [0.0, 0.6])
+@cross(
+    "family, kind, sparsity, name",
+    ["bert", "gpt2", "llama"],
+    [torch.bfloat16, torch.float16],
+    [0.6, 0.0],
+    target.targets(),
+)
 def test_two_bytes_a_weight_give_what_float32_gives(
     family: str, kind: torch.dtype, sparsity: float, name: str
 ) -> None:

@@ -413,7 +413,10 @@ with replacing(pathlib.Path(sys.argv[1])) as fresh:
 """
 
 
-@pytest.mark.parametrize("there", ["nothing", "a folder", "a model"])
+@pytest.mark.parametrize(
+    "there",
+    ["a model", *(pytest.param(x, marks=pytest.mark.slow) for x in ("nothing", "a folder"))],
+)
 def test_leftovers_of_the_dead_are_removed_and_of_the_living_kept(
     tmp_path: Path, there: str
 ) -> None:

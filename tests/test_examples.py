@@ -80,9 +80,11 @@ def test_prune_llm(dense: Path, tmp_path: Path) -> None:
     ("script", "own"),
     [
         ("recover_finetune.py", ["--teacher", "DENSE"]),
-        ("recover_lora.py", ["--r", "4"]),
         ("recover_lora.py", ["--kind", "shira", "--r", "2", "--teacher", "DENSE"]),
-        ("recover_lora.py", ["--r", "4", "--dtype", "bfloat16"]),
+        pytest.param("recover_lora.py", ["--r", "4"], marks=pytest.mark.slow),
+        pytest.param(
+            "recover_lora.py", ["--r", "4", "--dtype", "bfloat16"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_recovery(script: str, own: list[str], dense: Path, tmp_path: Path) -> None:

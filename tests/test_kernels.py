@@ -25,6 +25,7 @@ from hf_sparse.runtime.kernels import kernels
 from hf_sparse.runtime.memory import aligned
 from hf_sparse.runtime.program import Program, Slot
 from hf_sparse.runtime.weight_types import FLOAT32, WEIGHT_TYPES, WeightType
+from tests.crosses import cross
 
 TYPES = list(WEIGHT_TYPES.values())
 NARROW = [kept for kept in TYPES if kept is not FLOAT32]
@@ -119,8 +120,7 @@ def test_packing_of_two_bytes_loses_nothing(kept: WeightType) -> None:
         packing.check(packing.pack(weight, 1, kept), FLOAT32)
 
 
-@pytest.mark.parametrize("kept", NARROW, ids=lambda kept: kept.suffix)
-@pytest.mark.parametrize(("rows", "columns"), SIZES)
+@cross("rows, columns, kept", SIZES, NARROW)
 def test_two_bytes_give_what_float32_gives(
     codes: Callable[[WeightType], Code],
     chosen: target.Target,

@@ -51,6 +51,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 def test_nothing_holds_a_second_model(tmp_path: Path) -> None:
     command = [sys.executable, "-c", START + SCRIPT, str(tmp_path)]

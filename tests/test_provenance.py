@@ -142,6 +142,7 @@ def test_metrics_of_other_weights_do_not_stay(tmp_path: Path, format: str) -> No
     assert steps_in(tmp_path) == [MAGNITUDE]
 
 
+@pytest.mark.slow
 def test_metrics_of_another_graph_do_not_stay(sparse: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     model: Any = AutoModelForSequenceClassification.from_pretrained(sparse)
@@ -154,6 +155,7 @@ def test_metrics_of_another_graph_do_not_stay(sparse: Path, tmp_path: Path) -> N
     assert metrics_in(tmp_path / "graph") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["auto", "dense"])
 def test_an_export_takes_over_method_and_metrics(sparse: Path, tmp_path: Path, format: str) -> None:
     pytest.importorskip("onnxruntime")

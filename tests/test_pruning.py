@@ -18,6 +18,7 @@ from hf_sparse.pruning.methods import METHODS
 from hf_sparse.pruning.wanda import wanda_mask
 from hf_sparse.selection import kth_smallest
 from hf_sparse.structure import find_stacks, target_layers
+from tests.crosses import cross
 from tests.tiny_models import CONFIGS, UNKNOWN, tiny_batches, tiny_model
 
 ALL = [*CONFIGS, *UNKNOWN]
@@ -41,8 +42,7 @@ def config_for(method: str) -> SparsityConfig:
     return SparsityConfig("2:4" if METHODS[method].nm_only else "unstructured", 0.5)
 
 
-@pytest.mark.parametrize("family", ALL)
-@pytest.mark.parametrize("method", METHODS)
+@cross("family, method", ALL, METHODS)
 def test_every_family_gets_exact_counts_and_keeps_the_rest(family: str, method: str) -> None:
     model = tiny_model(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -64,9 +64,7 @@ def test_every_family_gets_exact_counts_and_keeps_the_rest(family: str, method: 
             assert torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize(("pattern", "sparsity"), PATTERNS)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@cross("pattern, sparsity, method, family", PATTERNS, METHODS, ["gpt2", "llama"])
 def test_every_pattern_is_followed(
     family: str, method: str, pattern: str, sparsity: float | None
 ) -> None:

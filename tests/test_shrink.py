@@ -527,7 +527,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "would be lost" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "gpt2"))]
+)
 def test_it_is_exported_as_a_smaller_graph(tmp_path: Path, family: str) -> None:
     pytest.importorskip("onnxruntime")
     sizes = []

@@ -19,6 +19,7 @@ from hf_sparse import (
 )
 from hf_sparse.optim.methods import TRAINING_METHODS
 from hf_sparse.optim.schedules import SHAPES
+from tests.crosses import cross
 from tests.tiny_models import tiny_batches, tiny_model
 
 PATTERNS = ["unstructured", "block:4x1", "row", "2:4"]
@@ -56,9 +57,7 @@ def run(
     return optimizer, sparsifier
 
 
-@pytest.mark.parametrize("method", TRAINING_METHODS)
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@cross("method, pattern, family", TRAINING_METHODS, PATTERNS, ["gpt2", "llama"])
 def test_the_target_is_reached_exactly_and_kept(method: str, pattern: str, family: str) -> None:
     model = tiny_model(family)
     config = config_of(pattern)
@@ -98,9 +97,7 @@ def test_the_controller_alone_follows_the_schedule(penalty: str, pattern: str, s
     assert abs(sparsifier.sparsity - 0.7 * 150 / 160) < 0.06
 
 
-@pytest.mark.parametrize("method", TRAINING_METHODS)
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-@pytest.mark.parametrize("stop", [14, 30])
+@cross("method, pattern, stop", TRAINING_METHODS, ["unstructured", "2:4"], [14, 30])
 def test_resume_is_bit_exact(method: str, pattern: str, stop: int) -> None:
     config = config_of(pattern)
     whole = tiny_model("gpt2")

@@ -26,6 +26,7 @@ from hf_sparse import (
     save_pretrained,
     trainer_optimizer,
 )
+from tests.crosses import cross
 from tests.tiny_models import tiny_classifier
 
 CONFIG = SparsityConfig(sparsity=0.6, format="auto")
@@ -168,8 +169,7 @@ def weights_of(run: Trainer) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in run.model.state_dict().items()}
 
 
-@pytest.mark.parametrize("method", ["proximal", "magnitude", "movement"])
-@pytest.mark.parametrize("stop", [6, 16])
+@cross("method, stop", ["proximal", "magnitude", "movement"], [6, 16])
 def test_a_resumed_run_equals_an_unbroken_one(method: str, stop: int, tmp_path: Path) -> None:
     whole = trainer(tmp_path / "whole", method=method, save_strategy="steps", save_steps=stop)
     whole.train()

@@ -142,6 +142,7 @@ def prune_checkpoint(
     check_config(config)
     folder, source = Path(os.path.abspath(folder)), str(source)
     recipe, asked = check_run(source, folder, config, method, options, resume)
+    check_to_load(source)
     described = AutoConfig.from_pretrained(source)
     check_can_save(described, folder, config)
     model = _load(source, described, dtype)
@@ -231,7 +232,6 @@ def check_run(
 
 def _load(source: str, described: PreTrainedConfig, dtype: str | torch.dtype) -> PreTrainedModel:
     """The model with its weights left on the disk, all of them."""
-    check_to_load(source)
     with _expected_on_disk():
         model, info = dense_model_class(source, described).from_pretrained(
             source, device_map={"": "disk"}, dtype=dtype, output_loading_info=True

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # torch.export patches torch, and standard output is redirected: for one thread at a time.
 _ONE_AT_A_TIME = threading.Lock()
+# The name of the cache in graphs, which is Optimum's.
+_PAST = "past_key_values"
 # What static quantization touches: softmax and norms in 8 bits cost too much accuracy.
 _PRODUCTS = ("MatMul", "Gemm", "Gather")
 
@@ -72,9 +74,14 @@ def trace(
     settings = OnnxConfig(dynamic=True, dynamic_shapes=_dynamic_axes(given), quantizer=quantizer)
     with _ONE_AT_A_TIME, _silenced():
         exported = OnnxExporter().export(model, given, settings)
-    graph = exported.components["model"].program.graph
+    component = exported.components["model"]
+    graph = component.program.graph
     if head.caches:
         _rename_caches(graph)
+        component.metadata.kwargs = {
+            _PAST if name in CACHE_NAMES else name: value
+            for name, value in component.metadata.kwargs.items()
+        }
     _name_axes(graph, head)
     _forget_sources(graph)
     _sum_residuals(graph)
@@ -133,7 +140,7 @@ def _dynamic_axes(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _rename_caches(graph: onnx_ir.Graph) -> None:
     """Name keys and values as Optimum does: `past_key_values.0.key` and `present.0.key`."""
-    for values, start in ((graph.inputs, "past_key_values"), (graph.outputs, "present")):
+    for values, start in ((graph.inputs, _PAST), (graph.outputs, "present")):
         for value in values:
             found = re.fullmatch(
                 rf".*({'|'.join(CACHE_NAMES)})\.layers\.(\d+)\.(key|value)s", value.name or ""
@@ -149,7 +156,7 @@ def _name_axes(graph: onnx_ir.Graph, head: Head) -> None:
     inputs = {value.name: value for value in graph.inputs}
     wanted: dict[str, tuple[str, ...]] = {"input_ids": head.axes}
     if head.caches:
-        caches = [name for name in inputs if name and name.startswith("past_key_values.")]
+        caches = [name for name in inputs if name and name.startswith(f"{_PAST}.")]
         wanted |= dict.fromkeys(caches, ("batch_size", "", "past_sequence_length", ""))
         wanted["attention_mask"] = ("batch_size", "total_sequence_length")
     names: dict[str, str] = {}
