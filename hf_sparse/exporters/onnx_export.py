@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from hf_sparse.arguments import check_model, check_path
@@ -212,6 +213,11 @@ def check_packages() -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"export_onnx needs {', '.join(missing)}: pip install 'hf_sparse[onnx]'")
+    if importlib.util.find_spec("transformers.exporters.metadata") is None:
+        raise ImportError(
+            f"export_onnx needs transformers 5.23 or newer, and this is {transformers.__version__}: "
+            "pip install 'hf_sparse[onnx]'"
+        )
 
 
 def _check_kind(model: Any) -> Head:
