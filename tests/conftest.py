@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -27,17 +28,18 @@ def pytest_configure(config: pytest.Config) -> None:
     if name := config.getoption("--target"):
         from hf_sparse.runtime import target
 
-        chosen = target.named(name)
-        target.host = lambda: chosen
+        target.named(name)  # which refuses what this CPU cannot run
+        target.host = functools.cache(lambda: target.targets()[name])
 
 
 class Jitter(TorchFunctionMode):
-    """Scales the results of products and norms by 1 + a few 1e-7.
+    """Scales the results of products and norms by 1 and a few units in the last place.
 
     Two CPUs, and two alignments of one weight in memory, give such differences. A test that asserts
     bit equality of floats that torch computes twice passes by luck: it fails under this mode.
     """
 
+    _WIDE = (torch.float32, torch.float64)
     _DISTURBED = frozenset(
         {
             torch.nn.functional.linear,
@@ -61,8 +63,10 @@ class Jitter(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in self._DISTURBED and "out" not in (kwargs or {}) and result.is_floating_point():
-            return result * (1 + self._random.choice([-6e-7, -3e-7, 3e-7, 6e-7]))
+        if func in self._DISTURBED and "out" not in (kwargs or {}) and result.dtype in self._WIDE:
+            return result * (
+                1 + self._random.choice([-4, -2, 2, 4]) * torch.finfo(result.dtype).eps
+            )
         return result
 
 

@@ -26,6 +26,7 @@ import hf_sparse
 from hf_sparse import FormatError, SparsityConfig
 from hf_sparse.checkpoint.reading import checkpoint_files
 from hf_sparse.formats import FORMATS
+from tests.closeness import nearly_same, same
 from tests.tiny_models import CONFIGS, ENCODERS, tiny_model, tiny_tokenizer
 
 PATTERN_OF = {"nm": "2:4", "block": "block:4x1"}
@@ -81,7 +82,7 @@ def test_every_family_loads_as_its_sparse_class(tmp_path: Path, family: str) -> 
     assert tokenizer("prose")["input_ids"] == tiny_tokenizer()("prose")["input_ids"]
     ids = torch.arange(2, 14)[None]
     with torch.no_grad():
-        assert torch.equal(model(ids)[0], loaded(ids)[0])
+        assert same(model(ids)[0], loaded(ids)[0])
 
 
 def test_shards_load_and_hold_whole_tensors(tmp_path: Path) -> None:
@@ -354,7 +355,8 @@ def test_trainer_checkpoints_resume(tmp_path: Path, shard_size: str | None) -> N
     assert config["model_type"] == "sparse_llama"
     with pytest.warns(UserWarning, match="training without a mask"):
         resumed = train(4, str(tmp_path / "run/checkpoint-2"))
-    assert_same(straight, resumed)
+    for name, value in straight.state_dict().items():
+        assert nearly_same(value, resumed.state_dict()[name]), name
     assert_same(straight, load(tmp_path / "run/checkpoint-4"))
 
 

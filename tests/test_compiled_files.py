@@ -14,6 +14,7 @@ import hf_sparse
 from hf_sparse.formats import FormatError
 from hf_sparse.runtime.compiled import linears_of
 from hf_sparse.runtime.families import COMPILED
+from tests.closeness import same
 from tests.test_compile import inputs, random_model
 from tests.tiny_models import CONFIGS
 
@@ -31,7 +32,7 @@ def test_the_same_model_comes_back(family: str, tmp_path: Path) -> None:
     loaded = hf_sparse.load_compiled(tmp_path / "new")
     given = inputs(2, 19)
     with torch.no_grad():
-        assert torch.equal(loaded(**given).logits, model(**given).logits)
+        assert same(loaded(**given).logits, model(**given).logits)
     assert type(loaded) is type(model)
     assert loaded.config.to_dict() == model.config.to_dict()
     if COMPILED[family].causal:
@@ -45,7 +46,7 @@ def test_rounded_rotary_frequencies_come_back(tmp_path: Path) -> None:
     loaded = hf_sparse.load_compiled(tmp_path)
     assert loaded.model.rotary_emb.inv_freq.dtype == torch.bfloat16
     with torch.no_grad():
-        assert torch.equal(loaded(**inputs(2, 19)).logits, model(**inputs(2, 19)).logits)
+        assert same(loaded(**inputs(2, 19)).logits, model(**inputs(2, 19)).logits)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "albert"])
@@ -204,7 +205,7 @@ def test_dense_layers_come_back_and_are_checked(family: str, tmp_path: Path) -> 
     given = inputs(1, 7)
     with torch.no_grad():
         found = hf_sparse.load_compiled(tmp_path)(**given).logits
-        assert torch.equal(found, model(**given).logits)
+        assert same(found, model(**given).logits)
 
     def shorten(tensors: dict[str, torch.Tensor]) -> None:
         name = "stack.blocks.0.qkv.dense"
@@ -230,7 +231,7 @@ def test_weights_of_two_bytes_come_back_and_are_checked(
         assert one.nbytes == other.nbytes
     given = inputs(1, 7)
     with torch.no_grad():
-        assert torch.equal(loaded(**given).logits, model(**given).logits)
+        assert same(loaded(**given).logits, model(**given).logits)
     file = tmp_path / "compiled.json"
     whole = file.read_text()
     for wrong in ("torch.float32", "torch.int8"):
@@ -270,7 +271,7 @@ def test_shared_blocks_come_back_and_their_order_is_checked(tmp_path: Path) -> N
     given = inputs(1, 9)
     with torch.no_grad():
         found = hf_sparse.load_compiled(tmp_path)(**given).logits
-        assert torch.equal(found, model(**given).logits)
+        assert same(found, model(**given).logits)
     file = tmp_path / "compiled.json"
     described = json.loads(file.read_text())
     assert described["order"] == [0, 1, 0, 1, 0, 1, 2, 3, 2, 3]

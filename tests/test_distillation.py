@@ -95,7 +95,7 @@ def test_evaluation_and_removal_leave_the_model_as_it_was() -> None:
     distillation = Distillation(teacher).attach(student)
     assert float(student(**inputs).loss) != wanted
     student.eval()
-    assert float(student(**inputs).loss) == pytest.approx(wanted, rel=1e-6)
+    assert float(student(**inputs).loss) == pytest.approx(wanted, rel=1e-5)
     assert student(**inputs).hidden_states is None
     student.train()
     distillation.remove()

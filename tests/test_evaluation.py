@@ -133,6 +133,6 @@ def test_pruning_changes_perplexity_a_little_and_everything_pruned_a_lot() -> No
     text = prose()[:3000]
     dense = perplexity(model, tiny_tokenizer(), text, 32)
     hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", 0.0), "magnitude")
-    assert perplexity(model, tiny_tokenizer(), text, 32) == dense
+    assert perplexity(model, tiny_tokenizer(), text, 32) == pytest.approx(dense, rel=1e-4)
     hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", 0.9), "magnitude")
     assert perplexity(model, tiny_tokenizer(), text, 32) != dense

@@ -28,11 +28,12 @@ from hf_sparse.models.parts import PARTS, BlockSize
 from hf_sparse.shrinking import heads_to_remove
 from hf_sparse.units import find_units, unused_neurons
 from hf_sparse.upstream import cache_in
+from tests.closeness import same
 from tests.tiny_models import CONFIGS, UNKNOWN, tiny_batches, tiny_classifier, tiny_model
 
 HEADS = [(family, name) for family in FAMILIES for name in model_classes(family)]
 CAUSAL = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3")
-TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 
 
 @torch.no_grad()
@@ -103,7 +104,7 @@ def test_every_head_gives_the_same_and_comes_back(tmp_path: Path, family: str, n
     for key, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[key]), key
     for one, other in zip(outputs_of(loaded.eval()), outputs_of(model), strict=True):
-        assert torch.equal(one, other)
+        assert same(one, other)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -427,7 +428,7 @@ def test_cross_attention_is_left_alone(tmp_path: Path, family: str) -> None:
     torch.testing.assert_close(model(**inputs).logits, wanted, **TOLERANCE)
     hf_sparse.save_pretrained(model, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    assert same(loaded(**inputs).logits, model(**inputs).logits)
 
 
 def test_groups_of_alberts_layers(tmp_path: Path) -> None:
@@ -504,7 +505,7 @@ def test_compiled_models_have_the_smaller_blocks(tmp_path: Path, family: str) ->
     for one, other in zip(
         outputs_of(hf_sparse.load_compiled(tmp_path)), outputs_of(compiled), strict=True
     ):
-        assert torch.equal(one, other)
+        assert same(one, other)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from hf_sparse.pruning.linalg import (
     regularised,
 )
 from hf_sparse.pruning.problem import Notes, Problem, layer_error
+from tests.closeness import same
 
 PATTERNS = [("unstructured", 0.5), ("unstructured", 0.7), ("2:4", 0.5), ("4:8", 0.5)]
 
@@ -276,7 +277,7 @@ def test_fast_products_are_the_same_products() -> None:
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(fast, layer.float()(inputs), rtol=1e-2, atol=1e-2)
     left, right = torch.randn(7, 9).double(), torch.randn(5, 9).double()
-    assert torch.equal(matmul(left, right), left @ right.T)
+    assert same(matmul(left, right), left @ right.T, rtol=1e-12, atol=1e-12)
 
 
 def test_notes_about_many_layers_are_one_line() -> None:
