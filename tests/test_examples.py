@@ -17,6 +17,7 @@ from tests.tiny_models import prose, tiny_classifier, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+REFERENCE = (ROOT / "docs/reference.md").read_text()
 
 
 @pytest.fixture
@@ -27,8 +28,8 @@ def dense(tmp_path: Path) -> Path:
     return tmp_path / "dense"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, page: str = REFERENCE) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
 def test_prune_and_reload(dense: Path, tmp_path: Path) -> None:
@@ -111,7 +112,7 @@ def test_recovery(script: str, own: list[str], dense: Path, tmp_path: Path) -> N
 def test_the_first_code_of_the_readme(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = blocks("python")[0]
+    code = blocks("python", README)[0]
     for found, instead in (
         ("HuggingFaceTB/SmolLM2-135M", str(dense)),
         ("calibration.txt", str(tmp_path / "text.txt")),
@@ -126,8 +127,10 @@ def test_the_first_code_of_the_readme(
     assert hf_sparse.inspect_checkpoint(tmp_path / "smollm2-sparse").report.sparsity == 0.5
 
 
-def test_the_commands_of_the_readme(dense: Path, tmp_path: Path) -> None:
+def test_the_commands_of_the_reference(dense: Path, tmp_path: Path) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
+    short = [line for block in blocks("bash", README) for line in block.splitlines()]
+    assert {line for line in short if line.startswith("hf-sparse")} <= set(lines)
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("hf-sparse")]
     names = [command[0] for command in commands]
     tried = ["prune", "prune", "recover", "eval", "inspect", "bench", "prune", "shrink", "export"]
@@ -150,7 +153,9 @@ def test_the_commands_of_the_readme(dense: Path, tmp_path: Path) -> None:
         assert main([*arguments, *small.get(command[0], [])]) == 0
 
 
-def test_the_smaller_model_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_smaller_model_of_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (code,) = [block for block in blocks("python") if "hf_sparse.shrink(" in block]
     monkeypatch.chdir(tmp_path)
     model = tiny_classifier()
@@ -160,20 +165,22 @@ def test_the_smaller_model_of_the_readme(tmp_path: Path, monkeypatch: pytest.Mon
     assert loaded.num_parameters() == model.num_parameters() < tiny_classifier().num_parameters()
 
 
-def test_the_links_of_the_readme_lead_somewhere() -> None:
+def test_the_links_of_the_pages_lead_somewhere() -> None:
     links = re.findall(r"\]\(([^)]+)\)", README)
-    for link in links:
-        assert link.startswith("https://") or (ROOT / link).exists(), link
     assert "docs/format.md" in links
+    for folder, page in ((ROOT, README), (ROOT / "docs", REFERENCE)):
+        for link in re.findall(r"\]\(([^)]+)\)", page):
+            file = folder / link.partition("#")[0]
+            assert link.startswith("https://") or file.exists(), link
 
 
-def test_the_readme_tells_every_method_format_and_family() -> None:
+def test_the_reference_tells_every_method_format_and_family() -> None:
     from hf_sparse.formats import FORMATS
     from hf_sparse.models.families import FAMILIES
     from hf_sparse.pruning.methods import METHODS
 
     for name in (*METHODS, *FORMATS, *FAMILIES):
-        assert f"`{name}`" in README
+        assert f"`{name}`" in REFERENCE
     for name in hf_sparse.__all__[1:]:
         if name[0].islower():
-            assert f"`{name}" in README or f"hf_sparse.{name}" in README, name
+            assert f"`{name}" in REFERENCE or f"hf_sparse.{name}" in REFERENCE, name
