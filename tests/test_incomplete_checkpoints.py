@@ -350,3 +350,18 @@ def test_a_dense_source_that_lacks_weights_is_not_streamed(tmp_path: Path) -> No
             batches=tiny_batches("llama"),
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_parameters_that_are_no_floats_are_refused(
+    tmp_path: Path, family: str, dtype: torch.dtype
+) -> None:
+    folder = saved(tmp_path / "model", family)
+    [norm, *_] = [
+        name for name in load_file(folder / "model.safetensors") if "norm" in name or "ln_1" in name
+    ]
+    change_tensors(folder, lambda tensors: tensors.update({norm: tensors[norm].to(dtype)}))
+    for read in (AutoModelForCausalLM.from_pretrained, hf_sparse.inspect_checkpoint):
+        with pytest.raises(FormatError, match=f"{norm} in .*wants floats"):
+            read(folder)

@@ -202,6 +202,8 @@ def check_shapes(
 ) -> None:
     """Raise a FormatError if stored tensors have other shapes than the model's, or another direction.
 
+    Weights and biases must be floats, too: transformers would make others the model's parameters.
+
     Of weights only headers and layouts are read.
     """
     for file in dict.fromkeys(tensor.file for tensor in found.values()):
@@ -209,7 +211,14 @@ def check_shapes(
             for name, tensor in found.items():
                 if tensor.file != file or name not in shapes:
                     continue
-                shape, flipped = tuple(reader.get_slice(tensor.name).get_shape()), None
+                values = reader.get_slice(tensor.name)
+                shape, flipped = tuple(values.get_shape()), None
+                is_parameter = name.endswith((".weight", ".bias"))
+                if is_parameter and not values.get_dtype().startswith(("F", "BF")):
+                    raise FormatError(
+                        f"{tensor.place}: it holds numbers of type {values.get_dtype()}, its parameter "
+                        "wants floats. The file is damaged: copy or download it again."
+                    )
                 if tensor.compressed:
                     layout = reader.get_tensor(join(tensor.name, "layout"))
                     with locate(tensor.place):
