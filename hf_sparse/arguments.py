@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_sparse.suggestions import shortened
@@ -44,6 +45,32 @@ def check_model(model: Any, call: str, wanted: type[nn.Module] = nn.Module) -> N
             "hf_sparse.merge_adapters(model)."
         )
     raise ValueError(f"{start}a {type(model).__name__}: {shortened(model)}.")
+
+
+def check_optimizer(optimizer: Any, call: str) -> None:
+    """Refuse what is no torch optimizer, such as the model that it trains.
+
+    Raises:
+        ValueError: what was found, and what was wanted.
+    """
+    if not hasattr(optimizer, "param_groups"):
+        raise ValueError(
+            f"{call} takes a torch optimizer, not a {type(optimizer).__name__}: make one with "
+            "hf_sparse.sparse_param_groups(model, config)."
+        )
+
+
+def check_gradients(call: str) -> None:
+    """Refuse to train where torch records no gradients.
+
+    Raises:
+        ValueError: the call stands inside `torch.no_grad()` or `torch.inference_mode()`.
+    """
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{call} trains, and gradients are switched off here: call it outside of "
+            "torch.no_grad() and torch.inference_mode()."
+        )
 
 
 def check_path(path: Any, call: str, what: str = "folder") -> None:

@@ -141,3 +141,19 @@ def test_the_order_of_arguments_is_told() -> None:
     batches = tiny_batches("llama")
     with pytest.raises(ValueError, match=r"unknown method \[.*Known methods: magnitude, wanda"):
         hf_sparse.prune_(tiny_model("llama"), CONFIG, batches)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("call", [hf_sparse.freeze_zeros, hf_sparse.add_shrinkage])
+def test_a_model_in_the_place_of_its_optimizer_is_refused(call: Callable[[Any], Any]) -> None:
+    with pytest.raises(ValueError, match="takes a torch optimizer, not a LlamaForCausalLM"):
+        call(tiny_model("llama"))
+    with pytest.raises(ValueError, match="Sparsifier takes a torch optimizer"):
+        hf_sparse.Sparsifier(tiny_model("llama"), CONFIG, 10)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_recovery_without_gradients_is_refused(mode: Callable[[], Any]) -> None:
+    model = tiny_model("llama")
+    hf_sparse.prune_(model, CONFIG, "magnitude")
+    with mode(), pytest.raises(ValueError, match=r"outside of torch\.no_grad"):
+        hf_sparse.recover_(model, tiny_batches("llama"))

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from hf_sparse.arguments import check_optimizer
 from hf_sparse.optim.notes import note_fine_tuning_
 from hf_sparse.optim.parameters import (
     Group,
@@ -82,6 +83,7 @@ def add_shrinkage(optimizer: Optimizer, **settings: Any) -> Optimizer:
         ValueError: an unknown setting, a value outside what is allowed, or a parameter that the
             pattern cannot divide.
     """
+    check_optimizer(optimizer, "add_shrinkage")
     if unknown := sorted(set(settings) - set(SETTINGS)):
         raise ValueError(
             f"unknown shrinkage settings {', '.join(unknown)}. Known: {', '.join(SETTINGS)}."
@@ -204,6 +206,7 @@ def freeze_zeros(optimizer: Optimizer) -> None:
     Raises:
         ValueError: an optimizer without shrinkage, or weights without zeros.
     """
+    check_optimizer(optimizer, "freeze_zeros")
     check_settings(optimizer)
     if not any(bool((sparse.weight == 0).any()) for sparse in sparse_parameters(optimizer)):
         raise ValueError(

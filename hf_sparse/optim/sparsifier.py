@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from hf_sparse.arguments import check_optimizer
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.optim.methods import TRAINING_METHODS
 from hf_sparse.optim.notes import shrinking
@@ -76,6 +77,7 @@ class Sparsifier:
         interval: int = 10,
         **options: Any,
     ) -> None:
+        check_optimizer(optimizer, "Sparsifier")
         check_config(config)
         check_method(method)
         for name, value in (("total_steps", total_steps), ("interval", interval)):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_sparse.arguments import check_model
+from hf_sparse.arguments import check_model, check_optimizer
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.optim.notes import note_fine_tuning_
 from hf_sparse.optim.sharding import local_part
@@ -79,6 +79,7 @@ class FrozenMask:
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise ValueError(f"optimizer is {optimizer!r}; wanted one of torch.optim.")
+        check_optimizer(optimizer, "keep_zeros")
         check_model(model, "keep_zeros")
         layers = sparse_layers(model, config)
         if not layers:

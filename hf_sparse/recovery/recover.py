@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
-from hf_sparse.arguments import check_model
+from hf_sparse.arguments import check_gradients, check_model
 from hf_sparse.distillation import Distillation
 from hf_sparse.provenance.record import record_training_
 from hf_sparse.provenance.values import Calibration, Step
@@ -110,6 +110,7 @@ def recover_(
         ImportError: adapters without PEFT installed.
     """
     recovery = _checked(model, method, epochs, accumulate, lr, r)
+    check_gradients("recover_")
     given = checked_batches(batches, model, method)
     check_labels(method, None, model, given)
     inputs = [with_labels(batch) for batch in given]
