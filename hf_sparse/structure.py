@@ -289,8 +289,17 @@ def stacked_weights(model: nn.Module) -> int:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """The number of weights in the model, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """The number of weights in the model, shared ones once.
+
+    Tied weights that `device_map` left on the disk share no memory: their names tell.
+    """
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    parameters = dict(model.named_parameters())
+    return sum(
+        parameter.numel()
+        for name, parameter in parameters.items()
+        if parameter.device.type != "meta" or tied.get(name) not in parameters
+    )
 
 
 def check_divides(pattern: Pattern, name: str, rows: int, columns: int) -> None:

@@ -357,7 +357,8 @@ def test_trainer_checkpoints_resume(tmp_path: Path, shard_size: str | None) -> N
         resumed = train(4, str(tmp_path / "run/checkpoint-2"))
     for name, value in straight.state_dict().items():
         assert nearly_same(value, resumed.state_dict()[name]), name
-    assert_same(straight, load(tmp_path / "run/checkpoint-4"))
+    for name, value in load(tmp_path / "run/checkpoint-4").state_dict().items():
+        assert nearly_same(value, resumed.state_dict()[name]), name
 
 
 def test_load_state_dict_restores_compressed_tensors(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_evaluation_and_removal_leave_the_model_as_it_was() -> None:
     assert student(**inputs).hidden_states is None
     student.train()
     distillation.remove()
-    assert float(student(**inputs).loss) == pytest.approx(wanted, rel=1e-6)
+    assert float(student(**inputs).loss) == pytest.approx(wanted, rel=1e-5)
     assert list(student.state_dict()) == list(teacher.state_dict())
 
 

@@ -208,7 +208,7 @@ def test_same_weights_and_logits(
     loaded = AutoModelForCausalLM.from_pretrained(new)
     assert type(loaded).__name__ == "SparseLlamaForCausalLM"
     assert same_bits(model, loaded)
-    assert same(logits(model), logits(loaded))
+    assert same(logits(model), logits(loaded), rtol=1e-3, atol=1e-3)
     assert contents(old) == before
     config = inspect_checkpoint(new).config
     assert config is not None
@@ -227,7 +227,7 @@ def test_first_releases_stored_every_tensor_compressed(tied: bool, tmp_path: Pat
     assert keys["model.norm.weight.row_offsets"].shape == ()
     loaded = AutoModelForCausalLM.from_pretrained(convert_legacy(old, tmp_path / "new"))
     assert same_bits(model, loaded)
-    assert same(logits(model), logits(loaded))
+    assert same(logits(model), logits(loaded), rtol=1e-3, atol=1e-3)
 
 
 def test_transposed_weights_of_another_family(tmp_path: Path) -> None:

@@ -277,3 +277,14 @@ def test_a_model_larger_than_the_memory_that_is_used(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[-1]) * 1024 < bound
+
+
+def test_tied_weights_on_the_disk_count_once(tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "dense")
+    config = SparsityConfig("2:4")
+    streamed = prune_checkpoint(
+        tmp_path / "dense", tmp_path / "out", config, "wanda", tiny_batches("llama")
+    )
+    wanted = prune_(model, config, "wanda", tiny_batches("llama"))
+    assert streamed.parameters == wanted.parameters == model.num_parameters()
