@@ -440,4 +440,4 @@ def test_the_order_of_the_batches_makes_no_difference(method: str) -> None:
     prune_(one, HALF, method, batches)
     prune_(other, HALF, method, batches[::-1])
     for first, second in zip(target_layers(one), target_layers(other), strict=True):
-        assert nearly_same((first.weight == 0).float(), (second.weight == 0).float())
+        assert nearly_same((first.weight == 0).float(), (second.weight == 0).float(), share=0.9)
