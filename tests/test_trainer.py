@@ -178,7 +178,8 @@ def test_a_resumed_run_equals_an_unbroken_one(method: str, stop: int, tmp_path: 
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
     expected = weights_of(whole)
     for name, value in weights_of(resumed).items():
-        assert nearly_same(value, expected[name], share=0.9), name
+        # A key's bias changes no softmax: its gradient is rounding, which Adam scales to whole steps.
+        assert name.endswith("key.bias") or nearly_same(value, expected[name], share=0.9), name
 
 
 def test_resume_with_another_pattern_is_refused(tmp_path: Path) -> None:
