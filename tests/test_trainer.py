@@ -284,14 +284,16 @@ def test_a_second_run_of_a_trainer_is_refused_clearly(tmp_path: Path) -> None:
         run.train()
 
 
-def test_settings_that_the_config_owns_are_refused() -> None:
+def test_settings_that_the_config_owns_are_refused(tmp_path: Path) -> None:
     for setting in ({"pattern": "2:4"}, {"frozen": True}, {"transposed": True}):
         with pytest.raises(ValueError, match="cannot be given to trainer_optimizer"):
             trainer_optimizer(CONFIG, lr=1e-3, **setting)
     with pytest.raises(ValueError, match="wanted a SparsityConfig"):
         SparsityCallback("2:4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="does not have the callback"):
-        SparsityCallback(CONFIG).log_through(Trainer(tiny_classifier()))
+        SparsityCallback(CONFIG).log_through(
+            Trainer(tiny_classifier(), TrainingArguments(str(tmp_path)))
+        )
 
 
 def test_the_report_tells_how_it_was_made(tmp_path: Path) -> None:
