@@ -19,7 +19,12 @@ from hf_sparse.checkpoint.same_weights import (
     is_stored_in,
 )
 from hf_sparse.provenance.entry import ENTRY, to_dict
-from hf_sparse.provenance.record import provenance_of, read_entry, remember_
+from hf_sparse.provenance.record import (
+    provenance_of,
+    read_entry,
+    remember_,
+    with_teaching_told,
+)
 from hf_sparse.provenance.values import (
     CARD_DATA,
     LONGEST_LIST,
@@ -62,10 +67,10 @@ def described(
     Raises:
         ValueError: a key or a value that the card's metadata cannot have.
     """
-    known = provenance_of(model)
+    known = with_teaching_told(model)
     if report is not None and report.method:
         told = Step.of(report.method, report.options)
-        if not any(step.is_same_as(told) for step in known.steps):
+        if not any(step.is_told_by(told) for step in known.steps):
             pattern, sparsity = (getattr(report, name, None) for name in ("pattern", "sparsity"))
             known = known.after(replace(told, pattern=pattern, sparsity=sparsity))
     if base is None:

@@ -68,6 +68,17 @@ class Explanation:
     reason: str | None
     torch_layers: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        measured = sum(layer.measured for layer in self.layers)
+        whole = (
+            "the blocks compiled as a whole" if self.reason is None else "single layers compiled"
+        )
+        return (
+            f"<Explanation: {len(self.layers)} weights, {whole}, {measured:.0f} us measured for "
+            f"{self.tokens} tokens on {self.threads} threads, target {self.target}; print it for a "
+            "row each>"
+        )
+
     def __str__(self) -> str:
         head = ("layer", "shape", "pattern", "kernel", "zeros", "MB", "predicted us", "measured us")
         rows = [
