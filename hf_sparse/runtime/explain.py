@@ -73,10 +73,11 @@ class Explanation:
         whole = (
             "the blocks compiled as a whole" if self.reason is None else "single layers compiled"
         )
+        tokens = f"{self.tokens} {'token' if self.tokens == 1 else 'tokens'}"
         return (
             f"<Explanation: {len(self.layers)} weights, {whole}, {measured:.0f} us measured for "
-            f"{self.tokens} tokens on {self.threads} threads, target {self.target}; print it for a "
-            "row each>"
+            f"{tokens} on {self.threads} {'thread' if self.threads == 1 else 'threads'}, target "
+            f"{self.target}; print it for a row each>"
         )
 
     def __str__(self) -> str:
