@@ -13,12 +13,11 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.models.parts import full_size
-from hf_sparse.provenance.entry import ENTRY
 from hf_sparse.provenance.values import FILLED, Calibration, Metric, Provenance, Step, Value
 from hf_sparse.units import shrunk_sizes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from hf_sparse.checkpoint.overview import Overview
 
@@ -234,18 +233,6 @@ def write_card(card: Card, file: Path, old: Path) -> None:
     settled = settle(card.text(), text, str(old), stacklevel=5)
     if settled != text:
         file.write_text(settled, encoding="utf-8")
-
-
-def base_model(config: PreTrainedConfig) -> str:
-    """Hub name of the dense model that a model comes from; `""` if it is not known."""
-    recorded: str | None = getattr(config, "base_model", None)
-    if recorded is not None:
-        return recorded
-    if getattr(config, "sparsity_config", None) or getattr(config, ENTRY, None):
-        return ""  # it was loaded from a checkpoint of ours, whose name is no dense model's
-    name = config.name_or_path or ""
-    # A local folder tells nobody much.
-    return "" if Path(name).exists() or name.count("/") > 1 else name
 
 
 def _head_of(class_name: str) -> tuple[str, str | None]:
