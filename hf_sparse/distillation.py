@@ -20,7 +20,8 @@ from torch.nn import functional
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_sparse.arguments import check_model
-from hf_sparse.provenance.record import announce_teaching_, end_teaching_
+from hf_sparse.provenance.record import announce_teaching_, end_teaching_, note_taught_
+from hf_sparse.structure import has_adapters
 
 # Logits whose divergence is computed at once.
 _CHUNK = 1 << 21
@@ -118,12 +119,17 @@ class Distillation:
             model.register_forward_hook(self._add_loss, with_kwargs=True),
         ]
         self._student = model
-        settings = {name: getattr(self, name) for name in ("logits", "hidden", "temperature")}
-        announce_teaching_(model, {"model": _name_of(self.teacher), **settings})
+        announce_teaching_(model, self.settings)
         return self
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the model card tells of the teacher and of the loss."""
+        settings = {name: getattr(self, name) for name in ("logits", "hidden", "temperature")}
+        return {"model": _name_of(self.teacher), **settings}
+
     def remove(self) -> None:
-        """Take the hooks off the model."""
+        """Take the hooks off the model, which remembers for its card that it was taught."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -168,6 +174,8 @@ class Distillation:
             # transformers divides summed losses by the labels of all accumulated batches: so do we.
             added = added * int((labels[..., 1:] != -100).sum()) / counted
         outputs["loss"] = (1 - self.logits) * outputs.loss + added
+        if torch.is_grad_enabled():
+            note_taught_(model, has_adapters)
         return outputs
 
     def _divergence(
@@ -254,9 +262,12 @@ def _bernoulli_divergence(student: Tensor, teacher: Tensor, temperature: float) 
 
 
 def _name_of(model: nn.Module) -> str:
-    """The name that a model has on the Hub, or else its class."""
+    """The name that a model has on the Hub, or else its class and the folder that it is from."""
     name: str = getattr(getattr(model, "config", None), "name_or_path", None) or ""
-    return type(model).__name__ if not name or Path(name).exists() or name.count("/") > 1 else name
+    kind = type(model).__name__
+    if not Path(name).exists() and name.count("/") <= 1:
+        return name or kind
+    return f"{kind} from the folder {Path(name).resolve().name}"
 
 
 def _is_causal_lm(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from hf_sparse.patterns import NM, GroupPattern, Pattern
+from hf_sparse.patterns import NM, GroupPattern, Pattern, Unstructured
 
 
 class Processes:
@@ -46,6 +46,17 @@ def unit_scores(scores: Tensor, pattern: Pattern) -> Tensor:
         squares = pattern.groups(scores.float()).square()
         return (squares * pattern.surplus(scores)).sum(dim=1)
     return scores.float()
+
+
+def count_zero_units(weight: Tensor, pattern: Pattern) -> tuple[int, int]:
+    """The units of a weight `(out_features, in_features)` that are zero, and all of them.
+
+    An N:M group is zero when it follows the pattern.
+    """
+    if isinstance(pattern, Unstructured):
+        return int((weight == 0).sum()), weight.numel()
+    zero = unit_scores((weight != 0).float(), pattern) == 0
+    return int(zero.sum()), zero.numel()
 
 
 def unit_weights(pruned: Tensor, scores: Tensor, pattern: Pattern) -> Tensor:

@@ -25,7 +25,7 @@ LAYERS = [
     ["configuration_sparse"],
     ["structure", "provenance"],
     ["units"],
-    ["report"],
+    ["report", "promise"],
     ["optim.prox", "optim.sharding"],
     ["pruning", "optim", "distillation", "runtime", "models.configuration"],
     ["budget", "benchmark", "recovery", "shrinking"],

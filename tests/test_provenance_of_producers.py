@@ -84,7 +84,7 @@ def test_a_loop_with_a_sparsifier_is_told(tmp_path: Path, finished: bool) -> Non
     sparsifier = Sparsifier(optimizer, CONFIG, total_steps=12)
     loop(model, optimizer, sparsifier, 12 if finished else 7)
     [step] = steps_of(model)
-    assert (step.method, dict(step.options)["steps"]) == ("SparseAdamW", "12" if finished else "7")
+    assert (step.method, dict(step.options)["steps"]) == ("SparseAdamW", 12 if finished else 7)
     sparsifier.report(model)
     assert len(steps_of(model)) == 1
     assert rows(card_of(model, tmp_path))["option penalty"] == dict(step.options)["penalty"]
@@ -123,7 +123,7 @@ def test_an_optimizer_alone_is_told(tmp_path: Path) -> None:
     train(tmp_path, model, optimizer_cls_and_kwargs=factory)
     [step] = steps_of(model)
     assert (step.method, step.pattern) == ("SparseAdamW", "unstructured")
-    assert {("lam", "0.01"), ("penalty", "l1")} <= set(step.options)
+    assert {("lam", 0.01), ("penalty", "l1"), ("lr", 1e-3)} <= set(step.options)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +153,8 @@ def test_fine_tuning_with_frozen_zeros_is_told(tmp_path: Path, way: str) -> None
         loop(model, optimizer)
     first, second = steps_of(model)
     assert (first.method, second.method) == ("magnitude", "fine-tuning with frozen zeros")
-    assert dict(second.options)["lr"] == "0.001"
-    assert ("steps", "12") in second.options or way != "KeepZeros"
+    assert dict(second.options)["lr"] == 0.001
+    assert ("steps", 12) in second.options or way != "KeepZeros"
     assert "### Step 2" in card_of(model, tmp_path / "saved")
 
 
@@ -189,7 +189,7 @@ def test_a_teacher_is_told_with_the_training(tmp_path: Path, way: str) -> None:
         loop(model, optimizer, steps=1)
     taught = [dict(step.distillation) for step in steps_of(model)]
     assert [bool(each) for each in taught] == [False, True, False]
-    assert (taught[1]["logits"], taught[1]["temperature"]) == ("0.5", "2.0")
+    assert (taught[1]["logits"], taught[1]["temperature"]) == (0.5, 2.0)
     assert "| teacher | hidden " in card_of(model, tmp_path / "saved")
 
 
@@ -242,7 +242,7 @@ def test_merged_adapters_are_told(tmp_path: Path) -> None:
     assert [step.method for step in steps_of(adapted)] == ["magnitude"]  # its copy was merged
     merged = hf_sparse.merge_adapters(adapted)
     assert [step.method for step in steps_of(merged)] == ["magnitude", "merged adapter"]
-    assert dict(steps_of(merged)[1].options)["r"] == "2"
+    assert dict(steps_of(merged)[1].options)["r"] == 2
 
 
 def test_recovery_by_adapters_is_one_step() -> None:

@@ -13,12 +13,13 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.models.parts import full_size
-from hf_sparse.provenance.values import Calibration, Metric, Provenance, Step
-from hf_sparse.report import SparsityReport
+from hf_sparse.provenance.values import FILLED, Calibration, Metric, Provenance, Step, Value
 from hf_sparse.units import shrunk_sizes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
+
+    from hf_sparse.checkpoint.overview import Overview
 
 CARD_NAME = "README.md"
 # A row that every card of ours has.
@@ -48,7 +49,7 @@ class Card:
     Args:
         model: the model that is saved.
         config: pattern, sparsity and format that it is saved with.
-        measured: the exact counts of what is saved.
+        measured: the zeros of what is saved.
         formats: the formats of the target weights, counted.
         provenance: what was done to the model; its metrics are those of what is saved.
         tags: for the Hub, beside those of the provenance.
@@ -57,7 +58,7 @@ class Card:
 
     model: PreTrainedModel
     config: SparsityConfig
-    measured: SparsityReport
+    measured: Overview
     formats: Mapping[str, int]
     provenance: Provenance
     tags: Sequence[str] = ()
@@ -67,8 +68,9 @@ class Card:
         """The card in Markdown, with its metadata."""
         sections = [
             f"---\n{self._data().to_yaml()}\n---",
-            f"# {'Sparse ' if self.config.sparsity else ''}{self._name}",
+            f"# {'Sparse ' if self._is_sparse else ''}{self._name}",
             _markdown(("", ""), self._facts()),
+            *self._filled(),
             "## What was done",
             *self._steps(),
             METRICS_TITLE,
@@ -84,7 +86,7 @@ class Card:
             for key, value in self.provenance.card
         }
         tags = card.pop("tags", [])
-        sparse = ["sparse", str(self.config.pattern)] if self.config.sparsity else []
+        sparse = ["sparse", *self._patterns] if self._is_sparse else []
         tags = ["hf_sparse", *sparse, *self.tags, *([tags] if isinstance(tags, str) else tags)]
         return ModelCardData(
             base_model=self.provenance.base_model,
@@ -98,19 +100,58 @@ class Card:
     def _name(self) -> str:
         return type(self.model).__name__.removeprefix("FSDP").removeprefix("Sparse")
 
+    @property
+    def _is_sparse(self) -> bool:
+        return self.measured.is_sparse or self.config.sparsity > 0
+
+    @property
+    def _patterns(self) -> list[str]:
+        """The patterns of the zeros, as they are asked for."""
+        found = self.measured.patterns or [str(self.config.pattern)]
+        return list(dict.fromkeys(map(_as_asked, found)))
+
     def _facts(self) -> list[tuple[str, str]]:
-        measured = self.measured
+        targets = self.measured.targets
         formats = ", ".join(f"{name} ({count})" for name, count in sorted(self.formats.items()))
         return [
             ("base model", _plain(self.provenance.base_model or "not recorded")),
             *self._blocks(),
-            ("pattern", str(self.config.pattern)),
-            ("sparsity of the target weights", f"{measured.sparsity:.4f}"),
-            ("zeros", f"{measured.zeros:,} of {measured.numel:,} target weights"),
-            ("weights in the whole model", f"{measured.parameters:,}"),
-            (OUR_FACT, f"{measured.model_sparsity:.4f}"),
+            *(self._zeros() if self._is_sparse else ()),
+            ("weights in the whole model", f"{targets.parameters:,}"),
+            (OUR_FACT, f"{targets.model_sparsity:.4f}"),
             ("storage of the target weights", formats or "none"),
         ]
+
+    def _zeros(self) -> list[tuple[str, str]]:
+        """The zeros of the targets; with those that other prunings made, if there are any."""
+        measured, pattern = self.measured, ", ".join(self._patterns)
+        if not measured.has_other_zeros:
+            targets = measured.targets
+            return [
+                ("pattern", pattern),
+                ("sparsity of the target weights", f"{targets.sparsity:.4f}"),
+                ("zeros", f"{targets.zeros:,} of {targets.numel:,} target weights"),
+            ]
+        sparsity = measured.zeros / max(measured.numel, 1)
+        return [
+            ("patterns" if "," in pattern else "pattern", pattern),
+            ("sparsity of the weight matrices", f"{sparsity:.4f}"),
+            ("zeros", f"{measured.zeros:,} of {measured.numel:,} weights in the matrices"),
+        ]
+
+    def _filled(self) -> list[str]:
+        """A sentence about zeros that are gone, until other zeros are made."""
+        for step in reversed(self.provenance.steps):
+            if step.method == FILLED:
+                told = dict(step.options)
+                return [
+                    f"Zeros of this model were filled after it was pruned: sparsity "
+                    f"{_shown(told.get('promised'))} was promised, {_shown(told.get('found'))} was "
+                    "left when it was saved."
+                ]
+            if step.pattern is not None:
+                break
+        return []
 
     def _blocks(self) -> list[tuple[str, str]]:
         """What is left of a shrunk model's blocks."""
@@ -194,16 +235,6 @@ def write_card(card: Card, file: Path, old: Path) -> None:
         file.write_text(settled, encoding="utf-8")
 
 
-def base_model(config: PreTrainedConfig) -> str:
-    """Hub name of the dense model that a model comes from; `""` if it is not known."""
-    recorded: str | None = getattr(config, "base_model", None)
-    if recorded is not None:
-        return recorded
-    name = config.name_or_path or ""
-    # A local folder tells nobody much.
-    return "" if Path(name).exists() or name.count("/") > 1 else name
-
-
 def _head_of(class_name: str) -> tuple[str, str | None]:
     """The Auto class that loads models of a class, and their task on the Hub."""
     for ending, auto, task in _HEADS:
@@ -213,20 +244,32 @@ def _head_of(class_name: str) -> tuple[str, str | None]:
 
 
 def _step_rows(step: Step) -> list[tuple[str, str]]:
-    rows: list[tuple[str, str | None]] = [("method", step.method), ("pattern", step.pattern)]
+    pattern = None if step.pattern is None else _as_asked(step.pattern)
+    rows: list[tuple[str, str | None]] = [("method", step.method), ("pattern", pattern)]
     if step.sparsity is not None:
         rows.append(("sparsity", f"{step.sparsity:.4g}"))
     rows += [("targets", ", ".join(step.targets or ())), ("ignored layers", ", ".join(step.ignore))]
-    rows += [(f"option {name}", value) for name, value in step.options]
+    rows += [(f"option {name}", _shown(value)) for name, value in step.options]
     rows += [
         ("calibration", _calibration(step.calibration)),
-        ("teacher", ", ".join(f"{name} {value}" for name, value in step.distillation)),
+        ("teacher", ", ".join(f"{name} {_shown(value)}" for name, value in step.distillation)),
         ("seed", None if step.seed is None else str(step.seed)),
         *((f"{metric.name}, after this step", _figures(metric)) for metric in step.metrics),
-        ("made with", ", ".join(f"{name} {value}" for name, value in step.versions)),
+        ("made with", ", ".join(f"{name} {_shown(value)}" for name, value in step.versions)),
         ("date", step.date),
     ]
     return [(_plain(title), _plain(value)) for title, value in rows if value]
+
+
+def _as_asked(pattern: str) -> str:
+    """A pattern as it is asked for: whole heads are completed with their size, which is a detail."""
+    return "head" if pattern.startswith("head_in:") else pattern
+
+
+def _shown(value: Value) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
 
 
 def _calibration(data: Calibration | None) -> str | None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_sparse.checkpoint.can_save import check_family, check_sizes
-from hf_sparse.checkpoint.card import base_model
 from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.models.configuration import CONFIGS, SparseConfigMixin, base_config_class
@@ -28,7 +27,7 @@ def write_configs(
         model_config = dense_config(model)
     else:
         model_config = _sparse_config(model, config)
-        model_config.base_model = base_model(model.config) if base is None else base
+        model_config.base_model = base
         config_class = type(model_config).__name__
         model_config.auto_map = {"AutoConfig": f"{STUB_NAME.removesuffix('.py')}.{config_class}"}
         (folder / STUB_NAME).write_text(

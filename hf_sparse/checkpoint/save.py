@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from accelerate.utils import convert_file_size_to_int
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hf_sparse.arguments import check_model, check_path
@@ -22,6 +21,14 @@ from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.checkpoint.can_save import check_not_quantized
 from hf_sparse.checkpoint.card import CARD_NAME, Card, write_card
 from hf_sparse.checkpoint.config_files import write_configs
+from hf_sparse.checkpoint.implied import (
+    Filled,
+    implied_config,
+    load_offloaded,
+    targets_by_weight,
+    warn_of_less,
+)
+from hf_sparse.checkpoint.overview import Overview, count_other, patterns_by_weight
 from hf_sparse.checkpoint.source import MetricsWatch, described, write_entry
 from hf_sparse.checkpoint.writing import (
     ShardWriter,
@@ -31,12 +38,12 @@ from hf_sparse.checkpoint.writing import (
 )
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.formats import can_compress, compress, format_of, num_nonzeros
-from hf_sparse.patterns import NM, Pattern, Unstructured
+from hf_sparse.patterns import NM, Pattern
+from hf_sparse.promise import Held, with_sparsity
 from hf_sparse.provenance.record import remember_
 from hf_sparse.provenance.values import Metric
 from hf_sparse.recovery.adapter_checks import is_peft_model
 from hf_sparse.recovery.adapters import merged_copy
-from hf_sparse.recovery.zeros import SPARSE_FROM
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.structure import (
     TargetLayer,
@@ -45,10 +52,8 @@ from hf_sparse.structure import (
     has_adapters,
     num_parameters,
     promised_config,
-    target_layers,
     with_head_size,
 )
-from hf_sparse.units import shrunk_sizes
 
 _ADAPTERS = (
     "the model has adapters, which a sparse checkpoint does not hold. Merge them "
@@ -187,12 +192,17 @@ def save_model(
         raise TypeError(f"save_pretrained has no argument {', '.join(sorted(unknown))}.")
 
     check_folder(folder, variant)
+    given = config
     known = described(model, report, base_model, card_data, tags)
     stored = tensors_to_store(model, state_dict)
-    if config is None:
-        config = _implied_config(model, stored)
-    config = with_head_size(config, model)
+    filled = None
+    if given is None:
+        config, filled = implied_config(model, stored)
+    else:
+        config = with_head_size(given, model)
+    held, patterns = Held(config), patterns_by_weight(model, config, known.steps)
     counts: list[TensorSparsity] = []
+    others: list[TensorSparsity] = []
     other_zeros = 0
     formats: Counter[str] = Counter()
     old_compiled = compiled_files(folder)
@@ -204,21 +214,33 @@ def save_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         writer = ShardWriter(fresh, convert_file_size_to_int(max_shard_size), variant)
-        for name, parts, count in _stored_parts(model, stored, config, watch):
-            writer.add(name, parts)
-            if isinstance(count, TensorSparsity):
-                counts.append(count)
-                formats[format_of(parts)] += 1
+        for part in _stored_parts(model, stored, held, watch, patterns):
+            writer.add(part.name, part.parts)
+            other_zeros += part.other_zeros
+            if part.is_target:
+                counts.append(part.counts[0])
+                formats[format_of(part.parts)] += 1
             else:
-                other_zeros += count
+                others += part.counts
         writer.close(num_parameters(model))
+        if held.promise != config:
+            if held.lacks:
+                warn_of_less(config, held)
+                filled = _filled(model, config, held)
+            config = held.promise
+            write_configs(model, config, fresh, known.base_model)
         measured = SparsityReport(
-            tuple(counts), str(config.pattern), num_parameters(model), other_zeros=other_zeros
+            tuple(counts),
+            str(config.pattern),
+            num_parameters(model),
+            notes=held.notes(),
+            other_zeros=other_zeros,
         )
-        _warn_if_zeros_were_lost(config, measured)
         known = watch.result(fresh, variant)
+        if filled is not None:
+            known = known.with_filled_zeros(filled.promised, filled.found)
         write_entry(fresh, known)
-        card = Card(model, config, measured, formats, known)
+        card = Card(model, config, Overview.of(measured, others, patterns), formats, known)
         write_card(card, fresh / CARD_NAME, folder / CARD_NAME)
     remember_(model, known)
     return measured
@@ -227,41 +249,6 @@ def save_model(
 def is_saving_process(is_main_process: bool) -> bool:
     """Whether this process, of several, is the one that saves."""
     return is_main_process and not (dist.is_initialized() and dist.get_rank() != 0)
-
-
-def _implied_config(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> SparsityConfig:
-    """What the model was pruned or loaded with, as far as it still holds; else what is measured."""
-    promised = promised_config(model)
-    if promised is not None and not isinstance(promised.pattern, NM):
-        return promised
-    targets, ignore = (None, None) if promised is None else (promised.targets, promised.ignore)
-    pattern: Pattern = Unstructured() if promised is None else promised.pattern
-    layers = _targets_by_weight(model, SparsityConfig("unstructured", 0.0, targets, ignore))
-    counts = []
-    for name in layers.keys() & stored.keys():
-        tensor = _load_offloaded(model, name, stored[name])
-        counts.append(count_zeros(name, tensor.T if layers[name].transposed else tensor, pattern))
-    found = SparsityReport(tuple(counts), str(pattern), num_parameters(model))
-    if promised is None and shrunk_sizes(model) is None and not any(map(_is_sparse, counts)):
-        # A dense model: it is to load with transformers alone, though its class be a Sparse one.
-        return SparsityConfig("unstructured", 0.0, targets, ignore, "dense")
-    if promised is not None and not found.violations:
-        return promised
-    format = "auto"
-    if promised is not None:
-        format = "auto" if promised.format == "nm" else promised.format
-        warnings.warn(
-            f"the model was {promised.pattern}, but {found.violations} groups have more nonzeros now: "
-            "training without a mask fills zeros. It is saved as 'unstructured', with sparsity "
-            f"{found.sparsity:.4f}.",
-            stacklevel=4,
-        )
-    sparsity = min(found.sparsity, 0.999999)  # a config promises less than 1
-    return SparsityConfig("unstructured", sparsity, targets, ignore, format)
-
-
-def _is_sparse(count: TensorSparsity) -> bool:
-    return count.sparsity >= SPARSE_FROM
 
 
 def tensors_to_store(
@@ -286,54 +273,72 @@ def tensors_to_store(
     return remove_tied_weights_from_state_dict(dict(state_dict), model)
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """One tensor of a checkpoint: its parts, and what was counted in it.
+
+    Attributes:
+        counts: those of a target, or of another matrix of the blocks; else none.
+        other_zeros: the zeros of a weight that is no target.
+    """
+
+    name: str
+    parts: dict[str, Tensor]
+    counts: tuple[TensorSparsity, ...] = ()
+    is_target: bool = False
+    other_zeros: int = 0
+
+
 def _stored_parts(
     model: PreTrainedModel,
     state_dict: dict[str, Tensor],
-    config: SparsityConfig,
+    held: Held,
     watch: MetricsWatch,
-) -> Iterator[tuple[str, dict[str, Tensor], TensorSparsity | int]]:
-    """The name and parts of every tensor, with a target's counts or another weight's zeros.
+    patterns: Mapping[str, Pattern],
+) -> Iterator[_Stored]:
+    """Every tensor with its parts and counts.
 
     Other matrices of the blocks, which an earlier pruning may have left zeros in, are compressed
     where that is smaller. Empties the state dict.
     """
-    targets = _targets_by_weight(model, config)
-    blocks = {id(layer.parameter) for layer in block_layers(model)}
+    config = held.config
+    targets = targets_by_weight(model, config)
+    blocks = {id(layer.parameter): layer for layer in block_layers(model)}
     others = dict(model.named_parameters(remove_duplicate=False))
     dense = {}
     for name in list(state_dict):
-        tensor = _load_offloaded(model, name, state_dict.pop(name))
+        tensor = load_offloaded(model, name, state_dict.pop(name))
         watch.add(name, tensor)
-        parts = {"": tensor}
-        count: TensorSparsity | int = 0
+        stored = _Stored(name, {"": tensor})
         if name in targets:
-            parts, count = _compress(name, tensor, targets[name], config)
+            layer = targets[name]
+            parts, count = _compress(name, tensor, layer, config)
+            held.add(name, tensor.T if layer.transposed else tensor)
+            stored = _Stored(name, parts, (count,), True)
         elif name in others:
-            count = int((tensor == 0).sum())
-            if count and id(others[name]) in blocks and can_compress(tensor):
-                parts = compress(tensor)
+            zeros = int((tensor == 0).sum())
+            stored = replace(stored, other_zeros=zeros)
+            if (block := blocks.get(id(others[name]))) is not None:
+                weight = tensor.T if block.transposed else tensor
+                stored = replace(stored, counts=(count_other(name, weight, patterns),))
+                if zeros and can_compress(tensor):
+                    stored = replace(stored, parts=compress(tensor))
         if config.format == "dense":
             dense[name] = tensor
-            parts = {}
-        yield name, parts, count
+            stored = replace(stored, parts={})
+        yield stored
     # Other programs want the names of the original checkpoint.
     for name, tensor in revert_weight_conversion(model, dense).items() if dense else ():
-        yield name, {"": tensor}, 0
+        yield _Stored(name, {"": tensor})
 
 
-def _load_offloaded(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
-    """Read a weight that `device_map` left on the disk."""
-    return load_offloaded_parameter(model, name) if tensor.device.type == "meta" else tensor
-
-
-def _targets_by_weight(model: PreTrainedModel, config: SparsityConfig) -> dict[str, TargetLayer]:
-    """The target layers, under every name that their weights have in the state dict."""
-    layers = {id(layer.parameter): layer for layer in target_layers(model, config)}
-    return {
-        name: layers[id(parameter)]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if id(parameter) in layers
-    }
+def _filled(model: PreTrainedModel, config: SparsityConfig, held: Held) -> Filled | None:
+    """What a model has lost, where it was pruned or loaded with what it is now saved as."""
+    promised = promised_config(model)
+    if promised is None or with_sparsity(config, 0.0) != with_sparsity(promised, 0.0):
+        return None
+    lost = held.is_less_than(promised.sparsity)
+    return Filled(promised.sparsity, held.share) if lost else None
 
 
 def _compress(
@@ -356,13 +361,3 @@ def _compress(
             f'config=SparsityConfig("unstructured", sparsity={count.sparsity:.2f}).'
         )
     return parts, count
-
-
-def _warn_if_zeros_were_lost(config: SparsityConfig, measured: SparsityReport) -> None:
-    if measured.has_lost_zeros(config.sparsity):
-        warnings.warn(
-            f"the model is saved with sparsity {measured.sparsity:.4f}, but its config promises "
-            f"{config.sparsity:.4f}: training without a mask fills zeros. Prune it again to "
-            "restore them.",
-            stacklevel=4,
-        )

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
-from hf_sparse.checkpoint.card import base_model
 from hf_sparse.checkpoint.legacy_card import read_metrics, read_steps
 from hf_sparse.checkpoint.same_weights import (
     WeightsHash,
@@ -19,7 +19,12 @@ from hf_sparse.checkpoint.same_weights import (
     is_stored_in,
 )
 from hf_sparse.provenance.entry import ENTRY, to_dict
-from hf_sparse.provenance.record import provenance_of, read_entry, remember_
+from hf_sparse.provenance.record import (
+    provenance_of,
+    read_entry,
+    remember_,
+    with_teaching_told,
+)
 from hf_sparse.provenance.values import (
     CARD_DATA,
     LONGEST_LIST,
@@ -62,10 +67,10 @@ def described(
     Raises:
         ValueError: a key or a value that the card's metadata cannot have.
     """
-    known = provenance_of(model)
+    known = with_teaching_told(model)
     if report is not None and report.method:
         told = Step.of(report.method, report.options)
-        if not any(step.is_same_as(told) for step in known.steps):
+        if not any(step.is_told_by(told) for step in known.steps):
             pattern, sparsity = (getattr(report, name, None) for name in ("pattern", "sparsity"))
             known = known.after(replace(told, pattern=pattern, sparsity=sparsity))
     if base is None:
@@ -76,6 +81,18 @@ def described(
             {"tags": [*dict.fromkeys([*_texts(card.get("tags", ())), *tags])]}
         )
     return replace(known, base_model=line(base) or None, card=tuple(sorted(card.items())))
+
+
+def base_model(config: PreTrainedConfig) -> str:
+    """Hub name of the dense model that a model comes from; `""` if it is not known."""
+    recorded: str | None = getattr(config, "base_model", None)
+    if recorded is not None:
+        return recorded
+    if getattr(config, "sparsity_config", None) or getattr(config, ENTRY, None):
+        return ""  # it was loaded from a checkpoint of ours, whose name is no dense model's
+    name = config.name_or_path or ""
+    # A local folder tells nobody much.
+    return "" if Path(name).exists() or name.count("/") > 1 else name
 
 
 def checked_card_data(values: Mapping[str, Any]) -> dict[str, str | tuple[str, ...]]:

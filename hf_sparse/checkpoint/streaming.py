@@ -147,7 +147,7 @@ def prune_checkpoint(
     check_can_save(described, folder, config)
     model = _load(source, described, dtype)
     check_can_save(model, folder, config)
-    config = with_head_size(config, model)
+    given, config = config, with_head_size(config, model)
     layers = target_layers(model, config)
     _check_in_blocks(model, layers)
     inputs = checked_batches(batches, model, method)
@@ -179,7 +179,7 @@ def prune_checkpoint(
             (*residence.earlier_notes, *notes.lines(), *notes_on(model, config)),
         )
         data = Calibration.of(inputs, run["calibration"])
-        record_(model, Step.of(method, recipe.all_options, config, data))
+        record_(model, Step.of(method, recipe.all_options, given, data))
         saved = save_model(
             model,
             folder,
@@ -188,7 +188,10 @@ def prune_checkpoint(
             base_model=base_model,
             max_shard_size=_SHARD_SIZE,
         )
-    return report if saved is None else replace(report, other_zeros=saved.other_zeros)
+    if saved is None:
+        return report
+    notes_of_both = (*report.notes, *saved.notes)
+    return replace(report, other_zeros=saved.other_zeros, notes=notes_of_both)
 
 
 def check_run(

@@ -21,6 +21,7 @@ from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.checkpoint.can_save import check_can_write
 from hf_sparse.checkpoint.card import CARD_NAME, Card, write_card
 from hf_sparse.checkpoint.config_files import dense_class_name, dense_config
+from hf_sparse.checkpoint.overview import overview
 from hf_sparse.checkpoint.save import tensors_to_store
 from hf_sparse.checkpoint.source import described, known_metrics, write_entry
 from hf_sparse.checkpoint.writing import GRAPH_NAME, MANIFEST_NAME
@@ -71,6 +72,13 @@ class ExportReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {**asdict(self), "folder": str(self.folder)}
+
+    def __repr__(self) -> str:
+        return (
+            f"<ExportReport: {self.task} in {str(self.folder)!r}, {self.bytes / 1e6:.1f} MB, "
+            f"{sum(self.packing.formats.values())} weights packed, differs from torch by "
+            f"{self.difference.absolute:.1e}; print it for more>"
+        )
 
     def __str__(self) -> str:
         packing = self.packing
@@ -178,7 +186,8 @@ def export_onnx(
         known = replace(known, metrics=tuple(metrics), weights=None)
         write_entry(fresh, known)
         usage = _usage(head, quantize)
-        card = Card(model, config, measured, packing.formats, known, ("onnx",), usage)
+        found = overview(model, config, measured, known.steps)
+        card = Card(model, config, found, packing.formats, known, ("onnx",), usage)
         write_card(card, fresh / CARD_NAME, folder / CARD_NAME)
         size = sum(path.stat().st_size for path in fresh.glob(f"{GRAPH_NAME}*"))
     return ExportReport(folder, head.task, size, packing, difference, allowed)

@@ -25,8 +25,8 @@ class SparseConfigMixin:
             transformers looks for its loader.
         block_sizes: of a model that `hf_sparse.shrink` made smaller, the heads, heads of keys and
             neurons of each block; None if nothing was removed.
-        base_model: Hub name of the dense model, `""` if it is not known; None before the first
-            save, which takes it from `name_or_path`.
+        base_model: Hub name of the dense model; None if it is not known, or before the first
+            save, which takes it from `name_or_path`. Older files have `""` for not known.
     """
 
     # Called with the family of every config that is made: registers the model classes.
@@ -74,6 +74,8 @@ class SparseConfigMixin:
         values = json.loads(super().to_json_string(use_diff))  # type: ignore[misc]
         values["model_type"] = self.model_type
         values.pop("sparsity_config", None)
+        if not values.get("base_model"):
+            values.pop("base_model", None)
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.optim.parameters import sparse_groups
+from hf_sparse.provenance.optimizers import learning_rate, settings_of
 from hf_sparse.provenance.record import is_told, record_optimizer_
 from hf_sparse.provenance.values import Step
 
@@ -32,7 +33,7 @@ def note_shrinking_(optimizer: Optimizer, model: nn.Module, config: SparsityConf
     """Note that an optimizer shrinks weights, with the settings of the first step that does."""
 
     def step() -> Step | None:
-        options = shrinking(optimizer, "lam")
+        options = {**shrinking(optimizer, "lam"), "lr": learning_rate(sparse_groups(optimizer)[0])}
         return Step.of(type(optimizer).__name__, options, config) if options["lam"] else None
 
     _note_when_it_steps_(optimizer, model, step)
@@ -45,9 +46,7 @@ def fine_tuning(optimizer: Optimizer, **more: Any) -> Step:
         optimizer: the optimizer.
         **more: what else is known: `seed`, and options.
     """
-    group = optimizer.param_groups[0]
-    rate = group.get("initial_lr", group.get("lr"))
-    options = {"optimizer": type(optimizer).__name__, "lr": rate, **more}
+    options = {**settings_of(optimizer), **more}
     seed = options.pop("seed", None)
     return Step.of("fine-tuning with frozen zeros", options, seed=seed)
 

@@ -38,6 +38,15 @@ def pattern_of(optimizer: Optimizer) -> Pattern:
         ValueError: there is no sparse group, or they differ.
     """
     patterns = {group["pattern"] for group in sparse_groups(optimizer)}
+    if not patterns:
+        raise ValueError(
+            f"this {type(optimizer).__name__} has no param group that is to be sparse; wanted an "
+            "optimizer that knows which weights are. Give the Trainer "
+            "optimizer_cls_and_kwargs=hf_sparse.trainer_optimizer(config, lr=...), with "
+            f"optimizer_cls={type(optimizer).__name__} for this one; or in a loop make it from "
+            "hf_sparse.sparse_param_groups(model, config): SparseAdamW, or another one with "
+            "hf_sparse.add_shrinkage."
+        )
     if len(patterns) != 1:
         raise ValueError(
             f"the optimizer's sparse groups have the patterns {sorted(patterns)}; wanted one. Make "

@@ -19,6 +19,7 @@ from hf_sparse.optim.settings import check_settings
 from hf_sparse.optim.sharding import processes_of
 from hf_sparse.optim.shrinkage import attach, freeze_groups
 from hf_sparse.patterns import NM, Head
+from hf_sparse.provenance.optimizers import learning_rate
 from hf_sparse.provenance.record import record_optimizer_
 from hf_sparse.provenance.values import Step
 from hf_sparse.report import SparsityReport, measure_sparsity
@@ -230,6 +231,7 @@ class Sparsifier:
             **(shrinking(self.optimizer) if self._method_name == "proximal" else {}),
             "schedule": f"{shape} {begin} to {end}",
             "steps": self.steps,
+            "lr": learning_rate(sparse_groups(self.optimizer)[0]),
         }
 
     def report(self, model: nn.Module, seconds: float | None = None) -> SparsityReport:

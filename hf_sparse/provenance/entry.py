@@ -22,7 +22,9 @@ from hf_sparse.provenance.values import (
     Pairs,
     Provenance,
     Step,
+    Value,
     is_line,
+    is_number,
 )
 
 # The key of the entry in `config.json`.
@@ -156,8 +158,8 @@ def _list_of(read: Callable[[Any, str], Any]) -> Callable[[Any, str], tuple[Any,
 
 
 def _pairs(value: Any, name: str) -> Pairs:
-    read = [(_line(key, name), _text(item, name)) for key, item in _object(value, name).items()]
-    return tuple(sorted(read))
+    read = {_line(key, name): _value(item, name) for key, item in _object(value, name).items()}
+    return tuple(sorted(read.items(), key=lambda pair: pair[0]))
 
 
 def _card(values: Any, name: str) -> tuple[tuple[str, str | tuple[str, ...]], ...]:
@@ -176,9 +178,14 @@ def _line(value: Any, name: str) -> str:
     return value
 
 
-def _text(value: Any, name: str) -> str:
-    """A line that may be empty."""
-    return "" if value == "" else _line(value, name)
+def _value(value: Any, name: str) -> Value:
+    """A line that may be empty, a number, a truth value, or null."""
+    if value is None or value == "" or type(value) is bool or is_number(value):
+        plain: Value = value
+        return plain
+    if not isinstance(value, str):
+        raise _refused(name, value, "a text, a finite number, true, false or null")
+    return _line(value, name)
 
 
 def _integer(value: Any, name: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from hf_sparse.formats.error import FormatError
 from hf_sparse.provenance.entry import ENTRY, from_dict
-from hf_sparse.provenance.values import Provenance, Step, pairs
+from hf_sparse.provenance.optimizers import notice_optimizer_, optimizer_of
+from hf_sparse.provenance.values import Provenance, Step, Teaching, pairs
 
 # The attribute of a model that holds its Provenance.
 _PROVENANCE = "_hf_sparse_provenance"
@@ -73,29 +74,64 @@ def record_training_(model: nn.Module, step: Step, instead_of: Step | None = Non
         The step as it is recorded.
     """
     known = provenance_of(model)
-    taught = known.teaching or (() if instead_of is None else instead_of.distillation)
+    teaching = known.teaching
+    taught = () if instead_of is None else instead_of.distillation
+    if teaching is not None and not teaching.ended:
+        taught, teaching = teaching.settings, replace(teaching, told=True)
     step = replace(step, distillation=taught)
-    teaching = known.teaching if _has_teacher(model) else ()
     remember_(model, replace(known.after(step, instead_of), teaching=teaching))
     return step
 
 
+def record_merge_(model: nn.Module, steps: Iterable[Step]) -> None:
+    """Add the steps of merging adapters, with the teacher that they were trained by."""
+    known = provenance_of(model)
+    teaching = known.teaching
+    if teaching is None or not teaching.of_adapters:
+        for step in steps:
+            record_(model, step)
+        return
+    for step in steps:
+        known = known.after(replace(step, distillation=teaching.settings))
+    teaching = None if teaching.ended else Teaching(teaching.settings)
+    remember_(model, replace(known, teaching=teaching))
+
+
 def announce_teaching_(model: nn.Module, settings: Mapping[str, Any]) -> None:
     """Announce a teacher: the steps of training that are recorded from now on tell its settings."""
-    remember_(model, replace(provenance_of(model), teaching=pairs(settings)))
+    remember_(model, replace(provenance_of(model), teaching=Teaching(pairs(settings))))
+    notice_optimizer_(_inside(model))
+
+
+def note_taught_(model: nn.Module, has_adapters: Callable[[nn.Module], bool]) -> None:
+    """Note that a model is trained with the announced teacher; called in every forward pass."""
+    known = provenance_of(model)
+    if known.teaching is not None and not known.teaching.ran:
+        teaching = replace(known.teaching, ran=True, of_adapters=has_adapters(model))
+        remember_(model, replace(known, teaching=teaching))
 
 
 def end_teaching_(model: nn.Module) -> None:
-    """Forget the announced teacher, unless no step has told of it yet."""
-    known = provenance_of(model)
-    if any(step.distillation == known.teaching for step in known.steps):
-        remember_(model, replace(known, teaching=()))
+    """Tell of the announced teacher, if no step of training did, and forget it.
+
+    Adapters that were trained by it tell of it when they are merged.
+    """
+    known = with_teaching_told(model)
+    teaching = known.teaching
+    if teaching is not None:
+        pending = teaching.of_adapters and teaching.ran
+        teaching = replace(teaching, ended=True) if pending else None
+    remember_(model, replace(known, teaching=teaching))
 
 
-def _has_teacher(model: nn.Module) -> bool:
-    """Whether a `Distillation` is attached to a model."""
-    owners = (getattr(hook, "__self__", None) for hook in _inside(model)._forward_hooks.values())
-    return any(type(owner).__name__ == "Distillation" for owner in owners)
+def forget_teaching_(model: nn.Module) -> None:
+    """Forget the announced teacher: the caller tells of it."""
+    remember_(model, replace(provenance_of(model), teaching=None))
+
+
+def with_teaching_told(model: nn.Module) -> Provenance:
+    """What a model remembers, and of a teacher that no step of training tells of."""
+    return provenance_of(model).with_teaching_told(optimizer_of(_inside(model)))
 
 
 def watch_(model: nn.Module) -> None:

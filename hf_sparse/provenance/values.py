@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -20,7 +21,11 @@ LONGEST_LIST = 200
 # What can be given for the card's metadata.
 CARD_DATA = ("license", "license_name", "license_link", "language", "datasets", "tags")
 
-Pairs = tuple[tuple[str, str], ...]
+# What an option can be; a float is finite.
+Value = str | int | float | bool | None
+Pairs = tuple[tuple[str, Value], ...]
+# The method of the step that a save records when it finds fewer zeros than were promised.
+FILLED = "zeros were filled"
 
 
 @dataclass(frozen=True)
@@ -140,9 +145,30 @@ class Step:
             date=datetime.now(UTC).date().isoformat(),
         )
 
-    def is_same_as(self, other: Step) -> bool:
-        """Whether both tell of one method with the same options."""
-        return (self.method, self.options) == (other.method, other.options)
+    def is_told_by(self, other: Step) -> bool:
+        """Whether another step has this method and all of these options; older files have texts."""
+        theirs = {name: str(value) for name, value in other.options}
+        mine = {name: str(value) for name, value in self.options}
+        return self.method == other.method and mine.items() <= theirs.items()
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """A `Distillation` of a model, until its step is recorded.
+
+    Attributes:
+        settings: of the teacher.
+        ran: whether the model has been trained with it.
+        ended: whether it has been removed; then only the merge of those adapters tells of it.
+        told: whether a step tells of it.
+        of_adapters: it trained adapters, which change the model when they are merged.
+    """
+
+    settings: Pairs
+    ran: bool = False
+    told: bool = False
+    of_adapters: bool = False
+    ended: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +181,7 @@ class Provenance:
         metrics: measured with the weights whose hash is `weights`.
         weights: see `metrics`; None without any.
         card: what was given for the card's metadata, by the names of `CARD_DATA`.
-        teaching: settings of a `Distillation` that no step tells of yet; not stored.
+        teaching: of the `Distillation` that is attached; not stored.
     """
 
     steps: tuple[Step, ...] = ()
@@ -163,7 +189,7 @@ class Provenance:
     metrics: tuple[Metric, ...] = ()
     weights: str | None = None
     card: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
-    teaching: Pairs = field(default=(), compare=False)
+    teaching: Teaching | None = field(default=None, compare=False)
 
     def after(self, step: Step, instead_of: Step | None = None) -> Provenance:
         """With one more step, or with the last one replaced if it is `instead_of`.
@@ -176,6 +202,24 @@ class Provenance:
         if steps and self.metrics:
             steps = (*steps[:-1], replace(steps[-1], metrics=self.metrics))
         return replace(self, steps=(*steps, step), metrics=(), weights=None)
+
+    def with_filled_zeros(self, promised: float, found: float) -> Provenance:
+        """With the step that tells of lost zeros, told once; metrics stay those of the weights."""
+        step = Step.of(FILLED, {"promised": promised, "found": found})
+        steps = self.steps[:-1] if self.steps and self.steps[-1].method == FILLED else self.steps
+        return replace(self, steps=(*steps[-LONGEST_LIST + 1 :], step))
+
+    def with_teaching_told(self, optimizer: Pairs = ()) -> Provenance:
+        """With a step of training by a teacher, if there was one that no other step tells of.
+
+        Args:
+            optimizer: what is known of the one that trained.
+        """
+        teaching = self.teaching
+        if teaching is None or not teaching.ran or teaching.told or teaching.of_adapters:
+            return self
+        step = replace(Step.of("distillation", dict(optimizer)), distillation=teaching.settings)
+        return replace(self.after(step), teaching=replace(teaching, told=True))
 
 
 def is_line(text: str) -> bool:
@@ -191,9 +235,23 @@ def line(value: Any) -> str:
 
 
 def pairs(options: Mapping[str, Any]) -> Pairs:
-    """Options by name, as text."""
-    named = sorted((line(name), line(value)) for name, value in options.items())
-    return tuple(named[:LONGEST_LIST])
+    """Options by name: numbers, truth values and None as they are, all else as text."""
+    named = {line(name): _plain(value) for name, value in options.items()}
+    return tuple(sorted(named.items(), key=lambda pair: pair[0])[:LONGEST_LIST])
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a number that JSON has: finite, and a whole one of at most 64 bits."""
+    if type(value) is float:
+        return math.isfinite(value)
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def _plain(value: Any) -> Value:
+    if value is None or type(value) is bool or is_number(value):
+        plain: Value = value
+        return plain
+    return line(value)
 
 
 def _versions() -> Pairs:

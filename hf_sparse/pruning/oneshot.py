@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_sparse.arguments import check_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import GroupPattern
+from hf_sparse.promise import Held
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.pruning.calibration import checked_batches, fingerprint
@@ -118,15 +119,16 @@ def prune_(
         recipe.prune(task)
     if whole_units:  # what fed the heads or neurons that went goes too
         clear_unused_(model)
-    vars(model)[PRUNED_WITH] = config
+    held = Held.by(config, layers)
+    vars(model)[PRUNED_WITH] = held.promise
     data = Calibration.of(inputs, fingerprint(inputs)) if inputs else None
-    record_(model, Step.of(method, recipe.all_options, config, data))
+    record_(model, Step.of(method, recipe.all_options, given, data))
     return replace(
         measure_sparsity(model, config),
         method=method,
         options=recipe.all_options,
         seconds=time.perf_counter() - start,
-        notes=(*task.notes.lines(), *notes_on(model, config)),
+        notes=(*task.notes.lines(), *notes_on(model, config), *held.notes()),
     )
 
 

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from hf_sparse.arguments import check_model, check_path
-from hf_sparse.provenance.record import record_training_
+from hf_sparse.provenance.optimizers import notice_optimizer_, optimizer_of
+from hf_sparse.provenance.record import record_merge_
 from hf_sparse.provenance.values import Step
 from hf_sparse.recovery.adapter_checks import (
     adapted_layers,
@@ -98,6 +99,7 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
         check_mergeable(model, adapter_name)
         check_finite(model, adapter_name)
     model.peft_config[adapter_name].base_zeros = zeros_of(model, adapter_name)
+    notice_optimizer_(model.get_base_model())
     return model
 
 
@@ -186,6 +188,8 @@ def load_adapter(
                 f"{folder} was made for a model whose zeros are at other places (or on other layers). "
                 "Load it on the sparse model that it was trained on."
             )
+    if is_trainable:
+        notice_optimizer_(model.get_base_model())
     return model
 
 
@@ -213,9 +217,13 @@ def merge_adapters(model: Any, adapter_names: Sequence[str] | None = None) -> An
         )
     chosen = list(adapter_names or model.active_adapters)
     configs = {name: model.peft_config[name] for name in chosen if name in model.peft_config}
+    base = model.get_base_model()
+    told = {name: dict(optimizer_of(base, name)) for name in chosen}
     merged = merge_(model, chosen)
-    for name in chosen:
-        record_training_(merged, Step.of("merged adapter", _told(configs[name])))
+    record_merge_(
+        merged,
+        [Step.of("merged adapter", {**_told(configs[name]), **told[name]}) for name in chosen],
+    )
     return merged
 
 

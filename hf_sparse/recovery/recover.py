@@ -19,8 +19,8 @@ from transformers.utils.logging import tqdm
 
 from hf_sparse.arguments import check_gradients, check_model
 from hf_sparse.distillation import Distillation
-from hf_sparse.provenance.record import record_training_
-from hf_sparse.provenance.values import Calibration, Step
+from hf_sparse.provenance.record import forget_teaching_, record_, record_training_
+from hf_sparse.provenance.values import Calibration, Step, pairs
 from hf_sparse.pruning.calibration import checked_batches
 from hf_sparse.pruning.calibration import fingerprint as hash_of
 from hf_sparse.pruning.training import (
@@ -35,7 +35,7 @@ from hf_sparse.recovery.adapters import get_peft_model, import_peft, merge_
 from hf_sparse.recovery.frozen import FrozenMask
 from hf_sparse.recovery.zeros import fingerprint, is_sparse, sparse_layers
 from hf_sparse.report import SparsityReport, measure_sparsity
-from hf_sparse.structure import has_adapters, promised_config
+from hf_sparse.structure import TargetLayer, has_adapters, promised_config
 from hf_sparse.suggestions import check_name
 
 _WARM_UP = 0.1
@@ -93,7 +93,8 @@ def recover_(
         epochs: passes over the batches.
         accumulate: batches in an optimizer step.
         lr: peak learning rate; None: the method's.
-        r: rank of LoRA, or ShiRA's measure; None: the method's.
+        r: rank of LoRA, or ShiRA's measure; None: the method's, and for ShiRA no more than every
+            layer has kept weights for.
         logits: the teacher's share of the loss.
         seed: of the order of the batches and the start of adapters.
 
@@ -133,11 +134,15 @@ def recover_(
     torch.manual_seed(seed)
     trained = model
     if recovery.r is not None:
+        if method == "shira" and r is None:
+            recovery = replace(recovery, r=_shira_rank(recovery.r, layers))
+        assert recovery.r is not None
         trained = get_peft_model(model, _adapter(method, recovery.r, layers, seed))
     done = False
     try:
         if distillation is not None:
             distillation.attach(model)
+            forget_teaching_(model)  # the step below tells of it
         everything = nullcontext() if recovery.r else trainable(model, list(model.parameters()))
         with everything:
             losses = fit(
@@ -173,8 +178,11 @@ def recover_(
         notes=(f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end",),
     )
     data = Calibration.of(given, hash_of(given))
-    step = Step.of(f"recovery by {method}", report.options, calibration=data, seed=seed)
-    record_training_(model, step)
+    step = Step.of(f"recovery by {method}", options, calibration=data, seed=seed)
+    if distillation is None:
+        record_training_(model, step)
+    else:
+        record_(model, replace(step, distillation=pairs(distillation.settings)))
     return report
 
 
@@ -196,6 +204,14 @@ def _checked(
     if lr is not None and not 0 < lr < math.inf:
         raise ValueError(f"lr is {lr!r}; wanted a number > 0.")
     return replace(recovery, lr=lr or recovery.lr, r=r or recovery.r)
+
+
+def _shira_rank(r: int, layers: list[TargetLayer]) -> int:
+    """The default rank, or the largest that the smallest of the layers has weights for."""
+    from hf_sparse.recovery.shira import largest_rank
+
+    most, _ = largest_rank((layer.name, layer.parameter.detach()) for layer in layers)
+    return max(1, min(r, most))
 
 
 def _adapter(method: str, r: int, layers: list[Any], seed: int) -> Any:

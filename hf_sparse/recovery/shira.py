@@ -8,6 +8,7 @@ places among all weights; here they are drawn among the nonzero ones.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from peft.tuners.shira.mask_functions import random_mask
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from hf_sparse.structure import is_conv1d
+from hf_sparse.structure import block_layers, is_conv1d
 
 
 @dataclass
@@ -67,7 +68,8 @@ def on_kept_weights(config: ShiraConfig, model: nn.Module) -> KeptShiraConfig:
 
     def mask_fn(base_layer: Any, r: int, **kwargs: Any) -> Tensor:
         name = names.get(id(base_layer), type(base_layer).__name__)
-        return draw(name, base_layer.weight.detach(), r, generator)
+        _check_rank(name, base_layer.weight.detach(), r, model)
+        return draw(base_layer.weight.detach(), r, generator)
 
     values = {name: getattr(config, name) for name in ShiraConfig.__dataclass_fields__}
     kept = KeptShiraConfig(**copy.deepcopy(values))
@@ -75,24 +77,43 @@ def on_kept_weights(config: ShiraConfig, model: nn.Module) -> KeptShiraConfig:
     return kept
 
 
-def draw(name: str, weight: Tensor, r: int, generator: torch.Generator) -> Tensor:
-    """Mark `r * (in + out)` weights, nonzero ones.
+def largest_rank(weights: Iterable[tuple[str, Tensor]]) -> tuple[int, str]:
+    """The largest `r` for which every layer has enough nonzero weights, and the layer that bounds it.
+
+    Args:
+        weights: names and weights `(out_features, in_features)`; at least one.
+    """
+    return min(
+        (int(torch.count_nonzero(weight)) // sum(weight.shape), name) for name, weight in weights
+    )
+
+
+def _check_rank(name: str, weight: Tensor, r: int, model: nn.Module) -> None:
+    """Refuse a rank that asks for more weights than a layer keeps."""
+    most, _ = largest_rank([(name, weight)])
+    if r <= most:
+        return
+    rows, columns = weight.shape
+    in_blocks = [(layer.name, layer.parameter.detach()) for layer in block_layers(model)]
+    all_fit, bound = largest_rank([(name, weight), *in_blocks])
+    way = f" r={all_fit} fits every layer of the blocks (the least room is in {bound})."
+    raise ValueError(
+        f"{name} ({rows} x {columns}) has {int(torch.count_nonzero(weight))} weights that can be "
+        f"trained; r={r} asks ShiRA for r * (in + out) = {r * (rows + columns)}. Wanted r <= {most} "
+        f"for this layer, or leave it out.{way if all_fit else ''}"
+    )
+
+
+def draw(weight: Tensor, r: int, generator: torch.Generator) -> Tensor:
+    """Mark `r * (in + out)` weights, nonzero ones, of which there are as many.
 
     Returns:
         1 where a weight is to be trained, of the weight's shape and type.
-
-    Raises:
-        ValueError: the layer keeps fewer.
     """
     rows, columns = weight.shape
     wanted = r * (rows + columns)
     places = weight.reshape(-1).nonzero()[:, 0] if bool((weight == 0).any()) else None
     available = weight.numel() if places is None else len(places)
-    if wanted > available:
-        raise ValueError(
-            f"{name} ({rows} x {columns}) has {available} weights that can be trained; r={r} asks for "
-            f"{wanted}. Wanted r <= {available // (rows + columns)}, or leave the layer out."
-        )
     drawn = torch.randperm(available, generator=generator)[:wanted].to(weight.device)
     mask = torch.zeros_like(weight).view(-1)
     mask[drawn if places is None else places[drawn]] = 1

@@ -68,6 +68,18 @@ class Explanation:
     reason: str | None
     torch_layers: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        measured = sum(layer.measured for layer in self.layers)
+        whole = (
+            "the blocks compiled as a whole" if self.reason is None else "single layers compiled"
+        )
+        tokens = f"{self.tokens} {'token' if self.tokens == 1 else 'tokens'}"
+        return (
+            f"<Explanation: {len(self.layers)} weights, {whole}, {measured:.0f} us measured for "
+            f"{tokens} on {self.threads} {'thread' if self.threads == 1 else 'threads'}, target "
+            f"{self.target}; print it for a row each>"
+        )
+
     def __str__(self) -> str:
         head = ("layer", "shape", "pattern", "kernel", "zeros", "MB", "predicted us", "measured us")
         rows = [

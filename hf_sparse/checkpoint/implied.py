@@ -1,0 +1,153 @@
+"""The config that a model is saved with when none is given: what it promised, as far as it holds."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.integrations.accelerate import load_offloaded_parameter
+
+from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.promise import Held
+from hf_sparse.recovery.zeros import SPARSE_FROM
+from hf_sparse.report import TensorSparsity, count_zeros
+from hf_sparse.structure import (
+    TargetLayer,
+    block_layers,
+    promised_config,
+    target_layers,
+    with_head_size,
+)
+from hf_sparse.units import shrunk_sizes
+
+_FILLED = "training without a mask fills zeros"
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Zeros that were promised and are no longer there: both sparsities."""
+
+    promised: float
+    found: float
+
+
+def implied_config(
+    model: PreTrainedModel, stored: Mapping[str, Tensor]
+) -> tuple[SparsityConfig, Filled | None]:
+    """What the model was pruned or loaded with, as far as it still holds; else what is measured.
+
+    A model without zeros is dense, whatever it was: it is to load with transformers alone.
+
+    Args:
+        model: the model that is saved.
+        stored: its weights by name, without tied ones.
+
+    Returns:
+        The config, and what was lost of the promise; a warning tells of that too.
+    """
+    promised = promised_config(model)
+    targets, ignore = (None, None) if promised is None else (promised.targets, promised.ignore)
+    asked = SparsityConfig("unstructured", 0.0, targets, ignore) if promised is None else promised
+    asked = with_head_size(asked, model)
+    held, counts = _count(model, stored, asked)
+    weights = sum(count.numel for count in counts)
+    sparsity = min(sum(count.zeros for count in counts) / max(weights, 1), 0.999999)
+    dense = not any(map(is_sparse, counts)) and not _others_are_sparse(model, stored, asked)
+    broken = sum(count.violations for count in counts)
+    lost = broken > 0 or held.lacks
+    if dense and (lost or not asked.sparsity) and shrunk_sizes(model) is None:
+        config = SparsityConfig("unstructured", 0.0, targets, ignore, "dense")
+    elif promised is None:
+        return SparsityConfig("unstructured", sparsity, targets, ignore), None
+    elif not lost:
+        return held.promise, None
+    elif broken or not held.share:
+        kept = asked.format in ("nm", "block")  # of a pattern that is no longer there
+        format = "auto" if kept else asked.format
+        config = SparsityConfig("unstructured", sparsity, targets, ignore, format)
+    else:
+        config = held.promise
+    if not lost:
+        return config, None
+    _warn(asked, config, broken, sparsity)
+    return config, Filled(asked.sparsity, round(sparsity, 4))
+
+
+def _warn(asked: SparsityConfig, config: SparsityConfig, broken: int, found: float) -> None:
+    how = (
+        "as a dense model"
+        if config.format == "dense" and not config.sparsity
+        else f"as '{config.pattern}', with sparsity {config.sparsity:.4f}"
+    )
+    groups = f"{broken} groups have more nonzeros now" if broken else f"{found:.4f} is left"
+    warnings.warn(
+        f"the model was {asked.pattern} with sparsity {asked.sparsity:.4f}, but {groups}: {_FILLED}. "
+        f"It is saved {how}, and its card tells. Prune it again to restore the zeros; recover_, "
+        "KeepZeros and get_peft_model train without losing them.",
+        stacklevel=5,
+    )
+
+
+def warn_of_less(asked: SparsityConfig, held: Held) -> None:
+    """Warn that a given config asks for more zeros than the model has."""
+    warnings.warn(
+        f"the given config promises {asked.sparsity:.4f}, but the model is saved with sparsity "
+        f"{held.share:.4f}, which is what config.json promises: the model was not pruned to it, or "
+        f"{_FILLED}. Prune it to the config, again, before it is saved.",
+        stacklevel=4,
+    )
+
+
+def _count(
+    model: PreTrainedModel, stored: Mapping[str, Tensor], asked: SparsityConfig
+) -> tuple[Held, list[TensorSparsity]]:
+    """Count the targets of a config."""
+    layers = targets_by_weight(model, asked)
+    held, counts = Held(asked), []
+    for name in layers.keys() & stored.keys():
+        weight = load_offloaded(model, name, stored[name])
+        weight = weight.T if layers[name].transposed else weight
+        counts.append(count_zeros(name, weight, asked.pattern))
+        held.add(name, weight)
+    return held, counts
+
+
+def _others_are_sparse(
+    model: PreTrainedModel, stored: Mapping[str, Tensor], asked: SparsityConfig
+) -> bool:
+    """Whether layers of the blocks have zeros that are no targets."""
+    targets = targets_by_weight(model, asked)
+    blocks = {id(layer.parameter) for layer in block_layers(model)}
+    names = (
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in blocks and name not in targets and name in stored
+    )
+    for name in names:
+        weight = load_offloaded(model, name, stored[name])
+        if int((weight == 0).sum()) >= SPARSE_FROM * max(weight.numel(), 1):
+            return True
+    return False
+
+
+def is_sparse(count: TensorSparsity) -> bool:
+    """Whether a weight has more zeros than chance makes."""
+    return count.sparsity >= SPARSE_FROM
+
+
+def load_offloaded(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
+    """Read a weight that `device_map` left on the disk."""
+    return load_offloaded_parameter(model, name) if tensor.device.type == "meta" else tensor
+
+
+def targets_by_weight(model: PreTrainedModel, config: SparsityConfig) -> dict[str, TargetLayer]:
+    """The target layers, under every name that their weights have in the state dict."""
+    layers = {id(layer.parameter): layer for layer in target_layers(model, config)}
+    return {
+        name: layers[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in layers
+    }

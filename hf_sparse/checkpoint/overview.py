@@ -1,0 +1,112 @@
+"""The zeros of a whole model, for the head of its card: those of earlier prunings too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_sparse.checkpoint.implied import is_sparse
+from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.patterns import NM, Pattern, Unstructured
+from hf_sparse.provenance.values import Step
+from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
+from hf_sparse.structure import block_layers, target_layers, with_head_size
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What a model has of zeros.
+
+    Attributes:
+        targets: exact counts of the config's targets, and the zeros of all else.
+        others: of the other matrices in the blocks.
+        patterns: of the weights that have zeros.
+    """
+
+    targets: SparsityReport
+    others: tuple[TensorSparsity, ...]
+    patterns: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        targets: SparsityReport,
+        others: Sequence[TensorSparsity],
+        patterns: Mapping[str, Pattern],
+    ) -> Overview:
+        """Find the patterns that are held.
+
+        Args:
+            targets, others: as the attributes. Violations are those of the patterns of the weights.
+            patterns: what the weights were pruned to, by name.
+        """
+        anything = Unstructured()
+        found = {
+            str(anything if count.violations else patterns.get(count.name, anything))
+            for count in (*targets.tensors, *others)
+            if is_sparse(count)
+        }
+        return cls(targets, tuple(others), tuple(sorted(found)))
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether any weight has more zeros than chance makes."""
+        return bool(self.patterns)
+
+    @property
+    def has_other_zeros(self) -> bool:
+        """Whether the targets are not all that is sparse."""
+        return any(map(is_sparse, self.others))
+
+    @property
+    def zeros(self) -> int:
+        """Zeros in the targets, and in the other matrices of the blocks."""
+        return self.targets.zeros + sum(count.zeros for count in self.others)
+
+    @property
+    def numel(self) -> int:
+        """Weights in both."""
+        return self.targets.numel + sum(count.numel for count in self.others)
+
+
+def overview(
+    model: Any, config: SparsityConfig, targets: SparsityReport, steps: Sequence[Step]
+) -> Overview:
+    """Count the matrices of the blocks that are no targets of a config."""
+    patterns = patterns_by_weight(model, config, steps)
+    counted = {count.name for count in targets.tensors}
+    others = [
+        count_other(layer.weight_name, layer.weight, patterns)
+        for layer in block_layers(model)
+        if layer.weight_name not in counted
+    ]
+    return Overview.of(targets, others, patterns)
+
+
+def count_other(name: str, weight: Any, patterns: Mapping[str, Pattern]) -> TensorSparsity:
+    """Count a weight `(out_features, in_features)` that is no target, and what breaks its N:M."""
+    pattern = patterns.get(name)
+    return count_zeros(name, weight, pattern if isinstance(pattern, NM) else Unstructured())
+
+
+def patterns_by_weight(
+    model: Any, config: SparsityConfig, steps: Sequence[Step]
+) -> dict[str, Pattern]:
+    """What the layers of a model were pruned to: by the last step that names them, and the config."""
+    found: dict[str, Pattern] = {}
+    for step in steps:
+        if step.pattern is None:
+            continue
+        try:
+            asked = SparsityConfig(step.pattern, step.sparsity, step.targets, step.ignore)
+            whole = with_head_size(asked, model)
+            layers = target_layers(model, whole)
+        except ValueError:  # of layers that are gone, or written by hand: what is measured is told
+            continue
+        if whole.targets != asked.targets:  # heads and neurons go from other layers too
+            for layer in block_layers(model):
+                found.setdefault(layer.weight_name, whole.pattern)
+        found.update({layer.weight_name: whole.pattern for layer in layers})
+    found.update({layer.weight_name: config.pattern for layer in target_layers(model, config)})
+    return found
