@@ -30,8 +30,8 @@ from hf_sparse.checkpoint.writing import (
     is_weight_file,
 )
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
-from hf_sparse.formats import can_compress, compress, format_of, num_nonzeros
-from hf_sparse.patterns import NM, Pattern, Unstructured
+from hf_sparse.formats import FORMATS, can_compress, compress, format_of, num_nonzeros
+from hf_sparse.patterns import Pattern, Unstructured
 from hf_sparse.provenance.record import remember_
 from hf_sparse.provenance.values import Metric
 from hf_sparse.recovery.adapter_checks import is_peft_model
@@ -232,7 +232,7 @@ def is_saving_process(is_main_process: bool) -> bool:
 def _implied_config(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> SparsityConfig:
     """What the model was pruned or loaded with, as far as it still holds; else what is measured."""
     promised = promised_config(model)
-    if promised is not None and not isinstance(promised.pattern, NM):
+    if promised is not None and promised.pattern.implied_sparsity is None:
         return promised
     targets, ignore = (None, None) if promised is None else (promised.targets, promised.ignore)
     pattern: Pattern = Unstructured() if promised is None else promised.pattern
@@ -249,7 +249,7 @@ def _implied_config(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> Spa
         return promised
     format = "auto"
     if promised is not None:
-        format = "auto" if promised.format == "nm" else promised.format
+        format = promised.format if FORMATS[promised.format].fits(Unstructured()) else "auto"
         warnings.warn(
             f"the model was {promised.pattern}, but {found.violations} groups have more nonzeros now: "
             "training without a mask fills zeros. It is saved as 'unstructured', with sparsity "
@@ -344,15 +344,15 @@ def _compress(
         parts = compress(tensor, config.format, pattern, transposed=layer.transposed)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    if not isinstance(pattern, NM) or "nm" in parts:
+    if pattern.implied_sparsity is None or FORMATS[format_of(parts)].proves(pattern):
         return parts, TensorSparsity(
             name, (weight.shape[0], weight.shape[1]), tensor.numel() - num_nonzeros(parts), 0
         )
     count = count_zeros(name, weight, pattern)
     if count.violations:
         raise ValueError(
-            f"{name}: {count.violations} groups have more than {pattern.n} nonzeros in {pattern.m}, "
-            f"but the config promises pattern '{pattern}'. Prune the model to it again, or save with "
+            f"{name}: {count.violations} groups {pattern.violation}, but the config promises pattern "
+            f"'{pattern}'. Prune the model to it again, or save with "
             f'config=SparsityConfig("unstructured", sparsity={count.sparsity:.2f}).'
         )
     return parts, count
