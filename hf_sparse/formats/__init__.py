@@ -18,6 +18,7 @@ from hf_sparse.formats import bits
 from hf_sparse.formats.error import FormatError, locate
 from hf_sparse.formats.format import LAYOUT, Format, Weight, num_bytes
 from hf_sparse.formats.names import format_of, group_parts, join, split_name
+from hf_sparse.formats.smallest import smallest_of
 from hf_sparse.formats.table import COMPANIONS, FORMATS
 from hf_sparse.patterns import Pattern, Unstructured
 
@@ -26,6 +27,7 @@ __all__ = [
     "FORMATS",
     "Format",
     "FormatError",
+    "Weight",
     "can_compress",
     "compress",
     "decompress",
@@ -36,6 +38,7 @@ __all__ = [
     "num_bytes",
     "num_nonzeros",
     "read_layout",
+    "smallest_of",
     "split_name",
 ]
 
