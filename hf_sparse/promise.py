@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.patterns import NM
-from hf_sparse.selection import count_zero_units
 from hf_sparse.structure import TargetLayer, check_divides
 
 # A promise that is nearer to what is held than this is as good as kept.
@@ -48,11 +46,12 @@ class Held:
         Raises:
             ValueError: the pattern cannot divide the weight; the message names it.
         """
-        if isinstance(self.config.pattern, NM):
+        if self.config.pattern.implied_sparsity is not None:
             return
         check_divides(self.config.pattern, name, *weight.shape)
-        zero, units = count_zero_units(weight, self.config.pattern)
-        self.zero += zero
+        zero = self.config.pattern.units((weight != 0).float()) == 0
+        units = zero.numel()
+        self.zero += int(zero.sum())
         self.units += units
         self.least += math.floor(self.config.sparsity * units)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from hf_sparse.patterns import NM, GroupPattern, Pattern, Unstructured
+from hf_sparse.patterns import Pattern
 
 
 class Processes:
@@ -26,46 +26,6 @@ class Processes:
 
 
 ALONE = Processes()
-
-
-def unit_scores(scores: Tensor, pattern: Pattern) -> Tensor:
-    """The score of each unit.
-
-    Args:
-        scores: importance of each weight, `>= 0`, `(out_features, in_features)`.
-        pattern: the pattern.
-
-    Returns:
-        fp32. Unstructured: the scores. Groups: mean of the squared scores, `(out / R, in / C)`.
-        N:M: sum of the squared scores of the weights that the group would lose, `(groups,)`.
-    """
-    if isinstance(pattern, GroupPattern):
-        height, width = pattern.group_shape(*scores.shape)
-        return pattern.unit_scores(scores) / (height * width)
-    if isinstance(pattern, NM):
-        squares = pattern.groups(scores.float()).square()
-        return (squares * pattern.surplus(scores)).sum(dim=1)
-    return scores.float()
-
-
-def count_zero_units(weight: Tensor, pattern: Pattern) -> tuple[int, int]:
-    """The units of a weight `(out_features, in_features)` that are zero, and all of them.
-
-    An N:M group is zero when it follows the pattern.
-    """
-    if isinstance(pattern, Unstructured):
-        return int((weight == 0).sum()), weight.numel()
-    zero = unit_scores((weight != 0).float(), pattern) == 0
-    return int(zero.sum()), zero.numel()
-
-
-def unit_weights(pruned: Tensor, scores: Tensor, pattern: Pattern) -> Tensor:
-    """The weights that go with pruned units: boolean, of the shape of `scores`."""
-    if isinstance(pattern, GroupPattern):
-        return pattern.spread(pruned, scores.shape)
-    if isinstance(pattern, NM):
-        return (pattern.surplus(scores) & pruned[:, None]).view(scores.shape)
-    return pruned
 
 
 def global_masks(
@@ -92,7 +52,7 @@ def global_masks(
     """
 
     def parts() -> Iterator[Tensor]:
-        return (unit_scores(part, pattern) for part in scores())
+        return (pattern.units(part) for part in scores())
 
     units, damaged = 0, 0
     for part in parts():
@@ -110,12 +70,12 @@ def global_masks(
     if processes.size > 1:
         ties -= _ties_before(parts, threshold, processes)
     for part in scores():
-        values = unit_scores(part, pattern)
+        values = pattern.units(part)
         tied = (values == threshold).reshape(-1)
         chosen = tied & (tied.cumsum(0) <= ties)
         ties -= int(chosen.sum())
         pruned = (values < threshold) | chosen.view(values.shape)
-        yield unit_weights(pruned, part, pattern)
+        yield pattern.expand(pruned, part)
 
 
 def kth_smallest(

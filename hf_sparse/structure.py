@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_sparse.configuration_sparse import SparsityConfig, check_config, matches
 from hf_sparse.models.parts import PARTS, full_size, head_size, parts_of, sizes_in
-from hf_sparse.patterns import Column, Head, Pattern, Row
+from hf_sparse.patterns import Head, Pattern
 
 # The attribute of a model that remembers the SparsityConfig of the last `prune_`.
 PRUNED_WITH = "_hf_sparse_pruned_with"
@@ -226,7 +226,7 @@ def with_head_size(config: SparsityConfig, model: nn.Module) -> SparsityConfig:
     """
     check_config(config)
     pattern = config.pattern
-    if not isinstance(pattern, Head | Row | Column):
+    if pattern.unit_layer is None:
         return config
     if config.targets is None:
         if isinstance(pattern, Head) and pattern.head_dim is not None and not pattern.inputs:
@@ -242,15 +242,14 @@ def with_head_size(config: SparsityConfig, model: nn.Module) -> SparsityConfig:
                 f"neurons are is known of {', '.join(PARTS)}. Name the layers, such as "
                 "targets=['down_proj'] for 'column'."
             )
-        path = parts.up if isinstance(pattern, Row) else parts.down
+        path = getattr(parts, pattern.unit_layer)
         if isinstance(pattern, Head):
-            path = parts.out
             pattern = Head(pattern.head_dim or head_size(described) * _queries(described), True)
         # The number before the path keeps out what ends alike inside the block.
         return SparsityConfig(
             pattern, config.sparsity, [f"*[0-9].{path}"], config.ignore, config.format
         )
-    if not isinstance(pattern, Head) or pattern.head_dim is not None:
+    if pattern.is_sized:
         return config
     described = getattr(model, "config", None)
     try:

@@ -168,7 +168,7 @@ def test_the_choices_are_those_of_the_package() -> None:
         assert told.nm_only == method.nm_only
     assert asdict(Composition()) == choices.COMPOSITION
     assert {name: recovery.summary for name, recovery in RECOVERIES.items()} == choices.RECOVERIES
-    assert choices.FORMATS == FORMATS
+    assert {name: row.summary for name, row in FORMATS.items()} == choices.FORMATS
     ours = (choices.SCOPES, choices.ALLOCATIONS, choices.REFINEMENTS, choices.QUANTIZATIONS)
     assert ours == (SCOPES, ALLOCATIONS, REFINEMENTS, QUANTIZATIONS)
     [parsers] = [

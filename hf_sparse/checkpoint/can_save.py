@@ -15,7 +15,6 @@ from hf_sparse.checkpoint.writing import check_folder
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import compress
 from hf_sparse.models.families import FAMILIES, base_type
-from hf_sparse.patterns import NM, GroupPattern
 from hf_sparse.structure import check_divides, promised_config, target_layers, with_head_size
 from hf_sparse.units import shrunk_sizes
 
@@ -123,9 +122,5 @@ def _check_pattern(model: nn.Module, config: SparsityConfig) -> None:
     pattern = config.pattern
     for layer in target_layers(model, config):
         check_divides(pattern, layer.weight_name, *layer.weight.shape)
-    smallest = (1, pattern.m) if isinstance(pattern, NM) else (1, 1)
-    if isinstance(pattern, GroupPattern):
-        smallest = pattern.group_shape(1, 1)
-    compress(
-        torch.zeros(smallest), config.format, pattern
-    )  # tells if the format has no such pattern
+    group = torch.zeros(pattern.group_shape(1, 1))
+    compress(group, config.format, pattern)  # tells if the format has no such pattern

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.formats import FORMATS
+from hf_sparse.patterns import Unstructured
 from hf_sparse.promise import Held
 from hf_sparse.recovery.zeros import SPARSE_FROM
 from hf_sparse.report import TensorSparsity, count_zeros
@@ -65,8 +67,8 @@ def implied_config(
     elif not lost:
         return held.promise, None
     elif broken or not held.share:
-        kept = asked.format in ("nm", "block")  # of a pattern that is no longer there
-        format = "auto" if kept else asked.format
+        holds_any = FORMATS[asked.format].fits(Unstructured())
+        format = asked.format if holds_any else "auto"
         config = SparsityConfig("unstructured", sparsity, targets, ignore, format)
     else:
         config = held.promise

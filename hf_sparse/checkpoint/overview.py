@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_sparse.checkpoint.implied import is_sparse
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.patterns import NM, Pattern, Unstructured
+from hf_sparse.patterns import Pattern, Unstructured
 from hf_sparse.provenance.values import Step
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.structure import block_layers, target_layers, with_head_size
@@ -86,8 +86,9 @@ def overview(
 
 def count_other(name: str, weight: Any, patterns: Mapping[str, Pattern]) -> TensorSparsity:
     """Count a weight `(out_features, in_features)` that is no target, and what breaks its N:M."""
-    pattern = patterns.get(name)
-    return count_zeros(name, weight, pattern if isinstance(pattern, NM) else Unstructured())
+    pattern = patterns.get(name, Unstructured())
+    promises = pattern.implied_sparsity is not None
+    return count_zeros(name, weight, pattern if promises else Unstructured())
 
 
 def patterns_by_weight(

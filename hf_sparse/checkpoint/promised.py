@@ -23,7 +23,7 @@ from huggingface_hub.errors import StrictDataclassError
 from hf_sparse.checkpoint.index import read_index, read_object
 from hf_sparse.checkpoint.reading import StoredTensor, open_file, read_headers
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.formats import FormatError, join, locate, parse_layout
+from hf_sparse.formats import FORMATS, FormatError, join, locate
 from hf_sparse.models.configuration import CONFIGS
 from hf_sparse.models.families import base_type
 from hf_sparse.models.parts import PARTS, sizes_in
@@ -222,7 +222,7 @@ def check_shapes(
                 if tensor.compressed:
                     layout = reader.get_tensor(join(tensor.name, "layout"))
                     with locate(tensor.place):
-                        rows, columns, flipped, _ = parse_layout(tensor.format, layout)
+                        rows, columns, flipped, _ = FORMATS[tensor.format].read_layout(layout)
                     shape = (columns, rows) if flipped else (rows, columns)
                 if shape != shapes[name]:
                     raise FormatError(
@@ -231,7 +231,7 @@ def check_shapes(
                         "shrunk model's blocks: config and weights are of different checkpoints."
                     )
                 wanted = (transposed or {}).get(name, flipped)
-                if tensor.format in ("nm", "block") and flipped != wanted:
+                if FORMATS[tensor.format].structured and flipped != wanted:
                     raise FormatError(
                         f"{tensor.place}: the layout has transposed={int(bool(flipped))}, its layer "
                         f"wants {int(bool(wanted))}: '{tensor.format}' is stored as (out_features, "

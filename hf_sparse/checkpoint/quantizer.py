@@ -25,9 +25,17 @@ from hf_sparse.checkpoint.promised import QUANT_METHOD, check_shapes, promised_b
 from hf_sparse.checkpoint.reading import StoredTensor, is_target, read_headers, watch
 from hf_sparse.checkpoint.source import remember_source_
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.formats import COMPANIONS, FormatError, decompress, join, locate, read_layout
+from hf_sparse.formats import (
+    COMPANIONS,
+    FORMATS,
+    FormatError,
+    decompress,
+    join,
+    locate,
+    read_layout,
+)
 from hf_sparse.models.parts import parts_of
-from hf_sparse.patterns import NM
+from hf_sparse.patterns import Pattern
 from hf_sparse.structure import is_conv1d
 
 if TYPE_CHECKING:
@@ -126,7 +134,7 @@ class SparseHfQuantizer(HfQuantizer):
         local = name.removeprefix(f"{model.base_model_prefix}.")
         stored = self._stored.get(name) or self._stored.get(local)
         config = self.quantization_config.sparsity
-        pattern, follows = config.pattern, False
+        pattern, follows = config.pattern, config.pattern.implied_sparsity is None
         conv1d = is_conv1d(model.get_submodule(name.rpartition(".")[0]))
         with locate(stored.place if stored else f"tensor {name}"):
             if list(parts) == [""]:
@@ -141,9 +149,9 @@ class SparseHfQuantizer(HfQuantizer):
                     )
                 weight = decompress(parts)
                 promised = is_target(stored.name if stored else name, True, config)
-                if isinstance(pattern, NM) and form == "nm" and transposed == conv1d:
-                    follows = parameters == (pattern.n, pattern.m)
-            if isinstance(pattern, NM) and promised and not follows:
+                if FORMATS[form].proves(pattern) and transposed == conv1d:
+                    follows = parameters == pattern.parameters(rows, columns)
+            if promised and not follows:
                 _check_promise(weight.T if conv1d else weight, pattern)
         return weight
 
@@ -190,7 +198,7 @@ def _check_blocks(model: PreTrainedModel, stored: Sequence[StoredTensor]) -> Non
             )
 
 
-def _check_promise(weight: Tensor, pattern: NM) -> None:
+def _check_promise(weight: Tensor, pattern: Pattern) -> None:
     """Raise a FormatError if a weight `(out_features, in_features)` breaks the promised pattern."""
     try:
         broken = pattern.violations(weight)
@@ -198,8 +206,7 @@ def _check_promise(weight: Tensor, pattern: NM) -> None:
         raise FormatError(str(error)) from error
     if broken:
         raise FormatError(
-            f"{broken} groups have more than {pattern.n} nonzeros in {pattern.m}, but config.json "
-            f"promises pattern '{pattern}'"
+            f"{broken} groups {pattern.violation}, but config.json promises pattern '{pattern}'"
         )
 
 

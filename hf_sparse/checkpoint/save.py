@@ -37,8 +37,8 @@ from hf_sparse.checkpoint.writing import (
     is_weight_file,
 )
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
-from hf_sparse.formats import can_compress, compress, format_of, num_nonzeros
-from hf_sparse.patterns import NM, Pattern
+from hf_sparse.formats import FORMATS, can_compress, compress, format_of, num_nonzeros
+from hf_sparse.patterns import Pattern
 from hf_sparse.promise import Held, with_sparsity
 from hf_sparse.provenance.record import remember_
 from hf_sparse.provenance.values import Metric
@@ -349,15 +349,15 @@ def _compress(
         parts = compress(tensor, config.format, pattern, transposed=layer.transposed)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    if not isinstance(pattern, NM) or "nm" in parts:
+    if pattern.implied_sparsity is None or FORMATS[format_of(parts)].proves(pattern):
         return parts, TensorSparsity(
             name, (weight.shape[0], weight.shape[1]), tensor.numel() - num_nonzeros(parts), 0
         )
     count = count_zeros(name, weight, pattern)
     if count.violations:
         raise ValueError(
-            f"{name}: {count.violations} groups have more than {pattern.n} nonzeros in {pattern.m}, "
-            f"but the config promises pattern '{pattern}'. Prune the model to it again, or save with "
+            f"{name}: {count.violations} groups {pattern.violation}, but the config promises pattern "
+            f"'{pattern}'. Prune the model to it again, or save with "
             f'config=SparsityConfig("unstructured", sparsity={count.sparsity:.2f}).'
         )
     return parts, count

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hf_sparse.formats import compress
+from hf_sparse.formats import FORMATS, Weight, format_of, smallest_of
+from hf_sparse.patterns import Unstructured
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -99,11 +100,11 @@ def _parts(weight: np.ndarray) -> tuple[str, np.ndarray, np.ndarray] | None:
         if bool((floats.view(torch.uint8) == 0x80).any()):
             return None
         floats = floats.view(torch.float8_e5m2)
-    parts = compress(floats)
+    parts = _SMALLEST.compress(Weight(floats), Unstructured()).parts()
     if not parts[""].numel():
         return "zero", np.empty(0, np.uint8), np.empty(0, weight.dtype)
-    format = next((name for name in parts if name in _REBUILD), None)
-    if format is None:
+    format = format_of(parts)
+    if format not in _REBUILD:
         return None
     nonzeros = parts[""]
     if floats.element_size() == 1:
@@ -224,3 +225,5 @@ _REBUILD: dict[str, Callable[..., Any]] = {
     "gap4": partial(_from_gaps, 4),
     "gap8": partial(_from_gaps, 8),
 }
+# The smallest of the formats that operators can rebuild.
+_SMALLEST = smallest_of([form for name, form in FORMATS.items() if name in ("dense", *_REBUILD)])

@@ -12,19 +12,22 @@ from numpy.typing import NDArray
 from hf_sparse.formats import bits
 from hf_sparse.formats.bits import Bits
 from hf_sparse.formats.error import FormatError
+from hf_sparse.formats.format import Encoded, Format, Weight, by_mask, nonzeros_and
+from hf_sparse.patterns import Pattern
 
 
-def encode(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Pack the flat nonzero mask."""
-    return bits.pack_mask(mask)
+def encode(weight: Weight, pattern: Pattern) -> Encoded:
+    """The nonzeros, and the packed mask of them."""
+    return by_mask("bitmask", weight, bits.pack_mask(weight.mask))
 
 
-def decode(values: Bits, packed: NDArray[np.uint8], count: int) -> Bits:
-    """Rebuild the `count` flat weights.
+def decode(values: Bits, packed: NDArray[np.uint8], rows: int, columns: int) -> Bits:
+    """Rebuild the flat weights.
 
     Raises:
         FormatError: the mask has another length, or another number of bits than there are values.
     """
+    count = rows * columns
     if packed.size != -(-count // 8):
         raise FormatError(
             f"bitmask has {packed.size} bytes, wanted {-(-count // 8)} for {count} weights"
@@ -36,3 +39,12 @@ def decode(values: Bits, packed: NDArray[np.uint8], count: int) -> Bits:
     if marked != values.size:
         raise FormatError(f"bitmask marks {marked} nonzeros, but {values.size} values are stored")
     return bits.place(values, mask)
+
+
+BITMASK = Format(
+    "bitmask",
+    "one bit per weight",
+    encode,
+    decode,
+    least=lambda weight: nonzeros_and(weight, -(-weight.mask.size // 8)),
+)

@@ -14,9 +14,24 @@ from numpy.typing import NDArray
 from hf_sparse.formats import bits
 from hf_sparse.formats.bits import Bits, nonzero_mask
 from hf_sparse.formats.error import FormatError
+from hf_sparse.formats.format import LARGEST_WEIGHT, Encoded, Format, Weight, by_groups
+from hf_sparse.patterns import GroupPattern, Pattern
 
 
-def encode(weights: Bits, height: int, width: int) -> tuple[Bits, NDArray[np.uint8]]:
+def encode(weight: Weight, pattern: Pattern) -> Encoded:
+    """The blocks that are kept, and the packed mask of them.
+
+    Raises:
+        ValueError: the groups of the pattern do not tile the weight.
+    """
+    rows, columns = weight.oriented.shape
+    pattern.check_shape(rows, columns)
+    height, width = pattern.group_shape(rows, columns)
+    values, packed = kept_blocks(bits.as_bits(weight.oriented), height, width)
+    return by_groups("block", weight, values, packed, (height, width))
+
+
+def kept_blocks(weights: Bits, height: int, width: int) -> tuple[Bits, NDArray[np.uint8]]:
     """Values and packed block mask of `weights` `(rows, columns)`, tiled by height x width."""
     rows, columns = weights.shape
     blocks = weights.reshape(rows // height, height, columns // width, width).transpose(0, 2, 1, 3)
@@ -54,3 +69,26 @@ def decode(
     blocks[kept] = values.reshape(marked, height, width)
     tiles = blocks.reshape(down, across, height, width).transpose(0, 2, 1, 3)
     return np.ascontiguousarray(tiles).reshape(rows, columns)
+
+
+def fits(pattern: Pattern) -> bool:
+    """Whether zeros come in blocks."""
+    return isinstance(pattern, GroupPattern)
+
+
+def check(rows: int, columns: int, height: int, width: int) -> bool:
+    """Whether a layout may hold blocks of this size."""
+    return min(height, width) >= 1 and height * width <= LARGEST_WEIGHT
+
+
+BLOCK = Format(
+    "block",
+    "one bit per block of a block, row, column or head pattern",
+    encode,
+    decode,
+    num_parameters=2,
+    check=check,
+    structured=True,
+    fits=fits,
+    stores="block, row, column and head patterns",
+)

@@ -11,15 +11,24 @@ coded. An odd number of 4-bit codes is filled up with one code 15.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
 from hf_sparse.formats.bits import Bits
 from hf_sparse.formats.error import FormatError
+from hf_sparse.formats.format import Encoded, Format, Weight, by_mask, nonzeros_and
+from hf_sparse.patterns import Pattern
 
 
-def encode(mask: NDArray[np.bool_], width: int) -> NDArray[np.uint8]:
-    """Code the gaps of the flat nonzero mask in `width` = 4 or 8 bits."""
+def encode(width: int, weight: Weight, pattern: Pattern) -> Encoded:
+    """The nonzeros, and the gaps before them in `width` = 4 or 8 bits."""
+    return by_mask(f"gap{width}", weight, codes_of(weight.mask, width))
+
+
+def codes_of(mask: NDArray[np.bool_], width: int) -> NDArray[np.uint8]:
+    """Code the gaps of the flat nonzero mask."""
     skip = 2**width - 1
     index = np.int32 if mask.size < 2**31 else np.int64
     positions = np.flatnonzero(mask).astype(index)
@@ -39,14 +48,14 @@ def encode(mask: NDArray[np.bool_], width: int) -> NDArray[np.uint8]:
     return np.bitwise_or(low, np.left_shift(high, np.uint8(4)))
 
 
-def decode(values: Bits, coded: NDArray[np.uint8], count: int, width: int) -> Bits:
-    """Rebuild the `count` flat weights.
+def decode(width: int, values: Bits, coded: NDArray[np.uint8], rows: int, columns: int) -> Bits:
+    """Rebuild the flat weights.
 
     Raises:
         FormatError: another number of codes than values, a position out of range, or skips behind
             the last value.
     """
-    skip = 2**width - 1
+    count, skip = rows * columns, 2**width - 1
     if width == 8:
         codes = coded
     else:
@@ -71,3 +80,20 @@ def decode(values: Bits, coded: NDArray[np.uint8], count: int, width: int) -> Bi
     weights = np.zeros(count, values.dtype)
     weights[positions] = values
     return weights
+
+
+def _least(width: int, weight: Weight) -> int:
+    return nonzeros_and(weight, -(-weight.num_nonzeros * width // 8))
+
+
+def _gaps(width: int) -> Format:
+    return Format(
+        f"gap{width}",
+        f"the zeros before each nonzero, in {width}-bit codes",
+        partial(encode, width),
+        partial(decode, width),
+        least=partial(_least, width),
+    )
+
+
+GAP4, GAP8 = _gaps(4), _gaps(8)

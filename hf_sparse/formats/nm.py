@@ -18,8 +18,10 @@ from math import comb
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_sparse.formats.bits import Bits, nonzero_mask, place, take
+from hf_sparse.formats.bits import Bits, as_bits, nonzero_mask, place, take
 from hf_sparse.formats.error import FormatError
+from hf_sparse.formats.format import Encoded, Format, Weight, by_groups
+from hf_sparse.patterns import NM, Pattern
 
 # The tables have 2^M entries.
 LARGEST_M = 16
@@ -53,7 +55,20 @@ def _tables(n: int, m: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     return ranks.astype(np.int32), marked[ordered].astype(bool)
 
 
-def encode(weights: Bits, n: int, m: int) -> tuple[Bits, NDArray[np.uint8]]:
+def encode(weight: Weight, pattern: Pattern) -> Encoded:
+    """The values of each group, and the packed ranks of their places.
+
+    Raises:
+        ValueError: M does not divide in_features, or a group has more than N nonzeros.
+    """
+    rows, columns = weight.oriented.shape
+    pattern.check_shape(rows, columns)
+    n, m = pattern.parameters(rows, columns)
+    values, packed = ranked(as_bits(weight.oriented).reshape(-1), n, m)
+    return by_groups("nm", weight, values, packed, (n, m))
+
+
+def ranked(weights: Bits, n: int, m: int) -> tuple[Bits, NDArray[np.uint8]]:
     """Values and packed ranks of flat `weights`, a multiple of `m` in number.
 
     Raises:
@@ -76,12 +91,15 @@ def encode(weights: Bits, n: int, m: int) -> tuple[Bits, NDArray[np.uint8]]:
     return values, _pack(ranks, n, m)
 
 
-def decode(values: Bits, packed: NDArray[np.uint8], count: int, n: int, m: int) -> Bits:
-    """Rebuild the `count` flat weights.
+def decode(
+    values: Bits, packed: NDArray[np.uint8], rows: int, columns: int, n: int, m: int
+) -> Bits:
+    """Rebuild the flat weights.
 
     Raises:
         FormatError: wrong number of values or words, or a word that is no set of positions.
     """
+    count = rows * columns
     groups = count // m
     if count % m or values.size != groups * n:
         raise FormatError(
@@ -137,3 +155,26 @@ def _unpack(packed: NDArray[np.uint8], groups: int, n: int, m: int) -> NDArray[n
     masks = masks_by_rank[ranks].reshape(-1, per_word * m)
     mask: NDArray[np.bool_] = masks[words] if size == 1 else masks
     return mask.reshape(-1)[: groups * m]
+
+
+def fits(pattern: Pattern) -> bool:
+    """Whether it is an N:M pattern that the tables are made for."""
+    return isinstance(pattern, NM) and pattern.m <= LARGEST_M
+
+
+def check(rows: int, columns: int, n: int, m: int) -> bool:
+    """Whether a layout may hold groups of this size."""
+    return 1 <= n < m <= LARGEST_M and columns % m == 0
+
+
+NM_RANKS = Format(
+    "nm",
+    "the positions in each group of an N:M weight",
+    encode,
+    decode,
+    num_parameters=2,
+    check=check,
+    structured=True,
+    fits=fits,
+    stores=f"N:M patterns with M <= {LARGEST_M}",
+)

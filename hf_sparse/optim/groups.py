@@ -8,7 +8,6 @@ from torch import nn
 
 from hf_sparse.arguments import check_model
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.patterns import Unstructured
 from hf_sparse.provenance.record import watch_
 from hf_sparse.structure import TargetLayer, check_divides, target_layers, with_head_size
 
@@ -42,7 +41,6 @@ def sparse_param_groups(
         )
     for layer in layers:
         check_divides(config.pattern, layer.weight_name, *layer.weight.shape)
-    anyhow = isinstance(config.pattern, Unstructured)  # any order of the weights does
     targets: dict[int, TargetLayer] = {id(layer.parameter): layer for layer in layers}
     plain: list[Any] = []
     transposed: list[Any] = []
@@ -53,7 +51,8 @@ def sparse_param_groups(
             continue
         target = targets.get(id(parameter))
         if target is not None:
-            (transposed if target.transposed and not anyhow else plain).append((name, parameter))
+            turned = target.transposed and not config.pattern.elementwise
+            (transposed if turned else plain).append((name, parameter))
         else:
             (matrices if parameter.ndim > 1 else vectors).append((name, parameter))
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}

@@ -24,7 +24,6 @@ from hf_sparse.optim.parameters import (
 from hf_sparse.optim.projection import magnitude, measured_sparsity, pattern_of, project_
 from hf_sparse.optim.sharding import processes_of
 from hf_sparse.optim.shrinkage import was_skipped
-from hf_sparse.patterns import NM, GroupPattern
 
 _HOOK = "_hf_sparse_movement"
 _STRONGEST = 1e6
@@ -60,6 +59,8 @@ class SoftMovement:
         self._optimizer = optimizer
         set_strength(optimizer, 0.0)
         self._pattern = pattern_of(optimizer)
+        # A threshold cannot give each group its share: the top scores of the group stay.
+        self._by_rank = self._pattern.implied_sparsity is not None
         self._score_lr = score_lr
         self._logit = math.log(threshold / (1 - threshold))
         self._gain = gain
@@ -109,7 +110,7 @@ class SoftMovement:
             for sparse in sparse_parameters(optimizer, [group]):
                 if sparse.parameter.grad is not None:
                     self._learn(group, sparse)
-        if isinstance(self._pattern, NM):
+        if self._by_rank:
             self._mask_groups()
 
     def _learn(self, group: Group, sparse: SparseParameter) -> None:
@@ -121,7 +122,7 @@ class SoftMovement:
             state["movement_dense"] = parameter.detach().clone()
             state["movement_step"] = torch.zeros(())
         scores, dense = state["movement_scores"], state["movement_dense"]
-        kept = parameter != 0 if isinstance(self._pattern, NM) else scores > self._logit
+        kept = parameter != 0 if self._by_rank else scores > self._logit
         gradient = self._shared(sparse, parameter.grad * dense)
         dense.copy_(torch.where(kept, parameter.detach(), dense))
         size = gradient.square().mean().sqrt()
@@ -132,15 +133,13 @@ class SoftMovement:
             [state["movement_step"]], foreach=False, amsgrad=False, beta1=0.9, beta2=0.999,
             lr=self._score_lr, weight_decay=0.0, eps=1e-12, maximize=False,
         )  # fmt: skip
-        if not isinstance(self._pattern, NM):
+        if not self._by_rank:
             parameter.copy_(dense * (scores > self._logit))
 
     def _shared(self, sparse: SparseParameter, gradient: Tensor) -> Tensor:
         """The gradient of the scores: each group's mean, for its weights share a score."""
-        if not isinstance(self._pattern, GroupPattern):
-            return gradient
-        blocks = self._pattern.blocks(sparse.view(gradient))
-        blocks.copy_(blocks.mean(dim=(1, 3), keepdim=True).expand_as(blocks))
+        own = sparse.view(gradient)
+        own.copy_(self._pattern.spread(self._pattern.means(own), own.shape))
         return gradient
 
     def _mask_groups(self) -> None:

@@ -38,12 +38,14 @@ class Penalty:
     adaptive: bool = True
     reweighted: bool = False
 
+    def gives(self, pattern: Pattern) -> bool:
+        """Whether its zeros come in the pattern."""
+        return isinstance(pattern, self.patterns)
+
     def check_pattern(self, name: str, pattern: Pattern) -> None:
         """Raise a ValueError if the penalty cannot give the pattern."""
-        if not isinstance(pattern, self.patterns):
-            fitting = [
-                key for key, other in PENALTIES.items() if isinstance(pattern, other.patterns)
-            ]
+        if not self.gives(pattern):
+            fitting = [key for key, other in PENALTIES.items() if other.gives(pattern)]
             raise ValueError(
                 f"penalty '{name}' does not give pattern '{pattern}'. Penalties that do: "
                 f"{', '.join(fitting)}."
@@ -106,12 +108,10 @@ def _distance_l1(
 def _distance_l0(weight: Tensor, unit: float, metric: Tensor | None, pattern: Pattern) -> Tensor:
     squares = weight.float().square()
     losses = squares if metric is None else squares * metric
-    if isinstance(pattern, GroupPattern):
-        return pattern.blocks(losses).mean(dim=(1, 3)).div(2 * unit)
     if isinstance(pattern, NM):
         lost = (pattern.groups(losses) * pattern.surplus(losses)).sum(dim=1)
         return lost.div(2 * pattern.m * unit)
-    return losses.div(2 * unit)
+    return pattern.means(losses).div(2 * unit)
 
 
 def _distance_groups(weight: Tensor, unit: float, metric: None, pattern: GroupPattern) -> Tensor:
@@ -156,10 +156,8 @@ PENALTIES = {
 
 
 def default_penalty(pattern: Pattern) -> str:
-    """The lasso of the pattern's units: l1, the group lasso, or the N:M regulariser."""
-    if isinstance(pattern, NM):
-        return "nm"
-    return "group_l2" if isinstance(pattern, GroupPattern) else "l1"
+    """The lasso of the pattern's units: the first penalty that gives the pattern gradually."""
+    return next(name for name, row in PENALTIES.items() if row.gradual and row.gives(pattern))
 
 
 # How much of the step each scale takes as the strength of the penalty: see `SparseAdamW`.

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from hf_sparse.optim.parameters import SparseParameter, sparse_groups, sparse_parameters
 from hf_sparse.optim.sharding import processes_of
 from hf_sparse.patterns import Pattern
-from hf_sparse.selection import global_masks, unit_scores
+from hf_sparse.selection import global_masks
 
 Score = Callable[[SparseParameter], Tensor]
 
@@ -95,7 +95,7 @@ def count_zero_units(optimizer: Optimizer) -> tuple[int, int]:
     pattern = pattern_of(optimizer)
 
     def zero(sparse: SparseParameter) -> Tensor:
-        return unit_scores((sparse.weight != 0).float(), pattern) == 0
+        return pattern.units((sparse.weight != 0).float()) == 0
 
     return _count(optimizer, zero)
 

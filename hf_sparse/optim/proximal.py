@@ -23,7 +23,7 @@ from hf_sparse.optim.parameters import (
 from hf_sparse.optim.penalties import PENALTIES
 from hf_sparse.optim.projection import project_, saliency
 from hf_sparse.optim.sharding import processes_of
-from hf_sparse.patterns import GroupPattern, Pattern
+from hf_sparse.patterns import Pattern
 
 # Distances that are enough to place a quantile: its standard error is below 0.05 % of the units.
 _SAMPLE = 1 << 20
@@ -101,8 +101,7 @@ def _distances(sparse: SparseParameter, stride: int) -> Tensor:
     """The distances to zero of the units in every `stride`-th row of units."""
     group, pattern = sparse.group, Pattern.parse(sparse.group["pattern"])
     shape = sparse.weight.shape
-    height = pattern.group_shape(*shape)[0] if isinstance(pattern, GroupPattern) else 1
-    units = torch.arange(shape[0], device=sparse.weight.device).view(-1, height)
+    units = torch.arange(shape[0], device=sparse.weight.device).view(-1, pattern.least_span(shape))
     rows = units[:: min(stride, max(len(units), 1))].reshape(-1)
     alpha = sparse.alpha(rows)
     unit: Any = unit_strength(group) if alpha is None else alpha.float() * unit_strength(group)

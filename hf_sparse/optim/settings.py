@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from hf_sparse.optim.parameters import Group, sparse_groups
 from hf_sparse.optim.penalties import PENALTIES, SCALES, default_penalty
 from hf_sparse.optim.sharding import check_shardable
-from hf_sparse.patterns import Pattern, Unstructured
+from hf_sparse.patterns import Pattern
 from hf_sparse.structure import check_divides
 from hf_sparse.suggestions import check_name
 
@@ -97,7 +97,7 @@ def _check_parameter(name: str, parameter: Tensor, pattern: Pattern, transposed:
             f"{name} is partitioned by DeepSpeed ZeRO, which flattens parameters: their matrices "
             "cannot be shrunk. Train with DDP or FSDP2 instead."
         )
-    if not isinstance(pattern, Unstructured):
+    if not pattern.elementwise:
         if parameter.ndim != 2:
             raise ValueError(
                 f"{name} has shape {tuple(parameter.shape)}; pattern '{pattern}' wants matrices "

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_sparse.patterns import NM, Block, Pattern, Row, Unstructured
+from hf_sparse.patterns import Pattern
 from hf_sparse.selection import ALONE, Processes
 
 
@@ -31,10 +31,7 @@ def check_shardable(name: str, parameter: Tensor, pattern: Pattern) -> None:
         raise ValueError(
             f"{name} is sharded as {parameter.placements}; wanted shards of rows, as FSDP2 makes them."
         )
-    one_row = isinstance(pattern, Unstructured | NM | Row) or (
-        isinstance(pattern, Block) and pattern.rows == 1
-    )
-    if not one_row:
+    if pattern.least_span(parameter.shape) > 1:
         raise ValueError(
             f"{name} is sharded by rows, and the groups of pattern '{pattern}' span rows. Under FSDP "
             "use unstructured, N:M, row or block:1xC, or train with DDP."

@@ -53,7 +53,7 @@ from hf_sparse.optim.settings import (
     is_unsteered,
 )
 from hf_sparse.optim.sharding import local_part
-from hf_sparse.patterns import GroupPattern, Pattern
+from hf_sparse.patterns import Pattern
 from hf_sparse.suggestions import did_you_mean
 
 _ATTACHED = "_hf_sparse_attached"
@@ -177,8 +177,8 @@ def _shrink_parts(
 def _chunks(shape: torch.Size, pattern: Pattern) -> Iterator[slice]:
     """Cut a weight into runs of rows that no group of the pattern crosses."""
     rows = shape[0] if shape else 1
-    height = pattern.group_shape(*shape)[0] if isinstance(pattern, GroupPattern) else 1
-    step = max(_CHUNK // max(shape[1:].numel(), 1) // height, 1) * height
+    span = pattern.least_span(shape)
+    step = max(_CHUNK // max(shape[1:].numel(), 1) // span, 1) * span
     for start in range(0, rows, step):
         yield slice(start, start + step)
 

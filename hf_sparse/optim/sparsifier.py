@@ -18,7 +18,6 @@ from hf_sparse.optim.schedules import Schedule
 from hf_sparse.optim.settings import check_settings
 from hf_sparse.optim.sharding import processes_of
 from hf_sparse.optim.shrinkage import attach, freeze_groups
-from hf_sparse.patterns import NM, Head
 from hf_sparse.provenance.optimizers import learning_rate
 from hf_sparse.provenance.record import record_optimizer_
 from hf_sparse.provenance.values import Step
@@ -99,15 +98,17 @@ class Sparsifier:
                     "norm or a bias. Sort the parameters: "
                     "SparseAdamW(hf_sparse.sparse_param_groups(model, config))."
                 )
-        sized = isinstance(config.pattern, Head) and isinstance(found, Head)
-        if found != config.pattern and not sized:
+        completed = not config.pattern.is_sized and isinstance(found, type(config.pattern))
+        if found != config.pattern and not completed:
             raise ValueError(
                 f"the optimizer's groups have pattern '{found}', the config has "
                 f"'{config.pattern}'. Make both from one SparsityConfig."
             )
         attach(self.optimizer)
         take_over(self.optimizer)
-        self._share = 1.0 if isinstance(config.pattern, NM) else config.sparsity
+        # Where every group has its zeros, the share is the one of the groups that have them.
+        self._each = config.pattern.implied_sparsity is not None
+        self._share = 1.0 if self._each else config.sparsity
         self._method_name = method
         self._seed: int | None = None
         _ = self._state  # notes the zeros that are there, or that this optimizer is another's
@@ -126,7 +127,7 @@ class Sparsifier:
         """Steps taken, the share of zeros at the beginning, whether the target is reached."""
         group = sparse_groups(self.optimizer)[0]
         if "sparsifier" not in group:
-            initial = 0.0 if isinstance(self.config.pattern, NM) else self.sparsity
+            initial = 0.0 if self._each else self.sparsity
             group["sparsifier"] = {
                 "method": self._method_name,
                 "share": self._share,

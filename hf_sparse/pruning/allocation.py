@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_sparse.patterns import NM, Pattern
+from hf_sparse.patterns import Pattern
 from hf_sparse.pruning.statistics import Norms
 from hf_sparse.pruning.task import Task
 from hf_sparse.pruning.walk import BlockStep, walk
@@ -46,7 +46,7 @@ def check_allocation(allocation: str, pattern: Pattern) -> None:
             f"allocation is {allocation!r}; wanted one of {', '.join(ALLOCATIONS)}."
             f"{did_you_mean(allocation, ALLOCATIONS)}"
         )
-    if allocation != "uniform" and isinstance(pattern, NM):
+    if allocation != "uniform" and pattern.implied_sparsity is not None:
         raise ValueError(
             f"pattern '{pattern}' fixes the sparsity of every block, allocation={allocation!r} has "
             "nothing to choose. Use allocation='uniform'."

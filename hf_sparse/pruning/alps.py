@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_sparse.patterns import Pattern, Unstructured
+from hf_sparse.patterns import Pattern
 from hf_sparse.pruning.linalg import matmul
 from hf_sparse.pruning.problem import Problem
 
@@ -102,7 +102,7 @@ def _projected(problem: Problem, joined: Tensor) -> Tensor:
 
 def _quick_mask(scores: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
     """`pattern.keep`; unstructured with a threshold from a sample, up to 0.3 % off in the count."""
-    if not isinstance(pattern, Unstructured) or scores.numel() <= 2 * _SAMPLE:
+    if not pattern.elementwise or scores.numel() <= 2 * _SAMPLE:
         return pattern.keep(scores, sparsity)
     stride = scores.numel() // _SAMPLE | 1  # odd, so that it meets all columns
     sample = scores.reshape(-1)[::stride]

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from hf_sparse.patterns import NM
 from hf_sparse.pruning.task import Task
 from hf_sparse.selection import global_masks
 from hf_sparse.structure import TargetLayer
@@ -57,7 +56,7 @@ def by_scope(
         for layer in layers:
             yield layer, pattern.keep(score(layer), task.sparsities[layer.name])
         return
-    if isinstance(pattern, NM):
+    if pattern.implied_sparsity is not None:
         raise ValueError(
             f"scope='global' has no meaning for pattern '{pattern}', which fixes the sparsity "
             "of every group. Use scope='layer'."

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from hf_sparse.arguments import check_model
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.patterns import GroupPattern
 from hf_sparse.promise import Held
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
@@ -163,10 +162,8 @@ def _check_layers(layers: list[TargetLayer], config: SparsityConfig) -> None:
 
 def _check_units(layers: list[TargetLayer], config: SparsityConfig) -> None:
     """Refuse a sparsity that leaves a block no head, or no neuron."""
-    assert isinstance(config.pattern, GroupPattern)
     for layer in layers:
-        units = config.pattern.blocks(layer.weight)
-        count = units.shape[0] * units.shape[2]
+        count = config.pattern.num_units(*layer.weight.shape)
         if round(config.sparsity * count) >= count:
             raise ValueError(
                 f"sparsity={config.sparsity} would take all {count} units of pattern "

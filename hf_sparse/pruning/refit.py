@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_sparse.patterns import Column, Head, Pattern
+from hf_sparse.patterns import Pattern
 from hf_sparse.pruning.linalg import cholesky, matmul
 from hf_sparse.pruning.problem import Problem
 
@@ -28,16 +28,12 @@ def check_pattern(pattern: Pattern) -> None:
     Raises:
         ValueError: zeros are not whole columns.
     """
-    if isinstance(pattern, Column) or (isinstance(pattern, Head) and _are_columns(pattern)):
+    if pattern.whole_columns:
         return
     raise ValueError(
         f"refine='refit' fits whole columns, and pattern '{pattern}' has other zeros. Use it with "
         "'column' or 'head'; elsewhere the methods 'sparsegpt' and 'alps' update what stays."
     )
-
-
-def _are_columns(pattern: Head) -> bool:
-    return pattern.inputs or pattern.head_dim is None  # without a size it is not yet completed
 
 
 def refine(problem: Problem, pruned: list[Tensor]) -> list[Tensor]:

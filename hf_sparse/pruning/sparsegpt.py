@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_sparse.patterns import NM, GroupPattern, Pattern
+from hf_sparse.patterns import NM, Pattern
 from hf_sparse.pruning.linalg import inverse_factor, matmul
 from hf_sparse.pruning.problem import Problem
 
@@ -64,13 +64,9 @@ def solve(problem: Problem, *, damping: float = 0.01, block_size: int = 128) -> 
 
 def _block_width(pattern: Pattern, shape: torch.Size, block_size: int) -> int:
     """The columns whose mask is chosen together: whole groups."""
-    if isinstance(pattern, NM):
-        return -(-block_size // pattern.m) * pattern.m
-    if isinstance(pattern, GroupPattern):
-        height, width = pattern.group_shape(*shape)
-        whole_columns = height == shape[0] and width == 1
-        return shape[1] if whole_columns else -(-block_size // width) * width
-    return block_size
+    height, width = pattern.group_shape(*shape)
+    whole_columns = not pattern.elementwise and height == shape[0] and width == 1
+    return shape[1] if whole_columns else -(-block_size // width) * width
 
 
 def _prune_block(
@@ -90,16 +86,17 @@ def _prune_block(
     """
     pattern = problem.pattern
     diagonal = factor.diagonal()[:, None]
-    if not isinstance(pattern, NM):
+    grouped = pattern if isinstance(pattern, NM) else None
+    if grouped is None:
         pruned = _chosen(problem, block * costs, start)
     else:
         pruned = torch.empty_like(block, dtype=torch.bool)
     errors = torch.empty_like(block)
     for j, row in enumerate(block):
-        if isinstance(pattern, NM) and j % pattern.m == 0:
-            group = slice(j, j + pattern.m)
+        if grouped is not None and j % grouped.m == 0:
+            group = slice(j, j + grouped.m)
             scores = (block[group] * costs[group]).abs()
-            pruned[group] = pattern.surplus(scores.T.contiguous()).view(-1, pattern.m).T
+            pruned[group] = grouped.surplus(scores.T.contiguous()).view(-1, grouped.m).T
         torch.mul(row, pruned[j] / diagonal[j], out=errors[j])
         block[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
     block.masked_fill_(pruned, 0)
@@ -114,10 +111,7 @@ def _chosen(problem: Problem, scaled: Tensor, start: int) -> Tensor:
     width = len(scaled)
     masks = []
     for part, sparsity in zip(problem.split(scaled.T.abs()), problem.sparsities, strict=True):
-        units = part.numel()
-        if isinstance(problem.pattern, GroupPattern):
-            height, across = problem.pattern.group_shape(*part.shape)
-            units //= height * across
+        units = problem.pattern.num_units(*part.shape)
         before, upto = (round(sparsity * units * n / width) for n in (start, start + width))
         if upto - before < units:
             masks.append(~problem.pattern.keep(part, (upto - before) / units))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from hf_sparse.patterns import GroupPattern, Pattern
+from hf_sparse.patterns import Pattern
 from hf_sparse.pruning.magnitude import by_scope
 from hf_sparse.pruning.processes import summed
 from hf_sparse.pruning.task import Task
@@ -54,10 +54,7 @@ def masks(task: Task, *, scope: str = "layer") -> Iterator[tuple[TargetLayer, Te
     }
 
     def score(layer: TargetLayer) -> Tensor:
-        units = found[layer.name]
-        if isinstance(pattern, GroupPattern):  # its scores are sums of squares over a group
-            return pattern.spread(units, layer.weight.shape)
-        return units
+        return pattern.spread(found[layer.name], layer.weight.shape)
 
     yield from by_scope(task, score, scope)
 
@@ -82,6 +79,4 @@ def _unit_scores(task: Task) -> dict[str, Tensor]:
 def _effects(layer: TargetLayer, grad: Tensor, pattern: Pattern) -> Tensor:
     """`sum w dL/dw` of each unit, fp32."""
     product = layer.weight.float() * (grad.T if layer.transposed else grad).float()
-    if isinstance(pattern, GroupPattern):
-        return pattern.blocks(product).sum(dim=(1, 3))
-    return product
+    return pattern.sums(product)

@@ -34,8 +34,8 @@ def find_pattern(weight: Tensor) -> Pattern | None:
     if density == 1:
         return None
     for pattern in _KNOWN:
-        full = 1 - (pattern.implied_sparsity or 0)
-        if isinstance(pattern, NM) and density < _CHOSEN * full:
+        fixed = pattern.implied_sparsity
+        if fixed is not None and density < _CHOSEN * (1 - fixed):
             continue  # so few nonzeros that they keep to N of M by chance
         try:
             pattern.check_shape(*weight.shape)

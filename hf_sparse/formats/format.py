@@ -1,0 +1,202 @@
+"""Format: one way to store a weight, as a value. Each file beside this one holds one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hf_sparse.formats import bits
+from hf_sparse.formats.bits import Bits
+from hf_sparse.formats.error import FormatError
+from hf_sparse.patterns import Pattern
+
+# The part that holds rows, columns, whether they are swapped in the model, and the parameters.
+LAYOUT = "layout"
+# A layout is believed up to this many weights: gap codes and blocks do not bound it by their size.
+LARGEST_WEIGHT = 2**40
+_FIXED = 3  # numbers in a layout before the parameters
+
+Parts = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight to be stored, and what several formats want to know of it.
+
+    Attributes:
+        tensor: 2-D, on the CPU, as the model has it.
+        transposed: it is `(in_features, out_features)`.
+    """
+
+    tensor: Tensor
+    transposed: bool = False
+
+    @property
+    def oriented(self) -> Tensor:
+        """`(out_features, in_features)`."""
+        return self.tensor.T if self.transposed else self.tensor
+
+    @cached_property
+    def flat(self) -> Bits:
+        """The bit patterns, in the tensor's row-major order."""
+        return bits.as_bits(self.tensor).reshape(-1)
+
+    @cached_property
+    def mask(self) -> NDArray[np.bool_]:
+        """Where `flat` is not zero."""
+        return bits.nonzero_mask(self.flat)
+
+    @cached_property
+    def num_nonzeros(self) -> int:
+        """How many weights are not zero."""
+        return int(np.count_nonzero(self.mask))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A weight in a format. Nonzeros are copied when the parts are asked for, not before.
+
+    Attributes:
+        nbytes: bytes that the parts take in a file, headers aside.
+        parts: gives the tensors by name.
+    """
+
+    nbytes: int
+    parts: Callable[[], Parts]
+
+
+def _any_pattern(pattern: Pattern) -> bool:
+    return True
+
+
+def _any_parameters(rows: int, columns: int) -> bool:
+    return True
+
+
+def _no_bound(weight: Weight) -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class Format:
+    """A row of the table `hf_sparse.formats.FORMATS`.
+
+    Attributes:
+        name: what `format=` accepts, and the name of its part in a file.
+        summary: a few words for help texts and tables.
+        encode: `(weight, pattern)` gives a Weight in the format. It raises a ValueError if the
+            pattern cannot divide the weight, or the weight does not follow it.
+        decode: `(values, positions, rows, columns, *parameters)` gives the bit patterns of a weight
+            back, and raises a FormatError if they contradict each other. None: the format has no
+            part of its own, it stores the weight as it is, or in another format.
+        num_parameters: numbers in the layout behind rows, columns and `transposed`.
+        check: `(rows, columns, *parameters)` tells whether a weight can have such a layout.
+        structured: the format is made for patterns with groups: rows are out_features, and zeros
+            may be among the values. Others store the nonzeros of any weight.
+        fits: whether it stores weights of a pattern.
+        stores: the patterns that fit, for errors.
+        least: bytes that `encode` needs at the very least: what cannot win is not tried.
+    """
+
+    name: str
+    summary: str
+    encode: Callable[[Weight, Pattern], Encoded]
+    decode: Callable[..., Bits] | None = None
+    num_parameters: int = 0
+    check: Callable[..., bool] = _any_parameters
+    structured: bool = False
+    fits: Callable[[Pattern], bool] = _any_pattern
+    stores: str = "any pattern"
+    least: Callable[[Weight], int] = _no_bound
+
+    def compress(self, weight: Weight, pattern: Pattern) -> Encoded:
+        """The weight in this format.
+
+        Raises:
+            ValueError: the format does not store the pattern, the pattern cannot divide the weight,
+                or the weight does not follow it.
+        """
+        if not self.fits(pattern):
+            raise ValueError(
+                f"format '{self.name}' stores {self.stores}, not '{pattern}'. Use format 'auto'."
+            )
+        return self.encode(weight, pattern)
+
+    def proves(self, pattern: Pattern) -> bool:
+        """Whether what it stores with the parameters of an N:M pattern cannot break the pattern."""
+        return self.structured and self.fits(pattern) and pattern.implied_sparsity is not None
+
+    def read_layout(self, layout: Tensor) -> tuple[int, int, bool, tuple[int, ...]]:
+        """Rows, columns, transposed and parameters of a weight in this format.
+
+        Raises:
+            FormatError: the layout has the wrong type or shape, or holds what no weight has.
+        """
+        wanted = _FIXED + self.num_parameters
+        if layout.dtype != torch.int64 or layout.shape != (wanted,):
+            raise FormatError(
+                f"'{LAYOUT}' has shape {tuple(layout.shape)} and type {layout.dtype}; wanted "
+                f"{wanted} int64 for format '{self.name}'"
+            )
+        rows, columns, transposed, *parameters = layout.tolist()
+        sizes_fit = 0 <= rows < 2**31 and 0 <= columns < 2**31 and transposed in (0, 1)
+        sizes_fit &= rows * columns <= LARGEST_WEIGHT
+        if not sizes_fit or not self.check(rows, columns, *parameters):
+            raise FormatError(
+                f"'{LAYOUT}' holds {layout.tolist()}, which is no layout of '{self.name}'"
+            )
+        return rows, columns, bool(transposed), tuple(parameters)
+
+
+def by_mask(name: str, weight: Weight, positions: NDArray[np.uint8]) -> Encoded:
+    """A weight as its nonzeros and their positions, for formats of any pattern."""
+
+    def parts() -> Parts:
+        values = bits.take(weight.flat, weight.mask)
+        return _parts(name, values, positions, weight.tensor, layout)
+
+    layout = _layout(weight.tensor, False, ())
+    return Encoded(nonzeros_and(weight, positions.nbytes), parts)
+
+
+def nonzeros_and(weight: Weight, positions: int) -> int:
+    """The bytes that `by_mask` takes with so many bytes of positions."""
+    return weight.num_nonzeros * weight.tensor.element_size() + positions + 8 * _FIXED
+
+
+def by_groups(
+    name: str,
+    weight: Weight,
+    values: Bits,
+    positions: NDArray[np.uint8],
+    parameters: tuple[int, ...],
+) -> Encoded:
+    """A weight as the values of its groups and their positions, for structured formats."""
+    layout = _layout(weight.oriented, weight.transposed, parameters)
+    parts = _parts(name, values, positions, weight.oriented, layout)
+    return Encoded(num_bytes(parts), lambda: parts)
+
+
+def num_bytes(parts: Mapping[str, Tensor]) -> int:
+    """Bytes that the parts take in a file, headers aside."""
+    return sum(part.numel() * part.element_size() for part in parts.values())
+
+
+def _layout(weight: Tensor, transposed: bool, parameters: Iterable[int]) -> Tensor:
+    return torch.tensor([*weight.shape, int(transposed), *parameters], dtype=torch.int64)
+
+
+def _parts(
+    name: str, values: Bits, positions: NDArray[np.uint8], weight: Tensor, layout: Tensor
+) -> Parts:
+    return {
+        "": bits.as_weight(values, weight.dtype),
+        name: torch.from_numpy(np.ascontiguousarray(positions)),
+        LAYOUT: layout,
+    }

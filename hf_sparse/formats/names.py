@@ -1,0 +1,39 @@
+"""The names of a weight's parts in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from hf_sparse.formats.format import LAYOUT
+from hf_sparse.formats.table import COMPANIONS
+
+
+def join(name: str, part: str) -> str:
+    """The name in the checkpoint of a part of tensor `name`."""
+    return f"{name}.{part}" if part else name
+
+
+def split_name(key: str) -> tuple[str, str]:
+    """The tensor and the part that a name in a checkpoint stands for: undoes `join`."""
+    name, _, part = key.rpartition(".")
+    return (name, part) if name and part in COMPANIONS else (key, "")
+
+
+def group_parts(keys: Iterable[str]) -> dict[str, list[str]]:
+    """The parts that each tensor has, from all names in a checkpoint.
+
+    A name that only looks like a part (no tensor of that name) stands for itself.
+    """
+    keys = set(keys)
+    grouped: dict[str, list[str]] = {}
+    for key in sorted(keys):
+        name, part = split_name(key)
+        if name not in keys:
+            name, part = key, ""
+        grouped.setdefault(name, []).append(part)
+    return grouped
+
+
+def format_of(parts: Iterable[str]) -> str:
+    """The name of the format that parts of these names belong to."""
+    return next((part for part in parts if part not in ("", LAYOUT)), "dense")

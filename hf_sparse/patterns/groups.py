@@ -1,0 +1,160 @@
+"""Patterns of whole groups: blocks, rows, columns and heads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_sparse.patterns.pattern import Pattern
+from hf_sparse.patterns.ranking import check_scores, lowest_share, widened
+
+
+class GroupPattern(Pattern):
+    """Weights are zero in whole rectangular groups."""
+
+    def check_shape(self, rows: int, columns: int) -> None:
+        height, width = self.group_shape(rows, columns)
+        if rows % height or columns % width:
+            raise ValueError(
+                f"a weight of shape ({rows}, {columns}) cannot be divided into groups of "
+                f"{height} x {width} (out x in), as pattern '{self}' wants. Leave the layer out with "
+                "`ignore`, or choose another pattern."
+            )
+
+    def blocks(self, weight: Tensor) -> Tensor:
+        """View `(out, in)` as `(out / R, R, in / C, C)` for groups of R x C."""
+        rows, columns = weight.shape
+        self.check_shape(rows, columns)
+        height, width = self.group_shape(rows, columns)
+        return weight.reshape(rows // height, height, columns // width, width)
+
+    def unit_scores(self, scores: Tensor) -> Tensor:
+        """The score of each group, the sum of its squared scores: `(out / R, in / C)`."""
+        return widened(self.blocks(scores)).square().sum(dim=(1, 3))
+
+    def least_span(self, shape: torch.Size) -> int:
+        return self.group_shape(*shape)[0]
+
+    def units(self, scores: Tensor) -> Tensor:
+        height, width = self.group_shape(*scores.shape)
+        return self.unit_scores(scores) / (height * width)
+
+    def expand(self, pruned: Tensor, scores: Tensor) -> Tensor:
+        return self.spread(pruned, scores.shape)
+
+    def sums(self, values: Tensor) -> Tensor:
+        return self.blocks(values).sum(dim=(1, 3))
+
+    def means(self, values: Tensor) -> Tensor:
+        return self.blocks(values).mean(dim=(1, 3))
+
+    def spread(self, values: Tensor, shape: torch.Size) -> Tensor:
+        height, width = self.group_shape(*shape)
+        tiles = values[:, None, :, None].expand(-1, height, -1, width)
+        return tiles.reshape(shape)
+
+    def keep(self, scores: Tensor, sparsity: float, *, per_row: bool = False) -> Tensor:
+        """As `Pattern.keep`; the score of a group is the sum of its squared scores."""
+        check_scores(scores, sparsity)
+        # A power of two as scale: squares neither overflow nor vanish, and ties stay ties.
+        exponent = math.frexp(float(scores.max()))[1] if scores.numel() else 0
+        units = self.unit_scores(widened(scores) * 2.0 ** -max(exponent, -120))
+        grouped = units if per_row and units.shape[1] > 1 else units.reshape(1, -1)
+        kept = ~lowest_share(grouped, sparsity).view(units.shape)
+        return self.spread(kept, scores.shape)
+
+    def violations(self, weight: Tensor) -> int:
+        nonzero = self.blocks(weight) != 0
+        some, every = nonzero.any(dim=3).any(dim=1), nonzero.all(dim=3).all(dim=1)
+        return int((some & ~every).sum())
+
+
+@dataclass(frozen=True)
+class Block(GroupPattern):
+    """Whole blocks of `rows` (out) x `columns` (in) weights."""
+
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.columns < 1:
+            raise ValueError(f"pattern '{self}': wanted block:RxC with R, C >= 1, as 'block:4x1'.")
+
+    def __str__(self) -> str:
+        return f"block:{self.rows}x{self.columns}"
+
+    def group_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        return self.rows, self.columns
+
+
+@dataclass(frozen=True)
+class Row(GroupPattern):
+    """Whole rows: one output feature each."""
+
+    unit_layer: ClassVar[str | None] = "up"
+
+    def __str__(self) -> str:
+        return "row"
+
+    def group_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        return 1, max(columns, 1)
+
+
+@dataclass(frozen=True)
+class Column(GroupPattern):
+    """Whole columns: one input feature each."""
+
+    unit_layer: ClassVar[str | None] = "down"
+
+    def __str__(self) -> str:
+        return "column"
+
+    @property
+    def whole_columns(self) -> bool:
+        return True
+
+    def group_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        return max(rows, 1), 1
+
+
+@dataclass(frozen=True)
+class Head(GroupPattern):
+    """`head_dim` consecutive rows: the output features of one attention head.
+
+    With `inputs` they are columns: what a head hands to the projection behind attention.
+    """
+
+    head_dim: int | None = None
+    inputs: bool = False
+    unit_layer: ClassVar[str | None] = "out"
+
+    def __post_init__(self) -> None:
+        if self.head_dim is not None and self.head_dim < 1:
+            name = "head_in" if self.inputs else "head"
+            raise ValueError(f"pattern '{self}': wanted {name}:D with D >= 1, as '{name}:64'.")
+
+    def __str__(self) -> str:
+        name = "head_in" if self.inputs else "head"
+        return name if self.head_dim is None else f"{name}:{self.head_dim}"
+
+    @property
+    def whole_columns(self) -> bool:
+        return self.inputs or not self.is_sized  # whole heads become columns where they are sized
+
+    @property
+    def is_sized(self) -> bool:
+        return self.head_dim is not None
+
+    def with_size(self, head_dim: int) -> Head:
+        return self if self.is_sized else Head(head_dim, self.inputs)
+
+    def group_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        if self.head_dim is None:
+            raise ValueError(
+                "pattern 'head' has no size. Write it with the rows of one head, as 'head:64'."
+            )
+        return (max(rows, 1), self.head_dim) if self.inputs else (self.head_dim, max(columns, 1))
