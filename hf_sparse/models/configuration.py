@@ -54,8 +54,8 @@ class SparseConfigMixin:
             value = given.get(name) if name == "num_labels" else getattr(self, name, None)
             if isinstance(value, int | float) and not value <= most:
                 raise ValueError(
-                    f"the config has {name}={value!r:.40}; wanted {most} at most. It is damaged: copy or "
-                    "download the checkpoint again."
+                    f"the config has {name}={value!r:.40}; wanted {most} at most. It is damaged: "
+                    "copy or download the checkpoint again."
                 )
 
     @classmethod
