@@ -186,11 +186,12 @@ def _check_blocks(model: PreTrainedModel, stored: Sequence[StoredTensor]) -> Non
     check_shapes(found, {name: tuple(tensor.shape) for name, tensor in wanted.items()})
     new = re.compile(r"\.(crossattention|q_attn|ln_cross_attn)\.")
     parameters = {name.removeprefix(prefix) for name, _ in model.named_parameters()}
-    for name in wanted.keys() & parameters - found.keys():
+    for name in sorted(wanted.keys() & parameters - found.keys()):
         if name.startswith(stack) and not new.search(name):
             raise FormatError(
-                f"the model has the weight {name}, which is not stored in {stored[0].file.parent}. "
-                "Load it with the class, the number of blocks and the options of its config.json."
+                f"the model has the weight {name}, but no tensor is stored for it in "
+                f"{stored[0].file.parent}. Load it with the class, the number of blocks "
+                "and the options of its config.json."
             )
 
 
