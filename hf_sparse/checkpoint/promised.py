@@ -44,6 +44,8 @@ _COUNTED = {
         "inner_group_num": r"encoder\.albert_layer_groups\.\d+\.albert_layers",
     }
 }
+# What TensorFlow called the parameters of a norm; transformers still loads them.
+_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _AGAIN = (
     "Config and weights are of different checkpoints, or incomplete: copy or download them again."
 )
@@ -65,7 +67,15 @@ class Promised:
 
     def check(self, stored: Iterable[StoredTensor]) -> None:
         """Raise a FormatError if tensors are missing, too many, or of other shapes."""
-        found = {self._local(tensor.name): tensor for tensor in stored}
+        found, meant = dict[str, StoredTensor](), dict[str, StoredTensor]()
+        for tensor in stored:
+            first = meant.setdefault(self._meant(tensor.name), tensor)
+            if first is not tensor:
+                raise FormatError(
+                    f"{tensor.place}: {first.name} is stored, too, and both are the same weight of the "
+                    f"{type(self.model).__name__}. The file is damaged: copy or download it again."
+                )
+            found[self._local(tensor.name)] = tensor
         self._check_missing(found)
         check_shapes(found, self._shapes(), self._transposed())
 
@@ -119,6 +129,14 @@ class Promised:
     def _local(self, name: str) -> str:
         """A name without the base model's prefix, which heads put before it."""
         return name.removeprefix(f"{self.model.base_model_prefix}.")
+
+    def _meant(self, name: str) -> str:
+        """The weight that transformers takes a name for: prefixes are cut off, old names replaced."""
+        while name != (local := self._local(name)):
+            name = local
+        for old, new in _OLD_NAMES.items():
+            name = name.replace(old, new)
+        return name
 
     def _in_blocks(self, name: str) -> bool:
         stack = PARTS[base_type(self.model.config.model_type)].stack
@@ -279,6 +297,12 @@ def _class_named(values: Mapping[str, Any], file: Path) -> tuple[str, Any, bool]
     name = str(names[0]).removeprefix("Sparse") if isinstance(names, list) and names else ""
     kind = getattr(transformers, name, None) if name.isidentifier() else None
     if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+        made_for = getattr(kind.config_class, "model_type", None)
+        if made_for != family:
+            raise FormatError(
+                f"{file}: model_type is {values['model_type']!r}, and architectures names {name}, a "
+                f"class of models of type {made_for!r}. {_AGAIN}"
+            )
         return family, kind, True
     base: Any = transformers.MODEL_MAPPING[CONFIGS[family].__mro__[2]]
     return family, base[0] if isinstance(base, tuple | list) else base, False

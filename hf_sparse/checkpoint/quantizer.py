@@ -180,7 +180,10 @@ class SparseHfQuantizer(HfQuantizer):
 
 
 def _check_blocks(model: PreTrainedModel, stored: Sequence[StoredTensor]) -> None:
-    """Raise a FormatError if the model has other blocks than are stored, as arguments may ask for."""
+    """Raise a FormatError if the model's blocks have more than is stored, as arguments may ask for.
+
+    Cross-attention is new where an encoder becomes a decoder: transformers initialises it.
+    """
     parts = parts_of(model.config)
     if parts is None:
         return
@@ -189,12 +192,14 @@ def _check_blocks(model: PreTrainedModel, stored: Sequence[StoredTensor]) -> Non
     found = {tensor.name.removeprefix(prefix): tensor for tensor in stored}
     found = {name: tensor for name, tensor in found.items() if name.startswith(stack)}
     check_shapes(found, {name: tuple(tensor.shape) for name, tensor in wanted.items()})
-    blocks = {name.removeprefix(stack).partition(".")[0] for name in found}
-    for name in wanted:
-        if name.startswith(stack) and name.removeprefix(stack).partition(".")[0] not in blocks:
+    new = re.compile(r"\.(crossattention|q_attn|ln_cross_attn)\.")
+    parameters = {name.removeprefix(prefix) for name, _ in model.named_parameters()}
+    for name in sorted(wanted.keys() & parameters - found.keys()):
+        if name.startswith(stack) and not new.search(name):
             raise FormatError(
-                f"the model has the weight {name}, but of that block no tensor is stored in "
-                f"{stored[0].file.parent}. Load it with the number of blocks in its config.json."
+                f"the model has the weight {name}, but no tensor is stored for it in "
+                f"{stored[0].file.parent}. Load it with the class, the number of blocks "
+                "and the options of its config.json."
             )
 
 

@@ -15,6 +15,9 @@ from transformers import PreTrainedConfig
 
 from hf_sparse.models.families import FAMILIES, sparse_type
 
+# transformers makes lists of as many things before anybody can compare them with the weights.
+_COUNTS = {"num_hidden_layers": 10_000, "num_labels": 1_000_000}
+
 
 class SparseConfigMixin:
     """What a Sparse config adds to the config of its family.
@@ -39,11 +42,21 @@ class SparseConfigMixin:
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)
+        self._check_counts(kwargs)
         self.sparsity_config = kwargs.pop("sparsity_config", None)
         self.base_model = kwargs.pop("base_model", None)
         self.block_sizes = kwargs.pop("block_sizes", None)
         super().__post_init__(**kwargs)  # type: ignore[misc]
         type(self).when_made(self.base_model_type)
+
+    def _check_counts(self, given: dict[str, Any]) -> None:
+        for name, most in _COUNTS.items():
+            value = given.get(name) if name == "num_labels" else getattr(self, name, None)
+            if isinstance(value, int | float) and not value <= most:
+                raise ValueError(
+                    f"the config has {name}={value!r:.40}; wanted {most} at most. It is damaged: "
+                    "copy or download the checkpoint again."
+                )
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -14,7 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 
 class TileLayer(CacheLayerMixin):
@@ -152,25 +157,32 @@ def tile_layers(cache: Any, rows: Sequence[int], width: int) -> list[TileLayer]:
         width: of a tile.
 
     Raises:
-        ValueError: the cache is of another kind (static, quantised, offloaded).
+        ValueError: the cache is of another kind (static, quantised, offloaded, a subclass with an
+            `update` of its own), or its layers hold different numbers of tokens.
     """
     if not isinstance(cache, Cache):
         raise ValueError(
             f"the cache is a {type(cache).__name__}; a compiled model needs a DynamicCache, "
             "transformers' default."
         )
+    if getattr(cache.update, "__func__", None) is not Cache.update:
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__} with an update of its own, which a compiled "
+            "model does not call; wanted a DynamicCache, transformers' default."
+        )
     layers: list[Any] = cache.layers
     if any(isinstance(layer, TileLayer) for layer in layers):
         sizes = [(getattr(x, "rows", None), getattr(x, "width", None)) for x in layers]
         if sizes != [(count, width) for count in rows]:
             raise ValueError("past_key_values is the cache of another compiled model.")
-        return layers
+        return _even(layers)
     if getattr(cache, "offloading", False):
         raise ValueError("an offloaded cache cannot be used: a compiled model runs on the CPU.")
     layers = []
     for index, count in enumerate(rows):
         old: Any = cache.layers[index] if index < len(cache.layers) else DynamicLayer()
-        if not isinstance(old, DynamicLayer):
+        plain = type(old) in (DynamicLayer, DynamicSlidingWindowLayer)
+        if not plain or "update" in vars(old):
             raise ValueError(
                 f"past_key_values has a {type(old).__name__}; a compiled model needs a DynamicCache, "
                 "transformers' default: leave cache_implementation out."
@@ -186,5 +198,16 @@ def tile_layers(cache: Any, rows: Sequence[int], width: int) -> list[TileLayer]:
             values: Any = old.values
             layer.update(keys, values)
         layers.append(layer)
-    cache.layers = layers
+    cache.layers = _even(layers)
+    return layers
+
+
+def _even(layers: list[Any]) -> list[Any]:
+    """The layers, if all hold as many tokens: one number of tokens serves all blocks."""
+    lengths = [layer.length for layer in layers]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"the layers of past_key_values hold {lengths[:9]} tokens; wanted the same number in all. "
+            "Crop all layers alike, or start with an empty cache."
+        )
     return layers

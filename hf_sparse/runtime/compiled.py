@@ -155,11 +155,13 @@ def _compile_layers(
     """Replace the sparse layers of a model's blocks one by one."""
     shelf, pool = Shelf(), Pool[Program | Tensor](KEPT_BYTES)
     replaced: dict[nn.Module, nn.Module] = {}
-    left = ""
+    left, adapted = "", _in_adapters(model)
     for layer in target_layers(model):
         weight = layer.weight
         zeros = 1 - int(torch.count_nonzero(weight)) / weight.numel()
-        if zeros >= MIN_SPARSITY and not is_plain_matrix(layer.module):
+        if zeros >= MIN_SPARSITY and layer.module in adapted:
+            left = f" {layer.name} is left to torch: it lies in an adapter. Merge that first."
+        elif zeros >= MIN_SPARSITY and not is_plain_matrix(layer.module):
             left = f" {layer.name} is left to torch: it is no plain Linear, or it has hooks."
         elif zeros >= MIN_SPARSITY:
             bias: Any = layer.module.bias
@@ -176,9 +178,24 @@ def _compile_layers(
     return _finished(compiled, reason, target, cache)
 
 
+def _in_adapters(model: nn.Module) -> set[nn.Module]:
+    """Layers inside modules of PEFT, many of which read the weight and do not call the layer."""
+    return {
+        child
+        for module in model.modules()
+        if type(module).__module__.startswith("peft.")
+        for child in module.children()
+    }
+
+
 def check_types(model: nn.Module) -> None:
-    """Raise a ValueError unless torch can compute with the types of all parameters."""
+    """Raise a ValueError unless torch can compute with the types of all parameters, row by row."""
     for name, parameter in model.named_parameters():
+        if parameter.layout != torch.strided:
+            raise ValueError(
+                f"{name} has the layout {parameter.layout}; wanted {torch.strided}. Store its "
+                "to_dense() in its place: compile finds the zeros."
+            )
         if parameter.is_floating_point() and parameter.dtype not in COMPUTABLE:
             wanted = ", ".join(map(str, COMPUTABLE))
             raise ValueError(

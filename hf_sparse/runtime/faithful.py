@@ -18,14 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.models.families import base_type
 from hf_sparse.models.parts import head_size
 from hf_sparse.runtime.activation import activation_ref
+from hf_sparse.runtime.exchanged import is_known, why_not_own, why_not_own_function
 from hf_sparse.runtime.families import ACTIVATION_NAMES, Blocks
-from hf_sparse.runtime.plain import foreign_forward, is_known, why_not_plain
+from hf_sparse.runtime.plain import foreign_forward, why_instance_not_plain, why_not_plain
 from hf_sparse.units import BlockUnits
 
 # Attributes that change no output of a model in eval mode, whatever they are.
@@ -48,6 +50,7 @@ _MERGE = (
     "Put back what transformers makes of the config; merge adapters, and remove parametrizations, "
     "before compiling."
 )
+_RESTORE = "Put back what was there, or undo the patch, before compiling."
 _GIVE_BACK = "Give it back what transformers made, or change the config and load the model anew."
 
 
@@ -67,34 +70,41 @@ def check_blocks(model: PreTrainedModel, family: Blocks) -> None:
     wanted = next(iter(references.values()))
     prefix = "".join(f"{n}." for n, m in model.named_modules() if m is owner and n)
     _check_owner(owner, own if owner is base else type(wanted.get_submodule(path)), prefix)
-    if base.config is not config:
-        raise ValueError(
-            f"{type(base).__name__}.config is not the config of the {type(model).__name__} around it, "
-            "which the blocks are compiled by: make them the same object."
-        )
+    for part in (base, owner):
+        if vars(part).get("config", config) is not config:
+            raise ValueError(
+                f"{type(part).__name__}.config is not the config of the {type(model).__name__} around "
+                "it, which the blocks are compiled by: make them the same object."
+            )
     if type(blocks) is not nn.ModuleList or not len(blocks):
         raise ValueError(
             f"{prefix}{name} is a {_named(type(blocks))}; wanted a ModuleList of blocks."
         )
     first = _blocks_in(wanted.get_submodule(path).get_submodule(name)[0])[0]
     _check_activation(BlockUnits("", first, family, head_size(config)).activation, family, config)
-    kinds = _kinds(config)
+    kinds, classes = _kinds(config), dict[type, str | None]()
     for index, block in enumerate(blocks):
         # Config and list may differ in length, which is told elsewhere.
         reference = references[kinds[min(index, len(kinds) - 1)]]
         first = reference.get_submodule(path).get_submodule(name)[0]
-        _check_part(block, _sized(first, block, family, config), f"{prefix}{name}.{index}", config)
+        sized = _sized(first, block, family, config)
+        _check_part(block, sized, f"{prefix}{name}.{index}", config, classes)
     if family.causal:
         _check_places(list(blocks), f"{prefix}{name}")
 
 
 def why_other_attention(config: Any) -> str | None:
-    """Why attention is not the usual one, if a function of the user's own computes it."""
-    name = getattr(config, "_attn_implementation", None)
-    function: Any = ALL_ATTENTION_FUNCTIONS.get(name)
-    if function is None or function.__module__.startswith("transformers."):
-        return None
-    return f"its attention is '{name}', the function {function.__module__}.{function.__qualname__}"
+    """Why attention is not the usual one, if a function of the user's own computes it, or its mask."""
+    name: Any = getattr(config, "_attn_implementation", None)
+    for what, functions in (
+        ("attention", ALL_ATTENTION_FUNCTIONS),
+        ("mask of attention", ALL_MASK_ATTENTION_FUNCTIONS),
+    ):
+        function = functions.get(name)
+        found = None if function is None else why_not_own_function(function)
+        if found is not None:
+            return f"its {what} is '{name}', the function {found}"
+    return None
 
 
 def check_parents(model: nn.Module, replaced: list[nn.Module]) -> None:
@@ -168,6 +178,11 @@ def _check_owner(owner: nn.Module, own: type[nn.Module], prefix: str) -> None:
             f"{own.__name__}: it may run the blocks in another way. Compile a model of transformers' "
             "own class."
         )
+    if (found := why_not_own_function(own.forward)) is not None:
+        raise ValueError(
+            f"{prefix.rstrip('.') or kind.__name__} is a {_named(kind)}, whose forward was exchanged: "
+            f"{found}. It may run the blocks in another way. {_RESTORE}"
+        )
 
 
 def _check_activation(activation: Any, family: Blocks, config: Any) -> None:
@@ -211,8 +226,13 @@ def _blocks_in(item: Any) -> list[nn.Module]:
     return list(getattr(item, "albert_layers", [item]))
 
 
-def _check_part(found: nn.Module, wanted: nn.Module, place: str, config: Any) -> None:
-    """Compare a module and what is in it with the reference's."""
+def _check_part(
+    found: nn.Module, wanted: nn.Module, place: str, config: Any, classes: dict[type, str | None]
+) -> None:
+    """Compare a module and what is in it with the reference's.
+
+    `classes` tells what was exchanged in each class that was looked at.
+    """
     kind, own = type(found), type(wanted)
     if own is nn.Dropout and kind is nn.Identity and why_not_plain(found) is None:
         return
@@ -224,7 +244,11 @@ def _check_part(found: nn.Module, wanted: nn.Module, place: str, config: Any) ->
             f"{place} is a {_named(kind)}, which was put in place of transformers' own class: what it "
             "computes is not known."
         )
-    reason = why_not_plain(found)
+    if kind not in classes:
+        classes[kind] = why_not_own(kind)
+    reason = why_instance_not_plain(found)
+    if reason is None and classes[kind] is not None:
+        reason = f"is a {kind.__name__}, whose {classes[kind]}"
     if reason is not None:
         raise ValueError(
             f"{place} {reason}, which compiled blocks do not run. Remove it before compiling."
@@ -248,7 +272,7 @@ def _check_part(found: nn.Module, wanted: nn.Module, place: str, config: Any) ->
     for name, child in found._modules.items():
         other = wanted._modules[name]
         if child is not None and other is not None:
-            _check_part(child, other, f"{place}.{name}", config)
+            _check_part(child, other, f"{place}.{name}", config, classes)
         elif child is not other:
             raise ValueError(f"{place}.{name} is {child}; wanted {other}. {_GIVE_BACK}")
 

@@ -66,7 +66,7 @@ def _blocks(family: str, **described: Any) -> Blocks:
     return Blocks(**vars(PARTS[family]), **described)
 
 
-def _llama(family: str, head_norms: tuple[str, str] | None = None, windows: bool = True) -> Blocks:
+def _llama(family: str, head_norms: tuple[str, str] | None = None, **described: Any) -> Blocks:
     return _blocks(
         family,
         norms=("input_layernorm", "post_attention_layernorm"),
@@ -74,7 +74,7 @@ def _llama(family: str, head_norms: tuple[str, str] | None = None, windows: bool
         norm="rms",
         epsilon="rms_norm_eps",
         rotary=True,
-        windows=windows,
+        **described,
     )
 
 
@@ -115,8 +115,9 @@ COMPILED = {
         activation="activation_function",
         epsilon=1e-5,
     ),
-    "llama": _llama("llama", windows=False),
-    "mistral": _llama("mistral"),
-    "qwen2": _llama("qwen2"),
-    "qwen3": _llama("qwen3", ("self_attn.q_norm", "self_attn.k_norm")),
+    "llama": _llama("llama"),
+    # All its blocks have the window, also those that `layer_types` calls others.
+    "mistral": _llama("mistral", windows=True, supported={"layer_types": (None,)}),
+    "qwen2": _llama("qwen2", windows=True),
+    "qwen3": _llama("qwen3", ("self_attn.q_norm", "self_attn.k_norm"), windows=True),
 }

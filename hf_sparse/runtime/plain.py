@@ -7,15 +7,15 @@ own, a patched class and tensors of other kinds would be lost in silence, so the
 from __future__ import annotations
 
 import functools
-import inspect
-import sys
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
+
+from hf_sparse.runtime.exchanged import why_not_own
 
 # transformers' own hooks, which collect outputs and change none: they are installed again.
 _COLLECTING = "transformers.utils.output_capturing"
@@ -25,7 +25,14 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 def why_not_plain(module: nn.Module) -> str | None:
     """What a module does beside its class, or None; its children are not looked at."""
-    found = _patched(module) or _hooked(module)
+    return why_instance_not_plain(module) or _patched_class(module)
+
+
+def why_instance_not_plain(module: nn.Module) -> str | None:
+    """The same, but for what was done to its class."""
+    if own_forward(module):
+        return "has a forward of its own, which was put on the instance"
+    found = _hooked(module)
     if found is not None:
         return found
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -103,39 +110,9 @@ def _drops(module: nn.Module) -> bool:
     return False
 
 
-def _patched(module: nn.Module) -> str | None:
-    if own_forward(module):
-        return "has a forward of its own, which was put on the instance"
-    kind = type(module)
-    for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-        found = _patched_class(owner)
-        if found is not None:
-            return f"is a {kind.__name__}, whose {found}"
-    return None
-
-
-def _patched_class(owner: type) -> str | None:
-    """What was put in place of a class's functions, or of those that they call."""
-    for name, value in vars(owner).items():
-        if name not in ("forward", "__call__") and not isinstance(value, FunctionType):
-            continue
-        if name.startswith("__") and name != "__call__":
-            continue
-        origin = getattr(value, "__module__", ""), getattr(value, "__qualname__", "")
-        if origin != (owner.__module__, f"{owner.__qualname__}.{name}"):
-            return f"{name} was exchanged for {'.'.join(map(str, origin))}"
-        function: Any = inspect.unwrap(value)
-        for used in function.__code__.co_names:
-            called = function.__globals__.get(used)
-            if isinstance(called, FunctionType | type) and not is_known(called):
-                return f"{name} calls {used}, which is {called.__module__}.{called.__qualname__}"
-    return None
-
-
-def is_known(item: Any) -> bool:
-    """Whether a function or class is one of transformers, torch or Python."""
-    package = str(item.__module__).partition(".")[0]
-    return package in ("transformers", "torch") or package in sys.stdlib_module_names
+def _patched_class(module: nn.Module) -> str | None:
+    found = why_not_own(type(module))
+    return None if found is None else f"is a {type(module).__name__}, whose {found}"
 
 
 def _hooked(module: nn.Module) -> str | None:

@@ -151,6 +151,11 @@ class CompiledLinear(_Layer):
         ]
 
 
+def _is_readable(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether kernels can read a tensor of a shape where it lies."""
+    return tensor.device.type == "cpu" and tensor.shape == shape and tensor.is_contiguous()
+
+
 class CompiledHead(_Layer):
     """An output head that reads torch's own weight: no copy, and faster for a few tokens.
 
@@ -173,7 +178,8 @@ class CompiledHead(_Layer):
         """Whether a head is a Linear of whole vectors and groups of rows that kernels can read."""
         if type(linear) is not nn.Linear or linear.weight.dtype not in WEIGHT_TYPES:
             return False
-        if linear.bias is not None and linear.bias.dtype != torch.float32:
+        bias, size = linear.bias, (linear.out_features,)
+        if bias is not None and not (bias.dtype == torch.float32 and _is_readable(bias, size)):
             return False
         whole = not (linear.in_features % COLUMNS or linear.out_features % GROUP)
         return whole and linear.weight.is_contiguous()
@@ -189,10 +195,11 @@ class CompiledHead(_Layer):
         return result
 
     def _as_compiled(self) -> bool:
-        """Whether the weight is still what the kernel reads: it may have been tied, cast or moved."""
-        weight, shape = self.weight, (self.out_features, self.in_features)
-        plain = weight.dtype == self._dtype and weight.device.type == "cpu"
-        return plain and weight.shape == shape and weight.is_contiguous()
+        """Whether kernels can still read weight and bias: they may have been tied, cast or moved."""
+        weight, bias, shape = self.weight, self.bias, (self.out_features, self.in_features)
+        if weight.dtype != self._dtype or not _is_readable(weight, shape):
+            return False
+        return bias is None or (bias.dtype == torch.float32 and _is_readable(bias, shape[:1]))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledHead:
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
