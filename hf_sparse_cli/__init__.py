@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_sparse_cli.parser import make_parser
-from hf_sparse_cli.usage import check, unfinished
+from hf_sparse_cli.usage import check, doubts, unfinished
 
 __all__ = ["main"]
 
@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             make_parser().parse_args(arguments, options)
             check(options)
+            for doubt in doubts(options):
+                print(f"hf-sparse: {doubt}", file=sys.stderr)
             from hf_sparse.cli.commands import run
 
             return run(options)
@@ -51,10 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _hint(options: argparse.Namespace) -> str:
     """How to go on after an interruption, if something was kept."""
-    if not getattr(options, "stream", False) or not unfinished(options.output).exists():
+    if not getattr(options, "stream", False):
         return ""
+    work = unfinished(options.output)
+    if not any(work.glob("*.safetensors")):
+        return " No block was finished: nothing is kept."
     again = "the same command" if options.resume else "the same command with --resume"
-    return f" Finished blocks are in {unfinished(options.output)}: {again} goes on from there."
+    return f" Finished blocks are in {work}: {again} goes on from there."
 
 
 def _leave_stdout() -> None:
