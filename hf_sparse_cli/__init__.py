@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from hf_sparse_cli.parser import make_parser
 from hf_sparse_cli.usage import check, doubts, unfinished
+from hf_sparse_cli.words import in_flags
 
 __all__ = ["main"]
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _leave_stdout()
         return _BROKEN_PIPE
     except (ValueError, OSError, ImportError) as error:
-        print(f"hf-sparse: error: {error}", file=sys.stderr)
+        print(f"hf-sparse: error: {in_flags(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nhf-sparse: interrupted.{_hint(options)}", file=sys.stderr)

@@ -211,7 +211,7 @@ def test_labels_are_any_integers_and_need_classes() -> None:
             "one of layer, global",
         ),
         (["--sparsity", "0.5", "--scope", "layer"], "--scope is for the methods"),
-        (["--sparsity", "0.5", "--num-samples", "999"], "num_samples is 999"),
+        (["--sparsity", "0.5", "--num-samples", "999"], "--num-samples is 999"),
     ],
 )
 def test_wrong_use_is_told_and_nothing_is_written(

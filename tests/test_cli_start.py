@@ -307,7 +307,7 @@ def test_an_interrupted_stream_tells_how_to_go_on(
         patch.setattr(commands, "read_documents", never)
         patch.setattr(streaming, "dense_model_class", never)
         assert main([*command, "--sparsity", "0.6"]) == 1
-        assert "a run was stopped. Go on with it by resume=True" in capsys.readouterr().err
+        assert "a run was stopped. Go on with it by --resume" in capsys.readouterr().err
         assert main([*command, "--sparsity", "0.5", "--resume"]) == 1
         told = capsys.readouterr().err
         assert "is of a run with another config: sparsity was 0.6, now 0.5. Resume with" in told

@@ -84,8 +84,7 @@ def check_work_folder(folder: Path, run: dict[str, Any], *, resume: bool) -> Pat
         return work
     if not resume:
         raise ValueError(
-            f"{work} is there: a run was stopped. Go on with it by resume=True (--resume), or remove "
-            "it."
+            f"{work} is there: a run was stopped. Go on with it by resume=True, or remove it."
         )
     known, run = read_json(work / _RUN_FILE), json.loads(json.dumps(run))
     changed = [key for key, value in run.items() if known.get(key) != value]
