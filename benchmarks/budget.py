@@ -20,11 +20,15 @@ from typing import Any
 
 import torch
 from real_models import machine, package_folder
-from scipy.stats import spearmanr
 from transformers import AutoModel, AutoTokenizer
 
 import hf_sparse
 from hf_sparse.report import format_table
+
+try:
+    from scipy.stats import spearmanr
+except ImportError as error:
+    raise SystemExit("scipy is needed: pip install 'hf_sparse[train]'") from error
 
 CALIBRATION, WINDOW, ROUNDS = 128, 64, 30
 

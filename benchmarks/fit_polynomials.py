@@ -14,7 +14,11 @@ import argparse
 import math
 
 import numpy as np
-from scipy.special import log_ndtr, ndtr
+
+try:
+    from scipy.special import log_ndtr, ndtr
+except ImportError as error:
+    raise SystemExit("scipy is needed: pip install 'hf_sparse[train]'") from error
 
 POINTS, ROUNDS = 4000, 300
 GELU_DEGREE, GELU_LARGEST = 6, 5.5

@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 from real_models import package_folder
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import matthews_corrcoef
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+try:
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import matthews_corrcoef
+except ImportError as error:
+    raise SystemExit("scipy and scikit-learn are needed: pip install 'hf_sparse[train]'") from error
 
 
 @dataclass(frozen=True)

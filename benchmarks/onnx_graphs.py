@@ -23,14 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from glue import TASKS, Data, load_model
-from onnx import TensorProto, helper, numpy_helper
 from real_models import machine
 from transformers import AutoModelForSequenceClassification
 
 import hf_sparse
+
+try:
+    import onnxruntime as ort
+    from onnx import TensorProto, helper, numpy_helper
+except ImportError as error:
+    raise SystemExit("ONNX Runtime is needed: pip install 'hf_sparse[onnx]'") from error
 
 SIZES = ((1, 128), (8, 128))
 LOADING = """

@@ -241,7 +241,10 @@ def ratio(theirs: list[float], ours: list[float]) -> str:
 
 def plot(result: dict[str, Any], file: Path) -> None:
     """Bars of the milliseconds for batch 1 x 128."""
-    import matplotlib.pyplot as plt
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise SystemExit("Matplotlib draws the plot: pip install 'hf_sparse[plots]'") from error
 
     lines = [line for line in result["lines"] if line["shape"] == [1, 128]]
     lines.sort(key=lambda line: -statistics.median(line["ms"]))

@@ -269,7 +269,10 @@ def frozen_and_free(model: Any, batch: dict[str, Any], fast: bool) -> tuple[Step
 
 def masked_and_stock(model: Any, batch: dict[str, Any], fast: bool) -> tuple[Step, Step]:
     """Steps of two adapters of the same sizes."""
-    import peft
+    try:
+        import peft
+    except ImportError as error:
+        raise SystemExit("PEFT is needed: pip install 'hf_sparse[peft]'") from error
 
     settings = peft.LoraConfig(r=16, target_modules=[layer.name for layer in sparse_layers(model)])
 

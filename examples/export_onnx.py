@@ -12,10 +12,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import onnxruntime as ort
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_sparse
+
+try:
+    import onnxruntime as ort
+except ImportError as error:
+    raise SystemExit("ONNX Runtime is needed: pip install 'hf_sparse[onnx]'") from error
 
 
 def main() -> None:

@@ -14,11 +14,15 @@ import argparse
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, ShiraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import hf_sparse
 from hf_sparse.documents import read_documents
+
+try:
+    from peft import LoraConfig, ShiraConfig
+except ImportError as error:
+    raise SystemExit("PEFT is needed: pip install 'hf_sparse[peft]'") from error
 
 
 def main() -> None:

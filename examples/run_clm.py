@@ -16,7 +16,18 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from sparsity import DataArguments, Task, compare, few, load, load_splits, load_tokenizer, parse
+from sparsity import (
+    DataArguments,
+    Task,
+    WrongArgumentError,
+    compare,
+    few,
+    load,
+    load_splits,
+    load_tokenizer,
+    parse,
+    run,
+)
 from transformers import AutoModelForCausalLM, Trainer, default_data_collator
 
 
@@ -32,9 +43,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     sparsity, data, training = parse(TextArguments, argv)
     raw = load_splits(data)
     if "text" not in raw["train"].column_names:
-        raise ValueError(f"columns are {raw['train'].column_names}; wanted `text`.")
+        raise WrongArgumentError(f"columns are {raw['train'].column_names}; wanted `text`.")
     if data.block_size < 2:
-        raise ValueError(f"--block_size is {data.block_size}; wanted 2 or more.")
+        raise WrongArgumentError(f"--block_size is {data.block_size}; wanted 2 or more.")
     tokenizer = load_tokenizer(sparsity.model_name_or_path)
 
     def windows(rows: dict[str, list]) -> dict[str, list]:
@@ -49,7 +60,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     for name in ("train", "validation"):
         cut = raw[name].map(windows, batched=True, remove_columns=raw[name].column_names)
         if not len(cut):
-            raise ValueError(
+            raise WrongArgumentError(
                 f"{name} has fewer than {data.block_size} tokens: lower --block_size, or give more."
             )
         splits[name] = few(cut, sparsity.smoke)
@@ -78,4 +89,4 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

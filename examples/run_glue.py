@@ -16,10 +16,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import matthews_corrcoef
-from sparsity import DataArguments, Task, compare, few, load, load_splits, load_tokenizer, parse
+from sparsity import (
+    DataArguments,
+    Task,
+    WrongArgumentError,
+    compare,
+    few,
+    load,
+    load_splits,
+    load_tokenizer,
+    parse,
+    run,
+)
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer
+
+try:
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import matthews_corrcoef
+except ImportError as error:
+    raise SystemExit("scipy and scikit-learn are needed: pip install 'hf_sparse[train]'") from error
 
 # The text columns of GLUE's tasks and of most others.
 TEXTS = [
@@ -46,7 +61,7 @@ def count_labels(raw: Any) -> int:
         return 1
     if len(found) > 1 and found == set(range(len(found))) and bool not in map(type, found):
         return len(found)
-    raise ValueError(
+    raise WrongArgumentError(
         f"labels are {sorted(map(str, found))[:10]}; wanted the classes 0, 1, ... (two or more, whole "
         "numbers), or numbers with a fraction to regress, and none missing."
     )
@@ -60,7 +75,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     texts = next((names for names in TEXTS if set(names) <= set(columns)), None)
     if "label" not in columns or texts is None:
         known = "; ".join(" and ".join(names) for names in TEXTS)
-        raise ValueError(f"columns are {columns}; wanted `label`, and one of these: {known}.")
+        raise WrongArgumentError(
+            f"columns are {columns}; wanted `label`, and one of these: {known}."
+        )
     labels = count_labels(raw)
     regression = labels == 1
     tokenizer = load_tokenizer(sparsity.model_name_or_path)
@@ -114,4 +131,4 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

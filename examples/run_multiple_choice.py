@@ -15,7 +15,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from sparsity import DataArguments, Task, compare, few, load, load_splits, load_tokenizer, parse
+from sparsity import (
+    DataArguments,
+    Task,
+    WrongArgumentError,
+    compare,
+    few,
+    load,
+    load_splits,
+    load_tokenizer,
+    parse,
+    run,
+)
 from transformers import AutoModelForMultipleChoice, DataCollatorForMultipleChoice, Trainer
 
 
@@ -31,14 +42,16 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     sparsity, data, training = parse(QuestionArguments, argv)
     raw = load_splits(data)
     if missing := {"article", "question", "options", "answer"} - set(raw["train"].column_names):
-        raise ValueError(f"columns {sorted(missing)} are missing; wanted the layout of RACE.")
+        raise WrongArgumentError(
+            f"columns {sorted(missing)} are missing; wanted the layout of RACE."
+        )
     counts = {
         len(options) for split in ("train", "validation") for options in raw[split]["options"]
     }
     letters = {chr(ord("A") + number) for number in range(min(counts, default=0))}
     answers = {answer for split in ("train", "validation") for answer in raw[split]["answer"]}
     if len(counts) != 1 or not answers <= letters:
-        raise ValueError(
+        raise WrongArgumentError(
             f"questions have {sorted(counts)} options, answers are {sorted(map(str, answers))[:9]}; "
             "wanted the same number of options everywhere, and letters from A on."
         )
@@ -86,4 +99,4 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -20,9 +20,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
-from sparsity import DataArguments, Task, compare, few, load, load_splits, load_tokenizer, parse
+from sparsity import (
+    DataArguments,
+    Task,
+    WrongArgumentError,
+    compare,
+    few,
+    load,
+    load_splits,
+    load_tokenizer,
+    parse,
+    run,
+)
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, Trainer
+
+try:
+    from datasets import Dataset
+except ImportError as error:
+    raise SystemExit("datasets is needed: pip install 'hf_sparse[train]'") from error
 
 BEST = 20  # starts and ends that are paired
 LONGEST_ANSWER = 30  # tokens
@@ -154,14 +169,16 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Train, save and compare; returns the scores."""
     sparsity, data, training = parse(QuestionArguments, argv)
     if not 0 <= data.doc_stride <= data.max_seq_length // 2:
-        raise ValueError(
+        raise WrongArgumentError(
             f"--doc_stride is {data.doc_stride}; wanted at most half of --max_seq_length, "
             f"{data.max_seq_length // 2}."
         )
     raw = load_splits(data, read_squad)
     tokenizer = load_tokenizer(sparsity.model_name_or_path)
     if not tokenizer.is_fast:
-        raise ValueError("the tokenizer is a slow one, without offsets; wanted a fast tokenizer.")
+        raise WrongArgumentError(
+            "the tokenizer is a slow one, without offsets; wanted a fast tokenizer."
+        )
     train, validation = few(raw["train"], sparsity.smoke), few(raw["validation"], sparsity.smoke)
     features = train.map(
         training_windows,
@@ -193,4 +210,4 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

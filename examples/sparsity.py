@@ -7,19 +7,32 @@ sparse one; saves the sparse model; loads it back with its Auto class; and print
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_dataset
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
 
 import hf_sparse
 from hf_sparse.report import format_table
+from hf_sparse_cli.words import in_flags
 
 OPTIMIZERS = ("sparse_adamw", "magnitude", "movement", "none")
+
+
+class WrongArgumentError(ValueError):
+    """What was asked for cannot be done; the message tells why."""
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Run an example as a program, which tells wrong arguments in a sentence."""
+    try:
+        main()
+    except WrongArgumentError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
 
 
 @dataclass
@@ -97,13 +110,20 @@ def load_splits(data: DataArguments, read: Callable[[str], Any] | None = None) -
         data: where from.
         read: a data set from a file, where `datasets` does not know the layout.
     """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise WrongArgumentError(
+            "data sets are read by the package datasets, which is not installed: "
+            "pip install 'hf_sparse[train]'"
+        ) from error
     if data.dataset_name:
         return load_dataset(data.dataset_name, data.dataset_config)
     if not (data.train_file and data.validation_file):
-        raise ValueError("wanted --dataset_name, or --train_file and --validation_file.")
+        raise WrongArgumentError("wanted --dataset_name, or --train_file and --validation_file.")
     files = {"train": data.train_file, "validation": data.validation_file}
     if missing := [file for file in files.values() if not Path(file).is_file()]:
-        raise ValueError(f"there is no file {', '.join(missing)}.")
+        raise WrongArgumentError(f"there is no file {', '.join(missing)}.")
     if read:
         return {name: read(file) for name, file in files.items()}
     kind = {".csv": "csv", ".txt": "text"}.get(Path(data.train_file).suffix, "json")
@@ -117,10 +137,13 @@ def parse(data_arguments: type, argv: list[str] | None) -> tuple[SparsityArgumen
     sparsity, data, training = parser.parse_args_into_dataclasses(argv)
     training.dataloader_pin_memory &= torch.cuda.is_available()
     if sparsity.optimizer != "none":  # refuse nonsense before anything is loaded
-        sparsity.callback()
-        hf_sparse.trainer_optimizer(sparsity.config(), lr=1.0, penalty=sparsity.penalty)
+        try:
+            sparsity.callback()
+            hf_sparse.trainer_optimizer(sparsity.config(), lr=1.0, penalty=sparsity.penalty)
+        except ValueError as error:
+            raise WrongArgumentError(in_flags(str(error))) from error
     if not 0 <= sparsity.distil < float("inf"):
-        raise ValueError(f"--distil is {sparsity.distil}; wanted a number >= 0.")
+        raise WrongArgumentError(f"--distil is {sparsity.distil}; wanted a number >= 0.")
     if str(training.resume_from_checkpoint).lower() == "true":
         training = dataclasses.replace(training, resume_from_checkpoint=True)
     if sparsity.smoke:

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from hf_sparse_cli.parser import make_parser
-from hf_sparse_cli.usage import check, unfinished
+from hf_sparse_cli.usage import check, doubts, unfinished
+from hf_sparse_cli.words import in_flags
 
 __all__ = ["main"]
 
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             make_parser().parse_args(arguments, options)
             check(options)
+            for doubt in doubts(options):
+                print(f"hf-sparse: {doubt}", file=sys.stderr)
             from hf_sparse.cli.commands import run
 
             return run(options)
@@ -42,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _leave_stdout()
         return _BROKEN_PIPE
     except (ValueError, OSError, ImportError) as error:
-        print(f"hf-sparse: error: {error}", file=sys.stderr)
+        print(f"hf-sparse: error: {in_flags(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nhf-sparse: interrupted.{_hint(options)}", file=sys.stderr)
@@ -51,10 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _hint(options: argparse.Namespace) -> str:
     """How to go on after an interruption, if something was kept."""
-    if not getattr(options, "stream", False) or not unfinished(options.output).exists():
+    if not getattr(options, "stream", False):
         return ""
+    work = unfinished(options.output)
+    if not any(work.glob("*.safetensors")):
+        return " No block was finished: nothing is kept."
     again = "the same command" if options.resume else "the same command with --resume"
-    return f" Finished blocks are in {unfinished(options.output)}: {again} goes on from there."
+    return f" Finished blocks are in {work}: {again} goes on from there."
 
 
 def _leave_stdout() -> None:

@@ -6,13 +6,14 @@ What needs the model's config or its tokenizer is checked by the package, before
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from hf_sparse_cli.choices import ALLOCATIONS, COMPOSITION, METHODS, PATTERNS, SCOPES
+from hf_sparse_cli.choices import COMPOSITION, METHODS, PATTERNS, SCOPES
+from hf_sparse_cli.names import did_you_mean, suggestions
 
 _SIZED = (r"\d{1,4}:\d{1,4}", r"block:\d{1,6}x\d{1,6}", r"head(?:_in)?:\d{1,6}")
 # Flags whose values are counts, and the least of them.
@@ -118,7 +119,7 @@ def implied_sparsity(pattern: str) -> float | None:
         ValueError: no notation of `hf_sparse.patterns`.
     """
     if not _is_pattern(pattern):
-        meant = _suggestions().meant_pattern(pattern, lambda name: _is_pattern(name) or None)
+        meant = suggestions().meant_pattern(pattern, lambda name: _is_pattern(name) or None)
         raise ValueError(
             f"unknown pattern '{pattern}'. Known patterns: {', '.join(PATTERNS)}.{meant}"
         )
@@ -134,20 +135,6 @@ def _is_pattern(notation: str) -> bool:
     """Whether a text has the form of a pattern."""
     plain = notation in PATTERNS and notation.isalpha()
     return plain or any(re.fullmatch(shape, notation, re.ASCII) for shape in _SIZED)
-
-
-def _suggestions() -> Any:
-    """The module `hf_sparse.suggestions`: it imports nothing, but its package imports torch."""
-    package = importlib.util.find_spec("hf_sparse")
-    assert package is not None
-    assert package.submodule_search_locations is not None
-    file = Path(package.submodule_search_locations[0]) / "suggestions.py"
-    spec = importlib.util.spec_from_file_location("suggestions", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _check_sparsity(pattern: str, sparsity: float | None, implied: float | None) -> None:
@@ -185,27 +172,42 @@ def method_options(options: argparse.Namespace) -> dict[str, Any]:
         if getattr(options, name) is not None
     }
     if "scope" in own and "scope" not in defaults:
+        names = " and ".join(name for name, other in METHODS.items() if "scope" in other.options)
         raise ValueError(
-            f"method '{options.method}' has no option scope. "
-            f"Its options: {', '.join([*defaults, *COMPOSITION])}."
+            f"--scope is for the methods {names}; method '{options.method}' goes layer by layer. "
+            "Leave it out."
         )
     for given in options.option or ():
-        name, equals, text = given.partition("=")
-        if not equals or name not in defaults:
-            raise ValueError(
-                f"--option {given}: wanted NAME=VALUE; method '{options.method}' has the options "
-                f"{', '.join(f'{k}={v}' for k, v in defaults.items()) or 'none'}."
-            )
-        try:
-            own[name] = _read_as(defaults[name], text)
-        except ValueError as error:
-            raise ValueError(
-                f"--option {given}: wanted a value like {name}={defaults[name]}."
-            ) from error
-    for name, known in (("scope", SCOPES), ("allocation", ALLOCATIONS)):
-        if name in own and own[name] not in known:
-            raise ValueError(f"{name} is {own[name]!r}; wanted one of {', '.join(known)}.")
+        name, value = _own_option(given, options.method)
+        own[name] = value
+    if own.get("scope", "layer") not in SCOPES:
+        raise ValueError(f"scope is {own['scope']!r}; wanted one of {', '.join(SCOPES)}.")
     return own
+
+
+def _own_option(given: str, method: str) -> tuple[str, Any]:
+    """The name and the value of one `--option`.
+
+    Raises:
+        ValueError: the method has no such option, or the value cannot be read as its type.
+    """
+    name, equals, text = given.partition("=")
+    defaults = METHODS[method].options
+    known = ", ".join(f"{option}={value}" for option, value in defaults.items())
+    start = f"--option {given}: "
+    if name in COMPOSITION:
+        raise ValueError(f"{start}{name} is a flag of its own: --{name} {text or 'VALUE'}")
+    if not defaults:
+        raise ValueError(f"{start}method '{method}' has no options of its own. Leave it out.")
+    if name not in defaults:
+        meant = did_you_mean(name, defaults)
+        raise ValueError(f"{start}method '{method}' has the options {known}.{meant}")
+    if not equals:
+        raise ValueError(f"{start}wanted a value too, as --option {name}={defaults[name]}")
+    try:
+        return name, _read_as(defaults[name], text)
+    except ValueError as error:
+        raise ValueError(f"{start}wanted a value like {name}={defaults[name]}.") from error
 
 
 def _read_as(default: Any, text: str) -> Any:
@@ -250,9 +252,35 @@ def _check_model(source: str, local: bool = False) -> None:
     folder = Path(source)
     if not folder.exists():
         if local or source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise FileNotFoundError(f"no such folder: {source}")
+            raise FileNotFoundError(f"no such folder: {source}.{_similar_folder(folder)}")
     elif not folder.is_dir():
         raise NotADirectoryError(f"{source} is a file; wanted a folder, or a model of the Hub.")
+
+
+def doubts(options: argparse.Namespace) -> Iterator[str]:
+    """What may be meant in another way than it is taken: told before the work begins."""
+    given = vars(options)
+    for name in (*_MODELS, "folder"):
+        source = given.get(name)
+        if source is None or Path(source).exists():
+            continue
+        similar, parent = _similar_folder(Path(source)), Path(source).parent
+        if similar or ("/" in source and parent.is_dir()):
+            yield f"there is no folder {source}, so that the Hub is asked for it.{similar}"
+    if given.get("resume") and not unfinished(options.output).exists():
+        yield (
+            f"there is nothing to resume, no {unfinished(options.output)}: the run begins with the "
+            "first block."
+        )
+
+
+def _similar_folder(folder: Path) -> str:
+    """A question after an error: the checkpoint folder that was probably meant, if there is one."""
+    if not folder.parent.is_dir():
+        return ""
+    models = {path.parent.name: str(path.parent) for path in folder.parent.glob("*/config.json")}
+    close = get_close_matches(folder.name, models, n=1)
+    return f" Did you mean {models[close[0]]}?" if close else ""
 
 
 def _check_output(options: argparse.Namespace, source: str, lost: str, asked: bool = False) -> None:

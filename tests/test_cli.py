@@ -206,9 +206,12 @@ def test_labels_are_any_integers_and_need_classes() -> None:
         (["--sparsity", "1.5"], "sparsity is 1.5"),
         ([], "needs a sparsity"),
         (["--sparsity", "0.5", "--targets", "q_prj"], "'q_prj' matches no layer"),
-        (["--sparsity", "0.5", "--method", "magnitude", "--scope", "all"], "one of layer, global"),
-        (["--sparsity", "0.5", "--scope", "layer"], "has no option scope"),
-        (["--sparsity", "0.5", "--num-samples", "999"], "num_samples is 999"),
+        (
+            ["--sparsity", "0.5", "--method", "magnitude", "--option", "scope=all"],
+            "one of layer, global",
+        ),
+        (["--sparsity", "0.5", "--scope", "layer"], "--scope is for the methods"),
+        (["--sparsity", "0.5", "--num-samples", "999"], "--num-samples is 999"),
     ],
 )
 def test_wrong_use_is_told_and_nothing_is_written(

@@ -31,13 +31,30 @@ from tests.tiny_models import prose, tiny_model, tiny_tokenizer
 # Arguments that are refused, and what is told. OLD: an earlier output, FILE: a text, EMPTY: a folder.
 USAGE = [
     ("", "the following arguments are required: COMMAND"),
-    ("prun", "invalid choice: 'prun'"),
+    ("prun", "invalid choice: 'prun'.*Did you mean 'prune'?"),
+    ("prun a b --sparsity 0.5", "Did you mean 'prune'?"),
+    ("--verison", "unknown flag --verison. Did you mean '--version'?"),
     ("prune EMPTY", "required: OUTPUT"),
-    ("prune EMPTY out --sparsity 0.5 --methd wanda", "unrecognized arguments: --methd wanda"),
-    ("prune EMPTY out --sparsity 0.5 --method wonda", "invalid choice: 'wonda'"),
-    ("prune EMPTY out --sparsity 0.5 --format gap5", "invalid choice: 'gap5'"),
-    ("prune EMPTY out --sparsity 0.5 --dtype flaot32", "invalid choice: 'flaot32'"),
-    ("prune EMPTY out --sparsity half", "invalid float value: 'half'"),
+    (
+        "prune EMPTY out --sparsity 0.5 --methd wanda",
+        "unknown flag --methd. Did you mean '--method'?",
+    ),
+    ("prune EMPTY --patern 2:4", "unknown flag --patern. Did you mean '--pattern'?"),
+    ("prune EMPTY out --patern=2:4", "unknown flag --patern. Did you mean '--pattern'?"),
+    ("prune EMPTY out --xyz 1", "unknown flag --xyz."),
+    ("eval EMPTY --txt FILE", "unknown flag --txt. Did you mean '--text'?"),
+    (
+        "prune EMPTY out --sparsity 0.5 --method wonda",
+        "invalid choice: 'wonda'.*Did you mean 'wanda'?",
+    ),
+    ("prune EMPTY out --sparsity 0.5 --format gap5", "invalid choice: 'gap5'.*Did you mean 'gap"),
+    (
+        "prune EMPTY out --sparsity 0.5 --dtype flaot32",
+        "invalid choice: 'flaot32'.*Did you mean 'float32'?",
+    ),
+    ("prune EMPTY out --sparsity half", "'half' is no number; wanted a fraction of zeros, as 0.5."),
+    ("prune EMPTY out --sparsity 50%", "'50%' is no number.*Did you mean 0.5?"),
+    ("prune EMPTY out --sparsity 0,25", "'0,25' is no number.*Did you mean 0.25?"),
     ("prune EMPTY out --pattern 2:4", "needs calibration text: --calibration FILE"),
     ("prune EMPTY out --pattern 2:4 --method magnitude --refine swaps", "needs calibration text"),
     ("prune EMPTY out --pattern 2-4", "unknown pattern '2-4'.*Did you mean '2:4'?"),
@@ -49,9 +66,26 @@ USAGE = [
     ("prune EMPTY out --sparsity nan", "sparsity is nan; wanted a fraction"),
     ("prune EMPTY out", "pattern 'unstructured' needs a sparsity"),
     ("prune EMPTY out --pattern 2:4 --sparsity 0.7", "fixes the sparsity at 0.5"),
-    ("prune EMPTY out --sparsity 0.5 --scope layer", "method 'wanda' has no option scope"),
+    (
+        "prune EMPTY out --sparsity 0.5 --scope layer",
+        "--scope is for the methods magnitude and taylor",
+    ),
     ("prune EMPTY out --sparsity 0.5 --method magnitude --scope all", "one of layer, global"),
+    (
+        "prune EMPTY out --sparsity 0.5 --method magnitude --option scope=all",
+        "one of layer, global",
+    ),
     ("prune EMPTY out --sparsity 0.5 --method alps --option a=1", "has the options damping=0.01"),
+    (
+        "prune EMPTY out --sparsity 0.5 --method sparsegpt --option blocksize=3",
+        "method 'sparsegpt' has the options damping=0.01, block_size=128. Did you mean 'block_size'?",
+    ),
+    ("prune EMPTY out --sparsity 0.5 --option blocksize=3", "'wanda' has no options of its own"),
+    (
+        "prune EMPTY out --sparsity 0.5 --method alps --option damping",
+        "wanted a value too, as --option damping=0.01",
+    ),
+    ("prune EMPTY out --sparsity 0.5 --option refine=swaps", "a flag of its own: --refine swaps"),
     ("prune EMPTY out --sparsity 0.5 --method prox_local", "learns N:M masks"),
     ("prune EMPTY out --pattern 2:4 --allocation owl", "fixes the sparsity of every block"),
     ("prune EMPTY out --sparsity 0.5 --calibration none.txt", "no such file: none.txt"),
@@ -74,6 +108,7 @@ USAGE = [
     ("eval EMPTY", "one of the arguments --text --labels is required"),
     ("eval EMPTY --text none.txt", "no such file: none.txt"),
     ("inspect none", "no such folder: none"),
+    ("inspect odl", "no such folder: odl. Did you mean old?"),
     ("bench EMPTY --threads 0", "--threads is 0; wanted at least 1"),
     ("shrink EMPTY EMPTY", "the larger model would be lost"),
     ("shrink EMPTY OLD", "--overwrite"),
@@ -272,7 +307,7 @@ def test_an_interrupted_stream_tells_how_to_go_on(
         patch.setattr(commands, "read_documents", never)
         patch.setattr(streaming, "dense_model_class", never)
         assert main([*command, "--sparsity", "0.6"]) == 1
-        assert "a run was stopped. Go on with it by resume=True" in capsys.readouterr().err
+        assert "a run was stopped. Go on with it by --resume" in capsys.readouterr().err
         assert main([*command, "--sparsity", "0.5", "--resume"]) == 1
         told = capsys.readouterr().err
         assert "is of a run with another config: sparsity was 0.6, now 0.5. Resume with" in told

@@ -568,10 +568,13 @@ def test_old_output_survives_a_failure_and_is_replaced_by_success(tmp_path: Path
     norm = torch.ones(20, dtype=torch.bfloat16)
     edit_tensors(other, lambda t: t.update({"model.norm.weight": norm[:3]}))
     with pytest.raises(FormatError, match=r"model.norm.weight in .*implies"):
-        convert_legacy(other, new)
+        convert_legacy(other, new, overwrite=True)
     assert contents(new) == before
     edit_tensors(other, lambda t: t.update({"model.norm.weight": norm}))
-    convert_legacy(other, new)
+    with pytest.raises(ValueError, match=r"holds config.json and .*overwrite=True"):
+        convert_legacy(other, new)
+    assert contents(new) == before
+    convert_legacy(other, new, overwrite=True)
     model = sparse_llama(dtype=torch.bfloat16)
     model.model.norm.weight.data.copy_(norm)
     assert same_bits(model, AutoModelForCausalLM.from_pretrained(new))

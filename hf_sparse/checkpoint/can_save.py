@@ -81,9 +81,8 @@ def check_family(model_type: str, format: str) -> None:
         raise ValueError(
             f"models of type '{model_type}' have no Sparse class to load a compressed checkpoint with; "
             f"families: {', '.join(FAMILIES)}. Save it as large as the dense model, zeros included: "
-            "SparsityConfig(..., format='dense'), on the command line --format dense. A small ONNX "
-            "graph is made of any family, from that folder too: hf_sparse.export_onnx, on the command "
-            "line hf-sparse export."
+            "SparsityConfig(..., format='dense'). A small ONNX graph is made of any family, from that "
+            "folder too: hf_sparse.export_onnx."
         )
 
 

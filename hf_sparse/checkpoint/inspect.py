@@ -53,16 +53,24 @@ class CheckpointSparsity:
         )
 
     def __str__(self) -> str:
+        return "\n".join([self.report.summary(), *self._in_files()])
+
+    def table(self) -> str:
+        """A row for each tensor, and the totals."""
+        return "\n".join([self.report.table(), *self._in_files()])
+
+    def _in_files(self) -> list[str]:
+        """The lines that tell how it is stored, and what its config promises."""
         formats = Counter(self.formats.values())
         stored = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(formats.items()))
-        lines = [self.report.summary(), f"{self.file_bytes:,} bytes in weight files; {stored}"]
+        lines = [f"{self.file_bytes:,} bytes in weight files; {stored}"]
         if self.config is None:
-            return "\n".join([*lines, "a dense checkpoint: config.json promises nothing"])
+            return [*lines, "a dense checkpoint: config.json promises nothing"]
         promised, found = self.config.sparsity, self.report.sparsity
         lines.append(f"config.json promises {self.config.pattern}, sparsity {promised:.4f}")
         if self.report.has_lost_zeros(promised):
             lines.append(f"the zeros are lost: promised {promised:.4f}, found {found:.4f}")
-        return "\n".join(lines)
+        return lines
 
 
 def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:

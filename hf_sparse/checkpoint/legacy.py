@@ -42,6 +42,7 @@ from hf_sparse.checkpoint.links import check_links
 from hf_sparse.checkpoint.promised import describing
 from hf_sparse.checkpoint.reading import checkpoint_files, open_file, watch
 from hf_sparse.checkpoint.save import save_model
+from hf_sparse.checkpoint.writing import check_not_lost
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FormatError, bits, join, locate
 from hf_sparse.provenance.record import record_
@@ -64,7 +65,11 @@ _COPIED_TYPES = (".json", ".txt", ".model", ".jinja")
 
 
 def convert_legacy(
-    folder: str | os.PathLike[str], output: str | os.PathLike[str], *, format: str = "auto"
+    folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    format: str = "auto",
+    overwrite: bool = False,
 ) -> Path:
     """Convert a compressed-tensors `sparse-bitmask` checkpoint into one of hf_sparse.
 
@@ -76,6 +81,7 @@ def convert_legacy(
         folder: the old checkpoint; it is only read.
         output: made if it does not exist. Its files stay untouched until the new are complete.
         format: how the weights are stored, a key of `hf_sparse.formats.FORMATS`.
+        overwrite: replace the model that is in `output`. Files of other names stay.
 
     Returns:
         The output folder. Its pattern is `2:4` if the old config says so, else `unstructured` with
@@ -87,8 +93,8 @@ def convert_legacy(
         FormatError: the checkpoint is damaged, incomplete, or not what its config promises; the
             message names tensor and file.
         ValueError: it is no such checkpoint, it is quantised too, its family is not in `FAMILIES`
-            (`format="dense"` needs none), `output` lies inside `folder`, a bad `format`, or a file
-            that would be copied is a link out of the folder.
+            (`format="dense"` needs none), `output` lies inside `folder` or holds files without
+            `overwrite`, a bad `format`, or a file that would be copied is a link out of the folder.
         OSError: `output` cannot be written or the disk is full. Nothing has changed then.
 
     Source: the layout of github.com/vllm-project/compressed-tensors, at the top of this file.
@@ -99,6 +105,8 @@ def convert_legacy(
     values, sparsity = _read_config(folder)
     model = _meta_model(values, folder)
     check_can_save(model, output, SparsityConfig("unstructured", 0.0, format=format))
+    if not overwrite:
+        check_not_lost(output)
     small_files = _SmallFiles(folder)
     weights = _OldWeights(folder, LAYOUTS[sparsity["format"]], model)
     config = _measure(weights, model, sparsity, format)

@@ -47,10 +47,12 @@ from hf_sparse.checkpoint.save import save_model
 from hf_sparse.checkpoint.work_folder import (
     HIDDEN_STATES,
     check_work_folder,
+    is_stopped,
     read_json,
     sampled_hash,
     work_folder,
 )
+from hf_sparse.checkpoint.writing import check_not_lost
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.formats import FormatError, compress, decompress, join, locate
 from hf_sparse.provenance.record import record_
@@ -102,6 +104,7 @@ def prune_checkpoint(
     batches: Iterable[Mapping[str, Tensor] | Tensor] | None = None,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     tokenizer: Any = None,
     dtype: str | torch.dtype = "auto",
     base_model: str | None = None,
@@ -118,6 +121,9 @@ def prune_checkpoint(
         method: one that goes through the blocks: not `magnitude` or `proxsparse`.
         batches: see `prune_`.
         resume: go on with the work folder of a run that was stopped, made with the same arguments.
+            Without such a folder the run begins anew.
+        overwrite: replace the model that is in `folder`. Files of other names stay. A run that is
+            resumed was allowed to when it began.
         tokenizer: saved beside the model if given.
         dtype: of the weights; `"auto"` as they are stored.
         base_model: Hub name of the dense model, for the model card.
@@ -133,7 +139,7 @@ def prune_checkpoint(
 
     Raises:
         ValueError: as `prune_`; a method that needs the whole model; a work folder of another run,
-            or one that is there without `resume`.
+            or one that is there without `resume`; files in `folder` without `overwrite`.
         FormatError: the dense model is damaged, or lacks weights.
         OSError: the disk is full. Finished blocks stay in the work folder: free space and resume.
     """
@@ -145,6 +151,8 @@ def prune_checkpoint(
     check_to_load(source)
     described = AutoConfig.from_pretrained(source)
     check_can_save(described, folder, config)
+    if not overwrite and not (resume and is_stopped(folder)):
+        check_not_lost(folder)
     model = _load(source, described, dtype)
     check_can_save(model, folder, config)
     given, config = config, with_head_size(config, model)

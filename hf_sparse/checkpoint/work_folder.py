@@ -1,8 +1,8 @@
 """The work folder of a run that can be killed and resumed.
 
 It belongs to one run: `run.json` says which, and is locked while the run goes on (where the system
-has `flock`). When the run ends it is removed; an error before the first finished block removes it
-too, later ones leave it to be resumed.
+has `flock`). When the run ends it is removed; an error or an interruption before the first
+finished block removes it too, later ones leave it to be resumed.
 """
 
 from __future__ import annotations
@@ -50,13 +50,22 @@ def work_folder(folder: Path, run: dict[str, Any], *, resume: bool) -> Iterator[
         hidden.mkdir()
         try:
             yield work
-        except Exception:
+        except BaseException:  # an interruption too
             if not any(work.glob("*.safetensors")):
                 shutil.rmtree(work)
             raise
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
         shutil.rmtree(work)
+
+
+def is_stopped(folder: Path) -> bool:
+    """Whether a run into this output folder was stopped, and can be resumed."""
+    return _beside(folder).exists()
+
+
+def _beside(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.unfinished")
 
 
 def check_work_folder(folder: Path, run: dict[str, Any], *, resume: bool) -> Path:
@@ -70,13 +79,12 @@ def check_work_folder(folder: Path, run: dict[str, Any], *, resume: bool) -> Pat
     Raises:
         ValueError: it is there without `resume`, is of another run, or damaged.
     """
-    work = folder.with_name(f"{folder.name}.unfinished")
+    work = _beside(folder)
     if not work.exists():
         return work
     if not resume:
         raise ValueError(
-            f"{work} is there: a run was stopped. Go on with it by resume=True (--resume), or remove "
-            "it."
+            f"{work} is there: a run was stopped. Go on with it by resume=True, or remove it."
         )
     known, run = read_json(work / _RUN_FILE), json.loads(json.dumps(run))
     changed = [key for key, value in run.items() if known.get(key) != value]

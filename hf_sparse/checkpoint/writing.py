@@ -72,6 +72,22 @@ def check_folder(folder: Path, variant: str | None = None) -> None:
         )
 
 
+def check_not_lost(folder: Path) -> None:
+    """Refuse a folder that holds files: a model in it would be replaced, and nobody has asked for that.
+
+    Raises:
+        ValueError: it holds files; the message names one of them.
+    """
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if names:
+        first = "config.json" if "config.json" in names else names[0]
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ValueError(
+            f"{folder} is not empty: it holds {first}{others}. Give another folder, or overwrite=True: "
+            "the model in it is replaced, files of other names stay."
+        )
+
+
 class ShardWriter:
     """Collects tensors into safetensors shards of at most `max_bytes` (a larger tensor has its own).
 

@@ -28,10 +28,12 @@ from hf_sparse.cli.loading import (
     load,
     load_tokenizer,
     measurement,
+    model_config,
+    optional_tokenizer,
     skeleton,
-    weight_bytes,
     windows,
 )
+from hf_sparse.cli.printing import print_json, print_saved, without
 from hf_sparse.documents import read_documents
 from hf_sparse.exporters.onnx_export import check_can_export
 from hf_sparse.hub import check_can_push, push_to_hub, upload_folder
@@ -77,7 +79,7 @@ def prune(options: argparse.Namespace) -> int:
     check_can_save(model, options.output, config)
     if options.stream:
         check_run(options.model, options.output, config, options.method, own, options.resume)
-    tokenizer = load_tokenizer(options.model, options, model.config)
+    tokenizer = optional_tokenizer(options, model.config, needed=needs_calibration(options))
     batches = _calibration(model, tokenizer, options)
     if options.stream:
         report = hf_sparse.prune_checkpoint(
@@ -87,6 +89,7 @@ def prune(options: argparse.Namespace) -> int:
             options.method,
             batches,
             resume=options.resume,
+            overwrite=options.overwrite,
             tokenizer=tokenizer,
             dtype=options.dtype,
             base_model=options.base_model,
@@ -104,7 +107,7 @@ def prune(options: argparse.Namespace) -> int:
             report=report,
             base_model=options.base_model,
         )
-    return _print_saved(report, options, options.model)
+    return print_saved(report, options, options.model, tokenizer)
 
 
 def _calibration(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[Any] | None:
@@ -119,27 +122,6 @@ def _calibration(model: Any, tokenizer: Any, options: argparse.Namespace) -> lis
     )
 
 
-def _print_saved(report: Any, options: argparse.Namespace, source: str) -> int:
-    """Print a report as the options want it, and where the model was saved; the exit code."""
-    before = weight_bytes(source, options.gguf_file)
-    after = weight_bytes(options.output)
-    if options.json:
-        _print_json(report, options, file_bytes={"before": before, "after": after})
-    else:
-        print(report.table() if options.tensors else report.summary())
-        ratio = after / max(before, 1)
-        print(
-            f"weight files: {before / 1e6:.2f} MB before, {after / 1e6:.2f} MB after ({ratio:.2f}x)"
-        )
-        print(f"saved to {options.output}")
-    return 0
-
-
-def _print_json(report: Any, options: argparse.Namespace, **more: Any) -> None:
-    """Print a report as JSON, with the folder that was written."""
-    print(json.dumps({**json.loads(report.to_json()), "folder": options.output, **more}, indent=2))
-
-
 def recover(options: argparse.Namespace) -> int:
     """Train a sparse model on text, its zeros kept, and save it."""
     if options.method == "finetune" and options.dtype == "auto":
@@ -148,6 +130,8 @@ def recover(options: argparse.Namespace) -> int:
     check_can_save(bones, options.output, _stored_in(options.format, promised_config(bones)))
     tokenizer = load_tokenizer(options.folder, options, bones.config)
     documents = read_documents(options.data)
+    if options.teacher is not None:
+        model_config(options.teacher, options)  # a name that is wrong is told before the work
     windows = token_windows(tokenizer, documents, options.window, options.num_samples)
     batches = [{"input_ids": batch} for batch in windows.split(options.batch_size)]
     model, _ = load(options.folder, options, needs_tokenizer=False)
@@ -167,7 +151,7 @@ def recover(options: argparse.Namespace) -> int:
     )
     config = _stored_in(options.format, promised_config(model), report.sparsity)
     hf_sparse.save_pretrained(model, options.output, config, tokenizer=tokenizer, report=report)
-    return _print_saved(report, options, options.folder)
+    return print_saved(report, options, options.folder, tokenizer)
 
 
 def _stored_in(
@@ -190,6 +174,9 @@ def _stored_in(
 def evaluate(options: argparse.Namespace) -> int:
     """Measure a model, and the dense one beside it."""
     measure = measurement(options)
+    sources = [source for source in (options.model, options.dense) if source is not None]
+    for source in sources:  # what is missing is told before the first one is measured
+        load_tokenizer(source, options, model_config(source, options))
     figures = {}
     for name, source in (("sparse", options.model), ("dense", options.dense)):
         if source is not None:
@@ -216,9 +203,7 @@ def inspect(options: argparse.Namespace) -> int:
         described["report"] = json.loads(report.to_json())
         print(json.dumps(described, indent=2))
     else:
-        if options.tensors:
-            print(report.table())
-        print(found)
+        print(found.table() if options.tensors else found)
     if found.config is not None and found.config.pattern.implied_sparsity and report.violations:
         print(
             f"hf-sparse: error: {report.violations} groups break the promised pattern "
@@ -248,24 +233,25 @@ def bench(options: argparse.Namespace) -> int:
 def shrink(options: argparse.Namespace) -> int:
     """Remove the heads and neurons that zeros have made useless, and save the smaller model."""
     check_can_save(skeleton(options.model, options), options.output)
-    needs_tokenizer = bool(options.tokenizer) or has_tokenizer(options.model)
-    model, tokenizer = load(options.model, options, needs_tokenizer)
+    model, _ = load(options.model, options, needs_tokenizer=False)
+    tokenizer = optional_tokenizer(options, model.config, needed=False)
     report = hf_sparse.shrink(model)
     hf_sparse.save_pretrained(
         model, options.output, tokenizer=tokenizer, base_model=options.base_model
     )
     if options.json:
-        _print_json(report, options)
+        print_json(report, options)
     else:
         print(report)
-        print(f"saved to {options.output}{'' if needs_tokenizer else ', without a tokenizer'}")
+        print(f"saved to {options.output}{without(tokenizer)}")
     return 0
 
 
 def export(options: argparse.Namespace) -> int:
     """Export a model as an ONNX graph."""
-    check_can_export(skeleton(options.model, options), options.output)
-    tokenizer = load_tokenizer(options.model, options)
+    bones = skeleton(options.model, options)
+    check_can_export(bones, options.output)
+    tokenizer = optional_tokenizer(options, bones.config, needed=bool(options.calibration))
     batches = None
     if options.calibration:
         batches = windows(tokenizer, read_documents(options.calibration), options)
@@ -278,7 +264,7 @@ def export(options: argparse.Namespace) -> int:
         quantize=options.quantize,
         batches=batches,
     )
-    print(json.dumps(report.to_dict()) if options.json else report)
+    print(json.dumps(report.to_dict()) if options.json else f"{report}{without(tokenizer)}")
     return 0
 
 
@@ -336,7 +322,9 @@ def _merged(options: argparse.Namespace) -> tuple[Any, Any]:
 
 def convert(options: argparse.Namespace) -> int:
     """Convert an old checkpoint."""
-    folder = hf_sparse.convert_legacy(options.folder, options.output, format=options.format)
+    folder = hf_sparse.convert_legacy(
+        options.folder, options.output, format=options.format, overwrite=options.overwrite
+    )
     print(json.dumps({"folder": str(folder)}) if options.json else f"saved to {folder}")
     return 0
 

@@ -13,7 +13,7 @@ from transformers.utils.hub import cached_file
 
 import hf_sparse
 from hf_sparse.checkpoint.loading import dense_model_class
-from hf_sparse.checkpoint.promised import QUANT_METHOD
+from hf_sparse.checkpoint.promised import QUANT_METHOD, check_to_load
 from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
 from hf_sparse.checkpoint.reading import check_is_checkpoint
 from hf_sparse.checkpoint.source import remember_source_
@@ -58,10 +58,27 @@ def load(source: str, options: argparse.Namespace, needs_tokenizer: bool = True)
     return model, load_tokenizer(source, options, config)
 
 
+def model_config(source: str, options: argparse.Namespace) -> Any:
+    """The config of a model that `load` can find: nothing of its weights is read.
+
+    Raises:
+        ValueError, OSError: as `load`.
+    """
+    check_to_load(source)
+    return _class_and_config(source, options)[1]
+
+
 def _class_and_config(source: str, options: argparse.Namespace) -> tuple[Any, Any, dict[str, str]]:
     """The class of a model, its config, and what loading it needs beside its name."""
     known = _known_arguments(source, options)
-    config = transformers.AutoConfig.from_pretrained(source, **known)
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **known)
+    except OSError as error:
+        if Path(source).exists():
+            raise
+        raise OSError(
+            f"{source} is no folder here, and not to be had of the Hub: {error}"
+        ) from error
     name = (config.architectures or ["AutoModelForCausalLM" if known else ""])[0]
     if name.startswith("Sparse") and hasattr(hf_sparse, name):
         return getattr(hf_sparse, name), config, known
@@ -109,6 +126,13 @@ def load_tokenizer(source: str, options: argparse.Namespace, config: Any = None)
             f"{config.vocab_size}: its files are missing. Name the right one with --tokenizer."
         )
     return tokenizer
+
+
+def optional_tokenizer(options: argparse.Namespace, config: Any, needed: bool) -> Any:
+    """The tokenizer of a model, or None if it has none and none is needed."""
+    if not needed and not options.tokenizer and not has_tokenizer(options.model):
+        return None
+    return load_tokenizer(options.model, options, config)
 
 
 def _known_arguments(source: str, options: argparse.Namespace) -> dict[str, str]:

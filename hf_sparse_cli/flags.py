@@ -1,0 +1,86 @@
+"""Flags that several commands share, and how a command is laid out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_sparse_cli.choices import DTYPES
+
+TEXT = '.jsonl with "text" fields, or plain text'
+
+
+def command_parser(
+    commands: Any, name: str, summary: str, usage: str, examples: Sequence[str]
+) -> argparse.ArgumentParser:
+    """A command with a short line of usage, and examples after its flags."""
+    lines = [f"  hf-sparse {name} {example}" for example in examples]
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        usage=f"hf-sparse {name} {usage} [flags]",
+        epilog="\n".join(["examples:", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return command
+
+
+def named_list(title: str, entries: Mapping[str, str]) -> str:
+    """A list of names and what they mean, for the head of a group of flags."""
+    width = max(map(len, entries))
+    return "\n".join([f"{title}:", *(f"  {name:{width}}  {entries[name]}" for name in entries)])
+
+
+def output_group(
+    command: argparse.ArgumentParser, help: str, description: str | None = None
+) -> Any:
+    """The group of the flags of the output, with the folder."""
+    output = command.add_argument_group("output", description)
+    output.add_argument("output", metavar="OUTPUT", help=help)
+    return output
+
+
+def add_saving(group: Any) -> None:
+    """What is told of the saved model, and whether it may replace another."""
+    group.add_argument("--base-model", help="Hub name of the dense model, for the model card")
+    add_overwrite(group)
+
+
+def add_overwrite(group: Any) -> None:
+    """Whether the output may replace what is there."""
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace the model that is in OUTPUT"
+    )
+
+
+def add_printing(group: Any, tensors: bool = False) -> None:
+    """How the result is printed."""
+    if tensors:
+        group.add_argument("--tensors", action="store_true", help="list every tensor")
+    group.add_argument("--json", action="store_true", help="print JSON for machines")
+
+
+def add_labels(group: Any, data: Any) -> None:
+    """Labelled texts, of a classifier."""
+    data.add_argument("--labels", nargs="+", metavar="FILE", help=".jsonl with texts and a label")
+    group.add_argument(
+        "--fields", default="sentence", help="text fields of --labels, by commas (default sentence)"
+    )
+
+
+def add_windows(group: Any) -> None:
+    """How texts are cut."""
+    group.add_argument("--window", type=int, default=512, help="tokens in a window (default 512)")
+    group.add_argument("--batch-size", type=int, default=1, help="windows at a time (default 1)")
+
+
+def add_loading(group: Any, tokenizer: bool = True) -> None:
+    """What loading a model needs beside its name."""
+    if tokenizer:
+        group.add_argument("--tokenizer", help="folder or Hub name, if the model's folder has none")
+    group.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="of the weights (default auto: as stored)"
+    )
+    group.add_argument("--gguf-file", help="GGUF file in the dense model's folder")
