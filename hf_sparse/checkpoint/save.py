@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from hf_sparse.arguments import check_model, check_path
+from hf_sparse.arguments import check_has_values, check_kinds, check_model, check_path, check_saves
 from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.checkpoint.can_save import check_not_quantized
 from hf_sparse.checkpoint.card import CARD_NAME, Card, write_card
@@ -118,6 +118,7 @@ def save_pretrained(
     check_path(folder, "save_pretrained")
     if config is not None:
         check_config(config)
+    check_kinds(save_pretrained, locals())
     if is_peft_model(model):
         model = merged_copy(model)
     check_model(model, "save_pretrained", PreTrainedModel)
@@ -162,6 +163,9 @@ def save_model(
         The exact counts of what was saved; None where an adapter was, or another process saves.
     """
     check_model(model, "save_pretrained", PreTrainedModel)
+    check_kinds(save_model, locals())
+    check_saves(tokenizer, "save_pretrained")
+    shard_size = _bytes_of(max_shard_size)
     if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is saved then
         PreTrainedModel.save_pretrained(
             model,
@@ -179,6 +183,8 @@ def save_model(
             "and pass state_dict=."
         )
     check_has_weights(model)
+    if state_dict is None:
+        check_has_values(model, "save_pretrained", offloaded=True)
     check_not_quantized(model)
     if not is_saving_process(is_main_process):
         return None
@@ -203,7 +209,7 @@ def save_model(
         write_configs(model, config, fresh, known.base_model)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
-        writer = ShardWriter(fresh, convert_file_size_to_int(max_shard_size), variant)
+        writer = ShardWriter(fresh, shard_size, variant)
         for name, parts, count in _stored_parts(model, stored, config, watch):
             writer.add(name, parts)
             if isinstance(count, TensorSparsity):
@@ -222,6 +228,20 @@ def save_model(
         write_card(card, fresh / CARD_NAME, folder / CARD_NAME)
     remember_(model, known)
     return measured
+
+
+def _bytes_of(max_shard_size: int | str) -> int:
+    """The size of a shard in bytes, from a number or a text such as `"5GB"`."""
+    try:
+        size = int(convert_file_size_to_int(max_shard_size))
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise ValueError(
+            f"max_shard_size is {max_shard_size!r}; wanted a size such as '5GB' or '200MB', or a "
+            "number of bytes >= 1."
+        )
+    return size
 
 
 def is_saving_process(is_main_process: bool) -> bool:
