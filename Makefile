@@ -27,7 +27,7 @@ test-newest: .newest/ready
 	.newest/bin/python -m pytest -n 2
 
 # The oldest releases that setup.cfg allows (of torch, the one build that constraints.txt names).
-# Exports need a newer transformers: their tests are skipped.
+# Exports need a newer transformers: their packages are left out, and their tests are skipped.
 test-oldest: .oldest/ready
 	.oldest/bin/python -m pytest -n 2
 

@@ -1,12 +1,16 @@
-"""What is given to a call where a model or a folder is wanted."""
+"""What is given to a public call: models, folders, and values of the kinds that it names."""
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_sparse.suggestions import shortened
 
@@ -84,3 +88,135 @@ def check_path(path: Any, call: str, what: str = "folder") -> None:
             f"{call}: {what} is a {type(path).__name__}; wanted the name of a {what} (a text or a "
             "Path)."
         )
+
+
+def check_has_values(model: nn.Module, call: str, *, offloaded: bool = False) -> None:
+    """Refuse a model with weights on the meta device, which have shapes and no values.
+
+    Args:
+        model: what was given.
+        call: the name of the call, for the error.
+        offloaded: whether the call can work with weights that Accelerate fetches from the disk.
+
+    Raises:
+        ValueError: the first such weight, and how to load it.
+    """
+    if offloaded and any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise ValueError(
+                f"{call}: {name} is on the meta device, it has no values: the model was never loaded, "
+                "or device_map left the weight on the disk. Load the whole model into memory: "
+                "from_pretrained without device_map."
+            )
+
+
+def check_saves(tokenizer: Any, call: str) -> None:
+    """Refuse what cannot be saved as a tokenizer beside a model, such as the tokenizer's name.
+
+    Raises:
+        ValueError: what was found, and how to load a tokenizer.
+    """
+    saves = callable(getattr(tokenizer, "save_pretrained", None))
+    if tokenizer is not None and (not saves or isinstance(tokenizer, nn.Module | type)):
+        raise ValueError(
+            f"{call}: tokenizer is {shortened(tokenizer)}; wanted a tokenizer or a processor, as "
+            "AutoTokenizer.from_pretrained loads one, or None."
+        )
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    return isinstance(value, Integral) or not math.isnan(value)
+
+
+def _are_named(value: Any, kind: str) -> bool:
+    """Whether this is a sequence of values of the class of this name."""
+    return _is_sequence(value) and all(_is_named(item, kind) for item in value)
+
+
+def _is_named(value: Any, kind: str) -> bool:
+    return any(base.__name__ == kind for base in type(value).__mro__)
+
+
+# The annotations that are checked: whether a value is of that kind, and how an error says so.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "None": (lambda value: value is None, "None"),
+    "bool": (lambda value: isinstance(value, bool), "True or False"),
+    "int": (lambda value: _is_number(value) and isinstance(value, Integral), "a whole number"),
+    "float": (_is_number, "a number"),
+    "str": (lambda value: isinstance(value, str), "a text"),
+    "Path": (lambda value: isinstance(value, os.PathLike), "a Path"),
+    "os.PathLike[str]": (lambda value: isinstance(value, os.PathLike), "a Path"),
+    "torch.dtype": (lambda value: isinstance(value, torch.dtype), "a torch.dtype"),
+    "Sequence[str]": (lambda value: _are_named(value, "str"), "a list of texts"),
+    "Sequence[float]": (
+        lambda value: _is_sequence(value) and all(map(_is_number, value)),
+        "a list of numbers",
+    ),
+    "Sequence[Metric]": (
+        lambda value: _are_named(value, "Metric"),
+        "a list of hf_sparse.Metric, as [Metric(name, sparse, dense)]",
+    ),
+    "Mapping[str, Any]": (lambda value: isinstance(value, Mapping), "a dict"),
+    "Mapping[str, Tensor]": (
+        lambda value: (
+            isinstance(value, Mapping)
+            and all(isinstance(tensor, Tensor) for tensor in value.values())
+        ),
+        "a dict of tensors",
+    ),
+    "SparsityReport": (lambda value: _is_named(value, "SparsityReport"), "a SparsityReport"),
+    "Schedule": (lambda value: _is_named(value, "Schedule"), "a Schedule"),
+}
+
+
+def check_kinds(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Compare what a call was given with the annotations of its parameters.
+
+    Annotations with parts that are not in `_KINDS`, such as models and optimizers, are left to other
+    checks; so are bounds of numbers.
+
+    Args:
+        function: the call, or the class that is made.
+        values: by the names of its parameters, such as `locals()` at its start; other names are
+            passed over.
+
+    Raises:
+        ValueError: the call, the parameter, what was found, and what was wanted.
+    """
+    call = function.__qualname__
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name not in values or parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        kinds = str(parameter.annotation).split(" | ")
+        if not all(kind in _KINDS for kind in kinds):
+            continue
+        value = values[name]
+        if any(_KINDS[kind][0](value) for kind in kinds):
+            continue
+        texts = list(dict.fromkeys(_KINDS[kind][1] for kind in kinds))
+        wanted = " or ".join([", ".join(texts[:-1]), texts[-1]] if texts[1:] else texts)
+        raise ValueError(
+            f"{call}: {name} is {shortened(value)}; wanted {wanted}.{_meant(value, kinds)}"
+        )
+
+
+def _meant(value: Any, kinds: Sequence[str]) -> str:
+    """A question after an error: the number in a text, or the list of one value."""
+    if isinstance(value, str) and {"int", "float"} & set(kinds):
+        kind = float if "float" in kinds else int
+        try:
+            number = kind(value)
+        except ValueError:
+            return ""
+        return f" Did you mean {number!r}?" if math.isfinite(number) else ""
+    if isinstance(value, str) and "Sequence[str]" in kinds:
+        return f" Did you mean {[value]!r}?"
+    return ""

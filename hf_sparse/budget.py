@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.arguments import check_model
+from hf_sparse.arguments import check_has_values, check_kinds, check_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Block, Pattern
 from hf_sparse.pruning.calibration import checked_batches
@@ -147,8 +147,12 @@ def allocate(
         ValueError: the budget is not a fraction, or less than the sparsest choices need.
     """
     check_model(model, "allocate")
+    check_has_values(model, "allocate")
+    check_kinds(allocate, {key: value for key, value in locals().items() if key != "budget"})
     wanted = parse_budget(budget)
     parsed = [Pattern.parse(pattern) for pattern in patterns]
+    if not all(0 <= level < 1 for level in levels):
+        raise ValueError(f"levels are {list(levels)}; wanted sparsities in [0, 1).")
     layers = target_layers(model, SparsityConfig("unstructured", 0.5, targets=targets))
     inputs = None if batches is None else checked_batches(batches, model, "allocate")
     rates = calibrate(named(target), None if cache is None else Path(cache))
@@ -189,7 +193,9 @@ def sparsity_for(
         ValueError: the budget is not a fraction, the pattern fixes its sparsity, or no sparsity up
             to 0.99 keeps to the budget.
     """
-    wanted, parsed = parse_budget(budget), Pattern.parse(pattern)
+    wanted = parse_budget(budget)
+    check_kinds(sparsity_for, locals())
+    parsed = Pattern.parse(pattern)
     if parsed.implied_sparsity is not None:
         raise ValueError(f"pattern '{pattern}' fixes its sparsity at {parsed.implied_sparsity}.")
     rates = calibrate(named(target), None if cache is None else Path(cache))
@@ -208,7 +214,7 @@ def parse_budget(budget: str | float) -> float:
     """
     text = budget.removesuffix("x") if isinstance(budget, str) else budget
     try:
-        value = float(text)
+        value = -1.0 if isinstance(text, bool) else float(text)
     except (TypeError, ValueError):
         value = -1.0
     if not 0 < value <= 1:

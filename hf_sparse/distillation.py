@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_sparse.arguments import check_model
+from hf_sparse.arguments import check_has_values, check_kinds, check_model
 from hf_sparse.provenance.record import announce_teaching_, end_teaching_, note_taught_
 from hf_sparse.structure import has_adapters
 
@@ -63,12 +63,14 @@ class Distillation:
         hidden: float = 0.0,
         temperature: float = 2.0,
     ) -> None:
+        check_model(teacher, "Distillation")
+        check_has_values(teacher, "Distillation")
+        check_kinds(Distillation, locals())
         if not 0 <= logits <= 1 or not 0 <= hidden < float("inf") or logits + hidden == 0:
             raise ValueError(
                 f"logits={logits} and hidden={hidden}; wanted 0 <= logits <= 1 and hidden >= 0, "
                 "not both 0."
             )
-        check_model(teacher, "Distillation")
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature is {temperature}; wanted a number > 0.")
         self.teacher = teacher.eval().requires_grad_(False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
-from hf_sparse.arguments import check_model
+from hf_sparse.arguments import check_has_values, check_kinds, check_model
 from hf_sparse.pruning.calibration import token_windows
 from hf_sparse.pruning.labels import class_indices
 from hf_sparse.pruning.linalg import FastProducts
@@ -53,11 +53,13 @@ def perplexity(
         ValueError: the text is shorter than one window, the window longer than the model can take,
             or the model is no causal language model, or gives NaN.
     """
+    check_model(model, "perplexity")
+    check_has_values(model, "perplexity", offloaded=True)
+    check_kinds(perplexity, locals())
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; wanted 1 or more.")
-    check_model(model, "perplexity")
     windows = token_windows(tokenizer, text, window, max_windows)
-    device = next(model.parameters()).device
+    device = _input_device(model)
     total = 0.0
     with _evaluating(model):
         _check_causal(model, windows[:1].to(device))
@@ -72,6 +74,12 @@ def perplexity(
         )
     mean = total / len(windows)
     return math.exp(mean) if mean < 700 else math.inf
+
+
+def _input_device(model: nn.Module) -> torch.device:
+    """Where inputs go; Accelerate moves those of a model that is on the disk."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
@@ -136,9 +144,14 @@ def accuracy(
             model.
     """
     check_model(model, "accuracy")
+    check_has_values(model, "accuracy", offloaded=True)
+    check_kinds(accuracy, locals())
+    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; wanted 1 or more.")
     check_tokenizer(tokenizer)
     indices = class_indices(model, texts, labels)
-    device = next(model.parameters()).device
+    device = _input_device(model)
     order = sorted(range(len(texts)), key=lambda index: sum(map(len, texts[index])))
     right = 0
     with _evaluating(model):

@@ -11,7 +11,7 @@ from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 
-from hf_sparse.arguments import check_model
+from hf_sparse.arguments import check_kinds, check_model, check_saves
 from hf_sparse.checkpoint.card import CARD_NAME, OUR_FACT, settle
 from hf_sparse.checkpoint.save import save_pretrained
 from hf_sparse.checkpoint.writing import MANIFEST_NAME, is_weight_file
@@ -74,6 +74,8 @@ def push_to_hub(
         check_model(model, "push_to_hub", PreTrainedModel)
     if config is not None:
         check_config(config)
+    check_kinds(push_to_hub, locals())
+    check_saves(tokenizer, "push_to_hub")
     if onnx:
         check_packages()
     check_can_push(repo_id, token)

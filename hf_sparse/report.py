@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_sparse.arguments import check_model
+from hf_sparse.arguments import check_has_values, check_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Pattern
 from hf_sparse.structure import (
@@ -215,6 +215,7 @@ def measure_sparsity(model: nn.Module, config: SparsityConfig | None = None) -> 
             (the message names it).
     """
     check_model(model, "measure_sparsity")
+    check_has_values(model, "measure_sparsity")
     promised = promised_config(model) if config is None else config
     if promised is not None:
         promised = with_head_size(promised, model)

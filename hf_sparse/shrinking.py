@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_sparse.arguments import check_model
+from hf_sparse.arguments import check_has_values, check_model
 from hf_sparse.models.parts import BlockSize
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Step
@@ -130,6 +130,7 @@ def shrink(model: PreTrainedModel) -> ShrinkReport:
             offloaded, quantized, not finite, or belong to adapters. Nothing has changed then.
     """
     check_model(model, "shrink", PreTrainedModel)
+    check_has_values(model, "shrink")
     blocks = find_units(model)
     _check_own(blocks)
     for units in blocks:

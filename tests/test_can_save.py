@@ -226,7 +226,6 @@ def test_compiling_and_exporting_refuse_a_place_that_is_no_folder(tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="wanted a folder to save in"):
         hf_sparse.save_compiled(tiny_model("bert"), tmp_path / "file" / "out")
-    pytest.importorskip("onnxruntime")
     with pytest.raises(NotADirectoryError, match="wanted a folder to save in"):
         hf_sparse.export_onnx(tiny_model("llama"), tmp_path / "file" / "out")
 
@@ -235,7 +234,6 @@ def test_compiling_and_exporting_refuse_a_place_that_is_no_folder(tmp_path: Path
 def test_a_model_that_is_not_exported_is_told_before_its_weights_are_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("onnxruntime")
     tiny_model("t5").save_pretrained(tmp_path / "t5")
     tiny_tokenizer().save_pretrained(tmp_path / "t5")
     assert main(["export", str(tmp_path / "t5"), str(tmp_path / "graph")]) == 1

@@ -20,6 +20,7 @@ from transformers import (
 
 import hf_sparse
 from hf_sparse.cli import main
+from tests.exporting import needs_export
 from tests.tiny_models import prose, tiny_classifier, tiny_model, tiny_tokenizer
 
 
@@ -274,10 +275,10 @@ def test_missing_files_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[
         run()
 
 
+@needs_export
 def test_a_graph_is_no_checkpoint(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("onnxruntime")
     assert run("export", dense, tmp_path / "graph") == 0
     for command in (
         ["inspect", tmp_path / "graph"],

@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 import torch
 import transformers
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.exporters.base import ExportedModel
 
 import hf_sparse
 from hf_sparse import SparsityConfig
@@ -27,7 +24,16 @@ from hf_sparse.exporters.packing import pack_
 from hf_sparse.pruning.oneshot import quiet
 from hf_sparse.upstream import cache_in
 from tests.crosses import cross
+from tests.exporting import needs_export
 from tests.tiny_models import CONFIGS, prose, tiny_classifier, tiny_model, tiny_tokenizer
+
+pytestmark = needs_export
+try:
+    import onnx_ir as ir
+    import onnxruntime as ort
+    from transformers.exporters.base import ExportedModel
+except ImportError:  # then all is skipped, see `needs_export`
+    pass
 
 SLOW = [
     *(

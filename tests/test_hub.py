@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.exporting import needs_export
 from tests.hub_stand_in import HubStandIn
 
 SCRIPT = """
@@ -84,6 +85,7 @@ print("PULLED")
 """
 
 
+@needs_export
 def test_push_and_pull(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     with HubStandIn() as hub:

@@ -16,6 +16,7 @@ from hf_sparse.checkpoint.same_weights import is_stored_in
 from hf_sparse.checkpoint.source import stored_in
 from hf_sparse.cli import main
 from hf_sparse.provenance.record import provenance_of
+from tests.exporting import needs_export
 from tests.tiny_models import (
     prose,
     tiny_batches,
@@ -142,9 +143,9 @@ def test_metrics_of_other_weights_do_not_stay(tmp_path: Path, format: str) -> No
     assert steps_in(tmp_path) == [MAGNITUDE]
 
 
+@needs_export
 @pytest.mark.slow
 def test_metrics_of_another_graph_do_not_stay(sparse: Path, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
     model: Any = AutoModelForSequenceClassification.from_pretrained(sparse)
     model.config.name_or_path = ""  # the graph's own card is all that tells metrics
     hf_sparse.export_onnx(model, tmp_path / "graph", metrics=METRICS)
@@ -155,10 +156,10 @@ def test_metrics_of_another_graph_do_not_stay(sparse: Path, tmp_path: Path) -> N
     assert metrics_in(tmp_path / "graph") == []
 
 
+@needs_export
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["auto", "dense"])
 def test_an_export_takes_over_method_and_metrics(sparse: Path, tmp_path: Path, format: str) -> None:
-    pytest.importorskip("onnxruntime")
     if format == "dense":
         model = AutoModelForSequenceClassification.from_pretrained(sparse)
         config = SparsityConfig("unstructured", 0.5, format="dense")

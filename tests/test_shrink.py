@@ -29,6 +29,7 @@ from hf_sparse.shrinking import heads_to_remove
 from hf_sparse.units import find_units, unused_neurons
 from hf_sparse.upstream import cache_in
 from tests.closeness import same
+from tests.exporting import needs_export
 from tests.tiny_models import CONFIGS, UNKNOWN, tiny_batches, tiny_classifier, tiny_model
 
 HEADS = [(family, name) for family in FAMILIES for name in model_classes(family)]
@@ -528,11 +529,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "would be lost" in capsys.readouterr().err
 
 
+@needs_export
 @pytest.mark.parametrize(
     "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "gpt2"))]
 )
 def test_it_is_exported_as_a_smaller_graph(tmp_path: Path, family: str) -> None:
-    pytest.importorskip("onnxruntime")
     sizes = []
     for name in ("large", "small"):
         model = tiny_classifier() if family == "bert" else tiny_model(family)

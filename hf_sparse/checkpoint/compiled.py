@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_sparse
-from hf_sparse.arguments import check_model
+from hf_sparse.arguments import check_kinds, check_model, check_path
 from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.checkpoint.can_save import check_can_write
 from hf_sparse.checkpoint.disk import disk_errors
@@ -58,6 +58,7 @@ def save_compiled(model: PreTrainedModel, folder: Path | str) -> Path:
         OSError: the folder cannot be written, or the disk is full; what was in it stays.
     """
     check_model(model, "save_compiled", PreTrainedModel)
+    check_path(folder, "save_compiled")
     if any(isinstance(module, CompiledLinear) for module in model.modules()):
         raise ValueError(
             f"the blocks of this {type(model).__name__} are compiled layer by layer, which is not "
@@ -110,6 +111,8 @@ def load_compiled(
             were not saved together, or contradict each other or the config.
         ImportError: llvmlite is not installed.
     """
+    check_path(folder, "load_compiled")
+    check_kinds(load_compiled, locals())
     folder, chosen = Path(folder), named(target)
     described = _read_description(folder)
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from hf_sparse.arguments import check_path
 from hf_sparse.checkpoint.index import read_object
 from hf_sparse.checkpoint.promised import CONFIG_NAME, QUANT_METHOD, promised_by
 from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
@@ -86,6 +87,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
         FormatError: the checkpoint is damaged, incomplete, or of another model than config.json
             describes. Groups that break the promised pattern are counted in the report.
     """
+    check_path(folder, "inspect_checkpoint")
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")

@@ -328,7 +328,7 @@ def describing(file: Path) -> Iterator[None]:
     try:
         yield
     except (
-        *(StrictDataclassError, ArithmeticError, AttributeError, LookupError),
+        *(StrictDataclassError, ArithmeticError, AssertionError, AttributeError, LookupError),
         *(RuntimeError, TypeError, ValueError),
     ) as error:
         raise FormatError(f"{file} describes no model of transformers: {error!r}") from error

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from hf_sparse.arguments import check_model, check_path
+from hf_sparse.arguments import check_has_values, check_kinds, check_model, check_path, check_saves
 from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.checkpoint.can_save import check_not_quantized
 from hf_sparse.checkpoint.card import CARD_NAME, Card, write_card
@@ -123,6 +123,7 @@ def save_pretrained(
     check_path(folder, "save_pretrained")
     if config is not None:
         check_config(config)
+    check_kinds(save_pretrained, locals())
     if is_peft_model(model):
         model = merged_copy(model)
     check_model(model, "save_pretrained", PreTrainedModel)
@@ -167,6 +168,9 @@ def save_model(
         The exact counts of what was saved; None where an adapter was, or another process saves.
     """
     check_model(model, "save_pretrained", PreTrainedModel)
+    check_kinds(save_model, locals())
+    check_saves(tokenizer, "save_pretrained")
+    shard_size = _bytes_of(max_shard_size)
     if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is saved then
         PreTrainedModel.save_pretrained(
             model,
@@ -184,6 +188,8 @@ def save_model(
             "and pass state_dict=."
         )
     check_has_weights(model)
+    if state_dict is None:
+        check_has_values(model, "save_pretrained", offloaded=True)
     check_not_quantized(model)
     if not is_saving_process(is_main_process):
         return None
@@ -213,7 +219,7 @@ def save_model(
         write_configs(model, config, fresh, known.base_model)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
-        writer = ShardWriter(fresh, convert_file_size_to_int(max_shard_size), variant)
+        writer = ShardWriter(fresh, shard_size, variant)
         for part in _stored_parts(model, stored, held, watch, patterns):
             writer.add(part.name, part.parts)
             other_zeros += part.other_zeros
@@ -244,6 +250,20 @@ def save_model(
         write_card(card, fresh / CARD_NAME, folder / CARD_NAME)
     remember_(model, known)
     return measured
+
+
+def _bytes_of(max_shard_size: int | str) -> int:
+    """The size of a shard in bytes, from a number or a text such as `"5GB"`."""
+    try:
+        size = int(convert_file_size_to_int(max_shard_size))
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise ValueError(
+            f"max_shard_size is {max_shard_size!r}; wanted a size such as '5GB' or '200MB', or a "
+            "number of bytes >= 1."
+        )
+    return size
 
 
 def is_saving_process(is_main_process: bool) -> bool:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 import hf_sparse
-from hf_sparse.arguments import check_path
+from hf_sparse.arguments import check_kinds, check_path, check_saves
 from hf_sparse.checkpoint.atomic import sync_file
 from hf_sparse.checkpoint.can_save import check_can_save
 from hf_sparse.checkpoint.loading import dense_model_class
@@ -146,6 +146,11 @@ def prune_checkpoint(
     check_path(source, "prune_checkpoint", "folder of the dense model")
     check_path(folder, "prune_checkpoint")
     check_config(config)
+    check_kinds(prune_checkpoint, locals())
+    check_saves(tokenizer, "prune_checkpoint")
+    known = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}; wanted 'auto' or a type such as 'bfloat16'.")
     folder, source = Path(os.path.abspath(folder)), str(source)
     recipe, asked = check_run(source, folder, config, method, options, resume)
     check_to_load(source)

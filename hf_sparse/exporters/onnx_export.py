@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from hf_sparse.arguments import check_model, check_path
+from hf_sparse.arguments import check_has_values, check_kinds, check_model, check_path, check_saves
 from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.checkpoint.can_save import check_can_write
 from hf_sparse.checkpoint.card import CARD_NAME, Card, write_card
@@ -147,6 +147,8 @@ def export_onnx(
     check_path(folder, "export_onnx")
     folder = Path(folder)
     head = check_can_export(model, folder)
+    check_kinds(export_onnx, locals())
+    check_saves(tokenizer, "export_onnx")
     _check_weights(model)
     _check_quantization(quantize, batches)
     if tolerance is not None and not (
@@ -194,7 +196,7 @@ def export_onnx(
 
 
 def check_can_export(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Head:
-    """Refuse an export for want of packages, for the kind of model, or for its folder.
+    """Refuse an export for the kind of model, for its folder, or for want of packages.
 
     Args:
         model: a model, which may be on the meta device.
@@ -206,10 +208,10 @@ def check_can_export(model: PreTrainedModel, folder: str | os.PathLike[str]) -> 
     Raises:
         ImportError, ValueError, OSError: as `export_onnx`.
     """
-    check_packages()
     head = _check_kind(model)
     _check_folder(Path(folder))
     check_can_write(folder)
+    check_packages()
     return head
 
 
@@ -222,7 +224,8 @@ def check_packages() -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"export_onnx needs {', '.join(missing)}: pip install 'hf_sparse[onnx]'")
-    if importlib.util.find_spec("transformers.exporters.metadata") is None:
+    exporters = importlib.util.find_spec("transformers.exporters")
+    if exporters is None or importlib.util.find_spec("transformers.exporters.metadata") is None:
         raise ImportError(
             f"export_onnx needs transformers 5.23 or newer, and this is {transformers.__version__}: "
             "pip install 'hf_sparse[onnx]'"
@@ -268,6 +271,7 @@ def _check_weights(model: PreTrainedModel) -> None:
             "the model is quantized. Load it without quantization, and give export_onnx quantize="
             "'dynamic' for 8-bit weights."
         )
+    check_has_values(model, "export_onnx")
     where = {parameter.device.type for parameter in model.parameters()}
     if where != {"cpu"}:
         raise ValueError(

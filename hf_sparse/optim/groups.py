@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_sparse.arguments import check_model
+from hf_sparse.arguments import check_kinds, check_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.provenance.record import watch_
 from hf_sparse.structure import TargetLayer, check_divides, target_layers, with_head_size
@@ -31,6 +31,7 @@ def sparse_param_groups(
         ValueError: targets that match nothing, that are frozen, or that the pattern cannot divide.
     """
     check_model(model, "sparse_param_groups")
+    check_kinds(sparse_param_groups, locals())
     config = with_head_size(config, model)
     layers = target_layers(model, config)
     pattern = str(config.pattern)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from hf_sparse.arguments import check_kinds
 from hf_sparse.optim.parameters import (
     Group,
     SparseParameter,
@@ -52,6 +53,7 @@ class SoftMovement:
         threshold: float = 0.1,
         gain: float = 2.0,
     ) -> None:
+        check_kinds(SoftMovement, locals())
         if not 0 < threshold < 0.5:
             raise ValueError(f"threshold is {threshold}; wanted a number in (0, 0.5).")
         if not 0 < score_lr < math.inf or not 0 < gain < math.inf:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hf_sparse.arguments import check_kinds
 from hf_sparse.suggestions import check_name
 
 # Progress in [0, 1] as a function of time in [0, 1] between the beginning and the end.
@@ -37,6 +38,7 @@ class Schedule:
         check_name(self.shape, SHAPES, "schedule", "schedules")
         if any(isinstance(time, bool | str) for time in (self.begin, self.end)):
             raise ValueError(f"begin={self.begin!r}, end={self.end!r}; wanted numbers in [0, 1].")
+        check_kinds(Schedule, vars(self))
         if not 0 <= self.begin <= self.end <= 1:
             raise ValueError(
                 f"the schedule runs from {self.begin} to {self.end} of the training; wanted fractions "

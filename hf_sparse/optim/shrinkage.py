@@ -208,6 +208,12 @@ def freeze_zeros(optimizer: Optimizer) -> None:
     """
     check_optimizer(optimizer, "freeze_zeros")
     check_settings(optimizer)
+    for sparse in sparse_parameters(optimizer):
+        if sparse.parameter.device.type == "meta":
+            raise ValueError(
+                f"{sparse.name} is on the meta device, it has no values. Load the model into memory, "
+                "and make the optimizer from its parameters."
+            )
     if not any(bool((sparse.weight == 0).any()) for sparse in sparse_parameters(optimizer)):
         raise ValueError(
             "the optimizer's sparse groups have no zeros to keep. Is it made for the sparse model?"

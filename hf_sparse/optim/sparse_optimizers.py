@@ -5,11 +5,14 @@ Source: SparseOptimizer, https://arxiv.org/abs/2306.15656. The formulas stand in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from hf_sparse.arguments import check_kinds
 from hf_sparse.optim.settings import SETTINGS, check_group
 from hf_sparse.optim.shrinkage import add_shrinkage, attach
 
@@ -76,6 +79,7 @@ class SparseAdamW(SparseMixin, torch.optim.AdamW):
         reweight_eps: float | None = None,
         **kwargs: Any,
     ) -> None:
+        _check_numbers(SparseAdamW, locals())
         super().__init__(params, lr, betas, eps, weight_decay, **kwargs)
         add_shrinkage(
             self,
@@ -119,6 +123,7 @@ class SparseSGD(SparseMixin, torch.optim.SGD):
     ) -> None:
         if scale == "adaptive":
             raise ValueError("scale='adaptive' is Adam's metric, SGD has none. Use scale='lr'.")
+        _check_numbers(SparseSGD, locals())
         super().__init__(params, lr, momentum, dampening, weight_decay, **kwargs)
         add_shrinkage(
             self,
@@ -129,3 +134,8 @@ class SparseSGD(SparseMixin, torch.optim.SGD):
             reweight_every=reweight_every,
             reweight_eps=reweight_eps,
         )
+
+
+def _check_numbers(kind: type[SparseMixin], values: Mapping[str, Any]) -> None:
+    """Check the kinds of an optimizer's settings; a tensor, which torch allows, passes as a number."""
+    check_kinds(kind, {k: value for k, value in values.items() if not isinstance(value, Tensor)})

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from hf_sparse.arguments import check_optimizer
+from hf_sparse.arguments import check_kinds, check_optimizer
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.optim.methods import TRAINING_METHODS
 from hf_sparse.optim.notes import shrinking
@@ -80,6 +80,7 @@ class Sparsifier:
         check_optimizer(optimizer, "Sparsifier")
         check_config(config)
         check_method(method)
+        check_kinds(Sparsifier, locals())
         for name, value in (("total_steps", total_steps), ("interval", interval)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; wanted a whole number >= 1.")

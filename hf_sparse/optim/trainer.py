@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from hf_sparse.arguments import check_kinds
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.optim.groups import sparse_param_groups
 from hf_sparse.optim.notes import note_fine_tuning_, note_shrinking_
@@ -72,6 +73,7 @@ def trainer_optimizer(
             nor `keep_zeros` was given, so that nothing would become zero.
     """
     check_config(config)
+    check_kinds(trainer_optimizer, locals())
     if owned := sorted(_OWNED & set(kwargs)):
         raise ValueError(
             f"{', '.join(owned)} cannot be given to trainer_optimizer: the config tells the pattern, "
@@ -155,6 +157,7 @@ class SparsityCallback(TrainerCallback):
         **options: Any,
     ) -> None:
         check_config(config)
+        check_kinds(SparsityCallback, locals())
         self.config = config
         self.schedule = Schedule(schedule) if isinstance(schedule, str) else schedule
         check_method(method)

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from hf_sparse.arguments import check_kinds
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.version import __version__
 
@@ -44,6 +45,7 @@ class Metric:
     dense: float | None = None
 
     def __post_init__(self) -> None:
+        check_kinds(Metric, vars(self))
         if "|" in self.name or not is_line(self.name):
             raise ValueError(
                 f"the metric's name is {self.name[:80]!r}; wanted one line without '|', which parts "

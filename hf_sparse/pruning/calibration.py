@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.arguments import check_kinds
 from hf_sparse.pruning.texts import check_tokenizer, documents_of
 from hf_sparse.suggestions import shortened
 from hf_sparse.upstream import cache_in
@@ -82,7 +83,8 @@ def calibration_batches(
         ValueError: there is less text than `num_samples` windows, or something else was given as
             texts.
     """
-    if type(batch_size) is not int or batch_size < 1:
+    check_kinds(calibration_batches, locals())
+    if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}; wanted 1 or more.")
     windows = token_windows(tokenizer, documents, window, num_samples)
     if len(windows) < num_samples:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_sparse.arguments import check_model, check_path
+from hf_sparse.arguments import check_has_values, check_kinds, check_model, check_path
 from hf_sparse.provenance.optimizers import notice_optimizer_, optimizer_of
 from hf_sparse.provenance.record import record_merge_
 from hf_sparse.provenance.values import Step
@@ -75,6 +75,8 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
     """
     peft = import_peft()
     check_model(model, "get_peft_model")
+    check_has_values(model, "get_peft_model")
+    check_kinds(get_peft_model, locals())
     check_trainable(config)
     if isinstance(config, peft.LoraConfig):
         config = _masked(config)
@@ -137,6 +139,8 @@ def load_adapter(
 
     check_model(model, "load_adapter")
     check_path(folder, "load_adapter")
+    check_has_values(model, "load_adapter")
+    check_kinds(load_adapter, locals())
     values = stored_config(folder, **kwargs)
     kind = values.pop("peft_type", None)
     kind = kind.partition(":")[0] if isinstance(kind, str) else kind
@@ -209,12 +213,14 @@ def merge_adapters(model: Any, adapter_names: Sequence[str] | None = None) -> An
             shards. The model is as it was then.
     """
     check_model(model, "merge_adapters")
+    check_kinds(merge_adapters, locals())
     if not is_peft_model(model):
         raise ValueError(
             f"a {type(model).__name__} has no adapters to merge; wanted what "
             "hf_sparse.get_peft_model or load_adapter returned, or of a wrapped model the model inside "
             "(accelerator.unwrap_model)."
         )
+    check_has_values(model, "merge_adapters")
     chosen = list(adapter_names or model.active_adapters)
     configs = {name: model.peft_config[name] for name in chosen if name in model.peft_config}
     base = model.get_base_model()

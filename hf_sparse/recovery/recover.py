@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
-from hf_sparse.arguments import check_gradients, check_model
+from hf_sparse.arguments import check_gradients, check_has_values, check_kinds, check_model
 from hf_sparse.distillation import Distillation
 from hf_sparse.provenance.record import forget_teaching_, record_, record_training_
 from hf_sparse.provenance.values import Calibration, Step, pairs
@@ -110,6 +110,9 @@ def recover_(
             adapters the model is damaged then.
         ImportError: adapters without PEFT installed.
     """
+    check_name(method, RECOVERIES, "method", "methods")
+    check_model(model, "recover_")
+    check_kinds(recover_, locals())
     recovery = _checked(model, method, epochs, accumulate, lr, r)
     check_gradients("recover_")
     given = checked_batches(batches, model, method)
@@ -189,8 +192,7 @@ def recover_(
 def _checked(
     model: Any, method: str, epochs: int, accumulate: int, lr: float | None, r: int | None
 ) -> Recovery:
-    check_name(method, RECOVERIES, "method", "methods")
-    check_model(model, "recover_")
+    check_has_values(model, "recover_")
     if RECOVERIES[method].r is not None:
         import_peft()
     if is_peft_model(model) or has_adapters(model):

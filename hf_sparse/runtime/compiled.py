@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from hf_sparse.arguments import check_kinds
 from hf_sparse.models.families import base_type
 from hf_sparse.runtime.blocks import Stack, find_blocks, pack_blocks, why_not_compiled
 from hf_sparse.runtime.copying import with_modules
@@ -89,6 +90,7 @@ def compile(
             blocks has enough zeros; or its blocks do something else than what transformers makes
             of its config: modules that were exchanged or changed, hooks, adapters.
     """
+    check_kinds(compile, locals())
     chosen = named(target)
     folder = None if cache is None else Path(cache)
     if not isinstance(model, PreTrainedModel):
