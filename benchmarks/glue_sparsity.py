@@ -310,7 +310,7 @@ def main() -> None:
     """Run the sweep, or print its table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="folder with cola, stsb, sst2")
-    parser.add_argument("--out", type=Path, default=Path("docs/glue_sparsity.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/glue_sparsity.jsonl"))
     parser.add_argument("--work", type=Path, default=Path("glue_work"), help="teachers and locks")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

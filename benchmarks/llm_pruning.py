@@ -297,7 +297,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", type=Path, help="folder with WikiText-2 and C4 texts")
-    parser.add_argument("--out", type=Path, default=Path("docs/llm_pruning.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/llm_pruning.jsonl"))
     parser.add_argument("--table", action="store_true", help="print what is there and stop")
     parser.add_argument("--only", nargs="+", metavar="CELL", help='such as "SmolLM2 wanda 2:4"')
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -338,7 +338,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", type=Path, help="folder with WikiText-2 and C4 texts")
-    parser.add_argument("--out", type=Path, default=Path("docs/recovery.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recovery.jsonl"))
     parser.add_argument("--work", type=Path, default=Path("bench_output/recovery"))
     parser.add_argument("--table", action="store_true", help="print what is there and stop")
     parser.add_argument("--cost", action="store_true", help="of a step; nothing else is done")
