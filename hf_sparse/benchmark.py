@@ -15,8 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_sparse.arguments import check_model
 from hf_sparse.report import format_table
-from hf_sparse.runtime.blocks import why_not_compiled
-from hf_sparse.runtime.compiled import compile as compile_model
+from hf_sparse.runtime.model.blocks import why_not_compiled
+from hf_sparse.runtime.model.compiled import compile as compile_model
 from hf_sparse.structure import target_layers
 from hf_sparse.upstream import cache_name
 

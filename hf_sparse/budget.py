@@ -1,8 +1,8 @@
 """Sparsity from a latency budget: which pattern and how many zeros each layer gets.
 
-Every layer has candidates, a pattern and a sparsity each, with a predicted time (`runtime/latency.py`)
-and an error: the share of its output's energy that pruning takes away, times what that does to the
-model,
+Every layer has candidates, a pattern and a sparsity each, with a predicted time
+(`runtime/weights/rates.py`) and an error: the share of its output's energy that pruning takes away,
+times what that does to the model,
 
     error = sensitivity * sum of pruned (w_ij ||x_j||)^2 / sum of all (w_ij ||x_j||)^2
 
@@ -29,9 +29,9 @@ from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Block, Pattern
 from hf_sparse.pruning.calibration import checked_batches
 from hf_sparse.report import format_table
-from hf_sparse.runtime.jit import DEFAULT_CACHE
-from hf_sparse.runtime.latency import Rates, calibrate
-from hf_sparse.runtime.target import named
+from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE
+from hf_sparse.runtime.llvm.target import named
+from hf_sparse.runtime.weights.rates import Rates, calibrate
 from hf_sparse.structure import TargetLayer, target_layers
 
 LEVELS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975)

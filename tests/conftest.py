@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if name := config.getoption("--target"):
-        from hf_sparse.runtime import target
+        from hf_sparse.runtime.llvm import target
 
         target.named(name)  # which refuses what this CPU cannot run
         target.host = functools.cache(lambda: target.targets()[name])

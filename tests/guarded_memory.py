@@ -35,7 +35,9 @@ def guarded(nbytes: int, alignment: int = 1) -> np.ndarray:
 
 def guard_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put every packed weight, bias and norm of loaded models, and all buffers, in guarded memory."""
-    from hf_sparse.runtime import linear, memory, row_schedule, schedule, sparse_linear
+    from hf_sparse.runtime.model import single_layers
+    from hf_sparse.runtime.programs import many_tokens, one_token
+    from hf_sparse.runtime.weights import linear, memory
 
     def aligned(*shape: int) -> torch.Tensor:
         memory = guarded(4 * int(np.prod(shape)), 64).view(np.float32)
@@ -44,7 +46,7 @@ def guard_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     def room(shelf: Any, nbytes: int) -> np.ndarray:
         return guarded(nbytes)
 
-    for module in (linear, row_schedule, schedule, sparse_linear):
+    for module in (linear, one_token, many_tokens, single_layers):
         if hasattr(module, "aligned"):
             monkeypatch.setattr(module, "aligned", aligned)
     linear._no_bias.cache_clear()

@@ -11,7 +11,7 @@ import hf_sparse
 from hf_sparse import budget
 from hf_sparse.budget import Choice
 from hf_sparse.patterns import Pattern
-from hf_sparse.runtime.latency import NOMINAL
+from hf_sparse.runtime.weights.rates import NOMINAL
 from tests.tiny_models import tiny_batches, tiny_model
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_sparse.runtime import code_cache, jit, kernels, target
+from hf_sparse.runtime.kernels import tiles
+from hf_sparse.runtime.llvm import code_cache, jit, target
 
 NAME = "a" * 64
 IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
@@ -145,7 +146,7 @@ def test_an_entry_of_another_user_is_none(cache: Path) -> None:
 def test_kernels_of_others_are_not_executed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder is writable, and has a right entry: it is compiled anew, and works."""
     chosen = target.host()
-    functions = [kernels.tiles.copy(chosen)]
+    functions = [tiles.copy(chosen)]
     jit.compile_kernels(functions, chosen, cache)
     cache.chmod(0o777)
     compiled = []

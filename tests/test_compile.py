@@ -28,14 +28,14 @@ from transformers import (
 )
 
 import hf_sparse
-from hf_sparse.runtime import jit, target
-from hf_sparse.runtime.cache import alone_with
-from hf_sparse.runtime.compiled import CompiledLayer, linears_of, stack_of
-from hf_sparse.runtime.families import COMPILED
-from hf_sparse.runtime.pool import Pool
-from hf_sparse.runtime.program import Program
-from hf_sparse.runtime.schedule import Shape
-from hf_sparse.runtime.sparse_linear import CompiledHead, CompiledLinear
+from hf_sparse.runtime.llvm import jit, target
+from hf_sparse.runtime.model.compiled import CompiledLayer, linears_of, stack_of
+from hf_sparse.runtime.model.families import COMPILED
+from hf_sparse.runtime.model.single_layers import CompiledHead, CompiledLinear
+from hf_sparse.runtime.programs.cache import alone_with
+from hf_sparse.runtime.programs.many_tokens import Shape
+from hf_sparse.runtime.programs.pool import Pool
+from hf_sparse.runtime.programs.program import Program
 from hf_sparse.upstream import cache_in, cache_name
 from tests.closeness import same
 from tests.crosses import cross
@@ -627,7 +627,7 @@ def test_other_models_get_compiled_layers(family: str) -> None:
 
 def test_single_layers_share_what_they_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operations are counted, and all layers of a model stay within one bound."""
-    monkeypatch.setattr("hf_sparse.runtime.compiled.KEPT_BYTES", 200_000)
+    monkeypatch.setattr("hf_sparse.runtime.model.compiled.KEPT_BYTES", 200_000)
     model = tiny_model("gpt_neox", hidden_size=64)
     hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", 0.7), "magnitude")
     compiled = hf_sparse.compile(model)
@@ -719,10 +719,10 @@ def test_a_head_of_two_byte_weights_sums_in_float32(kind: torch.dtype) -> None:
 def test_the_code_cache_is_used_and_checked(
     tmp_path: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_sparse.runtime import kernels
+    from hf_sparse.runtime.kernels import tiles
 
     chosen = target.host()
-    functions = [kernels.tiles.copy(chosen)]
+    functions = [tiles.copy(chosen)]
     jit.compile_kernels(functions, chosen, tmp_path)
     (file,) = (path for path in tmp_path.iterdir() if path.name != "key")
     whole = file.read_bytes()

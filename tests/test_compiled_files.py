@@ -12,8 +12,8 @@ from transformers import AlbertConfig, AutoModelForCausalLM, PreTrainedModel
 
 import hf_sparse
 from hf_sparse.formats import FormatError
-from hf_sparse.runtime.compiled import linears_of
-from hf_sparse.runtime.families import COMPILED
+from hf_sparse.runtime.model.compiled import linears_of
+from hf_sparse.runtime.model.families import COMPILED
 from tests.closeness import same
 from tests.test_compile import inputs, random_model
 from tests.tiny_models import CONFIGS

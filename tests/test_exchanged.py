@@ -17,8 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 import hf_sparse
-from hf_sparse.runtime.exchanged import why_not_own, why_not_own_function
-from hf_sparse.runtime.families import COMPILED
+from hf_sparse.runtime.model.exchanged import why_not_own, why_not_own_function
+from hf_sparse.runtime.model.families import COMPILED
 from tests.test_faithful import blocks_of, check, check_same, model_of, result
 from tests.tiny_models import CONFIGS, tiny_model
 

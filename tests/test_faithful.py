@@ -16,8 +16,8 @@ from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama
 
 import hf_sparse
-from hf_sparse.runtime.compiled import CompiledLayer
-from hf_sparse.runtime.families import COMPILED
+from hf_sparse.runtime.model.compiled import CompiledLayer
+from hf_sparse.runtime.model.families import COMPILED
 from tests.tiny_models import CONFIGS, tiny_model
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-3}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -26,10 +25,16 @@ LAYERS = [
     ["structure", "provenance"],
     ["units"],
     ["report", "promise"],
+    ["runtime", "runtime.llvm"],
+    ["runtime.kernels"],
+    ["runtime.weights"],
+    ["runtime.programs"],
     ["optim.prox", "optim.sharding"],
-    ["pruning", "optim", "distillation", "runtime", "models.configuration"],
-    ["budget", "benchmark", "recovery", "shrinking"],
+    ["pruning", "optim", "distillation", "models.configuration"],
+    ["budget", "recovery", "shrinking"],
     ["checkpoint"],
+    ["runtime.model"],
+    ["benchmark"],
     ["exporters"],
     ["hub"],
     ["models"],
@@ -42,15 +47,21 @@ HEAVY = ("transformers.modeling_utils", "transformers.trainer")
 
 
 def layer_of(module: str) -> int:
-    names = module.removeprefix("hf_sparse.")
-    found = [
-        index
+    """The layer of the longest name that is the module's, or that of a package around it."""
+    own = module.removeprefix("hf_sparse.")
+    found = {
+        name: index
         for index, layer in enumerate(LAYERS)
         for name in layer
-        if names == name or names.startswith(f"{name}.")
-    ]
+        if own == name or own.startswith(f"{name}.")
+    }
     assert found, f"{module} has no layer: add it to LAYERS"
-    return min(found)
+    return found[max(found, key=len)]
+
+
+def is_module(name: str) -> bool:
+    place = PACKAGE.parent.joinpath(*name.split("."))
+    return place.is_dir() or place.with_suffix(".py").is_file()
 
 
 def imports_of(file: Path) -> set[str]:
@@ -60,7 +71,9 @@ def imports_of(file: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module == "hf_sparse":
             names.update(f"hf_sparse.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_sparse."):
-            names.add(node.module)
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = set(filter(is_module, inside))
+            names.update(modules if modules == inside else {node.module, *modules})
     return names
 
 
@@ -73,9 +86,18 @@ def test_a_module_imports_only_from_layers_above(file: Path) -> None:
     module = module.removesuffix(".__init__")
     own = layer_of(module)
     for imported in imports_of(file):
-        if importlib.util.find_spec(imported) is None:
+        if not is_module(imported):
             continue  # a name of the public page, used by the command line
         assert layer_of(imported) <= own, f"{module} imports {imported}"
+
+
+def test_the_rooms_of_the_runtime_look_down() -> None:
+    rooms = ["llvm", "kernels", "weights", "programs", "model"]
+    folder = PACKAGE / "runtime"
+    assert {path.parent.name for path in folder.glob("*/*.py")} == set(rooms)
+    layers = [layer_of(f"hf_sparse.runtime.{room}") for room in rooms]
+    assert sorted(set(layers)) == layers
+    assert [path.name for path in folder.glob("*.py")] == ["__init__.py"]
 
 
 def loaded_modules(code: str) -> set[str]:

@@ -9,22 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from hf_sparse.runtime import (
-    activation,
-    attention,
-    decode,
-    decode_packing,
-    dense,
-    normalisation,
-    packing,
-    spmm,
-    target,
-)
-from hf_sparse.runtime.jit import Code
-from hf_sparse.runtime.kernels import kernels
-from hf_sparse.runtime.memory import aligned
-from hf_sparse.runtime.program import Program, Slot
-from hf_sparse.runtime.weight_types import FLOAT32, WEIGHT_TYPES, WeightType
+from hf_sparse.runtime.kernels import activation, attention, normalisation, single_token, spmm
+from hf_sparse.runtime.kernels.all import kernels
+from hf_sparse.runtime.kernels.call import Slot
+from hf_sparse.runtime.kernels.weight_types import FLOAT32, WEIGHT_TYPES, WeightType
+from hf_sparse.runtime.llvm import target
+from hf_sparse.runtime.llvm.jit import Code
+from hf_sparse.runtime.programs.program import Program
+from hf_sparse.runtime.weights import panels
+from hf_sparse.runtime.weights import rows as row_packing
+from hf_sparse.runtime.weights.dense_weight import DenseWeight
+from hf_sparse.runtime.weights.memory import aligned
 from tests.crosses import cross
 
 TYPES = list(WEIGHT_TYPES.values())
@@ -78,7 +73,7 @@ def sparse_weight(rows: int, columns: int, height: int, sparsity: float) -> np.n
 
 def call_spmm(
     code: Code,
-    packed: packing.PackedWeight,
+    packed: panels.PackedWeight,
     vectors: int,
     x: torch.Tensor,
     y: torch.Tensor,
@@ -96,28 +91,28 @@ def call_spmm(
 @pytest.mark.parametrize(("rows", "columns"), SIZES)
 def test_packing_loses_nothing(rows: int, columns: int, height: int, sparsity: float) -> None:
     weight = sparse_weight(rows, columns, height, sparsity)
-    packed = packing.pack(weight, height)
-    assert np.array_equal(packing.unpack(packed), weight)
+    packed = panels.pack(weight, height)
+    assert np.array_equal(panels.unpack(packed), weight)
     assert packed.nonzeros == np.count_nonzero(weight)
-    packing.check(packed, FLOAT32)
+    panels.check(packed, FLOAT32)
 
 
 @pytest.mark.parametrize("kept", NARROW, ids=lambda kept: kept.suffix)
 def test_packing_of_two_bytes_loses_nothing(kept: WeightType) -> None:
     weight = rounded(sparse_weight(36, 129, 1, 0.6), kept)
     for height in spmm.UNROLL:
-        packed = packing.pack(weight, height, kept)
-        packing.check(packed, kept)
+        packed = panels.pack(weight, height, kept)
+        panels.check(packed, kept)
         assert packed.values.dtype == (kept.array if height == 1 else np.float32)
-        assert np.array_equal(packing.unpack(packed), weight)
-    single = decode_packing.pack_decode(weight, kept)
-    decode_packing.check_decode(single, kept)
-    assert single.values.nbytes < 2 * np.count_nonzero(weight) + packing.PADDING + 1
-    assert np.array_equal(decode_packing.unpack_decode(single), weight)
+        assert np.array_equal(panels.unpack(packed), weight)
+    single = row_packing.pack_decode(weight, kept)
+    row_packing.check_decode(single, kept)
+    assert single.values.nbytes < 2 * np.count_nonzero(weight) + panels.PADDING + 1
+    assert np.array_equal(row_packing.unpack_decode(single), weight)
     with pytest.raises(ValueError, match="values are"):
-        decode_packing.check_decode(single, FLOAT32)
+        row_packing.check_decode(single, FLOAT32)
     with pytest.raises(ValueError, match="values are"):
-        packing.check(packing.pack(weight, 1, kept), FLOAT32)
+        panels.check(panels.pack(weight, 1, kept), FLOAT32)
 
 
 @cross("rows, columns, kept", SIZES, NARROW)
@@ -138,22 +133,22 @@ def test_two_bytes_give_what_float32_gives(
         for vectors in (1, 2, 4):
             x = random_tile(columns, vectors * chosen.lanes)
             for packed in (
-                packing.pack(weight, 1, stored),
-                packing.pack(weight, 2, stored),
-                dense.DenseWeight(whole, 0, columns),
+                panels.pack(weight, 1, stored),
+                panels.pack(weight, 2, stored),
+                DenseWeight(whole, 0, columns),
             ):
                 y = random_tile(rows, vectors * chosen.lanes, seed=1)
                 for chunk in range(len(packed.chunk_rows) - 1):
                     ends = (address(x), address(y), address(bias), spmm.START_SUM_BIAS)
                     code.call(*packed.operation(chunk, vectors, *ends))
                 results.append(y)
-        single = decode_packing.pack_decode(weight, stored)
-        padded = torch.zeros(rows, -(-columns // decode.COLUMNS) * decode.COLUMNS)
+        single = row_packing.pack_decode(weight, stored)
+        padded = torch.zeros(rows, -(-columns // single_token.COLUMNS) * single_token.COLUMNS)
         padded[:, :columns] = torch.from_numpy(weight)
         padded = padded.to(stored.dtype)
         x = aligned(padded.shape[1])
         x[:columns] = random_tile(1, columns)[0]
-        ends = (address(bias), rows // decode.GROUP)
+        ends = (address(bias), rows // single_token.GROUP)
         for name, first, second, count in (
             ("sparse", address(single.words), address(single.values), single.words.shape[1]),
             ("dense", address(padded), stored.size * padded.shape[1], padded.shape[1]),
@@ -175,7 +170,7 @@ def test_spmm(
     code: Code, chosen: target.Target, rows: int, columns: int, vectors: int, height: int
 ) -> None:
     weight = sparse_weight(rows, columns, height, 0.8)
-    packed = packing.pack(weight, height)
+    packed = panels.pack(weight, height)
     x = random_tile(columns, vectors * chosen.lanes)
     before = random_tile(rows, vectors * chosen.lanes, seed=1)
     bias = np.random.default_rng(0).standard_normal(rows).astype(np.float32)
@@ -205,7 +200,7 @@ def test_dense(code: Code, chosen: target.Target, rows: int, columns: int, vecto
         spmm.START_BIAS: bias[:, None] + product,
         spmm.START_SUM_BIAS: before.numpy() + bias[:, None] + product,
     }
-    packed = dense.DenseWeight(torch.from_numpy(whole), 2, columns)
+    packed = DenseWeight(torch.from_numpy(whole), 2, columns)
     for start, reference in wanted.items():
         y = aligned(*before.shape).copy_(before)
         for chunk in range(len(packed.chunk_rows) - 1):
@@ -222,7 +217,7 @@ def test_spmm_of_a_permuted_weight_permutes_the_result(code: Code, chosen: targe
     results = []
     for matrix in (weight, weight[order]):
         y = aligned(64, chosen.lanes)
-        call_spmm(code, packing.pack(matrix), 1, x, y, np.zeros(64, np.float32), spmm.START_BIAS)
+        call_spmm(code, panels.pack(matrix), 1, x, y, np.zeros(64, np.float32), spmm.START_BIAS)
         results.append(y.numpy())
     assert np.array_equal(results[0][order], results[1])
 
@@ -384,9 +379,9 @@ def test_attention_of_one_token(code: Code, chosen: target.Target, case: tuple) 
 @pytest.mark.parametrize("add", [False, True])
 def test_rows_of_one_token(code: Code, rows: int, columns: int, sparsity: float, add: bool) -> None:
     weight = sparse_weight(rows, columns, 1, sparsity)
-    packed = decode_packing.pack_decode(weight)
-    assert np.array_equal(decode_packing.unpack_decode(packed), weight)
-    whole = -(-columns // decode.COLUMNS) * decode.COLUMNS
+    packed = row_packing.pack_decode(weight)
+    assert np.array_equal(row_packing.unpack_decode(packed), weight)
+    whole = -(-columns // single_token.COLUMNS) * single_token.COLUMNS
     x = aligned(whole)
     x[:columns] = torch.randn(columns)
     bias = torch.randn(rows)
@@ -395,7 +390,7 @@ def test_rows_of_one_token(code: Code, rows: int, columns: int, sparsity: float,
     wanted = wanted + y.numpy() if add else wanted
     padded = np.zeros((rows, whole), np.float32)
     padded[:, :columns] = weight
-    groups = rows // decode.GROUP
+    groups = rows // single_token.GROUP
     second = y.clone()
     words = (address(packed.words), address(packed.values))
     ends = (address(bias), groups)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import hf_sparse
-from hf_sparse.runtime import target
+from hf_sparse.runtime.llvm import target
 from tests.exporting import WHY_NOT
 from tests.tiny_models import tiny_batches, tiny_model
 

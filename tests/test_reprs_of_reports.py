@@ -9,7 +9,7 @@ import pytest
 
 import hf_sparse
 from hf_sparse import SparsityConfig
-from hf_sparse.runtime.explain import Explanation, LayerExplanation
+from hf_sparse.runtime.model.explain import Explanation, LayerExplanation
 from tests.tiny_models import tiny_batches, tiny_model
 
 

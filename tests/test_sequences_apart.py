@@ -8,13 +8,13 @@ from torch import Tensor
 from transformers import DynamicCache, GPT2Config, GPT2Model, PreTrainedModel
 
 import hf_sparse
-from hf_sparse.runtime import target
-from hf_sparse.runtime.compiled import stack_of
-from hf_sparse.runtime.jit import DEFAULT_CACHE
-from hf_sparse.runtime.linear import pack_linear
-from hf_sparse.runtime.memory import Shelf
-from hf_sparse.runtime.pool import Pool
-from hf_sparse.runtime.sparse_linear import CompiledHead, CompiledLinear
+from hf_sparse.runtime.llvm import target
+from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE
+from hf_sparse.runtime.model.compiled import stack_of
+from hf_sparse.runtime.model.single_layers import CompiledHead, CompiledLinear
+from hf_sparse.runtime.programs.pool import Pool
+from hf_sparse.runtime.weights.linear import pack_linear
+from hf_sparse.runtime.weights.memory import Shelf
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 FULL = {"heads": 4, "key_heads": 2, "neurons": 50}

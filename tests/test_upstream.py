@@ -29,9 +29,9 @@ RELIED_ON = [
     ("transformers.quantizers.base", "HfQuantizer.get_weight_conversions", "checkpoint.quantizer"),
     ("transformers.models.auto", "AutoModel._model_mapping", "models.modeling"),
     ("transformers.models.auto.tokenization_auto", "TOKENIZER_MAPPING", "models.modeling"),
-    ("transformers.masking_utils", "AttentionMaskInterface.register", "runtime.compiled"),
-    ("transformers.cache_utils", "CacheLayerMixin", "runtime.cache"),
-    ("transformers.cache_utils", "DynamicLayer", "runtime.cache"),
+    ("transformers.masking_utils", "AttentionMaskInterface.register", "runtime.model.compiled"),
+    ("transformers.cache_utils", "CacheLayerMixin", "runtime.programs.cache"),
+    ("transformers.cache_utils", "DynamicLayer", "runtime.programs.cache"),
     ("torch.optim.adamw", "adamw", "optim.movement"),
     ("torch.utils._pytree", "tree_map", "pruning.recording"),
     ("torch", "_C._has_mkldnn", "pruning.linalg"),
@@ -64,7 +64,7 @@ def test_families_tell_the_class_of_their_blocks() -> None:
     from transformers import BertModel, LlamaModel
 
     for model_class in (BertModel, LlamaModel):
-        assert "hidden_states" in model_class._can_record_outputs  # runtime.compiled
+        assert "hidden_states" in model_class._can_record_outputs  # runtime.model.compiled
 
 
 @pytest.mark.skipif(not torch._C._has_mkldnn, reason="torch was built without oneDNN")

@@ -1,0 +1,1 @@
+"""What machine code computes, one kernel at a time, and how kernels are called."""

@@ -1,0 +1,53 @@
+"""All kernels of a target and a type of weights, compiled together: about two seconds, or nothing
+from the cache."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from hf_sparse.runtime.kernels import (
+    activation,
+    attention,
+    dense,
+    normalisation,
+    single_token,
+    spmm,
+    tiles,
+    worker,
+)
+from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType
+from hf_sparse.runtime.llvm.ir import Function
+from hf_sparse.runtime.llvm.jit import Code, compile_kernels
+from hf_sparse.runtime.llvm.target import Target
+
+
+def kernel_functions(target: Target, kept: WeightType = FLOAT32) -> list[Function]:
+    """Every kernel that a program may name whose weights are of type `kept`."""
+    functions = [worker.worker(target, True), worker.worker(target, False)]
+    functions += [tiles.append(), tiles.copy(target)]
+    functions += single_token.decode_functions(target, kept)
+    for name in activation.ACTIVATIONS:
+        functions += [activation.activation(target, name, gated) for gated in (False, True)]
+    for vectors in (1, 2, 4):
+        functions += [
+            spmm.spmm(target, height, vectors, spmm.packed_type(height, kept))
+            for height in spmm.UNROLL
+        ]
+        functions.append(dense.dense(target, vectors, kept))
+        functions += [
+            normalisation.normalisation(target, norm, vectors) for norm in normalisation.NORMS
+        ]
+        functions += [
+            attention.attention(target, vectors),
+            tiles.to_tile(target, vectors),
+            tiles.from_tile(target, vectors),
+            tiles.rotary(target, vectors),
+        ]
+    return functions
+
+
+@functools.cache
+def kernels(target: Target, cache: Path | None, kept: WeightType = FLOAT32) -> Code:
+    """The compiled kernels of a target and a type of weights, once per process."""
+    return compile_kernels(kernel_functions(target, kept), target, cache)

@@ -1,0 +1,227 @@
+"""Attention of one tile of queries over tiles of keys, all heads of one group.
+
+    S[j][q] = scale * sum_d K[d][j] Q[d][q] + mask[j]       for keys j that q may see
+    O[d][q] = sum_j softmax_j(S[j][q]) V[d][j]
+
+Q, K, V and O are tiles `[feature][token]`, so that the queries are the lanes and nothing is summed
+across a vector. Keys come in tiles of up to 64; softmax runs over them online (Milakov and
+Gimelshein, https://arxiv.org/abs/1805.02867): a tile's maximum rescales what is there already.
+
+Arguments: q, out (first row of the first head), heads, head_dim (a multiple of 4), k_first and
+v_first (row of the first head's keys and values in a key tile), group (query heads that share
+keys), keys table, key_tiles, mask, key_count, first_query, window, scale. The table has three
+int64 for each key tile: address, bytes of a row, tokens. `mask` has a float for each key, of all
+tiles; keys beyond `key_count` are not seen. A query at `first_query + i` sees keys j with
+`j <= first_query + i` and `j > first_query + i - window`; without such limits, give large numbers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hf_sparse.runtime.kernels.activation import exponential
+from hf_sparse.runtime.llvm.ir import Function, Value, Variable, vector
+from hf_sparse.runtime.llvm.target import Target
+
+# Added to the score of a key that is not seen. Finite: a query that sees nothing stays a number.
+UNSEEN = -1e30
+# Features of a head that are summed at a time.
+_FEATURES = 4
+
+
+def name(vectors: int) -> str:
+    """The symbol of the kernel for query tiles of `vectors` vectors."""
+    return f"attention{vectors}"
+
+
+def attention(target: Target, vectors: int) -> Function:
+    """The kernel for query tiles `vectors` vectors wide."""
+    function = Function(
+        name(vectors),
+        (
+            "ptr q",
+            "ptr out",
+            "i64 heads",
+            "i64 head_dim",
+            "i64 k_first",
+            "i64 v_first",
+            "i64 group",
+            "ptr table",
+            "i64 key_tiles",
+            "ptr mask",
+            "i64 key_count",
+            "i64 first_query",
+            "i64 window",
+            "float scale",
+        ),
+        shared=("q", "out"),
+    )
+    _Attention(function, target, vectors).write()
+    return function
+
+
+class _Attention:
+    def __init__(self, function: Function, target: Target, vectors: int) -> None:
+        self.f = function
+        self.target, self.lanes, self.vectors = target, target.lanes, vectors
+        self.size = 4 * target.lanes
+        self.row_bytes = self.size * vectors
+        self.kind, self.whole = vector(target.lanes), vector(target.lanes, "i32")
+        # Keys whose scores are summed at a time: enough sums to hide a multiply-add's latency.
+        self.keys = 4 if vectors == 4 else min(8, target.lanes)
+        self.scores = function.scratch(target.widths[0] * self.row_bytes)
+
+    def write(self) -> None:
+        f = self.f
+        (q, out, heads, self.head_dim, k_first, v_first, group, *rest) = f.parameters
+        (self.table, self.key_tiles, self.mask, self.key_count, first, window, scale) = rest
+        self.scale = scale.splat(self.lanes)
+        numbers = f.lane_numbers(self.lanes)
+        start = first.cast("trunc", "i32").splat(self.lanes) + numbers
+        span = window.cast("trunc", "i32").splat(self.lanes)
+        self.last = [start + v * self.lanes for v in range(self.vectors)]
+        self.before = [last - span for last in self.last]
+        with f.range(heads) as head:
+            shared = head / group * self.head_dim
+            offset = head * self.head_dim * self.row_bytes
+            self._head(q.at(offset), out.at(offset), k_first + shared, v_first + shared)
+
+    def _constants(self, number: float) -> list[Variable]:
+        return [self.f.variable(self.f.constant(number, self.kind)) for _ in range(self.vectors)]
+
+    def _head(self, q: Value, out: Value, k_first: Value, v_first: Value) -> None:
+        f = self.f
+        largest, total = self._constants(2 * UNSEEN), self._constants(0.0)
+        done = f.variable(f.constant(0, "i64"))
+        with f.range(self.key_tiles) as tile, f.when(done.get().compare("lt", self.key_count)):
+            described = self.table.at(tile * 24)
+            address, stride = described.load("ptr"), described.at(8).load("i64")
+            tokens = described.at(16).load("i64")
+            left = self.key_count - done.get()
+            # Whole groups of keys: those beyond the count are masked, their memory is there.
+            wanted = f.minimum_integer(tokens, left)
+            wanted = (wanted + (self.keys - 1)) / self.keys * self.keys
+            k, v = address.at(k_first * stride), address.at(v_first * stride)
+            fresh = [f.variable(value.get()) for value in largest]
+            self._score(q, k, stride, wanted, done.get(), fresh)
+            shrink = [
+                exponential(f, self.target, old.get() - new.get())
+                for old, new in zip(largest, fresh, strict=True)
+            ]
+            for number, factor in enumerate(shrink):
+                total[number].set(total[number].get() * factor)
+                largest[number].set(fresh[number].get())
+            self._exponentials(wanted, largest, total)
+            self._values(out, v, stride, wanted, shrink, done.get())
+            done.set(done.get() + tokens)
+        self._divide(out, total)
+
+    def _score(
+        self,
+        q: Value,
+        k: Value,
+        stride: Value,
+        wanted: Value,
+        done: Value,
+        largest: list[Variable],
+    ) -> None:
+        """Scores of one key tile, and their running maximum."""
+        f = self.f
+        with f.range(wanted, step=self.keys) as j:
+            sums = [self._constants(0.0) for _ in range(self.keys)]
+            with f.range(self.head_dim) as d:
+                row = q.at(d * self.row_bytes)
+                queries = [row.at(v * self.size).load(self.kind, 4) for v in range(self.vectors)]
+                column = k.at(d * stride + j * 4)
+                for key in range(self.keys):
+                    weight = column.at(4 * key).load("float").splat(self.lanes)
+                    for query, total in zip(queries, sums[key], strict=True):
+                        total.set(f.fma(weight, query, total.get()))
+            for key in range(self.keys):
+                number = done + j + key
+                added = self.mask.at(number * 4).load("float")
+                exists = number.compare("lt", self.key_count)
+                unseen = f.constant(UNSEEN, "float")
+                masked = exists.select(added, unseen).splat(self.lanes)
+                position = number.cast("trunc", "i32").splat(self.lanes)
+                place = self.scores.at((j + key) * self.row_bytes)
+                for v in range(self.vectors):
+                    score = f.fma(sums[key][v].get(), self.scale, masked)
+                    past = position.compare("le", self.last[v])
+                    near = position.compare("gt", self.before[v])
+                    score = (past & near).select(score, f.constant(UNSEEN, self.kind))
+                    place.at(v * self.size).store(score, self.size)
+                    largest[v].set(f.maximum(score, largest[v].get()))
+
+    def _exponentials(self, wanted: Value, largest: list[Variable], total: list[Variable]) -> None:
+        """Scores become weights; a row at once, so that its vectors hide each other's latency."""
+        f = self.f
+        kind = vector(self.lanes * self.vectors)
+        top, sums = (f.joined([value.get() for value in values]) for values in (largest, total))
+        row_sum = f.variable(sums)
+        with f.range(wanted) as j:
+            place = self.scores.at(j * self.row_bytes)
+            weight = exponential(f, self.target, place.load(kind, self.size) - top)
+            place.store(weight, self.size)
+            row_sum.set(row_sum.get() + weight)
+        for number, value in enumerate(total):
+            value.set(f.part(row_sum.get(), number * self.lanes, self.lanes))
+
+    def _values(
+        self, out: Value, v: Value, stride: Value, wanted: Value, shrink: list[Value], done: Value
+    ) -> None:
+        """Add one key tile's share to what is there, which counts `shrink` of what it did."""
+        f = self.f
+        with f.range(self.head_dim, step=_FEATURES) as d:
+            place = out.at(d * self.row_bytes)
+            sums = [self._constants(0.0) for _ in range(_FEATURES)]
+            with f.when(done.compare("gt", 0)):
+                for feature in range(_FEATURES):
+                    for number, total in enumerate(sums[feature]):
+                        old = place.at(feature * self.row_bytes + number * self.size)
+                        total.set(old.load(self.kind, 4) * shrink[number])
+            row = v.at(d * stride)
+            rows = [row]
+            for _ in range(_FEATURES - 1):
+                rows.append(rows[-1].at(stride))
+            with f.range(wanted) as j:
+                scores = self.scores.at(j * self.row_bytes)
+                weights = [
+                    scores.at(number * self.size).load(self.kind, self.size)
+                    for number in range(self.vectors)
+                ]
+                for feature in range(_FEATURES):
+                    value = rows[feature].at(j * 4).load("float").splat(self.lanes)
+                    for weight, total in zip(weights, sums[feature], strict=True):
+                        total.set(f.fma(value, weight, total.get()))
+            for feature in range(_FEATURES):
+                for number, total in enumerate(sums[feature]):
+                    place.at(feature * self.row_bytes + number * self.size).store(total.get(), 4)
+
+    def _divide(self, out: Value, total: list[Variable]) -> None:
+        f = self.f
+        inverse = [f.constant(1.0, self.kind) / value.get() for value in total]
+        with f.range(self.head_dim) as d:
+            for number, factor in enumerate(inverse):
+                place = out.at(d * self.row_bytes + number * self.size)
+                place.store(place.load(self.kind, 4) * factor, 4)
+
+
+def attention_ref(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    mask: np.ndarray,
+    scale: float,
+    first_query: int,
+    window: int,
+) -> np.ndarray:
+    """The same in float64: `q (heads, queries, head_dim)`, `k`, `v (heads, keys, head_dim)`."""
+    q, k, v = (array.astype(np.float64) for array in (q, k, v))
+    scores = scale * q @ k.swapaxes(1, 2) + mask
+    query = first_query + np.arange(q.shape[1])[:, None]
+    key = np.arange(k.shape[1])
+    seen = (key <= query) & (key > query - window)
+    scores = np.where(seen, scores, UNSEEN)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=-1, keepdims=True) @ v)

@@ -1,0 +1,338 @@
+"""Kernels for one token: vectors of features, and weights that are read once and in order.
+
+With one token a weight is used once, so the time is that of reading it from memory. Rows go in
+groups of 4. Per 16 columns a group has one 64-bit word, 16 bits for each of its rows, and the
+nonzeros of these 4 x 16 weights in a row; the CPU's expand instruction spreads them over the lanes.
+CPUs that have none spread 16 bytes at a time by a shuffle, which a table has for each mask. What is
+to come is fetched ahead: without that the memory waits for the kernel.
+
+    sparse_rows   y = W x (+ bias) (+ y)    bitmask words and packed values
+    dense_rows    the same for a weight as torch stores it, row by row
+
+Each is there for every type of weights (`weight_types.py`): bfloat16 and float16 are widened as they
+are loaded, x, y and the sums are float32.
+
+Arguments of `sparse_rows`: words, values, x, y, bias, groups, words in a row, add. y is written
+four at a time, x is read sixteen at a time: both have room for that of their own, and x has zeros
+there. Arguments of `dense_rows`: weight, bytes of a row, x, y, bias, groups of 4 rows, columns (a
+multiple of 16), add.
+"""
+
+from __future__ import annotations
+
+from hf_sparse.runtime.kernels import normalisation
+from hf_sparse.runtime.kernels.activation import exponential
+from hf_sparse.runtime.kernels.attention import UNSEEN
+from hf_sparse.runtime.kernels.weight_types import BFLOAT16, WeightType
+from hf_sparse.runtime.llvm.ir import Function, Value, Variable, vector
+from hf_sparse.runtime.llvm.target import Target, is_x86
+
+# Rows of a group, and columns that a word's bits stand for.
+GROUP, COLUMNS = 4, 16
+_AHEAD = 4096
+
+
+def _finish(
+    f: Function, y: Value, bias: Value, add: Value, sums: list[Variable], group: Value
+) -> None:
+    """Write a group's four results."""
+    place = y.at(group * (4 * GROUP))
+    kind = vector(GROUP)
+    result = f.constant(0.0, kind)
+    for row, total in enumerate(sums):
+        result = f.emit(kind, f"insertelement {result}, {f.total(total.get())}, i64 {row}")
+    results = f.variable(result)
+    with f.when(bias.cast("ptrtoint", "i64").compare("ne", 0)):
+        results.set(results.get() + bias.at(group * (4 * GROUP)).load(kind, 4))
+    with f.when(add.compare("ne", 0)):
+        results.set(results.get() + place.load(kind, 4))
+    place.store(results.get(), 4)
+
+
+def _expand(f: Function, target: Target, kept: WeightType, at: Value, bits: Value) -> Value:
+    """The weights at `at`, one after another, in the lanes that the last 16 bits name; else 0."""
+    if not target.has_expand:
+        return _shuffled(f, target, kept, at, bits)
+    lanes, mask = COLUMNS, bits.cast("trunc", "i16")
+    if kept is BFLOAT16:
+        # Into every other lane of twice as many: the upper halves of floats.
+        lanes = 2 * COLUMNS
+        odd = f.constant(0xAAAAAAAA, "i32")
+        mask = f.call("i32", "llvm.x86.bmi.pdep.32", bits.cast("trunc", "i32"), odd)
+    kind = vector(lanes, kept.lane)
+    # A plain load and an expansion between registers are faster than the load that expands.
+    loaded = f.emit(kind, f"load volatile {kind}, {at}, align {kept.size}")
+    name = f"llvm.x86.avx512.mask.expand.v{lanes}{kept.lane}"
+    chosen = mask.cast("bitcast", vector(lanes, "i1"))
+    expanded = f.call(kind, name, loaded, f.constant(0, kind), chosen)
+    if kept is BFLOAT16:
+        return expanded.cast("bitcast", vector(COLUMNS))
+    return kept.floats(f, target, expanded)
+
+
+def _shuffled(f: Function, target: Target, kept: WeightType, at: Value, bits: Value) -> Value:
+    """As `_expand`, as many weights at a time as there are in 16 bytes."""
+    count, bytes_kind = 16 // kept.size, vector(16, "i8")
+    table = f.table(f"expand{kept.size}", _shuffles(kept.size))
+    shuffle = "x86.ssse3.pshuf.b.128" if is_x86() else "aarch64.neon.tbl1.v16i8"
+    parts = []
+    for first in range(0, COLUMNS, count):
+        mask = (bits >> first) & ((1 << count) - 1)
+        before = bits & ((1 << first) - 1)
+        place = at.at(f.popcount(before) * kept.size)
+        order = table.at(mask * 16).load(bytes_kind, 16)
+        spread = f.call(bytes_kind, f"llvm.{shuffle}", place.load(bytes_kind, kept.size), order)
+        parts.append(kept.floats(f, target, spread.cast("bitcast", vector(count, kept.lane))))
+    return f.joined(parts)
+
+
+def _shuffles(size: int) -> bytes:
+    """For each mask of 16 / `size` lanes, the byte that each byte of the lanes takes; 128: zero."""
+    lanes = 16 // size
+    found = bytearray()
+    for mask in range(1 << lanes):
+        taken = 0
+        for lane in range(lanes):
+            if mask >> lane & 1:
+                found += bytes(range(size * taken, size * (taken + 1)))
+                taken += 1
+            else:
+                found += bytes([128] * size)
+    return bytes(found)
+
+
+def sparse_rows(target: Target, kept: WeightType) -> Function:
+    """The kernel for packed rows (`DecodeWeight` in `weights/rows.py`)."""
+    f = Function(
+        f"sparse_rows{kept.suffix}",
+        (
+            "ptr words",
+            "ptr values",
+            "ptr x",
+            "ptr y",
+            "ptr bias",
+            "i64 groups",
+            "i64 row_words",
+            "i64 add",
+        ),
+        shared=("x", "y"),
+    )
+    words, values, x, y, bias, groups, row_words, add = f.parameters
+    kind = vector(COLUMNS)
+    stream = f.variable(values)
+    zero = f.constant(0.0, kind)
+    with f.range(groups) as group:
+        sums = [f.variable(zero) for _ in range(GROUP)]
+        first = words.at(group * row_words * 8)
+        with f.range(row_words) as word:
+            place = first.at(word * 8)
+            bits = place.load("i64")
+            start = stream.get()
+            for line in range(0, 32 * kept.size, 64):
+                start.at(_AHEAD + line).prefetch()
+            place.at(_AHEAD // 8).prefetch()
+            inputs = x.at(word * (4 * COLUMNS)).load(kind, 4)
+            at = start
+            for row in range(GROUP):
+                loaded = _expand(f, target, kept, at, bits >> (COLUMNS * row))
+                sums[row].set(f.fma(loaded, inputs, sums[row].get()))
+                # Counted from the start, so that the rows do not wait for each other.
+                before = (1 << (COLUMNS * (row + 1))) - 1
+                if row < GROUP - 1:
+                    at = start.at(f.popcount(bits & before) * kept.size)
+            stream.set(start.at(f.popcount(bits) * kept.size))
+        _finish(f, y, bias, add, sums, group)
+    return f
+
+
+def dense_rows(target: Target, kept: WeightType) -> Function:
+    """The kernel for a weight that is not packed."""
+    f = Function(
+        f"dense_rows{kept.suffix}",
+        (
+            "ptr weight",
+            "i64 row_bytes",
+            "ptr x",
+            "ptr y",
+            "ptr bias",
+            "i64 groups",
+            "i64 columns",
+            "i64 add",
+        ),
+        shared=("x", "y"),
+    )
+    weight, row_bytes, x, y, bias, groups, columns, add = f.parameters
+    kind, lanes = vector(target.lanes), target.lanes
+    zero = f.constant(0.0, kind)
+    with f.range(groups) as group:
+        rows = [weight.at((group * GROUP + row) * row_bytes) for row in range(GROUP)]
+        sums = [f.variable(zero) for _ in range(GROUP)]
+        with f.range(columns, step=lanes) as i:
+            inputs = x.at(i * 4).load(kind, 4)
+            for row, total in zip(rows, sums, strict=True):
+                place = row.at(i * kept.size)
+                # A group's rows lie behind one another: this is 4 rows further.
+                place.at(row_bytes * GROUP).prefetch()
+                loaded = kept.load(f, target, place, lanes)
+                total.set(f.fma(loaded, inputs, total.get()))
+        _finish(f, y, bias, add, sums, group)
+    return f
+
+
+def row_norm(target: Target, norm: str) -> Function:
+    """LayerNorm or RMSNorm of vectors: as `normalisation.py`, with features as lanes.
+
+    Arguments: x, y, features (any number), groups, weight, bias, epsilon.
+    """
+    f = Function(
+        f"{norm}_norm_row",
+        normalisation.PARAMETERS,
+        shared=("x", "y"),
+    )
+    x, y, features, groups, weight, bias, epsilon = f.parameters
+    kind, lanes = vector(target.lanes), target.lanes
+    zero, nothing = f.constant(0.0, kind), f.constant(0.0, "float")
+    count = features.cast("uitofp", "float")
+    whole = features / lanes * lanes
+    with f.range(groups) as group:
+        source, result = x.at(group * features * 4), y.at(group * features * 4)
+        mean = nothing
+        if norm == "layer":
+            total, rest = f.variable(zero), f.variable(nothing)
+            with f.range(whole, step=lanes) as i:
+                total.set(total.get() + source.at(i * 4).load(kind, 4))
+            with f.range(features, start=whole) as i:
+                rest.set(rest.get() + source.at(i * 4).load("float"))
+            mean = (f.total(total.get()) + rest.get()) / count
+        squares, rest = f.variable(zero), f.variable(nothing)
+        with f.range(whole, step=lanes) as i:
+            value = source.at(i * 4).load(kind, 4) - mean.splat(lanes)
+            squares.set(f.fma(value, value, squares.get()))
+        with f.range(features, start=whole) as i:
+            value = source.at(i * 4).load("float") - mean
+            rest.set(f.fma(value, value, rest.get()))
+        variance = (f.total(squares.get()) + rest.get()) / count
+        inverse = f.constant(1.0, "float") / f.sqrt(variance + epsilon)
+        with f.range(whole, step=lanes) as i:
+            value = (source.at(i * 4).load(kind, 4) - mean.splat(lanes)) * inverse.splat(lanes)
+            value = value * weight.at(i * 4).load(kind, 4)
+            if norm == "layer":
+                value = value + bias.at(i * 4).load(kind, 4)
+            result.at(i * 4).store(value, 4)
+        with f.range(features, start=whole) as i:
+            value = (source.at(i * 4).load("float") - mean) * inverse
+            value = value * weight.at(i * 4).load("float")
+            if norm == "layer":
+                value = value + bias.at(i * 4).load("float")
+            result.at(i * 4).store(value)
+    return f
+
+
+def row_rotary() -> Function:
+    """As `tiles.rotary`, for one token. Arguments: x, heads, head_dim, cos, sin."""
+    f = Function("rotary_row", ("ptr x", "i64 heads", "i64 head_dim", "ptr cos", "ptr sin"))
+    x, heads, head_dim, cos, sin = f.parameters
+    half = head_dim / 2
+    with f.range(heads) as head, f.range(half) as d:
+        low = x.at((head * head_dim + d) * 4)
+        high = low.at(half * 4)
+        first, second = low.load("float"), high.load("float")
+        factors = [
+            table.at((d + offset) * 4).load("float")
+            for table in (cos, sin)
+            for offset in (f.constant(0, "i64"), half)
+        ]
+        cos_low, cos_high, sin_low, sin_high = factors
+        low.store(first * cos_low - second * sin_low)
+        high.store(f.fma(second, cos_high, first * sin_high))
+    return f
+
+
+def row_attention(target: Target) -> Function:
+    """Attention of one query over tiles of keys, whose tokens are the lanes here.
+
+    Arguments: as `attention.py`'s up to the table, then the tokens in a key tile, mask, key_count
+    (the query is the last of them), window, scores (memory for a float per key of all tiles), scale.
+    """
+    f = Function(
+        "attention_row",
+        (
+            "ptr q",
+            "ptr out",
+            "i64 heads",
+            "i64 head_dim",
+            "i64 k_first",
+            "i64 v_first",
+            "i64 group",
+            "ptr table",
+            "i64 width",
+            "ptr mask",
+            "i64 key_count",
+            "i64 window",
+            "ptr scores",
+            "float scale",
+        ),
+        shared=("q", "out"),
+    )
+    q, out, heads, head_dim, k_first, v_first, group, table, width, mask, *rest = f.parameters
+    key_count, window, scores, scale = rest
+    lanes, kind = target.lanes, vector(target.lanes)
+    zero = f.constant(0.0, kind)
+    tiles = (key_count + width - 1) / width
+    numbers = f.lane_numbers(lanes)
+    count = key_count.cast("trunc", "i32").splat(lanes)
+    start = (key_count - window - 1).cast("trunc", "i32").splat(lanes)
+    factor = scale.splat(lanes)
+    unseen = f.constant(UNSEEN, kind)
+    with f.range(heads) as head:
+        shared = head / group * head_dim
+        query, result = q.at(head * head_dim * 4), out.at(head * head_dim * 4)
+        largest = f.variable(f.constant(2 * UNSEEN, kind))
+        with f.range(tiles) as tile:
+            described = table.at(tile * 24)
+            stride = described.at(8).load("i64")
+            rows = described.load("ptr").at((k_first + shared) * stride)
+            with f.range(width, step=lanes) as j:
+                total = f.variable(zero)
+                with f.range(head_dim) as d:
+                    weight = query.at(d * 4).load("float").splat(lanes)
+                    keys = rows.at(d * stride + j * 4).load(kind, 4)
+                    total.set(f.fma(weight, keys, total.get()))
+                number = tile * width + j
+                position = number.cast("trunc", "i32").splat(lanes) + numbers
+                exists = position.compare("lt", count) & position.compare("gt", start)
+                added = mask.at(number * 4).load(kind, 4)
+                score = exists.select(f.fma(total.get(), factor, added), unseen)
+                scores.at(number * 4).store(score, 4)
+                largest.set(f.maximum(score, largest.get()))
+        top = f.largest(largest.get()).splat(lanes)
+        weights = f.variable(zero)
+        with f.range(tiles * width, step=lanes) as j:
+            place = scores.at(j * 4)
+            weight = exponential(f, target, place.load(kind, 4) - top)
+            place.store(weight, 4)
+            weights.set(weights.get() + weight)
+        inverse = f.constant(1.0, "float") / f.total(weights.get())
+        with f.range(head_dim) as d:
+            total = f.variable(zero)
+            with f.range(tiles) as tile:
+                described = table.at(tile * 24)
+                stride = described.at(8).load("i64")
+                row = described.load("ptr").at((v_first + shared + d) * stride)
+                with f.range(width, step=lanes) as j:
+                    weight = scores.at((tile * width + j) * 4).load(kind, 4)
+                    total.set(f.fma(weight, row.at(j * 4).load(kind, 4), total.get()))
+            result.at(d * 4).store(f.total(total.get()) * inverse)
+    return f
+
+
+def decode_functions(target: Target, kept: WeightType) -> list[Function]:
+    """All kernels of this file, for weights of type `kept`."""
+    return [
+        sparse_rows(target, kept),
+        dense_rows(target, kept),
+        row_norm(target, "layer"),
+        row_norm(target, "rms"),
+        row_rotary(),
+        row_attention(target),
+    ]

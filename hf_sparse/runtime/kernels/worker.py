@@ -1,0 +1,68 @@
+"""What each thread of a program runs: its lists of operations, phase by phase.
+
+Between phases the threads meet at a spinning barrier, which gives the core away after a while,
+should another thread need it. If OpenMP gives fewer threads than asked for, each of them takes
+several lists.
+"""
+
+from __future__ import annotations
+
+from hf_sparse.runtime.llvm.ir import Function, Value
+from hf_sparse.runtime.llvm.target import Target, is_x86
+
+# Words of 8 bytes in an operation: the kernel's address and its arguments.
+OPERATION_WORDS = 16
+# Rounds of waiting at the barrier before the core is offered to others.
+_PATIENCE = 4000
+
+# The words of a program that the worker reads; `programs/program.py` fills them in.
+PHASES, LISTS, STARTS, OPERATIONS, BARRIER, THREAD_NUMBER, THREAD_COUNT, YIELD = range(8)
+PROGRAM_WORDS = 8
+
+
+def worker(target: Target, parallel: bool) -> Function:
+    """What each thread runs. Argument: the address of a program's words.
+
+    Args:
+        target: what the code is for.
+        parallel: ask OpenMP which thread this is; else it is the only one.
+    """
+    f = Function("worker" if parallel else "worker_alone", ("ptr program",), shared=("program",))
+    program = f.parameters[0]
+
+    def word(index: int, kind: str = "i64") -> Value:
+        return program.at(8 * index).load(kind)
+
+    thread, team = f.constant(0, "i64"), f.constant(1, "i64")
+    if parallel:
+        number = f.emit("i32", f"call i32 {word(THREAD_NUMBER, 'ptr').name}()")
+        count = f.emit("i32", f"call i32 {word(THREAD_COUNT, 'ptr').name}()")
+        thread, team = number.cast("zext", "i64"), count.cast("zext", "i64")
+    phases, lists = word(PHASES), word(LISTS)
+    starts, operations = word(STARTS, "ptr"), word(OPERATIONS, "ptr")
+    barrier = word(BARRIER, "ptr")
+    with f.range(phases) as phase:
+        mine = f.variable(thread)
+        with f.loop_while(lambda: mine.get().compare("lt", lists)):
+            row = starts.at((phase * lists + mine.get()) * 8)
+            with f.range(row.at(8).load("i64"), start=row.load("i64")) as index:
+                operation = operations.at(index * (8 * OPERATION_WORDS))
+                f.do(f"call void {operation.load('ptr').name}({operation.at(8)})")
+            mine.set(mine.get() + team)
+        if parallel:
+            f.emit("i64", f"atomicrmw add {barrier}, i64 1 acq_rel")
+            goal = (phase + 1) * team
+            waited = f.variable(f.constant(0, "i64"))
+
+            def early(barrier: Value = barrier, goal: Value = goal) -> Value:
+                arrived = f.emit("i64", f"load atomic i64, {barrier} acquire, align 8")
+                return arrived.compare("lt", goal)
+
+            with f.loop_while(early):
+                waited.set(waited.get() + 1)
+                if is_x86():
+                    f.declare("declare void @llvm.x86.sse2.pause()")
+                    f.do("call void @llvm.x86.sse2.pause()")
+                with f.when(waited.get().compare("gt", _PATIENCE)):
+                    f.emit("i32", f"call i32 {word(YIELD, 'ptr').name}()")
+    return f

@@ -1,0 +1,54 @@
+"""Copies of models that share the tensors, with other modules in place of some."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from hf_sparse.runtime.model.plain import HOOKS
+
+Model = TypeVar("Model", bound=nn.Module)
+_KINDS = (*HOOKS, "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
+
+
+def with_modules(model: Model, replaced: Mapping[nn.Module, nn.Module]) -> Model:
+    """A copy of a model that shares its tensors and has other modules in place of some.
+
+    A module that is there several times is replaced at all places. Hooks act in the copy as they do
+    in the model: what they were made with, such as a list that collects outputs, is not copied.
+    """
+    memo: dict[int, Any] = {id(old): new for old, new in replaced.items()}
+    inside = {id(tensor) for old in replaced for tensor in [*old.parameters(), *old.buffers()]}
+    for parameter in model.parameters():
+        if id(parameter) not in inside:
+            memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer
+    modules = {id(module) for module in model.modules()}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor):  # computed from parameters, by a hook
+                memo[id(value)] = value.detach()
+        for hook in _hooks_of(module):
+            owner = getattr(hook, "__self__", hook)
+            known = [owner, *owner.args] if isinstance(owner, functools.partial) else [owner]
+            if not any(id(one) in modules for one in known):
+                memo[id(owner)] = owner  # else a module's own method becomes that of its copy
+    return copy.deepcopy(model, memo)
+
+
+def copy_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give a new module the hooks that an old one has when it is called."""
+    for kind in HOOKS:
+        for name in (kind, f"{kind}_with_kwargs", f"{kind}_always_called"):
+            if name in vars(old):
+                setattr(new, name, vars(old)[name].copy())
+
+
+def _hooks_of(module: nn.Module) -> list[Any]:
+    found = [hook for kind in _KINDS for hook in getattr(module, kind, {}).values()]
+    return [getattr(hook, "hook", hook) for hook in found]  # torch wraps some

@@ -1,0 +1,223 @@
+"""The blocks of a compiled model, as transformers' own code meets them.
+
+The first block runs the whole stack, the others hand its results on, so that the code around them,
+which collects hidden states, keeps working.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse.runtime.model.copying import copy_hooks
+from hf_sparse.runtime.programs.cache import alone_with
+from hf_sparse.runtime.programs.runner import Runner
+from hf_sparse.upstream import cache_in
+
+NOT_STORED = (
+    "a compiled model has packed weights, which checkpoints and pickles cannot hold: save the model "
+    "that was compiled, or use hf_sparse.save_compiled."
+)
+# What transformers reads from the config at each call, and compiled blocks have built in; defaults.
+BUILT_IN = {
+    "num_hidden_layers": None,
+    "sliding_window": None,
+    "layer_types": None,
+    "is_decoder": False,
+    "_attn_implementation": None,
+}
+# Arguments of a call that reach transformers' attention functions, and change what they compute.
+NOT_COMPILED = ("position_bias", "softcap", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+class CompiledBlocks(nn.ModuleList):
+    """The list of blocks. A loop over it meets the first one only, unless someone listens to them.
+
+    The first one runs all, so that calling the others would cost time and do nothing.
+    """
+
+    def __init__(self, layers: list[CompiledLayer]) -> None:
+        super().__init__(layers)
+        self._compiled = layers
+        for layer in layers:
+            layer.__dict__["all"] = layers  # a plain list: its owner is this module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledBlocks:
+        twin = type(self)([copy.deepcopy(layer, memo) for layer in self._compiled])
+        twin._modules = copy.deepcopy(self._modules, memo)  # the same ones, unless changed since
+        return twin.train(self.training)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        layers: list[Any] = list(self._modules.values())
+        return iter(layers if layers[0].is_watched else layers[:1])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it holds the blocks that were compiled, in their order."""
+        return list(self._modules.values()) == self._compiled
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        layers = list(self._modules.values())[index]
+        return self if len(layers) == len(self) else nn.ModuleList(layers)
+
+
+class CompiledLayer(nn.Module):
+    """One block of a compiled model. Also an instance of the family's own class of blocks."""
+
+    arguments: tuple[str, ...] = ()
+    all: list[CompiledLayer]
+
+    def __init__(self, runner: Runner, index: int, config: Any) -> None:
+        nn.Module.__init__(self)
+        self.runner, self.index = runner, index
+        self._config, self._built_in = config, _built_in(config)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledLayer:
+        """Packed weights never change, and a runner serves all callers: copies share them."""
+        config = copy.deepcopy(self._config, memo)
+        twin = type(self)(self.runner, self.index, config).train(self.training)
+        twin._built_in = self._built_in
+        copy_hooks(self, twin)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ValueError(NOT_STORED)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether someone has hooked a block, and wants to see what it is given or gives."""
+        return any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.all)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run all blocks if this is the first one, and give this one's hidden states."""
+        results = self.runner.results
+        if self.index == 0 and getattr(results, "entered", False):
+            results.entered = False
+            given = dict(zip(self.arguments, args, strict=False)) | kwargs
+            results.states = self._run(hidden_states, given)
+        states: Tensor | None = getattr(results, "states", None)
+        if states is None:
+            raise ValueError(
+                "a block of a compiled model is not run by itself, since the first one runs all: call "
+                "the model, and neither its blocks nor the forward of its base model."
+            )
+        if states.ndim == 3:
+            return states
+        if self.index and not _same(hidden_states, states[self.index - 1]):
+            raise ValueError(
+                f"a hook changed what block {self.index} is given: all blocks of a compiled model "
+                "are computed at once, so hooks on them can only look, but for the last one's. "
+                "Change hidden states in the model that was compiled."
+            )
+        # A copy: whoever writes into it is noticed by the next block.
+        return states[self.index].clone()
+
+    def _run(self, hidden: Tensor, given: dict[str, Any]) -> Tensor:
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "the model is compiled already: torch.compile has nothing to add to it."
+            )
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise ValueError(
+                "a compiled model cannot be traced: its blocks would become constants. Trace the model "
+                "that was compiled, or export it by hf_sparse.export_onnx."
+            )
+        for name, value in _built_in(self._config).items():
+            if value != self._built_in[name]:
+                raise ValueError(
+                    f"config.{name} is {value}, and was {self._built_in[name]} when the model was "
+                    "compiled, which is built into its blocks. Change the model that was compiled, "
+                    "and compile it again."
+                )
+        if self.training:
+            raise ValueError("a compiled model is for inference: call its eval() first.")
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            raise ValueError(
+                "a compiled model has no gradients: use torch.no_grad(), or train the model that "
+                "was compiled."
+            )
+        if hidden.device.type != "cpu":
+            raise ValueError(f"the input is on {hidden.device}; a compiled model runs on the CPU.")
+        if given.get("encoder_hidden_states") is not None:
+            raise ValueError("encoder_hidden_states: cross-attention is not compiled.")
+        for name in NOT_COMPILED:
+            if given.get(name) is not None:
+                raise ValueError(f"{name}: what it changes in attention is not compiled.")
+        causal = self.runner.stack.causal
+        asked = given.get("is_causal", getattr(self._config, "is_causal", None))
+        if asked is not None and bool(asked) != causal:
+            raise ValueError(
+                f"config.is_causal is {asked}, or this call has is_causal={asked}, and the blocks were "
+                f"compiled for {causal}. Change the model that was compiled, and compile it again."
+            )
+        mask = given.get("attention_mask")
+        if mask is not None and mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask has {mask.ndim} dimensions; a compiled model takes masks of shape "
+                "(batch, tokens) only."
+            )
+        cache = cache_in(given)
+        positions = given.get("position_ids")
+        unmasked = causal and mask is None and cache is None
+        if unmasked and positions is not None and (positions.diff(dim=-1) != 1).any():
+            raise ValueError(
+                "position_ids start anew within a sequence: packed sequences are not compiled. "
+                "Give each text a row of the batch."
+            )
+        with alone_with(cache):
+            output = self.runner(
+                hidden.detach().float(),
+                mask,
+                given.get("position_embeddings"),
+                cache,
+                states=self.is_watched,
+            )
+        return output.to(hidden.dtype)
+
+
+def _built_in(config: Any) -> dict[str, Any]:
+    return {name: copy.copy(getattr(config, name, value)) for name, value in BUILT_IN.items()}
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same bits, NaN included."""
+    if a is b:
+        return True
+    alike = a.shape == b.shape and a.dtype == b.dtype
+    return alike and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def enter(owner: nn.Module, args: tuple[Any, ...], *, name: str) -> None:
+    """Let the first block run, if the blocks are those that were compiled."""
+    blocks = getattr(owner, name)
+    if not isinstance(blocks, CompiledBlocks) or not blocks.is_whole:
+        raise ValueError(
+            f"{name} of this compiled {type(owner).__name__} is not the list that was compiled: "
+            "blocks were deleted, added, replaced or reordered, and all compiled ones would run. "
+            "Change the model that was compiled, and compile it again."
+        )
+    results: Any = blocks[0].runner.results
+    results.entered, results.states = True, None
+
+
+def leave(owner: nn.Module, args: tuple[Any, ...], output: Any, *, name: str) -> None:
+    """Forget what the blocks gave, also behind an error."""
+    blocks = getattr(owner, name)
+    if isinstance(blocks, CompiledBlocks) and blocks.is_whole:
+        results: Any = blocks[0].runner.results
+        results.entered, results.states = False, None
+
+
+def compiled_class(layer_class: type[nn.Module]) -> type[CompiledLayer]:
+    """CompiledLayer as a subclass of a family's block, by which transformers finds its outputs."""
+    names = tuple(inspect.signature(layer_class.forward).parameters)[2:]
+    return type(
+        f"Compiled{layer_class.__name__}", (CompiledLayer, layer_class), {"arguments": names}
+    )

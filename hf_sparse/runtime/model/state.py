@@ -1,0 +1,189 @@
+"""A packed stack as named arrays and plain numbers, and back: what files hold.
+
+Whoever restores one from a file gets a checked one: machine code never runs on what was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sparse.runtime.kernels.spmm import INDEX_BYTES, SIDE_BY_SIDE, UNROLL
+from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
+from hf_sparse.runtime.model.blocks import require
+from hf_sparse.runtime.model.stack_checks import check_restored
+from hf_sparse.runtime.weights.dense_weight import DenseWeight
+from hf_sparse.runtime.weights.linear import Linear
+from hf_sparse.runtime.weights.panels import CHUNK_ROWS, PANEL_COLUMNS, PackedWeight
+from hf_sparse.runtime.weights.rows import DECODE_ROWS, DecodeWeight
+from hf_sparse.runtime.weights.stack import Block, Norm, Stack
+
+# Files of another layout are not read: compiling again is quick.
+LAYOUT = [4, CHUNK_ROWS, PANEL_COLUMNS, DECODE_ROWS]
+LAYOUT += [each[height] for each in (UNROLL, SIDE_BY_SIDE, INDEX_BYTES) for height in sorted(each)]
+
+_LINEARS = ("qkv", "out", "up", "down", "gate")
+_NUMBERS = ("rows", "columns", "height", "nonzeros")
+_STREAMS = ("panels", "groups", "values", "indices", "order", "chunks", "chunk_rows")
+
+
+def stack_state(stack: Stack) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Arrays and numbers of a stack; both together give it back."""
+    tensors: dict[str, Tensor] = {}
+    unique = list({id(block): block for block in stack.blocks}.values())
+    numbers = {
+        field.name: getattr(stack, field.name)
+        for field in dataclasses.fields(stack)
+        if field.name != "blocks"
+    }
+    described = [
+        _block_state(block, f"blocks.{number}", tensors) for number, block in enumerate(unique)
+    ]
+    places = {id(block): number for number, block in enumerate(unique)}
+    order = [places[id(block)] for block in stack.blocks]
+    return tensors, {"stack": numbers, "blocks": described, "order": order}
+
+
+def restore_stack(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Stack:
+    """Undo `stack_state`, and check everything that a kernel would follow.
+
+    Args:
+        tensors: in memory that nobody else writes to: they are checked once.
+        description: what `stack_state` gave beside them.
+
+    Raises:
+        ValueError: something is missing, does not fit, or is there and not needed; the message
+            names it.
+    """
+    try:
+        blocks = [
+            _restore_block(block, f"blocks.{number}", tensors)
+            for number, block in enumerate(description["blocks"])
+        ]
+        order = description["order"]
+        first_used = list(dict.fromkeys(order))
+        right = first_used == list(range(len(blocks)))
+        require(right, "stack", f"the order {order[:9]} of its {len(blocks)} blocks")
+        stack = Stack(
+            blocks=tuple(blocks[number] for number in order),
+            **description["stack"],
+        )
+        check_restored(stack)
+        names, again = stack_state(stack)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"a compiled model is damaged: {error!r}. Compile it again.") from error
+    extra = sorted(names.keys() ^ tensors.keys())
+    require(not extra, "stack", f"the tensors {extra[:3]}, which it does not need")
+    require(all(description[k] == again[k] for k in again), "stack", "its description")
+    return stack
+
+
+def _block_state(block: Block, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    described: dict[str, Any] = {"window": block.window, "linears": {}, "epsilons": {}}
+    for name in _LINEARS:
+        linear: Linear | None = getattr(block, name)
+        if linear is None:
+            continue
+        place = f"{prefix}.{name}"
+        described["linears"][name] = {
+            "name": linear.name,
+            "pattern": linear.pattern,
+            "edges": list(linear.edges),
+            "zeros": linear.zeros,
+            "dtype": str(linear.dtype),
+            "parts": [[_numbers(packed) for packed in part] for part in linear.parts],
+        }
+        for number, packed in enumerate(linear.packed):
+            if isinstance(packed, DenseWeight):
+                tensors[f"{place}.dense"] = packed.weight
+                continue
+            for stream in _STREAMS:
+                tensors[f"{place}.{number}.{stream}"] = torch.from_numpy(getattr(packed, stream))
+        if linear.bias is not None:
+            tensors[f"{place}.bias"] = linear.bias
+        if isinstance(linear.single, DecodeWeight):
+            tensors[f"{place}.words"] = torch.from_numpy(linear.single.words)
+            tensors[f"{place}.single_values"] = torch.from_numpy(linear.single.values)
+            tensors[f"{place}.starts"] = torch.from_numpy(linear.single.starts)
+        elif linear.single is not None and not linear.shares:
+            tensors[f"{place}.single"] = linear.single
+        described["linears"][name]["shared"] = linear.shares
+    for name, norms in (("norms", block.norms), ("head_norms", block.head_norms or ())):
+        described["epsilons"][name] = [norm.epsilon for norm in norms]
+        for number, norm in enumerate(norms):
+            tensors[f"{prefix}.{name}.{number}.weight"] = norm.weight
+            tensors[f"{prefix}.{name}.{number}.bias"] = norm.bias
+    return described
+
+
+def _numbers(packed: PackedWeight | DenseWeight) -> dict[str, int]:
+    if isinstance(packed, DenseWeight):
+        return {"first_column": packed.first_column, "columns": packed.columns}
+    return {name: getattr(packed, name) for name in _NUMBERS}
+
+
+def _restore_block(
+    described: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]
+) -> Block:
+    linears: dict[str, Any] = {
+        name: _restore_linear(linear, f"{prefix}.{name}", tensors)
+        for name, linear in described["linears"].items()
+    }
+    norms = {
+        name: tuple(
+            Norm(
+                tensors[f"{prefix}.{name}.{number}.weight"],
+                tensors[f"{prefix}.{name}.{number}.bias"],
+                float(epsilon),
+            )
+            for number, epsilon in enumerate(epsilons)
+        )
+        for name, epsilons in described["epsilons"].items()
+    }
+    attention, perceptron = norms["norms"]
+    heads = norms["head_norms"]
+    return Block(
+        **{"gate": None} | linears,
+        norms=(attention, perceptron),
+        head_norms=(heads[0], heads[1]) if heads else None,
+        window=int(described["window"]),
+    )
+
+
+def _restore_linear(
+    described: Mapping[str, Any], place: str, tensors: Mapping[str, Tensor]
+) -> Linear:
+    kept = {str(dtype): kept for dtype, kept in WEIGHT_TYPES.items()}[described["dtype"]]
+    dense, streams = tensors.get(f"{place}.dense"), itertools.count()
+
+    def part(numbers: Mapping[str, Any]) -> PackedWeight | DenseWeight:
+        if dense is not None:
+            return DenseWeight(dense, **numbers)
+        prefix = f"{place}.{next(streams)}"
+        found: Any = {name: tensors[f"{prefix}.{name}"].numpy() for name in _STREAMS}
+        return PackedWeight(**numbers, **found)
+
+    parts = tuple(tuple(part(numbers) for numbers in summands) for summands in described["parts"])
+    edges = tuple(described["edges"])
+    single: DecodeWeight | Tensor | None = tensors.get(f"{place}.single")
+    if described["shared"]:
+        single = dense
+    if f"{place}.words" in tensors:
+        names = ("words", "single_values", "starts")
+        words, values, starts = (tensors[f"{place}.{name}"].numpy() for name in names)
+        single = DecodeWeight(parts[0][0].rows, edges[-1], words, values, starts)
+    return Linear(
+        described["name"],
+        described["pattern"],
+        parts,
+        edges,
+        tensors.get(f"{place}.bias"),
+        described["zeros"],
+        kept.dtype,
+        single,
+    )

@@ -1,0 +1,1 @@
+"""Operations of a whole stack of blocks for one shape of input, and running them on threads."""

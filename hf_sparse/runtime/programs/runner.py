@@ -1,0 +1,141 @@
+"""Running a packed stack: programs are made for each shape of input, and kept."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from hf_sparse.runtime.kernels.all import kernels
+from hf_sparse.runtime.kernels.attention import UNSEEN
+from hf_sparse.runtime.llvm.target import Target
+from hf_sparse.runtime.programs import one_token
+from hf_sparse.runtime.programs.cache import TileLayer, tile_layers
+from hf_sparse.runtime.programs.many_tokens import Shape, TileProgram
+from hf_sparse.runtime.programs.one_token import RowProgram
+from hf_sparse.runtime.programs.pool import KEPT_BYTES, Pool
+from hf_sparse.runtime.weights.stack import Stack
+
+# Kernels count positions in 32 bits, and windows reach this far back, and further.
+MAX_TOKENS = 1 << 29
+# Masks and tables grow by this many tokens at a time, so that generation seldom needs a new program.
+_CAPACITY = 512
+
+
+class Runner:
+    """A stack on a target. Safe to call from several threads: a program serves one call at a time."""
+
+    def __init__(self, stack: Stack, target: Target, cache: Path | None) -> None:
+        self.stack, self.target = stack, target
+        self._code = kernels(target, cache, stack.weight_type)
+        # What the first block computed, for the others: of each calling thread.
+        self.results = threading.local()
+        self._programs: Pool[TileProgram | RowProgram] = Pool(KEPT_BYTES)
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        cache: Cache | None = None,
+        states: bool = False,
+    ) -> Tensor:
+        """Run all blocks.
+
+        Args:
+            hidden: `(batch, tokens, hidden)` float32.
+            mask: `(batch, past + tokens)`, true for the keys that are seen, or None for all.
+            rotation: cos and sin, `(batch or 1, tokens, head_dim)`, if the stack is rotary.
+            cache: receives keys and values, and has those of the past.
+            states: return what each block gives, not only the last.
+
+        Returns:
+            `(batch, tokens, hidden)`, with `states` `(blocks, batch, tokens, hidden)`.
+        """
+        batch, tokens, width = hidden.shape
+        if width != self.stack.hidden or not tokens or not batch:
+            raise ValueError(
+                f"hidden states are {tuple(hidden.shape)}; wanted (batch, tokens, {self.stack.hidden})"
+                ", none of them 0."
+            )
+        layers: list[TileLayer] = []
+        past = 0
+        if cache is not None:
+            rows = [2 * self.stack.rows_of(block)[1] for block in self.stack.blocks]
+            layers = tile_layers(cache, rows, self.target.widths[0])
+            past = layers[0].length
+        if self.stack.rotary and rotation is None:
+            raise ValueError(
+                "position_embeddings are missing: wanted cos and sin of the positions."
+            )
+        if past + tokens > MAX_TOKENS:
+            raise ValueError(
+                f"the sequences have {past + tokens} tokens; a compiled model takes {MAX_TOKENS}."
+            )
+        if mask is not None and mask.shape != (batch, past + tokens):
+            raise ValueError(
+                f"attention_mask has the shape {tuple(mask.shape)}; wanted {(batch, past + tokens)}: "
+                "a number for each token, those in past_key_values included."
+            )
+        for layer in layers:
+            layer.reserve(batch, past + tokens)
+        unit = _CAPACITY if cache is not None else self.target.widths[0]
+        capacity = -(-(past + tokens) // unit) * unit
+        threads = torch.get_num_threads()
+        shape = Shape(batch, tokens, threads, cache is not None, capacity, states)
+        with self._programs.borrow(shape, lambda: self._make(shape)) as program:
+            output = self._run(program, hidden, mask, rotation, layers, past)
+        for layer in layers:
+            layer.length += tokens
+        return output
+
+    def _run(
+        self,
+        program: TileProgram | RowProgram,
+        hidden: Tensor,
+        mask: Tensor | None,
+        rotation: tuple[Tensor, Tensor] | None,
+        layers: list[TileLayer],
+        past: int,
+    ) -> Tensor:
+        shape = program.shape
+        if mask is None:
+            program.masks.zero_()
+        else:
+            program.masks[:, : mask.shape[1]].copy_(mask == 0).mul_(UNSEEN)
+        addresses = {"past": past}
+        if rotation is not None:
+            shaped = (shape.batch, shape.tokens, self.stack.head_dim)
+            cos, sin = (angles.float().expand(shaped).contiguous() for angles in rotation)
+            addresses |= {"cos": cos.data_ptr(), "sin": sin.data_ptr()}
+        if layers:
+            _fill(program.tables, layers)
+        if isinstance(program, RowProgram):
+            program.residual.copy_(hidden[:, 0])
+            program.program.run(**addresses)
+            return program.residual[:, None].clone()
+        hidden = hidden.contiguous()
+        sizes = (len(self.stack.blocks),) if shape.states else ()
+        output = torch.empty(*sizes, *hidden.shape, dtype=torch.float32, device="cpu")
+        program.program.run(hidden=hidden.data_ptr(), output=output.data_ptr(), **addresses)
+        return output
+
+    def _make(self, shape: Shape) -> TileProgram | RowProgram:
+        single = shape.tokens == 1 and shape.cached and not shape.states
+        widths = self.target.widths
+        if single and one_token.fits(self.stack):
+            return RowProgram(self.stack, self._code, self.target.lanes, widths[0], shape)
+        return TileProgram(self.stack, self._code, widths, shape)
+
+
+def _fill(tables: np.ndarray, layers: list[TileLayer]) -> None:
+    """Write the addresses of the cache's tiles."""
+    batch, entries, _, width = layers[0].tiles.shape
+    entries = min(entries, tables.shape[2])
+    for table, layer in zip(tables, layers, strict=True):
+        starts = layer.tiles.data_ptr() + np.arange(batch) * (4 * layer.tiles.stride(0))
+        table[:, :entries, 0] = starts[:, None] + np.arange(entries) * (4 * layer.rows * width)

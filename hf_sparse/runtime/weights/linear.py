@@ -1,0 +1,312 @@
+"""A weight matrix, packed for the kernel that suits its zeros."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_sparse.runtime.kernels import spmm
+from hf_sparse.runtime.kernels.call import Argument, Operation
+from hf_sparse.runtime.kernels.dense import ROWS
+from hf_sparse.runtime.kernels.single_token import COLUMNS, GROUP
+from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES, WeightType, is_finite
+from hf_sparse.runtime.weights.dense_weight import DenseWeight
+from hf_sparse.runtime.weights.found import find_pattern
+from hf_sparse.runtime.weights.memory import Shelf, aligned
+from hf_sparse.runtime.weights.panels import PackedWeight, pack_many
+from hf_sparse.runtime.weights.rates import NOMINAL, Rates
+from hf_sparse.runtime.weights.rows import DECODE_ROWS, DecodeWeight, pack_decode
+
+# Below this fraction of zeros reading the bitmask costs more than the zeros save.
+MIN_DECODE_SPARSITY = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """`y = W x + bias` on tiles.
+
+    Attributes:
+        name: what the user calls the layer.
+        pattern: what its zeros follow, `dense` without zeros.
+        parts: the weight, cut into ranges of columns that are multiplied one after the other; each
+            is the sum of packed weights, for whose zeros different kernels suit.
+        edges: `len(parts) + 1` columns, where the parts begin and end.
+        bias: `(rows,)`, or None.
+        zeros: weights that are zero.
+        dtype: of the weight, a key of `WEIGHT_TYPES`; it is kept so in memory, but for blocks.
+        single: the weight for single tokens: packed, or as it is, `(rows, columns)` in whole
+            vectors; None if there are no single tokens.
+    """
+
+    name: str
+    pattern: str
+    parts: tuple[tuple[PackedWeight | DenseWeight, ...], ...]
+    edges: tuple[int, ...]
+    bias: Tensor | None
+    zeros: int
+    dtype: torch.dtype
+    single: DecodeWeight | Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Features that come out."""
+        return self.parts[0][0].rows
+
+    @property
+    def columns(self) -> int:
+        """Features that go in."""
+        return self.edges[-1]
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of weights that are zero."""
+        return self.zeros / (self.rows * self.columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight; those of a dense one, which is torch's own, once."""
+        single = 0 if self.single is None else self.single.nbytes
+        if self.shares:
+            single = 0
+        return sum(packed.nbytes for packed in self.packed) + single
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether all of it is computed densely."""
+        return isinstance(self.parts[0][0], DenseWeight)
+
+    @property
+    def shares(self) -> bool:
+        """Whether single tokens read the same dense weight as tiles."""
+        first = self.parts[0][0]
+        return isinstance(first, DenseWeight) and first.weight is self.single
+
+    @property
+    def packed(self) -> list[PackedWeight | DenseWeight]:
+        """All packed weights."""
+        return [packed for part in self.parts for packed in part]
+
+    @property
+    def kernel(self) -> str:
+        """The kernels that multiply it."""
+        if self.is_dense:
+            return "dense"
+        heights = dict.fromkeys(f"{packed.height}x1" for packed in self.packed)
+        return f"spmm {' + '.join(heights)}"
+
+    def operations(
+        self,
+        x: Argument,
+        y: Argument,
+        vectors: int,
+        *,
+        add: bool = False,
+        part: int = 0,
+        chunk: int | None = None,
+    ) -> list[Operation]:
+        """Multiply one part's columns, all rows or one chunk of them.
+
+        Args:
+            x: address of the tile that holds the part's columns.
+            y: address of the whole output tile.
+            vectors: width of the tiles.
+            add: onto what is in `y`. The bias comes with the first part.
+            part: which columns.
+            chunk: which rows, all by default.
+        """
+        summands = self.parts[part]
+        bias = self.bias if part == 0 else None
+        if bias is None:
+            if not add and part == 0:
+                bias = _no_bias(self.rows)
+            start = spmm.START_SUM if bias is None else spmm.START_BIAS
+        else:
+            start = spmm.START_SUM_BIAS if add else spmm.START_BIAS
+        bias_address = 0 if bias is None else bias.data_ptr()
+        chunks = range(len(self.chunk_rows)) if chunk is None else (chunk,)
+        found: list[Operation] = []
+        for number in chunks:
+            for packed in summands:
+                mode = start if packed is summands[0] else spmm.START_SUM
+                found.append(packed.operation(number, vectors, x, y, bias_address, mode))
+        return found
+
+    def row_operation(
+        self, x: int, y: int, first: int, last: int, *, add: bool = False
+    ) -> Operation:
+        """Multiply rows `first` to `last` (a multiple of `DECODE_ROWS`, or all) with one token.
+
+        Args:
+            x: address of the token's features, in whole vectors.
+            y: address of all output features.
+            first, last: which rows.
+            add: onto what is in `y`.
+        """
+        place, bias = y + 4 * first, 0
+        if self.bias is not None:
+            bias = self.bias.data_ptr() + 4 * first
+        groups = -(-(last - first) // GROUP)
+        kept = WEIGHT_TYPES[self.dtype]
+        if isinstance(self.single, Tensor):
+            stride = kept.size * self.single.shape[1]
+            weight = self.single.data_ptr() + first * stride
+            columns = self.single.shape[1]
+            kernel = f"dense_rows{kept.suffix}"
+            return (kernel, weight, stride, x, place, bias, groups, columns, int(add))
+        assert self.single is not None
+        row_words = self.single.words.shape[1]
+        words = self.single.words.ctypes.data + first // GROUP * row_words * 8
+        start = int(self.single.starts[first // DECODE_ROWS])
+        values = self.single.values.ctypes.data + kept.size * start
+        kernel = f"sparse_rows{kept.suffix}"
+        return (kernel, words, values, x, place, bias, groups, row_words, int(add))
+
+    @property
+    def chunk_rows(self) -> list[tuple[int, int]]:
+        """First and last (exclusive) row of each chunk."""
+        rows = [int(row) for row in self.parts[0][0].chunk_rows]
+        return list(pairwise(rows))
+
+
+@functools.cache
+def _no_bias(rows: int) -> Tensor:
+    return aligned(rows)
+
+
+def split_by_kernel(weight: np.ndarray, rates: Rates = NOMINAL) -> list[tuple[int, np.ndarray]]:
+    """Cut a weight into a sum of weights, each for a kernel.
+
+    Either one kernel takes all of it, or the pairs of rows that happen to be nonzero in the same
+    column go to the kernel for 2 x 1 blocks, which loads that column once for both, and the rest to
+    the one for single weights: whatever is predicted to be fastest.
+
+    Args:
+        weight: `(rows, columns)`.
+        rates: speed of the kernels.
+
+    Returns:
+        Heights of blocks and weights of the same shape, which sum up to `weight`. Height 0 stands
+        for the dense kernel.
+    """
+    rows, columns = weight.shape
+    nonzero = weight != 0
+    single = np.count_nonzero(nonzero) / max(nonzero.size, 1)
+    seconds: dict[tuple[int, ...], float] = {}
+    if rows % ROWS == 0:  # the first of those that are as fast: it needs no packing
+        seconds[(0,)] = 1 / rates.rate(4, 1.0)
+    seconds[(1,)] = single / rates.rate(1, single)
+    for height in sorted(spmm.UNROLL):
+        if height > 1 and rows % height == 0 and columns <= 1 << 16:
+            some = nonzero.reshape(rows // height, height, columns).any(axis=1)
+            density = np.count_nonzero(some) / max(some.size, 1)
+            seconds[(height,)] = density / rates.rate(height, density)
+    if rows % 2 == 0:
+        both = nonzero[::2] & nonzero[1::2]
+        density = np.count_nonzero(both) / max(both.size, 1)
+        rest = single - density
+        seconds[2, 1] = density / rates.rate(2, density) + rest / rates.rate(1, rest)
+    best = min(seconds, key=lambda heights: seconds[heights])
+    if len(best) == 1:
+        return [(best[0], weight)]
+    kept = np.repeat(both, 2, axis=0)
+    return [(2, np.where(kept, weight, 0)), (1, np.where(kept, 0, weight))]
+
+
+def pack_linear(
+    name: str,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    column_chunk: int | None = None,
+    single: Shelf | None = None,
+    shelf: Shelf,
+    rates: Rates = NOMINAL,
+) -> Linear:
+    """Pack a weight `(out_features, in_features)`.
+
+    Args:
+        name: of the layer.
+        weight: any float type; kept as it is if it is one of the `WEIGHT_TYPES`, else as float32.
+        bias: `(out_features,)` or None.
+        column_chunk: multiply this many columns at a time, as separate parts.
+        single: also pack it for single tokens, on this shelf.
+        shelf: where the packed weight is put.
+        rates: speed of the kernels, by which the one to use is chosen.
+
+    Raises:
+        ValueError: the weight or the bias has values that are not finite.
+    """
+    if weight.dtype not in WEIGHT_TYPES:
+        weight = weight.float()
+    weight, kept = weight.detach().contiguous(), WEIGHT_TYPES[weight.dtype]
+    for tensor, part in ((weight, "weight"), (bias, "bias")):
+        if tensor is not None:
+            check_finite(tensor, f"{name}: its {part}")
+    array = weight.float().numpy()
+    columns = array.shape[1]
+    edges = tuple(range(0, columns, column_chunk or columns)) + (columns,)
+    zeros = array.size - int(np.count_nonzero(array))
+    summands = split_by_kernel(array, rates)
+    columns_of = list(pairwise(edges))
+    parts: tuple[tuple[PackedWeight | DenseWeight, ...], ...]
+    if summands[0][0] == 0:
+        parts = tuple((DenseWeight(weight, start, stop - start),) for start, stop in columns_of)
+        if single is not None and zeros < MIN_DECODE_SPARSITY * array.size and _fits(array):
+            return Linear(
+                name, _label(weight), parts, edges, _padded(bias), zeros, kept.dtype, weight
+            )
+    else:
+        wanted = [
+            (part[:, start:stop], height) for start, stop in columns_of for height, part in summands
+        ]
+        packed = [one.on(shelf) for one in pack_many(wanted, torch.get_num_threads(), kept)]
+        each = len(summands)
+        parts = tuple(tuple(packed[i : i + each]) for i in range(0, len(packed), each))
+    rows_weight = None if single is None else _single(array, zeros, kept, single)
+    return Linear(name, _label(weight), parts, edges, _padded(bias), zeros, kept.dtype, rows_weight)
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Raise a ValueError that begins with `what` unless all numbers are finite."""
+    if not is_finite(tensor):
+        wrong = tensor.numel() - int(torch.isfinite(tensor).sum())
+        raise ValueError(
+            f"{what} has {wrong} values that are infinite or NaN; wanted finite ones: the model is "
+            "damaged, or its training diverged."
+        )
+
+
+def _label(weight: Tensor) -> str:
+    pattern = find_pattern(weight)
+    return "dense" if pattern is None else str(pattern)
+
+
+def _fits(array: np.ndarray) -> bool:
+    """Whether the kernel for single tokens can read a weight as it is."""
+    return not (array.shape[0] % GROUP or array.shape[1] % COLUMNS)
+
+
+def _padded(bias: Tensor | None) -> Tensor | None:
+    """A bias with zeros up to a whole group of rows, which the kernels read at once."""
+    if bias is None:
+        return None
+    padded = aligned(-(-len(bias) // GROUP) * GROUP)
+    padded[: len(bias)] = bias.detach()
+    return padded
+
+
+def _single(array: np.ndarray, zeros: int, kept: WeightType, shelf: Shelf) -> DecodeWeight | Tensor:
+    """The weight for single tokens: packed if that is fewer bytes by a margin, else padded."""
+    if zeros >= MIN_DECODE_SPARSITY * array.size:
+        return pack_decode(array, kept).on(shelf)
+    rows, columns = (
+        -(-size // unit) * unit for size, unit in zip(array.shape, (GROUP, COLUMNS), strict=True)
+    )
+    padded = np.zeros((rows, columns), np.float32)
+    padded[: array.shape[0], : array.shape[1]] = array
+    return torch.from_numpy(shelf.place(kept.narrow(padded))).view(kept.dtype)

@@ -1,0 +1,118 @@
+"""Weights in the order in which the kernel for single tokens reads them (`single_token.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from hf_sparse.runtime.kernels.single_token import COLUMNS, GROUP
+from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType, type_of
+from hf_sparse.runtime.weights.memory import Shelf
+from hf_sparse.runtime.weights.panels import PADDING, Array, check_values, require
+
+# Rows after which the streams of a DecodeWeight can be entered: threads share rows at these.
+DECODE_ROWS = 64
+
+
+def share_rows(rows: int, threads: int) -> list[tuple[int, int]]:
+    """First and last (exclusive) row of each thread, whole units of `DECODE_ROWS`; some have none."""
+    units = -(-rows // DECODE_ROWS)
+    edges = [min(round(units * t / threads) * DECODE_ROWS, rows) for t in range(threads + 1)]
+    return list(pairwise(edges))
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeWeight:
+    """A weight `(rows, columns)` as the streams that `sparse_rows` of `single_token.py` reads.
+
+    Attributes:
+        words: `(ceil(rows / 4), ceil(columns / 16))` uint64, 16 bits for each row of a group.
+        values: the nonzeros: by groups, by words, by rows; of one of the `WEIGHT_TYPES`.
+        starts: where every `DECODE_ROWS` rows begin in `values`, and where the last ones end.
+    """
+
+    rows: int
+    columns: int
+    words: Array
+    values: Array
+    starts: Array
+
+    def on(self, shelf: Shelf) -> DecodeWeight:
+        """The same weight with its streams on a shelf."""
+        return replace(self, words=shelf.place(self.words), values=shelf.place(self.values))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all streams."""
+        return self.words.nbytes + self.values.nbytes
+
+
+def pack_decode(weight: Array, kept: WeightType = FLOAT32) -> DecodeWeight:
+    """Pack a weight `(rows, columns)` float32, whose values came from `kept`, for single tokens."""
+    rows, columns = weight.shape
+    parts = [
+        _pack_decode_rows(weight[start : start + DECODE_ROWS])
+        for start in range(0, rows, DECODE_ROWS)
+    ]
+    starts = np.cumsum([0, *(len(values) for _, values in parts)])
+    tail = np.zeros(PADDING // kept.size, kept.array)
+    return DecodeWeight(
+        rows,
+        columns,
+        np.concatenate([words for words, _ in parts]),
+        np.concatenate([*(kept.narrow(values) for _, values in parts), tail]),
+        starts.astype(np.int64),
+    )
+
+
+def _pack_decode_rows(weight: Array) -> tuple[Array, Array]:
+    rows, columns = weight.shape
+    padded = np.zeros((-(-rows // GROUP) * GROUP, -(-columns // COLUMNS) * COLUMNS), np.float32)
+    padded[:rows, :columns] = weight
+    # (groups, words, 4 rows, 16 columns): the order of the bits and of the values.
+    ordered = padded.reshape(len(padded) // GROUP, GROUP, -1, COLUMNS).swapaxes(1, 2)
+    mask = ordered != 0
+    words = np.packbits(mask.reshape(*mask.shape[:2], -1), axis=-1, bitorder="little")
+    return words.view("<u8")[..., 0], ordered[mask]
+
+
+def unpack_decode(packed: DecodeWeight) -> Array:
+    """The weight that was packed, `(rows, columns)` float32."""
+    groups, words = packed.words.shape
+    bits = np.unpackbits(packed.words.view(np.uint8), bitorder="little").astype(bool)
+    ordered = np.zeros(bits.size, np.float32)
+    ordered[bits] = type_of(packed.values).widen(packed.values[: np.count_nonzero(bits)])
+    weight = ordered.reshape(groups, words, GROUP, COLUMNS).swapaxes(1, 2)
+    return weight.reshape(groups * GROUP, -1)[: packed.rows, : packed.columns]
+
+
+def check_decode(packed: DecodeWeight, kept: WeightType) -> None:
+    """As `check`, for single tokens.
+
+    Raises:
+        ValueError: the bits name more values, or others, than there are, or one is not finite.
+    """
+    rows, columns, words = packed.rows, packed.columns, packed.words
+    shape = (-(-rows // GROUP), -(-columns // COLUMNS))
+    require(words.dtype == np.uint64, f"words are {words.dtype}")
+    require(words.shape == shape, f"words have the shape {words.shape}, not {shape}")
+    require(packed.values.dtype == kept.array, f"values are {packed.values.dtype}")
+    require(packed.starts.dtype == np.int64, f"starts are {packed.starts.dtype}")
+    for stream in (words, packed.values, packed.starts):
+        fits = stream.flags.c_contiguous and stream.flags.aligned
+        require(fits, f"streams for single tokens are {stream.strides}")
+    # Bits beyond the last row and the last column stand for nothing: x and y have other data there.
+    last_column, last_row = columns - COLUMNS * (shape[1] - 1), rows - GROUP * (shape[0] - 1)
+    in_columns = sum(((1 << last_column) - 1) << COLUMNS * row for row in range(GROUP))
+    beyond = ~np.uint64(in_columns), ~np.uint64((1 << COLUMNS * last_row) - 1)
+    clean = not (words[:, -1] & beyond[0]).any() and not (words[-1] & beyond[1]).any()
+    require(clean, "some bits stand for no row or no column")
+    counts = np.bitwise_count(words).sum(axis=1, dtype=np.int64)
+    each = np.add.reduceat(counts, np.arange(0, len(counts), DECODE_ROWS // GROUP))
+    wanted = np.cumsum([0, *each])
+    require(np.array_equal(packed.starts, wanted), "starts do not match the bits")
+    room = int(wanted[-1]) + PADDING // kept.size
+    require(len(packed.values) == room, f"values are cut off: {len(packed.values)} of {room}")
+    check_values(packed.values)

@@ -1,0 +1,99 @@
+"""The packed weights of a whole stack of blocks, and the numbers that describe it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES, WeightType
+from hf_sparse.runtime.weights.linear import Linear
+
+# No window: further back than any position.
+NO_WINDOW = 1 << 30
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """Weight and bias of a norm; `bias` is zeros for RMSNorm."""
+
+    weight: Tensor
+    bias: Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One block. `gate` and `head_norms` are None where the family has none."""
+
+    qkv: Linear
+    out: Linear
+    up: Linear
+    down: Linear
+    gate: Linear | None
+    norms: tuple[Norm, Norm]
+    head_norms: tuple[Norm, Norm] | None
+    window: int
+
+    @property
+    def linears(self) -> list[Linear]:
+        """The packed weights, in the order of their use."""
+        gate = [] if self.gate is None else [self.gate]
+        return [self.qkv, self.out, *gate, self.up, self.down]
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """All blocks of a model.
+
+    Attributes:
+        blocks: in the order in which they run; a shared block (ALBERT) is there several times.
+        hidden, heads, key_heads, head_dim, intermediate: sizes; heads, key_heads and intermediate are
+            the most of any block: `hf_sparse.shrink` leaves some blocks fewer.
+        scale: what scores are multiplied by.
+        norm, norm_first, causal, rotary, activation: see `families.Blocks`.
+    """
+
+    blocks: tuple[Block, ...]
+    hidden: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    intermediate: int
+    scale: float
+    norm: str
+    norm_first: bool
+    causal: bool
+    rotary: bool
+    activation: str
+
+    @property
+    def query_rows(self) -> int:
+        """Rows of all heads' queries, in a block that has all heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def key_rows(self) -> int:
+        """Rows of all heads' keys, in a block that has all; as many of values."""
+        return self.key_heads * self.head_dim
+
+    def heads_of(self, block: Block) -> tuple[int, int]:
+        """Heads of queries and heads of keys that a block has."""
+        heads = block.out.columns // self.head_dim
+        return heads, (block.qkv.rows // self.head_dim - heads) // 2
+
+    def rows_of(self, block: Block) -> tuple[int, int]:
+        """Rows of a block's queries, and of its keys."""
+        heads, key_heads = self.heads_of(block)
+        return heads * self.head_dim, key_heads * self.head_dim
+
+    @property
+    def linears(self) -> list[Linear]:
+        """The packed weights of all blocks, shared ones once."""
+        unique = {id(linear): linear for block in self.blocks for linear in block.linears}
+        return list(unique.values())
+
+    @property
+    def weight_type(self) -> WeightType:
+        """The type of all weights."""
+        return WEIGHT_TYPES[self.blocks[0].qkv.dtype]
