@@ -172,7 +172,10 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         ),
         "a dict of tensors",
     ),
-    "SparsityReport": (lambda value: _is_named(value, "SparsityReport"), "a SparsityReport"),
+    "SparsityReport": (
+        lambda value: _is_named(value, "SparsityReport") or _is_named(value, "ShrinkReport"),
+        "a SparsityReport, as prune_ returns it,",
+    ),
     "Schedule": (lambda value: _is_named(value, "Schedule"), "a Schedule"),
 }
 

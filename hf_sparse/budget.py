@@ -121,7 +121,7 @@ def allocate(
     batches: Iterable[Mapping[str, Tensor] | Tensor] | None = None,
     *,
     patterns: Sequence[str] = ("unstructured", "block:4x1"),
-    targets: Sequence[str] | None = None,
+    targets: str | Sequence[str] | None = None,
     levels: Sequence[float] = LEVELS,
     target: str | None = None,
     cache: Path | str | None = DEFAULT_CACHE,

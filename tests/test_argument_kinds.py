@@ -133,7 +133,7 @@ def test_every_public_call_is_tried() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"report": {}}, r"report is \{\}; wanted a SparsityReport or None"),
+        ({"report": {}}, r"report is \{\}; wanted a SparsityReport, as prune_ returns it, or None"),
         ({"metrics": Metric("x", 1.0)}, r"metrics is Metric.*wanted a list of hf_sparse\.Metric"),
         ({"metrics": {"x": 1.0}}, "wanted a list of hf_sparse.Metric"),
         ({"tokenizer": "x"}, "tokenizer is 'x'; wanted a tokenizer.*AutoTokenizer"),
@@ -159,3 +159,11 @@ def test_a_name_is_no_tokenizer(call: str, tmp_path: Path) -> None:
 def test_a_number_in_a_text_is_recognised() -> None:
     with pytest.raises(ValueError, match=r"recover_: lr is '1e-3'.*Did you mean 0\.001\?"):
         hf_sparse.recover_(tiny_model("llama"), tiny_batches("llama"), lr="1e-3")  # type: ignore[arg-type]
+
+
+def test_what_is_no_accelerator_and_no_class_of_an_optimizer_is_refused() -> None:
+    for value in ("cpu", torch.device("cpu"), tiny_model("llama")):
+        with pytest.raises(ValueError, match="wanted an accelerate"):
+            hf_sparse.prune_(tiny_model("llama"), CONFIG, "magnitude", accelerator=value)
+    with pytest.raises(ValueError, match="optimizer_cls is 'AdamW'; wanted a class"):
+        hf_sparse.trainer_optimizer(CONFIG, lr=1e-3, optimizer_cls="AdamW")  # type: ignore[arg-type]

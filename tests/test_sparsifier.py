@@ -206,7 +206,7 @@ def test_bad_input_is_refused() -> None:
         Sparsifier(optimizer, config, 10, interval=2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"begin='0\.1'"):
         Schedule("cubic", "0.1", 0.5)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="score_lr=nan"):
+    with pytest.raises(ValueError, match="score_lr is nan"):
         Sparsifier(optimizer, config, 10, method="movement", score_lr=float("nan"))
     optimizer = SparseAdamW(sparse_param_groups(model, config))
     with pytest.raises(ValueError, match=r"threshold is 0\.7"):

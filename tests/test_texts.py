@@ -138,7 +138,7 @@ def test_texts_in_place_of_batches_are_told(texts: Any) -> None:
     ("setting", "message"),
     [
         ({"window": "512"}, "window is '512'"),
-        ({"num_samples": 1.5}, "1.5 windows"),
+        ({"num_samples": 1.5}, r"num_samples is 1\.5; wanted a whole number"),
         ({"batch_size": "8"}, "batch_size is '8'"),
     ],
 )

@@ -35,6 +35,7 @@ RELIED_ON = [
     ("torch.optim.adamw", "adamw", "optim.movement"),
     ("torch.utils._pytree", "tree_map", "pruning.recording"),
     ("torch", "_C._has_mkldnn", "pruning.linalg"),
+    ("re", "_parser.parse", "recovery.expressions"),
 ]
 OPTIONAL = [
     ("transformers.exporters.configs", "OnnxConfig", "exporters.tracing"),

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from hf_sparse.formats import (
     group_parts,
     join,
     locate,
+    read_layout,
     split_name,
 )
 from hf_sparse.recovery.stored import ADAPTER_CONFIG
@@ -28,19 +30,38 @@ from hf_sparse.recovery.stored import ADAPTER_CONFIG
 WEIGHTS_NAME = "model.safetensors"
 
 
-def restore_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def restore_state_dict(
+    state_dict: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Tensor]:
     """Decompress every compressed tensor of a state dict; the others pass as they are.
 
+    Args:
+        state_dict: what was saved.
+        shapes: of the model's tensors, with which the layouts are compared before any work. Tensors
+            that are not among them stay without values, on the meta device. None: nothing is
+            compared.
+
     Raises:
-        FormatError: a compressed tensor is damaged; the message names it.
+        FormatError: a compressed tensor is damaged, or of another shape; the message names it.
     """
     restored = {}
     for name, parts in group_parts(state_dict).items():
         if parts == [""]:
             restored[name] = state_dict[name]
             continue
+        own = {part: state_dict[join(name, part)] for part in parts}
         with locate(name):
-            restored[name] = decompress({part: state_dict[join(name, part)] for part in parts})
+            _, rows, columns, transposed, _ = read_layout(own)
+            shape = (columns, rows) if transposed else (rows, columns)
+            if shapes is not None and name not in shapes:
+                restored[name] = torch.empty(shape, device="meta")
+                continue
+            if shapes is not None and shape != shapes[name]:
+                raise FormatError(
+                    f"shape mismatch: {shape} is stored, the model wants {shapes[name]}. Load it into "
+                    "a model that is made from the checkpoint's own config."
+                )
+            restored[name] = decompress(own)
     return restored
 
 

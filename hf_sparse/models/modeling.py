@@ -94,9 +94,11 @@ class SparseModelMixin:
         Trainer resumes from checkpoints through this method.
 
         Raises:
-            FormatError: a compressed tensor is damaged.
+            FormatError: a compressed tensor is damaged, or of another shape than the model's.
         """
-        restored = restore_state_dict(state_dict)
+        own: Any = super().state_dict()  # type: ignore[misc]
+        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        restored = restore_state_dict(state_dict, shapes)
         return super().load_state_dict(restored, strict, assign)  # type: ignore[misc]
 
 

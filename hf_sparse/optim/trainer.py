@@ -25,7 +25,7 @@ from hf_sparse.optim.sparse_optimizers import SparseAdamW, SparseMixin
 from hf_sparse.optim.sparsifier import Sparsifier, check_method
 from hf_sparse.report import SparsityReport
 from hf_sparse.structure import PRUNED_WITH, target_layers, with_head_size
-from hf_sparse.suggestions import check_name
+from hf_sparse.suggestions import check_name, shortened
 
 # Settings of shrinkage that are not for trainer_optimizer to give.
 _OWNED = {"pattern", "transposed", "frozen", "shrink_steps"}
@@ -78,6 +78,10 @@ def trainer_optimizer(
         raise ValueError(
             f"{', '.join(owned)} cannot be given to trainer_optimizer: the config tells the pattern, "
             "and keep_zeros freezes."
+        )
+    if not callable(optimizer_cls):
+        raise ValueError(
+            f"optimizer_cls is {shortened(optimizer_cls)}; wanted a class, such as SparseAdamW."
         )
     check_name(penalty, PENALTIES, "penalty", "penalties")
     if scale is None:

@@ -206,9 +206,10 @@ class Recipe:
         return self.method.needs_calibration or self.composition.needs_calibration
 
     @property
-    def trains(self) -> bool:
-        """Whether blocks or the model are trained."""
-        return self.method.trains or self.composition.reconstruct > 0
+    def needs_gradients(self) -> bool:
+        """Whether gradients are computed, of the model or of parts of it."""
+        trains = self.method.trains or self.composition.reconstruct > 0
+        return trains or self.method.prune_block is sparsellm.prune_block
 
     @property
     def all_options(self) -> dict[str, Any]:
@@ -237,7 +238,7 @@ class Recipe:
         """
         if self.needs_calibration:
             _check_inputs(task.layers)
-            if torch.is_inference_mode_enabled() and self.trains:
+            if torch.is_inference_mode_enabled() and self.needs_gradients:
                 raise ValueError(
                     "there are no gradients inside torch.inference_mode(). Call prune_ outside it."
                 )

@@ -32,6 +32,7 @@ from hf_sparse.structure import (
     target_layers,
     with_head_size,
 )
+from hf_sparse.suggestions import shortened
 from hf_sparse.units import check_whole, clear_unused_, find_units
 
 
@@ -91,6 +92,10 @@ def prune_(
             are not finite. All but the last are found before the model is changed.
     """
     check_model(model, "prune_")
+    if accelerator is not None and not hasattr(accelerator, "num_processes"):
+        raise ValueError(
+            f"accelerator is {shortened(accelerator)}; wanted an accelerate.Accelerator, or None."
+        )
     given, config = config, with_head_size(config, model)
     recipe = Recipe.of(method, config.pattern, options)
     check_not_compiled(model)

@@ -6,7 +6,6 @@ import inspect
 import json
 import math
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,6 +14,8 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from torch import Tensor
+
+from hf_sparse.recovery.expressions import is_fast_expression
 
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -145,12 +146,8 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _is_expression(value: Any) -> bool:
-    try:
-        re.compile(value)
-    except (re.error, TypeError):
-        return False
-    return True
+def _are_expressions(value: Any) -> bool:
+    return isinstance(value, list) and all(map(is_fast_expression, value))
 
 
 def _is_rank(value: Any) -> bool:
@@ -158,12 +155,13 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_table(value: Any, allowed: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(map(allowed, value.values()))
+    named = isinstance(value, dict) and all(map(is_fast_expression, value))
+    return named and all(map(allowed, value.values()))
 
 
 _TARGETS = (
-    lambda v: v is None or _is_names(v) or _is_expression(v),
-    "a list of names or a regular expression",
+    lambda v: v is None or _is_names(v) or is_fast_expression(v),
+    "a list of names or a regular expression, without repeats inside of repeats",
 )
 # What a setting may be, as JSON holds it, and how an error says so.
 _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -174,6 +172,10 @@ _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bias": (lambda v: v in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
     "target_modules": _TARGETS,
     "exclude_modules": _TARGETS,
+    "layers_pattern": (
+        lambda v: v is None or is_fast_expression(v) or _are_expressions(v),
+        "a regular expression without repeats inside of repeats, or a list of them",
+    ),
     "modules_to_save": (lambda v: v is None or _is_names(v), "a list of names, or null"),
     "rank_pattern": (lambda v: v is None or _is_table(v, _is_rank), "names with whole numbers"),
     "alpha_pattern": (lambda v: v is None or _is_table(v, _is_number), "names with finite numbers"),
