@@ -210,11 +210,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", nargs="+", help='files: .jsonl with "text", or plain')
     parser.add_argument("--text", nargs="+", help="held-out files to measure perplexity on")
     parser.add_argument("--output", default="demo_output", help="folder for the models")
-    parser.add_argument("--num-samples", type=int, default=16, help="calibration windows")
+    parser.add_argument("--num-samples", type=int, default=8, help="calibration windows")
     parser.add_argument("--window", type=int, default=512, help="tokens in a window")
-    parser.add_argument("--max-windows", type=int, default=16, help="windows of held-out text")
+    parser.add_argument("--max-windows", type=int, default=8, help="windows of held-out text")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens that are timed")
-    parser.add_argument("--rounds", type=int, default=5, help="times that they are generated")
+    parser.add_argument("--rounds", type=int, default=3, help="times that they are generated")
     return parser.parse_args()
 
 

@@ -34,6 +34,7 @@ def blocks(language: str, page: str = REFERENCE) -> list[str]:
 
 
 def test_prune_and_reload(dense: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llvmlite")
     text = str(tmp_path / "text.txt")
     arguments = [
         "--model",
@@ -46,11 +47,21 @@ def test_prune_and_reload(dense: Path, tmp_path: Path) -> None:
         tmp_path / "out",
     ]
     small = ["--num-samples", 2, "--window", 32, "--max-windows", 4]
+    small += ["--new-tokens", 4, "--rounds", 1]
     command = [sys.executable, ROOT / "examples/prune_and_reload.py", *arguments, *small]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for row in ("dense ", "Wanda unstructured", "Wanda 2:4"):
-        assert row in done.stdout
+    assert re.search(r"compiled for (avx512|avx2|portable); seed 0$", done.stdout, re.MULTILINE)
+    # Perplexity, sparsity, megabytes, milliseconds a token compiled; of the dense model in torch, too.
+    number = r" +(\d+\.\d+)"
+    (dense_row,) = re.findall(rf"^dense{number * 5}$", done.stdout, re.MULTILINE)
+    sparse_rows = re.findall(
+        rf"^Wanda (?:unstructured|2:4){number * 4} *$", done.stdout, re.MULTILINE
+    )
+    assert [row[1] for row in (dense_row, *sparse_rows)] == ["0.000", "0.500", "0.500"]
+    assert all(
+        float(milliseconds) > 0 for row in (dense_row, *sparse_rows) for milliseconds in row[3:]
+    )
     for name in ("unstructured-sparse", "2-4-sparse"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / name)
         assert hf_sparse.measure_sparsity(model).sparsity == pytest.approx(0.5, abs=1e-3)
