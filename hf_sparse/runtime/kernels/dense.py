@@ -11,6 +11,7 @@ difference is a multiple of 4), X, Y, bias, start (`START_*`).
 from __future__ import annotations
 
 from hf_sparse.runtime.kernels import spmm
+from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType
 from hf_sparse.runtime.llvm.ir import Function, Value, vector
 from hf_sparse.runtime.llvm.target import Target
@@ -22,6 +23,22 @@ _UNROLL = 4
 _WIDENED = 64
 
 
+SIGNATURE = Signature(
+    (
+        "ptr weight",
+        "i64 row_bytes",
+        "i64 columns",
+        "i64 first",
+        "i64 last",
+        "ptr x",
+        "ptr y",
+        "ptr bias",
+        "i64 start",
+    ),
+    ("x", "y"),
+)
+
+
 def name(vectors: int, kept: WeightType = FLOAT32) -> str:
     """The symbol of the kernel for tiles of `vectors` vectors."""
     return f"dense{vectors}{kept.suffix}"
@@ -29,21 +46,7 @@ def name(vectors: int, kept: WeightType = FLOAT32) -> str:
 
 def dense(target: Target, vectors: int, kept: WeightType = FLOAT32) -> Function:
     """The kernel for tiles `vectors` vectors wide."""
-    f = Function(
-        name(vectors, kept),
-        (
-            "ptr weight",
-            "i64 row_bytes",
-            "i64 columns",
-            "i64 first",
-            "i64 last",
-            "ptr x",
-            "ptr y",
-            "ptr bias",
-            "i64 start",
-        ),
-        shared=("x", "y"),
-    )
+    f = SIGNATURE.function(name(vectors, kept))
     weight, row_bytes, columns, first_row, last_row, x, y, bias, start = f.parameters
     size, kind = 4 * target.lanes, vector(target.lanes)
     tile_row = size * vectors

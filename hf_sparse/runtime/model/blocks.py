@@ -163,7 +163,7 @@ def _pack_block(
         return Norm(
             weight.detach().float().contiguous().clone(),
             torch.zeros(len(weight)) if bias is None else bias.detach().float().clone(),
-            epsilon,
+            float(epsilon),
         )
 
     parts = [weight_of(path) for path in family.qkv]

@@ -55,15 +55,22 @@ class PackedWeight:
     chunks: Array
     chunk_rows: Array
 
-    def arguments(self, chunk: int) -> tuple[int, ...]:
-        """The first six arguments of `spmm` for one chunk of rows."""
+    def _streams_of(self, chunk: int) -> dict[str, int]:
+        """Where `spmm` begins to read the streams for one chunk of rows."""
         streams = (self.panels, self.groups, self.values, self.indices, self.order)
         first, following = self.chunks[chunk], self.chunks[chunk + 1]
-        panels, *others = (
+        panels, groups, values, indices, rows = (
             stream.ctypes.data + int(at) * stream.strides[0]
             for stream, at in zip(streams, first, strict=True)
         )
-        return (panels, int(following[0] - first[0]), *others)
+        return {
+            "panels": panels,
+            "panel_count": int(following[0] - first[0]),
+            "groups": groups,
+            "values": values,
+            "indices": indices,
+            "rows": rows,
+        }
 
     def operation(
         self, chunk: int, vectors: int, x: Argument, y: Argument, bias: int, start: int
@@ -77,7 +84,9 @@ class PackedWeight:
             start: `START_*` of `spmm.py`.
         """
         kernel = spmm.name(self.height, vectors, type_of(self.values))
-        return (kernel, *self.arguments(chunk), x, y, bias, start)
+        return spmm.SIGNATURE.operation(
+            kernel, **self._streams_of(chunk), x=x, y=y, bias=bias, start=start
+        )
 
     @property
     def stored(self) -> int:
