@@ -17,7 +17,7 @@ from hf_sparse.runtime.kernels.weight_types import FLOAT32, WEIGHT_TYPES, Weight
 from hf_sparse.runtime.llvm import target
 from hf_sparse.runtime.llvm.jit import Code
 from hf_sparse.runtime.programs.program import Program
-from hf_sparse.runtime.weights import panels
+from hf_sparse.runtime.weights import panel_checks, panels
 from hf_sparse.runtime.weights import rows as row_packing
 from hf_sparse.runtime.weights.dense_weight import DenseWeight
 from hf_sparse.runtime.weights.memory import aligned
@@ -93,7 +93,7 @@ def test_packing_loses_nothing(rows: int, columns: int, height: int, sparsity: f
     packed = panels.pack(weight, height)
     assert np.array_equal(panels.unpack(packed), weight)
     assert packed.nonzeros == np.count_nonzero(weight)
-    panels.check(packed, FLOAT32)
+    panel_checks.check(packed, FLOAT32)
 
 
 @pytest.mark.parametrize("kept", NARROW, ids=lambda kept: kept.suffix)
@@ -101,7 +101,7 @@ def test_packing_of_two_bytes_loses_nothing(kept: WeightType) -> None:
     weight = rounded(sparse_weight(36, 129, 1, 0.6), kept)
     for height in spmm.UNROLL:
         packed = panels.pack(weight, height, kept)
-        panels.check(packed, kept)
+        panel_checks.check(packed, kept)
         assert packed.values.dtype == (kept.array if height == 1 else np.float32)
         assert np.array_equal(panels.unpack(packed), weight)
     single = row_packing.pack_decode(weight, kept)
@@ -111,7 +111,7 @@ def test_packing_of_two_bytes_loses_nothing(kept: WeightType) -> None:
     with pytest.raises(ValueError, match="values are"):
         row_packing.check_decode(single, FLOAT32)
     with pytest.raises(ValueError, match="values are"):
-        panels.check(panels.pack(weight, 1, kept), FLOAT32)
+        panel_checks.check(panels.pack(weight, 1, kept), FLOAT32)
 
 
 @cross("rows, columns, kept", SIZES, NARROW)
