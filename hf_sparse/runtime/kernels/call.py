@@ -13,6 +13,7 @@ but operations that were built by the parameters of the very kernel that they na
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 from dataclasses import dataclass
 
@@ -57,8 +58,8 @@ class Operation:
                 f"{self.kernel} has {len(self.arguments)} arguments; wanted {len(self.parameters)}: "
                 f"{', '.join(self.parameters)}."
             )
-        for parameter, argument in zip(self.parameters, self.arguments, strict=True):
-            kind, name = parameter.split()
+        kinds, names = _kinds_and_names(self.parameters)
+        for kind, name, argument in zip(kinds, names, self.arguments, strict=True):
             if not _is(kind, argument):
                 raise TypeError(f"{self.kernel} has {name}={argument!r}; wanted {_WANTED[kind]}.")
 
@@ -86,8 +87,8 @@ class Signature:
             TypeError: a parameter has no argument or one of another kind, or an argument has no
                 parameter.
         """
-        names = [parameter.split()[1] for parameter in self.parameters]
-        if arguments.keys() != set(names):
+        _, names = _kinds_and_names(self.parameters)
+        if len(arguments) != len(names) or not all(name in arguments for name in names):
             missing = ", ".join(name for name in names if name not in arguments)
             unknown = ", ".join(name for name in arguments if name not in names)
             problem = f"lacks {missing}" if missing else f"has no {unknown}"
@@ -95,6 +96,7 @@ class Signature:
         return Operation(kernel, self.parameters, tuple(arguments[name] for name in names))
 
 
+_LEAST, _MOST = -(1 << 63), (1 << 63) - 1
 _WANTED = {
     "float": "a float",
     "i64": "an int of 64 bits, or a Slot",
@@ -102,12 +104,19 @@ _WANTED = {
 }
 
 
+@functools.cache
+def _kinds_and_names(parameters: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    split = [parameter.split() for parameter in parameters]
+    return tuple(kind for kind, _ in split), tuple(name for _, name in split)
+
+
 def _is(kind: str, argument: Argument) -> bool:
     """Whether an argument is of the kind of its parameter."""
     if kind == "float":
         return isinstance(argument, float)
-    least = 0 if kind == "ptr" else -(1 << 63)
-    return isinstance(argument, Slot) or (type(argument) is int and least <= argument < 1 << 63)
+    if type(argument) is int:
+        return (0 if kind == "ptr" else _LEAST) <= argument <= _MOST
+    return isinstance(argument, Slot)
 
 
 def words(code: Code, operation: Operation) -> list[int]:
@@ -127,11 +136,11 @@ def words(code: Code, operation: Operation) -> list[int]:
 
 
 def _word(argument: Argument) -> int:
-    if isinstance(argument, Slot):
-        return 0
+    if isinstance(argument, int):
+        return argument
     if isinstance(argument, float):
         return int.from_bytes(struct.pack("<f", argument), "little")
-    return argument
+    return 0
 
 
 def run(code: Code, operation: Operation) -> None:
