@@ -21,8 +21,8 @@ from real_models import machine
 from hf_sparse.report import format_table
 from hf_sparse.runtime.kernels import spmm
 from hf_sparse.runtime.kernels.all import kernels
-from hf_sparse.runtime.kernels.call import Operation
-from hf_sparse.runtime.kernels.single_token import GROUP
+from hf_sparse.runtime.kernels.call import Operation, run
+from hf_sparse.runtime.kernels.single_token import DENSE_ROWS, GROUP, SPARSE_ROWS
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WEIGHT_TYPES, WeightType
 from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE
 from hf_sparse.runtime.llvm.target import Target, named
@@ -41,7 +41,7 @@ def operations(
     """The same multiplication with each of the copies, and what they point into."""
     shelf = Shelf()
     x, y = aligned(COLUMNS, width).fill_(1.0), aligned(ROWS, width)
-    ends = (x.data_ptr(), y.data_ptr(), 0)
+    ends = {"x": x.data_ptr(), "y": y.data_ptr(), "bias": 0}
     found: list[Operation] = []
     copies: list[Any] = []
     groups = ROWS // GROUP
@@ -50,21 +50,38 @@ def operations(
     for _ in range(COPIES):
         if tile is not None:
             copies.append(tile.on(shelf))
-            found.append(copies[-1].operation(0, 4, *ends, spmm.START_SUM))
+            found.append(copies[-1].operation(0, 4, **ends, start=spmm.START_SUM))
         elif kind == "one token, sparse":
             copies.append(single.on(shelf))
-            first = (copies[-1].words.ctypes.data, copies[-1].values.ctypes.data)
-            words = single.words.shape[1]
-            found.append((f"sparse_rows{kept.suffix}", *first, *ends, groups, words, 0))
+            found.append(
+                SPARSE_ROWS.operation(
+                    f"sparse_rows{kept.suffix}",
+                    words=copies[-1].words.ctypes.data,
+                    values=copies[-1].values.ctypes.data,
+                    row_words=single.words.shape[1],
+                    groups=groups,
+                    add=0,
+                    **ends,
+                )
+            )
         else:
             copies.append(
                 DenseWeight(torch.from_numpy(shelf.place(dense)).view(kept.dtype), 0, COLUMNS)
             )
             if kind == "tile, dense":
-                found.append(copies[-1].operation(0, 4, *ends, spmm.START_SUM))
+                found.append(copies[-1].operation(0, 4, **ends, start=spmm.START_SUM))
                 continue
-            first = (copies[-1].weight.data_ptr(), kept.size * COLUMNS)
-            found.append((f"dense_rows{kept.suffix}", *first, *ends, groups, COLUMNS, 0))
+            found.append(
+                DENSE_ROWS.operation(
+                    f"dense_rows{kept.suffix}",
+                    weight=copies[-1].weight.data_ptr(),
+                    row_bytes=kept.size * COLUMNS,
+                    columns=COLUMNS,
+                    groups=groups,
+                    add=0,
+                    **ends,
+                )
+            )
     return found, (copies, x, y)
 
 
@@ -83,7 +100,7 @@ def compare(kind: str, sparsity: float, target: Target) -> list[tuple[str, ...]]
     for turn in range(REPEATS):
         for kept, (code, found, _) in ready.items():
             start = time.perf_counter()
-            code.call(*found[turn % COPIES])
+            run(code, found[turn % COPIES])
             times[kept].append(time.perf_counter() - start)
     wide = times[FLOAT32]
     return [

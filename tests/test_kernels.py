@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from hf_sparse.runtime.kernels import activation, attention, normalisation, single_token, spmm
+from hf_sparse.runtime.kernels import tiles as tile_kernels
 from hf_sparse.runtime.kernels.all import kernels
-from hf_sparse.runtime.kernels.call import Slot
+from hf_sparse.runtime.kernels.call import Slot, run
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WEIGHT_TYPES, WeightType
 from hf_sparse.runtime.llvm import target
 from hf_sparse.runtime.llvm.jit import Code
 from hf_sparse.runtime.programs.program import Program
-from hf_sparse.runtime.weights import panels
+from hf_sparse.runtime.weights import panel_checks, panels
 from hf_sparse.runtime.weights import rows as row_packing
 from hf_sparse.runtime.weights.dense_weight import DenseWeight
 from hf_sparse.runtime.weights.memory import aligned
@@ -80,10 +81,8 @@ def call_spmm(
     bias: np.ndarray,
     start: int,
 ) -> None:
-    name = spmm.name(packed.height, vectors)
     for chunk in range(len(packed.chunks) - 1):
-        arguments = packed.arguments(chunk)
-        code.call(name, *arguments, address(x), address(y), address(bias), start)
+        run(code, packed.operation(chunk, vectors, address(x), address(y), address(bias), start))
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 1.0])
@@ -94,7 +93,7 @@ def test_packing_loses_nothing(rows: int, columns: int, height: int, sparsity: f
     packed = panels.pack(weight, height)
     assert np.array_equal(panels.unpack(packed), weight)
     assert packed.nonzeros == np.count_nonzero(weight)
-    panels.check(packed, FLOAT32)
+    panel_checks.check(packed, FLOAT32)
 
 
 @pytest.mark.parametrize("kept", NARROW, ids=lambda kept: kept.suffix)
@@ -102,7 +101,7 @@ def test_packing_of_two_bytes_loses_nothing(kept: WeightType) -> None:
     weight = rounded(sparse_weight(36, 129, 1, 0.6), kept)
     for height in spmm.UNROLL:
         packed = panels.pack(weight, height, kept)
-        panels.check(packed, kept)
+        panel_checks.check(packed, kept)
         assert packed.values.dtype == (kept.array if height == 1 else np.float32)
         assert np.array_equal(panels.unpack(packed), weight)
     single = row_packing.pack_decode(weight, kept)
@@ -112,7 +111,7 @@ def test_packing_of_two_bytes_loses_nothing(kept: WeightType) -> None:
     with pytest.raises(ValueError, match="values are"):
         row_packing.check_decode(single, FLOAT32)
     with pytest.raises(ValueError, match="values are"):
-        panels.check(panels.pack(weight, 1, kept), FLOAT32)
+        panel_checks.check(panels.pack(weight, 1, kept), FLOAT32)
 
 
 @cross("rows, columns, kept", SIZES, NARROW)
@@ -140,7 +139,7 @@ def test_two_bytes_give_what_float32_gives(
                 y = random_tile(rows, vectors * chosen.lanes, seed=1)
                 for chunk in range(len(packed.chunk_rows) - 1):
                     ends = (address(x), address(y), address(bias), spmm.START_SUM_BIAS)
-                    code.call(*packed.operation(chunk, vectors, *ends))
+                    run(code, packed.operation(chunk, vectors, *ends))
                 results.append(y)
         single = row_packing.pack_decode(weight, stored)
         padded = torch.zeros(rows, -(-columns // single_token.COLUMNS) * single_token.COLUMNS)
@@ -148,14 +147,25 @@ def test_two_bytes_give_what_float32_gives(
         padded = padded.to(stored.dtype)
         x = aligned(padded.shape[1])
         x[:columns] = random_tile(1, columns)[0]
-        ends = (address(bias), rows // single_token.GROUP)
-        for name, first, second, count in (
-            ("sparse", address(single.words), address(single.values), single.words.shape[1]),
-            ("dense", address(padded), stored.size * padded.shape[1], padded.shape[1]),
+        for operation in (
+            partial(
+                single_token.SPARSE_ROWS.operation,
+                f"sparse_rows{stored.suffix}",
+                words=address(single.words),
+                values=address(single.values),
+                row_words=single.words.shape[1],
+            ),
+            partial(
+                single_token.DENSE_ROWS.operation,
+                f"dense_rows{stored.suffix}",
+                weight=address(padded),
+                row_bytes=stored.size * padded.shape[1],
+                columns=padded.shape[1],
+            ),
         ):
             y = aligned(rows)
-            arguments = (first, second, address(x), address(y), *ends, count, 0)
-            code.call(f"{name}_rows{stored.suffix}", *arguments)
+            ends = {"bias": address(bias), "groups": rows // single_token.GROUP, "add": 0}
+            run(code, operation(x=address(x), y=address(y), **ends))
             results.append(y)
         found[stored] = results
     for one, other in zip(found[FLOAT32], found[kept], strict=True):
@@ -204,8 +214,8 @@ def test_dense(code: Code, chosen: target.Target, rows: int, columns: int, vecto
     for start, reference in wanted.items():
         y = aligned(*before.shape).copy_(before)
         for chunk in range(len(packed.chunk_rows) - 1):
-            code.call(
-                *packed.operation(chunk, vectors, address(x), address(y), address(bias), start)
+            run(
+                code, packed.operation(chunk, vectors, address(x), address(y), address(bias), start)
             )
         np.testing.assert_allclose(y.numpy(), reference, atol=2e-5 * columns**0.5)
 
@@ -229,10 +239,13 @@ def test_activation(code: Code, chosen: target.Target, name: str) -> None:
     x.copy_(torch.linspace(-12, 12, len(x)))
     reference = activation.activation_ref(name, x.numpy())
     both = x.clone(), aligned(len(x)).copy_(x)
-    code.call(name, address(both[1]), address(both[1]), len(x) // chosen.lanes)
+    vectors = len(x) // chosen.lanes
+    places = {"x": address(both[1]), "y": address(both[1])}
+    run(code, activation.SIGNATURE.operation(name, **places, vectors=vectors))
     np.testing.assert_allclose(both[1].numpy(), reference, atol=2e-6)
     gated = aligned(len(x)).copy_(x)
-    code.call(f"{name}_gate", address(gated), address(gate), len(x) // chosen.lanes)
+    places = {"x": address(gated), "y": address(gate)}
+    run(code, activation.SIGNATURE.operation(f"{name}_gate", **places, vectors=vectors))
     np.testing.assert_allclose(gated.numpy(), reference * gate.numpy(), atol=2e-5)
 
 
@@ -246,8 +259,19 @@ def test_normalisation(
     x = aligned(*x.shape).copy_(x)
     y = aligned(*x.shape)
     weight, bias = np.random.default_rng(0).standard_normal((2, features)).astype(np.float32)
-    name = normalisation.name(norm, vectors)
-    code.call(name, address(x), address(y), features, 2, address(weight), address(bias), 1e-5)
+    run(
+        code,
+        normalisation.SIGNATURE.operation(
+            normalisation.name(norm, vectors),
+            x=address(x),
+            y=address(y),
+            features=features,
+            groups=2,
+            weight=address(weight),
+            bias=address(bias),
+            epsilon=1e-5,
+        ),
+    )
     for half in range(2):
         rows = slice(half * features, (half + 1) * features)
         wanted = normalisation.normalisation_ref(norm, x[rows].numpy(), weight, bias, 1e-5)
@@ -263,10 +287,13 @@ def test_tiles_transpose_and_come_back(
     tokens = width - missing
     x = torch.randn(tokens, features)
     tile, back = aligned(features, width), torch.full((tokens, features), torch.nan)
-    code.call(f"to_tile{vectors}", address(x), address(tile), features, tokens, 4 * features)
+    sizes = {"features": features, "tokens": tokens, "stride": 4 * features}
+    name = f"to_tile{vectors}"
+    run(code, tile_kernels.TRANSPOSE.operation(name, x=address(x), y=address(tile), **sizes))
     assert torch.equal(tile[:, :tokens], x.T)
     assert torch.equal(tile[:, tokens:], x[-1:].T.expand(-1, missing))
-    code.call(f"from_tile{vectors}", address(tile), address(back), features, tokens, 4 * features)
+    name = f"from_tile{vectors}"
+    run(code, tile_kernels.TRANSPOSE.operation(name, x=address(tile), y=address(back), **sizes))
     assert torch.equal(back, x)
 
 
@@ -282,7 +309,13 @@ def test_rotary(code: Code, chosen: target.Target, vectors: int) -> None:
     width = vectors * chosen.lanes
     x, cos, sin = random_tile(3 * 20, width), random_tile(20, width, 1), random_tile(20, width, 2)
     wanted = rotated(x.view(3, 20, width), cos, sin).view(60, width)
-    code.call(f"rotary{vectors}", address(x), 3, 20, address(cos), address(sin))
+    angles = {"cos": address(cos), "sin": address(sin)}
+    run(
+        code,
+        tile_kernels.ROTARY.operation(
+            f"rotary{vectors}", x=address(x), heads=3, head_dim=20, **angles
+        ),
+    )
     torch.testing.assert_close(x, wanted)
 
 
@@ -327,10 +360,25 @@ def test_attention(code: Code, chosen: target.Target, vectors: int, case: tuple)
     first = max(tokens - width, 0) if causal else 1 << 29
     window = window or 1 << 30
     group = heads // key_heads
-    code.call(
-        attention.name(vectors),
-        *(address(q), address(out), heads, dim, 0, key_heads * dim, group),
-        *(address(table), len(table), address(mask), tokens, first, window, dim**-0.5),
+    run(
+        code,
+        attention.SIGNATURE.operation(
+            attention.name(vectors),
+            q=address(q),
+            out=address(out),
+            heads=heads,
+            head_dim=dim,
+            k_first=0,
+            v_first=key_heads * dim,
+            group=group,
+            table=address(table),
+            key_tiles=len(table),
+            mask=address(mask),
+            key_count=tokens,
+            first_query=first,
+            window=window,
+            scale=dim**-0.5,
+        ),
     )
     wanted = attention.attention_ref(
         q.view(heads, dim, width).transpose(1, 2).numpy(),
@@ -357,10 +405,25 @@ def test_attention_of_one_token(code: Code, chosen: target.Target, case: tuple) 
     q, out = aligned(heads * dim), aligned(heads * dim)
     q.copy_(torch.from_numpy(random.standard_normal(heads * dim)))
     scores, window, group = aligned(len(mask)), window or 1 << 30, heads // key_heads
-    code.call(
-        "attention_row",
-        *(address(q), address(out), heads, dim, 0, key_heads * dim, group, address(table), width),
-        *(address(mask), tokens, window, address(scores), dim**-0.5),
+    run(
+        code,
+        single_token.ATTENTION.operation(
+            "attention_row",
+            q=address(q),
+            out=address(out),
+            heads=heads,
+            head_dim=dim,
+            k_first=0,
+            v_first=key_heads * dim,
+            group=group,
+            table=address(table),
+            width=width,
+            mask=address(mask),
+            key_count=tokens,
+            window=window,
+            scores=address(scores),
+            scale=dim**-0.5,
+        ),
     )
     wanted = attention.attention_ref(
         q.view(heads, 1, dim).numpy(),
@@ -390,13 +453,35 @@ def test_rows_of_one_token(code: Code, rows: int, columns: int, sparsity: float,
     wanted = wanted + y.numpy() if add else wanted
     padded = np.zeros((rows, whole), np.float32)
     padded[:, :columns] = weight
-    groups = rows // single_token.GROUP
     second = y.clone()
-    words = (address(packed.words), address(packed.values))
-    ends = (address(bias), groups)
-    code.call("sparse_rows", *words, address(x), address(y), *ends, packed.words.shape[1], int(add))
-    dense = (address(padded), 4 * whole, address(x), address(second), *ends, whole, int(add))
-    code.call("dense_rows", *dense)
+    common = {
+        "x": address(x),
+        "bias": address(bias),
+        "groups": rows // single_token.GROUP,
+        "add": int(add),
+    }
+    run(
+        code,
+        single_token.SPARSE_ROWS.operation(
+            "sparse_rows",
+            words=address(packed.words),
+            values=address(packed.values),
+            row_words=packed.words.shape[1],
+            y=address(y),
+            **common,
+        ),
+    )
+    run(
+        code,
+        single_token.DENSE_ROWS.operation(
+            "dense_rows",
+            weight=address(padded),
+            row_bytes=4 * whole,
+            columns=whole,
+            y=address(second),
+            **common,
+        ),
+    )
     for found in (y, second):
         np.testing.assert_allclose(found.numpy(), wanted, atol=1e-5 * whole**0.5)
 
@@ -406,13 +491,28 @@ def test_norm_and_rotary_of_one_token(code: Code, chosen: target.Target, norm: s
     features = 3 * chosen.lanes
     x, y = aligned(2, features).copy_(torch.randn(2, features)), aligned(2, features)
     weight, bias = np.random.default_rng(0).standard_normal((2, features)).astype(np.float32)
-    ends = (address(weight), address(bias), 1e-5)
-    code.call(f"{norm}_norm_row", address(x), address(y), features, 2, *ends)
+    run(
+        code,
+        normalisation.SIGNATURE.operation(
+            f"{norm}_norm_row",
+            x=address(x),
+            y=address(y),
+            features=features,
+            groups=2,
+            weight=address(weight),
+            bias=address(bias),
+            epsilon=1e-5,
+        ),
+    )
     wanted = normalisation.normalisation_ref(norm, x.T.numpy(), weight, bias, 1e-5)
     np.testing.assert_allclose(y.T.numpy(), wanted, atol=1e-5)
     q, cos, sin = torch.randn(3, 6), torch.randn(6), torch.randn(6)
     turned = rotated(q[..., None], cos[:, None], sin[:, None])[..., 0]
-    code.call("rotary_row", address(q), 3, 6, address(cos), address(sin))
+    angles = {"cos": address(cos), "sin": address(sin)}
+    run(
+        code,
+        tile_kernels.ROTARY.operation("rotary_row", x=address(q), heads=3, head_dim=6, **angles),
+    )
     torch.testing.assert_close(q, turned)
 
 
@@ -422,11 +522,24 @@ def test_append_and_copy(code: Code, chosen: target.Target) -> None:
     tiles = [aligned(8, width), aligned(8, width)]
     table = np.array([(address(tile), 4 * width, width) for tile in tiles], np.int64)
     position = width - 2
-    code.call("append", address(x), 6, 5, 4 * width, address(table), 1, position, width)
+    run(
+        code,
+        tile_kernels.APPEND.operation(
+            "append",
+            x=address(x),
+            features=6,
+            tokens=5,
+            row_bytes=4 * width,
+            table=address(table),
+            first=1,
+            position=position,
+            width=width,
+        ),
+    )
     both = torch.cat(tiles, dim=1)
     assert torch.equal(both[1:7, position : position + 5], x[:, :5])
     assert both.count_nonzero() == 30
-    code.call("copy", address(x), address(tiles[0]), 6 * 4)
+    run(code, tile_kernels.COPY.operation("copy", x=address(x), y=address(tiles[0]), vectors=6 * 4))
     assert torch.equal(tiles[0][:6], x)
 
 
@@ -445,7 +558,8 @@ def test_a_program_runs_its_phases_in_order(
             moved = (thread + 1) % threads
             x = Slot("x", 4 * vectors * chosen.lanes * moved)
             given = x if phase == 0 else address(rows[phase][moved])
-            lists.append([("copy", given, address(rows[phase + 1][thread]), vectors)])
+            goal = address(rows[phase + 1][thread])
+            lists.append([tile_kernels.COPY.operation("copy", x=given, y=goal, vectors=vectors)])
         listed.append(lists)
     program = Program(code, listed, [rows])
     for _ in range(20):

@@ -19,6 +19,7 @@ import math
 
 import numpy as np
 
+from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.llvm.ir import Function, Value, element_of, lanes_of, vector
 from hf_sparse.runtime.llvm.target import Target
 
@@ -48,6 +49,7 @@ EXPONENTIAL_FIT = (
 # The rounding mode of an instruction that is told one.
 _NEAREST = 4
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
+SIGNATURE = Signature(("ptr x", "ptr y", "i64 vectors"))
 
 
 def exponential(f: Function, target: Target, x: Value) -> Value:
@@ -116,7 +118,7 @@ def activate(f: Function, target: Target, name: str, x: Value) -> Value:
 
 def activation(target: Target, name: str, gated: bool) -> Function:
     """The kernel `name` or `name_gate`."""
-    function = Function(f"{name}_gate" if gated else name, ("ptr x", "ptr y", "i64 vectors"))
+    function = SIGNATURE.function(f"{name}_gate" if gated else name)
     x, y, vectors = function.parameters
     # One value of several registers: their instructions take turns, and hide each other's latency.
     size, kind = 4 * target.lanes, vector(UNROLL * target.lanes)

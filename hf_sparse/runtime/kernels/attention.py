@@ -20,6 +20,7 @@ from __future__ import annotations
 import numpy as np
 
 from hf_sparse.runtime.kernels.activation import exponential
+from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.llvm.ir import Function, Value, Variable, vector
 from hf_sparse.runtime.llvm.target import Target
 
@@ -29,6 +30,27 @@ UNSEEN = -1e30
 _FEATURES = 4
 
 
+SIGNATURE = Signature(
+    (
+        "ptr q",
+        "ptr out",
+        "i64 heads",
+        "i64 head_dim",
+        "i64 k_first",
+        "i64 v_first",
+        "i64 group",
+        "ptr table",
+        "i64 key_tiles",
+        "ptr mask",
+        "i64 key_count",
+        "i64 first_query",
+        "i64 window",
+        "float scale",
+    ),
+    ("q", "out"),
+)
+
+
 def name(vectors: int) -> str:
     """The symbol of the kernel for query tiles of `vectors` vectors."""
     return f"attention{vectors}"
@@ -36,26 +58,7 @@ def name(vectors: int) -> str:
 
 def attention(target: Target, vectors: int) -> Function:
     """The kernel for query tiles `vectors` vectors wide."""
-    function = Function(
-        name(vectors),
-        (
-            "ptr q",
-            "ptr out",
-            "i64 heads",
-            "i64 head_dim",
-            "i64 k_first",
-            "i64 v_first",
-            "i64 group",
-            "ptr table",
-            "i64 key_tiles",
-            "ptr mask",
-            "i64 key_count",
-            "i64 first_query",
-            "i64 window",
-            "float scale",
-        ),
-        shared=("q", "out"),
-    )
+    function = SIGNATURE.function(name(vectors))
     _Attention(function, target, vectors).write()
     return function
 

@@ -11,8 +11,9 @@ difference is a multiple of 4), X, Y, bias, start (`START_*`).
 from __future__ import annotations
 
 from hf_sparse.runtime.kernels import spmm
+from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType
-from hf_sparse.runtime.llvm.ir import Function, Value, vector
+from hf_sparse.runtime.llvm.ir import Function, Value, Variable, vector
 from hf_sparse.runtime.llvm.target import Target
 
 ROWS = 4
@@ -22,6 +23,22 @@ _UNROLL = 4
 _WIDENED = 64
 
 
+SIGNATURE = Signature(
+    (
+        "ptr weight",
+        "i64 row_bytes",
+        "i64 columns",
+        "i64 first",
+        "i64 last",
+        "ptr x",
+        "ptr y",
+        "ptr bias",
+        "i64 start",
+    ),
+    ("x", "y"),
+)
+
+
 def name(vectors: int, kept: WeightType = FLOAT32) -> str:
     """The symbol of the kernel for tiles of `vectors` vectors."""
     return f"dense{vectors}{kept.suffix}"
@@ -29,105 +46,122 @@ def name(vectors: int, kept: WeightType = FLOAT32) -> str:
 
 def dense(target: Target, vectors: int, kept: WeightType = FLOAT32) -> Function:
     """The kernel for tiles `vectors` vectors wide."""
-    f = Function(
-        name(vectors, kept),
-        (
-            "ptr weight",
-            "i64 row_bytes",
-            "i64 columns",
-            "i64 first",
-            "i64 last",
-            "ptr x",
-            "ptr y",
-            "ptr bias",
-            "i64 start",
-        ),
-        shared=("x", "y"),
-    )
-    weight, row_bytes, columns, first_row, last_row, x, y, bias, start = f.parameters
-    size, kind = 4 * target.lanes, vector(target.lanes)
-    tile_row = size * vectors
-    width = vectors
-    while ROWS * width > target.registers // 2:
-        width //= 2
-    zero = f.constant(0.0, kind)
-    scratch = None if kept is FLOAT32 else f.scratch(4 * ROWS * _WIDENED)
-    with f.range(last_row, start=first_row, step=ROWS) as row:
-        places = [weight.at((row + r) * row_bytes) for r in range(ROWS)]
-        outputs = [y.at((row + r) * tile_row) for r in range(ROWS)]
-        for first in range(0, vectors, width):
-            sums = [[f.variable(zero) for _ in range(width)] for _ in range(ROWS)]
-            for mode in f.cases(start, 3):
+    function = SIGNATURE.function(name(vectors, kept))
+    _Kernel(function, target, vectors, kept).write()
+    return function
+
+
+class _Kernel:
+    def __init__(self, function: Function, target: Target, vectors: int, kept: WeightType) -> None:
+        self.f, self.target, self.kept, self.vectors = function, target, kept, vectors
+        self.weight, self.row_bytes, self.columns, self.first, self.last, *rest = (
+            function.parameters
+        )
+        self.x, self.y, self.bias, self.start = rest
+        self.size, self.kind = 4 * target.lanes, vector(target.lanes)
+        self.tile_row = self.size * vectors
+        # Sums that fit the registers, with room for a row of X and a weight.
+        self.width = vectors
+        while ROWS * self.width > target.registers // 2:
+            self.width //= 2
+        self.zero = function.constant(0.0, self.kind)
+        self.widened = None if kept is FLOAT32 else function.scratch(4 * ROWS * _WIDENED)
+
+    def write(self) -> None:
+        with self.f.range(self.last, start=self.first, step=ROWS) as row:
+            places = [self.weight.at((row + r) * self.row_bytes) for r in range(ROWS)]
+            outputs = [self.y.at((row + r) * self.tile_row) for r in range(ROWS)]
+            for first in range(0, self.vectors, self.width):
+                sums = self._begin(row, outputs, first)
+                if self.widened is None:
+                    self._multiply(places, self.x, self.columns, sums, first, ahead=True)
+                else:
+                    self._multiply_widened(places, self.widened, sums, first)
                 for r in range(ROWS):
                     for v, total in enumerate(sums[r]):
-                        value = zero
-                        if mode in (spmm.START_SUM, spmm.START_SUM_BIAS):
-                            value = outputs[r].at(size * (first + v)).load(kind, size)
-                        if mode in (spmm.START_BIAS, spmm.START_SUM_BIAS):
-                            added = bias.at(row * 4 + 4 * r).load("float")
-                            value = value + added.splat(target.lanes)
-                        total.set(value)
+                        outputs[r].at(self.size * (first + v)).store(total.get(), self.size)
 
-            def multiply(  # type: ignore[no-untyped-def]
-                weights: list[Value],
-                inputs: Value,
-                column: Value,
-                count: int,
-                first=first,
-                sums=sums,
-            ) -> None:
-                for number in range(count):
-                    source = inputs.at(column * tile_row).at(number * tile_row)
-                    loaded = [source.at(size * (first + v)).load(kind, size) for v in range(width)]
-                    for place, totals in zip(weights, sums, strict=True):
-                        factor = place.at(column * 4).at(4 * number).load("float")
-                        spread = factor.splat(target.lanes)
-                        for value, total in zip(loaded, totals, strict=True):
-                            total.set(f.fma(spread, value, total.get()))
-
-            def multiply_all(
-                weights: list[Value], inputs: Value, count: Value, ahead: bool
-            ) -> None:
-                whole = count / _UNROLL * _UNROLL
-                with f.range(whole, step=_UNROLL) as column:
-                    for place in weights if ahead else ():  # the same columns of the next four rows
-                        place.at(row_bytes * ROWS).at(column * 4).prefetch()
-                    multiply(weights, inputs, column, _UNROLL)
-                with f.range(count, start=whole) as column:
-                    multiply(weights, inputs, column, 1)
-
-            if scratch is None:
-                multiply_all(places, x, columns, ahead=True)
-            else:
-                widened = [scratch.at(4 * r * _WIDENED) for r in range(ROWS)]
-                with f.range(columns, step=_WIDENED) as begun:
-                    count = f.minimum_integer(columns - begun, f.constant(_WIDENED, "i64"))
-                    sources = [place.at(begun * kept.size) for place in places]
-                    _widen(f, target, kept, sources, widened, count, row_bytes)
-                    multiply_all(widened, x.at(begun * tile_row), count, ahead=False)
+    def _begin(self, row: Value, outputs: list[Value], first: int) -> list[list[Variable]]:
+        """The sums of 4 rows, vectors `first ..` of the tile, as `start` says."""
+        f = self.f
+        sums = [[f.variable(self.zero) for _ in range(self.width)] for _ in range(ROWS)]
+        for mode in f.cases(self.start, 3):
             for r in range(ROWS):
                 for v, total in enumerate(sums[r]):
-                    outputs[r].at(size * (first + v)).store(total.get(), size)
-    return f
+                    value = self.zero
+                    if mode in (spmm.START_SUM, spmm.START_SUM_BIAS):
+                        value = outputs[r].at(self.size * (first + v)).load(self.kind, self.size)
+                    if mode in (spmm.START_BIAS, spmm.START_SUM_BIAS):
+                        added = self.bias.at(row * 4 + 4 * r).load("float")
+                        value = value + added.splat(self.target.lanes)
+                    total.set(value)
+        return sums
 
+    def _multiply(
+        self,
+        weights: list[Value],
+        inputs: Value,
+        count: Value,
+        sums: list[list[Variable]],
+        first: int,
+        *,
+        ahead: bool,
+    ) -> None:
+        """`count` columns of 4 rows of floats; `ahead`: fetch the same columns of the next 4."""
+        f = self.f
+        whole = count / _UNROLL * _UNROLL
+        with f.range(whole, step=_UNROLL) as column:
+            for place in weights if ahead else ():
+                place.at(self.row_bytes * ROWS).at(column * 4).prefetch()
+            for number in range(_UNROLL):
+                self._add(weights, inputs, column, number, sums, first)
+        with f.range(count, start=whole) as column:
+            self._add(weights, inputs, column, 0, sums, first)
 
-def _widen(
-    f: Function,
-    target: Target,
-    kept: WeightType,
-    sources: list[Value],
-    goals: list[Value],
-    count: Value,
-    row_bytes: Value,
-) -> None:
-    """Write `count` weights of each row as float32."""
-    whole = count / target.lanes * target.lanes
-    with f.range(whole, step=target.lanes) as i:
-        for source, goal in zip(sources, goals, strict=True):
-            place = source.at(i * kept.size)
-            place.at(row_bytes * ROWS).prefetch()
-            loaded = kept.load(f, target, place, target.lanes)
-            goal.at(i * 4).store(loaded, 4 * target.lanes)
-    with f.range(count, start=whole) as i:
-        for source, goal in zip(sources, goals, strict=True):
-            goal.at(i * 4).store(kept.load(f, target, source.at(i * kept.size)))
+    def _add(
+        self,
+        weights: list[Value],
+        inputs: Value,
+        column: Value,
+        number: int,
+        sums: list[list[Variable]],
+        first: int,
+    ) -> None:
+        """Add the products with column `column + number`."""
+        source = inputs.at(column * self.tile_row).at(number * self.tile_row)
+        loaded = [
+            source.at(self.size * (first + v)).load(self.kind, self.size) for v in range(self.width)
+        ]
+        for place, totals in zip(weights, sums, strict=True):
+            factor = place.at(column * 4).at(4 * number).load("float")
+            spread = factor.splat(self.target.lanes)
+            for value, total in zip(loaded, totals, strict=True):
+                total.set(self.f.fma(spread, value, total.get()))
+
+    def _multiply_widened(
+        self, places: list[Value], room: Value, sums: list[list[Variable]], first: int
+    ) -> None:
+        """All columns of 4 rows of two-byte weights, which `room` takes as floats, some at a time."""
+        f = self.f
+        widened = [room.at(4 * r * _WIDENED) for r in range(ROWS)]
+        with f.range(self.columns, step=_WIDENED) as begun:
+            count = f.minimum_integer(self.columns - begun, f.constant(_WIDENED, "i64"))
+            sources = [place.at(begun * self.kept.size) for place in places]
+            self._widen(sources, widened, count)
+            inputs = self.x.at(begun * self.tile_row)
+            self._multiply(widened, inputs, count, sums, first, ahead=False)
+
+    def _widen(self, sources: list[Value], goals: list[Value], count: Value) -> None:
+        """Write `count` weights of each row as float32."""
+        f, lanes = self.f, self.target.lanes
+        whole = count / lanes * lanes
+        with f.range(whole, step=lanes) as i:
+            for source, goal in zip(sources, goals, strict=True):
+                place = source.at(i * self.kept.size)
+                place.at(self.row_bytes * ROWS).prefetch()
+                loaded = self.kept.load(f, self.target, place, lanes)
+                goal.at(i * 4).store(loaded, 4 * lanes)
+        with f.range(count, start=whole) as i:
+            for source, goal in zip(sources, goals, strict=True):
+                place = goal.at(i * 4)
+                place.store(self.kept.load(f, self.target, source.at(i * self.kept.size)))

@@ -14,19 +14,23 @@ from __future__ import annotations
 
 import numpy as np
 
+from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.llvm.ir import Function, Value, vector
 from hf_sparse.runtime.llvm.target import Target
 
 NORMS = ("layer", "rms")
 # Of this kernel and of the one for single tokens.
-PARAMETERS = (
-    "ptr x",
-    "ptr y",
-    "i64 features",
-    "i64 groups",
-    "ptr weight",
-    "ptr bias",
-    "float epsilon",
+SIGNATURE = Signature(
+    (
+        "ptr x",
+        "ptr y",
+        "i64 features",
+        "i64 groups",
+        "ptr weight",
+        "ptr bias",
+        "float epsilon",
+    ),
+    ("x", "y"),
 )
 
 
@@ -37,11 +41,7 @@ def name(norm: str, vectors: int) -> str:
 
 def normalisation(target: Target, norm: str, vectors: int) -> Function:
     """The kernel for tiles `vectors` vectors wide."""
-    f = Function(
-        name(norm, vectors),
-        PARAMETERS,
-        shared=("x", "y"),
-    )
+    f = SIGNATURE.function(name(norm, vectors))
     x, y, features, groups, weight, bias, epsilon = f.parameters
     size, kind = 4 * target.lanes, vector(target.lanes)
     row_bytes = size * vectors

@@ -20,9 +20,10 @@ multiple of 16), add.
 
 from __future__ import annotations
 
-from hf_sparse.runtime.kernels import normalisation
+from hf_sparse.runtime.kernels import normalisation, tiles
 from hf_sparse.runtime.kernels.activation import exponential
 from hf_sparse.runtime.kernels.attention import UNSEEN
+from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.kernels.weight_types import BFLOAT16, WeightType
 from hf_sparse.runtime.llvm.ir import Function, Value, Variable, vector
 from hf_sparse.runtime.llvm.target import Target, is_x86
@@ -30,6 +31,52 @@ from hf_sparse.runtime.llvm.target import Target, is_x86
 # Rows of a group, and columns that a word's bits stand for.
 GROUP, COLUMNS = 4, 16
 _AHEAD = 4096
+
+SPARSE_ROWS = Signature(
+    (
+        "ptr words",
+        "ptr values",
+        "ptr x",
+        "ptr y",
+        "ptr bias",
+        "i64 groups",
+        "i64 row_words",
+        "i64 add",
+    ),
+    ("x", "y"),
+)
+DENSE_ROWS = Signature(
+    (
+        "ptr weight",
+        "i64 row_bytes",
+        "ptr x",
+        "ptr y",
+        "ptr bias",
+        "i64 groups",
+        "i64 columns",
+        "i64 add",
+    ),
+    ("x", "y"),
+)
+ATTENTION = Signature(
+    (
+        "ptr q",
+        "ptr out",
+        "i64 heads",
+        "i64 head_dim",
+        "i64 k_first",
+        "i64 v_first",
+        "i64 group",
+        "ptr table",
+        "i64 width",
+        "ptr mask",
+        "i64 key_count",
+        "i64 window",
+        "ptr scores",
+        "float scale",
+    ),
+    ("q", "out"),
+)
 
 
 def _finish(
@@ -103,20 +150,7 @@ def _shuffles(size: int) -> bytes:
 
 def sparse_rows(target: Target, kept: WeightType) -> Function:
     """The kernel for packed rows (`DecodeWeight` in `weights/rows.py`)."""
-    f = Function(
-        f"sparse_rows{kept.suffix}",
-        (
-            "ptr words",
-            "ptr values",
-            "ptr x",
-            "ptr y",
-            "ptr bias",
-            "i64 groups",
-            "i64 row_words",
-            "i64 add",
-        ),
-        shared=("x", "y"),
-    )
+    f = SPARSE_ROWS.function(f"sparse_rows{kept.suffix}")
     words, values, x, y, bias, groups, row_words, add = f.parameters
     kind = vector(COLUMNS)
     stream = f.variable(values)
@@ -147,20 +181,7 @@ def sparse_rows(target: Target, kept: WeightType) -> Function:
 
 def dense_rows(target: Target, kept: WeightType) -> Function:
     """The kernel for a weight that is not packed."""
-    f = Function(
-        f"dense_rows{kept.suffix}",
-        (
-            "ptr weight",
-            "i64 row_bytes",
-            "ptr x",
-            "ptr y",
-            "ptr bias",
-            "i64 groups",
-            "i64 columns",
-            "i64 add",
-        ),
-        shared=("x", "y"),
-    )
+    f = DENSE_ROWS.function(f"dense_rows{kept.suffix}")
     weight, row_bytes, x, y, bias, groups, columns, add = f.parameters
     kind, lanes = vector(target.lanes), target.lanes
     zero = f.constant(0.0, kind)
@@ -184,11 +205,7 @@ def row_norm(target: Target, norm: str) -> Function:
 
     Arguments: x, y, features (any number), groups, weight, bias, epsilon.
     """
-    f = Function(
-        f"{norm}_norm_row",
-        normalisation.PARAMETERS,
-        shared=("x", "y"),
-    )
+    f = normalisation.SIGNATURE.function(f"{norm}_norm_row")
     x, y, features, groups, weight, bias, epsilon = f.parameters
     kind, lanes = vector(target.lanes), target.lanes
     zero, nothing = f.constant(0.0, kind), f.constant(0.0, "float")
@@ -230,7 +247,7 @@ def row_norm(target: Target, norm: str) -> Function:
 
 def row_rotary() -> Function:
     """As `tiles.rotary`, for one token. Arguments: x, heads, head_dim, cos, sin."""
-    f = Function("rotary_row", ("ptr x", "i64 heads", "i64 head_dim", "ptr cos", "ptr sin"))
+    f = tiles.ROTARY.function("rotary_row")
     x, heads, head_dim, cos, sin = f.parameters
     half = head_dim / 2
     with f.range(heads) as head, f.range(half) as d:
@@ -254,31 +271,12 @@ def row_attention(target: Target) -> Function:
     Arguments: as `attention.py`'s up to the table, then the tokens in a key tile, mask, key_count
     (the query is the last of them), window, scores (memory for a float per key of all tiles), scale.
     """
-    f = Function(
-        "attention_row",
-        (
-            "ptr q",
-            "ptr out",
-            "i64 heads",
-            "i64 head_dim",
-            "i64 k_first",
-            "i64 v_first",
-            "i64 group",
-            "ptr table",
-            "i64 width",
-            "ptr mask",
-            "i64 key_count",
-            "i64 window",
-            "ptr scores",
-            "float scale",
-        ),
-        shared=("q", "out"),
-    )
+    f = ATTENTION.function("attention_row")
     q, out, heads, head_dim, k_first, v_first, group, table, width, mask, *rest = f.parameters
     key_count, window, scores, scale = rest
     lanes, kind = target.lanes, vector(target.lanes)
     zero = f.constant(0.0, kind)
-    tiles = (key_count + width - 1) / width
+    key_tiles = (key_count + width - 1) / width
     numbers = f.lane_numbers(lanes)
     count = key_count.cast("trunc", "i32").splat(lanes)
     start = (key_count - window - 1).cast("trunc", "i32").splat(lanes)
@@ -288,7 +286,7 @@ def row_attention(target: Target) -> Function:
         shared = head / group * head_dim
         query, result = q.at(head * head_dim * 4), out.at(head * head_dim * 4)
         largest = f.variable(f.constant(2 * UNSEEN, kind))
-        with f.range(tiles) as tile:
+        with f.range(key_tiles) as tile:
             described = table.at(tile * 24)
             stride = described.at(8).load("i64")
             rows = described.load("ptr").at((k_first + shared) * stride)
@@ -307,7 +305,7 @@ def row_attention(target: Target) -> Function:
                 largest.set(f.maximum(score, largest.get()))
         top = f.largest(largest.get()).splat(lanes)
         weights = f.variable(zero)
-        with f.range(tiles * width, step=lanes) as j:
+        with f.range(key_tiles * width, step=lanes) as j:
             place = scores.at(j * 4)
             weight = exponential(f, target, place.load(kind, 4) - top)
             place.store(weight, 4)
@@ -315,7 +313,7 @@ def row_attention(target: Target) -> Function:
         inverse = f.constant(1.0, "float") / f.total(weights.get())
         with f.range(head_dim) as d:
             total = f.variable(zero)
-            with f.range(tiles) as tile:
+            with f.range(key_tiles) as tile:
                 described = table.at(tile * 24)
                 stride = described.at(8).load("i64")
                 row = described.load("ptr").at((v_first + shared + d) * stride)

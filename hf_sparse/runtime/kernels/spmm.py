@@ -23,6 +23,7 @@ Nothing is checked here: `weights/panels.py` validates what it reads from files.
 
 from __future__ import annotations
 
+from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType
 from hf_sparse.runtime.llvm.ir import Function, Value, Variable, vector
 from hf_sparse.runtime.llvm.target import Target
@@ -41,6 +42,23 @@ INDEX_BYTES = {1: 1, 2: 1, 4: 2}
 _AHEAD_VALUES, _AHEAD_INDICES = 2048, 1024
 
 
+SIGNATURE = Signature(
+    (
+        "ptr panels",
+        "i64 panel_count",
+        "ptr groups",
+        "ptr values",
+        "ptr indices",
+        "ptr rows",
+        "ptr x",
+        "ptr y",
+        "ptr bias",
+        "i64 start",
+    ),
+    ("x", "y"),
+)
+
+
 def packed_type(height: int, kept: WeightType) -> WeightType:
     """The type in which blocks of `height` rows of a weight of type `kept` are packed."""
     return kept if height == 1 else FLOAT32
@@ -53,22 +71,7 @@ def name(height: int, vectors: int, kept: WeightType = FLOAT32) -> str:
 
 def spmm(target: Target, height: int, vectors: int, kept: WeightType = FLOAT32) -> Function:
     """The kernel for blocks of `height` x 1 weights and tiles `vectors` vectors wide."""
-    function = Function(
-        name(height, vectors, kept),
-        (
-            "ptr panels",
-            "i64 panel_count",
-            "ptr groups",
-            "ptr values",
-            "ptr indices",
-            "ptr rows",
-            "ptr x",
-            "ptr y",
-            "ptr bias",
-            "i64 start",
-        ),
-        shared=("x", "y"),
-    )
+    function = SIGNATURE.function(name(height, vectors, kept))
     _Kernel(function, target, height, vectors, kept).write()
     return function
 

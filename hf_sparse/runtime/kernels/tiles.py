@@ -7,15 +7,30 @@ lanes repeats its last token; those columns are computed and never read.
 
 from __future__ import annotations
 
+from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.llvm.ir import Function, Value, lanes_of, vector
 from hf_sparse.runtime.llvm.target import Target
+
+TRANSPOSE = Signature(("ptr x", "ptr y", "i64 features", "i64 tokens", "i64 stride"))
+ROTARY = Signature(("ptr x", "i64 heads", "i64 head_dim", "ptr cos", "ptr sin"))
+COPY = Signature(("ptr x", "ptr y", "i64 vectors"))
+APPEND = Signature(
+    (
+        "ptr x",
+        "i64 features",
+        "i64 tokens",
+        "i64 row_bytes",
+        "ptr table",
+        "i64 first",
+        "i64 position",
+        "i64 width",
+    )
+)
 
 
 def to_tile(target: Target, vectors: int) -> Function:
     """`y[f][t] = x[t][f]`. Arguments: x, y, features, tokens, bytes between tokens of x."""
-    f = Function(
-        f"to_tile{vectors}", ("ptr x", "ptr y", "i64 features", "i64 tokens", "i64 stride")
-    )
+    f = TRANSPOSE.function(f"to_tile{vectors}")
     x, y, features, tokens, stride = f.parameters
     lanes, size = target.lanes, 4 * target.lanes
     squares = features / lanes * lanes
@@ -39,9 +54,7 @@ def to_tile(target: Target, vectors: int) -> Function:
 
 def from_tile(target: Target, vectors: int) -> Function:
     """`y[t][f] = x[f][t]`. Arguments: x, y, features, tokens, bytes between tokens of y."""
-    f = Function(
-        f"from_tile{vectors}", ("ptr x", "ptr y", "i64 features", "i64 tokens", "i64 stride")
-    )
+    f = TRANSPOSE.function(f"from_tile{vectors}")
     x, y, features, tokens, stride = f.parameters
     lanes, size = target.lanes, 4 * target.lanes
     squares = features / lanes * lanes
@@ -92,7 +105,7 @@ def rotary(target: Target, vectors: int) -> Function:
     Arguments: x, heads, head_dim, cos, sin; the latter tiles of `head_dim` rows.
     Source: Su et al., RoFormer, https://arxiv.org/abs/2104.09864, in the half-split order of Llama.
     """
-    f = Function(f"rotary{vectors}", ("ptr x", "i64 heads", "i64 head_dim", "ptr cos", "ptr sin"))
+    f = ROTARY.function(f"rotary{vectors}")
     x, heads, head_dim, cos, sin = f.parameters
     size, kind = 4 * target.lanes, vector(target.lanes)
     row_bytes = size * vectors
@@ -116,7 +129,7 @@ def rotary(target: Target, vectors: int) -> Function:
 
 def copy(target: Target) -> Function:
     """`y = x`. Arguments: x, y, vectors."""
-    f = Function("copy", ("ptr x", "ptr y", "i64 vectors"))
+    f = COPY.function("copy")
     x, y, vectors = f.parameters
     size = 4 * target.lanes
     with f.range(vectors) as i:
@@ -130,19 +143,7 @@ def append() -> Function:
     Arguments: x, features, tokens, bytes of a row of x, table of the key tiles (see `attention.py`),
     first row in them, position of the first token, tokens in a key tile.
     """
-    f = Function(
-        "append",
-        (
-            "ptr x",
-            "i64 features",
-            "i64 tokens",
-            "i64 row_bytes",
-            "ptr table",
-            "i64 first",
-            "i64 position",
-            "i64 width",
-        ),
-    )
+    f = APPEND.function("append")
     x, features, tokens, row_bytes, table, first, position, width = f.parameters
     with f.range(tokens) as t:
         at = position + t

@@ -178,7 +178,7 @@ class Function:
     """
 
     def __init__(self, name: str, parameters: Sequence[str], shared: Sequence[str] = ()) -> None:
-        self.name = name
+        self.name, self.signature = name, tuple(parameters)
         self._kinds = [parameter.split()[0] for parameter in parameters]
         names = [parameter.split()[1] for parameter in parameters]
         self._attributes = [

@@ -7,7 +7,6 @@ what this user wrote (cut off, foreign, of another version) is ignored and writt
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import threading
 from collections.abc import Sequence
@@ -25,30 +24,24 @@ _LOCK = threading.Lock()  # LLVM's set-up is not safe in two threads at once
 
 
 class Code:
-    """Compiled kernels. They live as long as this object does."""
+    """Compiled kernels. They live as long as this object does.
 
-    def __init__(self, target: Target, object_code: bytes, names: Sequence[str]) -> None:
+    Attributes:
+        addresses: of each kernel's entry.
+        parameters: of each kernel, kind and name.
+    """
+
+    def __init__(self, target: Target, object_code: bytes, functions: Sequence[Function]) -> None:
         binding = llvm()
         empty = binding.parse_assembly("")
         self._engine = binding.create_mcjit_compiler(empty, _machine(target))
         self._engine.add_object_file(binding.ObjectFileRef.from_data(object_code))
         self._engine.finalize_object()
-        self.addresses = {name: self._engine.get_function_address(name) for name in names}
+        self.parameters = {function.name: function.signature for function in functions}
+        self.addresses = {name: self._engine.get_function_address(name) for name in self.parameters}
         missing = [name for name, address in self.addresses.items() if not address]
         if missing:
             raise ValueError(f"the object code lacks the kernels {', '.join(missing)}")
-
-    def call(self, name: str, *arguments: Any) -> None:
-        """Call one kernel from Python: pointers and integers as int, floats as float."""
-        words = (ctypes.c_int64 * max(len(arguments), 1))()
-        for index, argument in enumerate(arguments):
-            if isinstance(argument, float):
-                ctypes.memmove(
-                    ctypes.byref(words, 8 * index), ctypes.byref(ctypes.c_float(argument)), 4
-                )
-            else:
-                words[index] = argument
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.addresses[name])(ctypes.addressof(words))
 
 
 def compile_kernels(
@@ -65,14 +58,13 @@ def compile_kernels(
     text = "\n".join([*declared, *(function.text() for function in functions)])
     version = ".".join(map(str, llvm().llvm_version_info))
     key = hashlib.sha256(f"{version}\n{target}\n{text}".encode()).hexdigest()
-    names = [function.name for function in functions]
     with _LOCK:
         stored = _read(cache / key) if cache else None
         if stored is None:
             stored = _compile(text, target)
             if cache:
                 _write(cache / key, stored)
-        return Code(target, stored, names)
+        return Code(target, stored, functions)
 
 
 def _machine(target: Target) -> Any:

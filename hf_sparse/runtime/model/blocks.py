@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,13 +61,13 @@ def pack_blocks(
 ) -> Stack:
     """Pack the weights of all blocks. The modules are read, not kept."""
     packed: dict[int, Block] = {}
-    shelves = Shelf(), Shelf() if family.causal else None
-    blocks, dtype = [], _common_type(modules)
+    single = Shelf() if family.causal else None
+    packer = _Packer(family, _common_type(modules), Shelf(), single, rates)
+    blocks = []
     for index, module in enumerate(modules):
         if id(module) not in packed:
             window = window_of(config, family, index)
-            name = f"{prefix}.{index}"
-            packed[id(module)] = _pack_block(family, module, name, window, shelves, rates, dtype)
+            packed[id(module)] = packer.block(module, f"{prefix}.{index}", window)
         blocks.append(packed[id(module)])
     stack = Stack(
         blocks=tuple(blocks),
@@ -119,76 +120,99 @@ def _common_type(modules: list[nn.Module]) -> torch.dtype:
     return common if len(found) == 1 and common in WEIGHT_TYPES else torch.float32
 
 
-def _pack_block(
-    family: Blocks,
-    module: nn.Module,
-    name: str,
-    window: int,
-    shelves: tuple[Shelf, Shelf | None],
-    rates: Rates,
-    dtype: torch.dtype,
-) -> Block:
-    shelf, single = shelves
+@dataclass(frozen=True)
+class _Packer:
+    """Packs the blocks of one model.
 
-    def weight_of(path: str) -> tuple[Tensor, Tensor | None]:
+    Attributes:
+        family: where a block's parts are.
+        dtype: of all weights.
+        shelf: where they are put.
+        single: where those for single tokens are put, if there are any.
+        rates: speed of the kernels.
+    """
+
+    family: Blocks
+    dtype: torch.dtype
+    shelf: Shelf
+    single: Shelf | None
+    rates: Rates
+
+    def block(self, module: nn.Module, name: str, window: int) -> Block:
+        """Pack one block, which is called `name`."""
+        family = self.family
+        qkv = self._joined(module, name, family.qkv)
+        gate = None if family.gate is None else self._linear(module, name, family.gate)
+        heads = family.head_norms
+        return Block(
+            qkv=qkv,
+            out=self._linear(module, name, family.out),
+            up=self._linear(module, name, family.up),
+            down=self._linear(module, name, family.down, CHUNK_ROWS),
+            gate=gate,
+            norms=_norms(module, name, family.norms),
+            head_norms=None if heads is None else _norms(module, name, heads),
+            window=window,
+        )
+
+    def _weight(self, module: nn.Module, name: str, path: str) -> tuple[Tensor, Tensor | None]:
+        """Weight `(out_features, in_features)` and bias of a layer."""
         layer: Any = module.get_submodule(path)
         if type(layer) is not nn.Linear and not is_conv1d(layer):
             raise ValueError(
                 f"{name}.{path} is a {type(layer).__name__}; wanted a plain Linear. Merge adapters, "
                 "and remove parametrizations, before compiling."
             )
-        weight = layer.weight.detach().to(dtype)
+        weight = layer.weight.detach().to(self.dtype)
         return (weight.T if is_conv1d(layer) else weight), layer.bias
 
-    def linear(path: str, column_chunk: int | None = None) -> Linear:
+    def _linear(
+        self, module: nn.Module, name: str, path: str, column_chunk: int | None = None
+    ) -> Linear:
+        weight, bias = self._weight(module, name, path)
+        return self._pack(f"{name}.{path}", weight, bias, column_chunk)
+
+    def _joined(self, module: nn.Module, name: str, paths: tuple[str, ...]) -> Linear:
+        """Layers that read the same features, as one."""
+        parts = [self._weight(module, name, path) for path in paths]
+        biased = any(bias is not None for _, bias in parts)
+        filled = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts]
+        joined = "+".join([paths[0], *(path.split(".")[-1] for path in paths[1:])])
+        weight = torch.cat([weight for weight, _ in parts])
+        return self._pack(f"{name}.{joined}", weight, torch.cat(filled) if biased else None)
+
+    def _pack(
+        self, name: str, weight: Tensor, bias: Tensor | None, column_chunk: int | None = None
+    ) -> Linear:
         return pack_linear(
-            f"{name}.{path}",
-            *weight_of(path),
+            name,
+            weight,
+            bias,
             column_chunk=column_chunk,
-            single=single,
-            shelf=shelf,
-            rates=rates,
+            single=self.single,
+            shelf=self.shelf,
+            rates=self.rates,
         )
 
-    def norm(path: str) -> Norm:
-        layer: Any = module.get_submodule(path)
-        weight = layer.weight
-        if weight is None:  # LayerNorm without an affine map
-            weight = torch.ones(layer.normalized_shape)
-        bias = getattr(layer, "bias", None)
-        for tensor in (weight, bias):
-            if tensor is not None:
-                check_finite(tensor, f"{name}.{path}")
-        epsilon = layer.eps if hasattr(layer, "eps") else layer.variance_epsilon
-        return Norm(
-            weight.detach().float().contiguous().clone(),
-            torch.zeros(len(weight)) if bias is None else bias.detach().float().clone(),
-            epsilon,
-        )
 
-    parts = [weight_of(path) for path in family.qkv]
-    biased = any(bias is not None for _, bias in parts)
-    filled = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts]
-    joined = "+".join([family.qkv[0], *(path.split(".")[-1] for path in family.qkv[1:])])
-    qkv = pack_linear(
-        f"{name}.{joined}",
-        torch.cat([weight for weight, _ in parts]),
-        torch.cat(filled) if biased else None,
-        single=single,
-        shelf=shelf,
-        rates=rates,
-    )
-    gate = None if family.gate is None else linear(family.gate)
-    heads = family.head_norms
-    return Block(
-        qkv=qkv,
-        out=linear(family.out),
-        up=linear(family.up),
-        down=linear(family.down, CHUNK_ROWS),
-        gate=gate,
-        norms=(norm(family.norms[0]), norm(family.norms[1])),
-        head_norms=None if heads is None else (norm(heads[0]), norm(heads[1])),
-        window=window,
+def _norms(module: nn.Module, name: str, paths: tuple[str, str]) -> tuple[Norm, Norm]:
+    first, second = (_norm(module.get_submodule(path), f"{name}.{path}") for path in paths)
+    return first, second
+
+
+def _norm(layer: Any, name: str) -> Norm:
+    weight = layer.weight
+    if weight is None:  # LayerNorm without an affine map
+        weight = torch.ones(layer.normalized_shape)
+    bias = getattr(layer, "bias", None)
+    for tensor in (weight, bias):
+        if tensor is not None:
+            check_finite(tensor, name)
+    epsilon = layer.eps if hasattr(layer, "eps") else layer.variance_epsilon
+    return Norm(
+        weight.detach().float().contiguous().clone(),
+        torch.zeros(len(weight)) if bias is None else bias.detach().float().clone(),
+        float(epsilon),
     )
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from hf_sparse.runtime.kernels.all import kernels
 from hf_sparse.runtime.kernels.call import Operation, Slot
-from hf_sparse.runtime.kernels.single_token import COLUMNS, GROUP
+from hf_sparse.runtime.kernels.single_token import COLUMNS, DENSE_ROWS, GROUP
+from hf_sparse.runtime.kernels.tiles import TRANSPOSE
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.model.copying import copy_hooks
@@ -146,9 +147,23 @@ class CompiledLinear(_Layer):
         y = x + 4 * columns * self._target.widths[0]
         source, goal = Slot("x", 4 * columns * tile.start), Slot("y", 4 * rows * tile.start)
         return [
-            (f"to_tile{tile.vectors}", source, x, columns, tile.tokens, 4 * columns),
+            TRANSPOSE.operation(
+                f"to_tile{tile.vectors}",
+                x=source,
+                y=x,
+                features=columns,
+                tokens=tile.tokens,
+                stride=4 * columns,
+            ),
             *self.packed.operations(x, y, tile.vectors),
-            (f"from_tile{tile.vectors}", y, goal, rows, tile.tokens, 4 * rows),
+            TRANSPOSE.operation(
+                f"from_tile{tile.vectors}",
+                x=y,
+                y=goal,
+                features=rows,
+                tokens=tile.tokens,
+                stride=4 * rows,
+            ),
         ]
 
 
@@ -235,16 +250,16 @@ class CompiledHead(_Layer):
                 groups = (min(start + unit, last) - start) // GROUP
                 for token in range(tokens):
                     lists[-1].append(
-                        (
+                        DENSE_ROWS.operation(
                             f"dense_rows{kept.suffix}",
-                            weight + start * stride,
-                            stride,
-                            Slot("x", 4 * token * columns),
-                            Slot("y", 4 * (token * rows + start)),
-                            bias and bias + 4 * start,
-                            groups,
-                            columns,
-                            0,
+                            weight=weight + start * stride,
+                            row_bytes=stride,
+                            x=Slot("x", 4 * token * columns),
+                            y=Slot("y", 4 * (token * rows + start)),
+                            bias=bias and bias + 4 * start,
+                            groups=groups,
+                            columns=columns,
+                            add=0,
                         )
                     )
         return Program(self._code, [lists], [self.weight, self.bias])

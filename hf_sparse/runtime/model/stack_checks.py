@@ -1,7 +1,7 @@
 """What a stack from a file must be like before machine code runs on it.
 
     kernel            reads                                             checked by
-    spmm              the five streams of a chunk, and up to 64 bytes   panels.check
+    spmm              the five streams of a chunk, and up to 64 bytes   panel_checks.check
                       behind them; x and y at the columns and rows
                       that they name
     sparse_rows       words of all groups of rows, a value for each     rows.check_decode
@@ -27,7 +27,7 @@ from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
 from hf_sparse.runtime.model.blocks import check_stack, require, require_floats
 from hf_sparse.runtime.weights.dense_weight import DenseWeight
 from hf_sparse.runtime.weights.linear import Linear, check_finite
-from hf_sparse.runtime.weights.panels import check
+from hf_sparse.runtime.weights.panel_checks import check
 from hf_sparse.runtime.weights.rows import check_decode
 from hf_sparse.runtime.weights.stack import Stack
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_sparse.runtime.kernels import attention, normalisation
-from hf_sparse.runtime.kernels.activation import UNROLL
+from hf_sparse.runtime.kernels import activation, attention, normalisation, tiles
 from hf_sparse.runtime.kernels.call import Argument, Operation, Slot
 from hf_sparse.runtime.llvm.jit import Code
 from hf_sparse.runtime.programs.program import Program
@@ -65,8 +64,8 @@ class TileProgram:
 
     def __init__(self, stack: Stack, code: Code, widths: Sequence[int], shape: Shape) -> None:
         self.stack, self.shape, self.widths = stack, shape, widths
-        tiles = [tile for b in range(shape.batch) for tile in cut(b, shape.tokens, widths)]
-        self.lists = share(tiles, shape.threads)
+        whole = [tile for b in range(shape.batch) for tile in cut(b, shape.tokens, widths)]
+        self.lists = share(whole, shape.threads)
         self.tiles = sorted(
             (tile for part in self.lists for tile in part),
             key=lambda tile: (tile.sequence, tile.start),
@@ -165,44 +164,41 @@ class TileProgram:
     def _enter(self, tile: Tile) -> list[Operation]:
         """Turn the input, and the angles of its positions, into tiles."""
         stack, shape = self.stack, self.shape
-        stride = 4 * stack.hidden
         row = tile.sequence * shape.tokens + tile.start
-        found: list[Operation] = [
-            (
-                f"to_tile{tile.vectors}",
-                Slot("hidden", row * stride),
-                self._x(tile),
-                stack.hidden,
-                tile.tokens,
-                stride,
-            )
-        ]
+        moved = [("hidden", self._x(tile), stack.hidden)]
         if stack.rotary:
-            stride = 4 * stack.head_dim
-            found += [
-                (
-                    f"to_tile{tile.vectors}",
-                    Slot(name, row * stride),
-                    self._rotation(tile, which),
-                    stack.head_dim,
-                    tile.tokens,
-                    stride,
-                )
+            moved += [
+                (name, self._rotation(tile, which), stack.head_dim)
                 for which, name in enumerate(("cos", "sin"))
             ]
-        return found
+        return [
+            tiles.TRANSPOSE.operation(
+                f"to_tile{tile.vectors}",
+                x=Slot(name, row * 4 * features),
+                y=goal,
+                features=features,
+                tokens=tile.tokens,
+                stride=4 * features,
+            )
+            for name, goal, features in moved
+        ]
 
     def _leave(self, tile: Tile, state: int) -> Operation:
         shape, stride = self.shape, 4 * self.stack.hidden
         row = (state * shape.batch + tile.sequence) * shape.tokens + tile.start
         output = Slot("output", row * stride)
-        name = f"from_tile{tile.vectors}"
-        return (name, self._x(tile), output, self.stack.hidden, tile.tokens, stride)
+        return tiles.TRANSPOSE.operation(
+            f"from_tile{tile.vectors}",
+            x=self._x(tile),
+            y=output,
+            features=self.stack.hidden,
+            tokens=tile.tokens,
+            stride=stride,
+        )
 
     def _norm(self, norm: Norm, tile: Tile, x: int, y: int) -> Operation:
         name = normalisation.name(self.stack.norm, tile.vectors)
-        weight, bias = norm.weight.data_ptr(), norm.bias.data_ptr()
-        return (name, x, y, self.stack.hidden, 1, weight, bias, norm.epsilon)
+        return norm.operation(name, x, y, self.stack.hidden)
 
     def _project(self, block: Block, tile: Tile, thread: int, buffer: int) -> list[Operation]:
         """Queries, keys and values of a tile."""
@@ -221,12 +217,18 @@ class TileProgram:
             name = normalisation.name("rms", tile.vectors)
             places = ((y, heads), (keys, key_heads))
             for norm, (rows, count) in zip(block.head_norms, places, strict=True):
-                weight, bias = norm.weight.data_ptr(), norm.bias.data_ptr()
-                found.append((name, rows, rows, stack.head_dim, count, weight, bias, norm.epsilon))
+                found.append(norm.operation(name, rows, rows, stack.head_dim, count))
         if stack.rotary:
-            cos, sin = self._rotation(tile, 0), self._rotation(tile, 1)
-            count = heads + key_heads
-            found.append((f"rotary{tile.vectors}", y, count, stack.head_dim, cos, sin))
+            found.append(
+                tiles.ROTARY.operation(
+                    f"rotary{tile.vectors}",
+                    x=y,
+                    heads=heads + key_heads,
+                    head_dim=stack.head_dim,
+                    cos=self._rotation(tile, 0),
+                    sin=self._rotation(tile, 1),
+                )
+            )
         return found
 
     def _append(self, tile: Tile, index: int) -> list[Operation]:
@@ -236,10 +238,19 @@ class TileProgram:
         stack = self.stack
         queries, keys = stack.rows_of(stack.blocks[index])
         rows = self._qkv(tile, index % 2) + 4 * tile.width * queries
-        table = self.tables[index, tile.sequence].ctypes.data
-        position = Slot("past", tile.start)
-        width = self.widths[0]
-        return [("append", rows, 2 * keys, tile.tokens, 4 * tile.width, table, 0, position, width)]
+        return [
+            tiles.APPEND.operation(
+                "append",
+                x=rows,
+                features=2 * keys,
+                tokens=tile.tokens,
+                row_bytes=4 * tile.width,
+                table=self.tables[index, tile.sequence].ctypes.data,
+                first=0,
+                position=Slot("past", tile.start),
+                width=self.widths[0],
+            )
+        ]
 
     def _attend(self, block: Block, tile: Tile, thread: int, index: int) -> list[Operation]:
         """Attention, its projection, the residual, and the norm behind it."""
@@ -267,22 +278,22 @@ class TileProgram:
         mask = self.masks[tile.sequence].data_ptr()
         window = block.window if stack.causal else NO_WINDOW
         found: list[Operation] = [
-            (
+            attention.SIGNATURE.operation(
                 attention.name(tile.vectors),
-                queries,
-                context,
-                heads,
-                stack.head_dim,
-                k_first,
-                k_first + key_rows,
-                heads // key_heads,
-                table,
-                entries,
-                mask,
-                count,
-                first,
-                window,
-                stack.scale,
+                q=queries,
+                out=context,
+                heads=heads,
+                head_dim=stack.head_dim,
+                k_first=k_first,
+                v_first=k_first + key_rows,
+                group=heads // key_heads,
+                table=table,
+                key_tiles=entries,
+                mask=mask,
+                key_count=count,
+                first_query=first,
+                window=window,
+                scale=stack.scale,
             )
         ]
         found += block.out.operations(context, x, tile.vectors, add=True)
@@ -300,18 +311,20 @@ class TileProgram:
         if stack.norm_first:
             found.append(self._norm(block.norms[1], tile, x, source))
         else:
-            found.append(("copy", x, source, stack.hidden * tile.vectors))
+            vectors = stack.hidden * tile.vectors
+            found.append(tiles.COPY.operation("copy", x=x, y=source, vectors=vectors))
         gate, up = self.gate[thread].data_ptr(), self.up[thread].data_ptr()
         opening = block.gate or block.up
         for chunk, (start, stop) in enumerate(opening.chunk_rows):
             back = 4 * tile.width * start  # kernels count rows from the first one
-            count = -(-(stop - start) * tile.vectors // UNROLL) * UNROLL
+            count = -(-(stop - start) * tile.vectors // activation.UNROLL) * activation.UNROLL
             found += opening.operations(source, gate - back, tile.vectors, chunk=chunk)
             if block.gate is None:
-                found.append((stack.activation, gate, gate, count))
+                name, other = stack.activation, gate
             else:
                 found += block.up.operations(source, up - back, tile.vectors, chunk=chunk)
-                found.append((f"{stack.activation}_gate", gate, up, count))
+                name, other = f"{stack.activation}_gate", up
+            found.append(activation.SIGNATURE.operation(name, x=gate, y=other, vectors=count))
             found += block.down.operations(gate, x, tile.vectors, add=True, part=chunk)
         if not stack.norm_first:
             found.append(self._norm(block.norms[1], tile, x, x))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_sparse.runtime.kernels.activation import UNROLL
+from hf_sparse.runtime.kernels import activation, single_token, tiles
 from hf_sparse.runtime.kernels.call import Operation, Slot
 from hf_sparse.runtime.llvm.jit import Code
 from hf_sparse.runtime.programs.many_tokens import Shape, cache_tables
@@ -117,12 +117,10 @@ class RowProgram:
         return share_rows(linear.rows, self.shape.threads)[thread]
 
     def _norm(self, norm: Norm, thread: int) -> list[Operation]:
-        weight, bias = norm.weight.data_ptr(), norm.bias.data_ptr()
-        name, hidden = f"{self.stack.norm}_norm_row", self.stack.hidden
-        normed = self._normed[thread]
+        name = f"{self.stack.norm}_norm_row"
         return [
-            (name, x.data_ptr(), y.data_ptr(), hidden, 1, weight, bias, norm.epsilon)
-            for x, y in zip(self.residual, normed, strict=True)
+            norm.operation(name, x.data_ptr(), y.data_ptr(), self.stack.hidden)
+            for x, y in zip(self.residual, self._normed[thread], strict=True)
         ]
 
     def _multiply(
@@ -146,12 +144,14 @@ class RowProgram:
         first, last = self._rows(opening, thread)
         if first >= last:
             return []
-        round_size = UNROLL * self.lanes
-        count = -(-(last - first) // round_size) * UNROLL
+        round_size = activation.UNROLL * self.lanes
+        count = -(-(last - first) // round_size) * activation.UNROLL
         name = self.stack.activation if block.gate is None else f"{self.stack.activation}_gate"
         gates, ups = self._gates[opening.rows], self._ups[opening.rows]
         return [
-            (name, gate.data_ptr() + 4 * first, up.data_ptr() + 4 * first, count)
+            activation.SIGNATURE.operation(
+                name, x=gate.data_ptr() + 4 * first, y=up.data_ptr() + 4 * first, vectors=count
+            )
             for gate, up in zip(gates, ups, strict=True)
         ]
 
@@ -175,35 +175,47 @@ class RowProgram:
             parts = ((queries, heads * group), (keys, heads))
             if block.head_norms is not None:
                 for norm, (place, count) in zip(block.head_norms, parts, strict=True):
-                    weight, bias = norm.weight.data_ptr(), norm.bias.data_ptr()
-                    found.append(
-                        ("rms_norm_row", place, place, dim, count, weight, bias, norm.epsilon)
-                    )
+                    found.append(norm.operation("rms_norm_row", place, place, dim, count))
             if stack.rotary:
-                angles = Slot("cos", 4 * b * dim), Slot("sin", 4 * b * dim)
-                found += [("rotary_row", place, count, dim, *angles) for place, count in parts]
+                cos, sin = (Slot(name, 4 * b * dim) for name in ("cos", "sin"))
+                found += [
+                    tiles.ROTARY.operation(
+                        "rotary_row", x=place, heads=count, head_dim=dim, cos=cos, sin=sin
+                    )
+                    for place, count in parts
+                ]
             table = self.tables[index, b].ctypes.data
-            past = Slot("past")
             for place, offset in ((keys, 0), (values, key_rows)):
-                feature = offset + first * dim
-                found.append(("append", place, heads * dim, 1, 4, table, feature, past, self.width))
+                found.append(
+                    tiles.APPEND.operation(
+                        "append",
+                        x=place,
+                        features=heads * dim,
+                        tokens=1,
+                        row_bytes=4,
+                        table=table,
+                        first=offset + first * dim,
+                        position=Slot("past"),
+                        width=self.width,
+                    )
+                )
             found.append(
-                (
+                single_token.ATTENTION.operation(
                     "attention_row",
-                    queries,
-                    context[b].data_ptr() + 4 * first * group * dim,
-                    heads * group,
-                    dim,
-                    first * dim,
-                    key_rows + first * dim,
-                    group,
-                    table,
-                    self.width,
-                    self.masks[b].data_ptr(),
-                    Slot("past", 1),
-                    block.window,
-                    self._scores[thread].data_ptr(),
-                    stack.scale,
+                    q=queries,
+                    out=context[b].data_ptr() + 4 * first * group * dim,
+                    heads=heads * group,
+                    head_dim=dim,
+                    k_first=first * dim,
+                    v_first=key_rows + first * dim,
+                    group=group,
+                    table=table,
+                    width=self.width,
+                    mask=self.masks[b].data_ptr(),
+                    key_count=Slot("past", 1),
+                    window=block.window,
+                    scores=self._scores[thread].data_ptr(),
+                    scale=stack.scale,
                 )
             )
         return found

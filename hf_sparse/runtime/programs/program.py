@@ -7,13 +7,11 @@ lists of the one before are done. `run` fills in the slots.
 from __future__ import annotations
 
 import ctypes
-import struct
-import threading
 from collections.abc import Sequence
 
 import numpy as np
 
-from hf_sparse.runtime.kernels.call import Operation, Slot
+from hf_sparse.runtime.kernels.call import Operation, Slot, words
 from hf_sparse.runtime.kernels.worker import OPERATION_WORDS
 from hf_sparse.runtime.llvm.jit import Code
 from hf_sparse.runtime.programs import threads
@@ -34,24 +32,18 @@ class Program:
     def __init__(
         self, code: Code, phases: Sequence[Sequence[Sequence[Operation]]], memory: Sequence[object]
     ) -> None:
-        self.lock = threading.Lock()
         self._code, self._memory = code, memory
         self.lists = len(phases[0])
         flat = [operation for phase in phases for part in phase for operation in part]
         counts = [len(part) for phase in phases for part in phase]
         self._operations = np.zeros((len(flat), OPERATION_WORDS), np.int64)
         slots: dict[str, list[tuple[int, int, int]]] = {}
-        for row, (kernel, *arguments) in enumerate(flat):
-            words = [code.addresses[kernel]]
-            for place, argument in enumerate(arguments):
+        for row, operation in enumerate(flat):
+            stored = words(code, operation)
+            self._operations[row, : len(stored)] = stored
+            for place, argument in enumerate(operation.arguments):
                 if isinstance(argument, Slot):
                     slots.setdefault(argument.name, []).append((row, place + 1, argument.offset))
-                    words.append(0)
-                elif isinstance(argument, float):
-                    words.append(struct.unpack("<I", struct.pack("<f", argument))[0])
-                else:
-                    words.append(argument)
-            self._operations[row, : len(words)] = words
         self._slots = {
             name: tuple(np.array(column) for column in zip(*places, strict=True))
             for name, places in slots.items()
@@ -60,7 +52,7 @@ class Program:
         self._barrier = np.zeros(16, np.int64)
         openmp = threads.openmp()
         self._parallel = openmp if self.lists > 1 else None
-        words = [
+        told = [
             len(phases),
             self.lists,
             self._starts.ctypes.data,
@@ -68,12 +60,12 @@ class Program:
             self._barrier.ctypes.data,
         ]
         if self._parallel:
-            words += [
+            told += [
                 self._parallel.thread_number,
                 self._parallel.thread_count,
                 self._parallel.give_way,
             ]
-        self._words = np.array(words, np.int64)
+        self._words = np.array(told, np.int64)
         self._argument = np.array([self._words.ctypes.data], np.int64)
         name = "worker" if self._parallel else "worker_alone"
         self._worker = code.addresses[name]
@@ -86,11 +78,18 @@ class Program:
         return self._operations.nbytes + slots + _OBJECTS
 
     def run(self, **addresses: int) -> None:
-        """Run all phases; `addresses` fill the slots."""
-        for name, address in addresses.items():
-            if name in self._slots:
-                rows, words, offsets = self._slots[name]
-                self._operations[rows, words] = address + offsets
+        """Run all phases.
+
+        Args:
+            addresses: fill the slots; more than there are slots for do no harm.
+
+        Raises:
+            TypeError: a slot is not filled.
+        """
+        for name, (rows, places, offsets) in self._slots.items():
+            if name not in addresses:
+                raise TypeError(f"nothing fills the slot {name}; given {', '.join(addresses)}.")
+            self._operations[rows, places] = addresses[name] + offsets
         if self._parallel is None:
             self._alone(self._argument.ctypes.data)
             return

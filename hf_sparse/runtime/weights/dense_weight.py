@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_sparse.runtime.kernels.call import Argument, Operation
-from hf_sparse.runtime.kernels.dense import ROWS, name
+from hf_sparse.runtime.kernels.dense import ROWS, SIGNATURE, name
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
 from hf_sparse.runtime.weights.panels import chunk_edges
 
@@ -61,4 +61,15 @@ class DenseWeight:
         kept = WEIGHT_TYPES[self.weight.dtype]
         stride = kept.size * self.weight.shape[1]
         weight = self.weight.data_ptr() + kept.size * self.first_column
-        return (name(vectors, kept), weight, stride, self.columns, first, last, x, y, bias, start)
+        return SIGNATURE.operation(
+            name(vectors, kept),
+            weight=weight,
+            row_bytes=stride,
+            columns=self.columns,
+            first=first,
+            last=last,
+            x=x,
+            y=y,
+            bias=bias,
+            start=start,
+        )

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_sparse.runtime.kernels import spmm
 from hf_sparse.runtime.kernels.call import Argument, Operation
 from hf_sparse.runtime.kernels.dense import ROWS
-from hf_sparse.runtime.kernels.single_token import COLUMNS, GROUP
+from hf_sparse.runtime.kernels.single_token import COLUMNS, DENSE_ROWS, GROUP, SPARSE_ROWS
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES, WeightType, is_finite
 from hf_sparse.runtime.weights.dense_weight import DenseWeight
 from hf_sparse.runtime.weights.found import find_pattern
@@ -147,24 +147,34 @@ class Linear:
             first, last: which rows.
             add: onto what is in `y`.
         """
-        place, bias = y + 4 * first, 0
-        if self.bias is not None:
-            bias = self.bias.data_ptr() + 4 * first
-        groups = -(-(last - first) // GROUP)
+        bias = 0 if self.bias is None else self.bias.data_ptr() + 4 * first
         kept = WEIGHT_TYPES[self.dtype]
+        common = {
+            "x": x,
+            "y": y + 4 * first,
+            "bias": bias,
+            "groups": -(-(last - first) // GROUP),
+            "add": int(add),
+        }
         if isinstance(self.single, Tensor):
-            stride = kept.size * self.single.shape[1]
-            weight = self.single.data_ptr() + first * stride
             columns = self.single.shape[1]
-            kernel = f"dense_rows{kept.suffix}"
-            return (kernel, weight, stride, x, place, bias, groups, columns, int(add))
+            stride = kept.size * columns
+            weight = self.single.data_ptr() + first * stride
+            return DENSE_ROWS.operation(
+                f"dense_rows{kept.suffix}",
+                weight=weight,
+                row_bytes=stride,
+                columns=columns,
+                **common,
+            )
         assert self.single is not None
         row_words = self.single.words.shape[1]
         words = self.single.words.ctypes.data + first // GROUP * row_words * 8
         start = int(self.single.starts[first // DECODE_ROWS])
         values = self.single.values.ctypes.data + kept.size * start
-        kernel = f"sparse_rows{kept.suffix}"
-        return (kernel, words, values, x, place, bias, groups, row_words, int(add))
+        return SPARSE_ROWS.operation(
+            f"sparse_rows{kept.suffix}", words=words, values=values, row_words=row_words, **common
+        )
 
     @property
     def chunk_rows(self) -> list[tuple[int, int]]:

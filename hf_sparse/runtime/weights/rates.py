@@ -12,6 +12,7 @@ import numpy as np
 
 from hf_sparse.runtime.kernels import spmm
 from hf_sparse.runtime.kernels.all import kernels
+from hf_sparse.runtime.kernels.call import run
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.weights.memory import aligned
 from hf_sparse.runtime.weights.panels import pack
@@ -62,12 +63,11 @@ def calibrate(target: Target, cache: Path | None) -> Rates:
             kept = random.random((_ROWS // height, _COLUMNS)) < density
             weight = np.repeat(kept, height, axis=0).astype(np.float32)
             packed = pack(weight, height)
-            arguments = packed.arguments(0)
-            name = spmm.name(height, 4)
+            operation = packed.operation(0, 4, x.data_ptr(), y.data_ptr(), 0, spmm.START_SUM)
             times = []
             for _ in range(_REPEATS):
                 start = time.perf_counter()
-                code.call(name, *arguments, x.data_ptr(), y.data_ptr(), 0, spmm.START_SUM)
+                run(code, operation)
                 times.append(time.perf_counter() - start)
             found.append(2 * packed.stored * width / statistics.median(times) / 1e9)
         speeds[height] = tuple(found)

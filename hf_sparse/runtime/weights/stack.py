@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hf_sparse.runtime.kernels import normalisation
+from hf_sparse.runtime.kernels.call import Operation
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES, WeightType
 from hf_sparse.runtime.weights.linear import Linear
 
@@ -20,6 +22,19 @@ class Norm:
     weight: Tensor
     bias: Tensor
     epsilon: float
+
+    def operation(self, kernel: str, x: int, y: int, features: int, groups: int = 1) -> Operation:
+        """Norm each of `groups` groups of `features` features at `x`, and write them to `y`."""
+        return normalisation.SIGNATURE.operation(
+            kernel,
+            x=x,
+            y=y,
+            features=features,
+            groups=groups,
+            weight=self.weight.data_ptr(),
+            bias=self.bias.data_ptr(),
+            epsilon=self.epsilon,
+        )
 
 
 @dataclass(frozen=True, eq=False)
