@@ -57,10 +57,28 @@ def saved(name: str) -> tuple[dict[str, Any], Tensors]:
     return copy.deepcopy(described), {name: tensor.clone() for name, tensor in tensors.items()}
 
 
+def as_old(described: dict[str, Any], tensors: Tensors) -> None:
+    """Give them the layout before today's: no id, and other types in the description."""
+    described.pop("id", None)
+    tensors.pop("id", None)
+    sizes = iter(described["layout"][4:])
+    tables = [{str(height): next(sizes) for height in (1, 2, 4)} for _ in range(3)]
+    described["layout"] = [3, *described["layout"][1:4], *tables]
+    described["types"] = old_types(tensors) | dict.fromkeys(described["tied"], "torch.float32")
+
+
+def old_types(tensors: Tensors) -> dict[str, str]:
+    """Types as old descriptions tell them: of what is outside of the blocks."""
+    outside = {name.split(".", 1)[-1]: str(t.dtype) for name, t in tensors.items()}
+    return {name: told for name, told in outside.items() if f"stack.{name}" not in tensors}
+
+
 def write(folder: Path, described: Any, tensors: Tensors, described_too: bool = True) -> Path:
     """A compiled model of these; `described_too`: the description tells the tensors' sizes."""
     folder.mkdir(exist_ok=True)
-    if described_too:
+    if described_too and described["layout"][0] == 3:
+        described["types"] |= old_types(tensors)
+    elif described_too:
         described["types"] = {n: [str(t.dtype), list(t.shape)] for n, t in tensors.items()}
     save_file({n: t.clone() for n, t in tensors.items()}, folder / "compiled.safetensors")
     (folder / "compiled.json").write_text(json.dumps(described))

@@ -14,7 +14,7 @@ import torch
 
 import hf_sparse
 from hf_sparse.formats import FormatError
-from tests.compiled_folders import MODELS, Tensors, in_a_child, logits, saved, write
+from tests.compiled_folders import MODELS, Tensors, as_old, in_a_child, logits, saved, write
 from tests.guarded_memory import guard_the_runtime
 
 # What numbers, texts and lists of a description are replaced by.
@@ -115,12 +115,14 @@ def change_tensor(tensors: Tensors, chance: random.Random) -> str:
     return f"{name}: {how} at {one}"
 
 
-def attack(folder: Path, seed: int, count: int) -> Counter[str]:
+def attack(folder: Path, seed: int, count: int, old: bool) -> Counter[str]:
     """Load and run changed files, whose memory ends at pages without access; tells what came of it."""
     found: Counter[str] = Counter()
     chance = random.Random(seed)
     for _ in range(count):
         described, tensors = saved(chance.choice(sorted(MODELS)))
+        if old:
+            as_old(described, tensors)
         in_description = chance.random() < 0.4
         if in_description:
             told = change_description(described, chance)
@@ -142,17 +144,24 @@ def attack(folder: Path, seed: int, count: int) -> Counter[str]:
 
 
 @pytest.mark.parametrize(
-    ("seed", "count"), [(0, 200), pytest.param(1, 3000, marks=pytest.mark.slow)]
+    ("seed", "count", "old"),
+    [
+        (0, 200, False),
+        (0, 60, True),
+        pytest.param(1, 3000, False, marks=pytest.mark.slow),
+        pytest.param(1, 3000, True, marks=pytest.mark.slow),
+    ],
 )
+@pytest.mark.filterwarnings("ignore:.*without an id:UserWarning")
 def test_random_changes_are_found_or_harmless(
-    tmp_path: Path, seed: int, count: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, seed: int, count: int, old: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in MODELS:
         saved(name)
 
     def run() -> None:
         guard_the_runtime(monkeypatch)
-        found = attack(tmp_path, seed, count)
+        found = attack(tmp_path, seed, count, old)
         (tmp_path / "found").write_text(json.dumps(found))
 
     status = in_a_child(run)

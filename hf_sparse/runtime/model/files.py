@@ -2,15 +2,17 @@
 
 A folder holds `compiled.json` (class, config, numbers of the stack, type and shape of each tensor)
 and `compiled.safetensors` (packed streams, embeddings, heads). Both have the same random `id`, which
-tells that they were saved together. Both can lie beside a checkpoint: they touch no other file. A
-checkpoint that is saved there later removes them, since they are of the weights before. The machine
-code itself is not among them: it is made for the CPU that loads.
+tells that they were saved together (`old_compiled.py`: files that have none). Both can lie beside a
+checkpoint: they touch no other file. A checkpoint that is saved there later removes them, since they
+are of the weights before. The machine code itself is not among them: it is made for the CPU that
+loads.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE
 from hf_sparse.runtime.llvm.target import named
 from hf_sparse.runtime.model.blocks import check_config
 from hf_sparse.runtime.model.compiled import assemble, stack_of
+from hf_sparse.runtime.model.old_compiled import check_zeros, is_old, types_of
 from hf_sparse.runtime.model.owned_tensors import Entry, read_header, read_tensor
 from hf_sparse.runtime.model.single_layers import CompiledLinear
 from hf_sparse.runtime.model.skeleton import build_skeleton, fill, set_generation, unsaved_buffers
@@ -39,6 +42,12 @@ from hf_sparse.runtime.weights.memory import Shelf
 
 _STACK, _REST, _BUFFER, _ID = "stack.", "model.", "buffer.", "id"
 _ID_BYTES = 16
+_UNTIED = (
+    f"{{folder}} was written by an earlier version of hf_sparse, without an id: nothing tells that "
+    f"{COMPILED_DESCRIPTION} and {COMPILED_WEIGHTS} were saved together. They agree in names, types "
+    "and sizes of all tensors and in the number of zeros of each weight. Save the model again to have "
+    "an id in both: hf_sparse.save_compiled(model, folder)."
+)
 
 
 def save_compiled(model: PreTrainedModel, folder: Path | str) -> Path:
@@ -100,14 +109,15 @@ def load_compiled(
     """Load a model that `save_compiled` wrote.
 
     The weights are read into memory, and every count, row, column and value in them is checked there
-    before machine code sees it. What happens to the files afterwards does not matter.
+    before machine code sees it. What happens to the files afterwards does not matter. Files of earlier
+    versions have no id: that both are of one save is checked by sizes and zeros alone, with a warning.
 
     Args:
         folder: what `save_compiled` wrote.
         target, cache: as `hf_sparse.compile`'s.
 
     Raises:
-        FormatError: a file is missing, damaged, or of another version's layout; or the two files
+        FormatError: a file is missing, damaged, or of an unknown layout; or the two files
             were not saved together, or contradict each other or the config.
         ImportError: llvmlite is not installed.
     """
@@ -118,6 +128,9 @@ def load_compiled(
     try:
         tensors = _read_weights(folder / COMPILED_WEIGHTS, described)
         stack = restore_stack(_under(_STACK, tensors), described)
+        old = is_old(described["layout"])
+        if old:
+            check_zeros(stack)
         rest, tied = _under(_REST, tensors), described["tied"]
         if both := sorted(tied.keys() & rest.keys()):
             raise ValueError(f"{both[0]} is stored, and tied to {tied[both[0]]} as well")
@@ -127,6 +140,8 @@ def load_compiled(
         set_generation(model, described["generation"])
     except Exception as error:  # a damaged description can make any class of a config fail
         raise FormatError(f"{folder}: {error or repr(error)}") from error
+    if old:
+        warnings.warn(_UNTIED.format(folder=folder), stacklevel=2)
     return assemble(model, stack, chosen, None if cache is None else Path(cache))
 
 
@@ -143,12 +158,16 @@ def _read_description(folder: Path) -> dict[str, Any]:
         described = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{folder} holds no compiled model that can be read: {error}") from error
-    if not isinstance(described, dict) or described.get("layout") != LAYOUT:
+    if not isinstance(described, dict) or not _is_known(described.get("layout")):
         raise FormatError(
             f"{file} was written by another version of hf_sparse, with another layout of weights. "
             "Compile the model again."
         )
     return described
+
+
+def _is_known(layout: Any) -> bool:
+    return layout == LAYOUT or is_old(layout)
 
 
 def _instead(folder: Path) -> str:
@@ -173,17 +192,22 @@ def _read_weights(path: Path, described: Mapping[str, Any]) -> dict[str, Tensor]
     with path.open("rb") as file:
         entries = read_header(file)
         own = entries.get(_ID)
-        fits = own is not None and (own.dtype, own.shape) == (torch.uint8, (_ID_BYTES,))
-        if not fits or bytes(read_tensor(file, entries[_ID]).tolist()).hex() != described["id"]:
+        if is_old(described["layout"]):
+            fits, types = own is None, types_of(entries, described)
+        else:
+            fits = own is not None and (own.dtype, own.shape) == (torch.uint8, (_ID_BYTES,))
+            fits = fits and bytes(read_tensor(file, entries[_ID]).tolist()).hex() == described["id"]
+            types = described["types"]
+        if not fits:
             raise ValueError(
                 f"{COMPILED_WEIGHTS} and {COMPILED_DESCRIPTION} were not saved together: one of them "
                 "is another model's, or saving was interrupted. Save the compiled model again."
             )
-        _check_entries(entries, described["types"])
-        # Packed weights side by side, in the order of their use, which is the description's.
+        _check_entries(entries, types)
+        # Packed weights side by side, in the order of their use, which is that of the types.
         return {
             name: read_tensor(file, entries[name], shelf if name.startswith(_STACK) else None)
-            for name in described["types"]
+            for name in types
         }
 
 
