@@ -36,8 +36,8 @@ from transformers.utils.logging import disable_progress_bar
 
 import hf_sparse
 from hf_sparse import SparsityConfig
-from hf_sparse.recovery.recover import RECOVERIES, fit
-from hf_sparse.recovery.zeros import fingerprint, sparse_layers
+from hf_sparse.optim.zeros import fingerprint, sparse_layers
+from hf_sparse.recover import RECOVERIES, fit
 
 WINDOW = 512
 CALIBRATION = 64

@@ -33,7 +33,7 @@ import hf_sparse
 from hf_sparse import SparsityConfig
 from hf_sparse.report import format_table
 from hf_sparse.shrinking import ShrinkReport
-from hf_sparse.units import find_units
+from hf_sparse.structure.units import find_units
 
 TASK = "sst2"
 BASE = "sentence-transformers/all-MiniLM-L6-v2"

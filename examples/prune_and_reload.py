@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
 from hf_sparse import Metric, SparsityConfig
-from hf_sparse.documents import read_documents
+from hf_sparse.calibration.documents import read_documents
 from hf_sparse.report import format_table
 from hf_sparse.runtime.llvm.target import host
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
-from hf_sparse.documents import read_documents
+from hf_sparse.calibration.documents import read_documents
 from hf_sparse.pruning.methods import METHODS
 
 

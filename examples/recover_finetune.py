@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import hf_sparse
-from hf_sparse.documents import read_documents
+from hf_sparse.calibration.documents import read_documents
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import hf_sparse
-from hf_sparse.documents import read_documents
+from hf_sparse.calibration.documents import read_documents
 
 try:
     from peft import LoraConfig, ShiraConfig

@@ -9,17 +9,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hf_sparse import registration as registration
+from hf_sparse.models import registration as registration
 from hf_sparse.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from hf_sparse.adapters.loading import get_peft_model as get_peft_model
+    from hf_sparse.adapters.loading import load_adapter as load_adapter
+    from hf_sparse.adapters.loading import merge_adapters as merge_adapters
     from hf_sparse.benchmark import benchmark as benchmark
     from hf_sparse.budget import allocate as allocate
     from hf_sparse.budget import sparsity_for as sparsity_for
+    from hf_sparse.calibration.labels import labelled_batches as labelled_batches
+    from hf_sparse.calibration.windows import calibration_batches as calibration_batches
     from hf_sparse.checkpoint.inspect import inspect_checkpoint as inspect_checkpoint
     from hf_sparse.checkpoint.legacy import convert_legacy as convert_legacy
-    from hf_sparse.checkpoint.save import save_pretrained as save_pretrained
-    from hf_sparse.checkpoint.streaming import prune_checkpoint as prune_checkpoint
+    from hf_sparse.compiled_files.files import load_compiled as load_compiled
+    from hf_sparse.compiled_files.files import save_compiled as save_compiled
     from hf_sparse.configuration_sparse import SparsityConfig as SparsityConfig
     from hf_sparse.distillation import Distillation as Distillation
     from hf_sparse.evaluation import accuracy as accuracy
@@ -28,6 +33,8 @@ if TYPE_CHECKING:
     from hf_sparse.formats import FormatError as FormatError
     from hf_sparse.hub import push_to_hub as push_to_hub
     from hf_sparse.optim.groups import sparse_param_groups as sparse_param_groups
+    from hf_sparse.optim.keep_zeros import keep_zeros as keep_zeros
+    from hf_sparse.optim.keep_zeros_callback import KeepZeros as KeepZeros
     from hf_sparse.optim.schedules import Schedule as Schedule
     from hf_sparse.optim.shrinkage import add_shrinkage as add_shrinkage
     from hf_sparse.optim.shrinkage import freeze_zeros as freeze_zeros
@@ -38,27 +45,20 @@ if TYPE_CHECKING:
     from hf_sparse.optim.trainer import trainer_optimizer as trainer_optimizer
     from hf_sparse.patterns import Pattern as Pattern
     from hf_sparse.provenance.values import Metric as Metric
-    from hf_sparse.pruning.calibration import calibration_batches as calibration_batches
-    from hf_sparse.pruning.labels import labelled_batches as labelled_batches
     from hf_sparse.pruning.oneshot import prune_ as prune_
-    from hf_sparse.recovery.adapters import get_peft_model as get_peft_model
-    from hf_sparse.recovery.adapters import load_adapter as load_adapter
-    from hf_sparse.recovery.adapters import merge_adapters as merge_adapters
-    from hf_sparse.recovery.frozen import keep_zeros as keep_zeros
-    from hf_sparse.recovery.recover import recover_ as recover_
-    from hf_sparse.recovery.trainer import KeepZeros as KeepZeros
+    from hf_sparse.pruning.streaming import prune_checkpoint as prune_checkpoint
+    from hf_sparse.recover import recover_ as recover_
     from hf_sparse.report import SparsityReport as SparsityReport
     from hf_sparse.report import measure_sparsity as measure_sparsity
     from hf_sparse.runtime.model.compiled import compile as compile
-    from hf_sparse.runtime.model.files import load_compiled as load_compiled
-    from hf_sparse.runtime.model.files import save_compiled as save_compiled
+    from hf_sparse.saving import save_pretrained as save_pretrained
     from hf_sparse.shrinking import ShrinkReport as ShrinkReport
     from hf_sparse.shrinking import shrink as shrink
 
 _PUBLIC = {
     "Distillation": "hf_sparse.distillation",
     "FormatError": "hf_sparse.formats",
-    "KeepZeros": "hf_sparse.recovery.trainer",
+    "KeepZeros": "hf_sparse.optim.keep_zeros_callback",
     "Metric": "hf_sparse.provenance.values",
     "Pattern": "hf_sparse.patterns",
     "Schedule": "hf_sparse.optim.schedules",
@@ -73,26 +73,26 @@ _PUBLIC = {
     "add_shrinkage": "hf_sparse.optim.shrinkage",
     "allocate": "hf_sparse.budget",
     "benchmark": "hf_sparse.benchmark",
-    "calibration_batches": "hf_sparse.pruning.calibration",
+    "calibration_batches": "hf_sparse.calibration.windows",
     "compile": "hf_sparse.runtime.model.compiled",
     "convert_legacy": "hf_sparse.checkpoint.legacy",
     "export_onnx": "hf_sparse.exporters.onnx_export",
     "freeze_zeros": "hf_sparse.optim.shrinkage",
-    "get_peft_model": "hf_sparse.recovery.adapters",
+    "get_peft_model": "hf_sparse.adapters.loading",
     "inspect_checkpoint": "hf_sparse.checkpoint.inspect",
-    "keep_zeros": "hf_sparse.recovery.frozen",
-    "labelled_batches": "hf_sparse.pruning.labels",
-    "load_adapter": "hf_sparse.recovery.adapters",
-    "load_compiled": "hf_sparse.runtime.model.files",
+    "keep_zeros": "hf_sparse.optim.keep_zeros",
+    "labelled_batches": "hf_sparse.calibration.labels",
+    "load_adapter": "hf_sparse.adapters.loading",
+    "load_compiled": "hf_sparse.compiled_files.files",
     "measure_sparsity": "hf_sparse.report",
-    "merge_adapters": "hf_sparse.recovery.adapters",
+    "merge_adapters": "hf_sparse.adapters.loading",
     "perplexity": "hf_sparse.evaluation",
     "prune_": "hf_sparse.pruning.oneshot",
-    "prune_checkpoint": "hf_sparse.checkpoint.streaming",
+    "prune_checkpoint": "hf_sparse.pruning.streaming",
     "push_to_hub": "hf_sparse.hub",
-    "recover_": "hf_sparse.recovery.recover",
-    "save_compiled": "hf_sparse.runtime.model.files",
-    "save_pretrained": "hf_sparse.checkpoint.save",
+    "recover_": "hf_sparse.recover",
+    "save_compiled": "hf_sparse.compiled_files.files",
+    "save_pretrained": "hf_sparse.saving",
     "shrink": "hf_sparse.shrinking",
     "sparse_param_groups": "hf_sparse.optim.groups",
     "sparsity_for": "hf_sparse.budget",

@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.arguments import check_has_values, check_kinds, check_model
+from hf_sparse.calibration.windows import checked_batches
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Block, Pattern
-from hf_sparse.pruning.calibration import checked_batches
 from hf_sparse.report import format_table
 from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE
 from hf_sparse.runtime.llvm.target import named
 from hf_sparse.runtime.weights.rates import Rates, calibrate
-from hf_sparse.structure import TargetLayer, target_layers
+from hf_sparse.structure.layers import TargetLayer, target_layers
 
 LEVELS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975)
 # The sparsity at which a layer's effect on the model's output is measured.

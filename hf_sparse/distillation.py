@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_sparse.arguments import check_has_values, check_kinds, check_model
 from hf_sparse.provenance.record import announce_teaching_, end_teaching_, note_taught_
-from hf_sparse.structure import has_adapters
+from hf_sparse.structure.layers import has_adapters
 
 # Logits whose divergence is computed at once.
 _CHUNK = 1 << 21

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from hf_sparse.arguments import check_has_values, check_kinds, check_model
-from hf_sparse.pruning.calibration import token_windows
-from hf_sparse.pruning.labels import class_indices
-from hf_sparse.pruning.linalg import FastProducts
-from hf_sparse.pruning.texts import check_tokenizer
+from hf_sparse.calibration.labels import class_indices
+from hf_sparse.calibration.linalg import FastProducts
+from hf_sparse.calibration.texts import check_tokenizer
+from hf_sparse.calibration.windows import token_windows
 
 
 @torch.inference_mode()

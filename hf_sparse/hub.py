@@ -11,16 +11,16 @@ from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 
+from hf_sparse.adapters.checks import is_peft_model
+from hf_sparse.adapters.loading import merged_copy
 from hf_sparse.arguments import check_kinds, check_model, check_saves
 from hf_sparse.checkpoint.card import CARD_NAME, OUR_FACT, settle
-from hf_sparse.checkpoint.save import save_pretrained
 from hf_sparse.checkpoint.writing import MANIFEST_NAME, is_weight_file
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.exporters.onnx_export import check_packages, export_onnx, written_files
 from hf_sparse.provenance.values import Metric
-from hf_sparse.recovery.adapter_checks import is_peft_model
-from hf_sparse.recovery.adapters import merged_copy
 from hf_sparse.report import SparsityReport
+from hf_sparse.saving import save_pretrained
 
 _GRAPH_FOLDER = "onnx"
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from hf_sparse.arguments import check_has_values, check_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Pattern
-from hf_sparse.structure import (
+from hf_sparse.structure.layers import (
     block_layers,
     num_parameters,
     promised_config,

@@ -25,12 +25,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_sparse.arguments import check_has_values, check_model
-from hf_sparse.models.parts import BlockSize
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Step
 from hf_sparse.report import format_table
-from hf_sparse.structure import PRUNED_WITH, TargetLayer, num_parameters
-from hf_sparse.units import BlockUnits, check_whole, find_units, unused_heads, unused_neurons
+from hf_sparse.structure.layers import PRUNED_WITH, TargetLayer, num_parameters
+from hf_sparse.structure.parts import BlockSize
+from hf_sparse.structure.units import (
+    BlockUnits,
+    check_whole,
+    find_units,
+    unused_heads,
+    unused_neurons,
+)
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ def shrink(model: PreTrainedModel) -> ShrinkReport:
     blocks, and `AutoModel*.from_pretrained` makes them. Make optimizers after this.
 
     Args:
-        model: of a family in `hf_sparse.models.parts.PARTS`, pruned by whole heads (`head`), neurons
+        model: of a family in `hf_sparse.structure.parts.PARTS`, pruned by whole heads (`head`), neurons
             (`column`, `row`), or trained to have such zeros.
 
     Returns:

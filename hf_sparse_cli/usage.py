@@ -234,7 +234,7 @@ def text_fields(options: argparse.Namespace) -> list[str]:
 
 
 def unfinished(output: str) -> Path:
-    """The work folder of a streamed run (see `hf_sparse.checkpoint.work_folder`)."""
+    """The work folder of a streamed run (see `hf_sparse.files.work_folder`)."""
     folder = Path(output).absolute()
     return folder.with_name(f"{folder.name}.unfinished")
 

@@ -154,7 +154,7 @@ def check_round_trip(family: str, config: Any, folder: Path) -> None:
     for found in (loaded, again, merged):
         torch.testing.assert_close(outputs(found), wanted, atol=1e-5, rtol=1e-5)
     kept = dict(merged.named_parameters())
-    for layer in hf_sparse.structure.block_layers(sparse):
+    for layer in hf_sparse.structure.layers.block_layers(sparse):
         assert torch.equal(kept[layer.weight_name] == 0, layer.parameter == 0), layer.name
 
 
@@ -183,7 +183,7 @@ def check_refused(config: Any, message: str) -> None:
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
         hf_sparse.get_peft_model(model, config)
-    assert not hf_sparse.structure.has_adapters(model)
+    assert not hf_sparse.structure.layers.has_adapters(model)
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_sparse
 from hf_sparse import SparsityConfig
-from hf_sparse.checkpoint import streaming
 from hf_sparse.checkpoint.can_save import check_can_save, check_can_write
 from hf_sparse.cli import commands, loading, main
+from hf_sparse.pruning import streaming
 from tests.tiny_models import CONFIGS, prose, tiny_batches, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 import hf_sparse
 from hf_sparse import FormatError, SparsityConfig
 from hf_sparse.checkpoint.index import INDEX_NAME
-from hf_sparse.checkpoint.links import check_links
 from hf_sparse.cli import main
+from hf_sparse.files.links import check_links
 from tests.test_legacy import sparse_llama, write_legacy
 from tests.tiny_models import tiny_batches, tiny_model
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import hf_sparse
-from hf_sparse.checkpoint import streaming
 from hf_sparse.cli import commands, main
+from hf_sparse.pruning import streaming
 from hf_sparse_cli.usage import check, doubts, unfinished
 from tests.tiny_models import prose, tiny_model, tiny_tokenizer
 

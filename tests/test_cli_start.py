@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 
 import hf_sparse_cli
-from hf_sparse.checkpoint import streaming
 from hf_sparse.cli import commands
 from hf_sparse.exporters import QUANTIZATIONS
 from hf_sparse.formats import FORMATS
 from hf_sparse.patterns import Pattern
+from hf_sparse.pruning import streaming
 from hf_sparse.pruning.allocation import ALLOCATIONS
 from hf_sparse.pruning.magnitude import SCOPES
 from hf_sparse.pruning.methods import METHODS, REFINEMENTS, Composition
-from hf_sparse.recovery.recover import RECOVERIES
+from hf_sparse.recover import RECOVERIES
 from hf_sparse_cli import choices, main
 from hf_sparse_cli.parser import make_parser
 from hf_sparse_cli.usage import implied_sparsity, unfinished

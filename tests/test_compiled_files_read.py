@@ -18,9 +18,10 @@ import torch
 from transformers import GPT2Config
 
 import hf_sparse
-from hf_sparse.checkpoint import atomic, skeleton
+from hf_sparse.checkpoint import skeleton
+from hf_sparse.compiled_files import files as compiled_files
+from hf_sparse.files import atomic
 from hf_sparse.formats import FormatError
-from hf_sparse.runtime.model import files as compiled_files
 from tests.compiled_folders import DECODER, MODELS, in_a_child, logits, saved, write
 from tests.test_compile import random_model
 

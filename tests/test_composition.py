@@ -11,15 +11,15 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_sparse import SparsityConfig, prune_
+from hf_sparse.calibration.input_statistics import Grams, Norms
+from hf_sparse.calibration.walk import Residence, walk
+from hf_sparse.calibration.windows import fingerprint
 from hf_sparse.pruning import proxsparse, sparsellm
 from hf_sparse.pruning.allocation import block_sparsities, tail_exponent
-from hf_sparse.pruning.calibration import fingerprint
 from hf_sparse.pruning.feed_forward import find_feed_forward
 from hf_sparse.pruning.methods import METHODS
 from hf_sparse.pruning.problem import layer_error
-from hf_sparse.pruning.statistics import Grams, Norms
-from hf_sparse.pruning.walk import Residence, walk
-from hf_sparse.structure import find_stacks, layers_in, target_layers
+from hf_sparse.structure.layers import find_stacks, layers_in, target_layers
 from tests.closeness import nearly_same, same
 from tests.tiny_models import tiny_batches, tiny_model
 

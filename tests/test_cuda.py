@@ -16,7 +16,7 @@ from hf_sparse import Distillation, SparsityConfig, prune_
 from hf_sparse.formats import FORMATS, compress, decompress
 from hf_sparse.optim.methods import TRAINING_METHODS
 from hf_sparse.patterns import Pattern
-from hf_sparse.structure import target_layers
+from hf_sparse.structure.layers import target_layers
 from tests.test_accelerate import RECIPES, TRAINED
 from tests.tiny_models import prose, tiny_batches, tiny_classifier, tiny_model, tiny_tokenizer
 

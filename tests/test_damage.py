@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 import hf_sparse
 from hf_sparse import FormatError, SparsityConfig
-from hf_sparse.checkpoint import atomic, writing
+from hf_sparse.checkpoint import writing
+from hf_sparse.files import atomic
 from tests.tiny_models import tiny_model
 
 TENSOR = "model.layers.1.mlp.up_proj.weight"
@@ -371,7 +372,7 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     """Two versions are saved in turn by a process that is killed at many moments."""
     code = (
         "import sys, pathlib\n"
-        "from hf_sparse.checkpoint.atomic import replacing\n"
+        "from hf_sparse.files.atomic import replacing\n"
         "target = pathlib.Path(sys.argv[1])\n"
         "version = 0\n"
         "while True:\n"
@@ -405,7 +406,7 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path) -> None:
 
 _SAVER = """
 import sys, time, pathlib
-from hf_sparse.checkpoint.atomic import replacing
+from hf_sparse.files.atomic import replacing
 with replacing(pathlib.Path(sys.argv[1])) as fresh:
     (fresh / "config.json").write_text("killed")
     print(fresh, flush=True)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from hf_sparse import SparsityConfig, load_adapter, merge_adapters, prune_
 from hf_sparse.patterns import Pattern
-from hf_sparse.structure import target_layers
+from hf_sparse.structure.layers import target_layers
 from tests.test_frozen import sparse_model
 from tests.tiny_models import tiny_model
 

@@ -190,8 +190,8 @@ def test_the_links_of_the_pages_lead_somewhere() -> None:
 
 def test_the_reference_tells_every_method_format_and_family() -> None:
     from hf_sparse.formats import FORMATS
-    from hf_sparse.models.families import FAMILIES
     from hf_sparse.pruning.methods import METHODS
+    from hf_sparse.structure.families import FAMILIES
 
     for name in (*METHODS, *FORMATS, *FAMILIES):
         assert f"`{name}`" in REFERENCE

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import hf_sparse
-from hf_sparse.recovery.expressions import is_fast_expression
+from hf_sparse.adapters.expressions import is_fast_expression
 from tests.tiny_models import tiny_model
 
 peft = pytest.importorskip("peft")

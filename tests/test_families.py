@@ -23,8 +23,8 @@ from transformers import (
 
 import hf_sparse
 from hf_sparse import SparsityConfig
-from hf_sparse.models.families import FAMILIES
 from hf_sparse.models.modeling import model_classes
+from hf_sparse.structure.families import FAMILIES
 from tests.tiny_models import CONFIGS, tiny_tokenizer
 
 HEADS = [(family, name) for family in FAMILIES for name in model_classes(family)]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_sparse
 from hf_sparse import KeepZeros, SparsityConfig, keep_zeros
-from hf_sparse.recovery.zeros import kept_bits, mask_, refill_, sparse_layers, unlike
+from hf_sparse.optim.zeros import kept_bits, mask_, refill_, sparse_layers, unlike
 from tests.closeness import nearly_same
 from tests.tiny_models import tiny_batches, tiny_model
 

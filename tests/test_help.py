@@ -15,7 +15,7 @@ from hf_sparse.optim.schedules import SHAPES
 from hf_sparse.patterns import NOTATIONS
 from hf_sparse.pruning.allocation import ALLOCATIONS
 from hf_sparse.pruning.methods import METHODS, REFINEMENTS, Composition
-from hf_sparse.recovery.recover import RECOVERIES
+from hf_sparse.recover import RECOVERIES
 
 
 def told(value: Any) -> str:

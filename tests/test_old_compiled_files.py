@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
 import hf_sparse
+from hf_sparse.compiled_files.old_layout import check_zeros
 from hf_sparse.formats import FormatError
 from hf_sparse.runtime.model.compiled import stack_of
-from hf_sparse.runtime.model.old_compiled import check_zeros
 from tests.compiled_folders import DECODER, MODELS, as_old, logits, saved, write
 from tests.test_compile import random_model
 from tests.test_compiled_files_attacked import CASES

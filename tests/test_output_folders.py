@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import hf_sparse
-from hf_sparse.checkpoint import streaming
+from hf_sparse.pruning import streaming
 from tests.tiny_models import tiny_batches, tiny_model
 
 CONFIG = hf_sparse.SparsityConfig("2:4")

@@ -16,7 +16,7 @@ import hf_sparse
 from hf_sparse import FormatError, SparsityConfig
 from hf_sparse.cli import main
 from hf_sparse.formats import compress, join
-from hf_sparse.structure import promised_config
+from hf_sparse.structure.layers import promised_config
 from tests.tiny_models import tiny_batches, tiny_model
 
 ATTENTION = ["self_attn.*"]

@@ -17,7 +17,7 @@ from hf_sparse import Pattern, SparsityConfig, measure_sparsity, prune_
 from hf_sparse.pruning.methods import METHODS
 from hf_sparse.pruning.wanda import wanda_mask
 from hf_sparse.selection import kth_smallest
-from hf_sparse.structure import find_stacks, target_layers
+from hf_sparse.structure.layers import find_stacks, target_layers
 from tests.closeness import nearly_same
 from tests.crosses import cross
 from tests.tiny_models import CONFIGS, UNKNOWN, tiny_batches, tiny_model

@@ -17,7 +17,7 @@ from hf_sparse import SparsityConfig
 from hf_sparse.checkpoint.source import stored_in
 from hf_sparse.provenance.record import provenance_of
 from hf_sparse.provenance.values import FILLED
-from hf_sparse.structure import promised_config
+from hf_sparse.structure.layers import promised_config
 from tests.tiny_models import tiny_batches, tiny_model
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import hf_sparse
 from hf_sparse import SparsityConfig, recover_
 from hf_sparse.cli import main
-from hf_sparse.recovery.recover import RECOVERIES
+from hf_sparse.recover import RECOVERIES
 from tests.closeness import nearly_same
 from tests.test_frozen import assert_same, places, sparse_model
 from tests.tiny_models import prose, tiny_batches, tiny_model, tiny_tokenizer

@@ -27,7 +27,7 @@ def room(weight: torch.Tensor) -> int:
 def test_the_default_rank_fits_the_smallest_layer() -> None:
     model = sparse()
     most = min(room(p) for name, p in model.named_parameters() if "_proj" in name)
-    assert 0 < most < hf_sparse.recovery.recover.RECOVERIES["shira"].r  # else nothing is bounded
+    assert 0 < most < hf_sparse.recover.RECOVERIES["shira"].r  # else nothing is bounded
     report = hf_sparse.recover_(model, tiny_batches("llama"), "shira")
     assert report.options["r"] == most
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse import Pattern
-from hf_sparse.pruning import alps, prox_local, sparsegpt, swaps, wanda
-from hf_sparse.pruning.linalg import (
+from hf_sparse.calibration.linalg import (
     FastProducts,
     add_gram_,
     cholesky,
@@ -19,6 +18,7 @@ from hf_sparse.pruning.linalg import (
     mirror_,
     regularised,
 )
+from hf_sparse.pruning import alps, prox_local, sparsegpt, swaps, wanda
 from hf_sparse.pruning.problem import Notes, Problem, layer_error
 from tests.closeness import same
 

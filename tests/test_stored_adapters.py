@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import hf_sparse
-from hf_sparse import get_peft_model, load_adapter
+from hf_sparse import get_peft_model, load_adapter, recover
 from hf_sparse.cli import main
-from hf_sparse.recovery import recover
-from hf_sparse.recovery.recover import fit
+from hf_sparse.recover import fit
 from tests.closeness import same
 from tests.test_adapters import lora, outputs, shira, train
 from tests.test_frozen import sparse_model
@@ -53,7 +52,7 @@ def refused(folder: Path, message: str, model: Any = None) -> None:
     before = outputs(model)
     with pytest.raises(ValueError, match=message):
         load_adapter(model, folder)
-    assert not hf_sparse.structure.has_adapters(model)
+    assert not hf_sparse.structure.layers.has_adapters(model)
     assert same(outputs(model), before)
 
 
@@ -193,7 +192,7 @@ def test_a_scale_that_is_not_finite() -> None:
     model = sparse_model()
     with pytest.raises(ValueError, match=r"not finite, .* the scale of "):
         get_peft_model(model, lora(lora_alpha=float("nan")))
-    assert not hf_sparse.structure.has_adapters(model)
+    assert not hf_sparse.structure.layers.has_adapters(model)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -219,7 +218,7 @@ def test_a_recovery_that_diverges_in_its_last_step(
     before = outputs(model)
     with pytest.raises(ValueError, match="has values that are not finite"):
         hf_sparse.recover_(model, tiny_batches("llama")[:1], kind, r=1)
-    assert not hf_sparse.structure.has_adapters(model)
+    assert not hf_sparse.structure.layers.has_adapters(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert same(outputs(model), before)
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_sparse import SparsityConfig, prune_, prune_checkpoint
-from hf_sparse.checkpoint import streaming
 from hf_sparse.cli import main
+from hf_sparse.pruning import streaming
 from tests.closeness import nearly_same, nearly_the_same_zeros
 from tests.tiny_models import prose, tiny_batches, tiny_model, tiny_tokenizer
 

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_sparse
 from hf_sparse import Pattern, SparsityConfig, prune_, shrink
-from hf_sparse.models.families import FAMILIES
-from hf_sparse.models.parts import PARTS
 from hf_sparse.patterns import Head
 from hf_sparse.pruning import refit
 from hf_sparse.pruning.problem import Problem, layer_error
-from hf_sparse.structure import target_layers, with_head_size
-from hf_sparse.units import BlockUnits, find_units
+from hf_sparse.structure.families import FAMILIES
+from hf_sparse.structure.layers import target_layers, with_head_size
+from hf_sparse.structure.parts import PARTS
+from hf_sparse.structure.units import BlockUnits, find_units
 from tests.tiny_models import UNKNOWN, tiny_batches, tiny_classifier, tiny_model
 
 CAUSAL = [family for family in FAMILIES if family not in ("bert", "albert")]

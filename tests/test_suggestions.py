@@ -11,8 +11,9 @@ import torch
 
 import hf_sparse
 from hf_sparse import Schedule, SparsityConfig
+from hf_sparse.calibration import linalg
+from hf_sparse.calibration import losses as training
 from hf_sparse.patterns import Pattern
-from hf_sparse.pruning import linalg, training
 from tests.tiny_models import tiny_batches, tiny_model
 
 

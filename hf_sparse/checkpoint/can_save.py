@@ -14,9 +14,9 @@ from transformers.utils.quantization_config import QuantizationMethod
 from hf_sparse.checkpoint.writing import check_folder
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import compress
-from hf_sparse.models.families import FAMILIES, base_type
-from hf_sparse.structure import check_divides, promised_config, target_layers, with_head_size
-from hf_sparse.units import shrunk_sizes
+from hf_sparse.structure.families import FAMILIES, base_type
+from hf_sparse.structure.layers import check_divides, promised_config, target_layers, with_head_size
+from hf_sparse.structure.units import shrunk_sizes
 
 
 def check_can_save(

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.models.parts import full_size
 from hf_sparse.provenance.values import FILLED, Calibration, Metric, Provenance, Step, Value
-from hf_sparse.units import shrunk_sizes
+from hf_sparse.structure.parts import full_size
+from hf_sparse.structure.units import shrunk_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,9 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_sparse.checkpoint.can_save import check_family, check_sizes
 from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
+from hf_sparse.checkpoint.sparse_configs import CONFIGS, SparseConfigMixin, base_config_class
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.models.configuration import CONFIGS, SparseConfigMixin, base_config_class
-from hf_sparse.units import shrunk_sizes
+from hf_sparse.structure.units import shrunk_sizes
 
 STUB_NAME = "modeling_hf_sparse.py"
 # What a config under the family's own type has no place for.

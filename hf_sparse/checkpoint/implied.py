@@ -12,18 +12,18 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FORMATS
+from hf_sparse.optim.zeros import SPARSE_FROM
 from hf_sparse.patterns import Unstructured
-from hf_sparse.promise import Held
-from hf_sparse.recovery.zeros import SPARSE_FROM
 from hf_sparse.report import TensorSparsity, count_zeros
-from hf_sparse.structure import (
+from hf_sparse.structure.layers import (
     TargetLayer,
     block_layers,
     promised_config,
     target_layers,
     with_head_size,
 )
-from hf_sparse.units import shrunk_sizes
+from hf_sparse.structure.promise import Held
+from hf_sparse.structure.units import shrunk_sizes
 
 _FILLED = "training without a mask fills zeros"
 

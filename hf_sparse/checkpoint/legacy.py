@@ -39,17 +39,17 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from hf_sparse.arguments import check_path
 from hf_sparse.checkpoint.can_save import check_can_save
 from hf_sparse.checkpoint.index import read_object
-from hf_sparse.checkpoint.links import check_links
 from hf_sparse.checkpoint.promised import describing
 from hf_sparse.checkpoint.reading import checkpoint_files, open_file, watch
 from hf_sparse.checkpoint.save import save_model
 from hf_sparse.checkpoint.writing import check_not_lost
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.files.links import check_links
 from hf_sparse.formats import FORMATS, FormatError, bits, join, locate
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Step
 from hf_sparse.report import count_zeros
-from hf_sparse.structure import target_layers
+from hf_sparse.structure.layers import target_layers
 from hf_sparse.suggestions import check_name
 
 # The formats that are read, and the parts of a weight in each.

@@ -11,7 +11,7 @@ from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Pattern, Unstructured
 from hf_sparse.provenance.values import Step
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
-from hf_sparse.structure import block_layers, target_layers, with_head_size
+from hf_sparse.structure.layers import block_layers, target_layers, with_head_size
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from huggingface_hub.errors import StrictDataclassError
 
 from hf_sparse.checkpoint.index import read_index, read_object
 from hf_sparse.checkpoint.reading import StoredTensor, open_file, read_headers
+from hf_sparse.checkpoint.sparse_configs import CONFIGS
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FORMATS, FormatError, join, locate
-from hf_sparse.models.configuration import CONFIGS
-from hf_sparse.models.families import base_type
-from hf_sparse.models.parts import PARTS, sizes_in
-from hf_sparse.structure import is_conv1d, target_layers
-from hf_sparse.units import resize_
+from hf_sparse.structure.families import base_type
+from hf_sparse.structure.layers import is_conv1d, target_layers
+from hf_sparse.structure.parts import PARTS, sizes_in
+from hf_sparse.structure.units import resize_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

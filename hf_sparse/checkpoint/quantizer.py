@@ -34,9 +34,9 @@ from hf_sparse.formats import (
     locate,
     read_layout,
 )
-from hf_sparse.models.parts import parts_of
 from hf_sparse.patterns import Pattern
-from hf_sparse.structure import is_conv1d
+from hf_sparse.structure.layers import is_conv1d
+from hf_sparse.structure.parts import parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from hf_sparse.checkpoint.index import DIGEST, INDEX_NAME, index_of, read_index
 from hf_sparse.checkpoint.writing import COMPILED_DESCRIPTION
@@ -25,7 +26,6 @@ from hf_sparse.formats import (
     read_layout,
     split_name,
 )
-from hf_sparse.recovery.stored import ADAPTER_CONFIG
 
 WEIGHTS_NAME = "model.safetensors"
 
@@ -217,7 +217,7 @@ def check_is_checkpoint(folder: Path) -> None:
         )
     for name, kind, reader in (
         (COMPILED_DESCRIPTION, "a compiled model", "load_compiled"),
-        (ADAPTER_CONFIG, "an adapter", "load_adapter"),
+        (ADAPTER_CONFIG_NAME, "an adapter", "load_adapter"),
     ):
         if (folder / name).exists() and not (folder / "config.json").exists():
             raise FormatError(

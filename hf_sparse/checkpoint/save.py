@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +15,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from hf_sparse.arguments import check_has_values, check_kinds, check_model, check_path, check_saves
-from hf_sparse.checkpoint.atomic import replacing
+from hf_sparse.arguments import check_has_values, check_kinds, check_model, check_saves
 from hf_sparse.checkpoint.can_save import check_not_quantized
 from hf_sparse.checkpoint.card import CARD_NAME, Card, write_card
 from hf_sparse.checkpoint.config_files import write_configs
@@ -36,16 +34,14 @@ from hf_sparse.checkpoint.writing import (
     compiled_files,
     is_weight_file,
 )
-from hf_sparse.configuration_sparse import SparsityConfig, check_config
+from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.files.atomic import replacing
 from hf_sparse.formats import FORMATS, can_compress, compress, format_of, num_nonzeros
 from hf_sparse.patterns import Pattern
-from hf_sparse.promise import Held, with_sparsity
 from hf_sparse.provenance.record import remember_
 from hf_sparse.provenance.values import Metric
-from hf_sparse.recovery.adapter_checks import is_peft_model
-from hf_sparse.recovery.adapters import merged_copy
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
-from hf_sparse.structure import (
+from hf_sparse.structure.layers import (
     TargetLayer,
     block_layers,
     check_has_weights,
@@ -54,95 +50,13 @@ from hf_sparse.structure import (
     promised_config,
     with_head_size,
 )
+from hf_sparse.structure.promise import Held, with_sparsity
 
-_ADAPTERS = (
+ADAPTERS = (
     "the model has adapters, which a sparse checkpoint does not hold. Merge them "
     "(hf_sparse.merge_adapters), or save it without them (model.delete_adapter); the PeftModel's own "
     "save_pretrained saves the adapter alone."
 )
-
-
-def save_pretrained(
-    model: PreTrainedModel,
-    folder: str | os.PathLike[str],
-    config: SparsityConfig | None = None,
-    *,
-    tokenizer: Any = None,
-    report: SparsityReport | None = None,
-    metrics: Sequence[Metric] = (),
-    tags: Sequence[str] = (),
-    base_model: str | None = None,
-    card_data: Mapping[str, Any] | None = None,
-    **kwargs: Any,
-) -> Path:
-    """Save a model so that `AutoModel*.from_pretrained(folder)` gives the same weights back.
-
-    Weights of the config's targets are stored compressed, bit for bit (`-0.0` as `0.0`), under
-    `model_type: "sparse_..."`; so are other matrices of the blocks that get smaller by it, such as
-    those that another pattern was pruned into before. With `format="dense"` the zeros are written
-    in place under the family's own type, which loads without hf_sparse. The folder's old files stay
-    untouched until the new ones are complete (see `hf_sparse.checkpoint.atomic`).
-
-    Args:
-        model: a transformers model. Compressed: of a family in `FAMILIES`. Of a `peft.PeftModel`
-            a copy is merged and saved, as `merge_adapters` does it: the zeros stay, and who loads it
-            needs no adapter. (Its own `save_pretrained` saves the adapter alone.)
-        folder: made if it does not exist. Other files in it stay, but for weights: what
-            `save_compiled` wrote there before, and a `pytorch_model.bin`, with a warning. A README.md
-            that is no card of hf_sparse stays, with a warning.
-        config: pattern, targets and format. None: what the model was pruned with or loaded with,
-            or else `unstructured` at the sparsity that is measured.
-        tokenizer: saved beside the model if given.
-        report: of a step that the model does not remember. It remembers all that was done to it here
-            (pruning, sparse training, recovery, merging, shrinking), and what the checkpoint that it
-            was loaded from tells.
-        metrics: measured figures for the model card. None: those that are known of the model, if its
-            weights are still the same.
-        tags: for the model card, beside its own.
-        base_model: Hub name of the dense model, for the card. None: what is known, or what the model
-            was loaded from, if that was no folder.
-        card_data: for the metadata of the model card, which the Hub searches by: `license`,
-            `license_name`, `license_link`, `language`, `datasets` and `tags`, such as
-            `{"license": "apache-2.0", "language": "en"}`. Later saves keep them.
-        **kwargs: `max_shard_size` (default `"5GB"`), `state_dict`, `is_main_process` and `variant`
-            as in `PreTrainedModel.save_pretrained`. Of several processes the first one saves.
-
-    Returns:
-        The folder.
-
-    Memory: beside the model, one shard.
-
-    Raises:
-        ValueError: the model's family is not in `FAMILIES`, an adapter without a mask would fill
-            zeros, a weight breaks the N:M pattern that `config` promises, the format cannot hold
-            it, or the folder holds an ONNX export. Nothing has been written then. (With
-            `config=None` a broken N:M promise is a warning, and the model is saved as
-            `unstructured`: a Trainer must be able to write its checkpoints.)
-        OSError: the folder cannot be written or the disk is full. Nothing has changed then.
-    """
-    check_path(folder, "save_pretrained")
-    if config is not None:
-        check_config(config)
-    check_kinds(save_pretrained, locals())
-    if is_peft_model(model):
-        model = merged_copy(model)
-    check_model(model, "save_pretrained", PreTrainedModel)
-    if getattr(model, "_hf_peft_config_loaded", False) or has_adapters(model):
-        raise ValueError(_ADAPTERS)
-    folder = Path(folder)
-    save_model(
-        model,
-        folder,
-        config=config,
-        tokenizer=tokenizer,
-        report=report,
-        metrics=metrics,
-        tags=tags,
-        base_model=base_model,
-        card_data=card_data,
-        **kwargs,
-    )
-    return folder
 
 
 def save_model(
@@ -181,7 +95,7 @@ def save_model(
         )
         return None
     if has_adapters(model):
-        raise ValueError(_ADAPTERS)
+        raise ValueError(ADAPTERS)
     if kwargs.pop("distributed_checkpoint", False):
         raise ValueError(
             "distributed_checkpoint=True is not supported for compressed models: gather the weights "

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 import hf_sparse
+from hf_sparse.adapters.stored import stored_config
+from hf_sparse.calibration.documents import read_documents
+from hf_sparse.calibration.windows import token_windows
 from hf_sparse.checkpoint.can_save import check_can_save, check_family, check_not_quantized
-from hf_sparse.checkpoint.links import check_links
 from hf_sparse.checkpoint.reading import check_is_checkpoint
-from hf_sparse.checkpoint.streaming import check_run
 from hf_sparse.cli.loading import (
     has_tokenizer,
     labelled_texts,
@@ -34,14 +36,13 @@ from hf_sparse.cli.loading import (
     windows,
 )
 from hf_sparse.cli.printing import print_json, print_saved, without
-from hf_sparse.documents import read_documents
 from hf_sparse.exporters.onnx_export import check_can_export
+from hf_sparse.files.links import check_links
 from hf_sparse.hub import check_can_push, push_to_hub, upload_folder
-from hf_sparse.pruning.calibration import token_windows
 from hf_sparse.pruning.methods import Recipe
-from hf_sparse.recovery.stored import ADAPTER_CONFIG, stored_config
+from hf_sparse.pruning.streaming import check_run
 from hf_sparse.report import format_table
-from hf_sparse.structure import promised_config
+from hf_sparse.structure.layers import promised_config
 from hf_sparse_cli.usage import method_options, needs_calibration
 
 
@@ -271,7 +272,7 @@ def export(options: argparse.Namespace) -> int:
 def push(options: argparse.Namespace) -> int:
     """Upload a checkpoint folder, or an adapter merged into its base model."""
     private = options.private or None
-    if (Path(options.folder) / ADAPTER_CONFIG).exists():
+    if (Path(options.folder) / ADAPTER_CONFIG_NAME).exists():
         model, tokenizer = _merged(options)
         commit = push_to_hub(
             model, options.repo_id, tokenizer=tokenizer, private=private, onnx=options.onnx

@@ -12,13 +12,13 @@ import transformers
 from transformers.utils.hub import cached_file
 
 import hf_sparse
-from hf_sparse.checkpoint.loading import dense_model_class
+from hf_sparse.calibration.documents import read_documents, read_rows
 from hf_sparse.checkpoint.promised import QUANT_METHOD, check_to_load
 from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
 from hf_sparse.checkpoint.reading import check_is_checkpoint
 from hf_sparse.checkpoint.source import remember_source_
 from hf_sparse.checkpoint.writing import is_weight_file
-from hf_sparse.documents import read_documents, read_rows
+from hf_sparse.pruning.loading import dense_model_class
 from hf_sparse_cli.usage import text_fields
 
 # Any of these makes a tokenizer.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_sparse.models.families import base_type
+from hf_sparse.structure.families import base_type
 from hf_sparse.upstream import cache_in, cache_name
 
 _CHOICES = 3

@@ -17,7 +17,6 @@ import transformers
 from transformers import PreTrainedModel
 
 from hf_sparse.arguments import check_has_values, check_kinds, check_model, check_path, check_saves
-from hf_sparse.checkpoint.atomic import replacing
 from hf_sparse.checkpoint.can_save import check_can_write
 from hf_sparse.checkpoint.card import CARD_NAME, Card, write_card
 from hf_sparse.checkpoint.config_files import dense_class_name, dense_config
@@ -31,12 +30,13 @@ from hf_sparse.exporters.heads import Head, head_of
 from hf_sparse.exporters.packing import Packing, pack_
 from hf_sparse.exporters.tracing import plain_outputs, trace
 from hf_sparse.exporters.verification import Difference, compare
-from hf_sparse.models.parts import full_size
+from hf_sparse.files.atomic import replacing
 from hf_sparse.provenance.values import Metric
 from hf_sparse.pruning.oneshot import check_not_compiled
 from hf_sparse.report import SparsityReport, measure_sparsity
-from hf_sparse.structure import check_has_weights, has_adapters, promised_config
-from hf_sparse.units import shrunk_sizes
+from hf_sparse.structure.layers import check_has_weights, has_adapters, promised_config
+from hf_sparse.structure.parts import full_size
+from hf_sparse.structure.units import shrunk_sizes
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # What a tokenizer and a model that generates put beside the graph.

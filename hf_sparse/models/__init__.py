@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_sparse.models import configuration
-from hf_sparse.models.families import FAMILIES
+from hf_sparse.checkpoint import sparse_configs as configuration
+from hf_sparse.structure.families import FAMILIES
 
 __all__ = ["FAMILIES"]
 

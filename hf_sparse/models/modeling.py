@@ -22,10 +22,10 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from hf_sparse.checkpoint.promised import check_to_load
 from hf_sparse.checkpoint.reading import restore_state_dict
 from hf_sparse.checkpoint.save import is_saving_process, save_model
+from hf_sparse.checkpoint.sparse_configs import CONFIGS
 from hf_sparse.hub import push_to_hub as push
-from hf_sparse.models.configuration import CONFIGS
-from hf_sparse.models.parts import sizes_in
-from hf_sparse.units import resize_
+from hf_sparse.structure.parts import sizes_in
+from hf_sparse.structure.units import resize_
 
 _UPLOAD_ARGUMENTS = {
     "commit_message",

@@ -9,7 +9,7 @@ from torch import nn
 from hf_sparse.arguments import check_kinds, check_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.provenance.record import watch_
-from hf_sparse.structure import TargetLayer, check_divides, target_layers, with_head_size
+from hf_sparse.structure.layers import TargetLayer, check_divides, target_layers, with_head_size
 
 
 def sparse_param_groups(

@@ -12,7 +12,7 @@ from hf_sparse.optim.parameters import Group, sparse_groups
 from hf_sparse.optim.penalties import PENALTIES, SCALES, default_penalty
 from hf_sparse.optim.sharding import check_shardable
 from hf_sparse.patterns import Pattern
-from hf_sparse.structure import check_divides
+from hf_sparse.structure.layers import check_divides
 from hf_sparse.suggestions import check_name
 
 # What a param group holds beside the optimizer's own settings.

@@ -22,7 +22,7 @@ from hf_sparse.provenance.optimizers import learning_rate
 from hf_sparse.provenance.record import record_optimizer_
 from hf_sparse.provenance.values import Step
 from hf_sparse.report import SparsityReport, measure_sparsity
-from hf_sparse.structure import check_finite
+from hf_sparse.structure.layers import check_finite
 from hf_sparse.suggestions import check_name
 
 # The least number of adjustments over a schedule.

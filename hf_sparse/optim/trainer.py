@@ -24,7 +24,7 @@ from hf_sparse.optim.shrinkage import add_shrinkage, freeze_zeros
 from hf_sparse.optim.sparse_optimizers import SparseAdamW, SparseMixin
 from hf_sparse.optim.sparsifier import Sparsifier, check_method
 from hf_sparse.report import SparsityReport
-from hf_sparse.structure import PRUNED_WITH, target_layers, with_head_size
+from hf_sparse.structure.layers import PRUNED_WITH, target_layers, with_head_size
 from hf_sparse.suggestions import check_name, shortened
 
 # Settings of shrinkage that are not for trainer_optimizer to give.

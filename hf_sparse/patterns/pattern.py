@@ -15,7 +15,7 @@ class Pattern(ABC):
     Attributes:
         elementwise: zeros are single weights anywhere, so that any shape and order of weights does.
         unit_layer: the layer of a block where a unit is a whole neuron or head: a field of
-            `hf_sparse.models.parts.Parts`. None: units mean nothing to a block.
+            `hf_sparse.structure.parts.Parts`. None: units mean nothing to a block.
         violation: what a group does that breaks the pattern, for errors: it follows "groups".
     """
 

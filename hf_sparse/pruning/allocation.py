@@ -20,12 +20,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hf_sparse.calibration.input_statistics import Norms
+from hf_sparse.calibration.walk import BlockStep, walk
 from hf_sparse.patterns import Pattern
-from hf_sparse.pruning.statistics import Norms
 from hf_sparse.pruning.task import Task
-from hf_sparse.pruning.walk import BlockStep, walk
 from hf_sparse.pruning.wanda import wanda_scores
-from hf_sparse.structure import TargetLayer, layers_in
+from hf_sparse.structure.layers import TargetLayer, layers_in
 from hf_sparse.suggestions import did_you_mean
 
 ALLOCATIONS = ("uniform", "owl", "alpha")

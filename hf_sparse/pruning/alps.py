@@ -24,8 +24,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_sparse.calibration.linalg import matmul
 from hf_sparse.patterns import Pattern
-from hf_sparse.pruning.linalg import matmul
 from hf_sparse.pruning.problem import Problem
 
 _SAMPLE = 1 << 15

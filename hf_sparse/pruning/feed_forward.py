@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.pruning.activations import Store
-from hf_sparse.pruning.recording import TokenMasks
-from hf_sparse.pruning.statistics import InputStatistics
-from hf_sparse.structure import TargetLayer
+from hf_sparse.calibration.activations import Store
+from hf_sparse.calibration.input_statistics import InputStatistics
+from hf_sparse.calibration.recording import TokenMasks
+from hf_sparse.structure.layers import TargetLayer
 
 # Paths from a module to its gate (or None), up, down and activation.
 _LAYOUTS = (

@@ -10,12 +10,12 @@ from typing import Any
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
+from hf_sparse.calibration.input_statistics import Grams, InputStatistics, Seen
+from hf_sparse.calibration.walk import BlockStep, Observer, run_model, walk
 from hf_sparse.pruning.problem import Notes, Problem, Solver, by_scores
 from hf_sparse.pruning.reconstruction import reconstruct_
-from hf_sparse.pruning.statistics import Grams, InputStatistics, Seen
 from hf_sparse.pruning.task import Task
-from hf_sparse.pruning.walk import BlockStep, Observer, run_model, walk
-from hf_sparse.structure import TargetLayer, layers_in, layers_outside
+from hf_sparse.structure.layers import TargetLayer, layers_in, layers_outside
 
 Refinement = Callable[[Problem, list[Tensor]], list[Tensor]]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_sparse.pruning.task import Task
 from hf_sparse.selection import global_masks
-from hf_sparse.structure import TargetLayer
+from hf_sparse.structure.layers import TargetLayer
 
 SCOPES = ("layer", "global")
 

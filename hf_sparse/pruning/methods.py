@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_sparse.calibration.input_statistics import Grams, Norms
 from hf_sparse.optim.sharding import check_shardable, local_part
 from hf_sparse.patterns import Pattern
 from hf_sparse.pruning import (
@@ -33,9 +34,8 @@ from hf_sparse.pruning.allocation import allocate, check_allocation
 from hf_sparse.pruning.layerwise import LayerPruner, PruneBlock, Refinement, prune_layers
 from hf_sparse.pruning.problem import Problem, Solver
 from hf_sparse.pruning.prox_local import check_learnable
-from hf_sparse.pruning.statistics import Grams, Norms
 from hf_sparse.pruning.task import Task
-from hf_sparse.structure import TargetLayer
+from hf_sparse.structure.layers import TargetLayer
 from hf_sparse.suggestions import check_name, did_you_mean
 
 

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.arguments import check_model
+from hf_sparse.calibration.processes import own_batches
+from hf_sparse.calibration.walk import Residence
+from hf_sparse.calibration.windows import checked_batches, fingerprint
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.promise import Held
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
-from hf_sparse.pruning.calibration import checked_batches, fingerprint
 from hf_sparse.pruning.methods import Recipe
-from hf_sparse.pruning.processes import own_batches
 from hf_sparse.pruning.task import Task
-from hf_sparse.pruning.walk import Residence
 from hf_sparse.report import SparsityReport, measure_sparsity
-from hf_sparse.structure import (
+from hf_sparse.structure.layers import (
     PRUNED_WITH,
     TargetLayer,
     check_divides,
@@ -32,8 +31,9 @@ from hf_sparse.structure import (
     target_layers,
     with_head_size,
 )
+from hf_sparse.structure.promise import Held
+from hf_sparse.structure.units import check_whole, clear_unused_, find_units
 from hf_sparse.suggestions import shortened
-from hf_sparse.units import check_whole, clear_unused_, find_units
 
 
 @torch.no_grad()

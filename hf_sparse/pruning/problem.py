@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hf_sparse.calibration.input_statistics import InputStatistics, Seen
+from hf_sparse.calibration.linalg import matmul, regularised
 from hf_sparse.patterns import Pattern
-from hf_sparse.pruning.linalg import matmul, regularised
-from hf_sparse.pruning.statistics import InputStatistics, Seen
 
 
 class Notes:

@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_sparse.calibration.linalg import matmul
 from hf_sparse.optim.prox import MAX_GROUP, nm_shrink_
 from hf_sparse.patterns import NM, Pattern
-from hf_sparse.pruning.linalg import matmul
 from hf_sparse.pruning.problem import Problem, by_scores
 
 _POWER_STEPS = 20

@@ -34,19 +34,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.utils.logging import tqdm
 
+from hf_sparse.calibration.input_statistics import Norms
+from hf_sparse.calibration.losses import check_labels, loss_of, trainable
+from hf_sparse.calibration.processes import averaged, steps_per_epoch
+from hf_sparse.calibration.recording import Batch
+from hf_sparse.calibration.walk import run_model
+from hf_sparse.calibration.windows import fingerprint
 from hf_sparse.optim.prox import nm_shrink_
 from hf_sparse.optim.sharding import local_part, processes_of
 from hf_sparse.patterns import NM
-from hf_sparse.pruning.calibration import fingerprint
-from hf_sparse.pruning.processes import averaged, steps_per_epoch
 from hf_sparse.pruning.prox_local import check_learnable
-from hf_sparse.pruning.recording import Batch
-from hf_sparse.pruning.statistics import Norms
 from hf_sparse.pruning.task import Task
-from hf_sparse.pruning.training import check_labels, loss_of, trainable
-from hf_sparse.pruning.walk import run_model
 from hf_sparse.selection import Processes
-from hf_sparse.structure import TargetLayer
+from hf_sparse.structure.layers import TargetLayer
 
 _WARM_UP = 0.1
 _SAVE_EVERY = 25

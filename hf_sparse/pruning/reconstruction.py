@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.pruning.processes import averaged, steps_per_epoch
-from hf_sparse.pruning.recording import Sample
-from hf_sparse.pruning.training import fast_autocast, trainable
-from hf_sparse.pruning.walk import BlockStep
-from hf_sparse.structure import TargetLayer
+from hf_sparse.calibration.losses import fast_autocast, trainable
+from hf_sparse.calibration.processes import averaged, steps_per_epoch
+from hf_sparse.calibration.recording import Sample
+from hf_sparse.calibration.walk import BlockStep
+from hf_sparse.structure.layers import TargetLayer
 
 _WARM_UP = 0.05
 _BETAS = (0.9, 0.95)

@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_sparse.calibration.linalg import cholesky, matmul
 from hf_sparse.patterns import Pattern
-from hf_sparse.pruning.linalg import cholesky, matmul
 from hf_sparse.pruning.problem import Problem
 
 _DAMPING = 0.01

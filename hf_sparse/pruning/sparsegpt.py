@@ -18,8 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_sparse.calibration.linalg import inverse_factor, matmul
 from hf_sparse.patterns import NM, Pattern
-from hf_sparse.pruning.linalg import inverse_factor, matmul
 from hf_sparse.pruning.problem import Problem
 
 

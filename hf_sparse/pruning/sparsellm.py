@@ -27,15 +27,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.calibration.input_statistics import Grams, Seen
+from hf_sparse.calibration.linalg import FastProducts, add_gram_, cholesky, matmul, mirror_
+from hf_sparse.calibration.processes import summed
+from hf_sparse.calibration.walk import BlockStep
 from hf_sparse.pruning import alps
 from hf_sparse.pruning.feed_forward import Activation, FeedForward, Recorder, find_feed_forward
 from hf_sparse.pruning.layerwise import LayerPruner
-from hf_sparse.pruning.linalg import FastProducts, add_gram_, cholesky, matmul, mirror_
 from hf_sparse.pruning.problem import Solver
-from hf_sparse.pruning.processes import summed
-from hf_sparse.pruning.statistics import Grams, Seen
-from hf_sparse.pruning.walk import BlockStep
-from hf_sparse.structure import TargetLayer
+from hf_sparse.structure.layers import TargetLayer
 
 _NEWTON_STEPS = 2
 _DAMPING = 0.01

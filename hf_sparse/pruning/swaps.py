@@ -20,9 +20,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_sparse.calibration.linalg import matmul, regularised
 from hf_sparse.patterns import NM, Pattern, Unstructured
 from hf_sparse.pruning.alps import refit
-from hf_sparse.pruning.linalg import matmul, regularised
 from hf_sparse.pruning.problem import Problem
 
 _CANDIDATES = 16

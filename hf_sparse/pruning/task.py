@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from hf_sparse.calibration.activations import Store, in_memory
+from hf_sparse.calibration.processes import is_shared
+from hf_sparse.calibration.recording import Batch
+from hf_sparse.calibration.walk import Residence
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.pruning.activations import Store, in_memory
 from hf_sparse.pruning.problem import Notes
-from hf_sparse.pruning.processes import is_shared
-from hf_sparse.pruning.recording import Batch
-from hf_sparse.pruning.walk import Residence
-from hf_sparse.structure import Stack, TargetLayer
+from hf_sparse.structure.layers import Stack, TargetLayer
 
 
 @dataclass

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
+from hf_sparse.calibration.losses import check_labels, loss_of, trainable
+from hf_sparse.calibration.processes import summed
 from hf_sparse.patterns import Pattern
 from hf_sparse.pruning.magnitude import by_scope
-from hf_sparse.pruning.processes import summed
 from hf_sparse.pruning.task import Task
-from hf_sparse.pruning.training import check_labels, loss_of, trainable
-from hf_sparse.structure import TargetLayer
+from hf_sparse.structure.layers import TargetLayer
 
 
 def masks(task: Task, *, scope: str = "layer") -> Iterator[tuple[TargetLayer, Tensor]]:

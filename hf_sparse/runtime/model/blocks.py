@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_sparse.models.families import base_type
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
 from hf_sparse.runtime.model.families import ACTIVATION_NAMES, COMPILED, Blocks, family_of
 from hf_sparse.runtime.weights.linear import Linear, check_finite, pack_linear
@@ -17,7 +16,8 @@ from hf_sparse.runtime.weights.memory import Shelf
 from hf_sparse.runtime.weights.panels import CHUNK_ROWS
 from hf_sparse.runtime.weights.rates import NOMINAL, Rates
 from hf_sparse.runtime.weights.stack import NO_WINDOW, Block, Norm, Stack
-from hf_sparse.structure import is_conv1d
+from hf_sparse.structure.families import base_type
+from hf_sparse.structure.layers import is_conv1d
 
 
 def why_not_compiled(config: Any) -> str | None:

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from hf_sparse.arguments import check_kinds
-from hf_sparse.models.families import base_type
 from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE
 from hf_sparse.runtime.llvm.target import Target, named
 from hf_sparse.runtime.model.blocks import find_blocks, pack_blocks, why_not_compiled
@@ -48,7 +47,8 @@ from hf_sparse.runtime.programs.runner import Runner
 from hf_sparse.runtime.weights.linear import Linear, check_finite, pack_linear
 from hf_sparse.runtime.weights.memory import Shelf
 from hf_sparse.runtime.weights.stack import Stack
-from hf_sparse.structure import PACKED, target_layers
+from hf_sparse.structure.families import base_type
+from hf_sparse.structure.layers import PACKED, target_layers
 
 # The name of the attention in the compiled model's config: masks reach the blocks as they were given.
 ATTENTION = "hf_sparse"

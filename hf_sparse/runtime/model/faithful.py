@@ -22,13 +22,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from hf_sparse.models.families import base_type
-from hf_sparse.models.parts import head_size
 from hf_sparse.runtime.kernels.activation import activation_ref
 from hf_sparse.runtime.model.exchanged import is_known, why_not_own, why_not_own_function
 from hf_sparse.runtime.model.families import ACTIVATION_NAMES, Blocks
 from hf_sparse.runtime.model.plain import foreign_forward, why_instance_not_plain, why_not_plain
-from hf_sparse.units import BlockUnits
+from hf_sparse.structure.families import base_type
+from hf_sparse.structure.parts import head_size
+from hf_sparse.structure.units import BlockUnits
 
 # Attributes that change no output of a model in eval mode, whatever they are.
 _NO_MATTER = {

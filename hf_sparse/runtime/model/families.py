@@ -1,7 +1,7 @@
 """COMPILED: how each family's blocks are built, as a table of names. One entry each.
 
 A block is attention and a two-layer perceptron, each with a norm and a residual. What differs
-between families is where the parts are (`hf_sparse.models.parts`) and which comes first; the forward
+between families is where the parts are (`hf_sparse.structure.parts`) and which comes first; the forward
 code is not repeated.
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_sparse.models.families import base_type
-from hf_sparse.models.parts import PARTS, Parts
+from hf_sparse.structure.families import base_type
+from hf_sparse.structure.parts import PARTS, Parts
 
 # transformers' names of activations, and the kernels that compute them.
 ACTIVATION_NAMES = {

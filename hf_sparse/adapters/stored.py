@@ -1,0 +1,183 @@
+"""An adapter on the disk or the Hub: its settings and weights, read and checked."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
+
+from hf_sparse.adapters.expressions import is_fast_expression
+
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def stored_config(
+    folder: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+) -> dict[str, Any]:
+    """The settings of a saved adapter, from where PEFT takes the weights.
+
+    Raises:
+        ValueError: they cannot be read, or one has a value that it cannot have.
+        OSError: there are none, or no weights beside them.
+    """
+    file = Path(folder) / (subfolder or "") / ADAPTER_CONFIG_NAME
+    if not file.exists() and not Path(folder).exists():
+        file = Path(
+            hf_hub_download(
+                str(folder), ADAPTER_CONFIG_NAME, subfolder=subfolder, **_hub_options(kwargs)
+            )
+        )
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{folder} has no {ADAPTER_CONFIG_NAME}; wanted the folder of an adapter."
+        )
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}. Save the adapter again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is no JSON object; wanted the settings of an adapter.")
+    if Path(folder).exists() and not any((file.parent / name).exists() for name in _WEIGHTS):
+        raise FileNotFoundError(f"{file.parent} has no {_WEIGHTS[0]}: the adapter's weights.")
+    check_settings(values, str(file), "Correct it, or save the adapter again.")
+    return values
+
+
+def check_settings(values: dict[str, Any], place: str, way_out: str) -> None:
+    """Refuse settings of an adapter with values that they cannot have.
+
+    Args:
+        values: as JSON holds them; sets and tuples are taken for lists.
+        place: where they are from, for the error.
+        way_out: what to do, for the error.
+
+    Raises:
+        ValueError: the setting, its value, and what was wanted.
+    """
+    for name, (allowed, wanted) in _SETTINGS.items():
+        value = values.get(name)
+        value = list(value) if isinstance(value, set | tuple) else value
+        if name in values and not allowed(value):
+            raise ValueError(f"{place} has {name}={value!r}; wanted {wanted}. {way_out}")
+
+
+def stored_weights(folder: str | os.PathLike[str], **kwargs: Any) -> dict[str, Tensor]:
+    """The tensors of a saved adapter, by their names in its file, which have no adapter's name.
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: there is none.
+    """
+    from peft import load_peft_weights
+
+    try:
+        return load_peft_weights(
+            str(folder),
+            device="cpu",
+            key_mapping=kwargs.get("key_mapping"),
+            **_hub_options(kwargs),
+        )
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"the weights of the adapter in {folder} ({' or '.join(_WEIGHTS)}) cannot be read: "
+            f"{error}. Save the adapter again, or download it again."
+        ) from error
+
+
+def check_tensors(
+    folder: str | os.PathLike[str], found: dict[str, Tensor], model: Any, adapter_name: str
+) -> None:
+    """Refuse a file that has not the tensors of its adapter: what is missing stays as it was drawn.
+
+    Embeddings may be there: PEFT saves them beside an adapter where the vocabulary has grown.
+
+    Args:
+        folder: for the error.
+        found: the file's tensors.
+        model: a PeftModel that has the adapter.
+        adapter_name: the adapter.
+
+    Raises:
+        ValueError: tensors are missing or unexpected.
+    """
+    from peft import get_peft_model_state_dict
+
+    wanted, allowed = (
+        get_peft_model_state_dict(
+            model, adapter_name=adapter_name, save_embedding_layers=embeddings
+        )
+        for embeddings in (False, True)
+    )
+    missing, unexpected = sorted(wanted.keys() - found), sorted(found.keys() - allowed)
+    parts = [
+        f"{len(names)} of its tensors are {kind} (first {names[0]})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    if parts:
+        raise ValueError(
+            f"{folder} is damaged, or was made for another model or with other settings: "
+            f"{', '.join(parts)}; wanted {len(wanted)} tensors. Save it again, or load it on the "
+            "sparse model that it was trained on."
+        )
+
+
+def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the keywords that say where on the Hub a file is."""
+    known = inspect.signature(hf_hub_download).parameters
+    return {name: kwargs[name] for name in kwargs if name in known and kwargs[name] is not None}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_expressions(value: Any) -> bool:
+    return isinstance(value, list) and all(map(is_fast_expression, value))
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_table(value: Any, allowed: Callable[[Any], bool]) -> bool:
+    named = isinstance(value, dict) and all(map(is_fast_expression, value))
+    return named and all(map(allowed, value.values()))
+
+
+_TARGETS = (
+    lambda v: v is None or _is_names(v) or is_fast_expression(v),
+    "a list of names or a regular expression, without repeats inside of repeats",
+)
+# What a setting may be, as JSON holds it, and how an error says so.
+_SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "peft_type": (lambda v: v is None or isinstance(v, str), "a text, or null"),
+    "r": (_is_rank, "a whole number >= 1"),
+    "lora_alpha": (_is_number, "a finite number"),
+    "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 on, below 1"),
+    "bias": (lambda v: v in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
+    "target_modules": _TARGETS,
+    "exclude_modules": _TARGETS,
+    "layers_pattern": (
+        lambda v: v is None or is_fast_expression(v) or _are_expressions(v),
+        "a regular expression without repeats inside of repeats, or a list of them",
+    ),
+    "modules_to_save": (lambda v: v is None or _is_names(v), "a list of names, or null"),
+    "rank_pattern": (lambda v: v is None or _is_table(v, _is_rank), "names with whole numbers"),
+    "alpha_pattern": (lambda v: v is None or _is_table(v, _is_number), "names with finite numbers"),
+    "base_model_name_or_path": (lambda v: v is None or isinstance(v, str), "a text, or null"),
+}

@@ -1,0 +1,112 @@
+"""What training a block and training a whole model have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse.calibration.linalg import onednn
+from hf_sparse.calibration.recording import Batch
+
+
+@contextmanager
+def trainable(module: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients for these parameters of the module and for no others, for a while."""
+    known = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    chosen = set(map(id, parameters))
+    for parameter, _ in known:
+        parameter.requires_grad_(id(parameter) in chosen)
+    try:
+        yield
+    finally:
+        for parameter, flag in known:
+            parameter.requires_grad_(flag)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16, and torch uses them."""
+    supported = onednn("_is_mkldnn_bf16_supported")
+    return supported is not None and bool(supported())
+
+
+def is_bfloat16_faster(tensor: Tensor) -> bool:
+    """Whether this is an fp32 tensor on a CPU that multiplies faster in bfloat16."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and multiplies_bfloat16()
+
+
+def fast_autocast(tensor: Tensor) -> torch.autocast:
+    """Products in bfloat16 where those of a CPU's fp32 tensors like this one are faster in it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=is_bfloat16_faster(tensor))
+
+
+def check_labels(
+    method: str, other: str | None, model: nn.Module, batches: Sequence[Batch]
+) -> None:
+    """Refuse batches that the model has no loss on.
+
+    Args:
+        method: that needs the loss.
+        other: a method that does not, if there is one.
+        model: the model.
+        batches: its inputs.
+
+    Raises:
+        ValueError: labels are missing, and the model does not predict its next token.
+    """
+    if any("labels" not in batch and "input_ids" not in batch for batch in batches):
+        raise ValueError("a batch has neither labels nor input_ids to learn from. Put labels in.")
+    if all("labels" in batch for batch in batches):
+        return
+    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        way_out = f", or use method='{other}', which needs none." if other else "."
+        raise ValueError(
+            f"method '{method}' needs the loss of {type(model).__name__}, and the batches have no "
+            f"labels. Put labels into them (see hf_sparse.labelled_batches){way_out}"
+        )
+
+
+def with_labels(batch: Batch) -> dict[str, Any]:
+    """The batch, with its tokens as labels if it has none: a causal model predicts the next one."""
+    inputs = dict(batch)
+    if "labels" not in inputs:
+        labels = inputs["input_ids"]
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.shape == labels.shape:
+            labels = labels.masked_fill(mask == 0, -100)
+        inputs["labels"] = labels
+    return inputs
+
+
+def check_predicts(batch: Batch) -> None:
+    """Refuse a batch with labels on which there is nothing to predict.
+
+    Raises:
+        ValueError: it is too short, or all of it is masked.
+    """
+    labels = batch["labels"]
+    if labels.ndim > 1 and not (labels[..., 1:] != -100).any():
+        raise ValueError(
+            "a batch has no token to predict: it is too short, or masked out. Leave it out."
+        )
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's loss on a batch; a causal model without labels predicts the next token.
+
+    Raises:
+        ValueError: there is no token to predict, or the loss is not finite.
+    """
+    inputs = with_labels(batch)
+    with fast_autocast(next(model.parameters())):
+        loss: Tensor = model(**inputs).loss
+    check_predicts(inputs)
+    if not torch.isfinite(loss):
+        raise ValueError(
+            f"the loss of {type(model).__name__} is {float(loss)} while masks are learned. Lower "
+            "the learning rate or lam, if the method has them, or load the model in float32."
+        )
+    return loss

@@ -1,0 +1,115 @@
+"""SparseBertConfig and its siblings: the family's config under a model type of its own.
+
+The type `sparse_bert` is what makes a compressed checkpoint fail loudly where hf_sparse is not
+installed: a config of type `bert` would load there with randomly initialised weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from hf_sparse.structure.families import FAMILIES, sparse_type
+
+# transformers makes lists of as many things before anybody can compare them with the weights.
+_COUNTS = {"num_hidden_layers": 10_000, "num_labels": 1_000_000}
+
+
+class SparseConfigMixin:
+    """What a Sparse config adds to the config of its family.
+
+    Attributes:
+        sparsity_config: the `SparsityConfig`, as a dict, of the checkpoint that the model was
+            loaded from; None if it was dense. In files it is the `quantization_config`, where
+            transformers looks for its loader.
+        block_sizes: of a model that `hf_sparse.shrink` made smaller, the heads, heads of keys and
+            neurons of each block; None if nothing was removed.
+        base_model: Hub name of the dense model; None if it is not known, or before the first
+            save, which takes it from `name_or_path`. Older files have `""` for not known.
+    """
+
+    # Called with the family of every config that is made: registers the model classes.
+    when_made: ClassVar[Callable[[str], None]] = staticmethod(lambda model_type: None)
+    base_model_type: ClassVar[str]
+    model_type: ClassVar[str]
+    sparsity_config: dict[str, Any] | None
+    base_model: str | None
+    block_sizes: list[dict[str, int]] | None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("model_type", None)
+        self._check_counts(kwargs)
+        self.sparsity_config = kwargs.pop("sparsity_config", None)
+        self.base_model = kwargs.pop("base_model", None)
+        self.block_sizes = kwargs.pop("block_sizes", None)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        type(self).when_made(self.base_model_type)
+
+    def _check_counts(self, given: dict[str, Any]) -> None:
+        for name, most in _COUNTS.items():
+            value = given.get(name) if name == "num_labels" else getattr(self, name, None)
+            if isinstance(value, int | float) and not value <= most:
+                raise ValueError(
+                    f"the config has {name}={value!r:.40}; wanted {most} at most. It is damaged: "
+                    "copy or download the checkpoint again."
+                )
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As the family's; the config of a dense checkpoint is taken for one of this class."""
+        config, unused = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
+        found = config.get("model_type", "")
+        if found.startswith("sparse_") and found != cls.model_type:
+            raise ValueError(
+                f"the checkpoint is of type '{found}', but {cls.__name__} is of '{cls.model_type}'. "
+                "Load it with AutoModel, or the classes of its own family."
+            )
+        if config.get("model_type") == cls.base_model_type:
+            config["model_type"] = cls.model_type
+        return config, unused
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values of the config, under the family's model type.
+
+        Libraries ask this dict which family a model is of (PEFT for its default target modules);
+        the sparse type is for files, see `to_json_string`.
+        """
+        values: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        values["model_type"] = self.base_model_type
+        return values
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The config as stored in `config.json`, under the sparse model type."""
+        values = json.loads(super().to_json_string(use_diff))  # type: ignore[misc]
+        values["model_type"] = self.model_type
+        values.pop("sparsity_config", None)
+        if not values.get("base_model"):
+            values.pop("base_model", None)
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def base_config_class(model_type: str) -> type[PreTrainedConfig]:
+    """The transformers config class of a family."""
+    module = importlib.import_module(f"transformers.models.{model_type}.configuration_{model_type}")
+    config_class: type[PreTrainedConfig] = getattr(module, f"{FAMILIES[model_type]}Config")
+    return config_class
+
+
+def _define(model_type: str) -> type[PreTrainedConfig]:
+    base = base_config_class(model_type)
+    name = f"Sparse{base.__name__}"
+    body = {
+        "model_type": sparse_type(model_type),
+        "base_model_type": model_type,
+        "__module__": __name__,
+        "__doc__": f"{base.__name__} of a sparse checkpoint. Takes the same arguments.",
+    }
+    return type(name, (SparseConfigMixin, base), body)
+
+
+CONFIGS = {model_type: _define(model_type) for model_type in FAMILIES}
+globals().update({config.__name__: config for config in CONFIGS.values()})

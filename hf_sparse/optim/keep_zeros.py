@@ -1,0 +1,178 @@
+"""The frozen mask: any torch optimizer trains a sparse model, and its zeros stay zero.
+
+After each step of the optimizer, whatever it has done (weight decay, momentum, an update that mixes
+rows),
+
+    w <- m * w,    m = [w was not zero before the step]
+
+and a kept weight that has landed on exactly zero becomes the least normal number instead. So the
+zeros of the weights are the mask at all times: it is read from them before each step, a checkpoint
+of the model is all that resuming needs, and the number of zeros is the same to the weight. (With a
+mask kept from the start, a checkpoint could not tell which of its zeros belong to it, and weights
+that are loaded later would be cut by the mask of others.)
+
+Only weights are masked, not gradients: their norm, by which they are clipped, counts the pruned
+weights too, and so do the moments that an optimizer keeps of them, without effect on others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_sparse.arguments import check_model, check_optimizer
+from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.optim.notes import note_fine_tuning_
+from hf_sparse.optim.sharding import local_part
+from hf_sparse.optim.zeros import fingerprint, refill_, sparse_layers, unlike
+
+_ATTACHED = "_hf_sparse_frozen_mask"
+# Weights that are masked together: few enough for their temporaries to stay in the cache.
+_CHUNK = 1 << 18
+
+
+def keep_zeros(
+    optimizer: Optimizer, model: nn.Module, config: SparsityConfig | None = None
+) -> FrozenMask:
+    """From now on the zeros of a sparse model stay zero, whatever steps the optimizer takes.
+
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)   # doctest: +SKIP
+    >>> hf_sparse.keep_zeros(optimizer, model)                       # doctest: +SKIP
+
+    In Trainer: `Trainer(..., callbacks=[hf_sparse.KeepZeros()])`.
+
+    Args:
+        optimizer: any torch optimizer that trains the model, also as Accelerate wraps it. With
+            DDP, FSDP2 or Accelerate call this after they have prepared model and optimizer.
+        model: the sparse model.
+        config: which layers. None: those that it was pruned or loaded with, and all others in the
+            blocks that are sparse: at least 0.5 % zeros; fewer are taken for chance and not kept.
+
+    Returns:
+        The mask, whose `check()` tells whether the zeros are still those of now. It is not part of
+        the optimizer's state: after loading one, call this again.
+
+    Memory: one byte for each weight of the sparse layers.
+
+    Raises:
+        ValueError: the layers have no zeros, are quantized, or are not in the optimizer.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    mask = FrozenMask(optimizer, model, config)
+    note_fine_tuning_(optimizer, model)
+    return mask
+
+
+class FrozenMask:
+    """What `keep_zeros` returns: the zeros of a model, kept while an optimizer steps.
+
+    Attributes:
+        names: the weights whose zeros are kept.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, model: nn.Module, config: SparsityConfig | None = None
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(f"optimizer is {optimizer!r}; wanted one of torch.optim.")
+        check_optimizer(optimizer, "keep_zeros")
+        check_model(model, "keep_zeros")
+        layers = sparse_layers(model, config)
+        if not layers:
+            raise ValueError(
+                f"{type(model).__name__} has no zeros to keep in its layers. Prune it first "
+                "(hf_sparse.prune_), or load the sparse checkpoint."
+            )
+        trained = _trained(optimizer)
+        stepped = [layer for layer in layers if id(layer.parameter) in trained]
+        if not any(layer.parameter.requires_grad for layer in stepped):
+            raise ValueError(
+                "the optimizer trains none of the model's sparse weights. Make it from this model's "
+                "parameters, after DDP, FSDP or Accelerate have prepared the model."
+            )
+        if any(hasattr(layer.parameter, "ds_id") for layer in layers):
+            raise ValueError(
+                "DeepSpeed ZeRO partitions and flattens parameters: their zeros cannot be kept. Train "
+                "with DDP or FSDP2 instead."
+            )
+        if previous := vars(optimizer).get(_ATTACHED):
+            previous.remove()
+        vars(optimizer)[_ATTACHED] = self
+        self.names = [layer.weight_name for layer in layers]
+        self._optimizer = optimizer
+        self._parameters = [layer.parameter for layer in layers]
+        self._stepped = {id(layer.parameter) for layer in stepped}
+        self._kept: dict[int, Tensor] = {}
+        self._start = self._fingerprint()
+        self._handles = [
+            optimizer.register_step_pre_hook(self._remember),
+            optimizer.register_step_post_hook(self._restore),
+        ]
+
+    def __repr__(self) -> str:
+        state = "" if self._handles else ", removed"
+        optimizer = type(self._optimizer).__name__
+        return f"<FrozenMask of {optimizer}: zeros of {len(self.names)} weights{state}>"
+
+    def remove(self) -> None:
+        """Let the optimizer fill the zeros again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        vars(self._optimizer).pop(_ATTACHED, None)
+
+    def check(self) -> None:
+        """Raise a ValueError unless exactly the weights are zero that were at the start."""
+        if self._fingerprint() != self._start:
+            raise ValueError(
+                "the model's zeros are not those that it had when keep_zeros was called: something "
+                "else wrote into its weights (another optimizer, a callback, a checkpoint that was "
+                "loaded). Start again from the sparse model."
+            )
+
+    def _fingerprint(self) -> str:
+        return fingerprint(local_part(parameter.detach()) for parameter in self._parameters)
+
+    @torch.no_grad()
+    def _remember(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Before a step: note what is not zero."""
+        trained = _trained(optimizer)
+        if not trained >= self._stepped:
+            raise ValueError(
+                "the optimizer's parameters were replaced after keep_zeros was called. Call it after "
+                "DDP, FSDP or accelerator.prepare."
+            )
+        for index, weight in self._changing(trained):
+            if index not in self._kept:
+                self._kept[index] = torch.empty_like(weight, dtype=torch.uint8)
+            for part, kept in _parts(weight, self._kept[index]):
+                kept.copy_(unlike(part))  # twice as fast as a comparison into bytes
+
+    @torch.no_grad()
+    def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """After a step: make the same weights zero."""
+        for index, weight in self._changing(_trained(optimizer)):
+            for part, kept in _parts(weight, self._kept[index]):
+                refill_(part, kept.to(part.dtype))
+
+    def _changing(self, trained: set[int]) -> Iterator[tuple[int, Tensor]]:
+        """The sparse weights that the optimizer can change now: also those that it got later."""
+        for index, parameter in enumerate(self._parameters):
+            if parameter.requires_grad and id(parameter) in trained:
+                yield index, local_part(parameter.detach())
+
+
+def _trained(optimizer: Optimizer) -> set[int]:
+    """The identities of the optimizer's parameters."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _parts(weight: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut a weight and its mask into some rows each; on a GPU they stay whole."""
+    rows = len(weight) if weight.is_cuda else _CHUNK // max(weight.shape[1:].numel(), 1)
+    rows = max(rows, 1)
+    return zip(weight.split(rows), kept.split(rows), strict=True)

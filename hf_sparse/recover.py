@@ -1,0 +1,284 @@
+"""Recovery in one call: a pruned language model is trained on text, and its zeros stay.
+
+A plain loop for causal language models: AdamW without decay, a warm-up and a cosine, gradients
+clipped to norm 1. Trainer does the same with `KeepZeros`, or on what `get_peft_model` returns.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.logging import tqdm
+
+from hf_sparse.adapters.checks import is_peft_model
+from hf_sparse.adapters.loading import get_peft_model, import_peft, merge_
+from hf_sparse.arguments import check_gradients, check_has_values, check_kinds, check_model
+from hf_sparse.calibration.losses import (
+    check_labels,
+    check_predicts,
+    fast_autocast,
+    trainable,
+    with_labels,
+)
+from hf_sparse.calibration.windows import checked_batches
+from hf_sparse.calibration.windows import fingerprint as hash_of
+from hf_sparse.distillation import Distillation
+from hf_sparse.optim.keep_zeros import FrozenMask
+from hf_sparse.optim.zeros import fingerprint, is_sparse, sparse_layers
+from hf_sparse.provenance.record import forget_teaching_, record_, record_training_
+from hf_sparse.provenance.values import Calibration, Step, pairs
+from hf_sparse.report import SparsityReport, measure_sparsity
+from hf_sparse.structure.layers import TargetLayer, has_adapters, promised_config
+from hf_sparse.suggestions import check_name
+
+_WARM_UP = 0.1
+_CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A way to recover.
+
+    Attributes:
+        summary: what is trained.
+        lr: the peak learning rate, unless given.
+        r: the rank, or ShiRA's measure of as many weights; None: all weights are trained.
+    """
+
+    summary: str
+    lr: float
+    r: int | None = None
+
+
+RECOVERIES = {
+    "finetune": Recovery("all weights, the zeros frozen", 3e-4),
+    "lora": Recovery("masked LoRA, merged at the end", 2e-3, 16),
+    "shira": Recovery("single kept weights (ShiRA), merged at the end", 5e-3, 16),
+}
+
+
+def recover_(
+    model: Any,
+    batches: Iterable[Mapping[str, Tensor] | Tensor],
+    method: str = "finetune",
+    *,
+    teacher: nn.Module | None = None,
+    epochs: int = 1,
+    accumulate: int = 2,
+    lr: float | None = None,
+    r: int | None = None,
+    logits: float = 0.5,
+    seed: int = 0,
+) -> SparsityReport:
+    """Train a sparse causal language model on text, in place; every zero stays, and no other comes.
+
+    Layers that the model's config does not target count as sparse from 0.5 % zeros on; fewer are
+    taken for chance and not kept.
+
+    On CPUs where bfloat16 is faster the products of a float32 model are taken in it.
+
+    Args:
+        model: the sparse model, without adapters.
+        batches: as from `hf_sparse.calibration_batches`; their `labels`, if they have any, or else
+            the tokens themselves.
+        method: a key of `RECOVERIES`: `"finetune"`, `"lora"` or `"shira"`.
+        teacher: the dense model; its logits are learned from too.
+        epochs: passes over the batches.
+        accumulate: batches in an optimizer step.
+        lr: peak learning rate; None: the method's.
+        r: rank of LoRA, or ShiRA's measure; None: the method's, and for ShiRA no more than every
+            layer has kept weights for.
+        logits: the teacher's share of the loss.
+        seed: of the order of the batches and the start of adapters.
+
+    Returns:
+        Exact counts, with method, options and time.
+
+    Memory: `"finetune"`: gradients and two moments of each weight. Adapters: only of their own
+    weights; the base model may be bfloat16.
+
+    Raises:
+        ValueError: no zeros to keep, an unknown method, values outside what is allowed, fine-tuning
+            of a model that is not float32, or the loss is no longer finite: without
+            adapters the model is damaged then.
+        ImportError: adapters without PEFT installed.
+    """
+    check_name(method, RECOVERIES, "method", "methods")
+    check_model(model, "recover_")
+    check_kinds(recover_, locals())
+    recovery = _checked(model, method, epochs, accumulate, lr, r)
+    check_gradients("recover_")
+    given = checked_batches(batches, model, method)
+    check_labels(method, None, model, given)
+    inputs = [with_labels(batch) for batch in given]
+    for batch in inputs:
+        check_predicts(batch)
+    layers = sparse_layers(model)
+    if not any(is_sparse(layer.parameter.detach()) for layer in layers):
+        raise ValueError(
+            f"{type(model).__name__} has no zeros to keep. Prune it first: hf_sparse.prune_."
+        )
+    if method == "finetune" and any(p.dtype != torch.float32 for p in model.parameters()):
+        raise ValueError(
+            "fine-tuning all weights of a model in half precision loses small updates. Load it with "
+            "dtype=torch.float32, or recover by 'lora', whose base model may be bfloat16."
+        )
+    zeros = fingerprint(layer.parameter.detach() for layer in layers)
+    start, was_training = time.perf_counter(), model.training
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    distillation = None if teacher is None else Distillation(teacher, logits=logits)
+    torch.manual_seed(seed)
+    trained = model
+    if recovery.r is not None:
+        if method == "shira" and r is None:
+            recovery = replace(recovery, r=_shira_rank(recovery.r, layers))
+        assert recovery.r is not None
+        trained = get_peft_model(model, _adapter(method, recovery.r, layers, seed))
+    done = False
+    try:
+        if distillation is not None:
+            distillation.attach(model)
+            forget_teaching_(model)  # the step below tells of it
+        everything = nullcontext() if recovery.r else trainable(model, list(model.parameters()))
+        with everything:
+            losses = fit(
+                trained,
+                inputs,
+                lr=recovery.lr,
+                epochs=epochs,
+                accumulate=accumulate,
+                seed=seed,
+                freeze=recovery.r is None,
+            )
+        done = True
+    finally:
+        if distillation is not None:
+            distillation.remove()
+        try:
+            if trained is not model and done:
+                merge_(trained)
+        finally:
+            if has_adapters(model):
+                trained.unload()
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            model.train(was_training)
+    if fingerprint(layer.parameter.detach() for layer in sparse_layers(model)) != zeros:
+        raise ValueError("the zeros of the model have changed while it was trained. Load it again.")
+    options = {"epochs": epochs, "lr": recovery.lr, **({"r": recovery.r} if recovery.r else {})}
+    report = replace(
+        measure_sparsity(model, promised_config(model)),
+        method=f"recovery by {method}",
+        options={**options, "distilled": teacher is not None},
+        seconds=time.perf_counter() - start,
+        notes=(f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end",),
+    )
+    data = Calibration.of(given, hash_of(given))
+    step = Step.of(f"recovery by {method}", options, calibration=data, seed=seed)
+    if distillation is None:
+        record_training_(model, step)
+    else:
+        record_(model, replace(step, distillation=pairs(distillation.settings)))
+    return report
+
+
+def _checked(
+    model: Any, method: str, epochs: int, accumulate: int, lr: float | None, r: int | None
+) -> Recovery:
+    check_has_values(model, "recover_")
+    if RECOVERIES[method].r is not None:
+        import_peft()
+    if is_peft_model(model) or has_adapters(model):
+        raise ValueError("the model has adapters already. Merge them: hf_sparse.merge_adapters.")
+    for name, value in (("epochs", epochs), ("accumulate", accumulate), ("r", r)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name} is {value!r}; wanted a whole number >= 1.")
+    recovery = RECOVERIES[method]
+    if r is not None and recovery.r is None:
+        raise ValueError(f"method '{method}' trains all weights; r is for 'lora' and 'shira'.")
+    if lr is not None and not 0 < lr < math.inf:
+        raise ValueError(f"lr is {lr!r}; wanted a number > 0.")
+    return replace(recovery, lr=lr or recovery.lr, r=r or recovery.r)
+
+
+def _shira_rank(r: int, layers: list[TargetLayer]) -> int:
+    """The default rank, or the largest that the smallest of the layers has weights for."""
+    from hf_sparse.adapters.shira import largest_rank
+
+    most, _ = largest_rank((layer.name, layer.parameter.detach()) for layer in layers)
+    return max(1, min(r, most))
+
+
+def _adapter(method: str, r: int, layers: list[Any], seed: int) -> Any:
+    """PEFT's config for an adapter on all sparse layers."""
+    from peft import LoraConfig, ShiraConfig
+
+    names = [layer.name for layer in layers]
+    if method == "shira":
+        return ShiraConfig(r=r, target_modules=names, random_seed=seed)
+    return LoraConfig(r=r, lora_alpha=2 * r, target_modules=names)
+
+
+def fit(
+    model: nn.Module,
+    batches: list[dict[str, Any]],
+    *,
+    lr: float,
+    epochs: int,
+    accumulate: int,
+    seed: int,
+    freeze: bool,
+) -> list[float]:
+    """Train what has gradients, with the zeros frozen or not.
+
+    Returns:
+        The mean loss of each step.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    frozen = FrozenMask(optimizer, model) if freeze else None
+    generator = torch.Generator().manual_seed(seed)
+    order = [
+        index
+        for _ in range(epochs)
+        for index in torch.randperm(len(batches), generator=generator).tolist()
+    ]
+    groups = [order[i : i + accumulate] for i in range(0, len(order), accumulate)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, len(groups)))
+    model.train()
+    losses: list[float] = []
+    for group in tqdm(groups, desc="Recovering"):
+        total = 0.0
+        for index in group:
+            with fast_autocast(next(model.parameters())):
+                loss = model(**batches[index]).loss
+            (loss / len(group)).backward()
+            total += float(loss.detach()) / len(group)
+        if not math.isfinite(total):
+            raise ValueError(
+                f"the loss is {total} after {len(losses)} steps. Load the model again, and take a "
+                f"lower learning rate than {lr}."
+            )
+        nn.utils.clip_grad_norm_(parameters, _CLIP)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(total)
+    if frozen is not None:
+        frozen.check()
+    return losses
+
+
+def _share(step: int, steps: int) -> float:
+    """Share of the peak rate in a step: a warm-up, then a cosine down to nothing."""
+    warm = max(1, round(_WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))

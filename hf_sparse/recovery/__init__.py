@@ -1,1 +1,0 @@
-"""Recovery: training a sparse model, or adapters for it, so that its zeros stay."""

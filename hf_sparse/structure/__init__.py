@@ -1,0 +1,1 @@
+"""What a model is made of: families, parts, layers and units."""

@@ -1,0 +1,150 @@
+"""PARTS: where attention and the feed-forward network are in each family's blocks, by name.
+
+Read by what works on whole heads and neurons (`hf_sparse.structure.units`) and by the compiler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hf_sparse.structure.families import base_type
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Names of modules; but for the stack they are paths inside a block.
+
+    Attributes:
+        stack: path of the list of blocks in the base model.
+        qkv: the projections to queries, keys and values, or the one that gives all three.
+        out: the projection behind attention.
+        up, down: the feed-forward network's layers.
+        gate: the layer whose activation multiplies `up`, if the family has one.
+        act: the network's activation.
+    """
+
+    stack: str
+    qkv: tuple[str, ...]
+    out: str
+    up: str
+    down: str
+    gate: str | None = None
+    act: str
+
+
+_LLAMA = Parts(
+    stack="layers",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    out="self_attn.o_proj",
+    up="mlp.up_proj",
+    down="mlp.down_proj",
+    gate="mlp.gate_proj",
+    act="mlp.act_fn",
+)
+
+PARTS = {
+    "bert": Parts(
+        stack="encoder.layer",
+        qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
+        out="attention.output.dense",
+        up="intermediate.dense",
+        down="output.dense",
+        act="intermediate.intermediate_act_fn",
+    ),
+    "albert": Parts(
+        stack="encoder.albert_layer_groups",
+        qkv=("attention.query", "attention.key", "attention.value"),
+        out="attention.dense",
+        up="ffn",
+        down="ffn_output",
+        act="activation",
+    ),
+    "gpt2": Parts(
+        stack="h",
+        qkv=("attn.c_attn",),
+        out="attn.c_proj",
+        up="mlp.c_fc",
+        down="mlp.c_proj",
+        act="mlp.act",
+    ),
+    "opt": Parts(
+        stack="decoder.layers",
+        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        out="self_attn.out_proj",
+        up="fc1",
+        down="fc2",
+        act="activation_fn",
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+}
+
+
+def parts_of(config: Any) -> Parts | None:
+    """The entry for a model's config, or None if there is none."""
+    return PARTS.get(base_type(getattr(config, "model_type", "")))
+
+
+@dataclass(frozen=True)
+class BlockSize:
+    """How many units a block has: heads of queries, heads of keys and values, neurons."""
+
+    heads: int
+    key_heads: int
+    neurons: int
+
+
+def full_size(config: Any) -> BlockSize:
+    """The size of each block that nothing was removed from, as a family's own config tells it."""
+    heads = config.num_attention_heads
+    neurons = [getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
+    return BlockSize(
+        heads,
+        getattr(config, "num_key_value_heads", None) or heads,
+        next((size for size in neurons if size), 4 * config.hidden_size),
+    )
+
+
+def sizes_in(config: Any) -> list[BlockSize] | None:
+    """The sizes of a shrunk model's blocks, as its config tells them; None if it is not shrunk.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    stored = getattr(config, "block_sizes", None)
+    if stored is None:
+        return None
+    try:
+        sizes = [BlockSize(**size) for size in stored]
+    except TypeError as error:
+        raise ValueError(_damaged(f"{stored!r:.200}")) from error
+    full = full_size(config)
+    for number, size in enumerate(sizes):
+        values = [(name, value, getattr(full, name)) for name, value in vars(size).items()]
+        for name, value, limit in values:
+            if type(value) is not int or not 1 <= value <= limit:
+                raise ValueError(_damaged(f"block {number} has {name}={value!r} of {limit}"))
+        if size.heads % size.key_heads:
+            raise ValueError(
+                _damaged(
+                    f"block {number} has {size.heads} heads for {size.key_heads} heads of keys"
+                )
+            )
+    return sizes
+
+
+def _damaged(found: str) -> str:
+    return (
+        f"block_sizes in the config: {found}. Wanted heads, key_heads and neurons of each block, 1 or "
+        "more and no more than the model had, heads a multiple of key_heads. The file is damaged or "
+        "was changed by hand: save the model again."
+    )
+
+
+def head_size(config: Any) -> int:
+    """Features of one attention head; shrinking does not change it."""
+    size = getattr(config, "head_dim", None)
+    return int(size or config.hidden_size // config.num_attention_heads)

@@ -1,0 +1,98 @@
+"""What a config promises of zeros, and what weights hold of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.structure.layers import TargetLayer, check_divides
+
+# A promise that is nearer to what is held than this is as good as kept.
+_MARGIN = 0.005
+# Shares are promised to this many parts, rounded down.
+_PARTS = 10_000
+
+
+@dataclass
+class Held:
+    """The zeros of the targets of a config, counted by what its pattern prunes as a whole.
+
+    Attributes:
+        config: what is asked of them.
+        zero, units: units that are zero, and all of them.
+        least: units that the config's sparsity makes zero, rounded down in each weight.
+    """
+
+    config: SparsityConfig
+    zero: int = 0
+    units: int = 0
+    least: int = 0
+
+    @classmethod
+    def by(cls, config: SparsityConfig, layers: Iterable[TargetLayer]) -> Held:
+        """Count the weights of layers."""
+        held = cls(config)
+        for layer in layers:
+            held.add(layer.weight_name, layer.weight)
+        return held
+
+    def add(self, name: str, weight: Tensor) -> None:
+        """Count one more weight `(out_features, in_features)`; N:M promises nothing of all units.
+
+        Raises:
+            ValueError: the pattern cannot divide the weight; the message names it.
+        """
+        if self.config.pattern.implied_sparsity is not None:
+            return
+        check_divides(self.config.pattern, name, *weight.shape)
+        zero = self.config.pattern.units((weight != 0).float()) == 0
+        units = zero.numel()
+        self.zero += int(zero.sum())
+        self.units += units
+        self.least += math.floor(self.config.sparsity * units)
+
+    @property
+    def share(self) -> float:
+        """The share of units that are zero, rounded down; less than 1, as a config's sparsity."""
+        whole = self.zero * _PARTS // max(self.units, 1)
+        return min(whole, _PARTS - 1) / _PARTS
+
+    @property
+    def lacks(self) -> bool:
+        """Whether fewer units are zero than the config asks for."""
+        return self.zero < self.least - _MARGIN * self.units
+
+    @property
+    def exceeds(self) -> bool:
+        """Whether more units are zero than the config asks for."""
+        return self.units > 0 and self.share > self.config.sparsity + _MARGIN
+
+    def is_less_than(self, sparsity: float) -> bool:
+        """Whether the share is below a sparsity by more than a few zeros."""
+        return self.share < sparsity - _MARGIN
+
+    @property
+    def promise(self) -> SparsityConfig:
+        """The config, with the sparsity that is held."""
+        if not self.lacks and not self.exceeds:
+            return self.config
+        return with_sparsity(self.config, self.share)
+
+    def notes(self) -> tuple[str, ...]:
+        """A sentence for a report if there are more zeros than were asked for."""
+        if not self.exceeds:
+            return ()
+        return (
+            f"sparsity {self.config.sparsity:.4g} was asked for, but the targets had more zeros "
+            f"already, and keep them: {self.share:.4f} of pattern '{self.config.pattern}' are zero, "
+            "which is what config.json will promise.",
+        )
+
+
+def with_sparsity(config: SparsityConfig, sparsity: float) -> SparsityConfig:
+    """The config with another sparsity."""
+    return SparsityConfig(config.pattern, sparsity, config.targets, config.ignore, config.format)
