@@ -152,7 +152,7 @@ def test_a_classifier_is_pruned_on_labelled_texts(
     assert "do not --stream" in capsys.readouterr().err
     (tmp_path / "text.txt").write_text(prose()[:4000])
     assert run(*common, *sizes, "--calibration", tmp_path / "text.txt") == 1
-    assert "see hf_sparse.labelled_batches" in capsys.readouterr().err
+    assert "Give --labels FILE" in capsys.readouterr().err
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a", "label": "never"}))
     assert run(*common, *labelled, *sizes) == 1
     assert "label 'never' is no class of the model" in capsys.readouterr().err

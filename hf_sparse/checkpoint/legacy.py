@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_sparse.arguments import check_path
+from hf_sparse.arguments import check_kinds, check_path
 from hf_sparse.checkpoint.can_save import check_can_save
 from hf_sparse.checkpoint.index import read_object
 from hf_sparse.checkpoint.promised import describing
@@ -103,6 +103,7 @@ def convert_legacy(
     """
     check_path(folder, "convert_legacy")
     check_path(output, "convert_legacy", "output folder")
+    check_kinds(convert_legacy, locals())
     check_name(format, FORMATS, "format", "formats")
     folder, output = Path(folder), Path(output)
     if output.resolve().is_relative_to(folder.resolve()):
