@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hf_sparse.models import registration as registration
+from hf_sparse import models as models
+from hf_sparse.checkpoint import quantizer as quantizer
 from hf_sparse.version import __version__ as __version__
 
 if TYPE_CHECKING:

@@ -1,10 +1,12 @@
-"""The layers of the package, and what importing it pulls in."""
+"""The floors of the package, and what importing it pulls in."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,92 +14,120 @@ import pytest
 import hf_sparse
 
 PACKAGE = Path(hf_sparse.__file__).parent
-# A module imports only from layers above its own, and from its own package.
-LAYERS = [
-    ["suggestions", "upstream"],
+# A module imports from lower floors, which stand first, and from its own room. A room is a folder of
+# the package, or a file that lies in no folder. docs/architecture.md tells what each is for.
+FLOORS = [
+    ["suggestions", "version", "upstream"],
     ["arguments"],
-    ["patterns", "models.families"],
-    ["models.parts"],
-    ["version"],
+    ["patterns"],
     ["selection"],
     ["formats"],
     ["configuration_sparse"],
-    ["structure", "provenance"],
-    ["units"],
-    ["report", "promise"],
-    ["runtime", "runtime.llvm"],
-    ["runtime.kernels"],
-    ["runtime.weights"],
-    ["runtime.programs"],
-    ["optim.prox", "optim.sharding"],
-    ["pruning", "optim", "distillation", "models.configuration"],
-    ["budget", "recovery", "shrinking"],
+    ["structure"],
+    ["report", "provenance"],
+    ["calibration"],
+    ["files"],
+    ["optim"],
     ["checkpoint"],
-    ["runtime.model"],
-    ["benchmark"],
+    ["pruning"],
+    ["adapters"],
+    ["runtime"],
     ["exporters"],
+    ["distillation", "evaluation", "shrinking", "budget", "benchmark"],
+    ["recover"],
+    ["saving"],
     ["hub"],
     ["models"],
-    ["evaluation", "documents"],
-    ["registration"],
+    ["compiled_files"],
     ["cli"],
 ]
+# The rooms of the runtime stand on each other in the same way.
+RUNTIME = ["llvm", "kernels", "weights", "programs", "model"]
+# The public page, whose names everything above the floors may use, and the files that it is made of.
+PUBLIC_PAGE = "hf_sparse"
+USES_THE_PUBLIC_PAGE = ["cli"]
 OPTIONAL = ("datasets", "evaluate", "peft", "onnx", "onnxruntime", "llvmlite", "matplotlib")
 HEAVY = ("transformers.modeling_utils", "transformers.trainer")
+FILES = {
+    ".".join(("hf_sparse", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): file
+    for file in sorted(PACKAGE.rglob("*.py"))
+    if file != PACKAGE / "__init__.py"
+}
 
 
-def layer_of(module: str) -> int:
-    """The layer of the longest name that is the module's, or that of a package around it."""
-    own = module.removeprefix("hf_sparse.")
-    found = {
-        name: index
-        for index, layer in enumerate(LAYERS)
-        for name in layer
-        if own == name or own.startswith(f"{name}.")
-    }
-    assert found, f"{module} has no layer: add it to LAYERS"
-    return found[max(found, key=len)]
+def room_of(module: str) -> str:
+    return module.removeprefix("hf_sparse.").split(".")[0]
 
 
-def is_module(name: str) -> bool:
-    place = PACKAGE.parent.joinpath(*name.split("."))
-    return place.is_dir() or place.with_suffix(".py").is_file()
+def floor_of(room: str) -> int:
+    found = [number for number, rooms in enumerate(FLOORS) if room in rooms]
+    assert found, f"{room} stands on no floor: add it to FLOORS"
+    return found[0]
 
 
-def imports_of(file: Path) -> set[str]:
-    tree = ast.parse(file.read_text())
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "hf_sparse":
-            names.update(f"hf_sparse.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_sparse."):
-            inside = {f"{node.module}.{alias.name}" for alias in node.names}
-            modules = set(filter(is_module, inside))
-            names.update(modules if modules == inside else {node.module, *modules})
-    return names
+@cache
+def imports_of(module: str) -> frozenset[str]:
+    """The modules of the package that a module imports, in whatever form and place."""
+    file = FILES[module]
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{package} has a relative import"
+            names |= {
+                full if (full := f"{node.module}.{alias.name}") in FILES else str(node.module)
+                for alias in node.names
+            }
+    return frozenset(name for name in names if name.split(".")[0] == "hf_sparse")
 
 
-FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
+@pytest.mark.parametrize("module", FILES)
+def test_a_module_imports_only_from_lower_floors_and_its_own_room(module: str) -> None:
+    own = room_of(module)
+    for imported in imports_of(module):
+        if imported == PUBLIC_PAGE:
+            assert own in USES_THE_PUBLIC_PAGE, f"{module} imports the public page"
+            continue
+        other = room_of(imported)
+        assert other == own or floor_of(other) < floor_of(own), f"{module} imports {imported}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_a_module_imports_only_from_layers_above(file: Path) -> None:
-    module = "hf_sparse." + ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
-    module = module.removesuffix(".__init__")
-    own = layer_of(module)
-    for imported in imports_of(file):
-        if not is_module(imported):
-            continue  # a name of the public page, used by the command line
-        assert layer_of(imported) <= own, f"{module} imports {imported}"
+def test_the_rooms_of_the_runtime_stand_on_each_other() -> None:
+    for module in FILES:
+        if not module.startswith("hf_sparse.runtime."):
+            continue
+        own = RUNTIME.index(module.split(".")[2])
+        for imported in imports_of(module):
+            if imported.startswith("hf_sparse.runtime."):
+                assert RUNTIME.index(imported.split(".")[2]) <= own, f"{module} imports {imported}"
 
 
-def test_the_rooms_of_the_runtime_look_down() -> None:
-    rooms = ["llvm", "kernels", "weights", "programs", "model"]
-    folder = PACKAGE / "runtime"
-    assert {path.parent.name for path in folder.glob("*/*.py")} == set(rooms)
-    layers = [layer_of(f"hf_sparse.runtime.{room}") for room in rooms]
-    assert sorted(set(layers)) == layers
-    assert [path.name for path in folder.glob("*.py")] == ["__init__.py"]
+def circles(graph: dict[str, frozenset[str]]) -> Iterator[list[str]]:
+    """The first circle that is met from each module, by a walk in depth."""
+    done: set[str] = set()
+
+    def walk(module: str, path: list[str]) -> list[str] | None:
+        if module in path:
+            return path[path.index(module) :]
+        if module in done or module not in graph:
+            return None
+        done.add(module)
+        found = (walk(other, [*path, module]) for other in sorted(graph[module]))
+        return next((circle for circle in found if circle), None)
+
+    for module in graph:
+        if circle := walk(module, []):
+            yield circle
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {module: imports_of(module) - {module} for module in FILES}
+    assert list(circles(graph)) == []
+    assert list(circles({"a": frozenset("b"), "b": frozenset("a")})) == [["a", "b"]]
 
 
 def loaded_modules(code: str) -> set[str]:
@@ -112,7 +142,7 @@ def test_the_import_pulls_in_nothing_optional_or_slow() -> None:
     loaded = loaded_modules("import hf_sparse")
     assert not loaded.intersection(OPTIONAL)
     assert not loaded.intersection(HEAVY)
-    assert "hf_sparse.models.registration" in loaded
+    assert "hf_sparse.models.configuration" in loaded
 
 
 def test_using_the_package_pulls_in_nothing_optional() -> None:

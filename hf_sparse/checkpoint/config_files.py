@@ -10,7 +10,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_sparse.checkpoint.can_save import check_family, check_sizes
 from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
-from hf_sparse.checkpoint.sparse_configs import CONFIGS, SparseConfigMixin, base_config_class
+from hf_sparse.checkpoint.sparse_configs import (
+    SparseConfigMixin,
+    base_config_class,
+    sparse_config_class,
+)
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.structure.units import shrunk_sizes
 
@@ -70,7 +74,9 @@ def _sparse_config(model: PreTrainedModel, config: SparsityConfig) -> PreTrained
         model_config: PreTrainedConfig = copy.deepcopy(model.config)
     else:
         check_family(model.config.model_type, config.format)
-        model_config = CONFIGS[model.config.model_type].from_dict(model.config.to_dict())
+        model_config = sparse_config_class(model.config.model_type).from_dict(
+            model.config.to_dict()
+        )
     model_config.architectures = [f"Sparse{dense_class_name(model)}"]
     model_config.quantization_config = SparseCheckpointConfig(**config.to_dict()).to_dict()
     return model_config

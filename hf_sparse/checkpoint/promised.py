@@ -22,10 +22,10 @@ from huggingface_hub.errors import StrictDataclassError
 
 from hf_sparse.checkpoint.index import read_index, read_object
 from hf_sparse.checkpoint.reading import StoredTensor, open_file, read_headers
-from hf_sparse.checkpoint.sparse_configs import CONFIGS
+from hf_sparse.checkpoint.sparse_configs import base_config_class, sparse_config_class
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FORMATS, FormatError, join, locate
-from hf_sparse.structure.families import base_type
+from hf_sparse.structure.families import FAMILIES, base_type, sparse_type
 from hf_sparse.structure.layers import is_conv1d, target_layers
 from hf_sparse.structure.parts import PARTS, sizes_in
 from hf_sparse.structure.units import resize_
@@ -266,7 +266,7 @@ def _check_counts(
     """
     prefix = f"{kind.base_model_prefix}."
     names = [tensor.name.removeprefix(prefix) for tensor in stored]
-    others = CONFIGS[family].attribute_map
+    others = sparse_config_class(family).attribute_map
     for key in _SIZES:
         if not {key, others.get(key, key)} & values.keys():
             raise FormatError(f"{file} has no {others.get(key, key)}. {_AGAIN}")
@@ -288,10 +288,10 @@ def _class_named(values: Mapping[str, Any], file: Path) -> tuple[str, Any, bool]
     If there is none, the class is the family's without a head.
     """
     family = base_type(str(values.get("model_type")))
-    if family not in CONFIGS:
+    if family not in FAMILIES:
         raise FormatError(
             f"{file}: model_type is {values.get('model_type')!r}; wanted one of "
-            f"{', '.join(config.model_type for config in CONFIGS.values())}."
+            f"{', '.join(map(sparse_type, FAMILIES))}."
         )
     names = values.get("architectures")
     name = str(names[0]).removeprefix("Sparse") if isinstance(names, list) and names else ""
@@ -304,7 +304,7 @@ def _class_named(values: Mapping[str, Any], file: Path) -> tuple[str, Any, bool]
                 f"class of models of type {made_for!r}. {_AGAIN}"
             )
         return family, kind, True
-    base: Any = transformers.MODEL_MAPPING[CONFIGS[family].__mro__[2]]
+    base: Any = transformers.MODEL_MAPPING[base_config_class(family)]
     return family, base[0] if isinstance(base, tuple | list) else base, False
 
 
@@ -313,7 +313,7 @@ def _described(values: dict[str, Any], kind: Any, family: str, file: Path) -> Pr
     ours = ("quantization_config", "auto_map")
     values = {key: value for key, value in values.items() if key not in ours}
     with describing(file):
-        config = CONFIGS[family].from_dict(values)
+        config = sparse_config_class(family).from_dict(values)
         sizes = sizes_in(config)
         with torch.device("meta"):
             model: PreTrainedModel = kind._from_config(config, attn_implementation="eager")

@@ -1,4 +1,4 @@
-"""SparseBertConfig and its siblings: the family's config under a model type of its own.
+"""What SparseBertConfig and its siblings add: the family's config under a model type of its own.
 
 The type `sparse_bert` is what makes a compressed checkpoint fail loudly where hf_sparse is not
 installed: a config of type `bert` would load there with randomly initialised weights.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
 from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from hf_sparse.structure.families import FAMILIES, sparse_type
 
@@ -32,8 +31,6 @@ class SparseConfigMixin:
             save, which takes it from `name_or_path`. Older files have `""` for not known.
     """
 
-    # Called with the family of every config that is made: registers the model classes.
-    when_made: ClassVar[Callable[[str], None]] = staticmethod(lambda model_type: None)
     base_model_type: ClassVar[str]
     model_type: ClassVar[str]
     sparsity_config: dict[str, Any] | None
@@ -47,7 +44,6 @@ class SparseConfigMixin:
         self.base_model = kwargs.pop("base_model", None)
         self.block_sizes = kwargs.pop("block_sizes", None)
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        type(self).when_made(self.base_model_type)
 
     def _check_counts(self, given: dict[str, Any]) -> None:
         for name, most in _COUNTS.items():
@@ -99,17 +95,7 @@ def base_config_class(model_type: str) -> type[PreTrainedConfig]:
     return config_class
 
 
-def _define(model_type: str) -> type[PreTrainedConfig]:
-    base = base_config_class(model_type)
-    name = f"Sparse{base.__name__}"
-    body = {
-        "model_type": sparse_type(model_type),
-        "base_model_type": model_type,
-        "__module__": __name__,
-        "__doc__": f"{base.__name__} of a sparse checkpoint. Takes the same arguments.",
-    }
-    return type(name, (SparseConfigMixin, base), body)
-
-
-CONFIGS = {model_type: _define(model_type) for model_type in FAMILIES}
-globals().update({config.__name__: config for config in CONFIGS.values()})
+def sparse_config_class(model_type: str) -> type[PreTrainedConfig]:
+    """The Sparse config class of a family, which `hf_sparse.models` registered with transformers."""
+    config_class: type[PreTrainedConfig] = CONFIG_MAPPING[sparse_type(model_type)]
+    return config_class

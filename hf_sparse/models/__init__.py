@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_sparse.checkpoint import sparse_configs as configuration
+from hf_sparse.models import configuration
 from hf_sparse.structure.families import FAMILIES
 
 __all__ = ["FAMILIES"]

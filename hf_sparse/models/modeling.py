@@ -22,7 +22,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from hf_sparse.checkpoint.promised import check_to_load
 from hf_sparse.checkpoint.reading import restore_state_dict
 from hf_sparse.checkpoint.save import is_saving_process, save_model
-from hf_sparse.checkpoint.sparse_configs import CONFIGS
+from hf_sparse.checkpoint.sparse_configs import base_config_class, sparse_config_class
 from hf_sparse.hub import push_to_hub as push
 from hf_sparse.structure.parts import sizes_in
 from hf_sparse.structure.units import resize_
@@ -118,7 +118,7 @@ def model_classes(model_type: str) -> dict[str, type[PreTrainedModel]]:
 
 def _define(base: type[PreTrainedModel], model_type: str) -> type[PreTrainedModel]:
     body = {
-        "config_class": CONFIGS[model_type],
+        "config_class": sparse_config_class(model_type),
         "__module__": "hf_sparse.models",
         "__doc__": (
             f"{base.__name__} that is stored compressed. Takes the same arguments; "
@@ -131,8 +131,8 @@ def _define(base: type[PreTrainedModel], model_type: str) -> type[PreTrainedMode
 @cache
 def register_models(model_type: str) -> None:
     """Register the Sparse classes and the tokenizer of a family with transformers' Auto classes."""
-    config_class = CONFIGS[model_type]
-    base_config = config_class.__mro__[2]
+    config_class = sparse_config_class(model_type)
+    base_config = base_config_class(model_type)
     classes = model_classes(model_type)
     classes_there: list[Any] = [
         item for item in vars(modeling_auto).values() if inspect.isclass(item)

@@ -19,11 +19,10 @@ Every tensor here is `(out_features, in_features)`; layers that store the transp
 `Conv1D`) are turned at the edge, never in a pattern.
 """
 
+from hf_sparse.patterns.elements import NM, Unstructured
 from hf_sparse.patterns.groups import Block, Column, GroupPattern, Head, Row
-from hf_sparse.patterns.notation import NOTATIONS
 from hf_sparse.patterns.pattern import Pattern
 from hf_sparse.patterns.ranking import lowest
-from hf_sparse.patterns.single import NM, Unstructured
 
 __all__ = [
     "NM",
@@ -37,3 +36,5 @@ __all__ = [
     "Unstructured",
     "lowest",
 ]
+
+NOTATIONS = tuple(notation for kind in Pattern.kinds() for notation in kind.notations)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -79,6 +80,12 @@ class Block(GroupPattern):
 
     rows: int
     columns: int
+    notations: ClassVar[tuple[str, ...]] = ("block:RxC",)
+
+    @classmethod
+    def read(cls, notation: str) -> Block | None:
+        match = re.fullmatch(r"block:(\d{1,6})x(\d{1,6})", notation, re.ASCII)
+        return cls(*map(int, match.groups())) if match else None
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.columns < 1:
@@ -96,6 +103,11 @@ class Row(GroupPattern):
     """Whole rows: one output feature each."""
 
     unit_layer: ClassVar[str | None] = "up"
+    notations: ClassVar[tuple[str, ...]] = ("row",)
+
+    @classmethod
+    def read(cls, notation: str) -> Row | None:
+        return cls() if notation == "row" else None
 
     def __str__(self) -> str:
         return "row"
@@ -109,6 +121,11 @@ class Column(GroupPattern):
     """Whole columns: one input feature each."""
 
     unit_layer: ClassVar[str | None] = "down"
+    notations: ClassVar[tuple[str, ...]] = ("column",)
+
+    @classmethod
+    def read(cls, notation: str) -> Column | None:
+        return cls() if notation == "column" else None
 
     def __str__(self) -> str:
         return "column"
@@ -131,6 +148,14 @@ class Head(GroupPattern):
     head_dim: int | None = None
     inputs: bool = False
     unit_layer: ClassVar[str | None] = "out"
+    notations: ClassVar[tuple[str, ...]] = ("head", "head:D", "head_in:D")
+
+    @classmethod
+    def read(cls, notation: str) -> Head | None:
+        if notation == "head":
+            return cls()
+        match = re.fullmatch(r"head(_in)?:(\d{1,6})", notation, re.ASCII)
+        return cls(int(match[2]), inputs=match[1] is not None) if match else None
 
     def __post_init__(self) -> None:
         if self.head_dim is not None and self.head_dim < 1:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from hf_sparse.suggestions import meant_pattern, shortened
 
 
 class Pattern(ABC):
@@ -16,11 +19,18 @@ class Pattern(ABC):
         elementwise: zeros are single weights anywhere, so that any shape and order of weights does.
         unit_layer: the layer of a block where a unit is a whole neuron or head: a field of
             `hf_sparse.structure.parts.Parts`. None: units mean nothing to a block.
+        notations: how the pattern is written, for errors and help.
         violation: what a group does that breaks the pattern, for errors: it follows "groups".
     """
 
     elementwise: ClassVar[bool] = False
     unit_layer: ClassVar[str | None] = None
+    notations: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def read(cls, notation: str) -> Pattern | None:
+        """The pattern that is written so; None: it is none of this kind."""
+        return None
 
     @property
     def implied_sparsity(self) -> float | None:
@@ -134,6 +144,28 @@ class Pattern(ABC):
         """
         if isinstance(notation, Pattern):
             return notation
-        from hf_sparse.patterns.notation import parse  # it knows the kinds, which build on this
+        known = ", ".join(notation for kind in Pattern.kinds() for notation in kind.notations)
+        if not isinstance(notation, str):
+            raise ValueError(
+                f"pattern is a {type(notation).__name__}: {shortened(notation)}. Wanted a string, one "
+                f"of {known}.{meant_pattern(str(notation), _read)}"
+            )
+        if (pattern := _read(notation)) is not None:
+            return pattern
+        raise ValueError(
+            f"unknown pattern {shortened(notation)}. Known patterns: {known}."
+            f"{meant_pattern(notation, _read)}"
+        )
 
-        return parse(notation)
+    @classmethod
+    def kinds(cls) -> Iterator[type[Pattern]]:
+        """The kinds of patterns that have a notation."""
+        for kind in cls.__subclasses__():
+            if kind.notations:
+                yield kind
+            yield from kind.kinds()
+
+
+def _read(notation: str) -> Pattern | None:
+    """The pattern of a notation; None: it is none."""
+    return next(filter(None, (kind.read(notation) for kind in Pattern.kinds())), None)

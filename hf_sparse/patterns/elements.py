@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +17,11 @@ class Unstructured(Pattern):
     """Single weights anywhere."""
 
     elementwise: ClassVar[bool] = True
+    notations: ClassVar[tuple[str, ...]] = ("unstructured",)
+
+    @classmethod
+    def read(cls, notation: str) -> Unstructured | None:
+        return cls() if notation == "unstructured" else None
 
     def __str__(self) -> str:
         return "unstructured"
@@ -44,6 +50,12 @@ class NM(Pattern):
 
     n: int
     m: int
+    notations: ClassVar[tuple[str, ...]] = ("N:M (2:4, 4:8, ...)",)
+
+    @classmethod
+    def read(cls, notation: str) -> NM | None:
+        match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", notation, re.ASCII)
+        return cls(*map(int, match.groups())) if match else None
 
     def __post_init__(self) -> None:
         if not 1 <= self.n < self.m:
