@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.arguments import check_has_values, check_kinds, check_model
+from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.windows import checked_batches
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Block, Pattern
@@ -276,13 +277,8 @@ def sensitivities(
 
 def _outputs(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
     """The first output of each batch: hidden states, or logits."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return [model(**batch)[0].float() for batch in batches]
-    finally:
-        model.train(training)
+    with torch.no_grad(), switched(model, training=False):
+        return [model(**batch)[0].float() for batch in batches]
 
 
 def _lost(scores: Tensor, kept: Tensor) -> float:
