@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.arguments import check_model
+from hf_sparse.arguments import check_finite, check_model
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.processes import own_batches
 from hf_sparse.calibration.walk import Residence
@@ -25,7 +25,6 @@ from hf_sparse.structure.layers import (
     PRUNED_WITH,
     TargetLayer,
     check_divides,
-    check_finite,
     find_stacks,
     stacked_weights,
     target_layers,

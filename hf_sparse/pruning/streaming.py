@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from hf_sparse.arguments import check_kinds, check_path, check_saves
+from hf_sparse.arguments import check_finite, check_kinds, check_path, check_saves
 from hf_sparse.calibration.activations import on_disk
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.walk import BlockStep, Residence
@@ -68,7 +68,6 @@ from hf_sparse.pruning.task import Task
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.structure.layers import (
     TargetLayer,
-    check_finite,
     find_stacks,
     layers_in,
     layers_outside,
