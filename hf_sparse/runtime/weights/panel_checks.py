@@ -129,4 +129,4 @@ def _check_rows(order: Array, panel: Array, blocks: int, sides: int) -> None:
 def check_values(values: Array) -> None:
     """Raise a ValueError unless all stored values are finite."""
     numbers = torch.from_numpy(values).view(type_of(values).dtype)
-    require(is_finite(numbers), "some values are infinite or NaN")
+    require(is_finite(numbers), "some values are NaN or infinite")
