@@ -223,3 +223,24 @@ def _meant(value: Any, kinds: Sequence[str]) -> str:
     if isinstance(value, str) and "Sequence[str]" in kinds:
         return f" Did you mean {[value]!r}?"
     return ""
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is infinite or NaN."""
+    if values.is_floating_point() and values.element_size() == 1:
+        values = values.float()  # fp8 cannot tell
+    if not values.is_floating_point() or type(values) not in (Tensor, nn.Parameter):
+        return bool(torch.isfinite(values).all())  # shards, too
+    # Read once, without a copy.
+    return not values.numel() or all(bool(edge.isfinite()) for edge in values.aminmax())
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise a ValueError that names the tensor if it holds NaN or infinity."""
+    if not is_finite(tensor):
+        whole = tensor.float() if tensor.element_size() == 1 else tensor
+        bad = int((~torch.isfinite(whole)).sum())
+        raise ValueError(
+            f"{name} has {bad} values that are NaN or infinite; wanted finite ones. The model or its "
+            "dtype is damaged, or its training diverged: load it again (float16 as float32)."
+        )

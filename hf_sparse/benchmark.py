@@ -14,6 +14,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_sparse.arguments import check_model
+from hf_sparse.calibration.modes import switched
 from hf_sparse.report import format_table
 from hf_sparse.runtime.model.blocks import why_not_compiled
 from hf_sparse.runtime.model.compiled import compile as compile_model
@@ -117,17 +118,17 @@ def benchmark(
         raise ValueError(f"tokens is {tokens}, but the model has {limit} positions.")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError("models with an encoder and a decoder are not timed; wanted one stack.")
-    model.eval()
-    ways = {"torch": model}
-    if why_not_compiled(model.config) is None:  # single dense layers are left to torch
-        ways["compiled, dense"] = compile_model(_filled(model))
-    ways["compiled"] = compile_model(model)
     ids = torch.randint(0, model.config.vocab_size, (batch, tokens))
-    with torch.inference_mode():
-        forward = _in_turns({name: _forward(one, ids) for name, one in ways.items()}, repeats)
-        decode: tuple[Measurement, ...] = ()
-        if model.can_generate() and tokens > 1:
-            decode = _in_turns({name: _decode(one, ids) for name, one in ways.items()}, repeats)
+    with switched(model, training=False):
+        ways = {"torch": model}
+        if why_not_compiled(model.config) is None:  # single dense layers are left to torch
+            ways["compiled, dense"] = compile_model(_filled(model))
+        ways["compiled"] = compile_model(model)
+        with torch.inference_mode():
+            forward = _in_turns({name: _forward(one, ids) for name, one in ways.items()}, repeats)
+            decode: tuple[Measurement, ...] = ()
+            if model.can_generate() and tokens > 1:
+                decode = _in_turns({name: _decode(one, ids) for name, one in ways.items()}, repeats)
     return Benchmark(batch, tokens, torch.get_num_threads(), forward, decode)
 
 

@@ -19,12 +19,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_sparse.arguments import check_has_values, check_kinds, check_model
+from hf_sparse.calibration.input_statistics import Norms
+from hf_sparse.calibration.modes import switched
+from hf_sparse.calibration.walk import run_model
 from hf_sparse.calibration.windows import checked_batches
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Block, Pattern
@@ -227,23 +229,11 @@ def parse_budget(budget: str | float) -> float:
 def input_norms(
     model: nn.Module, layers: Sequence[TargetLayer], batches: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The root of the summed squares of each layer's inputs, `(in_features,)`."""
-    sums = {layer.name: torch.zeros(layer.weight.shape[1]) for layer in layers}
-
-    def hook(name: str) -> Any:
-        def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach().float().reshape(-1, inputs[0].shape[-1])
-            sums[name] += x.square().sum(dim=0)
-
-        return add
-
-    handles = [layer.module.register_forward_pre_hook(hook(layer.name)) for layer in layers]
-    try:
-        _outputs(model, batches)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: total.sqrt() for name, total in sums.items()}
+    """The root of the summed squares of each layer's inputs, `(in_features,)`, without padding."""
+    norms = Norms()
+    with torch.no_grad(), switched(model, training=False), norms.collecting(layers):
+        run_model(model, batches, norms)
+    return {layer.name: seen.statistic.float() for seen in norms.groups() for layer in seen.layers}
 
 
 def sensitivities(
@@ -276,13 +266,8 @@ def sensitivities(
 
 def _outputs(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
     """The first output of each batch: hidden states, or logits."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return [model(**batch)[0].float() for batch in batches]
-    finally:
-        model.train(training)
+    with torch.no_grad(), switched(model, training=False):
+        return [model(**batch)[0].float() for batch in batches]
 
 
 def _lost(scores: Tensor, kept: Tensor) -> float:

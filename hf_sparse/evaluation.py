@@ -7,8 +7,7 @@ beside: a figure alone says nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from transformers.utils.logging import tqdm
 from hf_sparse.arguments import check_has_values, check_kinds, check_model
 from hf_sparse.calibration.labels import class_indices
 from hf_sparse.calibration.linalg import FastProducts
+from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.texts import check_tokenizer
 from hf_sparse.calibration.windows import token_windows
 
@@ -61,7 +61,7 @@ def perplexity(
     windows = token_windows(tokenizer, text, window, max_windows)
     device = _input_device(model)
     total = 0.0
-    with _evaluating(model):
+    with switched(model, training=False):
         _check_causal(model, windows[:1].to(device))
         for batch in tqdm(windows.split(batch_size), desc="Perplexity"):
             ids = batch.to(device)
@@ -154,7 +154,7 @@ def accuracy(
     device = _input_device(model)
     order = sorted(range(len(texts)), key=lambda index: sum(map(len, texts[index])))
     right = 0
-    with _evaluating(model):
+    with switched(model, training=False):
         for start in tqdm(range(0, len(order), batch_size), desc="Accuracy"):
             chosen = order[start : start + batch_size]
             inputs = tokenizer(
@@ -175,13 +175,3 @@ def accuracy(
                 guess == indices[index] for guess, index in zip(guesses, chosen, strict=True)
             )
     return right / len(labels)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,9 +23,9 @@ from hf_sparse.calibration.losses import (
     check_labels,
     check_predicts,
     fast_autocast,
-    trainable,
     with_labels,
 )
+from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.windows import checked_batches
 from hf_sparse.calibration.windows import fingerprint as hash_of
 from hf_sparse.distillation import Distillation
@@ -131,7 +130,7 @@ def recover_(
             "dtype=torch.float32, or recover by 'lora', whose base model may be bfloat16."
         )
     zeros = fingerprint(layer.parameter.detach() for layer in layers)
-    start, was_training = time.perf_counter(), model.training
+    start = time.perf_counter()
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     distillation = None if teacher is None else Distillation(teacher, logits=logits)
     torch.manual_seed(seed)
@@ -146,8 +145,7 @@ def recover_(
         if distillation is not None:
             distillation.attach(model)
             forget_teaching_(model)  # the step below tells of it
-        everything = nullcontext() if recovery.r else trainable(model, list(model.parameters()))
-        with everything:
+        with switched(model, trained=None if recovery.r else list(model.parameters())):
             losses = fit(
                 trained,
                 inputs,
@@ -169,7 +167,6 @@ def recover_(
                 trained.unload()
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-            model.train(was_training)
     if fingerprint(layer.parameter.detach() for layer in sparse_layers(model)) != zeros:
         raise ValueError("the zeros of the model have changed while it was trained. Load it again.")
     options = {"epochs": epochs, "lr": recovery.lr, **({"r": recovery.r} if recovery.r else {})}

@@ -18,10 +18,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 import hf_sparse
 from hf_sparse import SparsityConfig
+from hf_sparse.calibration.modes import switched
 from hf_sparse.cli import main
 from hf_sparse.exporters.heads import HEADS, Case, example, head_of, named_outputs
 from hf_sparse.exporters.packing import pack_
-from hf_sparse.pruning.oneshot import quiet
 from hf_sparse.upstream import cache_in
 from tests.crosses import cross
 from tests.exporting import needs_export
@@ -89,7 +89,7 @@ def test_every_head_gives_what_torch_gives(family: str, ending: str, tmp_path: P
     head = head_of(model)
     given = example(model, head, Case(4, 6, past=5 if head.caches else 0))
     feed = {spec.name: given.arrays[spec.name].numpy() for spec in session.get_inputs()}
-    with torch.no_grad(), quiet(model):
+    with torch.no_grad(), switched(model, training=False, use_cache=False):
         wanted = named_outputs(model(**given.inputs))
     names = [output.name for output in session.get_outputs()]
     assert set(names) == set(wanted)

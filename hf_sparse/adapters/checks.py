@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_sparse.adapters.stored import check_settings
+from hf_sparse.arguments import is_finite
 from hf_sparse.optim.zeros import (
     check_floats,
     fingerprint,
@@ -111,7 +112,7 @@ def check_trainable(config: Any) -> None:
     values = {
         name: value
         for name, value in vars(config).items()
-        if not isinstance(value, float) or math.isfinite(value)  # else check_finite names the layer
+        if not isinstance(value, float) or math.isfinite(value)  # else the layer is named later
     }
     check_settings(values, f"the {type(config).__name__}", way_out)
     if getattr(config, "inference_mode", False):
@@ -202,7 +203,7 @@ def check_keeps_zeros(name: str, layer: Any, adapters: Sequence[str]) -> None:
             continue
         delta = layer.get_delta_weight(adapter)
         delta = delta.to_dense() if delta.is_sparse else delta
-        if not bool((weight + delta.to(weight.dtype)).isfinite().all()):
+        if not is_finite(weight + delta.to(weight.dtype)):
             raise ValueError(
                 f"merging adapter '{adapter}' gives {name} values that are not finite in "
                 f"{weight.dtype}: its training has diverged. Train it again at a lower learning rate."
@@ -215,7 +216,7 @@ def check_keeps_zeros(name: str, layer: Any, adapters: Sequence[str]) -> None:
             )
 
 
-def check_finite(model: Any, adapter: str, where: str = "") -> None:
+def check_adapter_finite(model: Any, adapter: str, where: str = "") -> None:
     """Refuse an adapter with NaN or infinity in what is trained, or in its scale."""
     from peft import get_peft_model_state_dict
 
@@ -224,7 +225,7 @@ def check_finite(model: Any, adapter: str, where: str = "") -> None:
         tensors = get_peft_model_state_dict(
             model, adapter_name=adapter, save_embedding_layers=False
         )
-    found = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    found = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     for name, layer in adapted_layers(model, adapter):
         if not math.isfinite(getattr(layer, "scaling", {}).get(adapter, 1.0)):
             found.append(f"the scale of {name}")

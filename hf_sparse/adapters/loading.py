@@ -22,9 +22,9 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 from hf_sparse.adapters.checks import (
     adapted_layers,
     check_adapted,
+    check_adapter_finite,
     check_alone,
     check_base_zeros,
-    check_finite,
     check_gathered,
     check_keeps_zeros,
     check_kept_apart,
@@ -100,7 +100,7 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
             model = peft.get_peft_model(model, config, adapter_name)
         check_adapted(model, adapter_name)
         check_mergeable(model, adapter_name)
-        check_finite(model, adapter_name)
+        check_adapter_finite(model, adapter_name)
     model.peft_config[adapter_name].base_zeros = zeros_of(model, adapter_name)
     notice_optimizer_(model.get_base_model())
     return model
@@ -181,7 +181,7 @@ def load_adapter(
             check_plain(name, layer.get_base_layer())
         if kind == "SHIRA":
             check_places(model, adapter_name)
-        check_finite(model, adapter_name, f" of {folder}")
+        check_adapter_finite(model, adapter_name, f" of {folder}")
         if kind == "SHIRA" and config.base_zeros is None:
             warnings.warn(
                 f"{folder} holds no hash of its base model's zeros, as stock PEFT writes it: it fills "
@@ -257,7 +257,7 @@ def merge_(model: Any, chosen: Sequence[str] | None = None) -> Any:
         if any(layer.merged for _, layer in layers):  # by PEFT's merge_adapter
             model.unmerge_adapter()
         for adapter in chosen:
-            check_finite(model, adapter)
+            check_adapter_finite(model, adapter)
         for name, layer in layers:
             check_keeps_zeros(name, layer, chosen)
         for adapter in chosen:

@@ -56,6 +56,7 @@ class InputStatistics(ABC):
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
         self._now: dict[str, Tensor] = {}  # inputs of the call of the block that runs
+        self._called: set[str] = set()  # the layers that were given inputs since `_now` was empty
         self._calls: dict[str, int] = {}
         self._runs_once = False
 
@@ -75,7 +76,8 @@ class InputStatistics(ABC):
         """
         self._layers = layers
         self._leaders, self._sums, self._tokens = {}, {}, {}
-        self._now, self._calls = {}, dict.fromkeys((layer.name for layer in layers), 0)
+        self._now, self._called = {}, set()
+        self._calls = dict.fromkeys((layer.name for layer in layers), 0)
         self._runs_once = False
         hooks = [
             layer.module.register_forward_pre_hook(partial(self._see, layer.name, stop))
@@ -92,7 +94,7 @@ class InputStatistics(ABC):
         """A call of the block, or of the model, is over."""
         self._runs_once = all(count == 1 for count in self._calls.values())
         self._calls = dict.fromkeys(self._calls, 0)
-        self._now = {}
+        self._now, self._called = {}, set()
 
     def groups(self) -> list[Seen]:
         """The groups of layers that shared their inputs, with their sums; forgets them.
@@ -131,8 +133,9 @@ class InputStatistics(ABC):
 
     def _see(self, name: str, stop: bool, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         given = args[0]
-        if self._calls[name]:
-            self._now = {}  # a layer is called again: the others' inputs may be gone
+        if name in self._called:
+            self._now, self._called = {}, set()  # called again, on what others may not have seen
+        self._called.add(name)
         self._calls[name] += 1
         leader = self._leaders.get(name) or next(
             (other for other, inputs in self._now.items() if inputs is given), name

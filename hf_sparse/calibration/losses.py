@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,20 +10,6 @@ from torch import Tensor, nn
 
 from hf_sparse.calibration.linalg import onednn
 from hf_sparse.calibration.recording import Batch
-
-
-@contextmanager
-def trainable(module: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Gradients for these parameters of the module and for no others, for a while."""
-    known = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    chosen = set(map(id, parameters))
-    for parameter, _ in known:
-        parameter.requires_grad_(id(parameter) in chosen)
-    try:
-        yield
-    finally:
-        for parameter, flag in known:
-            parameter.requires_grad_(flag)
 
 
 def multiplies_bfloat16() -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from hf_sparse import models
+from hf_sparse.arguments import check_finite
 from hf_sparse.runtime.model.blocks import check_config, why_not_compiled
 from hf_sparse.runtime.model.compiled import check_parameters, check_types
 from hf_sparse.runtime.model.families import COMPILED
@@ -111,8 +112,7 @@ def fill(
     check_parameters(model)
     for name, tensor in buffers.items():
         path, _, own = name.rpartition(".")
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name} has values that are not finite")
+        check_finite(name, tensor)
         model.get_submodule(path).register_buffer(own, tensor, persistent=False)
     for path, module in model.named_modules():
         for name, value in vars(module).items():

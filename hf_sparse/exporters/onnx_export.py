@@ -17,6 +17,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from hf_sparse.arguments import check_has_values, check_kinds, check_model, check_path, check_saves
+from hf_sparse.calibration.modes import switched
 from hf_sparse.checkpoint.can_save import check_can_write
 from hf_sparse.checkpoint.card import CARD_NAME, Card, write_card
 from hf_sparse.checkpoint.config_files import dense_class_name, dense_config
@@ -28,7 +29,7 @@ from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.exporters import QUANTIZATIONS
 from hf_sparse.exporters.heads import Head, head_of
 from hf_sparse.exporters.packing import Packing, pack_
-from hf_sparse.exporters.tracing import plain_outputs, trace
+from hf_sparse.exporters.tracing import trace
 from hf_sparse.exporters.verification import Difference, compare
 from hf_sparse.files.atomic import replacing
 from hf_sparse.provenance.values import Metric
@@ -45,6 +46,13 @@ _BESIDE = (
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model"),
     *("chat_template.jinja", "generation_config.json"),
 )
+# How the model is traced: without a cache, and with its usual outputs alone.
+_PLAIN: dict[str, Any] = {
+    "use_cache": False,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "return_dict": True,
+}
 # The largest difference to the model, relative to its outputs' size (see `Difference`).
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2}
 
@@ -156,7 +164,8 @@ def export_onnx(
     ):
         raise ValueError(f"tolerance is {tolerance!r}; wanted a number >= 0.")
     known = described(model, report, base_model)
-    with plain_outputs(model), replacing(folder, written_files(folder).__contains__) as fresh:
+    plain = switched(model, training=False, **_PLAIN)
+    with plain, replacing(folder, written_files(folder).__contains__) as fresh:
         exported = trace(model, head, quantize, batches)
         component = exported.components["model"]
         packing = pack_(component.program) if pack else Packing()

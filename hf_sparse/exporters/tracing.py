@@ -15,7 +15,6 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_sparse.exporters.heads import Case, Head, example
-from hf_sparse.pruning.oneshot import quiet
 from hf_sparse.upstream import CACHE_NAMES
 
 if TYPE_CHECKING:
@@ -86,23 +85,6 @@ def trace(
     _forget_sources(graph)
     _sum_residuals(graph)
     return exported
-
-
-@contextlib.contextmanager
-def plain_outputs(model: PreTrainedModel) -> Iterator[None]:
-    """The model in eval mode, without a cache and with its usual outputs alone, for a while."""
-    usual = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
-    given: dict[str, Any] = {name: getattr(model.config, name, None) for name in usual}
-    try:
-        for name, value in usual.items():
-            if given[name] is not None and given[name] != value:
-                setattr(model.config, name, value)
-        with quiet(model):
-            yield
-    finally:
-        for name, known in given.items():
-            if known is not None and known != usual[name]:
-                setattr(model.config, name, known)
 
 
 @contextlib.contextmanager

@@ -1,18 +1,6 @@
 """The frozen mask: any torch optimizer trains a sparse model, and its zeros stay zero.
 
-After each step of the optimizer, whatever it has done (weight decay, momentum, an update that mixes
-rows),
-
-    w <- m * w,    m = [w was not zero before the step]
-
-and a kept weight that has landed on exactly zero becomes the least normal number instead. So the
-zeros of the weights are the mask at all times: it is read from them before each step, a checkpoint
-of the model is all that resuming needs, and the number of zeros is the same to the weight. (With a
-mask kept from the start, a checkpoint could not tell which of its zeros belong to it, and weights
-that are loaded later would be cut by the mask of others.)
-
-Only weights are masked, not gradients: their norm, by which they are clipped, counts the pruned
-weights too, and so do the moments that an optimizer keeps of them, without effect on others.
+What happens at each step stands in `step_mask.py`. The number of zeros is the same to the weight.
 """
 
 from __future__ import annotations
@@ -20,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -28,11 +15,10 @@ from hf_sparse.arguments import check_model, check_optimizer
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.optim.notes import note_fine_tuning_
 from hf_sparse.optim.sharding import local_part
-from hf_sparse.optim.zeros import fingerprint, refill_, sparse_layers, unlike
+from hf_sparse.optim.step_mask import StepMask
+from hf_sparse.optim.zeros import fingerprint, sparse_layers
 
 _ATTACHED = "_hf_sparse_frozen_mask"
-# Weights that are masked together: few enough for their temporaries to stay in the cache.
-_CHUNK = 1 << 18
 
 
 def keep_zeros(
@@ -44,6 +30,9 @@ def keep_zeros(
     >>> hf_sparse.keep_zeros(optimizer, model)                       # doctest: +SKIP
 
     In Trainer: `Trainer(..., callbacks=[hf_sparse.KeepZeros()])`.
+
+    A kept weight that lands on exactly 0 becomes the least normal number, and may move away from 0
+    again: no zeros are added.
 
     Args:
         optimizer: any torch optimizer that trains the model, also as Accelerate wraps it. With
@@ -106,7 +95,7 @@ class FrozenMask:
         self._optimizer = optimizer
         self._parameters = [layer.parameter for layer in layers]
         self._stepped = {id(layer.parameter) for layer in stepped}
-        self._kept: dict[int, Tensor] = {}
+        self._mask = StepMask()
         self._start = self._fingerprint()
         self._handles = [
             optimizer.register_step_pre_hook(self._remember),
@@ -137,7 +126,6 @@ class FrozenMask:
     def _fingerprint(self) -> str:
         return fingerprint(local_part(parameter.detach()) for parameter in self._parameters)
 
-    @torch.no_grad()
     def _remember(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Before a step: note what is not zero."""
         trained = _trained(optimizer)
@@ -146,33 +134,21 @@ class FrozenMask:
                 "the optimizer's parameters were replaced after keep_zeros was called. Call it after "
                 "DDP, FSDP or accelerator.prepare."
             )
-        for index, weight in self._changing(trained):
-            if index not in self._kept:
-                self._kept[index] = torch.empty_like(weight, dtype=torch.uint8)
-            for part, kept in _parts(weight, self._kept[index]):
-                kept.copy_(unlike(part))  # twice as fast as a comparison into bytes
+        for parameter in self._changing(trained):
+            self._mask.remember(id(parameter), parameter)
 
-    @torch.no_grad()
     def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """After a step: make the same weights zero."""
-        for index, weight in self._changing(_trained(optimizer)):
-            for part, kept in _parts(weight, self._kept[index]):
-                refill_(part, kept.to(part.dtype))
+        for parameter in self._changing(_trained(optimizer)):
+            self._mask.restore_(id(parameter), parameter)
 
-    def _changing(self, trained: set[int]) -> Iterator[tuple[int, Tensor]]:
+    def _changing(self, trained: set[int]) -> Iterator[Tensor]:
         """The sparse weights that the optimizer can change now: also those that it got later."""
-        for index, parameter in enumerate(self._parameters):
+        for parameter in self._parameters:
             if parameter.requires_grad and id(parameter) in trained:
-                yield index, local_part(parameter.detach())
+                yield parameter
 
 
 def _trained(optimizer: Optimizer) -> set[int]:
     """The identities of the optimizer's parameters."""
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-
-
-def _parts(weight: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut a weight and its mask into some rows each; on a GPU they stay whole."""
-    rows = len(weight) if weight.is_cuda else _CHUNK // max(weight.shape[1:].numel(), 1)
-    rows = max(rows, 1)
-    return zip(weight.split(rows), kept.split(rows), strict=True)

@@ -53,6 +53,7 @@ from hf_sparse.optim.settings import (
     is_unsteered,
 )
 from hf_sparse.optim.sharding import local_part
+from hf_sparse.optim.step_mask import StepMask
 from hf_sparse.patterns import Pattern
 from hf_sparse.suggestions import did_you_mean
 
@@ -113,15 +114,16 @@ def _remember_mask(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for group in sparse_groups(optimizer):
         if group["penalty"] is None:  # added to a plain optimizer after add_shrinkage
             check_group(group)
-    vars(optimizer)[_KEPT] = [
-        sparse.weight != 0 for sparse in sparse_parameters(optimizer) if sparse.group["frozen"]
-    ]
+    vars(optimizer)[_KEPT] = mask = StepMask()
+    for sparse in sparse_parameters(optimizer):
+        if sparse.group["frozen"]:
+            mask.remember(id(sparse.parameter), sparse.parameter)
 
 
 @torch.no_grad()
 def _shrink(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """After a step: shrink the sparse groups, and clear what grew in frozen ones."""
-    kept = iter(vars(optimizer).pop(_KEPT))
+    """After a step: shrink the sparse groups, and keep the zeros of frozen ones."""
+    mask: StepMask = vars(optimizer).pop(_KEPT)
     if was_skipped(optimizer):
         return
     if is_unsteered(optimizer):
@@ -132,7 +134,7 @@ def _shrink(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         stepped = [sparse for sparse in members if sparse.parameter.grad is not None]
         if group["frozen"]:
             for sparse in members:
-                sparse.weight.mul_(next(kept))
+                mask.restore_(id(sparse.parameter), sparse.parameter)
         elif not 0 <= group["lam"] < math.inf:
             raise ValueError(f"lam is {group['lam']!r}; wanted a finite number >= 0.")
         elif group["lam"] > 0 and group["lr"] > 0 and stepped:
@@ -198,7 +200,8 @@ def freeze_zeros(optimizer: Optimizer) -> None:
     """From now on the zeros of the sparse groups stay zero, and nothing is shrunk.
 
     Fine-tunes a sparse model without filling its zeros. The zeros that the weights have at each
-    step are kept, whatever made them.
+    step are kept, whatever made them, and no others come: as with `keep_zeros`, a weight that lands
+    on exactly 0 becomes the least normal number, and may move away from 0 again.
 
     Args:
         optimizer: with sparse groups: a `SparseAdamW` or `SparseSGD`, or after `add_shrinkage`.

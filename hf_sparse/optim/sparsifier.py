@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from hf_sparse.arguments import check_kinds, check_optimizer
+from hf_sparse.arguments import check_finite, check_kinds, check_optimizer
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.optim.methods import TRAINING_METHODS
 from hf_sparse.optim.notes import shrinking
@@ -22,7 +22,6 @@ from hf_sparse.provenance.optimizers import learning_rate
 from hf_sparse.provenance.record import record_optimizer_
 from hf_sparse.provenance.values import Step
 from hf_sparse.report import SparsityReport, measure_sparsity
-from hf_sparse.structure.layers import check_finite
 from hf_sparse.suggestions import check_name
 
 # The least number of adjustments over a schedule.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.arguments import check_model
+from hf_sparse.arguments import check_finite, check_model
+from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.processes import own_batches
 from hf_sparse.calibration.walk import Residence
 from hf_sparse.calibration.windows import checked_batches, fingerprint
@@ -25,7 +25,6 @@ from hf_sparse.structure.layers import (
     PRUNED_WITH,
     TargetLayer,
     check_divides,
-    check_finite,
     find_stacks,
     stacked_weights,
     target_layers,
@@ -119,7 +118,7 @@ def prune_(
         accelerator,
         residence=Residence(None if accelerator is None else accelerator.device),
     )
-    with quiet(model):
+    with switched(model, training=False, use_cache=False):
         recipe.prune(task)
     if whole_units:  # what fed the heads or neurons that went goes too
         clear_unused_(model)
@@ -175,21 +174,3 @@ def _check_units(layers: list[TargetLayer], config: SparsityConfig) -> None:
                 f"'{config.pattern}' from {layer.name}; at least one must stay. Wanted at most "
                 f"{1 - 1 / count:.4g}."
             )
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode and without a key-value cache, for a while."""
-    training = [module for module in model.modules() if module.training]
-    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    caching = [config for config in configs if getattr(config, "use_cache", False)]
-    model.eval()
-    for described in caching:
-        described.use_cache = False
-    try:
-        yield
-    finally:
-        for described in caching:
-            described.use_cache = True
-        for module in training:
-            module.training = True

@@ -21,21 +21,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.utils.logging import tqdm
 
 from hf_sparse.calibration.input_statistics import Norms
-from hf_sparse.calibration.losses import check_labels, loss_of, trainable
+from hf_sparse.calibration.losses import check_labels, loss_of
+from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.processes import averaged, steps_per_epoch
 from hf_sparse.calibration.recording import Batch
 from hf_sparse.calibration.walk import run_model
@@ -119,7 +118,8 @@ def masks(
     check_labels("proxsparse", "prox_local", task.model, task.batches)
     learner = _Learner(task, pattern, settings)
     try:
-        with _training(task, gradient_checkpointing):
+        trained = [layer.parameter for layer in task.layers]
+        with switched(task.model, trained=trained, checkpointing=gradient_checkpointing):
             learner.learn(None if state is None else Path(state))
     except BaseException:
         learner.restore()
@@ -316,27 +316,3 @@ def _preserving_gradient(weight: Tensor, original: Tensor, scale: float) -> Tens
     given = torch.where(given < 0, -1.0, 1.0) * given.abs().clamp_min(1e-3 * scale)
     ratio = weight / given
     return ratio * (weight - given) * (2 * ratio - 1) / scale**2
-
-
-@contextmanager
-def _training(task: Task, gradient_checkpointing: bool) -> Iterator[None]:
-    """Gradients for the task's weights alone; without dropout."""
-    model: Any = task.model
-    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    switches = gradient_checkpointing and not model.is_gradient_checkpointing
-    if switches:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if gradient_checkpointing:
-        for module, _ in modes:  # checkpointing works in training mode alone
-            module.training = not isinstance(module, nn.Dropout)
-    try:
-        with torch.enable_grad(), trainable(model, [layer.parameter for layer in task.layers]):
-            yield
-    finally:
-        if switches:
-            model.gradient_checkpointing_disable()
-        for module, mode in modes:
-            module.training = mode
-        for parameter, grad in grads:
-            parameter.grad = grad

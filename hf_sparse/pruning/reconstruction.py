@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.calibration.losses import fast_autocast, trainable
+from hf_sparse.calibration.losses import fast_autocast
+from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.processes import averaged, steps_per_epoch
 from hf_sparse.calibration.recording import Sample
 from hf_sparse.calibration.walk import BlockStep
@@ -71,7 +72,7 @@ def reconstruct_(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _schedule(n / total))
     generator = torch.Generator().manual_seed(0)
     before = _error(step, accelerator)
-    with trainable(step.block, parameters):
+    with switched(step.block, trained=parameters):
         for _ in range(epochs):
             for index in torch.randperm(count, generator=generator).tolist():
                 sample = step.samples[index % len(step.samples)]
@@ -93,10 +94,9 @@ def reconstruct_(
 def _gradients(
     step: BlockStep, sample: Sample, parameters: Sequence[nn.Parameter], accelerator: Any
 ) -> list[Tensor]:
-    with torch.enable_grad():
-        with fast_autocast(parameters[0]):
-            output = step.forward(sample)
-        grads = torch.autograd.grad(_loss(output, sample), parameters, allow_unused=True)
+    with fast_autocast(parameters[0]):
+        output = step.forward(sample)
+    grads = torch.autograd.grad(_loss(output, sample), parameters, allow_unused=True)
     return [
         averaged(torch.zeros_like(parameter) if grad is None else grad, accelerator)
         for parameter, grad in zip(parameters, grads, strict=True)

@@ -30,8 +30,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from hf_sparse.arguments import check_kinds, check_path, check_saves
+from hf_sparse.arguments import check_finite, check_kinds, check_path, check_saves
 from hf_sparse.calibration.activations import on_disk
+from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.walk import BlockStep, Residence
 from hf_sparse.calibration.windows import checked_batches, fingerprint
 from hf_sparse.checkpoint.can_save import check_can_save
@@ -61,13 +62,12 @@ from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.pruning.allocation import allocate
 from hf_sparse.pruning.loading import dense_model_class
 from hf_sparse.pruning.methods import Recipe
-from hf_sparse.pruning.oneshot import notes_on, quiet
+from hf_sparse.pruning.oneshot import notes_on
 from hf_sparse.pruning.problem import Notes
 from hf_sparse.pruning.task import Task
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.structure.layers import (
     TargetLayer,
-    check_finite,
     find_stacks,
     layers_in,
     layers_outside,
@@ -179,7 +179,7 @@ def prune_checkpoint(
             residence=residence,
             store=on_disk(work / HIDDEN_STATES),
         )
-        with quiet(model):
+        with switched(model, training=False, use_cache=False):
             task.sparsities = _sparsities(work, recipe, task)
             recipe.prune(task)
         report = SparsityReport(

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from hf_sparse.calibration.losses import check_labels, loss_of, trainable
+from hf_sparse.calibration.losses import check_labels, loss_of
+from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.processes import summed
 from hf_sparse.patterns import Pattern
 from hf_sparse.pruning.magnitude import by_scope
@@ -64,7 +65,7 @@ def _unit_scores(task: Task) -> dict[str, Tensor]:
     pattern = task.config.pattern
     parameters = [layer.parameter for layer in task.layers]
     found: dict[str, Tensor] = {}
-    with torch.enable_grad(), trainable(task.model, parameters):
+    with switched(task.model, trained=parameters):
         for batch in tqdm(task.batches, desc="Measuring gradients"):
             grads = torch.autograd.grad(loss_of(task.model, batch), parameters, allow_unused=True)
             for layer, grad in zip(task.layers, grads, strict=True):

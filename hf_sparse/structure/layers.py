@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_sparse.configuration_sparse import SparsityConfig, check_config, matches
@@ -307,14 +306,3 @@ def check_divides(pattern: Pattern, name: str, rows: int, columns: int) -> None:
         pattern.check_shape(rows, columns)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise a ValueError that names the tensor if it holds NaN or infinity."""
-    tensor = tensor.float() if tensor.element_size() == 1 else tensor  # fp8 cannot tell
-    if not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise ValueError(
-            f"{name} has {bad} values that are NaN or infinite; wanted finite ones. The model "
-            "or its dtype is damaged: load it again, in float32 if it was in float16."
-        )

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_sparse.arguments import check_finite
 from hf_sparse.structure.layers import (
     TargetLayer,
-    check_finite,
     check_has_weights,
     is_conv1d,
     is_matrix,

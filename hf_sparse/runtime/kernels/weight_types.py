@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from hf_sparse.runtime.llvm.ir import Function, Value, lanes_of, vector
 from hf_sparse.runtime.llvm.target import Target
@@ -83,11 +82,6 @@ BFLOAT16 = WeightType(torch.bfloat16, np.dtype(np.uint16), "_bf16")
 FLOAT16 = WeightType(torch.float16, np.dtype(np.float16), "_f16")
 
 WEIGHT_TYPES = {kept.dtype: kept for kept in (FLOAT32, BFLOAT16, FLOAT16)}
-
-
-def is_finite(values: Tensor) -> bool:
-    """Whether no value is infinite or NaN; read once, without a copy."""
-    return not values.numel() or all(bool(edge.isfinite()) for edge in values.aminmax())
 
 
 def type_of(values: NDArray) -> WeightType:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_sparse.arguments import check_finite
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
 from hf_sparse.runtime.model.families import ACTIVATION_NAMES, COMPILED, Blocks, family_of
-from hf_sparse.runtime.weights.linear import Linear, check_finite, pack_linear
+from hf_sparse.runtime.weights.damage import require
+from hf_sparse.runtime.weights.linear import Linear, pack_linear
 from hf_sparse.runtime.weights.memory import Shelf
 from hf_sparse.runtime.weights.panels import CHUNK_ROWS
 from hf_sparse.runtime.weights.rates import NOMINAL, Rates
@@ -207,7 +209,7 @@ def _norm(layer: Any, name: str) -> Norm:
     bias = getattr(layer, "bias", None)
     for tensor in (weight, bias):
         if tensor is not None:
-            check_finite(tensor, name)
+            check_finite(name, tensor)
     epsilon = layer.eps if hasattr(layer, "eps") else layer.variance_epsilon
     return Norm(
         weight.detach().float().contiguous().clone(),
@@ -313,12 +315,4 @@ def require_floats(tensor: Tensor, place: str, size: int) -> None:
     """Raise a ValueError unless a tensor has `size` float32 numbers, all finite."""
     fits = tensor.dtype == torch.float32 and tensor.ndim == 1 and len(tensor) >= size
     require(fits and tensor.is_contiguous(), place, f"{tensor.dtype} {tuple(tensor.shape)}")
-    check_finite(tensor, f"the blocks cannot be run: {place}")
-
-
-def require(holds: bool, place: str, problem: str) -> None:
-    """Raise a ValueError that tells place and problem, unless it holds."""
-    if not holds:
-        raise ValueError(
-            f"the blocks cannot be run: {place}: {problem}. Damaged, or changed by hand?"
-        )
+    check_finite(place, tensor)

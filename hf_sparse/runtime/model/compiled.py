@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from hf_sparse.arguments import check_kinds
+from hf_sparse.arguments import check_finite, check_kinds
 from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE
 from hf_sparse.runtime.llvm.target import Target, named
 from hf_sparse.runtime.model.blocks import find_blocks, pack_blocks, why_not_compiled
@@ -44,7 +44,7 @@ from hf_sparse.runtime.model.single_layers import CompiledHead, CompiledLinear
 from hf_sparse.runtime.programs.pool import KEPT_BYTES, Pool
 from hf_sparse.runtime.programs.program import Program
 from hf_sparse.runtime.programs.runner import Runner
-from hf_sparse.runtime.weights.linear import Linear, check_finite, pack_linear
+from hf_sparse.runtime.weights.linear import Linear, pack_linear
 from hf_sparse.runtime.weights.memory import Shelf
 from hf_sparse.runtime.weights.stack import Stack
 from hf_sparse.structure.families import base_type
@@ -209,7 +209,7 @@ def check_types(model: nn.Module) -> None:
 def check_parameters(model: nn.Module) -> None:
     """Raise a ValueError unless the parameters that are not packed are finite."""
     for name, parameter in model.named_parameters():
-        check_finite(parameter.detach(), name)
+        check_finite(name, parameter.detach())
 
 
 def _finished(

@@ -22,11 +22,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_sparse.arguments import check_finite
 from hf_sparse.runtime.kernels.single_token import COLUMNS, GROUP
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
-from hf_sparse.runtime.model.blocks import check_stack, require, require_floats
+from hf_sparse.runtime.model.blocks import check_stack, require_floats
+from hf_sparse.runtime.weights.damage import require
 from hf_sparse.runtime.weights.dense_weight import DenseWeight
-from hf_sparse.runtime.weights.linear import Linear, check_finite
+from hf_sparse.runtime.weights.linear import Linear
 from hf_sparse.runtime.weights.panel_checks import check
 from hf_sparse.runtime.weights.rows import check_decode
 from hf_sparse.runtime.weights.stack import Stack
@@ -104,4 +106,4 @@ def require_matrix(tensor: Tensor, dtype: torch.dtype, place: str) -> None:
     """Raise a ValueError unless a tensor is a matrix of a type, row by row, all finite."""
     fits = tensor.dtype == dtype and tensor.is_contiguous() and tensor.ndim == 2
     require(fits, place, f"its weight is {tensor.dtype} {tuple(tensor.shape)}")
-    check_finite(tensor, f"the blocks cannot be run: {place}")
+    check_finite(place, tensor)

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_sparse.arguments import check_finite
 from hf_sparse.runtime.kernels import spmm
 from hf_sparse.runtime.kernels.call import Argument, Operation
 from hf_sparse.runtime.kernels.dense import ROWS
 from hf_sparse.runtime.kernels.single_token import COLUMNS, DENSE_ROWS, GROUP, SPARSE_ROWS
-from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES, WeightType, is_finite
+from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES, WeightType
 from hf_sparse.runtime.weights.dense_weight import DenseWeight
 from hf_sparse.runtime.weights.found import find_pattern
 from hf_sparse.runtime.weights.memory import Shelf, aligned
@@ -256,7 +257,7 @@ def pack_linear(
     weight, kept = weight.detach().contiguous(), WEIGHT_TYPES[weight.dtype]
     for tensor, part in ((weight, "weight"), (bias, "bias")):
         if tensor is not None:
-            check_finite(tensor, f"{name}: its {part}")
+            check_finite(f"{name}: its {part}", tensor)
     array = weight.float().numpy()
     columns = array.shape[1]
     edges = tuple(range(0, columns, column_chunk or columns)) + (columns,)
@@ -279,16 +280,6 @@ def pack_linear(
         parts = tuple(tuple(packed[i : i + each]) for i in range(0, len(packed), each))
     rows_weight = None if single is None else _single(array, zeros, kept, single)
     return Linear(name, _label(weight), parts, edges, _padded(bias), zeros, kept.dtype, rows_weight)
-
-
-def check_finite(tensor: Tensor, what: str) -> None:
-    """Raise a ValueError that begins with `what` unless all numbers are finite."""
-    if not is_finite(tensor):
-        wrong = tensor.numel() - int(torch.isfinite(tensor).sum())
-        raise ValueError(
-            f"{what} has {wrong} values that are infinite or NaN; wanted finite ones: the model is "
-            "damaged, or its training diverged."
-        )
 
 
 def _label(weight: Tensor) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from hf_sparse.arguments import is_finite
 from hf_sparse.runtime.kernels import spmm
 from hf_sparse.runtime.kernels.spmm import INDEX_BYTES, SIDE_BY_SIDE, UNROLL
-from hf_sparse.runtime.kernels.weight_types import WeightType, is_finite, type_of
+from hf_sparse.runtime.kernels.weight_types import WeightType, type_of
+from hf_sparse.runtime.weights.damage import require
 from hf_sparse.runtime.weights.panels import (
     CHUNK_ROWS,
     PANEL_COLUMNS,
@@ -127,10 +129,4 @@ def _check_rows(order: Array, panel: Array, blocks: int, sides: int) -> None:
 def check_values(values: Array) -> None:
     """Raise a ValueError unless all stored values are finite."""
     numbers = torch.from_numpy(values).view(type_of(values).dtype)
-    require(is_finite(numbers), "some values are infinite or NaN")
-
-
-def require(holds: bool, problem: str) -> None:
-    """Raise a ValueError that tells the problem, unless it holds."""
-    if not holds:
-        raise ValueError(f"a packed weight is damaged: {problem}. Compile the model again.")
+    require(is_finite(numbers), "some values are NaN or infinite")

@@ -9,8 +9,9 @@ import numpy as np
 
 from hf_sparse.runtime.kernels.single_token import COLUMNS, GROUP
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType, type_of
+from hf_sparse.runtime.weights.damage import require
 from hf_sparse.runtime.weights.memory import Shelf
-from hf_sparse.runtime.weights.panel_checks import check_values, require
+from hf_sparse.runtime.weights.panel_checks import check_values
 from hf_sparse.runtime.weights.panels import PADDING, Array
 
 # Rows after which the streams of a DecodeWeight can be entered: threads share rows at these.
