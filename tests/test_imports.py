@@ -130,6 +130,12 @@ def test_no_module_imports_itself_through_others() -> None:
     assert list(circles({"a": frozenset("b"), "b": frozenset("a")})) == [["a", "b"]]
 
 
+def test_the_page_of_the_architecture_shows_every_room() -> None:
+    page = PACKAGE.parent / "docs" / "architecture.md"
+    picture = page.read_text().split("```")[1].replace(",", " ").replace("<", " ").split()
+    assert {room for rooms in FLOORS for room in rooms} | set(RUNTIME) <= set(picture)
+
+
 def loaded_modules(code: str) -> set[str]:
     script = f"import sys\n{code}\nprint(' '.join(sys.modules))"
     done = subprocess.run(
