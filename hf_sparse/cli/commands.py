@@ -236,7 +236,7 @@ def shrink(options: argparse.Namespace) -> int:
     check_can_save(skeleton(options.model, options), options.output)
     model, _ = load(options.model, options, needs_tokenizer=False)
     tokenizer = optional_tokenizer(options, model.config, needed=False)
-    report = hf_sparse.shrink(model)
+    report = hf_sparse.shrink_(model)
     hf_sparse.save_pretrained(
         model, options.output, tokenizer=tokenizer, base_model=options.base_model
     )
@@ -318,7 +318,7 @@ def _merged(options: argparse.Namespace) -> tuple[Any, Any]:
             f"the base model of {options.folder} cannot be loaded from {base}: {error} Give the "
             "sparse model that the adapter was trained on: --base FOLDER."
         ) from error
-    return hf_sparse.merge_adapters(hf_sparse.load_adapter(model, options.folder)), tokenizer
+    return hf_sparse.merge_adapters_(hf_sparse.load_adapter(model, options.folder)), tokenizer
 
 
 def convert(options: argparse.Namespace) -> int:
