@@ -17,7 +17,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import hf_sparse
-from hf_sparse.optim.shrinkage import freeze_zeros
+from hf_sparse.optim.shrinkage import freeze_zeros_
 from hf_sparse.report import format_table
 
 # Rows: what is measured beside AdamW, as settings of SparseAdamW.
@@ -56,7 +56,7 @@ def make(cls: Any, **settings: Any) -> torch.optim.Optimizer:
     groups = [{"params": matrices}, {"params": rest, "pattern": None}]
     optimizer = cls(groups, lr=1e-5, **settings)
     if frozen:
-        freeze_zeros(optimizer)
+        freeze_zeros_(optimizer)
     return optimizer
 
 

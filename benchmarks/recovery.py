@@ -259,7 +259,7 @@ def frozen_and_free(model: Any, batch: dict[str, Any], fast: bool) -> tuple[Step
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
 
     def frozen() -> float:
-        mask = hf_sparse.keep_zeros(optimizer, model)
+        mask = hf_sparse.keep_zeros_(optimizer, model)
         seconds = timed(model, optimizer, batch, fast)
         mask.remove()
         return seconds

@@ -97,7 +97,7 @@ def remove(model: Any, heads: int, neurons: int, batches: list[Any]) -> ShrinkRe
         there = sum(getattr(units.size, name) for units in find_units(model))
         config = SparsityConfig(pattern, max(0.0, 1 - wanted / there))
         hf_sparse.prune_(model, config, "taylor", batches, scope="global", refine="refit")
-    return hf_sparse.shrink(model)
+    return hf_sparse.shrink_(model)
 
 
 def products(model: Any, tokens: int) -> int:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hf_sparse.adapters.loading import get_peft_model as get_peft_model
     from hf_sparse.adapters.loading import load_adapter as load_adapter
     from hf_sparse.adapters.loading import merge_adapters as merge_adapters
+    from hf_sparse.adapters.loading import merge_adapters_ as merge_adapters_
     from hf_sparse.benchmark import benchmark as benchmark
     from hf_sparse.budget import allocate as allocate
     from hf_sparse.budget import sparsity_for as sparsity_for
@@ -35,10 +36,13 @@ if TYPE_CHECKING:
     from hf_sparse.hub import push_to_hub as push_to_hub
     from hf_sparse.optim.groups import sparse_param_groups as sparse_param_groups
     from hf_sparse.optim.keep_zeros import keep_zeros as keep_zeros
+    from hf_sparse.optim.keep_zeros import keep_zeros_ as keep_zeros_
     from hf_sparse.optim.keep_zeros_callback import KeepZeros as KeepZeros
     from hf_sparse.optim.schedules import Schedule as Schedule
     from hf_sparse.optim.shrinkage import add_shrinkage as add_shrinkage
+    from hf_sparse.optim.shrinkage import add_shrinkage_ as add_shrinkage_
     from hf_sparse.optim.shrinkage import freeze_zeros as freeze_zeros
+    from hf_sparse.optim.shrinkage import freeze_zeros_ as freeze_zeros_
     from hf_sparse.optim.sparse_optimizers import SparseAdamW as SparseAdamW
     from hf_sparse.optim.sparse_optimizers import SparseSGD as SparseSGD
     from hf_sparse.optim.sparsifier import Sparsifier as Sparsifier
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
     from hf_sparse.saving import save_pretrained as save_pretrained
     from hf_sparse.shrinking import ShrinkReport as ShrinkReport
     from hf_sparse.shrinking import shrink as shrink
+    from hf_sparse.shrinking import shrink_ as shrink_
 
 _PUBLIC = {
     "Distillation": "hf_sparse.distillation",
@@ -71,22 +76,22 @@ _PUBLIC = {
     "SparsityConfig": "hf_sparse.configuration_sparse",
     "SparsityReport": "hf_sparse.report",
     "accuracy": "hf_sparse.evaluation",
-    "add_shrinkage": "hf_sparse.optim.shrinkage",
+    "add_shrinkage_": "hf_sparse.optim.shrinkage",
     "allocate": "hf_sparse.budget",
     "benchmark": "hf_sparse.benchmark",
     "calibration_batches": "hf_sparse.calibration.windows",
     "compile": "hf_sparse.runtime.model.compiled",
     "convert_legacy": "hf_sparse.checkpoint.legacy",
     "export_onnx": "hf_sparse.exporters.onnx_export",
-    "freeze_zeros": "hf_sparse.optim.shrinkage",
+    "freeze_zeros_": "hf_sparse.optim.shrinkage",
     "get_peft_model": "hf_sparse.adapters.loading",
     "inspect_checkpoint": "hf_sparse.checkpoint.inspect",
-    "keep_zeros": "hf_sparse.optim.keep_zeros",
+    "keep_zeros_": "hf_sparse.optim.keep_zeros",
     "labelled_batches": "hf_sparse.calibration.labels",
     "load_adapter": "hf_sparse.adapters.loading",
     "load_compiled": "hf_sparse.compiled_files.files",
     "measure_sparsity": "hf_sparse.report",
-    "merge_adapters": "hf_sparse.adapters.loading",
+    "merge_adapters_": "hf_sparse.adapters.loading",
     "perplexity": "hf_sparse.evaluation",
     "prune_": "hf_sparse.pruning.oneshot",
     "prune_checkpoint": "hf_sparse.pruning.streaming",
@@ -94,18 +99,27 @@ _PUBLIC = {
     "recover_": "hf_sparse.recover",
     "save_compiled": "hf_sparse.compiled_files.files",
     "save_pretrained": "hf_sparse.saving",
-    "shrink": "hf_sparse.shrinking",
+    "shrink_": "hf_sparse.shrinking",
     "sparse_param_groups": "hf_sparse.optim.groups",
     "sparsity_for": "hf_sparse.budget",
     "trainer_optimizer": "hf_sparse.optim.trainer",
 }
+# Deprecated names: what they name changes its argument in place, and the name did not say so.
+_DEPRECATED = {
+    "add_shrinkage": "hf_sparse.optim.shrinkage",
+    "freeze_zeros": "hf_sparse.optim.shrinkage",
+    "keep_zeros": "hf_sparse.optim.keep_zeros",
+    "merge_adapters": "hf_sparse.adapters.loading",
+    "shrink": "hf_sparse.shrinking",
+}
+_PLACES = {**_PUBLIC, **_DEPRECATED}
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", *_PLACES]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _PLACES:
+        value = getattr(importlib.import_module(_PLACES[name]), name)
     elif name.startswith("Sparse"):
         value = getattr(importlib.import_module("hf_sparse.models"), name)
     else:

@@ -46,7 +46,7 @@ def check_model(model: Any, call: str, wanted: type[nn.Module] = nn.Module) -> N
         raise ValueError(
             f"{start}a {type(model).__name__}. Give the model inside a wrapper: "
             "accelerator.unwrap_model(model), model.module; of a PEFT model merge the adapters first, "
-            "hf_sparse.merge_adapters(model)."
+            "hf_sparse.merge_adapters_(model)."
         )
     raise ValueError(f"{start}a {type(model).__name__}: {shortened(model)}.")
 

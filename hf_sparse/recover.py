@@ -193,7 +193,7 @@ def _checked(
     if RECOVERIES[method].r is not None:
         import_peft()
     if is_peft_model(model) or has_adapters(model):
-        raise ValueError("the model has adapters already. Merge them: hf_sparse.merge_adapters.")
+        raise ValueError("the model has adapters already. Merge them: hf_sparse.merge_adapters_.")
     for name, value in (("epochs", epochs), ("accumulate", accumulate), ("r", r)):
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"{name} is {value!r}; wanted a whole number >= 1.")

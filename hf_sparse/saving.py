@@ -42,7 +42,7 @@ def save_pretrained(
 
     Args:
         model: a transformers model. Compressed: of a family in `FAMILIES`. Of a `peft.PeftModel`
-            a copy is merged and saved, as `merge_adapters` does it: the zeros stay, and who loads it
+            a copy is merged and saved, as `merge_adapters_` does it: the zeros stay, and who loads it
             needs no adapter. (Its own `save_pretrained` saves the adapter alone.)
         folder: made if it does not exist. Other files in it stay, but for weights: what
             `save_compiled` wrote there before, and a `pytorch_model.bin`, with a warning. A README.md

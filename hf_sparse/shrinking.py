@@ -1,4 +1,4 @@
-"""`hf_sparse.shrink`: zeros that are whole heads and neurons become a smaller dense model.
+"""`hf_sparse.shrink_`: zeros that are whole heads and neurons become a smaller dense model.
 
 A neuron can go when its column in `down` is zero, or when what it gives is the same number for every
 token: with a zero row in `up` that is `act(bias)`, or `act(bias_gate) * bias_up` of a gated network.
@@ -37,11 +37,12 @@ from hf_sparse.structure.units import (
     unused_heads,
     unused_neurons,
 )
+from hf_sparse.suggestions import deprecated_name
 
 
 @dataclass(frozen=True)
 class ShrinkReport:
-    """What `shrink` removed.
+    """What `shrink_` removed.
 
     Attributes:
         names: of the blocks, shared ones once.
@@ -115,7 +116,7 @@ class ShrinkReport:
 
 
 @torch.no_grad()
-def shrink(model: PreTrainedModel) -> ShrinkReport:
+def shrink_(model: PreTrainedModel) -> ShrinkReport:
     """Remove the attention heads and feed-forward neurons that zeros have made useless, in place.
 
     The model gives the same outputs, up to rounding, and is as fast as a dense one of its size
@@ -135,8 +136,8 @@ def shrink(model: PreTrainedModel) -> ShrinkReport:
         ValueError: there is nothing to remove, the family is not known, or weights are sharded,
             offloaded, quantized, not finite, or belong to adapters. Nothing has changed then.
     """
-    check_model(model, "shrink", PreTrainedModel)
-    check_has_values(model, "shrink")
+    check_model(model, "shrink_", PreTrainedModel)
+    check_has_values(model, "shrink_")
     blocks = find_units(model)
     _check_own(blocks)
     for units in blocks:
@@ -167,6 +168,9 @@ def shrink(model: PreTrainedModel) -> ShrinkReport:
         (parameters, num_parameters(model)),
         tuple(note for plan in plans for note in plan.notes),
     )
+
+
+shrink = deprecated_name("shrink", shrink_)
 
 
 def _check_own(blocks: Sequence[BlockUnits]) -> None:

@@ -1,10 +1,16 @@
-"""Errors about names that are not known, with the name that was probably meant."""
+"""Errors about names that are not known, with the name that was probably meant; deprecated names."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 # What other notations of a pattern probably mean, from the numbers in them.
 _OTHER_NOTATIONS = {
@@ -53,6 +59,27 @@ def shortened(value: object) -> str:
     """The repr of a value in an error, at most a line of it."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def deprecated_name(
+    name: str, function: Callable[_Arguments, _Result]
+) -> Callable[_Arguments, _Result]:
+    """A function under the name that it had before: a call warns, and calls the function.
+
+    Args:
+        name: the old name.
+        function: under its new name.
+    """
+    advice = f"hf_sparse.{name} is deprecated: it is called hf_sparse.{function.__name__} now."
+
+    @wraps(function)
+    def renamed(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        warnings.warn(advice, FutureWarning, stacklevel=2)
+        return function(*args, **kwargs)
+
+    renamed.__name__ = renamed.__qualname__ = name
+    renamed.__doc__ = f"Deprecated: call `{function.__name__}`, which this calls after a warning."
+    return renamed
 
 
 def meant_pattern(notation: str, read: Callable[[str], object]) -> str:

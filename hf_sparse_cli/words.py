@@ -57,7 +57,7 @@ _PHRASES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"hf_sparse\.prune_checkpoint", "hf-sparse prune --stream"),
     (r"hf_sparse\.prune_", "hf-sparse prune"),
     (r"hf_sparse\.recover_", "hf-sparse recover"),
-    (r"hf_sparse\.shrink", "hf-sparse shrink"),
+    (r"hf_sparse\.shrink_", "hf-sparse shrink"),
     (r"hf_sparse\.export_onnx", "hf-sparse export"),
     (rf"{_START}(?:resume|overwrite)=True", lambda match: f"--{match[0][:-5]}"),
     (rf"{_START}num_samples{_END}", "--num-samples"),

@@ -150,7 +150,7 @@ def check_round_trip(family: str, config: Any, folder: Path) -> None:
     loaded = hf_sparse.load_adapter(copy.deepcopy(sparse), folder / "adapter")
     hf_sparse.save_pretrained(model, folder / "model")
     again = AutoModelForCausalLM.from_pretrained(folder / "model")
-    merged = hf_sparse.merge_adapters(model)
+    merged = hf_sparse.merge_adapters_(model)
     for found in (loaded, again, merged):
         torch.testing.assert_close(outputs(found), wanted, atol=1e-5, rtol=1e-5)
     kept = dict(merged.named_parameters())
@@ -233,7 +233,7 @@ def test_a_layer_without_bias_among_others_is_found() -> None:
     with pytest.raises(ValueError, match="o_proj has no bias"):
         hf_sparse.get_peft_model(model, config)
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True)
-    hf_sparse.merge_adapters(hf_sparse.get_peft_model(model, config))
+    hf_sparse.merge_adapters_(hf_sparse.get_peft_model(model, config))
 
 
 def test_stock_peft_says_who_loads_a_masked_adapter_and_old_files_are_read(tmp_path: Path) -> None:

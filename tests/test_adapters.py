@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_sparse
-from hf_sparse import Distillation, get_peft_model, load_adapter, measure_sparsity, merge_adapters
+from hf_sparse import Distillation, get_peft_model, load_adapter, measure_sparsity, merge_adapters_
 from tests.closeness import same
 from tests.test_frozen import assert_same, places, sparse_model
 from tests.tiny_models import tiny_batches, tiny_model
@@ -115,7 +115,7 @@ def test_masked_lora_keeps_zeros_through_everything(
     model.save_pretrained(tmp_path)
     again = load_adapter(copy.deepcopy(base), tmp_path)
     assert same(outputs(again, family), found)
-    merged = merge_adapters(again)
+    merged = merge_adapters_(again)
     torch.testing.assert_close(outputs(merged, family), found, atol=1e-5, rtol=0)
     assert_same(places(merged), zeros)
     safely = model.merge_and_unload(safe_merge=True)
@@ -142,7 +142,7 @@ def test_a_bias_of_the_update() -> None:
     model = get_peft_model(base, lora("gpt2", lora_bias=True))
     train(model, "gpt2")
     found = outputs(model, "gpt2")
-    torch.testing.assert_close(outputs(merge_adapters(model), "gpt2"), found, atol=1e-5, rtol=0)
+    torch.testing.assert_close(outputs(merge_adapters_(model), "gpt2"), found, atol=1e-5, rtol=0)
 
 
 def test_stock_peft_refuses_a_masked_adapter(tmp_path: Path) -> None:
@@ -170,10 +170,10 @@ def test_several_adapters_side_by_side(tmp_path: Path) -> None:
     assert same(outputs(again), first)
     again.set_adapter("second")
     assert same(outputs(again), second)
-    merged = merge_adapters(again, ["default", "second"])
+    merged = merge_adapters_(again, ["default", "second"])
     assert_same(places(merged), places(base))
     with pytest.raises(ValueError, match="no adapter third"):
-        merge_adapters(model, ["third"])
+        merge_adapters_(model, ["third"])
 
 
 def test_shira_trains_kept_weights_and_loads_with_stock_peft(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_shira_trains_kept_weights_and_loads_with_stock_peft(tmp_path: Path) -> 
     merged = stock.merge_and_unload()
     torch.testing.assert_close(outputs(merged), found, atol=1e-5, rtol=0)
     assert_same(places(merged), places(base))
-    ours = merge_adapters(load_adapter(copy.deepcopy(base), tmp_path))
+    ours = merge_adapters_(load_adapter(copy.deepcopy(base), tmp_path))
     torch.testing.assert_close(outputs(ours), found, atol=1e-5, rtol=0)
     assert_same(places(ours), places(base))
 
@@ -213,7 +213,7 @@ def test_weights_that_are_not_here_whole_are_told() -> None:
     with pytest.raises(ValueError, match=r"cut into shards .* Shard whole blocks"):
         model(**tiny_batches("llama")[0])
     with pytest.raises(ValueError, match=r"q_proj is cut into shards. To merge, gather"):
-        merge_adapters(model)
+        merge_adapters_(model)
 
 
 @pytest.mark.parametrize("config", [lora(), shira()])
@@ -235,7 +235,7 @@ def test_a_stock_lora_is_not_merged_into_zeros(tmp_path: Path) -> None:
     base = sparse_model()
     model = peft.get_peft_model(copy.deepcopy(base), lora(init_lora_weights=False))
     found = outputs(model)
-    for refused in (merge_adapters, lambda m: hf_sparse.save_pretrained(m, tmp_path / "out")):
+    for refused in (merge_adapters_, lambda m: hf_sparse.save_pretrained(m, tmp_path / "out")):
         with pytest.raises(ValueError, match=r"would fill .* trained without a mask"):
             refused(model)
         assert same(outputs(model), found)
@@ -251,8 +251,8 @@ def test_a_stock_lora_beside_a_masked_one_is_told_apart() -> None:
     model.base_model.set_adapter(["default", "stock"])
     train(model)
     with pytest.raises(ValueError, match="'stock' would fill"):
-        merge_adapters(model)
-    merge_adapters(model, ["default"])
+        merge_adapters_(model)
+    merge_adapters_(model, ["default"])
     stock = peft.get_peft_model(sparse_model(), lora())
     with pytest.raises(ValueError, match="masked"):
         get_peft_model(stock, lora(), "second")
@@ -297,7 +297,7 @@ def test_a_state_with_other_zeros_under_an_adapter_is_told() -> None:
         {name: other[plain] for name, plain in names.items() if plain in other}, strict=False
     )
     with pytest.raises(ValueError, match="zeros are not those that adapter 'default' was made for"):
-        merge_adapters(model)
+        merge_adapters_(model)
     assert model.peft_config
 
 
@@ -320,7 +320,7 @@ def test_dense_layers_get_a_plain_adapter_with_a_warning() -> None:
         adapted = get_peft_model(copy.deepcopy(model), lora())
     train(adapted)
     found = outputs(adapted)
-    merged = merge_adapters(adapted)
+    merged = merge_adapters_(adapted)
     torch.testing.assert_close(outputs(merged), found, atol=1e-5, rtol=0)
     assert_same(places(merged), places(model))
     with pytest.raises(ValueError, match="none of the 6 layers"):
@@ -357,7 +357,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="Conv1D, which PEFT's ShiRA does not adapt"):
         get_peft_model(sparse_model("gpt2"), shira(target_modules=["c_attn"]))
     with pytest.raises(ValueError, match="has no adapters to merge"):
-        merge_adapters(sparse_model())
+        merge_adapters_(sparse_model())
 
 
 def test_quantized_bases_are_refused(tmp_path: Path) -> None:
@@ -414,7 +414,7 @@ def test_a_frozen_bfloat16_base_has_no_gradients_and_no_state(config: Any) -> No
             assert parameter not in optimizer.state
     assert_same(places(model), zeros)
     found = outputs(model.eval())
-    merged = merge_adapters(model)
+    merged = merge_adapters_(model)
     torch.testing.assert_close(outputs(merged), found, atol=2e-2, rtol=0)
     assert sum(int(v.sum()) for v in places(merged).values()) == sum(
         int(v.sum()) for v in zeros.values()
@@ -532,4 +532,4 @@ def test_what_fills_zeros_beside_adapters_is_refused() -> None:
     )
     stock.merge_adapter()
     with pytest.raises(ValueError, match="would fill"):
-        hf_sparse.merge_adapters(stock)
+        hf_sparse.merge_adapters_(stock)

@@ -24,12 +24,12 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "measure_sparsity": lambda model, _: hf_sparse.measure_sparsity(model),
     "recover_": lambda model, _: hf_sparse.recover_(model, tiny_batches("llama")),
     "sparse_param_groups": lambda model, _: hf_sparse.sparse_param_groups(model, CONFIG),
-    "keep_zeros": lambda model, _: hf_sparse.keep_zeros(
+    "keep_zeros_": lambda model, _: hf_sparse.keep_zeros_(
         torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0), model
     ),
     "get_peft_model": lambda model, _: hf_sparse.get_peft_model(model, peft.LoraConfig()),
     "load_adapter": lambda model, folder: hf_sparse.load_adapter(model, folder),
-    "merge_adapters": lambda model, _: hf_sparse.merge_adapters(model),
+    "merge_adapters_": lambda model, _: hf_sparse.merge_adapters_(model),
     "Distillation": lambda model, _: hf_sparse.Distillation(model),
     "allocate": lambda model, _: hf_sparse.allocate(model, 0.5),
     "perplexity": lambda model, _: hf_sparse.perplexity(model, tiny_tokenizer(), "text"),
@@ -41,7 +41,7 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
 TRANSFORMERS_ONLY: dict[str, Callable[[Any, Path], Any]] = {
     "save_pretrained": lambda model, folder: hf_sparse.save_pretrained(model, folder, CONFIG),
     "push_to_hub": lambda model, _: hf_sparse.push_to_hub(model, "user/name"),
-    "shrink": lambda model, _: hf_sparse.shrink(model),
+    "shrink_": lambda model, _: hf_sparse.shrink_(model),
     "benchmark": lambda model, _: hf_sparse.benchmark(model),
     "export_onnx": lambda model, folder: hf_sparse.export_onnx(model, folder),
     "save_compiled": lambda model, folder: hf_sparse.save_compiled(model, folder),
@@ -85,7 +85,7 @@ def test_plain_modules_are_refused_where_transformers_is_needed(call: str, tmp_p
 
 
 def test_every_public_call_with_a_model_is_tried() -> None:
-    public = {name: getattr(hf_sparse, name) for name in hf_sparse.__all__}
+    public = {name: getattr(hf_sparse, name) for name in hf_sparse._PUBLIC}
     with_model = {
         name
         for name, value in public.items()
@@ -119,7 +119,7 @@ def test_what_is_no_config_is_refused(config: Any, way_out: str, tmp_path: Path)
         lambda: hf_sparse.SparsityCallback(config),
         lambda: hf_sparse.Sparsifier(optimizer, config, 10),
         lambda: hf_sparse.KeepZeros(config),
-        lambda: hf_sparse.keep_zeros(optimizer, model, config),
+        lambda: hf_sparse.keep_zeros_(optimizer, model, config),
     ]
     for call in calls:
         with pytest.raises(ValueError, match=f"config is .*; wanted .*{way_out}"):
@@ -143,7 +143,7 @@ def test_the_order_of_arguments_is_told() -> None:
         hf_sparse.prune_(tiny_model("llama"), CONFIG, batches)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("call", [hf_sparse.freeze_zeros, hf_sparse.add_shrinkage])
+@pytest.mark.parametrize("call", [hf_sparse.freeze_zeros_, hf_sparse.add_shrinkage_])
 def test_a_model_in_the_place_of_its_optimizer_is_refused(call: Callable[[Any], Any]) -> None:
     with pytest.raises(ValueError, match="takes a torch optimizer, not a LlamaForCausalLM"):
         call(tiny_model("llama"))

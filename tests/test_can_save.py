@@ -185,7 +185,7 @@ def test_a_shrunk_model_is_not_recovered_into_the_format_dense(
 ) -> None:
     model = tiny_model("llama")
     hf_sparse.prune_(model, SparsityConfig("column", 0.5), "magnitude")
-    hf_sparse.shrink(model)
+    hf_sparse.shrink_(model)
     hf_sparse.save_pretrained(model, tmp_path / "small", tokenizer=tiny_tokenizer())
     small, out = str(tmp_path / "small"), str(tmp_path / "out")
     assert main(["recover", small, out, "--data", text, "--format", "dense"]) == 1

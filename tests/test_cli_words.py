@@ -19,7 +19,7 @@ UNREACHED = (
     *("recovery/adapter", "recovery/masked_lora.py", "recovery/shira.py", "arguments.py"),
     *("suggestions.py", "pruning/texts.py", "runtime/", "cli/"),
 )
-CALLS = ("prune_", "prune_checkpoint", "recover_", "shrink", "export_onnx", "calibration_batches")
+CALLS = ("prune_", "prune_checkpoint", "recover_", "shrink_", "export_onnx", "calibration_batches")
 # Errors about arguments that a command always makes right.
 IMPOSSIBLE = ("batches is ", "a batch is ", "there are no gradients inside")
 

@@ -765,7 +765,7 @@ def test_what_needs_weights_refuses_compiled_models(tmp_path: Path, whole: bool)
         lambda: hf_sparse.export_onnx(compiled, tmp_path / "folder"),
         lambda: hf_sparse.prune_(compiled, config, "magnitude"),
         lambda: hf_sparse.measure_sparsity(compiled),
-        lambda: hf_sparse.shrink(compiled),
+        lambda: hf_sparse.shrink_(compiled),
     ):
         with pytest.raises(ValueError, match="Take the model that was compiled"):
             use()

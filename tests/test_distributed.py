@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_sparse import SparsityConfig, load_adapter, merge_adapters, prune_
+from hf_sparse import SparsityConfig, load_adapter, merge_adapters_, prune_
 from hf_sparse.patterns import Pattern
 from hf_sparse.structure.layers import target_layers
 from tests.test_frozen import sparse_model
@@ -202,7 +202,7 @@ if kind == "fsdp2":
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.3)
 if kind != "fsdp2":
     model, optimizer = accelerator.prepare(model, optimizer)
-mask = hf_sparse.keep_zeros(optimizer, model)
+mask = hf_sparse.keep_zeros_(optimizer, model)
 generator = torch.Generator().manual_seed(0)
 rank, size = accelerator.process_index, accelerator.num_processes
 model.train()
@@ -295,13 +295,13 @@ for name, config in adapter_configs().items():
         optimizer.zero_grad()
     state = None
     if kind == "fsdp2":
-        refuses(hf_sparse.merge_adapters, adapted)
+        refuses(hf_sparse.merge_adapters_, adapted)
         refuses(hf_sparse.save_pretrained, adapted, f"{folder}/merged")
         options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
         state = get_model_state_dict(adapted, options=options)
     adapted.save_pretrained(f"{folder}/{kind}-{name}-{rank}", state_dict=state)
     if kind == "ddp":
-        refuses(hf_sparse.merge_adapters, wrapped)
+        refuses(hf_sparse.merge_adapters_, wrapped)
         wrapped = DistributedDataParallel(sparse_model())
         refuses(hf_sparse.get_peft_model, wrapped, config)
     if kind == "fsdp2":
@@ -356,7 +356,7 @@ def test_adapters_are_trained_on_copies_and_on_shards(tmp_path: Path) -> None:
         merged = {}
         for run in ("one-{}-0", "ddp-{}-0", "ddp-{}-1", "fsdp2-{}-0", "fsdp2-{}-1"):
             adapted = load_adapter(copy.deepcopy(base), tmp_path / run.format(name))
-            merged[run] = merge_adapters(adapted).state_dict()
+            merged[run] = merge_adapters_(adapted).state_dict()
         for layer in target_layers(base):
             weight = layer.weight_name
             for run, weights in merged.items():

@@ -170,7 +170,7 @@ def test_the_commands_of_the_reference(dense: Path, tmp_path: Path) -> None:
 def test_the_smaller_model_of_the_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (code,) = [block for block in blocks("python") if "hf_sparse.shrink(" in block]
+    (code,) = [block for block in blocks("python") if "hf_sparse.shrink_(" in block]
     monkeypatch.chdir(tmp_path)
     model = tiny_classifier()
     data = {"texts": prose()[:4000].split("\n\n")[:4], "labels": [0, 2, 1, 0]}
@@ -195,6 +195,6 @@ def test_the_reference_tells_every_method_format_and_family() -> None:
 
     for name in (*METHODS, *FORMATS, *FAMILIES):
         assert f"`{name}`" in REFERENCE
-    for name in hf_sparse.__all__[1:]:
+    for name in hf_sparse._PUBLIC:
         if name[0].islower():
             assert f"`{name}" in REFERENCE or f"hf_sparse.{name}" in REFERENCE, name

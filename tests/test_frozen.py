@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_sparse
-from hf_sparse import KeepZeros, SparsityConfig, keep_zeros
+from hf_sparse import KeepZeros, SparsityConfig, keep_zeros_
 from hf_sparse.optim.zeros import kept_bits, mask_, refill_, sparse_layers, unlike
 from tests.closeness import nearly_same
 from tests.tiny_models import tiny_batches, tiny_model
@@ -61,7 +61,7 @@ def test_zeros_stay_and_the_rest_steps_as_without_the_mask(name: str, family: st
     for one, frozen in ((model, True), (free, False)):
         optimizer = OPTIMIZERS[name](one.parameters())
         if frozen:
-            mask = keep_zeros(optimizer, one)
+            mask = keep_zeros_(optimizer, one)
         torch.manual_seed(0)
         train(one, optimizer, steps=1)
     mask.check()
@@ -75,7 +75,7 @@ def test_zeros_stay_over_many_steps(pattern: str) -> None:
     model = sparse_model(pattern=pattern)
     zeros = places(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    keep_zeros(optimizer, model)
+    keep_zeros_(optimizer, model)
     train(model, optimizer, steps=12)
     assert_same(places(model), zeros)
     changed = hf_sparse.measure_sparsity(
@@ -100,7 +100,7 @@ def test_bfloat16_keeps_the_number_of_zeros() -> None:
     zeros = places(model)
     # steps of exactly the size of many weights: plain training lands on zero
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    keep_zeros(optimizer, model)
+    keep_zeros_(optimizer, model)
     for parameter in model.parameters():
         parameter.grad = parameter.detach().clone()
     optimizer.step()
@@ -111,7 +111,7 @@ def test_a_grad_scaler_and_accumulation() -> None:
     model = sparse_model()
     zeros = places(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    keep_zeros(optimizer, model)
+    keep_zeros_(optimizer, model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # the first steps overflow
     model.train()
     for batch in tiny_batches("llama") * 4:
@@ -177,26 +177,26 @@ def test_what_is_saved_is_checked(tmp_path: Path) -> None:
 def test_bad_input() -> None:
     dense = tiny_model("llama")
     with pytest.raises(ValueError, match="has no zeros to keep"):
-        keep_zeros(torch.optim.SGD(dense.parameters(), lr=1.0), dense)
+        keep_zeros_(torch.optim.SGD(dense.parameters(), lr=1.0), dense)
     model = sparse_model()
     with pytest.raises(ValueError, match=r"trains none of the model.s sparse"):
-        keep_zeros(torch.optim.SGD(dense.parameters(), lr=1.0), model)
+        keep_zeros_(torch.optim.SGD(dense.parameters(), lr=1.0), model)
     with pytest.raises(ValueError, match=r"wanted one of torch\.optim"):
-        keep_zeros("adamw", model)
+        keep_zeros_("adamw", model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    keep_zeros(optimizer, model)
+    keep_zeros_(optimizer, model)
     optimizer.param_groups[0]["params"] = [
         torch.nn.Parameter(p.detach().clone()) for p in model.parameters()
     ]
-    with pytest.raises(ValueError, match="replaced after keep_zeros"):
+    with pytest.raises(ValueError, match="replaced after keep_zeros_"):
         optimizer.step()
 
 
 def test_called_again_it_replaces_itself_and_can_be_removed() -> None:
     model = sparse_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    keep_zeros(optimizer, model)
-    mask = keep_zeros(optimizer, model)
+    keep_zeros_(optimizer, model)
+    mask = keep_zeros_(optimizer, model)
     train(model, optimizer, steps=2)
     mask.check()
     mask.remove()
@@ -210,7 +210,7 @@ def test_quantized_weights_are_refused() -> None:
     layer = model.model.layers[0].mlp.up_proj
     layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"up_proj.weight is stored as torch.int8, quantized"):
-        keep_zeros(torch.optim.SGD(model.lm_head.parameters(), lr=1.0), model)
+        keep_zeros_(torch.optim.SGD(model.lm_head.parameters(), lr=1.0), model)
 
 
 def test_weights_that_are_trained_later_keep_their_zeros_too() -> None:
@@ -219,7 +219,7 @@ def test_weights_that_are_trained_later_keep_their_zeros_too() -> None:
     late.requires_grad_(False)
     before = places(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    mask = keep_zeros(optimizer, model)
+    mask = keep_zeros_(optimizer, model)
     late.requires_grad_(True)
     train(model, optimizer)
     mask.check()
@@ -250,7 +250,7 @@ def test_a_few_zeros_of_an_earlier_pruning_are_kept_where_the_layer_is_named(nam
     few = {n: p == 0 for n, p in model.named_parameters() if n.endswith("down_proj.weight")}
     both = SparsityConfig("unstructured", 0.004, ["*q_proj", "*down_proj"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    keep_zeros(optimizer, model, both if named else None)
+    keep_zeros_(optimizer, model, both if named else None)
     train(model, optimizer)
     assert all(zeros.any() for zeros in few.values())
     kept = [torch.equal(model.get_parameter(name) == 0, zeros) for name, zeros in few.items()]

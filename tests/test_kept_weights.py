@@ -101,7 +101,7 @@ def finish(optimizer: Any, model: Any) -> None:
 
 WAYS: dict[str, Callable[[Any, Path], None]] = {
     "keep_zeros": loop_with(hf_sparse.keep_zeros, sgd),
-    "freeze_zeros": loop_with(lambda optimizer, _: hf_sparse.freeze_zeros(optimizer), sparse_sgd),
+    "freeze_zeros": loop_with(lambda optimizer, _: hf_sparse.freeze_zeros_(optimizer), sparse_sgd),
     "Sparsifier": loop_with(finish, sparse_sgd),
     "KeepZeros": trainer_with(
         callbacks=[KeepZeros()], optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 1.0})
@@ -130,7 +130,7 @@ def test_a_kept_weight_that_lands_on_zero_stays_kept_and_moves_on(
 def test_a_scalar_and_a_vector_keep_their_fate_too() -> None:
     weights = [torch.nn.Parameter(torch.tensor(2.0)), torch.nn.Parameter(torch.tensor([0.0, 3.0]))]
     optimizer = SparseSGD(weights, lr=1.0)
-    hf_sparse.freeze_zeros(optimizer)
+    hf_sparse.freeze_zeros_(optimizer)
     for weight in weights:
         weight.grad = weight.detach().clone() + (weight.detach() == 0)
     optimizer.step()

@@ -106,7 +106,7 @@ def test_an_old_adapter_gives_the_same_bytes_and_outputs(name: str, tmp_path: Pa
     assert digest(tensors) == WEIGHTS[name]
     assert same(outputs(model), EXPECTED[name])
     zeros = checkpoint("llama-trained").model.layers[0].self_attn.q_proj.weight == 0
-    merged = hf_sparse.merge_adapters(model)
+    merged = hf_sparse.merge_adapters_(model)
     assert same(outputs(merged), EXPECTED[name])
     assert torch.equal(merged.model.layers[0].self_attn.q_proj.weight == 0, zeros)
 

@@ -84,7 +84,7 @@ def test_every_step_is_told_once_and_in_order(tmp_path: Path) -> None:
     hf_sparse.prune_(model, SparsityConfig("column", 0.25), "wanda", batches)
     hf_sparse.save_pretrained(model, tmp_path / "a")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
-    hf_sparse.shrink(model)
+    hf_sparse.shrink_(model)
     report = hf_sparse.prune_(model, SparsityConfig("2:4", targets=["mlp.*"]), "magnitude")
     assert methods_of(model) == ["wanda", "shrink", "magnitude"]
     hf_sparse.save_pretrained(model, tmp_path / "b", report=report)

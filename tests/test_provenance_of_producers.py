@@ -95,7 +95,7 @@ def test_pruning_in_the_midst_of_training_makes_two_steps_of_it() -> None:
     hf_sparse.prune_(model, SparsityConfig("unstructured", 0.3), "magnitude")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for sparsity in (0.5, 0.6):
-        hf_sparse.keep_zeros(optimizer, model)
+        hf_sparse.keep_zeros_(optimizer, model)
         loop(model, optimizer, steps=2)
         hf_sparse.prune_(model, SparsityConfig("unstructured", sparsity), "magnitude")
     tuned = "fine-tuning with frozen zeros"
@@ -127,7 +127,7 @@ def test_an_optimizer_alone_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "way", ["KeepZeros", "keep_zeros", "trainer_optimizer", "freeze_zeros", "DDP"]
+    "way", ["KeepZeros", "keep_zeros_", "trainer_optimizer", "freeze_zeros_", "DDP"]
 )
 def test_fine_tuning_with_frozen_zeros_is_told(tmp_path: Path, way: str) -> None:
     model = tiny_classifier()
@@ -137,9 +137,9 @@ def test_fine_tuning_with_frozen_zeros_is_told(tmp_path: Path, way: str) -> None
     elif way == "trainer_optimizer":
         factory = hf_sparse.trainer_optimizer(CONFIG, lr=1e-3, keep_zeros=True)
         train(tmp_path, model, optimizer_cls_and_kwargs=factory)
-    elif way == "freeze_zeros":
+    elif way == "freeze_zeros_":
         optimizer = SparseAdamW(sparse_param_groups(model, CONFIG), lr=1e-3)
-        hf_sparse.freeze_zeros(optimizer)
+        hf_sparse.freeze_zeros_(optimizer)
         loop(model, optimizer)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -148,7 +148,7 @@ def test_fine_tuning_with_frozen_zeros_is_told(tmp_path: Path, way: str) -> None
             wrapped = DistributedDataParallel.__new__(DistributedDataParallel)
             nn.Module.__init__(wrapped)
             wrapped.module = model
-        hf_sparse.keep_zeros(optimizer, wrapped)
+        hf_sparse.keep_zeros_(optimizer, wrapped)
         assert len(steps_of(model)) == 1  # nothing has been trained yet
         loop(model, optimizer)
     first, second = steps_of(model)
@@ -185,7 +185,7 @@ def test_a_teacher_is_told_with_the_training(tmp_path: Path, way: str) -> None:
             sparsifier.report(model)
         # Without the teacher another training tells of none.
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        hf_sparse.keep_zeros(optimizer, model)
+        hf_sparse.keep_zeros_(optimizer, model)
         loop(model, optimizer, steps=1)
     taught = [dict(step.distillation) for step in steps_of(model)]
     assert [bool(each) for each in taught] == [False, True, False]
@@ -240,7 +240,7 @@ def test_merged_adapters_are_told(tmp_path: Path) -> None:
     assert "| method | merged adapter |" in card
     assert "| option kind | lora |" in card
     assert [step.method for step in steps_of(adapted)] == ["magnitude"]  # its copy was merged
-    merged = hf_sparse.merge_adapters(adapted)
+    merged = hf_sparse.merge_adapters_(adapted)
     assert [step.method for step in steps_of(merged)] == ["magnitude", "merged adapter"]
     assert dict(steps_of(merged)[1].options)["r"] == 2
 

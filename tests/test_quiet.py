@@ -36,9 +36,9 @@ def tiny_sparse(family: str) -> Any:
 
 CALLS: dict[str, tuple[str, Callable[[Any, Path], Any]]] = {
     "get_peft_model": ("gpt2", lambda model, _: lora(model)),
-    "merge_adapters": (
+    "merge_adapters_": (
         "gpt2",
-        lambda model, _: hf_sparse.merge_adapters(lora(model, lora_bias=True)),
+        lambda model, _: hf_sparse.merge_adapters_(lora(model, lora_bias=True)),
     ),
     "load_adapter": ("gpt2", save_and_load),
     "recover_ by finetune": ("llama", lambda m, _: hf_sparse.recover_(m, tiny_batches("llama"))),

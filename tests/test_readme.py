@@ -75,7 +75,7 @@ def test_recovery_compiling_and_exporting_of_the_tour_run(
 def test_the_chooser_names_calls_that_there_are() -> None:
     names = set(re.findall(r"`([A-Za-z_]+)\(?", section("Which part is for me?")))
     calls = {name for name in names if f"`{name}(" in README or f", `{name}`" in README}
-    assert {"prune_", "save_pretrained", "compile", "shrink", "push_to_hub"} <= calls
+    assert {"prune_", "save_pretrained", "compile", "shrink_", "push_to_hub"} <= calls
     for name in calls:
         assert name in hf_sparse.__all__, name
 

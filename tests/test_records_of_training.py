@@ -79,7 +79,7 @@ def test_adapters_tell_of_their_teacher_and_rate_when_they_are_merged(removed: b
     if removed:
         teaching.remove()
     assert [step.method for step in steps_of(model)] == ["magnitude"]
-    merged = hf_sparse.merge_adapters(adapted)
+    merged = hf_sparse.merge_adapters_(adapted)
     teaching.remove()
     [_, step] = steps_of(merged)
     assert step.method == "merged adapter"

@@ -196,7 +196,7 @@ def test_figures_given_with_filled_zeros_are_those_of_the_weights(tmp_path: Path
 
 def test_a_shrunk_dense_model_shows_no_pattern(tmp_path: Path) -> None:
     model = pruned(SparsityConfig("column", 0.5))
-    hf_sparse.shrink(model)
+    hf_sparse.shrink_(model)
     text = save(model, tmp_path)
     facts = rows(text)
     assert "pattern" not in facts

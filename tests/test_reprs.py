@@ -107,7 +107,7 @@ def test_what_trains_and_keeps_is_short() -> None:
     distillation.attach(model)
     assert repr(distillation).endswith(" attached>")
     hf_sparse.prune_(model, config, "magnitude")
-    mask = hf_sparse.keep_zeros(torch.optim.SGD(model.parameters(), lr=1.0), model)
+    mask = hf_sparse.keep_zeros_(torch.optim.SGD(model.parameters(), lr=1.0), model)
     assert repr(mask) == "<FrozenMask of SGD: zeros of 12 weights>"
     mask.remove()
     assert repr(mask).endswith("removed>")
@@ -117,7 +117,7 @@ def test_what_calls_return_is_short(tmp_path: Any) -> None:
     model = tiny_model("llama")
     config = SparsityConfig("column", 0.5)
     report = hf_sparse.prune_(model, config, "magnitude")
-    found: list[Any] = [report, hf_sparse.shrink(model)]
+    found: list[Any] = [report, hf_sparse.shrink_(model)]
     hf_sparse.save_pretrained(model, tmp_path)
     found.append(hf_sparse.inspect_checkpoint(tmp_path))
     for value in found:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import hf_sparse
-from hf_sparse import SparsityConfig, prune_, shrink
+from hf_sparse import SparsityConfig, prune_, shrink_
 from hf_sparse.cli import main
 from hf_sparse.models.modeling import model_classes
 from hf_sparse.shrinking import heads_to_remove
@@ -92,7 +92,7 @@ def test_every_head_gives_the_same_and_comes_back(tmp_path: Path, family: str, n
     left = zero_units(model)
     wanted = outputs_of(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    report = shrink(model)
+    report = shrink_(model)
     assert list(report.after) == left == [units.size for units in find_units(model)]
     assert report.parameters == (parameters, sum(p.numel() for p in model.parameters()))
     assert report.parameters[1] < parameters
@@ -112,7 +112,7 @@ def test_every_head_gives_the_same_and_comes_back(tmp_path: Path, family: str, n
 def test_auto_classes_load_it_sharded_and_with_a_device_map(tmp_path: Path, family: str) -> None:
     model = tiny_model(family)
     zero_units(model)
-    shrink(model)
+    shrink_(model)
     hf_sparse.save_pretrained(model, tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     auto: Any = AutoModelForCausalLM if family in CAUSAL else AutoModel
@@ -139,7 +139,7 @@ def test_generation_with_every_kind_of_cache(family: str) -> None:
     ids = tiny_batches(family)[0]["input_ids"]
     settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 1}
     wanted = model.generate(ids, **settings)
-    shrink(model)
+    shrink_(model)
     assert torch.equal(model.generate(ids, **settings), wanted)
     assert torch.equal(model.generate(ids, use_cache=False, **settings), wanted)
     static = model.generate(ids, cache_implementation="static", **settings)
@@ -159,7 +159,7 @@ def test_both_kinds_of_attention(family: str, attention: str) -> None:
     model.set_attn_implementation(attention)
     zero_units(model)
     wanted = outputs_of(model)
-    shrink(model)
+    shrink_(model)
     assert_same(outputs_of(model), wanted)
 
 
@@ -181,7 +181,7 @@ def test_constants_go_to_the_biases(family: str) -> None:
     sizes = [units.size for units in find_units(model)]
     folds = [units.down.module.bias is not None for units in find_units(model)]
     wanted = outputs_of(model)
-    report = shrink(model)
+    report = shrink_(model)
     for before, after, fold in zip(sizes, report.after, folds, strict=True):
         # Without biases a neuron of zero rows gives nothing, as it does where silu(0) = 0.
         assert after.neurons == before.neurons - 7
@@ -202,10 +202,10 @@ def test_a_constant_without_a_bias_to_go_to_stays() -> None:
         values.weight[: units.head_dim] = 0
         values.module.bias[: units.head_dim] = 1
     with pytest.raises(ValueError, match="nothing to remove"):
-        shrink(model)
+        shrink_(model)
     for units in find_units(model):
         units.projections[-1].module.bias[: units.head_dim] = 0
-    assert all(size.key_heads == 1 for size in shrink(model).after)
+    assert all(size.key_heads == 1 for size in shrink_(model).after)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_heads_of_queries_go_from_every_group() -> None:
     for units in find_units(model):
         units.out.weight[:, units.features(torch.tensor([0, 2, 5]))] = 0
     wanted = outputs_of(model)
-    report = shrink(model)
+    report = shrink_(model)
     assert set(report.after) == {BlockSize(6, 2, 64)}
     assert "1 heads are zero and stay" in report.notes[0]
     assert_same(outputs_of(model), wanted)
@@ -246,7 +246,7 @@ def test_a_block_of_zeros_keeps_one_head_and_one_neuron(tmp_path: Path, family: 
     units.out.weight.zero_()
     units.down.weight.zero_()
     wanted = outputs_of(model)
-    report = shrink(model)
+    report = shrink_(model)
     assert report.after[0] == BlockSize(1, 1, 1)
     assert_same(outputs_of(model), wanted)
     hf_sparse.save_pretrained(model, tmp_path)
@@ -257,13 +257,13 @@ def test_a_block_of_zeros_keeps_one_head_and_one_neuron(tmp_path: Path, family: 
 def test_it_can_be_done_twice_and_needs_something_to_do() -> None:
     model = tiny_model("bert")
     hf_sparse.prune_(model, SparsityConfig("head", 0.5), "magnitude")
-    shrink(model)
+    shrink_(model)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="there is nothing to remove: no head and no neuron"):
-        shrink(model)
+        shrink_(model)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     hf_sparse.prune_(model, SparsityConfig("head", 0.5), "magnitude")
-    report = shrink(model)
+    report = shrink_(model)
     assert {size.heads for size in report.before} == {2}
     assert {size.heads for size in report.after} == {1}
     assert "3 of 6 heads" in report.summary()
@@ -274,27 +274,27 @@ def test_it_can_be_done_twice_and_needs_something_to_do() -> None:
 @pytest.mark.parametrize("family", UNKNOWN)
 def test_unknown_families_are_told_the_known_ones(family: str) -> None:
     with pytest.raises(ValueError, match=", ".join(PARTS)):
-        shrink(tiny_model(family))
+        shrink_(tiny_model(family))
 
 
 def test_wrong_models_are_refused() -> None:
     with pytest.raises(ValueError, match="takes a transformers model, not a Linear"):
-        shrink(nn.Linear(2, 2))  # type: ignore[arg-type]
+        shrink_(nn.Linear(2, 2))  # type: ignore[arg-type]
     model = tiny_model("llama")
     zero_units(model)
     with pytest.raises(ValueError, match="Take the model that was compiled"):
-        shrink(hf_sparse.compile(model))
+        shrink_(hf_sparse.compile(model))
     quantized = copy.deepcopy(model)
     layer: Any = quantized.model.layers[0].mlp.up_proj
     layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"up_proj\.weight is torch\.int8"):
-        shrink(quantized)
+        shrink_(quantized)
     with pytest.raises(ValueError, match="is on the meta device"):
-        shrink(copy.deepcopy(model).to("meta"))
+        shrink_(copy.deepcopy(model).to("meta"))
     peft = pytest.importorskip("peft")
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["up_proj"]), model)
     with pytest.raises(ValueError, match="Merge adapters first"):
-        shrink(model)
+        shrink_(model)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
@@ -311,7 +311,7 @@ def test_weights_that_are_not_finite_are_not_lost(family: str, value: float) -> 
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
         message = rf"{re.escape(layer.weight_name)} has 1 values that are NaN or infinite"
         with pytest.raises(ValueError, match=message):
-            shrink(model)
+            shrink_(model)
         with pytest.raises(ValueError, match=message):
             prune_(model, SparsityConfig("column", 0.75), "magnitude")
         for name, weight in model.state_dict().items():
@@ -335,7 +335,7 @@ def test_sharded_weights_are_refused(tmp_path: Path) -> None:
         zero_units(model)
         fully_shard(model)
         with pytest.raises(ValueError, match="cut into shards by FSDP"):
-            shrink(model)
+            shrink_(model)
     finally:
         dist.destroy_process_group()
 
@@ -344,7 +344,7 @@ def test_sharded_weights_are_refused(tmp_path: Path) -> None:
 def shrunk(tmp_path: Path) -> Path:
     model = tiny_model("llama")
     zero_units(model)
-    shrink(model)
+    shrink_(model)
     hf_sparse.save_pretrained(model, tmp_path / "shrunk")
     return tmp_path / "shrunk"
 
@@ -383,7 +383,7 @@ def test_damaged_sizes_are_errors(shrunk: Path, edit: Any, message: str) -> None
 
 def test_it_is_not_saved_under_the_familys_own_type(shrunk: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(shrunk)
-    with pytest.raises(ValueError, match=r"made smaller by hf_sparse\.shrink"):
+    with pytest.raises(ValueError, match=r"made smaller by hf_sparse\.shrink_"):
         hf_sparse.save_pretrained(
             model, tmp_path / "out", SparsityConfig("unstructured", 0.0, format="dense")
         )
@@ -393,7 +393,7 @@ def test_it_is_not_saved_under_the_familys_own_type(shrunk: Path, tmp_path: Path
 def test_what_transformers_saves_by_itself_is_refused_by_it(tmp_path: Path) -> None:
     model = tiny_model("llama")
     zero_units(model)
-    shrink(model)
+    shrink_(model)
     model.save_pretrained(tmp_path)  # transformers' own: LlamaForCausalLM is no Sparse class
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -404,7 +404,7 @@ def test_promises_about_old_weights_are_forgotten(tmp_path: Path) -> None:
     hf_sparse.prune_(model, SparsityConfig("column", 0.5), "magnitude")
     hf_sparse.save_pretrained(model, tmp_path / "pruned")
     model = AutoModel.from_pretrained(tmp_path / "pruned")
-    assert shrink(model).share == 0.75
+    assert shrink_(model).share == 0.75
     hf_sparse.save_pretrained(model, tmp_path / "shrunk")  # warnings are errors
     found = hf_sparse.inspect_checkpoint(tmp_path / "shrunk")
     assert found.config is not None
@@ -425,7 +425,7 @@ def test_cross_attention_is_left_alone(tmp_path: Path, family: str) -> None:
     zero_units(model)
     inputs = {**inputs_for(model), "encoder_hidden_states": torch.randn(2, 5, 32)}
     wanted = model(**inputs).logits
-    shrink(model)
+    shrink_(model)
     torch.testing.assert_close(model(**inputs).logits, wanted, **TOLERANCE)
     hf_sparse.save_pretrained(model, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -436,7 +436,7 @@ def test_groups_of_alberts_layers(tmp_path: Path) -> None:
     model = tiny_model("albert", num_hidden_groups=3, inner_group_num=2, num_hidden_layers=6)
     left = zero_units(model)
     wanted = outputs_of(model)
-    report = shrink(model)
+    report = shrink_(model)
     assert list(report.after) == left
     assert report.names[-1] == "encoder.albert_layer_groups.2.albert_layers.1"
     assert_same(outputs_of(model), wanted)
@@ -452,7 +452,7 @@ def test_bfloat16(tmp_path: Path) -> None:
     model = tiny_model("opt").to(torch.bfloat16)
     zero_units(model)
     wanted = outputs_of(model)
-    shrink(model)
+    shrink_(model)
     for one, other in zip(outputs_of(model), wanted, strict=True):
         torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)
     hf_sparse.save_pretrained(model, tmp_path)
@@ -468,7 +468,7 @@ def test_trainer_fine_tunes_saves_and_resumes(tmp_path: Path) -> None:
     hf_sparse.save_pretrained(tiny_classifier(), tmp_path / "dense")
     model = hf_sparse.SparseBertForSequenceClassification.from_pretrained(tmp_path / "dense")
     zero_units(model)
-    report = shrink(model)
+    report = shrink_(model)
     settings = {"save_steps": 2, "report_to": [], "use_cpu": True, "logging_strategy": "no"}
     args = TrainingArguments(
         str(tmp_path / "run"), max_steps=4, per_device_train_batch_size=4, **settings
@@ -490,7 +490,7 @@ def test_trainer_fine_tunes_saves_and_resumes(tmp_path: Path) -> None:
 def test_compiled_models_have_the_smaller_blocks(tmp_path: Path, family: str) -> None:
     model = tiny_model(family)
     zero_units(model)
-    shrink(model)
+    shrink_(model)
     compiled = hf_sparse.compile(model)
     for one, other in zip(outputs_of(compiled), outputs_of(model), strict=True):
         seen = inputs_for(model)["attention_mask"].bool()
@@ -539,7 +539,7 @@ def test_it_is_exported_as_a_smaller_graph(tmp_path: Path, family: str) -> None:
         model = tiny_classifier() if family == "bert" else tiny_model(family)
         zero_units(model)
         if name == "small":
-            shrink(model)
+            shrink_(model)
         report = hf_sparse.export_onnx(model, tmp_path / name, pack=False)
         assert report.difference.relative < 1e-4
         sizes.append(report.bytes)
@@ -554,5 +554,5 @@ def test_blocks_that_share_weights_are_refused() -> None:
         model.transformer.h[0].mlp.c_proj.weight[:10] = 0
     before = {name: value.shape for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="shares a weight"):
-        hf_sparse.shrink(model)
+        hf_sparse.shrink_(model)
     assert {name: value.shape for name, value in model.state_dict().items()} == before

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import hf_sparse
-from hf_sparse import SparseAdamW, SparseSGD, SparsityConfig, add_shrinkage, sparse_param_groups
+from hf_sparse import SparseAdamW, SparseSGD, SparsityConfig, add_shrinkage_, sparse_param_groups
 from hf_sparse.optim.parameters import sparse_groups
 from hf_sparse.optim.penalties import PENALTIES
-from hf_sparse.optim.shrinkage import freeze_zeros
+from hf_sparse.optim.shrinkage import freeze_zeros_
 from hf_sparse.patterns import Pattern
 from tests.tiny_models import tiny_model
 
@@ -176,15 +176,15 @@ def test_frozen_zeros_never_grow_again(make: Any) -> None:
         for weight in weights:
             weight[:, ::3] = 0
     if make == "muon":
-        optimizer: Any = add_shrinkage(torch.optim.Muon(weights, lr=1e-2))
+        optimizer: Any = add_shrinkage_(torch.optim.Muon(weights, lr=1e-2))
     elif make == "lion-like":
-        optimizer = add_shrinkage(torch.optim.Rprop(weights))
+        optimizer = add_shrinkage_(torch.optim.Rprop(weights))
     else:
         optimizer = make(weights, lr=1e-2, weight_decay=0.1)
         give_gradients(weights, 99)
         optimizer.state.clear()
     masks = [weight == 0 for weight in weights]
-    freeze_zeros(optimizer)
+    freeze_zeros_(optimizer)
     before = [weight.detach().clone() for weight in weights]
     steps(optimizer, weights, 0, 10)
     for weight, mask, old in zip(weights, masks, before, strict=True):
@@ -198,7 +198,7 @@ def test_frozen_zeros_survive_old_momentum_and_a_closure() -> None:
     steps(optimizer, weights, 0, 5)
     with torch.no_grad():
         weights[0][0] = 0
-    freeze_zeros(optimizer)
+    freeze_zeros_(optimizer)
     optimizer.zero_grad()
 
     def closure() -> float:
@@ -224,7 +224,7 @@ def test_resume_is_bit_exact(penalty: str, pattern: str, frozen: bool, tmp_path:
     if frozen:
         with torch.no_grad():
             weights[0][0] = 0
-        freeze_zeros(optimizer)
+        freeze_zeros_(optimizer)
     torch.save([weights, optimizer.state_dict()], tmp_path / "state.pt")
     steps(optimizer, weights, 6, 6)
 
@@ -318,7 +318,7 @@ def test_bf16_weights_are_shrunk_in_fp32() -> None:
 )
 def test_any_optimizer_can_shrink(optimizer_cls: Any) -> None:
     weights = parameters()
-    optimizer = add_shrinkage(optimizer_cls(weights, lr=1e-2), lam=5.0)
+    optimizer = add_shrinkage_(optimizer_cls(weights, lr=1e-2), lam=5.0)
     steps(optimizer, weights, 0, 10)
     plain = parameters()
     steps(optimizer_cls(plain, lr=1e-2), plain, 0, 10)
@@ -328,7 +328,7 @@ def test_any_optimizer_can_shrink(optimizer_cls: Any) -> None:
 
 def test_adaptive_needs_the_moments() -> None:
     with pytest.raises(ValueError, match="exp_avg_sq"):
-        add_shrinkage(torch.optim.SGD(parameters(), lr=1e-2), lam=1.0, scale="adaptive")
+        add_shrinkage_(torch.optim.SGD(parameters(), lr=1e-2), lam=1.0, scale="adaptive")
 
     class Lion(torch.optim.Adam):
         """Has betas, but no second moments."""
@@ -338,16 +338,16 @@ def test_adaptive_needs_the_moments() -> None:
                 for weight in group["params"]:
                     self.state[weight]["exp_avg"] = weight.grad.clone()
 
-    optimizer = add_shrinkage(Lion(parameters()), lam=1.0, scale="adaptive")
+    optimizer = add_shrinkage_(Lion(parameters()), lam=1.0, scale="adaptive")
     with pytest.raises(ValueError, match="exp_avg_sq"):
         steps(optimizer, optimizer.param_groups[0]["params"], 0, 1)
 
 
 def test_only_optimizers_with_shrinkage_and_zeros_can_be_frozen() -> None:
     with pytest.raises(ValueError, match="AdamW has no shrinkage"):
-        freeze_zeros(torch.optim.AdamW(parameters()))
+        freeze_zeros_(torch.optim.AdamW(parameters()))
     with pytest.raises(ValueError, match="no zeros to keep"):
-        freeze_zeros(SparseAdamW(parameters()))
+        freeze_zeros_(SparseAdamW(parameters()))
 
 
 def test_weight_decay_is_the_optimizers_unless_given() -> None:
@@ -406,7 +406,7 @@ def test_bad_settings_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SparseAdamW(parameters(), lr=1e-3, **settings)
     with pytest.raises(ValueError, match=message):
-        add_shrinkage(torch.optim.Adam(parameters()), **settings)
+        add_shrinkage_(torch.optim.Adam(parameters()), **settings)
     optimizer = SparseAdamW(parameters(), lr=1e-3)
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": parameters(1), **settings})
@@ -419,7 +419,7 @@ def test_vectors_are_refused_for_matrix_patterns() -> None:
 
 def test_other_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown shrinkage settings lambda_"):
-        add_shrinkage(torch.optim.Adam(parameters()), lambda_=1.0)
+        add_shrinkage_(torch.optim.Adam(parameters()), lambda_=1.0)
     with pytest.raises(ValueError, match="SGD has none"):
         SparseSGD(parameters(), scale="adaptive")
     zero = nn.Parameter(torch.ones(4, 4))
@@ -446,11 +446,11 @@ def test_resume_with_other_settings_is_refused() -> None:
 
 def test_groups_added_later_to_any_optimizer_are_checked_and_shrunk() -> None:
     weights, later = parameters(), parameters(1)
-    optimizer = add_shrinkage(torch.optim.SGD(weights, lr=1e-2), lam=5.0)
+    optimizer = add_shrinkage_(torch.optim.SGD(weights, lr=1e-2), lam=5.0)
     optimizer.add_param_group({"params": later})
     steps(optimizer, [*weights, *later], 0, 5)
     assert zeros(later) > 0
-    optimizer = add_shrinkage(torch.optim.SGD(parameters(), lr=1e-2), lam=5.0, pattern="2:4")
+    optimizer = add_shrinkage_(torch.optim.SGD(parameters(), lr=1e-2), lam=5.0, pattern="2:4")
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3, 6))]})
     with pytest.raises(ValueError, match="not divisible by M = 4"):
         optimizer.step()
@@ -475,10 +475,10 @@ def test_a_rate_of_zero_shrinks_nothing() -> None:
 
 def test_a_copy_of_any_optimizer_can_be_frozen() -> None:
     weights = parameters()
-    twin = copy.deepcopy(add_shrinkage(torch.optim.SGD(weights, lr=1e-2)))
+    twin = copy.deepcopy(add_shrinkage_(torch.optim.SGD(weights, lr=1e-2)))
     others = twin.param_groups[0]["params"]
     with torch.no_grad():
         others[0][0] = 0
-    freeze_zeros(twin)
+    freeze_zeros_(twin)
     steps(twin, others, 0, 3)
     assert (others[0][0] == 0).all()

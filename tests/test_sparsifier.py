@@ -14,7 +14,7 @@ from hf_sparse import (
     SparseAdamW,
     Sparsifier,
     SparsityConfig,
-    add_shrinkage,
+    add_shrinkage_,
     sparse_param_groups,
 )
 from hf_sparse.optim.methods import TRAINING_METHODS
@@ -126,7 +126,7 @@ def test_any_optimizer_reaches_the_target(method: str) -> None:
     model = tiny_model("gpt2")
     config = config_of("unstructured")
     groups = sparse_param_groups(model, config)
-    optimizer = add_shrinkage(torch.optim.SGD(groups, lr=1e-2, momentum=0.9))
+    optimizer = add_shrinkage_(torch.optim.SGD(groups, lr=1e-2, momentum=0.9))
     sparsifier = Sparsifier(optimizer, config, 20, method=method, interval=3)
     for batch in tiny_batches("gpt2", 20):
         model(**batch, labels=batch["input_ids"]).loss.backward()

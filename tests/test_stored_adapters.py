@@ -142,7 +142,7 @@ def test_a_base_whose_zeros_are_changed_under_shira() -> None:
     with torch.no_grad():
         model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.fill_(1.0)
     with pytest.raises(ValueError, match="zeros are not those that adapter 'default' was made for"):
-        hf_sparse.merge_adapters(model)
+        hf_sparse.merge_adapters_(model)
 
 
 def test_shira_and_stock_peft(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_values_that_are_not_finite_are_not_merged_or_saved(kind: str, tmp_path:
     train(model)
     trained_weights(model)[-1].view(-1)[0] = float("nan")
     for merge in (
-        hf_sparse.merge_adapters,
+        hf_sparse.merge_adapters_,
         lambda m: hf_sparse.save_pretrained(m, tmp_path / "out"),
     ):
         with pytest.raises(
@@ -201,7 +201,7 @@ def test_an_update_that_overflows(kind: str) -> None:
     for weight in trained_weights(model):
         weight.fill_(1e5)
     with pytest.raises(ValueError, match=r"not finite in torch\.float16"):
-        hf_sparse.merge_adapters(model)
+        hf_sparse.merge_adapters_(model)
 
 
 @pytest.mark.parametrize("kind", KINDS)

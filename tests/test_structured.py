@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_sparse
-from hf_sparse import Pattern, SparsityConfig, prune_, shrink
+from hf_sparse import Pattern, SparsityConfig, prune_, shrink_
 from hf_sparse.patterns import Head
 from hf_sparse.pruning import refit
 from hf_sparse.pruning.problem import Problem, layer_error
@@ -105,7 +105,7 @@ def test_whole_units_go_and_shrink_takes_them(family: str, pattern: str, method:
             assert torch.equal((units.projections[0].weight == 0).all(dim=1), unused.repeat(3))
     with torch.no_grad():
         wanted = model(**batches[0]).logits
-        after = shrink(model).after
+        after = shrink_(model).after
         torch.testing.assert_close(model(**batches[0]).logits, wanted, atol=1e-5, rtol=1e-5)
     for size, full in zip(after, sizes, strict=True):
         if pattern == "head":
@@ -299,7 +299,7 @@ def test_different_groups_in_different_blocks_are_told() -> None:
     with torch.no_grad():
         units = find_units(model)[0]
         units.out.weight[:, units.features(torch.tensor([0, 4]))] = 0
-    shrink(model)
+    shrink_(model)
     with pytest.raises(ValueError, match=r"serve \[3, 4\] heads of queries in different blocks"):
         prune_(model, SparsityConfig("head", 0.5), "magnitude")
     prune_(model, SparsityConfig("head_in:4", 0.3, targets="o_proj"), "magnitude")
@@ -315,7 +315,7 @@ def test_it_is_stored_in_blocks_and_comes_back(tmp_path: Path) -> None:
     for key, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[key]), key
     assert hf_sparse.measure_sparsity(loaded, config).sparsity == 0.5
-    assert {size.heads for size in shrink(loaded).after} == {2}
+    assert {size.heads for size in shrink_(loaded).after} == {2}
 
 
 def test_a_streamed_checkpoint_can_be_shrunk(tmp_path: Path) -> None:
@@ -332,8 +332,8 @@ def test_a_streamed_checkpoint_can_be_shrunk(tmp_path: Path) -> None:
     model = tiny_model("llama")
     prune_(model, config, "wanda", tiny_batches("llama"), refine="refit")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
-    shrink(loaded)
-    shrink(model)
+    shrink_(loaded)
+    shrink_(model)
     for key, value in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[key], value, atol=1e-6, rtol=1e-5)
 
@@ -357,7 +357,7 @@ def test_training_zeros_whole_units(family: str, pattern: str, penalty: str) -> 
     model.eval()
     with torch.no_grad():
         wanted = model(**batches[0])[0]
-        report = shrink(model)
+        report = shrink_(model)
         torch.testing.assert_close(model(**batches[0])[0], wanted, atol=1e-5, rtol=1e-5)
     name = "heads" if pattern == "head" else "neurons"
     left = sum(getattr(size, name) for size in report.after)
@@ -381,7 +381,7 @@ def test_trainer_trains_heads_away(tmp_path: Path) -> None:
     )
     trainer.train()
     assert hf_sparse.measure_sparsity(model, config).sparsity == 0.5
-    assert sum(size.heads for size in shrink(model).after) in (4, 5)
+    assert sum(size.heads for size in shrink_(model).after) in (4, 5)
 
 
 def test_every_family_is_described() -> None:

@@ -121,7 +121,7 @@ NAMES: list[tuple[Callable[[], Any], str]] = [
         "Did you mean 'adaptive'?",
     ),
     (
-        lambda: hf_sparse.add_shrinkage(
+        lambda: hf_sparse.add_shrinkage_(
             torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 2))], lr=1.0), penality="l1"
         ),
         "Did you mean 'penalty'?",

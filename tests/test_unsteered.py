@@ -21,8 +21,8 @@ from hf_sparse import (
     Sparsifier,
     SparsityCallback,
     SparsityConfig,
-    add_shrinkage,
-    freeze_zeros,
+    add_shrinkage_,
+    freeze_zeros_,
     sparse_param_groups,
     trainer_optimizer,
 )
@@ -32,7 +32,7 @@ CONFIG = SparsityConfig(sparsity=0.5)
 MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SparseAdamW": SparseAdamW,
     "SparseSGD": SparseSGD,
-    "NAdam": lambda params, lr, **settings: add_shrinkage(
+    "NAdam": lambda params, lr, **settings: add_shrinkage_(
         torch.optim.NAdam(params, lr=lr), **settings
     ),
 }
@@ -94,7 +94,7 @@ def test_what_steers_keeps_it_quiet() -> None:
     optimizers.append(steered)
     frozen = SparseAdamW(weights(), lr=1e-3)
     frozen.param_groups[0]["params"][0].data[0] = 0
-    freeze_zeros(frozen)
+    freeze_zeros_(frozen)
     optimizers.append(frozen)
     optimizers.append(SparseAdamW([{"params": weights(), "pattern": None}], lr=1e-3))
     one, other = weights()

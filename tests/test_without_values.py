@@ -32,7 +32,7 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "teacher": lambda model, _: hf_sparse.recover_(
         sparse_model(), tiny_batches("llama"), teacher=model
     ),
-    "keep_zeros": lambda model, _: hf_sparse.keep_zeros(
+    "keep_zeros_": lambda model, _: hf_sparse.keep_zeros_(
         torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0), model
     ),
     "get_peft_model": lambda model, _: hf_sparse.get_peft_model(
@@ -46,11 +46,11 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
     ),
     "accuracy": lambda model, _: hf_sparse.accuracy(model, tiny_tokenizer(), ["a"], [0]),
     "save_pretrained": lambda model, folder: hf_sparse.save_pretrained(model, folder, CONFIG),
-    "shrink": lambda model, _: hf_sparse.shrink(model),
+    "shrink_": lambda model, _: hf_sparse.shrink_(model),
     "benchmark": lambda model, _: hf_sparse.benchmark(model),
     "export_onnx": lambda model, folder: hf_sparse.export_onnx(model, folder),
     "compile": lambda model, _: hf_sparse.compile(model),
-    "freeze_zeros": lambda model, _: hf_sparse.freeze_zeros(
+    "freeze_zeros_": lambda model, _: hf_sparse.freeze_zeros_(
         hf_sparse.SparseAdamW(hf_sparse.sparse_param_groups(model, CONFIG))
     ),
 }

@@ -43,6 +43,7 @@ from hf_sparse.optim.zeros import refill_
 from hf_sparse.provenance.optimizers import notice_optimizer_, optimizer_of
 from hf_sparse.provenance.record import record_merge_
 from hf_sparse.provenance.values import Step
+from hf_sparse.suggestions import deprecated_name
 
 _INSTALL = "adapters need PEFT: pip install 'hf_sparse[peft]'"
 
@@ -198,7 +199,7 @@ def load_adapter(
     return model
 
 
-def merge_adapters(model: Any, adapter_names: Sequence[str] | None = None) -> Any:
+def merge_adapters_(model: Any, adapter_names: Sequence[str] | None = None) -> Any:
     """Merge the adapters of a PeftModel into its base model, whose zeros stay, to the weight.
 
     Args:
@@ -213,15 +214,15 @@ def merge_adapters(model: Any, adapter_names: Sequence[str] | None = None) -> An
             base model's zeros were changed since the adapter was made, or its weights are cut into
             shards. The model is as it was then.
     """
-    check_model(model, "merge_adapters")
-    check_kinds(merge_adapters, locals())
+    check_model(model, "merge_adapters_")
+    check_kinds(merge_adapters_, locals())
     if not is_peft_model(model):
         raise ValueError(
             f"a {type(model).__name__} has no adapters to merge; wanted what "
             "hf_sparse.get_peft_model or load_adapter returned, or of a wrapped model the model inside "
             "(accelerator.unwrap_model)."
         )
-    check_has_values(model, "merge_adapters")
+    check_has_values(model, "merge_adapters_")
     chosen = list(adapter_names or model.active_adapters)
     configs = {name: model.peft_config[name] for name in chosen if name in model.peft_config}
     base = model.get_base_model()
@@ -234,6 +235,9 @@ def merge_adapters(model: Any, adapter_names: Sequence[str] | None = None) -> An
     return merged
 
 
+merge_adapters = deprecated_name("merge_adapters", merge_adapters_)
+
+
 def _told(config: Any) -> dict[str, Any]:
     """What the model card tells of an adapter."""
     kind = getattr(config.peft_type, "value", config.peft_type)
@@ -244,7 +248,7 @@ def _told(config: Any) -> dict[str, Any]:
 
 
 def merge_(model: Any, chosen: Sequence[str] | None = None) -> Any:
-    """`merge_adapters` that adds no step to what is known of the model."""
+    """`merge_adapters_` that adds no step to what is known of the model."""
     layers = adapted_layers(model)
     check_gathered(layers)
     chosen = list(chosen or model.active_adapters)
@@ -279,10 +283,10 @@ def merged_copy(model: Any) -> Any:
     Memory: a second model.
 
     Raises:
-        ValueError: see `merge_adapters`.
+        ValueError: see `merge_adapters_`.
     """
     check_gathered(adapted_layers(model))
-    return merge_adapters(copy.deepcopy(model))
+    return merge_adapters_(copy.deepcopy(model))
 
 
 def _masked(config: Any) -> Any:

@@ -38,6 +38,10 @@ class Seen:
     statistic: Tensor
     tokens: int
 
+    def is_of(self, layers: Sequence[TargetLayer]) -> bool:
+        """Whether exactly these layers, in any order, shared the inputs."""
+        return {layer.name for layer in self.layers} == {layer.name for layer in layers}
+
 
 class InputStatistics(ABC):
     """Sums something over the inputs of layers while data runs through them.

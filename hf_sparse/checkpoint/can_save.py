@@ -87,14 +87,14 @@ def check_family(model_type: str, format: str) -> None:
 
 
 def check_sizes(model: PreTrainedModel, format: str) -> None:
-    """Refuse the format `dense` for a model whose blocks `shrink` made smaller.
+    """Refuse the format `dense` for a model whose blocks `shrink_` made smaller.
 
     Raises:
         ValueError: it is such a model.
     """
     if format == "dense" and shrunk_sizes(model) is not None:
         raise ValueError(
-            f"the blocks of this {type(model).__name__} were made smaller by hf_sparse.shrink, and "
+            f"the blocks of this {type(model).__name__} were made smaller by hf_sparse.shrink_, and "
             f"models of type '{base_type(model.config.model_type)}' have blocks of one size: "
             "transformers could not load it. Save it in another format, as 'auto': it loads with "
             "hf_sparse, and what is dense is stored as it is."

@@ -54,7 +54,7 @@ from hf_sparse.structure.promise import Held, with_sparsity
 
 ADAPTERS = (
     "the model has adapters, which a sparse checkpoint does not hold. Merge them "
-    "(hf_sparse.merge_adapters), or save it without them (model.delete_adapter); the PeftModel's own "
+    "(hf_sparse.merge_adapters_), or save it without them (model.delete_adapter); the PeftModel's own "
     "save_pretrained saves the adapter alone."
 )
 

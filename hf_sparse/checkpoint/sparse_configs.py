@@ -25,7 +25,7 @@ class SparseConfigMixin:
         sparsity_config: the `SparsityConfig`, as a dict, of the checkpoint that the model was
             loaded from; None if it was dense. In files it is the `quantization_config`, where
             transformers looks for its loader.
-        block_sizes: of a model that `hf_sparse.shrink` made smaller, the heads, heads of keys and
+        block_sizes: of a model that `hf_sparse.shrink_` made smaller, the heads, heads of keys and
             neurons of each block; None if nothing was removed.
         base_model: Hub name of the dense model; None if it is not known, or before the first
             save, which takes it from `name_or_path`. Older files have `""` for not known.

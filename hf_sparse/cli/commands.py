@@ -71,56 +71,86 @@ def run(options: argparse.Namespace) -> int:
 
 def prune(options: argparse.Namespace) -> int:
     """Prune a model and save it."""
+    config, bones = _checked(options)
+    tokenizer, batches = _calibration(options, bones)
+    pruned = _streamed if options.stream else _in_memory
+    report = pruned(options, config, tokenizer, batches)
+    return print_saved(report, options, options.model, tokenizer)
+
+
+def _checked(options: argparse.Namespace) -> tuple[hf_sparse.SparsityConfig, Any]:
+    """The config of a pruning run and the model without weights; bad options are refused here."""
     config = hf_sparse.SparsityConfig(
         options.pattern, options.sparsity, options.targets, options.ignore, options.format
     )
     own = method_options(options)
     Recipe.of(options.method, config.pattern, own)
-    model = skeleton(options.model, options)
-    check_can_save(model, options.output, config)
+    bones = skeleton(options.model, options)
+    check_can_save(bones, options.output, config)
     if options.stream:
         check_run(options.model, options.output, config, options.method, own, options.resume)
-    tokenizer = optional_tokenizer(options, model.config, needed=needs_calibration(options))
-    batches = _calibration(model, tokenizer, options)
-    if options.stream:
-        report = hf_sparse.prune_checkpoint(
-            options.model,
-            options.output,
-            config,
-            options.method,
-            batches,
-            resume=options.resume,
-            overwrite=options.overwrite,
-            tokenizer=tokenizer,
-            dtype=options.dtype,
-            base_model=options.base_model,
-            **own,
-        )
-    else:
-        model, _ = load(options.model, options, needs_tokenizer=False)
-        check_not_quantized(model)
-        report = hf_sparse.prune_(model, config, options.method, batches, **own)
-        hf_sparse.save_pretrained(
-            model,
-            options.output,
-            config,
-            tokenizer=tokenizer,
-            report=report,
-            base_model=options.base_model,
-        )
-    return print_saved(report, options, options.model, tokenizer)
+    return config, bones
 
 
-def _calibration(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[Any] | None:
-    """What a method looks at: windows of text, or labelled texts; None if it looks at nothing."""
-    if not needs_calibration(options):
-        return None
+def _calibration(options: argparse.Namespace, bones: Any) -> tuple[Any, list[Any] | None]:
+    """The tokenizer, if there is one, and the data that the method looks at, if it does.
+
+    The data are windows of text, or labelled texts.
+    """
+    needed = needs_calibration(options)
+    tokenizer = optional_tokenizer(options, bones.config, needed=needed)
+    if not needed:
+        return tokenizer, None
     if not options.labels:
-        return windows(tokenizer, read_documents(options.calibration), options)
+        return tokenizer, windows(tokenizer, read_documents(options.calibration), options)
     texts, labels = (column[: options.num_samples] for column in labelled_texts(options))
-    return hf_sparse.labelled_batches(
-        model, tokenizer, texts, labels, window=options.window, batch_size=options.batch_size
+    return tokenizer, hf_sparse.labelled_batches(
+        bones, tokenizer, texts, labels, window=options.window, batch_size=options.batch_size
     )
+
+
+def _streamed(
+    options: argparse.Namespace,
+    config: hf_sparse.SparsityConfig,
+    tokenizer: Any,
+    batches: list[Any] | None,
+) -> hf_sparse.SparsityReport:
+    """Prune a model from disk to disk."""
+    return hf_sparse.prune_checkpoint(
+        options.model,
+        options.output,
+        config,
+        options.method,
+        batches,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        tokenizer=tokenizer,
+        dtype=options.dtype,
+        base_model=options.base_model,
+        **method_options(options),
+    )
+
+
+def _in_memory(
+    options: argparse.Namespace,
+    config: hf_sparse.SparsityConfig,
+    tokenizer: Any,
+    batches: list[Any] | None,
+) -> hf_sparse.SparsityReport:
+    """Load a model, prune it, and save it."""
+    model, _ = load(options.model, options, needs_tokenizer=False)
+    check_not_quantized(model)
+    own = method_options(options)
+    report = hf_sparse.prune_(model, config, options.method, batches, **own)
+    hf_sparse.save_pretrained(
+        model,
+        options.output,
+        config,
+        tokenizer=tokenizer,
+        report=report,
+        base_model=options.base_model,
+    )
+    return report
 
 
 def recover(options: argparse.Namespace) -> int:
@@ -236,7 +266,7 @@ def shrink(options: argparse.Namespace) -> int:
     check_can_save(skeleton(options.model, options), options.output)
     model, _ = load(options.model, options, needs_tokenizer=False)
     tokenizer = optional_tokenizer(options, model.config, needed=False)
-    report = hf_sparse.shrink(model)
+    report = hf_sparse.shrink_(model)
     hf_sparse.save_pretrained(
         model, options.output, tokenizer=tokenizer, base_model=options.base_model
     )
@@ -318,7 +348,7 @@ def _merged(options: argparse.Namespace) -> tuple[Any, Any]:
             f"the base model of {options.folder} cannot be loaded from {base}: {error} Give the "
             "sparse model that the adapter was trained on: --base FOLDER."
         ) from error
-    return hf_sparse.merge_adapters(hf_sparse.load_adapter(model, options.folder)), tokenizer
+    return hf_sparse.merge_adapters_(hf_sparse.load_adapter(model, options.folder)), tokenizer
 
 
 def convert(options: argparse.Namespace) -> int:

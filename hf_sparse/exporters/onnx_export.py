@@ -246,7 +246,7 @@ def _check_kind(model: Any) -> Head:
     if getattr(model, "_hf_peft_config_loaded", False) or has_adapters(model):
         raise ValueError(
             "the model has adapters, which are for training. Merge them first: "
-            "hf_sparse.merge_adapters(model), which keeps the zeros."
+            "hf_sparse.merge_adapters_(model), which keeps the zeros."
         )
     check_has_weights(model)
     check_not_compiled(model)

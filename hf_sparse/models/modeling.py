@@ -41,7 +41,7 @@ class SparseModelMixin:
     """The sparse contract: weights are compressed when saved, and restored when loaded.
 
     Of a config with `block_sizes` the blocks are as small as those of the model that
-    `hf_sparse.shrink` made.
+    `hf_sparse.shrink_` made.
     """
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:

@@ -17,17 +17,18 @@ from hf_sparse.optim.notes import note_fine_tuning_
 from hf_sparse.optim.sharding import local_part
 from hf_sparse.optim.step_mask import StepMask
 from hf_sparse.optim.zeros import fingerprint, sparse_layers
+from hf_sparse.suggestions import deprecated_name
 
 _ATTACHED = "_hf_sparse_frozen_mask"
 
 
-def keep_zeros(
+def keep_zeros_(
     optimizer: Optimizer, model: nn.Module, config: SparsityConfig | None = None
 ) -> FrozenMask:
     """From now on the zeros of a sparse model stay zero, whatever steps the optimizer takes.
 
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)   # doctest: +SKIP
-    >>> hf_sparse.keep_zeros(optimizer, model)                       # doctest: +SKIP
+    >>> hf_sparse.keep_zeros_(optimizer, model)                       # doctest: +SKIP
 
     In Trainer: `Trainer(..., callbacks=[hf_sparse.KeepZeros()])`.
 
@@ -56,8 +57,11 @@ def keep_zeros(
     return mask
 
 
+keep_zeros = deprecated_name("keep_zeros", keep_zeros_)
+
+
 class FrozenMask:
-    """What `keep_zeros` returns: the zeros of a model, kept while an optimizer steps.
+    """What `keep_zeros_` returns: the zeros of a model, kept while an optimizer steps.
 
     Attributes:
         names: the weights whose zeros are kept.
@@ -68,8 +72,8 @@ class FrozenMask:
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise ValueError(f"optimizer is {optimizer!r}; wanted one of torch.optim.")
-        check_optimizer(optimizer, "keep_zeros")
-        check_model(model, "keep_zeros")
+        check_optimizer(optimizer, "keep_zeros_")
+        check_model(model, "keep_zeros_")
         layers = sparse_layers(model, config)
         if not layers:
             raise ValueError(
@@ -118,7 +122,7 @@ class FrozenMask:
         """Raise a ValueError unless exactly the weights are zero that were at the start."""
         if self._fingerprint() != self._start:
             raise ValueError(
-                "the model's zeros are not those that it had when keep_zeros was called: something "
+                "the model's zeros are not those that it had when keep_zeros_ was called: something "
                 "else wrote into its weights (another optimizer, a callback, a checkpoint that was "
                 "loaded). Start again from the sparse model."
             )
@@ -131,7 +135,7 @@ class FrozenMask:
         trained = _trained(optimizer)
         if not trained >= self._stepped:
             raise ValueError(
-                "the optimizer's parameters were replaced after keep_zeros was called. Call it after "
+                "the optimizer's parameters were replaced after keep_zeros_ was called. Call it after "
                 "DDP, FSDP or accelerator.prepare."
             )
         for parameter in self._changing(trained):

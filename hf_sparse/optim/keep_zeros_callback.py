@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
-from hf_sparse.optim.keep_zeros import FrozenMask, keep_zeros
+from hf_sparse.optim.keep_zeros import FrozenMask, keep_zeros_
 from hf_sparse.optim.notes import fine_tuning
 from hf_sparse.provenance.record import record_optimizer_
 
@@ -21,7 +21,7 @@ class KeepZeros(TrainerCallback):
     that everything written has them. Resumed runs need nothing more.
 
     Args:
-        config: which layers; None as for `keep_zeros`.
+        config: which layers; None as for `keep_zeros_`.
 
     Raises:
         ValueError: when training begins: no zeros to keep, DeepSpeed. When a checkpoint was written,
@@ -52,7 +52,7 @@ class KeepZeros(TrainerCallback):
                 "DeepSpeed ZeRO flattens parameters: their zeros cannot be kept. Train with DDP or "
                 "FSDP2 instead."
             )
-        self.mask = keep_zeros(optimizer, model, self.config)
+        self.mask = keep_zeros_(optimizer, model, self.config)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

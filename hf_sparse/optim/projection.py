@@ -45,7 +45,7 @@ def pattern_of(optimizer: Optimizer) -> Pattern:
             "optimizer_cls_and_kwargs=hf_sparse.trainer_optimizer(config, lr=...), with "
             f"optimizer_cls={type(optimizer).__name__} for this one; or in a loop make it from "
             "hf_sparse.sparse_param_groups(model, config): SparseAdamW, or another one with "
-            "hf_sparse.add_shrinkage."
+            "hf_sparse.add_shrinkage_."
         )
     if len(patterns) != 1:
         raise ValueError(

@@ -32,18 +32,18 @@ _FIXED = ("penalty", "scale", "pattern", "transposed")
 
 
 def check_settings(optimizer: Optimizer) -> None:
-    """Raise a ValueError if the optimizer does not shrink: it was never given to add_shrinkage."""
+    """Raise a ValueError if the optimizer does not shrink: it was never given to add_shrinkage_."""
     if not all(set(SETTINGS) <= set(group) for group in optimizer.param_groups):
         raise ValueError(
             f"{type(optimizer).__name__} has no shrinkage. Use SparseAdamW or SparseSGD, or call "
-            "hf_sparse.add_shrinkage(optimizer) first."
+            "hf_sparse.add_shrinkage_(optimizer) first."
         )
 
 
 def is_unsteered(optimizer: Optimizer) -> bool:
     """Whether there is something to shrink, and nobody has said how strongly.
 
-    Those who do: a `lam` that was given (0 is one), a `Sparsifier`, `freeze_zeros`.
+    Those who do: a `lam` that was given (0 is one), a `Sparsifier`, `freeze_zeros_`.
     """
     groups = sparse_groups(optimizer)
     return bool(groups) and all(group["lam"] is None and not group["frozen"] for group in groups)

@@ -55,7 +55,7 @@ from hf_sparse.optim.settings import (
 from hf_sparse.optim.sharding import local_part
 from hf_sparse.optim.step_mask import StepMask
 from hf_sparse.patterns import Pattern
-from hf_sparse.suggestions import did_you_mean
+from hf_sparse.suggestions import deprecated_name, did_you_mean
 
 _ATTACHED = "_hf_sparse_attached"
 _KEPT = "_hf_sparse_kept"
@@ -69,7 +69,7 @@ _ALL = slice(None)
 _CHUNK = 1 << 17
 
 
-def add_shrinkage(optimizer: Optimizer, **settings: Any) -> Optimizer:
+def add_shrinkage_(optimizer: Optimizer, **settings: Any) -> Optimizer:
     """Give a torch optimizer that takes param groups a shrinkage step.
 
     Args:
@@ -84,7 +84,7 @@ def add_shrinkage(optimizer: Optimizer, **settings: Any) -> Optimizer:
         ValueError: an unknown setting, a value outside what is allowed, or a parameter that the
             pattern cannot divide.
     """
-    check_optimizer(optimizer, "add_shrinkage")
+    check_optimizer(optimizer, "add_shrinkage_")
     if unknown := sorted(set(settings) - set(SETTINGS)):
         raise ValueError(
             f"unknown shrinkage settings {', '.join(unknown)}. Known: {', '.join(SETTINGS)}."
@@ -97,6 +97,9 @@ def add_shrinkage(optimizer: Optimizer, **settings: Any) -> Optimizer:
         check_group(group)
     attach(optimizer)
     return optimizer
+
+
+add_shrinkage = deprecated_name("add_shrinkage", add_shrinkage_)
 
 
 def attach(optimizer: Optimizer) -> None:
@@ -112,7 +115,7 @@ def attach(optimizer: Optimizer) -> None:
 def _remember_mask(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Before a step: note which weights of frozen groups are not zero."""
     for group in sparse_groups(optimizer):
-        if group["penalty"] is None:  # added to a plain optimizer after add_shrinkage
+        if group["penalty"] is None:  # added to a plain optimizer after add_shrinkage_
             check_group(group)
     vars(optimizer)[_KEPT] = mask = StepMask()
     for sparse in sparse_parameters(optimizer):
@@ -196,7 +199,7 @@ def _reweight(optimizer: Optimizer, group: Group, stepped: list[SparseParameter]
         optimizer.state[sparse.parameter]["alpha"] = (max(eps, tiny)) / (size + max(eps, tiny))
 
 
-def freeze_zeros(optimizer: Optimizer) -> None:
+def freeze_zeros_(optimizer: Optimizer) -> None:
     """From now on the zeros of the sparse groups stay zero, and nothing is shrunk.
 
     Fine-tunes a sparse model without filling its zeros. The zeros that the weights have at each
@@ -204,12 +207,12 @@ def freeze_zeros(optimizer: Optimizer) -> None:
     on exactly 0 becomes the least normal number, and may move away from 0 again.
 
     Args:
-        optimizer: with sparse groups: a `SparseAdamW` or `SparseSGD`, or after `add_shrinkage`.
+        optimizer: with sparse groups: a `SparseAdamW` or `SparseSGD`, or after `add_shrinkage_`.
 
     Raises:
         ValueError: an optimizer without shrinkage, or weights without zeros.
     """
-    check_optimizer(optimizer, "freeze_zeros")
+    check_optimizer(optimizer, "freeze_zeros_")
     check_settings(optimizer)
     for sparse in sparse_parameters(optimizer):
         if sparse.parameter.device.type == "meta":
@@ -223,6 +226,9 @@ def freeze_zeros(optimizer: Optimizer) -> None:
         )
     freeze_groups(optimizer)
     note_fine_tuning_(optimizer)
+
+
+freeze_zeros = deprecated_name("freeze_zeros", freeze_zeros_)
 
 
 def freeze_groups(optimizer: Optimizer) -> None:

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from hf_sparse.arguments import check_kinds
 from hf_sparse.optim.settings import SETTINGS, check_group
-from hf_sparse.optim.shrinkage import add_shrinkage, attach
+from hf_sparse.optim.shrinkage import add_shrinkage_, attach
 
 
 class SparseMixin(torch.optim.Optimizer):
@@ -81,7 +81,7 @@ class SparseAdamW(SparseMixin, torch.optim.AdamW):
     ) -> None:
         _check_numbers(SparseAdamW, locals())
         super().__init__(params, lr, betas, eps, weight_decay, **kwargs)
-        add_shrinkage(
+        add_shrinkage_(
             self,
             lam=lam,
             penalty=penalty,
@@ -125,7 +125,7 @@ class SparseSGD(SparseMixin, torch.optim.SGD):
             raise ValueError("scale='adaptive' is Adam's metric, SGD has none. Use scale='lr'.")
         _check_numbers(SparseSGD, locals())
         super().__init__(params, lr, momentum, dampening, weight_decay, **kwargs)
-        add_shrinkage(
+        add_shrinkage_(
             self,
             lam=lam,
             penalty=penalty,

@@ -111,7 +111,7 @@ class Sparsifier:
         self._share = 1.0 if self._each else config.sparsity
         self._method_name = method
         self._seed: int | None = None
-        _ = self._state  # notes the zeros that are there, or that this optimizer is another's
+        self._start_or_resume()
         self._method = TRAINING_METHODS[method](self.optimizer, **options)
 
     def __repr__(self) -> str:
@@ -122,9 +122,18 @@ class Sparsifier:
             f"{', finished' if state.get('finished') else ''}>"
         )
 
-    @property
-    def _state(self) -> dict[str, Any]:
-        """Steps taken, the share of zeros at the beginning, whether the target is reached."""
+    def _start_or_resume(self) -> dict[str, Any]:
+        """The state in the optimizer, made with the zeros of now if the optimizer has none.
+
+        Optimizers get the state of another run when they load it, at any time: so every reader
+        comes through here.
+
+        Returns:
+            Steps taken, the share of zeros at the beginning, whether the target is reached.
+
+        Raises:
+            ValueError: the optimizer is on its way to another target.
+        """
         group = sparse_groups(self.optimizer)[0]
         if "sparsifier" not in group:
             initial = 0.0 if self._each else self.sparsity
@@ -147,17 +156,17 @@ class Sparsifier:
 
     def _update(self, **changes: Any) -> None:
         """Change the state: by a new dict, since `state_dict` hands out this one."""
-        sparse_groups(self.optimizer)[0]["sparsifier"] = {**self._state, **changes}
+        sparse_groups(self.optimizer)[0]["sparsifier"] = {**self._start_or_resume(), **changes}
 
     @property
     def steps(self) -> int:
         """Steps taken."""
-        return int(self._state["steps"])
+        return int(self._start_or_resume()["steps"])
 
     @property
     def finished(self) -> bool:
         """Whether the wanted sparsity is reached and its zeros are frozen."""
-        return bool(self._state["finished"])
+        return bool(self._start_or_resume()["finished"])
 
     @property
     def sparsity(self) -> float:
@@ -195,7 +204,7 @@ class Sparsifier:
             self._method.release()
         elif self.steps % self.interval == 0 and self.steps >= self._first_step:
             due = self.schedule.progress(self.steps + self.interval, self.total_steps)
-            start = self._state["initial"]
+            start = self._start_or_resume()["initial"]
             self._method.approach(start + (self._share - start) * due, self.interval)
 
     @property

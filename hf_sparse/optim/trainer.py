@@ -20,7 +20,7 @@ from hf_sparse.optim.parameters import sparse_parameters
 from hf_sparse.optim.penalties import PENALTIES
 from hf_sparse.optim.schedules import Schedule
 from hf_sparse.optim.settings import SETTINGS, is_unsteered
-from hf_sparse.optim.shrinkage import add_shrinkage, freeze_zeros
+from hf_sparse.optim.shrinkage import add_shrinkage_, freeze_zeros_
 from hf_sparse.optim.sparse_optimizers import SparseAdamW, SparseMixin
 from hf_sparse.optim.sparsifier import Sparsifier, check_method
 from hf_sparse.report import SparsityReport
@@ -100,9 +100,9 @@ def trainer_optimizer(
                 group.update(penalty=penalty, scale=scale, **shrinking)
             optimizer = optimizer_cls(groups, **arguments)
             if not isinstance(optimizer, SparseMixin):
-                add_shrinkage(optimizer)
+                add_shrinkage_(optimizer)
             if keep_zeros:
-                freeze_zeros(optimizer)
+                freeze_zeros_(optimizer)
                 note_fine_tuning_(optimizer, model)
             else:
                 note_shrinking_(optimizer, model, config)

@@ -75,11 +75,9 @@ def prune_block(
         raise ValueError(
             f"rounds is {rounds}, penalty {penalty}; wanted rounds >= 0 and penalty > 0."
         )
-    if solver not in ("sparsegpt", "alps"):
+    if solver not in _SOLVED_BY:
         raise ValueError(f"solver is {solver!r}; wanted 'sparsegpt' or 'alps'.")
-    if solver == "alps":
-        options = {name: value for name, value in pruner.options.items() if name == "damping"}
-        pruner = replace(pruner, solver=Solver(alps.solve, Grams, updates=True), options=options)
+    pruner = _SOLVED_BY[solver](pruner)
     network = find_feed_forward(step.block, layers) if step.repeats == 1 else None
     if network is None:
         pruner.task.notes.add([step.name], _UNKNOWN)
@@ -92,19 +90,26 @@ def prune_block(
     with recorder.recording(), statistics.collecting(network.layers, stop=True):
         step.run(recorder)
     groups = statistics.groups()
-    shared = [[layer.name for layer in seen.layers] for seen in groups]
-    expected = [[layer.name for layer in part] for part in (network.entries, [network.down])]
-    tokens = min(seen.tokens for seen in groups)
-    if (
-        not recorder.fits
-        or sorted(map(sorted, shared)) != sorted(map(sorted, expected))
-        or not tokens
-    ):
+    into = next((seen for seen in groups if seen.is_of(network.entries)), None)
+    inner = next((seen for seen in groups if seen.is_of([network.down])), None)
+    if into and inner and into.tokens and inner.tokens and recorder.fits:
+        _Network(pruner, network, recorder.inputs, into, penalty).prune(inner, rounds)
+    else:
         pruner.task.notes.add([step.name], _UNKNOWN)
         pruner.solve(groups)
-        return
-    into, inner = sorted(groups, key=lambda seen: seen.layers[0] is network.down)
-    _Network(pruner, network, recorder.inputs, into, penalty).prune(inner, rounds)
+
+
+def _by_alps(pruner: LayerPruner) -> LayerPruner:
+    """The same pruner with ALPS as its solver; of SparseGPT's options `damping` is one of ALPS's."""
+    options = {name: value for name, value in pruner.options.items() if name == "damping"}
+    return replace(pruner, solver=Solver(alps.solve, Grams, updates=True), options=options)
+
+
+# What prunes each layer, by the value of the option `solver`.
+_SOLVED_BY: dict[str, Callable[[LayerPruner], LayerPruner]] = {
+    "sparsegpt": lambda pruner: pruner,
+    "alps": _by_alps,
+}
 
 
 @dataclass(frozen=True)

@@ -215,7 +215,7 @@ def with_head_size(config: SparsityConfig, model: nn.Module) -> SparsityConfig:
     """Complete patterns of whole heads and neurons from the model; other configs stay as they are.
 
     Pattern `head` gets the size of the model's heads. Without targets, patterns mean units that can
-    be removed whole (see `hf_sparse.shrink`): `head` an attention head, where it enters the
+    be removed whole (see `hf_sparse.shrink_`): `head` an attention head, where it enters the
     projection behind attention (of grouped queries, a head of keys with all its queries); `column`
     and `row` a neuron of the feed-forward network, where it enters the layer `down` or leaves `up`.
 

@@ -200,7 +200,7 @@ def _check_activation(activation: Any, family: Blocks, config: Any) -> None:
 
 
 def _sized(reference: Any, block: Any, family: Blocks, config: Any) -> Any:
-    """The reference, as small as a block from which `hf_sparse.shrink` removed heads or neurons."""
+    """The reference, as small as a block from which `hf_sparse.shrink_` removed heads or neurons."""
     smaller = None
     for number, one in enumerate(_blocks_in(block)):
         try:

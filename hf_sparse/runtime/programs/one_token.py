@@ -30,7 +30,7 @@ class RowProgram:
 
     Kernels read and write a few features more than a vector has. So every vector has room behind it
     that is its own, and zeros stay there: a buffer that a weight reads is written by vectors of one
-    size only, and blocks of another size (`hf_sparse.shrink`) have another buffer.
+    size only, and blocks of another size (`hf_sparse.shrink_`) have another buffer.
 
     Attributes:
         residual: `(batch, hidden)`: the input before a run, the output behind it.

@@ -64,7 +64,7 @@ class Stack:
     Attributes:
         blocks: in the order in which they run; a shared block (ALBERT) is there several times.
         hidden, heads, key_heads, head_dim, intermediate: sizes; heads, key_heads and intermediate are
-            the most of any block: `hf_sparse.shrink` leaves some blocks fewer.
+            the most of any block: `hf_sparse.shrink_` leaves some blocks fewer.
         scale: what scores are multiplied by.
         norm, norm_first, causal, rotary, activation: see `families.Blocks`.
     """
