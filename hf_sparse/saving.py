@@ -53,8 +53,8 @@ def save_pretrained(
         report: of a step that the model does not remember. It remembers all that was done to it here
             (pruning, sparse training, recovery, merging, shrinking), and what the checkpoint that it
             was loaded from tells.
-        metrics: measured figures for the model card. None: those that are known of the model, if its
-            weights are still the same.
+        metrics: measured figures for the model card. Without any: those that are known of the model, if
+            its weights are still the same.
         tags: for the model card, beside its own.
         base_model: Hub name of the dense model, for the card. None: what is known, or what the model
             was loaded from, if that was no folder.

@@ -5,8 +5,9 @@ One line each: when a new release renames one, the test that fails tells which a
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +17,15 @@ RELIED_ON = [
     ("transformers.core_model_loading", "ConversionOps.convert", "checkpoint.quantizer"),
     ("transformers.core_model_loading", "WeightConverter.add_tensor", "checkpoint.quantizer"),
     ("transformers.core_model_loading", "revert_weight_conversion", "checkpoint.save"),
-    ("transformers.integrations.accelerate", "load_offloaded_parameter", "checkpoint.save"),
+    ("transformers.integrations.accelerate", "load_offloaded_parameter", "checkpoint.implied"),
     ("transformers.modeling_utils", "remove_tied_weights_from_state_dict", "checkpoint.save"),
     ("transformers.modeling_utils", "PreTrainedModel._get_dtype_plan", "checkpoint.quantizer"),
     ("transformers.modeling_utils", "PreTrainedModel._keys_to_ignore_on_save", "checkpoint.save"),
+    (
+        "transformers.modeling_utils",
+        "PreTrainedModel._keys_to_ignore_on_load_missing",
+        "checkpoint.promised",
+    ),
     ("transformers.modeling_utils", "PreTrainedModel._from_config", "checkpoint.legacy"),
     (
         "transformers.quantizers.base",
@@ -33,16 +39,18 @@ RELIED_ON = [
     ("transformers.cache_utils", "CacheLayerMixin", "runtime.programs.cache"),
     ("transformers.cache_utils", "DynamicLayer", "runtime.programs.cache"),
     ("torch.optim.adamw", "adamw", "optim.movement"),
-    ("torch.utils._pytree", "tree_map", "pruning.recording"),
-    ("torch", "_C._has_mkldnn", "pruning.linalg"),
-    ("re", "_parser.parse", "recovery.expressions"),
+    ("torch.utils._pytree", "tree_flatten", "calibration.recording"),
+    ("torch.utils._pytree", "tree_unflatten", "calibration.recording"),
+    ("re", "_parser.parse", "adapters.expressions"),
 ]
+# Names that we do not write: the methods of classes that ours are made from.
+INHERITED = {"add_tensor": "WeightConverter", "resolve_lora_variant": "LoraVariant"}
 OPTIONAL = [
     ("transformers.exporters.configs", "OnnxConfig", "exporters.tracing"),
     ("transformers.exporters.exporter_onnx", "OnnxExporter", "exporters.tracing"),
     ("transformers.exporters.exporter_dynamo", "get_auto_dynamic_shapes", "exporters.tracing"),
-    ("peft.tuners.lora.layer", "LoraLayer.resolve_lora_variant", "recovery.masked_lora"),
-    ("peft.tuners.tuners_utils", "check_target_module_exists", "recovery.adapter_checks"),
+    ("peft.tuners.lora.layer", "LoraLayer.resolve_lora_variant", "adapters.masked_lora"),
+    ("peft.tuners.tuners_utils", "check_target_module_exists", "adapters.checks"),
 ]
 
 
@@ -52,6 +60,15 @@ def test_a_name_that_we_rely_on_is_there(module: str, name: str, user: str) -> N
     for part in name.split("."):
         assert hasattr(value, part), f"{module}.{name} is gone: hf_sparse.{user} needs another way"
         value = getattr(value, part)
+
+
+@pytest.mark.parametrize(("module", "name", "user"), RELIED_ON + OPTIONAL)
+def test_who_uses_a_name_is_told_truly(module: str, name: str, user: str) -> None:
+    used = importlib.util.find_spec(f"hf_sparse.{user}")
+    assert used is not None, f"hf_sparse.{user} is no module"
+    own = name.rpartition(".")[2]
+    told = Path(str(used.origin)).read_text()
+    assert own in told or INHERITED.get(own, own) in told
 
 
 def test_conversions_are_called_with_the_names_that_ours_reads() -> None:
@@ -68,7 +85,9 @@ def test_families_tell_the_class_of_their_blocks() -> None:
         assert "hidden_states" in model_class._can_record_outputs  # runtime.model.compiled
 
 
-@pytest.mark.skipif(not torch._C._has_mkldnn, reason="torch was built without oneDNN")
+@pytest.mark.skipif(
+    not getattr(torch._C, "_has_mkldnn", False), reason="torch was built without oneDNN"
+)
 def test_onednn_tells_whether_it_computes_in_bfloat16() -> None:
     assert isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool)
     assert hasattr(torch.ops.mkldnn, "_linear_pointwise")
