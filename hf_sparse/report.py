@@ -13,13 +13,8 @@ from torch.distributed.tensor import DTensor
 from hf_sparse.arguments import check_has_values, check_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Pattern
-from hf_sparse.structure.layers import (
-    block_layers,
-    num_parameters,
-    promised_config,
-    target_layers,
-    with_head_size,
-)
+from hf_sparse.structure.layers import num_parameters, promised_config
+from hf_sparse.structure.targets import Targets
 
 # The kinds of tensors that a printed report tells one by one.
 _MOST_ROWS = 20
@@ -217,20 +212,33 @@ def measure_sparsity(model: nn.Module, config: SparsityConfig | None = None) -> 
     check_model(model, "measure_sparsity")
     check_has_values(model, "measure_sparsity")
     promised = promised_config(model) if config is None else config
-    if promised is not None:
-        promised = with_head_size(promised, model)
+    targets = Targets.in_blocks(model) if promised is None else Targets.of(model, promised)
+    return count_targets(model, targets, whole_blocks=config is None)
+
+
+def count_targets(
+    model: nn.Module, targets: Targets, *, whole_blocks: bool = False
+) -> SparsityReport:
+    """`measure_sparsity` of a model whose targets are known.
+
+    Args:
+        model: any model.
+        targets: what to count, and to check against their pattern.
+        whole_blocks: count all other layers in the blocks, too.
+    """
     anything = Pattern.parse("unstructured")
-    pattern = anything if promised is None else promised.pattern
-    counted = {id(layer.parameter): (layer, pattern) for layer in target_layers(model, promised)}
-    if config is None:
-        for layer in block_layers(model):
-            counted.setdefault(id(layer.parameter), (layer, anything))
+    counted = [(layer, targets.pattern) for layer in targets.layers]
+    if whole_blocks:
+        counted += [(layer, anything) for layer in targets.others]
     tensors = tuple(
-        count_zeros(layer.weight_name, _whole(layer.weight), own) for layer, own in counted.values()
+        count_zeros(layer.weight_name, _whole(layer.weight), pattern) for layer, pattern in counted
     )
-    others = (parameter for parameter in model.parameters() if id(parameter) not in counted)
+    own = {id(layer.parameter) for layer, _ in counted}
+    others = (parameter for parameter in model.parameters() if id(parameter) not in own)
     other_zeros = sum(int(_whole((parameter.detach() == 0).sum())) for parameter in others)
-    return SparsityReport(tensors, str(pattern), num_parameters(model), other_zeros=other_zeros)
+    return SparsityReport(
+        tensors, str(targets.pattern), num_parameters(model), other_zeros=other_zeros
+    )
 
 
 def _kind(name: str) -> str:

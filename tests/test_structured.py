@@ -17,8 +17,8 @@ from hf_sparse.patterns import Head
 from hf_sparse.pruning import refit
 from hf_sparse.pruning.problem import Problem, layer_error
 from hf_sparse.structure.families import FAMILIES
-from hf_sparse.structure.layers import target_layers, with_head_size
 from hf_sparse.structure.parts import PARTS
+from hf_sparse.structure.targets import Targets
 from hf_sparse.structure.units import BlockUnits, find_units
 from tests.tiny_models import UNKNOWN, tiny_batches, tiny_classifier, tiny_model
 
@@ -70,11 +70,14 @@ def test_patterns_without_targets_name_the_layers_of_units(family: str) -> None:
         ("column", [units.down.name for units in found]),
         ("row", [units.layer(units.parts.up).name for units in found]),
     ):
-        config = with_head_size(SparsityConfig(pattern, 0.5), model)
-        assert [layer.name for layer in target_layers(model, config)] == wanted
-        assert with_head_size(config, model) == config
+        targets = Targets.of(model, SparsityConfig(pattern, 0.5))
+        assert targets.whole_units
+        assert [layer.name for layer in targets.layers] == wanted
+        again = Targets.of(model, targets.config)
+        assert not again.whole_units
+        assert (again.config, again.layers) == (targets.config, targets.layers)
     width = {"llama": 16, "mistral": 16, "qwen2": 16, "qwen3": 32}.get(family, 8)
-    assert with_head_size(SparsityConfig("head", 0.5), model).pattern == Head(width, inputs=True)
+    assert Targets.of(model, SparsityConfig("head", 0.5)).pattern == Head(width, inputs=True)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "taylor", "sparsegpt", "alps"])

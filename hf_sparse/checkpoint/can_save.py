@@ -15,7 +15,8 @@ from hf_sparse.checkpoint.writing import check_folder
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import compress
 from hf_sparse.structure.families import FAMILIES, base_type
-from hf_sparse.structure.layers import check_divides, promised_config, target_layers, with_head_size
+from hf_sparse.structure.layers import check_divides, promised_config
+from hf_sparse.structure.targets import Targets
 from hf_sparse.structure.units import shrunk_sizes
 
 
@@ -117,9 +118,9 @@ def check_not_quantized(model: PreTrainedModel) -> None:
 
 
 def _check_pattern(model: nn.Module, config: SparsityConfig) -> None:
-    config = with_head_size(config, model)
-    pattern = config.pattern
-    for layer in target_layers(model, config):
+    targets = Targets.of(model, config)
+    pattern = targets.pattern
+    for layer in targets.layers:
         check_divides(pattern, layer.weight_name, *layer.weight.shape)
     group = torch.zeros(pattern.group_shape(1, 1))
     compress(group, config.format, pattern)  # tells if the format has no such pattern

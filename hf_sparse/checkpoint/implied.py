@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,14 +14,9 @@ from hf_sparse.formats import FORMATS
 from hf_sparse.optim.zeros import SPARSE_FROM
 from hf_sparse.patterns import Unstructured
 from hf_sparse.report import TensorSparsity, count_zeros
-from hf_sparse.structure.layers import (
-    TargetLayer,
-    block_layers,
-    promised_config,
-    target_layers,
-    with_head_size,
-)
-from hf_sparse.structure.promise import Held
+from hf_sparse.structure.layers import promised_config
+from hf_sparse.structure.promise import Held, with_sparsity
+from hf_sparse.structure.targets import Targets
 from hf_sparse.structure.units import shrunk_sizes
 
 _FILLED = "training without a mask fills zeros"
@@ -30,10 +24,11 @@ _FILLED = "training without a mask fills zeros"
 
 @dataclass(frozen=True)
 class Filled:
-    """Zeros that were promised and are no longer there: both sparsities."""
+    """Zeros that were promised and are no longer there: both sparsities, and what the user is told."""
 
     promised: float
     found: float
+    warning: str
 
 
 def implied_config(
@@ -48,16 +43,16 @@ def implied_config(
         stored: its weights by name, without tied ones.
 
     Returns:
-        The config, and what was lost of the promise; a warning tells of that too.
+        The config, and what was lost of the promise.
     """
     promised = promised_config(model)
     targets, ignore = (None, None) if promised is None else (promised.targets, promised.ignore)
-    asked = SparsityConfig("unstructured", 0.0, targets, ignore) if promised is None else promised
-    asked = with_head_size(asked, model)
-    held, counts = _count(model, stored, asked)
+    meant = Targets.in_blocks(model) if promised is None else Targets.of(model, promised)
+    asked = meant.config
+    held, counts = _count(model, stored, meant)
     weights = sum(count.numel for count in counts)
     sparsity = min(sum(count.zeros for count in counts) / max(weights, 1), 0.999999)
-    dense = not any(map(is_sparse, counts)) and not _others_are_sparse(model, stored, asked)
+    dense = not any(map(is_sparse, counts)) and not _others_are_sparse(model, stored, meant)
     broken = sum(count.violations for count in counts)
     lost = broken > 0 or held.lacks
     if dense and (lost or not asked.sparsity) and shrunk_sizes(model) is None:
@@ -74,59 +69,66 @@ def implied_config(
         config = held.promise
     if not lost:
         return config, None
-    _warn(asked, config, broken, sparsity)
-    return config, Filled(asked.sparsity, round(sparsity, 4))
+    warning = _of_lost_zeros(asked, config, broken, sparsity)
+    return config, Filled(asked.sparsity, round(sparsity, 4), warning)
 
 
-def _warn(asked: SparsityConfig, config: SparsityConfig, broken: int, found: float) -> None:
+def _of_lost_zeros(asked: SparsityConfig, config: SparsityConfig, broken: int, found: float) -> str:
+    """The warning that a model does not hold what it promised."""
     how = (
         "as a dense model"
         if config.format == "dense" and not config.sparsity
         else f"as '{config.pattern}', with sparsity {config.sparsity:.4f}"
     )
     groups = f"{broken} groups have more nonzeros now" if broken else f"{found:.4f} is left"
-    warnings.warn(
+    return (
         f"the model was {asked.pattern} with sparsity {asked.sparsity:.4f}, but {groups}: {_FILLED}. "
         f"It is saved {how}, and its card tells. Prune it again to restore the zeros; recover_, "
-        "KeepZeros and get_peft_model train without losing them.",
-        stacklevel=5,
+        "KeepZeros and get_peft_model train without losing them."
     )
 
 
-def warn_of_less(asked: SparsityConfig, held: Held) -> None:
-    """Warn that a given config asks for more zeros than the model has."""
-    warnings.warn(
+def of_less(asked: SparsityConfig, held: Held) -> str:
+    """The warning that a given config asks for more zeros than the model has."""
+    return (
         f"the given config promises {asked.sparsity:.4f}, but the model is saved with sparsity "
         f"{held.share:.4f}, which is what config.json promises: the model was not pruned to it, or "
-        f"{_FILLED}. Prune it to the config, again, before it is saved.",
-        stacklevel=4,
+        f"{_FILLED}. Prune it to the config, again, before it is saved."
     )
+
+
+def filled_since(model: PreTrainedModel, held: Held) -> Filled | None:
+    """What a model has lost of the config that it was pruned or loaded with, if it is saved with it."""
+    promised = promised_config(model)
+    if promised is None or with_sparsity(held.config, 0.0) != with_sparsity(promised, 0.0):
+        return None
+    lost = held.is_less_than(promised.sparsity)
+    return Filled(promised.sparsity, held.share, of_less(held.config, held)) if lost else None
 
 
 def _count(
-    model: PreTrainedModel, stored: Mapping[str, Tensor], asked: SparsityConfig
+    model: PreTrainedModel, stored: Mapping[str, Tensor], targets: Targets
 ) -> tuple[Held, list[TensorSparsity]]:
-    """Count the targets of a config."""
-    layers = targets_by_weight(model, asked)
-    held, counts = Held(asked), []
+    """Count the targets."""
+    layers = targets.by_weight(model)
+    held, counts = Held(targets.config), []
     for name in layers.keys() & stored.keys():
         weight = load_offloaded(model, name, stored[name])
         weight = weight.T if layers[name].transposed else weight
-        counts.append(count_zeros(name, weight, asked.pattern))
+        counts.append(count_zeros(name, weight, targets.pattern))
         held.add(name, weight)
     return held, counts
 
 
 def _others_are_sparse(
-    model: PreTrainedModel, stored: Mapping[str, Tensor], asked: SparsityConfig
+    model: PreTrainedModel, stored: Mapping[str, Tensor], targets: Targets
 ) -> bool:
     """Whether layers of the blocks have zeros that are no targets."""
-    targets = targets_by_weight(model, asked)
-    blocks = {id(layer.parameter) for layer in block_layers(model)}
+    others = {id(layer.parameter) for layer in targets.others}
     names = (
         name
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if id(parameter) in blocks and name not in targets and name in stored
+        if id(parameter) in others and name in stored
     )
     for name in names:
         weight = load_offloaded(model, name, stored[name])
@@ -143,13 +145,3 @@ def is_sparse(count: TensorSparsity) -> bool:
 def load_offloaded(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
     """Read a weight that `device_map` left on the disk."""
     return load_offloaded_parameter(model, name) if tensor.device.type == "meta" else tensor
-
-
-def targets_by_weight(model: PreTrainedModel, config: SparsityConfig) -> dict[str, TargetLayer]:
-    """The target layers, under every name that their weights have in the state dict."""
-    layers = {id(layer.parameter): layer for layer in target_layers(model, config)}
-    return {
-        name: layers[id(parameter)]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if id(parameter) in layers
-    }

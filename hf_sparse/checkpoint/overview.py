@@ -11,7 +11,7 @@ from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Pattern, Unstructured
 from hf_sparse.provenance.values import Step
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
-from hf_sparse.structure.layers import block_layers, target_layers, with_head_size
+from hf_sparse.structure.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,24 @@ class Overview:
 
 
 def overview(
-    model: Any, config: SparsityConfig, targets: SparsityReport, steps: Sequence[Step]
+    model: Any, targets: Targets, measured: SparsityReport, steps: Sequence[Step]
 ) -> Overview:
-    """Count the matrices of the blocks that are no targets of a config."""
-    patterns = patterns_by_weight(model, config, steps)
-    counted = {count.name for count in targets.tensors}
+    """Count the matrices of the blocks that were not measured.
+
+    Args:
+        model: any model.
+        targets: of the config that it is saved with.
+        measured: counts of them, or of more.
+        steps: what was done to the model.
+    """
+    patterns = patterns_by_weight(model, targets, steps)
+    counted = {count.name for count in measured.tensors}
     others = [
         count_other(layer.weight_name, layer.weight, patterns)
-        for layer in block_layers(model)
+        for layer in targets.blocks
         if layer.weight_name not in counted
     ]
-    return Overview.of(targets, others, patterns)
+    return Overview.of(measured, others, patterns)
 
 
 def count_other(name: str, weight: Any, patterns: Mapping[str, Pattern]) -> TensorSparsity:
@@ -91,23 +98,20 @@ def count_other(name: str, weight: Any, patterns: Mapping[str, Pattern]) -> Tens
     return count_zeros(name, weight, pattern if promises else Unstructured())
 
 
-def patterns_by_weight(
-    model: Any, config: SparsityConfig, steps: Sequence[Step]
-) -> dict[str, Pattern]:
-    """What the layers of a model were pruned to: by the last step that names them, and the config."""
+def patterns_by_weight(model: Any, targets: Targets, steps: Sequence[Step]) -> dict[str, Pattern]:
+    """What the layers of a model were pruned to: as targets, or by the last step that names them."""
     found: dict[str, Pattern] = {}
     for step in steps:
         if step.pattern is None:
             continue
         try:
             asked = SparsityConfig(step.pattern, step.sparsity, step.targets, step.ignore)
-            whole = with_head_size(asked, model)
-            layers = target_layers(model, whole)
+            pruned = Targets.of(model, asked)
         except ValueError:  # of layers that are gone, or written by hand: what is measured is told
             continue
-        if whole.targets != asked.targets:  # heads and neurons go from other layers too
-            for layer in block_layers(model):
-                found.setdefault(layer.weight_name, whole.pattern)
-        found.update({layer.weight_name: whole.pattern for layer in layers})
-    found.update({layer.weight_name: config.pattern for layer in target_layers(model, config)})
+        if pruned.whole_units:  # heads and neurons go from other layers too
+            for layer in pruned.blocks:
+                found.setdefault(layer.weight_name, pruned.pattern)
+        found.update({layer.weight_name: pruned.pattern for layer in pruned.layers})
+    found.update({layer.weight_name: targets.pattern for layer in targets.layers})
     return found

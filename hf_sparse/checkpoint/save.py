@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from hf_sparse.checkpoint.card import CARD_NAME, Card, write_card
 from hf_sparse.checkpoint.config_files import write_configs
 from hf_sparse.checkpoint.implied import (
     Filled,
+    filled_since,
     implied_config,
     load_offloaded,
-    targets_by_weight,
-    warn_of_less,
+    of_less,
 )
 from hf_sparse.checkpoint.overview import Overview, count_other, patterns_by_weight
 from hf_sparse.checkpoint.source import MetricsWatch, described, write_entry
@@ -39,18 +40,16 @@ from hf_sparse.files.atomic import replacing
 from hf_sparse.formats import FORMATS, can_compress, compress, format_of, num_nonzeros
 from hf_sparse.patterns import Pattern
 from hf_sparse.provenance.record import remember_
-from hf_sparse.provenance.values import Metric
+from hf_sparse.provenance.values import Metric, Provenance
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.structure.layers import (
     TargetLayer,
-    block_layers,
     check_has_weights,
     has_adapters,
     num_parameters,
-    promised_config,
-    with_head_size,
 )
-from hf_sparse.structure.promise import Held, with_sparsity
+from hf_sparse.structure.promise import Held
+from hf_sparse.structure.targets import Targets
 
 ADAPTERS = (
     "the model has adapters, which a sparse checkpoint does not hold. Merge them "
@@ -86,14 +85,39 @@ def save_model(
     check_saves(tokenizer, "save_pretrained")
     shard_size = _bytes_of(max_shard_size)
     if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is saved then
+        own = None if state_dict is None else dict(state_dict)
         PreTrainedModel.save_pretrained(
-            model,
-            folder,
-            is_main_process=is_main_process,
-            state_dict=None if state_dict is None else dict(state_dict),
-            **kwargs,
+            model, folder, is_main_process=is_main_process, state_dict=own, **kwargs
         )
         return None
+    _refuse(model, state_dict, kwargs)
+    if not is_saving_process(is_main_process):
+        return None
+    _refuse_unknown(kwargs)
+    check_folder(folder, variant)
+    known = described(model, report, base_model, card_data, tags)
+    plan = _plan(model, config, state_dict, known)
+    if plan.filled is not None:
+        warnings.warn(plan.filled.warning, stacklevel=3)
+    watch, old_compiled = MetricsWatch(known, metrics, folder), compiled_files(folder)
+    with replacing(
+        folder, lambda name: is_weight_file(name, variant) or name in old_compiled
+    ) as fresh:
+        write_configs(model, plan.targets.config, fresh, known.base_model)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
+        writer = ShardWriter(fresh, shard_size, variant)
+        written = _write(model, plan, writer, watch)
+        if written.held.lacks:
+            warnings.warn(of_less(written.held.config, written.held), stacklevel=3)
+        card, known = _describe(model, plan, written, watch.result(fresh, variant), fresh)
+        write_card(card, fresh / CARD_NAME, folder / CARD_NAME)
+    remember_(model, known)
+    return card.measured.targets
+
+
+def _refuse(model: Any, state_dict: Mapping[str, Tensor] | None, kwargs: dict[str, Any]) -> None:
+    """Refuse a model that cannot be saved, in every process."""
     if has_adapters(model):
         raise ValueError(ADAPTERS)
     if kwargs.pop("distributed_checkpoint", False):
@@ -105,65 +129,104 @@ def save_model(
     if state_dict is None:
         check_has_values(model, "save_pretrained", offloaded=True)
     check_not_quantized(model)
-    if not is_saving_process(is_main_process):
-        return None
+
+
+def _refuse_unknown(kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments that `PreTrainedModel.save_pretrained` has not."""
     unknown = set(kwargs) - {"save_peft_format", "save_original_format"}  # no meaning here
     if unknown:
         raise TypeError(f"save_pretrained has no argument {', '.join(sorted(unknown))}.")
 
-    check_folder(folder, variant)
-    given = config
-    known = described(model, report, base_model, card_data, tags)
-    stored = tensors_to_store(model, state_dict)
-    filled = None
-    if given is None:
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be written.
+
+    Attributes:
+        targets: of the config that the model is saved with.
+        tensors: the weights by name, without tied ones; each is taken out when it is written.
+        patterns: what the weights were pruned to, by name.
+        filled: what was lost of the promise, if no config was given.
+    """
+
+    targets: Targets
+    tensors: dict[str, Tensor]
+    patterns: Mapping[str, Pattern]
+    filled: Filled | None
+
+
+def _plan(
+    model: PreTrainedModel,
+    config: SparsityConfig | None,
+    state_dict: Mapping[str, Tensor] | None,
+    known: Provenance,
+) -> _Plan:
+    """Choose the config, and find what it is about."""
+    stored, filled = tensors_to_store(model, state_dict), None
+    if config is None:
         config, filled = implied_config(model, stored)
-    else:
-        config = with_head_size(given, model)
-    held, patterns = Held(config), patterns_by_weight(model, config, known.steps)
-    counts: list[TensorSparsity] = []
-    others: list[TensorSparsity] = []
-    other_zeros = 0
-    formats: Counter[str] = Counter()
-    old_compiled = compiled_files(folder)
-    watch = MetricsWatch(known, metrics, folder)
-    with replacing(
-        folder, lambda name: is_weight_file(name, variant) or name in old_compiled
-    ) as fresh:
+    targets = Targets.of(model, config)
+    return _Plan(targets, stored, patterns_by_weight(model, targets, known.steps), filled)
+
+
+@dataclass
+class _Written:
+    """What was found in the weights while they were written.
+
+    Attributes:
+        held: the zeros of the targets, against what the config asks for.
+        counts: of the targets.
+        others: counts of the other matrices of the blocks.
+        other_zeros: the zeros of all that is no target.
+        formats: how many targets are stored in each.
+    """
+
+    held: Held
+    counts: list[TensorSparsity] = field(default_factory=list)
+    others: list[TensorSparsity] = field(default_factory=list)
+    other_zeros: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+
+
+def _write(
+    model: PreTrainedModel, plan: _Plan, writer: ShardWriter, watch: MetricsWatch
+) -> _Written:
+    """Write all weights."""
+    written = _Written(Held(plan.targets.config))
+    for part in _stored_parts(model, plan, written.held, watch):
+        writer.add(part.name, part.parts)
+        written.other_zeros += part.other_zeros
+        if part.is_target:
+            written.counts.append(part.counts[0])
+            written.formats[format_of(part.parts)] += 1
+        else:
+            written.others += part.counts
+    writer.close(num_parameters(model))
+    return written
+
+
+def _describe(
+    model: PreTrainedModel, plan: _Plan, written: _Written, known: Provenance, fresh: Path
+) -> tuple[Card, Provenance]:
+    """Let `config.json` tell what was found in the weights; the card that tells it, too."""
+    config, filled, held = plan.targets.config, plan.filled, written.held
+    if held.promise != config:
+        if held.lacks:
+            filled = filled_since(model, held)
+        config = held.promise
         write_configs(model, config, fresh, known.base_model)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(fresh)
-        writer = ShardWriter(fresh, shard_size, variant)
-        for part in _stored_parts(model, stored, held, watch, patterns):
-            writer.add(part.name, part.parts)
-            other_zeros += part.other_zeros
-            if part.is_target:
-                counts.append(part.counts[0])
-                formats[format_of(part.parts)] += 1
-            else:
-                others += part.counts
-        writer.close(num_parameters(model))
-        if held.promise != config:
-            if held.lacks:
-                warn_of_less(config, held)
-                filled = _filled(model, config, held)
-            config = held.promise
-            write_configs(model, config, fresh, known.base_model)
-        measured = SparsityReport(
-            tuple(counts),
-            str(config.pattern),
-            num_parameters(model),
-            notes=held.notes(),
-            other_zeros=other_zeros,
-        )
-        known = watch.result(fresh, variant)
-        if filled is not None:
-            known = known.with_filled_zeros(filled.promised, filled.found)
-        write_entry(fresh, known)
-        card = Card(model, config, Overview.of(measured, others, patterns), formats, known)
-        write_card(card, fresh / CARD_NAME, folder / CARD_NAME)
-    remember_(model, known)
-    return measured
+    if filled is not None:
+        known = known.with_filled_zeros(filled.promised, filled.found)
+    write_entry(fresh, known)
+    measured = SparsityReport(
+        tuple(written.counts),
+        str(config.pattern),
+        num_parameters(model),
+        notes=held.notes(),
+        other_zeros=written.other_zeros,
+    )
+    overview = Overview.of(measured, written.others, plan.patterns)
+    return Card(model, config, overview, written.formats, known), known
 
 
 def _bytes_of(max_shard_size: int | str) -> int:
@@ -224,24 +287,20 @@ class _Stored:
 
 
 def _stored_parts(
-    model: PreTrainedModel,
-    state_dict: dict[str, Tensor],
-    held: Held,
-    watch: MetricsWatch,
-    patterns: Mapping[str, Pattern],
+    model: PreTrainedModel, plan: _Plan, held: Held, watch: MetricsWatch
 ) -> Iterator[_Stored]:
     """Every tensor with its parts and counts.
 
     Other matrices of the blocks, which an earlier pruning may have left zeros in, are compressed
-    where that is smaller. Empties the state dict.
+    where that is smaller. Takes the tensors out of the plan.
     """
-    config = held.config
-    targets = targets_by_weight(model, config)
-    blocks = {id(layer.parameter): layer for layer in block_layers(model)}
+    config, tensors = plan.targets.config, plan.tensors
+    targets = plan.targets.by_weight(model)
+    blocks = {id(layer.parameter): layer for layer in plan.targets.others}
     others = dict(model.named_parameters(remove_duplicate=False))
     dense = {}
-    for name in list(state_dict):
-        tensor = load_offloaded(model, name, state_dict.pop(name))
+    for name in list(tensors):
+        tensor = load_offloaded(model, name, tensors.pop(name))
         watch.add(name, tensor)
         stored = _Stored(name, {"": tensor})
         if name in targets:
@@ -254,7 +313,7 @@ def _stored_parts(
             stored = replace(stored, other_zeros=zeros)
             if (block := blocks.get(id(others[name]))) is not None:
                 weight = tensor.T if block.transposed else tensor
-                stored = replace(stored, counts=(count_other(name, weight, patterns),))
+                stored = replace(stored, counts=(count_other(name, weight, plan.patterns),))
                 if zeros and can_compress(tensor):
                     stored = replace(stored, parts=compress(tensor))
         if config.format == "dense":
@@ -264,15 +323,6 @@ def _stored_parts(
     # Other programs want the names of the original checkpoint.
     for name, tensor in revert_weight_conversion(model, dense).items() if dense else ():
         yield _Stored(name, {"": tensor})
-
-
-def _filled(model: PreTrainedModel, config: SparsityConfig, held: Held) -> Filled | None:
-    """What a model has lost, where it was pruned or loaded with what it is now saved as."""
-    promised = promised_config(model)
-    if promised is None or with_sparsity(config, 0.0) != with_sparsity(promised, 0.0):
-        return None
-    lost = held.is_less_than(promised.sparsity)
-    return Filled(promised.sparsity, held.share) if lost else None
 
 
 def _compress(

@@ -37,6 +37,7 @@ from hf_sparse.pruning.oneshot import check_not_compiled
 from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure.layers import check_has_weights, has_adapters, promised_config
 from hf_sparse.structure.parts import full_size
+from hf_sparse.structure.targets import Targets
 from hf_sparse.structure.units import shrunk_sizes
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -197,7 +198,7 @@ def export_onnx(
         known = replace(known, metrics=tuple(metrics), weights=None)
         write_entry(fresh, known)
         usage = _usage(head, quantize)
-        found = overview(model, config, measured, known.steps)
+        found = overview(model, Targets.of(model, config), measured, known.steps)
         card = Card(model, config, found, packing.formats, known, ("onnx",), usage)
         write_card(card, fresh / CARD_NAME, folder / CARD_NAME)
         size = sum(path.stat().st_size for path in fresh.glob(f"{GRAPH_NAME}*"))

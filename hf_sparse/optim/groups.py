@@ -9,7 +9,8 @@ from torch import nn
 from hf_sparse.arguments import check_kinds, check_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.provenance.record import watch_
-from hf_sparse.structure.layers import TargetLayer, check_divides, target_layers, with_head_size
+from hf_sparse.structure.layers import check_divides
+from hf_sparse.structure.targets import Targets
 
 
 def sparse_param_groups(
@@ -32,17 +33,16 @@ def sparse_param_groups(
     """
     check_model(model, "sparse_param_groups")
     check_kinds(sparse_param_groups, locals())
-    config = with_head_size(config, model)
-    layers = target_layers(model, config)
-    pattern = str(config.pattern)
+    chosen = Targets.of(model, config)
+    layers, pattern = chosen.layers, chosen.pattern
     if frozen := [layer.weight_name for layer in layers if not layer.parameter.requires_grad]:
         raise ValueError(
             f"{len(frozen)} of {len(layers)} targets are frozen ({frozen[0]}, ...): they would stay "
             "dense. Call requires_grad_(True) on them, or leave them out with `ignore`."
         )
     for layer in layers:
-        check_divides(config.pattern, layer.weight_name, *layer.weight.shape)
-    targets: dict[int, TargetLayer] = {id(layer.parameter): layer for layer in layers}
+        check_divides(pattern, layer.weight_name, *layer.weight.shape)
+    targets = {id(layer.parameter): layer for layer in layers}
     plain: list[Any] = []
     transposed: list[Any] = []
     matrices: list[Any] = []
@@ -52,12 +52,12 @@ def sparse_param_groups(
             continue
         target = targets.get(id(parameter))
         if target is not None:
-            turned = target.transposed and not config.pattern.elementwise
+            turned = target.transposed and not pattern.elementwise
             (transposed if turned else plain).append((name, parameter))
         else:
             (matrices if parameter.ndim > 1 else vectors).append((name, parameter))
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
-    sparse = {"pattern": pattern, **decay}
+    sparse = {"pattern": str(pattern), **decay}
     groups: list[dict[str, Any]] = [
         {"params": plain, **sparse, "transposed": False},
         {"params": transposed, **sparse, "transposed": True},

@@ -24,7 +24,8 @@ from hf_sparse.optim.shrinkage import add_shrinkage_, freeze_zeros_
 from hf_sparse.optim.sparse_optimizers import SparseAdamW, SparseMixin
 from hf_sparse.optim.sparsifier import Sparsifier, check_method
 from hf_sparse.report import SparsityReport
-from hf_sparse.structure.layers import PRUNED_WITH, target_layers, with_head_size
+from hf_sparse.structure.layers import PRUNED_WITH
+from hf_sparse.structure.targets import Targets
 from hf_sparse.suggestions import check_name, shortened
 
 # Settings of shrinkage that are not for trainer_optimizer to give.
@@ -225,8 +226,8 @@ class SparsityCallback(TrainerCallback):
             id(sparse.parameter): sparse.name
             for sparse in sparse_parameters(self.sparsifier.optimizer)
         }
-        config = with_head_size(self.config, model)
-        wanted = {id(layer.parameter): layer.weight_name for layer in target_layers(model, config)}
+        layers = Targets.of(model, self.config).layers
+        wanted = {id(layer.parameter): layer.weight_name for layer in layers}
         if set(shrunk) != set(wanted):
             extra = [name for key, name in shrunk.items() if key not in wanted]
             missing = [name for key, name in wanted.items() if key not in shrunk]

@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.optim.sharding import local_part
-from hf_sparse.structure.layers import TargetLayer, block_layers, promised_config, target_layers
+from hf_sparse.structure.layers import TargetLayer, promised_config
+from hf_sparse.structure.targets import Targets
 
 # A layer with fewer zeros is dense: weights are zero by chance too.
 SPARSE_FROM = 0.005
@@ -32,17 +33,23 @@ def sparse_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
     """
     if config is not None:
         check_config(config)
-    layers = target_layers(model, promised_config(model) if config is None else config)
-    for layer in layers:
+    asked = promised_config(model) if config is None else config
+    if asked is None:
+        targets = Targets.in_blocks(model)
+    else:  # by name, not by unit: where a unit is zero, so are the rows that feed it
+        targets = Targets.of(
+            model, SparsityConfig("unstructured", 0.0, asked.targets, asked.ignore)
+        )
+    for layer in targets.layers:
         check_floats(layer.weight_name, layer.parameter)
-    found = [layer for layer in layers if bool((local_part(layer.parameter.detach()) == 0).any())]
+    found = [
+        layer for layer in targets.layers if bool((local_part(layer.parameter.detach()) == 0).any())
+    ]
     if config is None:
-        seen = {id(layer.parameter) for layer in layers}
-        for layer in block_layers(model):
-            if id(layer.parameter) not in seen:
-                check_floats(layer.weight_name, layer.parameter)
-                if is_sparse(local_part(layer.parameter.detach())):
-                    found.append(layer)
+        for layer in targets.others:
+            check_floats(layer.weight_name, layer.parameter)
+            if is_sparse(local_part(layer.parameter.detach())):
+                found.append(layer)
     return found
 
 

@@ -15,22 +15,19 @@ from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.processes import own_batches
 from hf_sparse.calibration.walk import Residence
 from hf_sparse.calibration.windows import checked_batches, fingerprint
-from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.pruning.methods import Recipe
 from hf_sparse.pruning.task import Task
-from hf_sparse.report import SparsityReport, measure_sparsity
+from hf_sparse.report import SparsityReport, count_targets
 from hf_sparse.structure.layers import (
     PRUNED_WITH,
-    TargetLayer,
     check_divides,
-    find_stacks,
     stacked_weights,
-    target_layers,
-    with_head_size,
 )
 from hf_sparse.structure.promise import Held
+from hf_sparse.structure.targets import Targets
 from hf_sparse.structure.units import check_whole, clear_unused_, find_units
 from hf_sparse.suggestions import shortened
 
@@ -95,49 +92,45 @@ def prune_(
         raise ValueError(
             f"accelerator is {shortened(accelerator)}; wanted an accelerate.Accelerator, or None."
         )
-    given, config = config, with_head_size(config, model)
-    recipe = Recipe.of(method, config.pattern, options)
+    check_config(config)
     check_not_compiled(model)
-    layers = target_layers(model, config)
-    recipe.check_sharding(layers, config.pattern)
-    _check_layers(layers, config)
-    whole_units = given.targets != config.targets
-    if whole_units:
-        for units in find_units(model):  # refuse what could not be cleared below
-            check_whole(units.layers)
-    if whole_units and options.get("scope") != "global":
-        _check_units(layers, config)
+    targets = Targets.of(model, config)
+    recipe = Recipe.of(method, targets.pattern, options)
+    recipe.check_sharding(targets.layers, targets.pattern)
+    _check_layers(targets)
+    blocks = find_units(model) if targets.whole_units else []
+    for units in blocks:  # refuse what could not be cleared below
+        check_whole(units.layers)
+    if targets.whole_units and options.get("scope") != "global":
+        _check_units(targets)
     start = time.perf_counter()
     inputs = checked_batches(batches, model, method) if recipe.needs_calibration else []
     task = Task(
         model,
-        find_stacks(model),
-        layers,
-        config,
+        targets,
         own_batches(inputs, accelerator),
         accelerator,
         residence=Residence(None if accelerator is None else accelerator.device),
     )
     with switched(model, training=False, use_cache=False):
         recipe.prune(task)
-    if whole_units:  # what fed the heads or neurons that went goes too
-        clear_unused_(model)
-    held = Held.by(config, layers)
+    clear_unused_(blocks)  # what fed the heads or neurons that went goes too
+    held = Held.by(targets.config, targets.layers)
     vars(model)[PRUNED_WITH] = held.promise
     data = Calibration.of(inputs, fingerprint(inputs)) if inputs else None
-    record_(model, Step.of(method, recipe.all_options, given, data))
+    record_(model, Step.of(method, recipe.all_options, config, data))
     return replace(
-        measure_sparsity(model, config),
+        count_targets(model, targets),
         method=method,
         options=recipe.all_options,
         seconds=time.perf_counter() - start,
-        notes=(*task.notes.lines(), *notes_on(model, config), *held.notes()),
+        notes=(*task.notes.lines(), *notes_on(targets), *held.notes()),
     )
 
 
-def notes_on(model: nn.Module, config: SparsityConfig) -> tuple[str, ...]:
+def notes_on(targets: Targets) -> tuple[str, ...]:
     """What the default targets leave out of the blocks, for the report."""
-    if config.targets is not None or not (missed := stacked_weights(model)):
+    if targets.config.targets is not None or not (missed := stacked_weights(targets.stacks)):
         return ()
     return (
         f"{missed:,} weights in the blocks are no matrices of their own (the experts of a mixture, "
@@ -153,20 +146,21 @@ def check_not_compiled(model: nn.Module) -> None:
         raise ValueError("the model is compiled by torch.compile. Prune it first, then compile it.")
 
 
-def _check_layers(layers: list[TargetLayer], config: SparsityConfig) -> None:
-    for layer in layers:
+def _check_layers(targets: Targets) -> None:
+    for layer in targets.layers:
         if layer.parameter.device.type == "meta":
             raise ValueError(
                 f"{layer.weight_name} is on the meta device, it has no values. Load the model without "
                 "offloading it, or prune it from disk to disk with hf_sparse.prune_checkpoint."
             )
         check_finite(layer.weight_name, layer.weight)
-        check_divides(config.pattern, layer.weight_name, *layer.weight.shape)
+        check_divides(targets.pattern, layer.weight_name, *layer.weight.shape)
 
 
-def _check_units(layers: list[TargetLayer], config: SparsityConfig) -> None:
+def _check_units(targets: Targets) -> None:
     """Refuse a sparsity that leaves a block no head, or no neuron."""
-    for layer in layers:
+    config = targets.config
+    for layer in targets.layers:
         count = config.pattern.num_units(*layer.weight.shape)
         if round(config.sparsity * count) >= count:
             raise ValueError(

@@ -67,14 +67,11 @@ from hf_sparse.pruning.problem import Notes
 from hf_sparse.pruning.task import Task
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.structure.layers import (
-    TargetLayer,
-    find_stacks,
     layers_in,
     layers_outside,
     num_parameters,
-    target_layers,
-    with_head_size,
 )
+from hf_sparse.structure.targets import Targets
 from hf_sparse.version import __version__
 
 _SHARD_SIZE = "250MB"
@@ -160,20 +157,17 @@ def prune_checkpoint(
         check_not_lost(folder)
     model = _load(source, described, dtype)
     check_can_save(model, folder, config)
-    given, config = config, with_head_size(config, model)
-    layers = target_layers(model, config)
-    _check_in_blocks(model, layers)
+    targets = Targets.of(model, config)
+    _check_in_blocks(targets)
     inputs = checked_batches(batches, model, method)
     start = time.perf_counter()
-    residence = _OnDisk(model, layers, config, notes := Notes())
+    residence = _OnDisk(model, targets, notes := Notes())
     run = {**asked, **_described(model, residence.files, inputs)}
     with work_folder(folder, run, resume=resume) as work:
         residence.work = work
         task = Task(
             model,
-            find_stacks(model),
-            layers,
-            config,
+            targets,
             inputs,
             notes=notes,
             residence=residence,
@@ -183,20 +177,20 @@ def prune_checkpoint(
             task.sparsities = _sparsities(work, recipe, task)
             recipe.prune(task)
         report = SparsityReport(
-            tuple(residence.counts[layer.weight_name] for layer in layers),
-            str(config.pattern),
+            tuple(residence.counts[layer.weight_name] for layer in targets.layers),
+            str(targets.pattern),
             num_parameters(model),
             method,
             recipe.all_options,
             time.perf_counter() - start,
-            (*residence.earlier_notes, *notes.lines(), *notes_on(model, config)),
+            (*residence.earlier_notes, *notes.lines(), *notes_on(targets)),
         )
         data = Calibration.of(inputs, run["calibration"])
-        record_(model, Step.of(method, recipe.all_options, given, data))
+        record_(model, Step.of(method, recipe.all_options, config, data))
         saved = save_model(
             model,
             folder,
-            config=config,
+            config=targets.config,
             tokenizer=tokenizer,
             base_model=base_model,
             max_shard_size=_SHARD_SIZE,
@@ -260,8 +254,8 @@ def _load(source: str, described: PreTrainedConfig, dtype: str | torch.dtype) ->
     return model  # type: ignore[no-any-return]
 
 
-def _check_in_blocks(model: PreTrainedModel, layers: list[TargetLayer]) -> None:
-    if outside := layers_outside(find_stacks(model), layers):
+def _check_in_blocks(targets: Targets) -> None:
+    if outside := layers_outside(targets.stacks, targets.layers):
         raise ValueError(
             f"{outside[0].name} is outside the blocks, and only blocks are streamed. Leave it out, or "
             "prune the model in memory with prune_."
@@ -327,11 +321,9 @@ class _OnDisk(Residence):
         work: the folder for finished blocks.
     """
 
-    def __init__(
-        self, model: nn.Module, layers: list[TargetLayer], config: SparsityConfig, notes: Notes
-    ) -> None:
+    def __init__(self, model: nn.Module, targets: Targets, notes: Notes) -> None:
         super().__init__()
-        self._layers, self._config, self._notes = layers, config, notes
+        self._layers, self._pattern, self._notes = targets.layers, targets.pattern, notes
         self.work = Path()
         self._names = {id(module): name for name, module in model.named_modules()}
         maps = [hook.weights_map for hook in _hooks(model)]
@@ -388,14 +380,15 @@ class _OnDisk(Residence):
 
     def finish(self, step: BlockStep) -> None:
         tensors, counts = {}, []
-        pattern = self._config.pattern
         for layer in layers_in(step.block, self._layers):
             name = layer.weight_name
-            parts = compress(layer.parameter.data, "auto", pattern, transposed=layer.transposed)
+            parts = compress(
+                layer.parameter.data, "auto", self._pattern, transposed=layer.transposed
+            )
             tensors.update(
                 {join(name, part): tensor.contiguous() for part, tensor in parts.items()}
             )
-            counts.append(asdict(count_zeros(name, layer.weight, pattern)))
+            counts.append(asdict(count_zeros(name, layer.weight, self._pattern)))
         file = self._file(step)
         fresh = file.with_suffix(".new")
         run = {

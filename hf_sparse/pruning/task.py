@@ -15,6 +15,7 @@ from hf_sparse.calibration.walk import Residence
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.pruning.problem import Notes
 from hf_sparse.structure.layers import Stack, TargetLayer
+from hf_sparse.structure.targets import Targets
 
 
 @dataclass
@@ -23,9 +24,7 @@ class Task:
 
     Attributes:
         model: in eval mode.
-        stacks: its blocks.
-        layers: what to prune.
-        config: pattern and sparsity.
+        targets: what to prune, and to which pattern and sparsity.
         batches: this process's share of the calibration data.
         accelerator: its processes share the data and the work; None: one process.
         sparsities: of each layer, by name.
@@ -35,15 +34,28 @@ class Task:
     """
 
     model: nn.Module
-    stacks: Sequence[Stack]
-    layers: Sequence[TargetLayer]
-    config: SparsityConfig
+    targets: Targets
     batches: Sequence[Batch]
     accelerator: Any = None
     sparsities: dict[str, float] = field(default_factory=dict)
     notes: Notes = field(default_factory=Notes)
     residence: Residence = field(default_factory=Residence)
     store: Store = in_memory
+
+    @property
+    def stacks(self) -> Sequence[Stack]:
+        """The model's blocks."""
+        return self.targets.stacks
+
+    @property
+    def layers(self) -> Sequence[TargetLayer]:
+        """What to prune."""
+        return self.targets.layers
+
+    @property
+    def config(self) -> SparsityConfig:
+        """Pattern and sparsity."""
+        return self.targets.config
 
     @property
     def data(self) -> dict[str, Any]:

@@ -1,20 +1,17 @@
 """The parts of a model that sparsity is about: its repeated blocks and its weight matrices.
 
-Blocks are the items of the outermost ModuleLists; only patterns of whole heads and neurons need to
-know the model's family.
+Blocks are the items of the outermost ModuleLists; no model's family needs to be known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
-from hf_sparse.configuration_sparse import SparsityConfig, check_config, matches
-from hf_sparse.patterns import Head, Pattern
-from hf_sparse.structure.parts import PARTS, full_size, head_size, parts_of, sizes_in
+from hf_sparse.configuration_sparse import SparsityConfig, matches
+from hf_sparse.patterns import Pattern
 
 # The attribute of a model that remembers the SparsityConfig of the last `prune_`.
 PRUNED_WITH = "_hf_sparse_pruned_with"
@@ -121,10 +118,16 @@ def target_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
         ValueError: nothing matches `targets`, the model has no repeated blocks to default to, or it
             is compiled.
     """
+    return choose_layers(model, find_stacks(model), config)
+
+
+def choose_layers(
+    model: nn.Module, stacks: Sequence[Stack], config: SparsityConfig | None
+) -> list[TargetLayer]:
+    """`target_layers` of a model whose stacks are known."""
     check_has_weights(model)
     targets = None if config is None else config.targets
     if targets is None:
-        stacks = find_stacks(model)
         if not stacks:
             raise ValueError(
                 f"{type(model).__name__} has no ModuleList of blocks to find weights in. Name the "
@@ -146,24 +149,34 @@ def target_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
             for name, module in candidates
             if any(matches(_own_name(name), glob) for glob in targets)
         ]
-    chosen: dict[int, TargetLayer] = {}
-    for name, module in named:
-        if config is None or not config.ignores(_own_name(name)):
-            chosen.setdefault(id(module.weight), TargetLayer(name, module))
+    chosen = _each_once(
+        (name, module)
+        for name, module in named
+        if config is None or not config.ignores(_own_name(name))
+    )
     if not chosen:
         raise ValueError(
             f"no layer of {type(model).__name__} is left to be sparse: ignore="
             f"{list(config.ignore) if config else []} leaves out every target."
         )
-    return list(chosen.values())
+    return chosen
 
 
 def block_layers(model: nn.Module) -> list[TargetLayer]:
     """Every layer in the repeated blocks, each weight once; none if there are no blocks."""
+    return layers_of(find_stacks(model))
+
+
+def layers_of(stacks: Sequence[Stack]) -> list[TargetLayer]:
+    """Every layer in some stacks, each weight once."""
+    return _each_once(layer for stack in stacks for layer in stack.layers())
+
+
+def _each_once(named: Iterable[tuple[str, nn.Module]]) -> list[TargetLayer]:
+    """Modules as layers; of those that share a weight, the first."""
     chosen: dict[int, TargetLayer] = {}
-    for stack in find_stacks(model):
-        for name, module in stack.layers():
-            chosen.setdefault(id(module.weight), TargetLayer(name, module))
+    for name, module in named:
+        chosen.setdefault(id(module.weight), TargetLayer(name, module))
     return list(chosen.values())
 
 
@@ -211,77 +224,9 @@ def layers_outside(stacks: Sequence[Stack], layers: Sequence[TargetLayer]) -> li
     return [layer for layer in layers if id(layer.module) not in inside]
 
 
-def with_head_size(config: SparsityConfig, model: nn.Module) -> SparsityConfig:
-    """Complete patterns of whole heads and neurons from the model; other configs stay as they are.
-
-    Pattern `head` gets the size of the model's heads. Without targets, patterns mean units that can
-    be removed whole (see `hf_sparse.shrink_`): `head` an attention head, where it enters the
-    projection behind attention (of grouped queries, a head of keys with all its queries); `column`
-    and `row` a neuron of the feed-forward network, where it enters the layer `down` or leaves `up`.
-
-    Raises:
-        ValueError: the model's config tells no head size, or the config names no targets and the
-            model's family is not in `hf_sparse.structure.parts.PARTS`.
-    """
-    check_config(config)
-    pattern = config.pattern
-    if pattern.unit_layer is None:
-        return config
-    if config.targets is None:
-        if isinstance(pattern, Head) and pattern.head_dim is not None and not pattern.inputs:
-            raise ValueError(
-                f"pattern '{pattern}' needs targets: name the layers whose rows are heads, such as "
-                "targets=['q_proj', 'k_proj', 'v_proj']. Or take 'head', for whole attention heads."
-            )
-        described = getattr(model, "config", None)
-        parts = parts_of(described)
-        if parts is None:
-            raise ValueError(
-                f"pattern '{pattern}' needs targets for a {type(model).__name__}: where its heads and "
-                f"neurons are is known of {', '.join(PARTS)}. Name the layers, such as "
-                "targets=['down_proj'] for 'column'."
-            )
-        path = getattr(parts, pattern.unit_layer)
-        if isinstance(pattern, Head):
-            pattern = Head(pattern.head_dim or head_size(described) * _queries(described), True)
-        # The number before the path keeps out what ends alike inside the block.
-        return SparsityConfig(
-            pattern, config.sparsity, [f"*[0-9].{path}"], config.ignore, config.format
-        )
-    if pattern.is_sized:
-        return config
-    described = getattr(model, "config", None)
-    try:
-        head_dim = head_size(described)
-    except (AttributeError, TypeError) as error:
-        raise ValueError(
-            f"the config of {type(model).__name__} tells no head size. Write the rows of one "
-            "head into the pattern, as 'head:64'."
-        ) from error
-    return SparsityConfig(
-        pattern.with_size(head_dim), config.sparsity, config.targets, config.ignore, config.format
-    )
-
-
-def _queries(config: Any) -> int:
-    """How many heads of queries share a head of keys, in every block."""
-    sizes = sizes_in(config)
-    groups = {size.heads // size.key_heads for size in sizes} if sizes else set()
-    if len(groups) > 1:
-        raise ValueError(
-            f"heads of keys serve {sorted(groups)} heads of queries in different blocks, so that "
-            "'head' is no unit of all of them. Name a size and targets: 'head_in:64' for one head of "
-            "queries, targets=['o_proj']."
-        )
-    if groups:
-        return groups.pop()
-    size = full_size(config)
-    return size.heads // size.key_heads
-
-
-def stacked_weights(model: nn.Module) -> int:
+def stacked_weights(stacks: Sequence[Stack]) -> int:
     """Weights in the blocks that are stacks of matrices, such as the experts of a mixture."""
-    blocks = [block for stack in find_stacks(model) for block in stack.blocks]
+    blocks = [block for stack in stacks for block in stack.blocks]
     stacked = {id(p): p.numel() for block in blocks for p in block.parameters() if p.ndim > 2}
     return sum(stacked.values())
 

@@ -197,12 +197,12 @@ def resize_(model: Any, sizes: Sequence[BlockSize]) -> None:
 
 
 @torch.no_grad()
-def clear_unused_(model: Any) -> None:
+def clear_unused_(blocks: Iterable[BlockUnits]) -> None:
     """Zero the rows that feed zero columns: heads and neurons whose outputs are not used.
 
     The model's outputs stay the same.
     """
-    for units in find_units(model):
+    for units in blocks:
         size, unused = units.size, unused_heads(units)
         groups = unused.view(size.key_heads, -1)
         rows = units.rows(unused.nonzero()[:, 0], groups.all(dim=1).nonzero()[:, 0])

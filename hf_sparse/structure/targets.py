@@ -1,0 +1,157 @@
+"""The targets of a config in a model: found once, where a call of the package begins, and handed down.
+
+A config names layers by globs, or not at all, and pattern `head` has no size. `Targets.of` answers
+for one model which layers these are, and how many features a head has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hf_sparse.configuration_sparse import SparsityConfig, check_config
+from hf_sparse.patterns import Head, Pattern
+from hf_sparse.structure.layers import (
+    Stack,
+    TargetLayer,
+    choose_layers,
+    find_stacks,
+    layers_of,
+)
+from hf_sparse.structure.parts import PARTS, Parts, full_size, head_size, parts_of, sizes_in
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a config makes sparse in a model.
+
+    Attributes:
+        config: as it was given; but its pattern has its size, and where the pattern means whole units
+            its targets name their layers.
+        layers: those that it makes sparse, each weight once, in the order of the model.
+        stacks: the repeated blocks of the model.
+        whole_units: whether the pattern means whole heads or neurons, that can be removed.
+    """
+
+    config: SparsityConfig
+    layers: tuple[TargetLayer, ...]
+    stacks: tuple[Stack, ...]
+    whole_units: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, config: SparsityConfig) -> Targets:
+        """Find the targets of a config.
+
+        Pattern `head` gets the size of the model's heads. Without targets, patterns mean units that
+        can be removed whole (see `hf_sparse.shrink`): `head` an attention head, where it enters the
+        projection behind attention (of grouped queries, a head of keys with all its queries);
+        `column` and `row` a neuron of the feed-forward network, where it enters the layer `down` or
+        leaves `up`. The targets of a config that was found so are the same again.
+
+        Args:
+            model: any model. Weights shared by several names are listed under the first of them.
+            config: its `targets` and `ignore` choose.
+
+        Raises:
+            ValueError: nothing matches the config's targets; it has none and the model has no
+                repeated blocks; the model's config tells no head size; whole units are meant and the
+                model's family is not in `hf_sparse.structure.parts.PARTS`; the model is compiled.
+        """
+        check_config(config)
+        whole = config.targets is None and config.pattern.unit_layer is not None
+        found = _with_units(config, model) if whole else _with_size(config, model)
+        stacks = find_stacks(model)
+        return cls(found, tuple(choose_layers(model, stacks, found)), tuple(stacks), whole)
+
+    @classmethod
+    def in_blocks(cls, model: nn.Module) -> Targets:
+        """Every layer in the repeated blocks, which nothing is asked of.
+
+        Raises:
+            ValueError: there are none, or the model is compiled.
+        """
+        return cls.of(model, SparsityConfig("unstructured", 0.0))
+
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern of the config, with its size."""
+        return self.config.pattern
+
+    @property
+    def blocks(self) -> list[TargetLayer]:
+        """Every layer in the repeated blocks, each weight once."""
+        return layers_of(self.stacks)
+
+    @property
+    def others(self) -> list[TargetLayer]:
+        """The layers in the repeated blocks that are no targets."""
+        own = {id(layer.parameter) for layer in self.layers}
+        return [layer for layer in self.blocks if id(layer.parameter) not in own]
+
+    def by_weight(self, model: nn.Module) -> dict[str, TargetLayer]:
+        """The layers, under every name that their weights have in the model's state dict."""
+        own = {id(layer.parameter): layer for layer in self.layers}
+        return {
+            name: own[id(parameter)]
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if id(parameter) in own
+        }
+
+
+def _with_units(config: SparsityConfig, model: nn.Module) -> SparsityConfig:
+    """A config of whole heads or neurons with the layers that these enter or leave."""
+    pattern, described = config.pattern, getattr(model, "config", None)
+    if isinstance(pattern, Head) and pattern.head_dim is not None and not pattern.inputs:
+        raise ValueError(
+            f"pattern '{pattern}' needs targets: name the layers whose rows are heads, such as "
+            "targets=['q_proj', 'k_proj', 'v_proj']. Or take 'head', for whole attention heads."
+        )
+    parts: Parts | None = parts_of(described)
+    if parts is None:
+        raise ValueError(
+            f"pattern '{pattern}' needs targets for a {type(model).__name__}: where its heads and "
+            f"neurons are is known of {', '.join(PARTS)}. Name the layers, such as "
+            "targets=['down_proj'] for 'column'."
+        )
+    assert pattern.unit_layer is not None
+    path = getattr(parts, pattern.unit_layer)
+    if isinstance(pattern, Head):
+        pattern = Head(pattern.head_dim or head_size(described) * _queries(described), True)
+    # The number before the path keeps out what ends alike inside the block.
+    targets = [f"*[0-9].{path}"]
+    return SparsityConfig(pattern, config.sparsity, targets, config.ignore, config.format)
+
+
+def _with_size(config: SparsityConfig, model: nn.Module) -> SparsityConfig:
+    """A config whose pattern has the size of the model's heads, if it has none and needs one."""
+    pattern = config.pattern
+    if pattern.unit_layer is None or pattern.is_sized:
+        return config
+    try:
+        head_dim = head_size(getattr(model, "config", None))
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"the config of {type(model).__name__} tells no head size. Write the rows of one "
+            "head into the pattern, as 'head:64'."
+        ) from error
+    return SparsityConfig(
+        pattern.with_size(head_dim), config.sparsity, config.targets, config.ignore, config.format
+    )
+
+
+def _queries(config: Any) -> int:
+    """How many heads of queries share a head of keys, in every block."""
+    sizes = sizes_in(config)
+    groups = {size.heads // size.key_heads for size in sizes} if sizes else set()
+    if len(groups) > 1:
+        raise ValueError(
+            f"heads of keys serve {sorted(groups)} heads of queries in different blocks, so that "
+            "'head' is no unit of all of them. Name a size and targets: 'head_in:64' for one head of "
+            "queries, targets=['o_proj']."
+        )
+    if groups:
+        return groups.pop()
+    size = full_size(config)
+    return size.heads // size.key_heads
