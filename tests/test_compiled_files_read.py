@@ -18,8 +18,8 @@ import torch
 from transformers import GPT2Config
 
 import hf_sparse
-from hf_sparse.checkpoint import skeleton
 from hf_sparse.compiled_files import files as compiled_files
+from hf_sparse.compiled_files import skeleton
 from hf_sparse.files import atomic
 from hf_sparse.formats import FormatError
 from tests.compiled_folders import DECODER, MODELS, in_a_child, logits, saved, write
