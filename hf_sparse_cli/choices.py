@@ -1,6 +1,6 @@
 """What the flags accept, as plain text, so that help and errors need neither torch nor transformers.
 
-The package's own tables decide; tests/test_cli_start.py compares every entry with them.
+The package's own tables decide; tests/cli/test_cli_start.py compares every entry with them.
 """
 
 from __future__ import annotations

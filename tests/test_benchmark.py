@@ -12,7 +12,7 @@ import torch
 
 import hf_sparse
 from hf_sparse.cli import main
-from tests.tiny_models import tiny_model
+from tests.support.tiny_models import tiny_model
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,7 +12,7 @@ from hf_sparse import budget
 from hf_sparse.budget import Choice
 from hf_sparse.patterns import Pattern
 from hf_sparse.runtime.weights.rates import NOMINAL
-from tests.tiny_models import tiny_batches, tiny_model
+from tests.support.tiny_models import tiny_batches, tiny_model
 
 
 @pytest.fixture(autouse=True)

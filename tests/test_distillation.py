@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, BertConfig, Trainer, TrainingArguments
 
 from hf_sparse import Distillation, distillation
-from tests.tiny_models import CONFIGS, tiny_batches, tiny_classifier, tiny_model
+from tests.support.tiny_models import CONFIGS, tiny_batches, tiny_classifier, tiny_model
 
 
 def without_dropout(model: Any) -> Any:

@@ -12,7 +12,7 @@ from transformers import BertForMaskedLM
 import hf_sparse
 from hf_sparse import accuracy, calibration_batches, perplexity
 from hf_sparse.calibration.windows import token_windows
-from tests.tiny_models import VOCABULARY, prose, tiny_classifier, tiny_model, tiny_tokenizer
+from tests.support.tiny_models import VOCABULARY, prose, tiny_classifier, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

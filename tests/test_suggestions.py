@@ -14,7 +14,7 @@ from hf_sparse import Schedule, SparsityConfig
 from hf_sparse.calibration import linalg
 from hf_sparse.calibration import losses as training
 from hf_sparse.patterns import Pattern
-from tests.tiny_models import tiny_batches, tiny_model
+from tests.support.tiny_models import tiny_batches, tiny_model
 
 
 @pytest.mark.parametrize(

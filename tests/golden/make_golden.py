@@ -3,7 +3,7 @@
     python -m tests.golden.make_golden
 
 The files fix the bytes of the format (docs/format.md). They are made once: a change of a file is
-a change of the format, which needs a new `CONFIG_VERSION`. `tests/test_golden.py` compares them
+a change of the format, which needs a new `CONFIG_VERSION`. `tests/formats/test_golden.py` compares them
 with what `compress` gives today.
 """
 

@@ -4,7 +4,7 @@
     PYTHONPATH=OLD python tests/golden/make_old_files.py tests/golden/old
 
 in an environment that this commit knows: transformers 5.23, llvmlite, PEFT, ONNX Runtime. The files are
-made once, and never anew by newer code: `tests/test_old_files.py` reads them with today's.
+made once, and never anew by newer code: `tests/checkpoint/test_old_files.py` reads them with today's.
 
 Each folder is one model, adapter or export. `expected.safetensors` holds what each of them gives for
 `inputs()`, `expected.json` the SHA-256 of its weights.
