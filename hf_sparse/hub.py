@@ -12,12 +12,14 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 
 from hf_sparse.adapters.checks import is_peft_model
-from hf_sparse.adapters.loading import merged_copy
+from hf_sparse.adapters.merging import merged_copy
 from hf_sparse.arguments import check_kinds, check_model, check_saves
-from hf_sparse.checkpoint.card import CARD_NAME, OUR_FACT, settle
+from hf_sparse.checkpoint.card import CARD_NAME, OUR_FACT
+from hf_sparse.checkpoint.card_file import settle
 from hf_sparse.checkpoint.writing import MANIFEST_NAME, is_weight_file
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
-from hf_sparse.exporters.onnx_export import check_packages, export_onnx, written_files
+from hf_sparse.exporters.can_export import check_packages, written_files
+from hf_sparse.exporters.onnx_export import export_onnx
 from hf_sparse.provenance.values import Metric
 from hf_sparse.report import SparsityReport
 from hf_sparse.saving import save_pretrained
@@ -142,7 +144,7 @@ def upload_folder(
 
     Weight files and an `onnx/` of hf_sparse that are there and are not uploaded are removed.
     With `settle_card` the folder is for this upload alone, and its model card is written anew with
-    regard to the one in the repository: see `hf_sparse.checkpoint.card.settle`.
+    regard to the one in the repository: see `hf_sparse.checkpoint.card_file.settle`.
     """
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True)

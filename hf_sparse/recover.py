@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from hf_sparse.adapters.checks import is_peft_model
-from hf_sparse.adapters.loading import get_peft_model, import_peft, merge_
+from hf_sparse.adapters.loading import get_peft_model, import_peft
+from hf_sparse.adapters.merging import merge_
 from hf_sparse.arguments import check_gradients, check_has_values, check_kinds, check_model
 from hf_sparse.calibration.losses import (
     check_labels,

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_sparse.adapters.checks import is_peft_model
-from hf_sparse.adapters.loading import merged_copy
+from hf_sparse.adapters.merging import merged_copy
 from hf_sparse.arguments import check_kinds, check_model, check_path
 from hf_sparse.checkpoint.save import ADAPTERS, save_model
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
