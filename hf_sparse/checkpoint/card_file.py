@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from hf_sparse.checkpoint.card import METRICS_TITLE, NO_METRICS, OUR_FACT, Card
 _KEPT_DATA = ("license", "license_name", "license_link", "language", "datasets")
 
 
-def settle(new: str, old: str | None, place: str, stacklevel: int) -> str:
-    """Which card is written where one may be already.
+def settle(new: str, old: str | None, place: str) -> tuple[str, str | None]:
+    """Decide which card is written where one may be already.
 
     A card of somebody else stays, with a warning. A card of ours stays, with what was added to it by
     hand, as long as it tells all that the new one does. Else the new one takes its place, and keeps the
@@ -27,33 +26,37 @@ def settle(new: str, old: str | None, place: str, stacklevel: int) -> str:
         new: the text of the card that is to be written.
         old: the text that is there; None: nothing.
         place: of the old one, for the warning.
-        stacklevel: of the caller who saves.
+
+    Returns:
+        The card, and a warning if the new one is not written.
     """
     if old is None:
-        return new
+        return new, None
     if OUR_FACT not in old and _body(old):
-        warnings.warn(
+        return old, (
             f"{place} is no card of hf_sparse and stays: the model card was not written. To get it, "
-            "move that file away and save again.",
-            UserWarning,
-            stacklevel=stacklevel,
+            "move that file away and save again."
         )
-        return old
     new = _with_data(new, _metadata(old))
     missing = [part for part in _body(new).split("\n\n") if part[0] != "#" and part not in old]
     if not missing and _covers(_metadata(old), _metadata(new)):
-        return old
+        return old, None
     if missing == [NO_METRICS] and METRICS_TITLE in old:
-        return _without_metrics(old)
-    return new
+        return _without_metrics(old), None
+    return new, None
 
 
-def write_card(card: Card, file: Path, old: Path) -> None:
-    """Write a card to `file`, or the one at `old` if that is to stay: see `settle`."""
+def write_card(card: Card, file: Path, old: Path) -> str | None:
+    """Write a card to `file`, or the one at `old` if that is to stay: see `settle`.
+
+    Returns:
+        A warning if the new one is not written.
+    """
     text = old.read_text(encoding="utf-8", errors="replace") if old.exists() else None
-    settled = settle(card.text(), text, str(old), stacklevel=5)
+    settled, warning = settle(card.text(), text, str(old))
     if settled != text:
         file.write_text(settled, encoding="utf-8")
+    return warning
 
 
 def _without_metrics(text: str) -> str:

@@ -112,7 +112,8 @@ def save_model(
         if written.held.lacks:
             warnings.warn(of_less(written.held.config, written.held), stacklevel=3)
         card, known = _describe(model, plan, written, watch.result(fresh, variant), fresh)
-        write_card(card, fresh / CARD_NAME, folder / CARD_NAME)
+        if warning := write_card(card, fresh / CARD_NAME, folder / CARD_NAME):
+            warnings.warn(warning, stacklevel=3)
     remember_(model, known)
     return card.measured.targets
 

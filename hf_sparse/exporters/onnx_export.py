@@ -173,7 +173,8 @@ def export_onnx(
         provenance = replace(provenance, metrics=tuple(metrics), weights=None)
         write_entry(fresh, provenance)
         card = _card(model, provenance, packing, _usage(head, quantize))
-        write_card(card, fresh / CARD_NAME, folder / CARD_NAME)
+        if warning := write_card(card, fresh / CARD_NAME, folder / CARD_NAME):
+            warnings.warn(warning, stacklevel=2)
         size = sum(path.stat().st_size for path in fresh.glob(f"{GRAPH_NAME}*"))
     return ExportReport(folder, head.task, size, packing, difference, tolerance)
 
