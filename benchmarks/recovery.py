@@ -37,7 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 import hf_sparse
 from hf_sparse import SparsityConfig
 from hf_sparse.optim.zeros import fingerprint, sparse_layers
-from hf_sparse.recover import RECOVERIES, fit
+from hf_sparse.recover import RECOVERIES, Recovery
 
 WINDOW = 512
 CALIBRATION = 64
@@ -209,8 +209,8 @@ def train(
     lr = cell.lr or RECOVERIES.get(cell.method, RECOVERIES["finetune"]).lr
     if cell.method == "stock":
         inputs = [{**batch, "labels": batch["input_ids"]} for batch in batches]
-        settings = {"epochs": 1, "accumulate": options.accumulate, "seed": 0, "freeze": False}
-        losses = fit(model, inputs, lr=lr, **settings)
+        recovery = Recovery("finetune", lr, None, 1, options.accumulate, seed=0)
+        losses = recovery.run(model, inputs, freeze=False)
         return f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end", lr
     teacher = None
     if cell.teacher:

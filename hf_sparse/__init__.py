@@ -16,8 +16,8 @@ from hf_sparse.version import __version__ as __version__
 if TYPE_CHECKING:
     from hf_sparse.adapters.loading import get_peft_model as get_peft_model
     from hf_sparse.adapters.loading import load_adapter as load_adapter
-    from hf_sparse.adapters.loading import merge_adapters as merge_adapters
-    from hf_sparse.adapters.loading import merge_adapters_ as merge_adapters_
+    from hf_sparse.adapters.merging import merge_adapters as merge_adapters
+    from hf_sparse.adapters.merging import merge_adapters_ as merge_adapters_
     from hf_sparse.benchmark import benchmark as benchmark
     from hf_sparse.budget import allocate as allocate
     from hf_sparse.budget import sparsity_for as sparsity_for
@@ -91,7 +91,7 @@ _PUBLIC = {
     "load_adapter": "hf_sparse.adapters.loading",
     "load_compiled": "hf_sparse.compiled_files.files",
     "measure_sparsity": "hf_sparse.report",
-    "merge_adapters_": "hf_sparse.adapters.loading",
+    "merge_adapters_": "hf_sparse.adapters.merging",
     "perplexity": "hf_sparse.evaluation",
     "prune_": "hf_sparse.pruning.oneshot",
     "prune_checkpoint": "hf_sparse.pruning.streaming",
@@ -109,7 +109,7 @@ _DEPRECATED = {
     "add_shrinkage": "hf_sparse.optim.shrinkage",
     "freeze_zeros": "hf_sparse.optim.shrinkage",
     "keep_zeros": "hf_sparse.optim.keep_zeros",
-    "merge_adapters": "hf_sparse.adapters.loading",
+    "merge_adapters": "hf_sparse.adapters.merging",
     "shrink": "hf_sparse.shrinking",
 }
 _PLACES = {**_PUBLIC, **_DEPRECATED}

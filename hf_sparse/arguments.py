@@ -211,6 +211,18 @@ def check_kinds(function: Callable[..., Any], values: Mapping[str, Any]) -> None
         )
 
 
+def arguments_for(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a call hands on: those that another one takes by keyword, under one name.
+
+    Args:
+        function: the other call.
+        values: the arguments of the first, by name, such as `locals()` at its start.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    return {name: values[name] for name in names if name in values}
+
+
 def _meant(value: Any, kinds: Sequence[str]) -> str:
     """A question after an error: the number in a text, or the list of one value."""
     if isinstance(value, str) and {"int", "float"} & set(kinds):

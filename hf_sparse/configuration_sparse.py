@@ -20,6 +20,8 @@ from hf_sparse.suggestions import check_name, did_you_mean, shortened
 
 # Raised when the meaning of a stored config or format changes; older readers then refuse it.
 CONFIG_VERSION = 1
+# Of a model whose weights are all zero: a config tells a sparsity below 1.
+HIGHEST_SPARSITY = 0.999999
 
 
 @dataclass(frozen=True, init=False)

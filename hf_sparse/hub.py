@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 
 from hf_sparse.adapters.checks import is_peft_model
-from hf_sparse.adapters.loading import merged_copy
-from hf_sparse.arguments import check_kinds, check_model, check_saves
-from hf_sparse.checkpoint.card import CARD_NAME, OUR_FACT, settle
+from hf_sparse.adapters.merging import merged_copy
+from hf_sparse.arguments import arguments_for, check_kinds, check_model, check_saves
+from hf_sparse.checkpoint.card import CARD_NAME, OUR_FACT
+from hf_sparse.checkpoint.card_file import settle
 from hf_sparse.checkpoint.writing import MANIFEST_NAME, is_weight_file
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
-from hf_sparse.exporters.onnx_export import check_packages, export_onnx, written_files
+from hf_sparse.exporters.can_export import check_packages, written_files
+from hf_sparse.exporters.onnx_export import export_onnx
 from hf_sparse.provenance.values import Metric
 from hf_sparse.report import SparsityReport
 from hf_sparse.saving import save_pretrained
@@ -70,11 +73,12 @@ def push_to_hub(
         ValueError: see `save_pretrained` and `export_onnx`; nothing has been uploaded then.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused.
     """
+    given = dict(locals())
     if not is_peft_model(model):
         check_model(model, "push_to_hub", PreTrainedModel)
     if config is not None:
         check_config(config)
-    check_kinds(push_to_hub, locals())
+    check_kinds(push_to_hub, given)
     check_saves(tokenizer, "push_to_hub")
     if onnx:
         check_packages()
@@ -82,30 +86,12 @@ def push_to_hub(
     if is_peft_model(model):
         model = merged_copy(model)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = save_pretrained(
-            model,
-            Path(temporary) / "model",
-            config,
-            tokenizer=tokenizer,
-            report=report,
-            metrics=metrics,
-            tags=tags,
-            base_model=base_model,
-            card_data=card_data,
-            **saving,
-        )
+        told = arguments_for(save_pretrained, given)
+        folder = save_pretrained(model, Path(temporary) / "model", config, **told, **saving)
         if onnx:
             export_onnx(model, folder / _GRAPH_FOLDER, tokenizer=tokenizer)
         return upload_folder(
-            folder,
-            repo_id,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            settle_card=True,
+            folder, repo_id, **arguments_for(upload_folder, given), settle_card=True
         )
 
 
@@ -135,40 +121,47 @@ def upload_folder(
     private: bool | None = None,
     token: bool | str | None = None,
     commit_message: str = "Upload sparse model",
+    commit_description: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
     settle_card: bool = False,
-    **commit: Any,
 ) -> CommitInfo:
     """Upload a checkpoint folder, sub-folders included, to a repository that is made if need be.
 
     Weight files and an `onnx/` of hf_sparse that are there and are not uploaded are removed.
     With `settle_card` the folder is for this upload alone, and its model card is written anew with
-    regard to the one in the repository: see `hf_sparse.checkpoint.card.settle`.
+    regard to the one in the repository: see `hf_sparse.checkpoint.card_file.settle`.
     """
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True)
-    there = api.list_repo_files(repo.repo_id, revision=commit.get("revision"))
+    there = api.list_repo_files(repo.repo_id, revision=revision)
     stale = [name for name in there if is_weight_file(name)]
     if settle_card and CARD_NAME in there:
-        _settle_card(api, repo.repo_id, folder / CARD_NAME, commit.get("revision"))
-    stale += _old_graph(api, repo.repo_id, there, commit.get("revision"))
+        warning = _settle_card(api, repo.repo_id, folder / CARD_NAME, revision)
+        if warning is not None:
+            warnings.warn(warning, stacklevel=3)
+    stale += _old_graph(api, repo.repo_id, there, revision)
     info: CommitInfo = api.upload_folder(
         repo_id=repo.repo_id,
         folder_path=folder,
         commit_message=commit_message,
+        commit_description=commit_description,
+        revision=revision,
+        create_pr=create_pr,
         delete_patterns=stale or None,  # those that are uploaded anew are not deleted
-        **commit,
     )
     return info
 
 
-def _settle_card(api: HfApi, repo_id: str, file: Path, revision: str | None) -> None:
-    """Let the card at `file` be the one that the repository is to have."""
+def _settle_card(api: HfApi, repo_id: str, file: Path, revision: str | None) -> str | None:
+    """Let the card at `file` be the one that the repository is to have; see `settle`."""
     with tempfile.TemporaryDirectory() as temporary:
         api.hf_hub_download(repo_id, CARD_NAME, revision=revision, local_dir=temporary)
         old = (Path(temporary) / CARD_NAME).read_text(encoding="utf-8", errors="replace")
     place = f"{CARD_NAME} of {repo_id}"
-    new = settle(file.read_text(encoding="utf-8"), old, place, stacklevel=5)
+    new, warning = settle(file.read_text(encoding="utf-8"), old, place)
     file.write_text(new, encoding="utf-8")
+    return warning
 
 
 def _old_graph(api: HfApi, repo_id: str, there: list[str], revision: str | None) -> list[str]:

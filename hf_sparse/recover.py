@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from hf_sparse.adapters.checks import is_peft_model
-from hf_sparse.adapters.loading import get_peft_model, import_peft, merge_
+from hf_sparse.adapters.loading import get_peft_model, import_peft
+from hf_sparse.adapters.merging import merge_
 from hf_sparse.arguments import check_gradients, check_has_values, check_kinds, check_model
 from hf_sparse.calibration.losses import (
     check_labels,
@@ -42,7 +44,7 @@ _CLIP = 1.0
 
 
 @dataclass(frozen=True)
-class Recovery:
+class RecoveryMethod:
     """A way to recover.
 
     Attributes:
@@ -57,10 +59,127 @@ class Recovery:
 
 
 RECOVERIES = {
-    "finetune": Recovery("all weights, the zeros frozen", 3e-4),
-    "lora": Recovery("masked LoRA, merged at the end", 2e-3, 16),
-    "shira": Recovery("single kept weights (ShiRA), merged at the end", 5e-3, 16),
+    "finetune": RecoveryMethod("all weights, the zeros frozen", 3e-4),
+    "lora": RecoveryMethod("masked LoRA, merged at the end", 2e-3, 16),
+    "shira": RecoveryMethod("single kept weights (ShiRA), merged at the end", 5e-3, 16),
 }
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A method and its settings, with nothing left open.
+
+    Attributes:
+        method: a key of `RECOVERIES`.
+        lr: the peak learning rate.
+        r: the rank of the adapter; None: all weights are trained.
+        epochs: passes over the batches.
+        accumulate: batches in an optimizer step.
+        seed: of the order of the batches and the start of adapters.
+    """
+
+    method: str
+    lr: float
+    r: int | None
+    epochs: int
+    accumulate: int
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        method: str,
+        layers: Sequence[TargetLayer],
+        lr: float | None,
+        r: int | None,
+        **settings: int,
+    ) -> Recovery:
+        """The recovery of a model's sparse layers; None stands for the method's own value."""
+        default = RECOVERIES[method]
+        if r is None and default.r is not None:
+            r = _shira_rank(default.r, layers) if method == "shira" else default.r
+        return cls(method, lr or default.lr, r, **settings)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the report and the model card tell."""
+        rank = {} if self.r is None else {"r": self.r}
+        return {"epochs": self.epochs, "lr": self.lr, **rank}
+
+    @contextmanager
+    def prepared(self, model: Any, layers: Sequence[TargetLayer]) -> Iterator[nn.Module]:
+        """What is to be trained in a model: the model itself, or the model with an adapter.
+
+        The adapter is merged at the end. Behind an error it is taken off, and the model is as before.
+        """
+        if self.r is None:
+            with switched(model, trained=list(model.parameters())):
+                yield model
+            return
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        trained = get_peft_model(model, _adapter(self.method, self.r, layers, self.seed))
+        try:
+            with switched(model):
+                yield trained
+            merge_(trained)
+        finally:
+            if has_adapters(model):
+                trained.unload()
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+    def run(
+        self, trained: nn.Module, batches: Sequence[dict[str, Any]], *, freeze: bool
+    ) -> list[float]:
+        """Train what has gradients in what `prepared` gave.
+
+        Args:
+            trained: the model, or the model with an adapter.
+            batches: with labels.
+            freeze: whether a mask keeps the zeros; an adapter keeps them by itself.
+
+        Returns:
+            The mean loss of each step.
+        """
+        parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
+        frozen = FrozenMask(optimizer, trained) if freeze else None
+        groups = self._order(len(batches))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: _share(step, len(groups))
+        )
+        trained.train()
+        losses: list[float] = []
+        for group in tqdm(groups, desc="Recovering"):
+            total = 0.0
+            for index in group:
+                with fast_autocast(next(trained.parameters())):
+                    loss = trained(**batches[index]).loss
+                (loss / len(group)).backward()
+                total += float(loss.detach()) / len(group)
+            if not math.isfinite(total):
+                raise ValueError(
+                    f"the loss is {total} after {len(losses)} steps. Load the model again, and take a "
+                    f"lower learning rate than {self.lr}."
+                )
+            nn.utils.clip_grad_norm_(parameters, _CLIP)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(total)
+        if frozen is not None:
+            frozen.check()
+        return losses
+
+    def _order(self, count: int) -> list[list[int]]:
+        """The batches of each optimizer step, in a random order in each epoch."""
+        generator = torch.Generator().manual_seed(self.seed)
+        order = [
+            index
+            for _ in range(self.epochs)
+            for index in torch.randperm(count, generator=generator).tolist()
+        ]
+        return [order[i : i + self.accumulate] for i in range(0, len(order), self.accumulate)]
 
 
 def recover_(
@@ -112,14 +231,67 @@ def recover_(
     check_name(method, RECOVERIES, "method", "methods")
     check_model(model, "recover_")
     check_kinds(recover_, locals())
-    recovery = _checked(model, method, epochs, accumulate, lr, r)
+    check_has_values(model, "recover_")
+    if is_peft_model(model) or has_adapters(model):
+        raise ValueError("the model has adapters already. Merge them: hf_sparse.merge_adapters_.")
+    if RECOVERIES[method].r is not None:
+        import_peft()
+    _check_settings(method, epochs, accumulate, lr, r)
     check_gradients("recover_")
     given = checked_batches(batches, model, method)
-    check_labels(method, None, model, given)
-    inputs = [with_labels(batch) for batch in given]
-    for batch in inputs:
-        check_predicts(batch)
+    inputs = _labelled(given, model, method)
     layers = sparse_layers(model)
+    _check_model(model, layers, method)
+    zeros = fingerprint(layer.parameter.detach() for layer in layers)
+    start = time.perf_counter()
+    distillation = None if teacher is None else Distillation(teacher, logits=logits)
+    torch.manual_seed(seed)
+    recovery = Recovery.of(method, layers, lr, r, epochs=epochs, accumulate=accumulate, seed=seed)
+    with recovery.prepared(model, layers) as trained, _taught(model, distillation):
+        losses = recovery.run(trained, inputs, freeze=recovery.r is None)
+    if fingerprint(layer.parameter.detach() for layer in sparse_layers(model)) != zeros:
+        raise ValueError("the zeros of the model have changed while it was trained. Load it again.")
+    report = replace(
+        measure_sparsity(model, promised_config(model)),
+        method=f"recovery by {method}",
+        options={**recovery.options, "distilled": teacher is not None},
+        seconds=time.perf_counter() - start,
+        notes=(f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end",),
+    )
+    data = Calibration.of(given, hash_of(given))
+    step = Step.of(f"recovery by {method}", recovery.options, calibration=data, seed=seed)
+    if distillation is None:
+        record_training_(model, step)
+    else:
+        record_(model, replace(step, distillation=pairs(distillation.settings)))
+    return report
+
+
+def _check_settings(
+    method: str, epochs: int, accumulate: int, lr: float | None, r: int | None
+) -> None:
+    for name, value in (("epochs", epochs), ("accumulate", accumulate), ("r", r)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name} is {value!r}; wanted a whole number >= 1.")
+    if r is not None and RECOVERIES[method].r is None:
+        raise ValueError(f"method '{method}' trains all weights; r is for 'lora' and 'shira'.")
+    if lr is not None and not 0 < lr < math.inf:
+        raise ValueError(f"lr is {lr!r}; wanted a number > 0.")
+
+
+def _labelled(
+    batches: Sequence[dict[str, Any]], model: nn.Module, method: str
+) -> list[dict[str, Any]]:
+    """The batches with labels, each of which has a token to predict."""
+    check_labels(method, None, model, batches)
+    labelled = [with_labels(batch) for batch in batches]
+    for batch in labelled:
+        check_predicts(batch)
+    return labelled
+
+
+def _check_model(model: nn.Module, layers: Sequence[TargetLayer], method: str) -> None:
+    """Raise a ValueError unless the model has zeros to keep, and a type that can be trained."""
     if not any(is_sparse(layer.parameter.detach()) for layer in layers):
         raise ValueError(
             f"{type(model).__name__} has no zeros to keep. Prune it first: hf_sparse.prune_."
@@ -129,83 +301,23 @@ def recover_(
             "fine-tuning all weights of a model in half precision loses small updates. Load it with "
             "dtype=torch.float32, or recover by 'lora', whose base model may be bfloat16."
         )
-    zeros = fingerprint(layer.parameter.detach() for layer in layers)
-    start = time.perf_counter()
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    distillation = None if teacher is None else Distillation(teacher, logits=logits)
-    torch.manual_seed(seed)
-    trained = model
-    if recovery.r is not None:
-        if method == "shira" and r is None:
-            recovery = replace(recovery, r=_shira_rank(recovery.r, layers))
-        assert recovery.r is not None
-        trained = get_peft_model(model, _adapter(method, recovery.r, layers, seed))
-    done = False
-    try:
-        if distillation is not None:
-            distillation.attach(model)
-            forget_teaching_(model)  # the step below tells of it
-        with switched(model, trained=None if recovery.r else list(model.parameters())):
-            losses = fit(
-                trained,
-                inputs,
-                lr=recovery.lr,
-                epochs=epochs,
-                accumulate=accumulate,
-                seed=seed,
-                freeze=recovery.r is None,
-            )
-        done = True
-    finally:
-        if distillation is not None:
-            distillation.remove()
-        try:
-            if trained is not model and done:
-                merge_(trained)
-        finally:
-            if has_adapters(model):
-                trained.unload()
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-    if fingerprint(layer.parameter.detach() for layer in sparse_layers(model)) != zeros:
-        raise ValueError("the zeros of the model have changed while it was trained. Load it again.")
-    options = {"epochs": epochs, "lr": recovery.lr, **({"r": recovery.r} if recovery.r else {})}
-    report = replace(
-        measure_sparsity(model, promised_config(model)),
-        method=f"recovery by {method}",
-        options={**options, "distilled": teacher is not None},
-        seconds=time.perf_counter() - start,
-        notes=(f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end",),
-    )
-    data = Calibration.of(given, hash_of(given))
-    step = Step.of(f"recovery by {method}", options, calibration=data, seed=seed)
+
+
+@contextmanager
+def _taught(model: nn.Module, distillation: Distillation | None) -> Iterator[None]:
+    """Let a model learn from a teacher for a while, if there is one."""
     if distillation is None:
-        record_training_(model, step)
-    else:
-        record_(model, replace(step, distillation=pairs(distillation.settings)))
-    return report
+        yield
+        return
+    try:
+        distillation.attach(model)
+        forget_teaching_(model)  # the step of the recovery tells of it
+        yield
+    finally:
+        distillation.remove()
 
 
-def _checked(
-    model: Any, method: str, epochs: int, accumulate: int, lr: float | None, r: int | None
-) -> Recovery:
-    check_has_values(model, "recover_")
-    if RECOVERIES[method].r is not None:
-        import_peft()
-    if is_peft_model(model) or has_adapters(model):
-        raise ValueError("the model has adapters already. Merge them: hf_sparse.merge_adapters_.")
-    for name, value in (("epochs", epochs), ("accumulate", accumulate), ("r", r)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{name} is {value!r}; wanted a whole number >= 1.")
-    recovery = RECOVERIES[method]
-    if r is not None and recovery.r is None:
-        raise ValueError(f"method '{method}' trains all weights; r is for 'lora' and 'shira'.")
-    if lr is not None and not 0 < lr < math.inf:
-        raise ValueError(f"lr is {lr!r}; wanted a number > 0.")
-    return replace(recovery, lr=lr or recovery.lr, r=r or recovery.r)
-
-
-def _shira_rank(r: int, layers: list[TargetLayer]) -> int:
+def _shira_rank(r: int, layers: Sequence[TargetLayer]) -> int:
     """The default rank, or the largest that the smallest of the layers has weights for."""
     from hf_sparse.adapters.shira import largest_rank
 
@@ -213,7 +325,7 @@ def _shira_rank(r: int, layers: list[TargetLayer]) -> int:
     return max(1, min(r, most))
 
 
-def _adapter(method: str, r: int, layers: list[Any], seed: int) -> Any:
+def _adapter(method: str, r: int, layers: Sequence[TargetLayer], seed: int) -> Any:
     """PEFT's config for an adapter on all sparse layers."""
     from peft import LoraConfig, ShiraConfig
 
@@ -221,56 +333,6 @@ def _adapter(method: str, r: int, layers: list[Any], seed: int) -> Any:
     if method == "shira":
         return ShiraConfig(r=r, target_modules=names, random_seed=seed)
     return LoraConfig(r=r, lora_alpha=2 * r, target_modules=names)
-
-
-def fit(
-    model: nn.Module,
-    batches: list[dict[str, Any]],
-    *,
-    lr: float,
-    epochs: int,
-    accumulate: int,
-    seed: int,
-    freeze: bool,
-) -> list[float]:
-    """Train what has gradients, with the zeros frozen or not.
-
-    Returns:
-        The mean loss of each step.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    frozen = FrozenMask(optimizer, model) if freeze else None
-    generator = torch.Generator().manual_seed(seed)
-    order = [
-        index
-        for _ in range(epochs)
-        for index in torch.randperm(len(batches), generator=generator).tolist()
-    ]
-    groups = [order[i : i + accumulate] for i in range(0, len(order), accumulate)]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, len(groups)))
-    model.train()
-    losses: list[float] = []
-    for group in tqdm(groups, desc="Recovering"):
-        total = 0.0
-        for index in group:
-            with fast_autocast(next(model.parameters())):
-                loss = model(**batches[index]).loss
-            (loss / len(group)).backward()
-            total += float(loss.detach()) / len(group)
-        if not math.isfinite(total):
-            raise ValueError(
-                f"the loss is {total} after {len(losses)} steps. Load the model again, and take a "
-                f"lower learning rate than {lr}."
-            )
-        nn.utils.clip_grad_norm_(parameters, _CLIP)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(total)
-    if frozen is not None:
-        frozen.check()
-    return losses
 
 
 def _share(step: int, steps: int) -> float:

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_sparse.adapters.checks import is_peft_model
-from hf_sparse.adapters.loading import merged_copy
-from hf_sparse.arguments import check_kinds, check_model, check_path
+from hf_sparse.adapters.merging import merged_copy
+from hf_sparse.arguments import arguments_for, check_kinds, check_model, check_path
 from hf_sparse.checkpoint.save import ADAPTERS, save_model
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.provenance.values import Metric
@@ -77,26 +77,16 @@ def save_pretrained(
             `unstructured`: a Trainer must be able to write its checkpoints.)
         OSError: the folder cannot be written or the disk is full. Nothing has changed then.
     """
+    given = dict(locals())
     check_path(folder, "save_pretrained")
     if config is not None:
         check_config(config)
-    check_kinds(save_pretrained, locals())
+    check_kinds(save_pretrained, given)
     if is_peft_model(model):
         model = merged_copy(model)
     check_model(model, "save_pretrained", PreTrainedModel)
     if getattr(model, "_hf_peft_config_loaded", False) or has_adapters(model):
         raise ValueError(ADAPTERS)
     folder = Path(folder)
-    save_model(
-        model,
-        folder,
-        config=config,
-        tokenizer=tokenizer,
-        report=report,
-        metrics=metrics,
-        tags=tags,
-        base_model=base_model,
-        card_data=card_data,
-        **kwargs,
-    )
+    save_model(model, folder, **arguments_for(save_model, given), **kwargs)
     return folder

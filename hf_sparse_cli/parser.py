@@ -81,6 +81,24 @@ def _add_prune(commands: Any) -> None:
             "MODEL OUTPUT --sparsity 0.5 --method magnitude",
         ],
     )
+    _add_targets(command)
+    _add_method(command)
+    _add_calibration(command)
+    output = output_group(
+        command, "folder to save the sparse model in", named_list("formats", FORMATS)
+    )
+    output.add_argument(
+        "--format",
+        default="auto",
+        choices=FORMATS,
+        metavar="NAME",
+        help="storage, see above (default auto)",
+    )
+    add_saving(output)
+    add_printing(output, tensors=True)
+
+
+def _add_targets(command: argparse.ArgumentParser) -> None:
     what = command.add_argument_group("what to prune", named_list("patterns", PATTERNS))
     what.add_argument("model", metavar="MODEL", help="folder or Hub name of the dense model")
     what.add_argument("--pattern", default="unstructured", help="see above (default unstructured)")
@@ -89,6 +107,8 @@ def _add_prune(commands: Any) -> None:
     what.add_argument("--ignore", nargs="+", metavar="GLOB", help="layers to leave out")
     add_loading(what)
 
+
+def _add_method(command: argparse.ArgumentParser) -> None:
     summaries = {name: method.summary for name, method in METHODS.items()}
     how = command.add_argument_group("how to prune", named_list("methods", summaries))
     how.add_argument(
@@ -116,6 +136,8 @@ def _add_prune(commands: Any) -> None:
     )
     how.add_argument("--resume", action="store_true", help="go on with a stopped --stream run")
 
+
+def _add_calibration(command: argparse.ArgumentParser) -> None:
     calibration = command.add_argument_group(
         "calibration", "Texts that all methods but magnitude look at."
     )
@@ -126,19 +148,6 @@ def _add_prune(commands: Any) -> None:
         "--num-samples", type=int, default=128, help="windows, or rows at most (default 128)"
     )
     add_windows(calibration)
-
-    output = output_group(
-        command, "folder to save the sparse model in", named_list("formats", FORMATS)
-    )
-    output.add_argument(
-        "--format",
-        default="auto",
-        choices=FORMATS,
-        metavar="NAME",
-        help="storage, see above (default auto)",
-    )
-    add_saving(output)
-    add_printing(output, tensors=True)
 
 
 def _add_recover(commands: Any) -> None:

@@ -1,4 +1,4 @@
-"""Adapters of PEFT for sparse models: made, loaded and merged so that no zero is filled.
+"""Adapters of PEFT for sparse models, made and loaded so that no zero is filled.
 
 | `config` | what is trained | what stock PEFT does with the saved adapter |
 |---|---|---|
@@ -11,11 +11,10 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
@@ -24,26 +23,17 @@ from hf_sparse.adapters.checks import (
     check_adapted,
     check_adapter_finite,
     check_alone,
-    check_base_zeros,
-    check_gathered,
-    check_keeps_zeros,
     check_kept_apart,
     check_mergeable,
     check_not_quantized,
     check_plain,
     check_targets,
     check_trainable,
-    is_peft_model,
-    kept_weights,
     zeros_of,
 )
 from hf_sparse.adapters.stored import check_tensors, stored_config, stored_weights
 from hf_sparse.arguments import check_has_values, check_kinds, check_model, check_path
-from hf_sparse.optim.zeros import refill_
-from hf_sparse.provenance.optimizers import notice_optimizer_, optimizer_of
-from hf_sparse.provenance.record import record_merge_
-from hf_sparse.provenance.values import Step
-from hf_sparse.suggestions import deprecated_name
+from hf_sparse.provenance.optimizers import notice_optimizer_
 
 _INSTALL = "adapters need PEFT: pip install 'hf_sparse[peft]'"
 
@@ -136,29 +126,11 @@ def load_adapter(
         OSError: there is no such adapter.
     """
     peft = import_peft()
-    from hf_sparse.adapters.masked_lora import MASKED_LORA, MaskedLoraConfig
-    from hf_sparse.adapters.shira import KeptShiraConfig, check_places
-
     check_model(model, "load_adapter")
     check_path(folder, "load_adapter")
     check_has_values(model, "load_adapter")
     check_kinds(load_adapter, locals())
-    values = stored_config(folder, **kwargs)
-    kind = values.pop("peft_type", None)
-    kind = kind.partition(":")[0] if isinstance(kind, str) else kind
-    kinds: dict[str, Any] = {MASKED_LORA: MaskedLoraConfig, "SHIRA": KeptShiraConfig}
-    if kind not in kinds:
-        raise ValueError(
-            f"{folder} is an adapter of type {kind} without a mask: on a sparse model it is dense, and "
-            "merging it fills the zeros. Train it with hf_sparse.get_peft_model; or load it with "
-            "peft.PeftModel.from_pretrained and never merge it."
-        )
-    if unknown := sorted(set(values) - set(kinds[kind].__dataclass_fields__)):
-        raise ValueError(
-            f"{folder}/{ADAPTER_CONFIG_NAME} has unknown settings {', '.join(unknown)}: a newer "
-            "version wrote it. Upgrade: pip install -U hf_sparse peft"
-        )
-    config = kinds[kind](**values)
+    config = _config_of(folder, **kwargs)
     check_alone(model)
     check_not_quantized(model)
     check_targets(model, config)
@@ -166,7 +138,7 @@ def load_adapter(
     weights = stored_weights(folder, **kwargs)
     with (
         _undone_on_error(model, adapter_name),
-        _told_of_misfits(folder),
+        _misfits_explained(folder),
         _without_deprecations(),
     ):
         if isinstance(model, peft.PeftModel):
@@ -177,116 +149,57 @@ def load_adapter(
                 model, folder, adapter_name, is_trainable=is_trainable, config=config, **kwargs
             )
         check_tensors(folder, weights, model, adapter_name)
-        check_kept_apart(model)
-        for name, layer in adapted_layers(model, adapter_name):
-            check_plain(name, layer.get_base_layer())
-        if kind == "SHIRA":
-            check_places(model, adapter_name)
-        check_adapter_finite(model, adapter_name, f" of {folder}")
-        if kind == "SHIRA" and config.base_zeros is None:
-            warnings.warn(
-                f"{folder} holds no hash of its base model's zeros, as stock PEFT writes it: it fills "
-                "none of this model's, but may have been trained on another model.",
-                stacklevel=2,
-            )
-        elif config.base_zeros != zeros_of(model, adapter_name):
-            raise ValueError(
-                f"{folder} was made for a model whose zeros are at other places (or on other layers). "
-                "Load it on the sparse model that it was trained on."
-            )
+        _check_fits(folder, config, model, adapter_name)
     if is_trainable:
         notice_optimizer_(model.get_base_model())
     return model
 
 
-def merge_adapters_(model: Any, adapter_names: Sequence[str] | None = None) -> Any:
-    """Merge the adapters of a PeftModel into its base model, whose zeros stay, to the weight.
+def _config_of(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """The settings of the adapter in a folder, if it is of a kind that keeps zeros."""
+    from hf_sparse.adapters.masked_lora import MASKED_LORA, MaskedLoraConfig
+    from hf_sparse.adapters.shira import KeptShiraConfig
 
-    Args:
-        model: a `peft.PeftModel`; afterwards it has no adapters.
-        adapter_names: which of them; None: the active ones.
-
-    Returns:
-        The base model, a plain model again.
-
-    Raises:
-        ValueError: an adapter would fill zeros (a stock LoRA) or has values that are not finite, the
-            base model's zeros were changed since the adapter was made, or its weights are cut into
-            shards. The model is as it was then.
-    """
-    check_model(model, "merge_adapters_")
-    check_kinds(merge_adapters_, locals())
-    if not is_peft_model(model):
+    values = stored_config(folder, **kwargs)
+    kind = values.pop("peft_type", None)
+    kind = kind.partition(":")[0] if isinstance(kind, str) else kind
+    configs: dict[str, Any] = {MASKED_LORA: MaskedLoraConfig, "SHIRA": KeptShiraConfig}
+    if kind not in configs:
         raise ValueError(
-            f"a {type(model).__name__} has no adapters to merge; wanted what "
-            "hf_sparse.get_peft_model or load_adapter returned, or of a wrapped model the model inside "
-            "(accelerator.unwrap_model)."
+            f"{folder} is an adapter of type {kind} without a mask: on a sparse model it is dense, and "
+            "merging it fills the zeros. Train it with hf_sparse.get_peft_model; or load it with "
+            "peft.PeftModel.from_pretrained and never merge it."
         )
-    check_has_values(model, "merge_adapters_")
-    chosen = list(adapter_names or model.active_adapters)
-    configs = {name: model.peft_config[name] for name in chosen if name in model.peft_config}
-    base = model.get_base_model()
-    told = {name: dict(optimizer_of(base, name)) for name in chosen}
-    merged = merge_(model, chosen)
-    record_merge_(
-        merged,
-        [Step.of("merged adapter", {**_told(configs[name]), **told[name]}) for name in chosen],
-    )
-    return merged
-
-
-merge_adapters = deprecated_name("merge_adapters", merge_adapters_)
-
-
-def _told(config: Any) -> dict[str, Any]:
-    """What the model card tells of an adapter."""
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    values = {name: getattr(config, name, None) for name in ("r", "lora_alpha")}
-    return {"kind": str(kind).lower()} | {
-        k: value for k, value in values.items() if value is not None
-    }
-
-
-def merge_(model: Any, chosen: Sequence[str] | None = None) -> Any:
-    """`merge_adapters_` that adds no step to what is known of the model."""
-    layers = adapted_layers(model)
-    check_gathered(layers)
-    chosen = list(chosen or model.active_adapters)
-    if unknown := sorted(set(chosen) - set(model.peft_config)):
+    if unknown := sorted(set(values) - set(configs[kind].__dataclass_fields__)):
         raise ValueError(
-            f"no adapter {', '.join(unknown)}; there are {', '.join(model.peft_config)}."
+            f"{folder}/{ADAPTER_CONFIG_NAME} has unknown settings {', '.join(unknown)}: a newer "
+            "version wrote it. Upgrade: pip install -U hf_sparse peft"
         )
+    return configs[kind](**values)
+
+
+def _check_fits(folder: str | os.PathLike[str], config: Any, model: Any, adapter_name: str) -> None:
+    """Raise a ValueError unless a loaded adapter was made for the zeros of its model."""
+    from hf_sparse.adapters.shira import KeptShiraConfig, check_places
+
+    is_shira = isinstance(config, KeptShiraConfig)
     check_kept_apart(model)
-    with torch.no_grad():
-        if any(layer.merged for _, layer in layers):  # by PEFT's merge_adapter
-            model.unmerge_adapter()
-        for adapter in chosen:
-            check_adapter_finite(model, adapter)
-        for name, layer in layers:
-            check_keeps_zeros(name, layer, chosen)
-        for adapter in chosen:
-            check_base_zeros(model, adapter)
-        kept = [(layer.get_base_layer(), kept_weights(layer)) for _, layer in layers]
-        merged = model.merge_and_unload(adapter_names=chosen)
-        for (name, _), (base, mask) in zip(layers, kept, strict=True):
-            if mask is not None:
-                filled = int(((base.weight != 0) & ~mask).sum())
-                if filled:  # a kind of adapter that does not tell what it adds
-                    raise ValueError(f"{name}: merging has filled {filled} zeros. Load it again.")
-                refill_(base.weight.data, mask.to(base.weight.dtype))
-    return merged
-
-
-def merged_copy(model: Any) -> Any:
-    """The base model with the active adapters merged; the PeftModel stays as it is.
-
-    Memory: a second model.
-
-    Raises:
-        ValueError: see `merge_adapters_`.
-    """
-    check_gathered(adapted_layers(model))
-    return merge_adapters_(copy.deepcopy(model))
+    for name, layer in adapted_layers(model, adapter_name):
+        check_plain(name, layer.get_base_layer())
+    if is_shira:
+        check_places(model, adapter_name)
+    check_adapter_finite(model, adapter_name, f" of {folder}")
+    if is_shira and config.base_zeros is None:
+        warnings.warn(
+            f"{folder} holds no hash of its base model's zeros, as stock PEFT writes it: it fills "
+            "none of this model's, but may have been trained on another model.",
+            stacklevel=3,
+        )
+    elif config.base_zeros != zeros_of(model, adapter_name):
+        raise ValueError(
+            f"{folder} was made for a model whose zeros are at other places (or on other layers). "
+            "Load it on the sparse model that it was trained on."
+        )
 
 
 def _masked(config: Any) -> Any:
@@ -328,8 +241,8 @@ def _without_deprecations() -> Iterator[None]:
 
 
 @contextmanager
-def _told_of_misfits(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Tell in our words of an adapter whose weights PEFT cannot put into the model."""
+def _misfits_explained(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Explain an error of PEFT, which cannot put an adapter's weights into the model."""
     try:
         yield
     except KeyError as error:  # a tensor of modules_to_save

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.provenance.values import FILLED, Calibration, Metric, Provenance, Step, Value
@@ -25,9 +23,7 @@ CARD_NAME = "README.md"
 # A row that every card of ours has.
 OUR_FACT = "zeros in the whole model"
 METRICS_TITLE = "## Metrics"
-_NO_METRICS = "None were measured."
-# Metadata that an older card may have got by hand, and that its successor keeps.
-_KEPT_DATA = ("license", "license_name", "license_link", "language", "datasets")
+NO_METRICS = "None were measured."
 # Endings of class names, the Auto class that loads them, and what the Hub calls their task.
 _HEADS = (
     ("ForCausalLM", "AutoModelForCausalLM", "text-generation"),
@@ -195,46 +191,6 @@ class Card:
         return f"```python\n{code}\n```\n\n{note}"
 
 
-def settle(new: str, old: str | None, place: str, stacklevel: int) -> str:
-    """Which card is written where one may be already.
-
-    A card of somebody else stays, with a warning. A card of ours stays, with what was added to it by
-    hand, as long as it tells all that the new one does. Else the new one takes its place, and keeps the
-    license, the language and the data sets of the old metadata.
-
-    Args:
-        new: the text of the card that is to be written.
-        old: the text that is there; None: nothing.
-        place: of the old one, for the warning.
-        stacklevel: of the caller who saves.
-    """
-    if old is None:
-        return new
-    if OUR_FACT not in old and _body(old):
-        warnings.warn(
-            f"{place} is no card of hf_sparse and stays: the model card was not written. To get it, "
-            "move that file away and save again.",
-            UserWarning,
-            stacklevel=stacklevel,
-        )
-        return old
-    new = _with_data(new, _metadata(old))
-    missing = [part for part in _body(new).split("\n\n") if part[0] != "#" and part not in old]
-    if not missing and _covers(_metadata(old), _metadata(new)):
-        return old
-    if missing == [_NO_METRICS] and METRICS_TITLE in old:
-        return _without_metrics(old)
-    return new
-
-
-def write_card(card: Card, file: Path, old: Path) -> None:
-    """Write a card to `file`, or the one at `old` if that is to stay: see `settle`."""
-    text = old.read_text(encoding="utf-8", errors="replace") if old.exists() else None
-    settled = settle(card.text(), text, str(old), stacklevel=5)
-    if settled != text:
-        file.write_text(settled, encoding="utf-8")
-
-
 def _head_of(class_name: str) -> tuple[str, str | None]:
     """The Auto class that loads models of a class, and their task on the Hub."""
     for ending, auto, task in _HEADS:
@@ -289,7 +245,7 @@ def _figures(metric: Metric) -> str:
 
 def _metrics(metrics: Sequence[Metric]) -> str:
     if not metrics:
-        return _NO_METRICS
+        return NO_METRICS
     rows = [
         (
             _plain(metric.name),
@@ -301,13 +257,6 @@ def _metrics(metrics: Sequence[Metric]) -> str:
     return _markdown(("metric", "dense", "sparse"), rows)
 
 
-def _without_metrics(text: str) -> str:
-    """A card with nothing in its section of metrics."""
-    before, title, rest = text.partition(METRICS_TITLE)
-    _, next_title, after = rest.partition("\n## ")
-    return f"{before}{title}\n\n{_NO_METRICS}\n{next_title}{after}"
-
-
 def _plain(text: str) -> str:
     """Text that Markdown shows as it is, in a cell of a table."""
     return re.sub(r"([\\`<>|\[\]])", r"\\\1", text)
@@ -316,36 +265,3 @@ def _plain(text: str) -> str:
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
-
-
-def _body(text: str) -> str:
-    """A card without its metadata."""
-    return re.sub(r"\A\s*---\r?\n.*?\r?\n---[ \t]*(\r?\n|\Z)", "", text, flags=re.DOTALL).strip()
-
-
-def _metadata(text: str) -> dict[str, Any]:
-    """The metadata of a card; none if they cannot be read."""
-    if _body(text) == text.strip():
-        return {}
-    try:
-        return dict(ModelCard(text, ignore_metadata_errors=True).data.to_dict())
-    except Exception:  # whatever YAML makes of a file by hand
-        return {}
-
-
-def _with_data(text: str, old: Mapping[str, Any]) -> str:
-    """A card with metadata of an older one that it does not have itself."""
-    data = _metadata(text)
-    kept = {key: old[key] for key in _KEPT_DATA if key in old and key not in data}
-    if not kept:
-        return text
-    return f"---\n{ModelCardData(**{**data, **kept}).to_yaml()}\n---\n\n{_body(text)}\n"
-
-
-def _covers(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether metadata tell all that others tell."""
-
-    def texts(value: Any) -> set[str]:
-        return set(map(str, value)) if isinstance(value, list) else {str(value)}
-
-    return all(key in old and texts(value) <= texts(old[key]) for key, value in new.items())

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 
-from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.configuration_sparse import HIGHEST_SPARSITY, SparsityConfig
 from hf_sparse.formats import FORMATS
 from hf_sparse.optim.zeros import SPARSE_FROM
 from hf_sparse.patterns import Unstructured
@@ -51,7 +51,7 @@ def implied_config(
     asked = meant.config
     held, counts = _count(model, stored, meant)
     weights = sum(count.numel for count in counts)
-    sparsity = min(sum(count.zeros for count in counts) / max(weights, 1), 0.999999)
+    sparsity = min(sum(count.zeros for count in counts) / max(weights, 1), HIGHEST_SPARSITY)
     dense = not any(map(is_sparse, counts)) and not _others_are_sparse(model, stored, meant)
     broken = sum(count.violations for count in counts)
     lost = broken > 0 or held.lacks

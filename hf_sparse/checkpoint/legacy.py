@@ -43,7 +43,7 @@ from hf_sparse.checkpoint.promised import describing
 from hf_sparse.checkpoint.reading import checkpoint_files, open_file, watch
 from hf_sparse.checkpoint.save import save_model
 from hf_sparse.checkpoint.writing import check_not_lost
-from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.configuration_sparse import HIGHEST_SPARSITY, SparsityConfig
 from hf_sparse.files.links import check_links
 from hf_sparse.formats import FORMATS, FormatError, bits, join, locate
 from hf_sparse.provenance.record import record_
@@ -246,7 +246,7 @@ def _measure(
                     "config.json. To convert the weights as they are, write 'unstructured' there."
                 )
         zeros, numel = zeros + count.zeros, numel + count.numel
-    measured = None if pattern == "2:4" else min(zeros / max(numel, 1), 0.999999)
+    measured = None if pattern == "2:4" else min(zeros / max(numel, 1), HIGHEST_SPARSITY)
     return SparsityConfig(pattern, measured, None, ignore, format)
 
 

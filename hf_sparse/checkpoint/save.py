@@ -18,7 +18,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hf_sparse.arguments import check_has_values, check_kinds, check_model, check_saves
 from hf_sparse.checkpoint.can_save import check_not_quantized
-from hf_sparse.checkpoint.card import CARD_NAME, Card, write_card
+from hf_sparse.checkpoint.card import CARD_NAME, Card
+from hf_sparse.checkpoint.card_file import write_card
 from hf_sparse.checkpoint.config_files import write_configs
 from hf_sparse.checkpoint.implied import (
     Filled,
@@ -111,7 +112,8 @@ def save_model(
         if written.held.lacks:
             warnings.warn(of_less(written.held.config, written.held), stacklevel=3)
         card, known = _describe(model, plan, written, watch.result(fresh, variant), fresh)
-        write_card(card, fresh / CARD_NAME, folder / CARD_NAME)
+        if warning := write_card(card, fresh / CARD_NAME, folder / CARD_NAME):
+            warnings.warn(warning, stacklevel=3)
     remember_(model, known)
     return card.measured.targets
 

@@ -38,6 +38,9 @@ from hf_sparse.pruning.task import Task
 from hf_sparse.structure.layers import TargetLayer
 from hf_sparse.suggestions import check_name, did_you_mean
 
+# Layers, and which of their weights stay.
+Masks = Iterator[tuple[TargetLayer, Tensor]]
+
 
 @dataclass(frozen=True)
 class Method:
@@ -56,7 +59,7 @@ class Method:
 
     summary: str
     solver: Solver | None = None
-    masks: Callable[..., Iterator[tuple[TargetLayer, Tensor]]] | None = None
+    masks: Callable[..., Masks] | None = None
     needs_calibration: bool = True
     prune_block: PruneBlock = prune_layers
     nm_only: bool = False
@@ -64,21 +67,24 @@ class Method:
     trains: bool = False
 
     def options(self) -> dict[str, Any]:
-        """The method's own options and their defaults."""
-        solve = None if self.solver is None else self.solver.solve
-        functions: list[Callable[..., Any] | None] = [solve, self.masks, self.prune_block]
-        return {
-            name: parameter.default
-            for function in functions
-            if function is not None
-            for name, parameter in inspect.signature(function).parameters.items()
-            if parameter.kind is parameter.KEYWORD_ONLY
-        }
+        """The method's own options and their defaults: those of the functions that it consists of."""
+        chooses = self.masks if self.solver is None else self.solver.solve
+        assert chooses is not None
+        return options_of(chooses) | options_of(self.prune_block)
 
     @property
     def updates(self) -> bool:
         """Whether it changes the weights that it keeps."""
         return self.solver is not None and self.solver.updates
+
+
+def options_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The options of a function and their defaults: its keyword-only parameters."""
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
 
 
 METHODS = {
@@ -244,28 +250,42 @@ class Recipe:
                 )
         if not task.sparsities:
             task.sparsities = allocate(self.composition.allocation, task)
-        method, composition, options = self.method, self.composition, dict(self.options)
-        solver = method.solver
-        if method.masks is not None:
-            masks = method.masks(task, **options)
-            if not composition.walks:
-                for layer, mask in masks:
-                    local_part(layer.weight).masked_fill_(~mask, 0.0)
-                return
-            known = {layer.name: mask for layer, mask in masks}
-            solver, options = Solver(partial(_apply, known), Norms, updates=False), {}
+        if self.method.masks is None:
+            self._prune_by_solver(task)
+        else:
+            self._prune_by_masks(task, self.method.masks(task, **self.options))
+
+    def _prune_by_solver(self, task: Task) -> None:
+        """Prune block after block; each option goes to the function that has it."""
+        solver = self.method.solver
         assert solver is not None
-        names = inspect.signature(solver.solve).parameters
-        own = {name: options.pop(name) for name in list(options) if name in names}
+        names = options_of(solver.solve)
+        of_solver = {name: value for name, value in self.options.items() if name in names}
+        of_block = {name: value for name, value in self.options.items() if name not in names}
+        self._walk(task, solver, of_solver, partial(self.method.prune_block, **of_block))
+
+    def _prune_by_masks(self, task: Task, masks: Masks) -> None:
+        """Set the zeros that are chosen; then walk through the blocks if something is composed."""
+        if not self.composition.walks:
+            for layer, mask in masks:
+                local_part(layer.weight).masked_fill_(~mask, 0.0)
+            return
+        by_name = {layer.name: mask for layer, mask in masks}
+        self._walk(task, Solver(partial(_apply, by_name), Norms, updates=False), {}, prune_layers)
+
+    def _walk(
+        self, task: Task, solver: Solver, options: Mapping[str, Any], prune_block: PruneBlock
+    ) -> None:
+        """Prune each layer on the data that reach it, with what is composed."""
         refine: dict[str | None, Refinement] = {
             "swaps": partial(swaps.refine, updates=solver.updates),
             "refit": refit.refine,
         }
-        refinements = [refine[composition.refine]] if composition.refine else []
+        chosen = self.composition.refine
         layerwise.prune(
-            LayerPruner(task, solver, own, refinements),
-            prune_block=partial(method.prune_block, **options),
-            reconstruct=composition.reconstruct,
+            LayerPruner(task, solver, options, [refine[chosen]] if chosen else []),
+            prune_block=prune_block,
+            reconstruct=self.composition.reconstruct,
         )
 
 

@@ -23,27 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-from accelerate.utils import set_module_tensor_to_device
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from hf_sparse.arguments import check_finite, check_kinds, check_path, check_saves
+from hf_sparse.arguments import check_kinds, check_path, check_saves
 from hf_sparse.calibration.activations import on_disk
 from hf_sparse.calibration.modes import switched
-from hf_sparse.calibration.walk import BlockStep, Residence
 from hf_sparse.calibration.windows import checked_batches, fingerprint
 from hf_sparse.checkpoint.can_save import check_can_save
 from hf_sparse.checkpoint.promised import check_to_load
-from hf_sparse.checkpoint.reading import (
-    StoredTensor,
-    open_file,
-    read_headers,
-    read_parts,
-    restore_state_dict,
-)
 from hf_sparse.checkpoint.save import save_model
 from hf_sparse.checkpoint.writing import check_not_lost
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
@@ -56,21 +44,18 @@ from hf_sparse.files.work_folder import (
     sampled_hash,
     work_folder,
 )
-from hf_sparse.formats import FormatError, compress, decompress, join, locate
+from hf_sparse.formats import FormatError
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.pruning.allocation import allocate
 from hf_sparse.pruning.loading import dense_model_class
 from hf_sparse.pruning.methods import Recipe
+from hf_sparse.pruning.on_disk import OnDisk
 from hf_sparse.pruning.oneshot import notes_on
 from hf_sparse.pruning.problem import Notes
 from hf_sparse.pruning.task import Task
-from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
-from hf_sparse.structure.layers import (
-    layers_in,
-    layers_outside,
-    num_parameters,
-)
+from hf_sparse.report import SparsityReport
+from hf_sparse.structure.layers import layers_outside, num_parameters
 from hf_sparse.structure.targets import Targets
 from hf_sparse.version import __version__
 
@@ -145,9 +130,7 @@ def prune_checkpoint(
     check_config(config)
     check_kinds(prune_checkpoint, locals())
     check_saves(tokenizer, "prune_checkpoint")
-    known = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
-    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
-        raise ValueError(f"dtype is {dtype!r}; wanted 'auto' or a type such as 'bfloat16'.")
+    _check_dtype(dtype)
     folder, source = Path(os.path.abspath(folder)), str(source)
     recipe, asked = check_run(source, folder, config, method, options, resume)
     check_to_load(source)
@@ -157,34 +140,17 @@ def prune_checkpoint(
         check_not_lost(folder)
     model = _load(source, described, dtype)
     check_can_save(model, folder, config)
-    targets = Targets.of(model, config)
-    _check_in_blocks(targets)
+    targets = _targets_in_blocks(model, config)
     inputs = checked_batches(batches, model, method)
     start = time.perf_counter()
-    residence = _OnDisk(model, targets, notes := Notes())
+    residence = OnDisk(model, targets, notes := Notes())
     run = {**asked, **_described(model, residence.files, inputs)}
     with work_folder(folder, run, resume=resume) as work:
         residence.work = work
-        task = Task(
-            model,
-            targets,
-            inputs,
-            notes=notes,
-            residence=residence,
-            store=on_disk(work / HIDDEN_STATES),
-        )
-        with switched(model, training=False, use_cache=False):
-            task.sparsities = _sparsities(work, recipe, task)
-            recipe.prune(task)
-        report = SparsityReport(
-            tuple(residence.counts[layer.weight_name] for layer in targets.layers),
-            str(targets.pattern),
-            num_parameters(model),
-            method,
-            recipe.all_options,
-            time.perf_counter() - start,
-            (*residence.earlier_notes, *notes.lines(), *notes_on(targets)),
-        )
+        store = on_disk(work / HIDDEN_STATES)
+        task = Task(model, targets, inputs, notes=notes, residence=residence, store=store)
+        _prune(work, recipe, task)
+        seconds = time.perf_counter() - start
         data = Calibration.of(inputs, run["calibration"])
         record_(model, Step.of(method, recipe.all_options, config, data))
         saved = save_model(
@@ -195,10 +161,34 @@ def prune_checkpoint(
             base_model=base_model,
             max_shard_size=_SHARD_SIZE,
         )
-    if saved is None:
-        return report
-    notes_of_both = (*report.notes, *saved.notes)
-    return replace(report, other_zeros=saved.other_zeros, notes=notes_of_both)
+    report = SparsityReport(
+        tuple(residence.counts[layer.weight_name] for layer in targets.layers),
+        str(targets.pattern),
+        num_parameters(model),
+        method,
+        recipe.all_options,
+        seconds,
+        (*residence.all_notes, *notes_on(targets)),
+    )
+    return report if saved is None else _with_saved(report, saved)
+
+
+def _prune(work: Path, recipe: Recipe, task: Task) -> None:
+    """Prune a task's blocks, with the sparsities that the work folder has or gets."""
+    with switched(task.model, training=False, use_cache=False):
+        task.sparsities = _sparsities(work, recipe, task)
+        recipe.prune(task)
+
+
+def _with_saved(report: SparsityReport, saved: SparsityReport) -> SparsityReport:
+    """The report of a run, with what only the saved model shows."""
+    return replace(report, other_zeros=saved.other_zeros, notes=(*report.notes, *saved.notes))
+
+
+def _check_dtype(dtype: str | torch.dtype) -> None:
+    known = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}; wanted 'auto' or a type such as 'bfloat16'.")
 
 
 def check_run(
@@ -254,12 +244,15 @@ def _load(source: str, described: PreTrainedConfig, dtype: str | torch.dtype) ->
     return model  # type: ignore[no-any-return]
 
 
-def _check_in_blocks(targets: Targets) -> None:
+def _targets_in_blocks(model: PreTrainedModel, config: SparsityConfig) -> Targets:
+    """What to prune; a target that lies outside the blocks is refused."""
+    targets = Targets.of(model, config)
     if outside := layers_outside(targets.stacks, targets.layers):
         raise ValueError(
             f"{outside[0].name} is outside the blocks, and only blocks are streamed. Leave it out, or "
             "prune the model in memory with prune_."
         )
+    return targets
 
 
 def _described(
@@ -289,136 +282,3 @@ def _sparsities(work: Path, recipe: Recipe, task: Task) -> dict[str, float]:
             f"{file} does not tell the sparsity of every layer. Remove it, and resume."
         )
     return known
-
-
-class _Weights(Mapping[str, Tensor]):
-    """The weights of the model by name: of finished blocks the pruned ones, of others the source's."""
-
-    def __init__(self, source: Mapping[str, Tensor]) -> None:
-        self.source = source
-        self.pruned: dict[str, StoredTensor] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.pruned:
-            return self.source[name]
-        stored = self.pruned[name]
-        with locate(stored.place):
-            return decompress(read_parts(stored))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.source)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-
-class _OnDisk(Residence):
-    """Blocks whose weights are read from the disk for their turn, and written when pruned.
-
-    Attributes:
-        counts: of each pruned weight, by its name.
-        earlier_notes: of the run that is resumed.
-        work: the folder for finished blocks.
-    """
-
-    def __init__(self, model: nn.Module, targets: Targets, notes: Notes) -> None:
-        super().__init__()
-        self._layers, self._pattern, self._notes = targets.layers, targets.pattern, notes
-        self.work = Path()
-        self._names = {id(module): name for name, module in model.named_modules()}
-        maps = [hook.weights_map for hook in _hooks(model)]
-        self._weights = _Weights(maps[0].dataset)
-        for weights_map in maps:
-            weights_map.dataset = self._weights
-        self.counts: dict[str, TensorSparsity] = {}
-        self.earlier_notes: tuple[str, ...] = ()
-
-    @property
-    def files(self) -> set[Path]:
-        """The files of the source."""
-        source: Any = self._weights.source
-        return {Path(place["safetensors_file"]) for place in source.index.values()}
-
-    @contextmanager
-    def placed(self, block: nn.Module) -> Iterator[None]:
-        hooks = {
-            module: module._hf_hook for module in block.modules() if hasattr(module, "_hf_hook")
-        }
-        remove_hook_from_module(block, recurse=True)
-        prefix = self._names[id(block)]
-        for name, parameter in list(block.named_parameters()):
-            if parameter.device.type == "meta":
-                value = self._weights.source[f"{prefix}.{name}"]
-                set_module_tensor_to_device(block, name, "cpu", value, dtype=parameter.dtype)
-        for layer in layers_in(block, self._layers):
-            check_finite(layer.weight_name, layer.weight)
-        try:
-            yield
-        finally:
-            for module, hook in hooks.items():
-                add_hook_to_module(module, hook)  # frees the weights
-
-    def restore(self, step: BlockStep) -> bool:
-        file = self._file(step)
-        if not file.exists():
-            return False
-        layers = layers_in(step.block, self._layers)
-        with open_file(file) as reader:
-            run = (reader.metadata() or {}).get("run")
-            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
-        known = {} if run is None else json.loads(run)
-        if known.get("sha256") != fingerprint([tensors]) or [
-            count["name"] for count in known["counts"]
-        ] != [layer.weight_name for layer in layers]:
-            raise FormatError(f"{file} is damaged. Remove this file, and resume.")
-        self._publish(file, known["counts"])
-        self.earlier_notes = tuple(known["notes"])
-        weights = restore_state_dict(tensors)
-        for layer in layers:
-            layer.parameter.data.copy_(weights[layer.weight_name])
-        return True
-
-    def finish(self, step: BlockStep) -> None:
-        tensors, counts = {}, []
-        for layer in layers_in(step.block, self._layers):
-            name = layer.weight_name
-            parts = compress(
-                layer.parameter.data, "auto", self._pattern, transposed=layer.transposed
-            )
-            tensors.update(
-                {join(name, part): tensor.contiguous() for part, tensor in parts.items()}
-            )
-            counts.append(asdict(count_zeros(name, layer.weight, self._pattern)))
-        file = self._file(step)
-        fresh = file.with_suffix(".new")
-        run = {
-            "counts": counts,
-            "notes": [*self.earlier_notes, *self._notes.lines()],
-            "sha256": fingerprint([tensors]),
-        }
-        try:
-            save_file(tensors, fresh, {"run": json.dumps(run)})
-        except SafetensorError as error:  # what safetensors makes of a full disk
-            raise OSError(
-                f"{file} cannot be written: {error}. Finished blocks are kept: free space, and resume."
-            ) from error
-        sync_file(fresh)
-        fresh.replace(file)
-        self._publish(file, counts)
-
-    def _publish(self, file: Path, counts: list[dict[str, Any]]) -> None:
-        self._weights.pruned.update({stored.name: stored for stored in read_headers([file])})
-        for count in counts:
-            self.counts[count["name"]] = TensorSparsity(**{**count, "shape": tuple(count["shape"])})
-
-    def _file(self, step: BlockStep) -> Path:
-        return self.work / f"{step.name}.safetensors"
-
-
-def _hooks(model: nn.Module) -> Iterator[Any]:
-    """The hooks of Accelerate that bring weights in."""
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for part in getattr(hook, "hooks", [hook]):
-            if getattr(part, "weights_map", None) is not None:
-                yield part

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import hf_sparse
-from hf_sparse import get_peft_model, load_adapter, recover
+from hf_sparse import get_peft_model, load_adapter
 from hf_sparse.cli import main
-from hf_sparse.recover import fit
+from hf_sparse.recover import Recovery
 from tests.adapters.test_adapters import lora, outputs, shira, train
 from tests.optim.test_frozen import sparse_model
 from tests.support.closeness import same
@@ -208,12 +208,14 @@ def test_an_update_that_overflows(kind: str) -> None:
 def test_a_recovery_that_diverges_in_its_last_step(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def diverging(model: Any, *args: Any, **kwargs: Any) -> list[float]:
-        losses = fit(model, *args, **kwargs)
-        trained_weights(model)[0].fill_(float("nan"))
+    run = Recovery.run
+
+    def diverging(recovery: Recovery, trained: Any, *args: Any, **kwargs: Any) -> list[float]:
+        losses = run(recovery, trained, *args, **kwargs)
+        trained_weights(trained)[0].fill_(float("nan"))
         return losses
 
-    monkeypatch.setattr(recover, "fit", diverging)
+    monkeypatch.setattr(Recovery, "run", diverging)
     model = sparse_model()
     before = outputs(model)
     with pytest.raises(ValueError, match="has values that are not finite"):

@@ -9,7 +9,7 @@ import pytest
 
 import hf_sparse
 from hf_sparse.cli import commands, main
-from hf_sparse.pruning import streaming
+from hf_sparse.pruning import on_disk
 from hf_sparse_cli.usage import check, doubts, unfinished
 from tests.support.tiny_models import prose, tiny_model, tiny_tokenizer
 
@@ -110,7 +110,7 @@ def test_a_stream_that_is_interrupted_before_its_first_block_keeps_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(streaming._OnDisk, "finish", stopping)
+        patch.setattr(on_disk.OnDisk, "finish", stopping)
         assert stream() == 130
     told = capsys.readouterr().err
     assert "interrupted. No block was finished: nothing is kept." in told

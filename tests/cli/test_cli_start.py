@@ -18,7 +18,7 @@ from hf_sparse.cli import commands
 from hf_sparse.exporters import QUANTIZATIONS
 from hf_sparse.formats import FORMATS
 from hf_sparse.patterns import Pattern
-from hf_sparse.pruning import streaming
+from hf_sparse.pruning import on_disk, streaming
 from hf_sparse.pruning.allocation import ALLOCATIONS
 from hf_sparse.pruning.magnitude import SCOPES
 from hf_sparse.pruning.methods import METHODS, REFINEMENTS, Composition
@@ -285,7 +285,7 @@ def test_an_interrupted_stream_tells_how_to_go_on(
     out = tmp_path / "out"
     command = ["prune", str(tmp_path / "dense"), str(out), "--calibration"]
     command += [str(tmp_path / "text.txt"), "--num-samples", "2", "--window", "16", "--stream"]
-    finish, done = streaming._OnDisk.finish, []
+    finish, done = on_disk.OnDisk.finish, []
 
     def stopping(self, step) -> None:
         finish(self, step)
@@ -294,7 +294,7 @@ def test_an_interrupted_stream_tells_how_to_go_on(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(streaming._OnDisk, "finish", stopping)
+        patch.setattr(on_disk.OnDisk, "finish", stopping)
         assert main([*command, "--sparsity", "0.6"]) == 130
     told = capsys.readouterr().err
     assert f"Finished blocks are in {unfinished(str(out))}" in told

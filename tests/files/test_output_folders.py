@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import hf_sparse
-from hf_sparse.pruning import streaming
+from hf_sparse.pruning import on_disk, streaming
 from tests.support.tiny_models import tiny_batches, tiny_model
 
 CONFIG = hf_sparse.SparsityConfig("2:4")
@@ -52,14 +52,14 @@ def test_a_run_that_may_overwrite_is_resumed_without_asking_again(
 ) -> None:
     out, batches = tmp_path / "out", tiny_batches("llama")
     tiny_model("llama").save_pretrained(out)
-    finish = streaming._OnDisk.finish
+    finish = on_disk.OnDisk.finish
 
     def stopping(self, step) -> None:
         finish(self, step)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(streaming._OnDisk, "finish", stopping)
+        patch.setattr(on_disk.OnDisk, "finish", stopping)
         with pytest.raises(KeyboardInterrupt):
             hf_sparse.prune_checkpoint(dense, out, CONFIG, "wanda", batches, overwrite=True)
     hf_sparse.prune_checkpoint(dense, out, CONFIG, "wanda", batches, resume=True)

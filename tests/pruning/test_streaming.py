@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_sparse import SparsityConfig, prune_, prune_checkpoint
 from hf_sparse.cli import main
-from hf_sparse.pruning import streaming
+from hf_sparse.pruning import on_disk
 from tests.support.closeness import nearly_same, nearly_the_same_zeros
 from tests.support.tiny_models import prose, tiny_batches, tiny_model, tiny_tokenizer
 
@@ -70,7 +70,7 @@ def test_a_killed_run_goes_on_and_gives_the_same(
 ) -> None:
     batches = tiny_batches("llama")
     prune_checkpoint(dense, tmp_path / "whole", CONFIG, batches=batches, **recipe)
-    finish = streaming._OnDisk.finish
+    finish = on_disk.OnDisk.finish
     done: list[str] = []
 
     def breaking(self, step) -> None:
@@ -79,7 +79,7 @@ def test_a_killed_run_goes_on_and_gives_the_same(
         finish(self, step)
         done.append(step.name)
 
-    monkeypatch.setattr(streaming._OnDisk, "finish", breaking)
+    monkeypatch.setattr(on_disk.OnDisk, "finish", breaking)
     with pytest.raises(KeyboardInterrupt):
         prune_checkpoint(dense, tmp_path / "out", CONFIG, batches=batches, **recipe)
     assert not (tmp_path / "out").exists()
@@ -89,7 +89,7 @@ def test_a_killed_run_goes_on_and_gives_the_same(
         again.append(step.name)
         finish(self, step)
 
-    monkeypatch.setattr(streaming._OnDisk, "finish", counting)
+    monkeypatch.setattr(on_disk.OnDisk, "finish", counting)
     with pytest.raises(ValueError, match="a run was stopped"):
         prune_checkpoint(dense, tmp_path / "out", CONFIG, batches=batches, **recipe)
     other = SparsityConfig("unstructured", 0.5)
@@ -128,19 +128,19 @@ def test_what_cannot_stream_is_refused_before_work_begins(dense: Path, tmp_path:
 
 
 def test_a_full_disk_keeps_the_finished_blocks(dense: Path, tmp_path: Path, monkeypatch) -> None:
-    batches, real = tiny_batches("llama"), streaming.save_file
+    batches, real = tiny_batches("llama"), on_disk.save_file
     written: list[Path] = []
 
     def full(tensors, path, metadata) -> None:
         if len(written) == 1:
-            raise streaming.SafetensorError("No space left on device")
+            raise on_disk.SafetensorError("No space left on device")
         written.append(path)
         real(tensors, path, metadata)
 
-    monkeypatch.setattr(streaming, "save_file", full)
+    monkeypatch.setattr(on_disk, "save_file", full)
     with pytest.raises(OSError, match="free space, and resume"):
         prune_checkpoint(dense, tmp_path / "out", CONFIG, "wanda", batches)
-    monkeypatch.setattr(streaming, "save_file", real)
+    monkeypatch.setattr(on_disk, "save_file", real)
     assert (tmp_path / "out.unfinished" / "model.layers.0.safetensors").exists()
     report = prune_checkpoint(dense, tmp_path / "out", CONFIG, "wanda", batches, resume=True)
     assert report.sparsity == pytest.approx(0.6, abs=1e-3)
@@ -160,7 +160,7 @@ def test_a_damaged_work_folder_is_an_error(dense: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def stopped(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The work folder of a run that was killed after two blocks."""
-    finish = streaming._OnDisk.finish
+    finish = on_disk.OnDisk.finish
 
     def breaking(self, step) -> None:
         finish(self, step)
@@ -168,7 +168,7 @@ def stopped(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(streaming._OnDisk, "finish", breaking)
+        patch.setattr(on_disk.OnDisk, "finish", breaking)
         with pytest.raises(KeyboardInterrupt):
             prune_checkpoint(dense, tmp_path / "out", CONFIG, "sparsegpt", tiny_batches("llama"))
     return tmp_path / "out.unfinished"
@@ -236,7 +236,7 @@ def test_the_command_streams_and_resumes(dense: Path, tmp_path: Path, capsys) ->
 
 
 def test_two_runs_do_not_share_a_work_folder(dense: Path, tmp_path: Path, monkeypatch) -> None:
-    batches, finish = tiny_batches("llama"), streaming._OnDisk.finish
+    batches, finish = tiny_batches("llama"), on_disk.OnDisk.finish
     refused: list[str] = []
 
     def second_run(self, step) -> None:
@@ -245,7 +245,7 @@ def test_two_runs_do_not_share_a_work_folder(dense: Path, tmp_path: Path, monkey
         refused.append(str(error.value))
         finish(self, step)
 
-    monkeypatch.setattr(streaming._OnDisk, "finish", second_run)
+    monkeypatch.setattr(on_disk.OnDisk, "finish", second_run)
     prune_checkpoint(dense, tmp_path / "out", CONFIG, "wanda", batches)
     assert len(refused) == 3
 

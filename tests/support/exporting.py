@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_sparse.exporters.onnx_export import check_packages
+from hf_sparse.exporters.can_export import check_packages
 
 try:
     check_packages()

@@ -101,6 +101,8 @@ class CompiledLayer(nn.Module):
         if self.index == 0 and getattr(results, "entered", False):
             results.entered = False
             given = dict(zip(self.arguments, args, strict=False)) | kwargs
+            self._check_state(hidden_states)
+            self._check_arguments(given)
             results.states = self._run(hidden_states, given)
         states: Tensor | None = getattr(results, "states", None)
         if states is None:
@@ -119,7 +121,8 @@ class CompiledLayer(nn.Module):
         # A copy: whoever writes into it is noticed by the next block.
         return states[self.index].clone()
 
-    def _run(self, hidden: Tensor, given: dict[str, Any]) -> Tensor:
+    def _check_state(self, hidden: Tensor) -> None:
+        """Refuse a call in a mode, or after a change of the config, that was not compiled."""
         if torch.compiler.is_compiling():
             raise ValueError(
                 "the model is compiled already: torch.compile has nothing to add to it."
@@ -145,6 +148,13 @@ class CompiledLayer(nn.Module):
             )
         if hidden.device.type != "cpu":
             raise ValueError(f"the input is on {hidden.device}; a compiled model runs on the CPU.")
+
+    def _check_arguments(self, given: dict[str, Any]) -> None:
+        """Refuse arguments that ask for another attention than was compiled.
+
+        Args:
+            given: what the block was called with beside the hidden states, by name.
+        """
         if given.get("encoder_hidden_states") is not None:
             raise ValueError("encoder_hidden_states: cross-attention is not compiled.")
         for name in NOT_COMPILED:
@@ -163,18 +173,21 @@ class CompiledLayer(nn.Module):
                 f"attention_mask has {mask.ndim} dimensions; a compiled model takes masks of shape "
                 "(batch, tokens) only."
             )
-        cache = cache_in(given)
         positions = given.get("position_ids")
-        unmasked = causal and mask is None and cache is None
+        unmasked = causal and mask is None and cache_in(given) is None
         if unmasked and positions is not None and (positions.diff(dim=-1) != 1).any():
             raise ValueError(
                 "position_ids start anew within a sequence: packed sequences are not compiled. "
                 "Give each text a row of the batch."
             )
+
+    def _run(self, hidden: Tensor, given: dict[str, Any]) -> Tensor:
+        """The hidden states behind the last block, or behind all if a block is watched."""
+        cache = cache_in(given)
         with alone_with(cache):
             output = self.runner(
                 hidden.detach().float(),
-                mask,
+                given.get("attention_mask"),
                 given.get("position_embeddings"),
                 cache,
                 states=self.is_watched,

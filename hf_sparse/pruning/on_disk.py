@@ -1,0 +1,171 @@
+"""Blocks whose weights stay on the disk between their turns, and are written when they are pruned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from accelerate.utils import set_module_tensor_to_device
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hf_sparse.arguments import check_finite
+from hf_sparse.calibration.walk import BlockStep, Residence
+from hf_sparse.calibration.windows import fingerprint
+from hf_sparse.checkpoint.reading import (
+    StoredTensor,
+    open_file,
+    read_headers,
+    read_parts,
+    restore_state_dict,
+)
+from hf_sparse.files.atomic import sync_file
+from hf_sparse.formats import FormatError, compress, decompress, join, locate
+from hf_sparse.pruning.problem import Notes
+from hf_sparse.report import TensorSparsity, count_zeros
+from hf_sparse.structure.layers import layers_in
+from hf_sparse.structure.targets import Targets
+
+
+class OnDisk(Residence):
+    """Blocks whose weights are read from the disk for their turn, and written when pruned.
+
+    Attributes:
+        counts: of each pruned weight, by its name.
+        earlier_notes: of the run that is resumed.
+        work: the folder for finished blocks.
+    """
+
+    def __init__(self, model: nn.Module, targets: Targets, notes: Notes) -> None:
+        super().__init__()
+        self._layers, self._pattern, self._notes = targets.layers, targets.pattern, notes
+        self.work = Path()
+        self._names = {id(module): name for name, module in model.named_modules()}
+        maps = [hook.weights_map for hook in _hooks(model)]
+        self._weights = _Weights(maps[0].dataset)
+        for weights_map in maps:
+            weights_map.dataset = self._weights
+        self.counts: dict[str, TensorSparsity] = {}
+        self.earlier_notes: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> set[Path]:
+        """The files of the source."""
+        source: Any = self._weights.source
+        return {Path(place["safetensors_file"]) for place in source.index.values()}
+
+    @property
+    def all_notes(self) -> tuple[str, ...]:
+        """Of the run that is resumed, and of this one."""
+        return (*self.earlier_notes, *self._notes.lines())
+
+    @contextmanager
+    def placed(self, block: nn.Module) -> Iterator[None]:
+        hooks = {
+            module: module._hf_hook for module in block.modules() if hasattr(module, "_hf_hook")
+        }
+        remove_hook_from_module(block, recurse=True)
+        prefix = self._names[id(block)]
+        for name, parameter in list(block.named_parameters()):
+            if parameter.device.type == "meta":
+                value = self._weights.source[f"{prefix}.{name}"]
+                set_module_tensor_to_device(block, name, "cpu", value, dtype=parameter.dtype)
+        for layer in layers_in(block, self._layers):
+            check_finite(layer.weight_name, layer.weight)
+        try:
+            yield
+        finally:
+            for module, hook in hooks.items():
+                add_hook_to_module(module, hook)  # frees the weights
+
+    def restore(self, step: BlockStep) -> bool:
+        file = self._file(step)
+        if not file.exists():
+            return False
+        layers = layers_in(step.block, self._layers)
+        with open_file(file) as reader:
+            run = (reader.metadata() or {}).get("run")
+            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+        known = {} if run is None else json.loads(run)
+        if known.get("sha256") != fingerprint([tensors]) or [
+            count["name"] for count in known["counts"]
+        ] != [layer.weight_name for layer in layers]:
+            raise FormatError(f"{file} is damaged. Remove this file, and resume.")
+        self._publish(file, known["counts"])
+        self.earlier_notes = tuple(known["notes"])
+        weights = restore_state_dict(tensors)
+        for layer in layers:
+            layer.parameter.data.copy_(weights[layer.weight_name])
+        return True
+
+    def finish(self, step: BlockStep) -> None:
+        tensors, counts = {}, []
+        for layer in layers_in(step.block, self._layers):
+            name = layer.weight_name
+            parts = compress(
+                layer.parameter.data, "auto", self._pattern, transposed=layer.transposed
+            )
+            tensors.update(
+                {join(name, part): tensor.contiguous() for part, tensor in parts.items()}
+            )
+            counts.append(asdict(count_zeros(name, layer.weight, self._pattern)))
+        file = self._file(step)
+        fresh = file.with_suffix(".new")
+        run = {
+            "counts": counts,
+            "notes": self.all_notes,
+            "sha256": fingerprint([tensors]),
+        }
+        try:
+            save_file(tensors, fresh, {"run": json.dumps(run)})
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(
+                f"{file} cannot be written: {error}. Finished blocks are kept: free space, and resume."
+            ) from error
+        sync_file(fresh)
+        fresh.replace(file)
+        self._publish(file, counts)
+
+    def _publish(self, file: Path, counts: list[dict[str, Any]]) -> None:
+        self._weights.pruned.update({stored.name: stored for stored in read_headers([file])})
+        for count in counts:
+            self.counts[count["name"]] = TensorSparsity(**{**count, "shape": tuple(count["shape"])})
+
+    def _file(self, step: BlockStep) -> Path:
+        return self.work / f"{step.name}.safetensors"
+
+
+class _Weights(Mapping[str, Tensor]):
+    """The weights of the model by name: of finished blocks the pruned ones, of others the source's."""
+
+    def __init__(self, source: Mapping[str, Tensor]) -> None:
+        self.source = source
+        self.pruned: dict[str, StoredTensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.pruned:
+            return self.source[name]
+        stored = self.pruned[name]
+        with locate(stored.place):
+            return decompress(read_parts(stored))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def _hooks(model: nn.Module) -> Iterator[Any]:
+    """The hooks of Accelerate that bring weights in."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", [hook]):
+            if getattr(part, "weights_map", None) is not None:
+                yield part

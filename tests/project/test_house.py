@@ -1,0 +1,86 @@
+"""Files that can be read in one sitting, and functions that fit on a screen."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hf_sparse
+
+ROOT = Path(hf_sparse.__file__).parents[1]
+MOST_LINES_OF_A_FILE = 350
+MOST_LINES_OF_A_FUNCTION = 60
+# What may be longer, each with the reason why it is no easier to read in parts.
+LONG_FILES = {"hf_sparse/runtime/llvm/ir.py": "the words of one language"}
+LONG_FUNCTIONS = {
+    "hf_sparse/runtime/programs/one_token.py:RowProgram._attend": "one pass over addresses",
+}
+FILES = [
+    str(file.relative_to(ROOT))
+    for package in ("hf_sparse", "hf_sparse_cli")
+    for file in sorted((ROOT / package).rglob("*.py"))
+]
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def lines_of(function: Function) -> int:
+    """The lines from `def` to the end, without the docstring."""
+    lines = (function.end_lineno or 0) - function.lineno + 1
+    if ast.get_docstring(function, clean=False) is not None:
+        docstring = function.body[0]
+        lines -= (docstring.end_lineno or 0) - docstring.lineno + 1
+    return lines
+
+
+def functions(node: ast.AST, inside: str = "") -> Iterator[tuple[str, Function]]:
+    """The functions below a node, under their qualified names."""
+    for child in ast.iter_child_nodes(node):
+        name = inside
+        if isinstance(child, Function | ast.ClassDef):
+            name = f"{inside}.{child.name}".removeprefix(".")
+            if isinstance(child, Function):
+                yield name, child
+        yield from functions(child, name)
+
+
+def long_functions(source: str) -> dict[str, int]:
+    return {
+        name: lines_of(function)
+        for name, function in functions(ast.parse(source))
+        if lines_of(function) > MOST_LINES_OF_A_FUNCTION
+    }
+
+
+def test_a_docstring_is_not_counted_and_an_inner_function_is() -> None:
+    body = "    x = 1\n" * 59
+    assert long_functions(f'def f():\n    """A\n    B"""\n{body}') == {}
+    assert long_functions(f"def f():\n{body}    x = 2\n") == {"f": 61}
+    inner = body.replace("    ", "        ")
+    assert long_functions(f"class A:\n    def f(self):\n{inner}        x = 2\n") == {"A.f": 61}
+    nested = f"def f():\n    def g():\n{inner}        x = 2\n"
+    assert long_functions(nested) == {"f": 62, "f.g": 61}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_and_its_functions_are_short(file: str) -> None:
+    source = (ROOT / file).read_text()
+    length = len(source.splitlines())
+    assert length <= MOST_LINES_OF_A_FILE or file in LONG_FILES, f"{file} has {length} lines"
+    too_long = {
+        name: lines
+        for name, lines in long_functions(source).items()
+        if f"{file}:{name}" not in LONG_FUNCTIONS
+    }
+    assert not too_long, f"{file}: these functions are too long: {too_long}"
+
+
+def test_what_may_be_longer_is_longer() -> None:
+    for file in LONG_FILES:
+        assert len((ROOT / file).read_text().splitlines()) > MOST_LINES_OF_A_FILE, file
+    for place in LONG_FUNCTIONS:
+        file, _, name = place.partition(":")
+        assert name in long_functions((ROOT / file).read_text()), place
