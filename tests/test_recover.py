@@ -15,8 +15,8 @@ import hf_sparse
 from hf_sparse import SparsityConfig, recover_
 from hf_sparse.cli import main
 from hf_sparse.recover import RECOVERIES
-from tests.optim.test_frozen import assert_same, places, sparse_model
 from tests.support.closeness import nearly_same
+from tests.support.sparse_models import assert_same, places, sparse_model
 from tests.support.tiny_models import prose, tiny_batches, tiny_model, tiny_tokenizer
 
 OPTIONS: dict[str, dict[str, Any]] = {"shira": {"r": 4}, "lora": {"r": 4}, "finetune": {}}

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_sparse
 from hf_sparse import Distillation, get_peft_model, load_adapter, measure_sparsity, merge_adapters_
-from tests.optim.test_frozen import assert_same, places, sparse_model
 from tests.support.closeness import same
+from tests.support.sparse_models import assert_same, places, sparse_model
 from tests.support.tiny_models import tiny_batches, tiny_model
 
 peft = pytest.importorskip("peft")

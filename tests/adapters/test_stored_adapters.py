@@ -17,8 +17,8 @@ from hf_sparse import get_peft_model, load_adapter
 from hf_sparse.cli import main
 from hf_sparse.recover import Recovery
 from tests.adapters.test_adapters import lora, outputs, shira, train
-from tests.optim.test_frozen import sparse_model
 from tests.support.closeness import same
+from tests.support.sparse_models import sparse_model
 from tests.support.tiny_models import tiny_batches, tiny_model
 
 peft = pytest.importorskip("peft")

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ import hf_sparse
 from hf_sparse import FormatError, SparsityConfig
 from hf_sparse.checkpoint import writing
 from hf_sparse.files import atomic
+from tests.support.processes import command, environment, run
 from tests.support.tiny_models import tiny_model
 
 TENSOR = "model.layers.1.mlp.up_proj.weight"
@@ -173,20 +173,8 @@ def test_pickled_weights_are_refused(folder: Path) -> None:
 
 
 def test_without_the_package_loading_fails(folder: Path) -> None:
-    code = (
-        "import sys, transformers\n"
-        "sys.modules['hf_sparse'] = None\n"
-        "auto, base = transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM\n"
-        "for load in (auto, base):\n"
-        "    for trust in (False, True):\n"
-        "        try:\n"
-        f"            load.from_pretrained({str(folder)!r}, trust_remote_code=trust)\n"
-        "        except Exception as error:\n"
-        "            print(trust, type(error).__name__, str(error).replace('\\n', ' '))\n"
-        "        else:\n"
-        "            print('LOADED')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run("load_without_the_package", folder)
+    assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 4, done.stdout + done.stderr
     assert "LOADED" not in done.stdout
@@ -195,13 +183,8 @@ def test_without_the_package_loading_fails(folder: Path) -> None:
 
 
 def test_trust_remote_code_imports_the_package(folder: Path) -> None:
-    code = (
-        "from transformers import AutoModelForCausalLM\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)\n"
-        "weight = model.model.layers[0].mlp.up_proj.weight\n"
-        "print(type(model).__name__, float((weight == 0).float().mean()))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run("load_by_remote_code", folder)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["SparseLlamaForCausalLM", "0.5"]
 
 
@@ -368,25 +351,18 @@ def test_variants_stand_side_by_side(folder: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder, variant="fp16")
 
 
+def start(program: str, target: Path) -> subprocess.Popen[str]:
+    """A program that runs until it is killed."""
+    return subprocess.Popen(
+        command(program, target), stdout=subprocess.PIPE, text=True, env=environment()
+    )
+
+
 def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     """Two versions are saved in turn by a process that is killed at many moments."""
-    code = (
-        "import sys, pathlib\n"
-        "from hf_sparse.files.atomic import replacing\n"
-        "target = pathlib.Path(sys.argv[1])\n"
-        "version = 0\n"
-        "while True:\n"
-        "    version += 1\n"
-        "    with replacing(target, lambda name: name.startswith('w-')) as fresh:\n"
-        "        for name in ('config.json', 'a', 'b', f'w-{version}'):\n"
-        "            (fresh / name).write_text(str(version))\n"
-        "    print(version, flush=True)\n"
-    )
     target = tmp_path / "model"
     for attempt in range(6):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE, text=True
-        )
+        process = start("save_until_killed", target)
         assert process.stdout.readline()
         time.sleep(0.003 * attempt)
         process.send_signal(signal.SIGKILL)
@@ -404,16 +380,6 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path) -> None:
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-_SAVER = """
-import sys, time, pathlib
-from hf_sparse.files.atomic import replacing
-with replacing(pathlib.Path(sys.argv[1])) as fresh:
-    (fresh / "config.json").write_text("killed")
-    print(fresh, flush=True)
-    time.sleep(600)
-"""
-
-
 @pytest.mark.parametrize(
     "there",
     ["a model", *(pytest.param(x, marks=pytest.mark.slow) for x in ("nothing", "a folder"))],
@@ -428,12 +394,7 @@ def test_leftovers_of_the_dead_are_removed_and_of_the_living_kept(
         (target / "config.json").write_text("old")
     other = tmp_path / ".model.saving-of-another"
     other.mkdir()
-    savers = [
-        subprocess.Popen(
-            [sys.executable, "-c", _SAVER, str(target)], stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
+    savers = [start("save_and_sleep", target) for _ in range(2)]
     dead, living = (Path(saver.stdout.readline().strip()) for saver in savers)
     savers[0].send_signal(signal.SIGKILL)
     savers[0].wait()

@@ -14,8 +14,8 @@ import hf_sparse
 from hf_sparse.formats import FormatError
 from hf_sparse.runtime.model.compiled import linears_of
 from hf_sparse.runtime.model.families import COMPILED
-from tests.runtime.model.test_compile import inputs, random_model
 from tests.support.closeness import same
+from tests.support.sparse_models import inputs, random_model
 from tests.support.tiny_models import CONFIGS
 
 FAMILIES = list(COMPILED)

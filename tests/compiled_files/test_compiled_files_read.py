@@ -22,8 +22,8 @@ from hf_sparse.compiled_files import files as compiled_files
 from hf_sparse.compiled_files import skeleton
 from hf_sparse.files import atomic
 from hf_sparse.formats import FormatError
-from tests.runtime.model.test_compile import random_model
 from tests.support.compiled_folders import DECODER, MODELS, in_a_child, logits, saved, write
+from tests.support.sparse_models import random_model
 
 
 @pytest.mark.parametrize("end", [".down.bias", ".words", ".norms.0.bias", "wte.weight", "id"])

@@ -15,8 +15,8 @@ from hf_sparse.compiled_files.old_layout import check_zeros
 from hf_sparse.formats import FormatError
 from hf_sparse.runtime.model.compiled import stack_of
 from tests.compiled_files.test_compiled_files_attacked import CASES
-from tests.runtime.model.test_compile import random_model
 from tests.support.compiled_folders import DECODER, MODELS, as_old, logits, saved, write
+from tests.support.sparse_models import random_model
 
 WARNS = "ignore:.*without an id:UserWarning"
 

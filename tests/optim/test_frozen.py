@@ -8,26 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_sparse
 from hf_sparse import KeepZeros, SparsityConfig, keep_zeros_
-from hf_sparse.optim.zeros import kept_bits, mask_, refill_, sparse_layers, unlike
+from hf_sparse.optim.zeros import kept_bits, mask_, refill_, unlike
 from tests.support.closeness import nearly_same
+from tests.support.sparse_models import assert_same, places, sparse_model
 from tests.support.tiny_models import tiny_batches, tiny_model
-
-
-def sparse_model(family: str = "llama", pattern: str = "2:4", **changes: Any) -> Any:
-    model = tiny_model(family, **changes)
-    sparsity = None if ":" in pattern else 0.6
-    hf_sparse.prune_(model, SparsityConfig(pattern, sparsity), "magnitude")
-    return model
-
-
-def places(model: Any) -> dict[str, Tensor]:
-    """Where the weights of the blocks are zero."""
-    return {layer.weight_name: layer.parameter == 0 for layer in sparse_layers(model)}
 
 
 def train(model: Any, optimizer: Any, steps: int = 4) -> None:
@@ -37,11 +25,6 @@ def train(model: Any, optimizer: Any, steps: int = 4) -> None:
         model(**batch, labels=batch["input_ids"]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 OPTIMIZERS = {

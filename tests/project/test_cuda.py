@@ -17,7 +17,7 @@ from hf_sparse.formats import FORMATS, compress, decompress
 from hf_sparse.optim.methods import TRAINING_METHODS
 from hf_sparse.patterns import Pattern
 from hf_sparse.structure.layers import target_layers
-from tests.pruning.test_accelerate import RECIPES, TRAINED
+from tests.support.recipes import RECIPES, TRAINED
 from tests.support.tiny_models import (
     prose,
     tiny_batches,

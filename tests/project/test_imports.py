@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import hf_sparse
+from tests.support.processes import run
 
 PACKAGE = Path(hf_sparse.__file__).parent
 # A module imports from lower floors, which stand first, and from its own room. A room is a folder of
@@ -136,32 +135,22 @@ def test_the_page_of_the_architecture_shows_every_room() -> None:
     assert {room for rooms in FLOORS for room in rooms} | set(RUNTIME) <= set(picture)
 
 
-def loaded_modules(code: str) -> set[str]:
-    script = f"import sys\n{code}\nprint(' '.join(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
+def loaded_modules(program: str, *arguments: Path) -> set[str]:
+    done = run(program, *arguments)
+    assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 
 
 def test_the_import_pulls_in_nothing_optional_or_slow() -> None:
-    loaded = loaded_modules("import hf_sparse")
+    loaded = loaded_modules("modules_of_the_import")
     assert not loaded.intersection(OPTIONAL)
     assert not loaded.intersection(HEAVY)
     assert "hf_sparse.models.configuration" in loaded
 
 
-def test_using_the_package_pulls_in_nothing_optional() -> None:
-    code = (
-        "import torch, hf_sparse\n"
-        "config = hf_sparse.SparseBertConfig(hidden_size=8, num_attention_heads=2, vocab_size=9,\n"
-        "    intermediate_size=16, num_hidden_layers=1)\n"
-        "model = hf_sparse.SparseBertModel(config)\n"
-        "batches = [torch.ones(1, 4, dtype=int)]\n"
-        "hf_sparse.prune_(model, hf_sparse.SparsityConfig('2:4'), 'wanda', batches)\n"
-        "import hf_sparse.checkpoint.save"
-    )
-    loaded = loaded_modules(code)
+def test_using_the_package_pulls_in_nothing_optional(tmp_path: Path) -> None:
+    loaded = loaded_modules("modules_of_a_pruning", tmp_path / "model")
+    assert "hf_sparse.checkpoint.save" in loaded
     assert not loaded.intersection(OPTIONAL)
 
 

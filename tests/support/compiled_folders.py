@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, LlamaConfig, PreTrainedModel
 
 import hf_sparse
-from tests.runtime.model.test_compile import random_model
+from tests.support.sparse_models import random_model
 
-DECODER = {"vocab_size": 32, "bos_token_id": 0, "eos_token_id": 0}
+DECODER: dict[str, Any] = {"vocab_size": 32, "bos_token_id": 0, "eos_token_id": 0}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     # Weights for single tokens as bits and as matrices, biases, and 50 neurons: no whole groups.
     "gpt2": lambda: random_model(

@@ -19,7 +19,7 @@ _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _PAGE = mmap.PAGESIZE
 
 
-def guarded(nbytes: int, alignment: int = 1) -> np.ndarray:
+def guarded(nbytes: int, alignment: int = 1) -> Any:
     """Bytes between two pages without access, as close to the second one as the alignment allows."""
     body = max(-(-nbytes // _PAGE), 1) * _PAGE
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -30,7 +30,7 @@ def guarded(nbytes: int, alignment: int = 1) -> np.ndarray:
     start = (base + _PAGE + body - nbytes) // alignment * alignment
     room = (ctypes.c_ubyte * nbytes).from_address(start)
     weakref.finalize(room, _LIBC.munmap, base, body + 2 * _PAGE)
-    return np.frombuffer(room, np.uint8, nbytes)
+    return np.frombuffer(memoryview(room), np.uint8, nbytes)
 
 
 def guard_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,7 @@ def guard_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
         memory = guarded(4 * int(np.prod(shape)), 64).view(np.float32)
         return torch.from_numpy(memory).view(shape)
 
-    def room(shelf: Any, nbytes: int) -> np.ndarray:
+    def room(shelf: Any, nbytes: int) -> Any:
         return guarded(nbytes)
 
     for module in (linear, one_token, many_tokens, single_layers):

@@ -15,7 +15,6 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     DynamicCache,
     GPT2Config,
     LlamaForCausalLM,
@@ -39,26 +38,12 @@ from hf_sparse.runtime.programs.program import Program
 from hf_sparse.upstream import cache_in, cache_name
 from tests.support.closeness import same
 from tests.support.crosses import cross
+from tests.support.sparse_models import inputs, random_model
 from tests.support.tiny_models import CONFIGS, tiny_model, tiny_tokenizer
 
 CAUSAL = [name for name, family in COMPILED.items() if family.causal]
 CACHE = cache_name(LlamaForCausalLM.forward)
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
-
-
-def random_model(config: PreTrainedConfig, sparsity: float = 0.6) -> PreTrainedModel:
-    torch.manual_seed(0)
-    causal = COMPILED[config.model_type].causal
-    auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
-    model = auto.from_config(config).eval()
-    for parameter in model.parameters():
-        # Norms and biases that matter, matrices whose products are not all near zero.
-        with torch.no_grad():
-            parameter.mul_(4) if parameter.ndim > 1 else parameter.add_(
-                0.1 * torch.randn_like(parameter)
-            )
-    hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", sparsity), "magnitude")
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +53,6 @@ def models() -> dict[str, tuple[PreTrainedModel, PreTrainedModel]]:
         model = random_model(CONFIGS[name])
         found[name] = (model, hf_sparse.compile(model))
     return found
-
-
-def inputs(batch: int, tokens: int, left: int = 0, right: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    ids = torch.randint(3, 256, (batch, tokens), generator=generator)
-    mask = torch.ones(batch, tokens, dtype=torch.long)
-    mask[0, :left] = 0
-    mask[0, tokens - right :] = 0
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 @pytest.mark.parametrize("name", COMPILED)
