@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from hf_sparse.arguments import check_model, check_optimizer
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.optim.deepspeed import KEEPING, check_whole_parameters
 from hf_sparse.optim.notes import note_fine_tuning_
 from hf_sparse.optim.sharding import local_part
 from hf_sparse.optim.step_mask import StepMask
@@ -87,11 +88,8 @@ class FrozenMask:
                 "the optimizer trains none of the model's sparse weights. Make it from this model's "
                 "parameters, after DDP, FSDP or Accelerate have prepared the model."
             )
-        if any(hasattr(layer.parameter, "ds_id") for layer in layers):
-            raise ValueError(
-                "DeepSpeed ZeRO partitions and flattens parameters: their zeros cannot be kept. Train "
-                "with DDP or FSDP2 instead."
-            )
+        named = ((layer.weight_name, layer.parameter) for layer in layers)
+        check_whole_parameters(KEEPING, named)
         if previous := vars(optimizer).get(_ATTACHED):
             previous.remove()
         vars(optimizer)[_ATTACHED] = self

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_sparse.arguments import check_finite
+from hf_sparse.arguments import check_finite, check_has_value
 from hf_sparse.structure.layers import (
     TargetLayer,
     check_has_weights,
@@ -240,11 +240,7 @@ def check_whole(layers: Iterable[TargetLayer]) -> None:
                 f"{layer.weight_name} is cut into shards by FSDP, and shrinking works on whole "
                 "weights. Shrink the model before it is sharded."
             )
-        if weight.device.type == "meta":
-            raise ValueError(
-                f"{layer.weight_name} is on the meta device, it has no values. Load the model without "
-                "offloading it."
-            )
+        check_has_value(layer.weight_name, weight, "shrinking")
         if not weight.is_floating_point():
             raise ValueError(
                 f"{layer.weight_name} is {weight.dtype}: the model is quantized. Shrink it before, or "
