@@ -66,7 +66,7 @@ class ShrinkReport:
 
     @property
     def options(self) -> dict[str, Any]:
-        """It has none."""
+        """No options: shrinking has none."""
         return {}
 
     @property

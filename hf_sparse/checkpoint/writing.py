@@ -141,7 +141,7 @@ class ShardWriter:
         name = f"model.safetensors.index{self._variant}.json"
         (self._folder / name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
-    def _flush(self, last: bool = False) -> None:
+    def _flush(self, *, last: bool = False) -> None:
         metadata = {"format": "pt"}
         if self._shards or not last:  # a file that is alone has no index to agree with
             metadata[DIGEST] = _digest(self._pending)

@@ -112,25 +112,20 @@ class BlockUnits:
         for layer in self.entries:
             _select_(layer, rows=neurons)
         _select_(self.down, columns=neurons)
-        self._tell(len(heads), len(key_heads), len(neurons))
+        self._set_sizes_(len(heads), len(key_heads), len(neurons))
 
-    def _tell(self, heads: int, key_heads: int, neurons: int) -> None:
-        """Tell the modules their new sizes, under the names that the families have for them."""
-        attention = self.block.get_submodule(self.parts.qkv[0].rpartition(".")[0])
-        network = self.block.get_submodule(self.parts.up.rpartition(".")[0])
-        for module, sizes in (
-            (
-                attention,
-                {
-                    "num_attention_heads": heads,
-                    "num_heads": heads,
-                    "all_head_size": heads * self.head_dim,
-                    "split_size": heads * self.head_dim,
-                    "num_key_value_groups": heads // key_heads,
-                },
-            ),
-            (network, {"intermediate_size": neurons}),
-        ):
+    def _set_sizes_(self, heads: int, key_heads: int, neurons: int) -> None:
+        """Set the attributes of the modules that hold their sizes, as the families name them."""
+        attention = {
+            "num_attention_heads": heads,
+            "num_heads": heads,
+            "all_head_size": heads * self.head_dim,
+            "split_size": heads * self.head_dim,
+            "num_key_value_groups": heads // key_heads,
+        }
+        network = {"intermediate_size": neurons}
+        for path, sizes in ((self.parts.qkv[0], attention), (self.parts.up, network)):
+            module = self.block.get_submodule(path.rpartition(".")[0])
             for name, value in sizes.items():
                 if hasattr(module, name):
                     setattr(module, name, value)

@@ -24,11 +24,11 @@ from hf_sparse.runtime.llvm.target import Target
 
 def kernel_functions(target: Target, weight_type: WeightType = FLOAT32) -> list[Function]:
     """Every kernel that a program may name whose weights are of type `weight_type`."""
-    functions = [worker.worker(target, True), worker.worker(target, False)]
+    functions = [worker.worker(target, parallel=parallel) for parallel in (True, False)]
     functions += [tiles.append(), tiles.copy(target)]
     functions += single_token.decode_functions(target, weight_type)
     for name in activation.ACTIVATIONS:
-        functions += [activation.activation(target, name, gated) for gated in (False, True)]
+        functions += [activation.activation(target, name, gated=gated) for gated in (False, True)]
     for vectors in (1, 2, 4):
         functions += [
             spmm.spmm(target, height, vectors, spmm.packed_type(height, weight_type))
