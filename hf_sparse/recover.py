@@ -102,7 +102,7 @@ class Recovery:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the report and the model card tell."""
+        """The settings that the report and the model card name."""
         rank = {} if self.r is None else {"r": self.r}
         return {"epochs": self.epochs, "lr": self.lr, **rank}
 

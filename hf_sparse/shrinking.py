@@ -61,7 +61,7 @@ class ShrinkReport:
 
     @property
     def method(self) -> str:
-        """What the model card tells, as of a report of `prune_`."""
+        """The name of the step on the model card."""
         return "shrink"
 
     @property

@@ -27,7 +27,7 @@ from hf_sparse.structure.layers import is_conv1d
 
 
 def is_peft_model(model: Any) -> bool:
-    """Whether this is a `peft.PeftModel`; PEFT is not imported to tell."""
+    """Whether this is a `peft.PeftModel`, found out without importing PEFT."""
     return any(
         base.__module__.startswith("peft.") and base.__name__ == "PeftModel"
         for base in type(model).__mro__

@@ -73,7 +73,7 @@ def check_folder(folder: Path, variant: str | None = None) -> None:
 
 
 def check_not_lost(folder: Path) -> None:
-    """Refuse a folder that holds files: a model in it would be replaced, and nobody has asked for that.
+    """Refuse a folder that holds files: saving would replace a model without being asked to.
 
     Raises:
         ValueError: it holds files; the message names one of them.

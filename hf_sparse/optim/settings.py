@@ -42,9 +42,9 @@ def check_settings(optimizer: Optimizer) -> None:
 
 
 def is_unsteered(optimizer: Optimizer) -> bool:
-    """Whether there is something to shrink, and nobody has said how strongly.
+    """Whether there is something to shrink, and no strength is set.
 
-    Those who do: a `lam` that was given (0 is one), a `Sparsifier`, `freeze_zeros_`.
+    A given `lam` (0, too), a `Sparsifier` and `freeze_zeros_` set one.
     """
     groups = sparse_groups(optimizer)
     return bool(groups) and all(group["lam"] is None and not group["frozen"] for group in groups)

@@ -1,4 +1,4 @@
-"""The zeros of a model's weights: which layers have them, and what tells them apart from others'."""
+"""The zeros of a model's weights: which layers have them, and a hash of their places."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def pack_blocks(
 
 
 def numbers_of(config: Any, family: Blocks) -> dict[str, Any]:
-    """What a config tells of a stack: its fields but the weights and the perceptron's size."""
+    """The fields of a stack that its config holds: all but the weights and the perceptron's size."""
     heads, key_heads, head_dim = _sizes(config)
     first = family.norm_first
     return {
