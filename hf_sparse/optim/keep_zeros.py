@@ -17,7 +17,7 @@ from hf_sparse.optim.deepspeed import KEEPING, check_whole_parameters
 from hf_sparse.optim.notes import note_fine_tuning_
 from hf_sparse.optim.sharding import local_part
 from hf_sparse.optim.step_mask import StepMask
-from hf_sparse.optim.zeros import fingerprint, sparse_layers
+from hf_sparse.optim.zeros import sparse_layers, zeros_hash
 from hf_sparse.suggestions import deprecated_name
 
 _ATTACHED = "_hf_sparse_frozen_mask"
@@ -126,7 +126,7 @@ class FrozenMask:
             )
 
     def _fingerprint(self) -> str:
-        return fingerprint(local_part(parameter.detach()) for parameter in self._parameters)
+        return zeros_hash(local_part(parameter.detach()) for parameter in self._parameters)
 
     def _remember(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Before a step: note what is not zero."""
