@@ -36,7 +36,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import hf_sparse
 from hf_sparse import SparsityConfig
-from hf_sparse.optim.zeros import fingerprint, sparse_layers
+from hf_sparse.optim.zeros import sparse_layers, zeros_hash
 from hf_sparse.recover import RECOVERIES, Recovery
 
 WINDOW = 512
@@ -223,7 +223,7 @@ def train(
 
 def zeros_of(model: PreTrainedModel) -> str:
     """A hash of the places of all zeros."""
-    return fingerprint(layer.parameter.detach() for layer in sparse_layers(model))
+    return zeros_hash(layer.parameter.detach() for layer in sparse_layers(model))
 
 
 def print_cost(options: argparse.Namespace) -> None:

@@ -104,12 +104,27 @@ def check_has_values(model: nn.Module, call: str, *, offloaded: bool = False) ->
     if offloaded and any(hasattr(module, "_hf_hook") for module in model.modules()):
         return
     for name, parameter in model.named_parameters():
-        if parameter.device.type == "meta":
-            raise ValueError(
-                f"{call}: {name} is on the meta device, it has no values: the model was never loaded, "
-                "or device_map left the weight on the disk. Load the whole model into memory: "
-                "from_pretrained without device_map."
-            )
+        check_has_value(name, parameter, call)
+
+
+def check_has_value(name: str, tensor: Tensor, call: str, instead: str = "") -> None:
+    """Refuse a tensor on the meta device.
+
+    Args:
+        name: of the tensor.
+        tensor: what was given.
+        call: the name of the call, for the error.
+        instead: another way out, for the end of the error.
+
+    Raises:
+        ValueError: its name, and how to load the model.
+    """
+    if tensor.device.type == "meta":
+        raise ValueError(
+            f"{call}: {name} is on the meta device, it has no values: the model was never loaded, "
+            "or device_map left the weight on the disk. Load the whole model into memory: "
+            f"from_pretrained without device_map.{instead}"
+        )
 
 
 def check_saves(tokenizer: Any, call: str) -> None:

@@ -126,7 +126,7 @@ class Distillation:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the model card tells of the teacher and of the loss."""
+        """The teacher and the weights of the loss, for the model card."""
         settings = {name: getattr(self, name) for name in ("logits", "hidden", "temperature")}
         return {"model": _name_of(self.teacher), **settings}
 

@@ -28,11 +28,10 @@ from hf_sparse.calibration.losses import (
     with_labels,
 )
 from hf_sparse.calibration.modes import switched
-from hf_sparse.calibration.windows import checked_batches
-from hf_sparse.calibration.windows import fingerprint as hash_of
+from hf_sparse.calibration.windows import checked_batches, fingerprint
 from hf_sparse.distillation import Distillation
 from hf_sparse.optim.keep_zeros import FrozenMask
-from hf_sparse.optim.zeros import fingerprint, is_sparse, sparse_layers
+from hf_sparse.optim.zeros import is_sparse, sparse_layers, zeros_hash
 from hf_sparse.provenance.record import forget_teaching_, record_, record_training_
 from hf_sparse.provenance.values import Calibration, Step, pairs
 from hf_sparse.report import SparsityReport, measure_sparsity
@@ -102,7 +101,7 @@ class Recovery:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the report and the model card tell."""
+        """The settings that the report and the model card name."""
         rank = {} if self.r is None else {"r": self.r}
         return {"epochs": self.epochs, "lr": self.lr, **rank}
 
@@ -242,14 +241,14 @@ def recover_(
     inputs = _labelled(given, model, method)
     layers = sparse_layers(model)
     _check_model(model, layers, method)
-    zeros = fingerprint(layer.parameter.detach() for layer in layers)
+    zeros = zeros_hash(layer.parameter.detach() for layer in layers)
     start = time.perf_counter()
     distillation = None if teacher is None else Distillation(teacher, logits=logits)
     torch.manual_seed(seed)
     recovery = Recovery.of(method, layers, lr, r, epochs=epochs, accumulate=accumulate, seed=seed)
     with recovery.prepared(model, layers) as trained, _taught(model, distillation):
         losses = recovery.run(trained, inputs, freeze=recovery.r is None)
-    if fingerprint(layer.parameter.detach() for layer in sparse_layers(model)) != zeros:
+    if zeros_hash(layer.parameter.detach() for layer in sparse_layers(model)) != zeros:
         raise ValueError("the zeros of the model have changed while it was trained. Load it again.")
     report = replace(
         measure_sparsity(model, promised_config(model)),
@@ -258,7 +257,7 @@ def recover_(
         seconds=time.perf_counter() - start,
         notes=(f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end",),
     )
-    data = Calibration.of(given, hash_of(given))
+    data = Calibration.of(given, fingerprint(given))
     step = Step.of(f"recovery by {method}", recovery.options, calibration=data, seed=seed)
     if distillation is None:
         record_training_(model, step)

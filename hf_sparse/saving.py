@@ -41,9 +41,10 @@ def save_pretrained(
     untouched until the new ones are complete (see `hf_sparse.files.atomic`).
 
     Args:
-        model: a transformers model. Compressed: of a family in `FAMILIES`. Of a `peft.PeftModel`
-            a copy is merged and saved, as `merge_adapters_` does it: the zeros stay, and who loads it
-            needs no adapter. (Its own `save_pretrained` saves the adapter alone.)
+        model: a transformers model; one that is stored compressed is of a family in `FAMILIES`. The
+            adapters of a `peft.PeftModel` are merged into a copy, as by `merge_adapters_`, and the copy
+            is saved: the zeros stay, and loading needs no PEFT. (Its own `save_pretrained` saves
+            the adapter alone.)
         folder: made if it does not exist. Other files in it stay, but for weights: what
             `save_compiled` wrote there before, and a `pytorch_model.bin`, with a warning. A README.md
             that is no card of hf_sparse stays, with a warning.
@@ -62,7 +63,7 @@ def save_pretrained(
             `license_name`, `license_link`, `language`, `datasets` and `tags`, such as
             `{"license": "apache-2.0", "language": "en"}`. Later saves keep them.
         **kwargs: `max_shard_size` (default `"5GB"`), `state_dict`, `is_main_process` and `variant`
-            as in `PreTrainedModel.save_pretrained`. Of several processes the first one saves.
+            as in `PreTrainedModel.save_pretrained`. If there are several processes, the first saves.
 
     Returns:
         The folder.

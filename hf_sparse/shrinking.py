@@ -61,12 +61,12 @@ class ShrinkReport:
 
     @property
     def method(self) -> str:
-        """What the model card tells, as of a report of `prune_`."""
+        """The name of the step on the model card."""
         return "shrink"
 
     @property
     def options(self) -> dict[str, Any]:
-        """It has none."""
+        """No options: shrinking has none."""
         return {}
 
     @property

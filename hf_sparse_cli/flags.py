@@ -43,7 +43,7 @@ def output_group(
 
 
 def add_saving(group: Any) -> None:
-    """What is told of the saved model, and whether it may replace another."""
+    """Flags for the model card of what is saved, and for replacing another model."""
     group.add_argument("--base-model", help="Hub name of the dense model, for the model card")
     add_overwrite(group)
 

@@ -258,7 +258,7 @@ def _check_model(source: str, local: bool = False) -> None:
 
 
 def doubts(options: argparse.Namespace) -> Iterator[str]:
-    """What may be meant in another way than it is taken: told before the work begins."""
+    """Warnings of options that may be meant in another way, for before the work."""
     given = vars(options)
     for name in (*_MODELS, "folder"):
         source = given.get(name)

@@ -17,17 +17,17 @@ from hf_sparse.adapters.stored import check_settings
 from hf_sparse.arguments import is_finite
 from hf_sparse.optim.zeros import (
     check_floats,
-    fingerprint,
     is_sparse,
     is_whole,
     num_zeros,
     unlike,
+    zeros_hash,
 )
 from hf_sparse.structure.layers import is_conv1d
 
 
 def is_peft_model(model: Any) -> bool:
-    """Whether this is a `peft.PeftModel`; PEFT is not imported to tell."""
+    """Whether this is a `peft.PeftModel`, found out without importing PEFT."""
     return any(
         base.__module__.startswith("peft.") and base.__name__ == "PeftModel"
         for base in type(model).__mro__
@@ -263,4 +263,4 @@ def zeros_of(model: nn.Module, adapter_name: str) -> str:
         for _, layer in adapted_layers(model, adapter_name)
         if adapter_name in getattr(layer, "lora_variant", (adapter_name,))
     ]
-    return fingerprint(layer.get_base_layer().weight.detach() for layer in layers)
+    return zeros_hash(layer.get_base_layer().weight.detach() for layer in layers)

@@ -196,7 +196,13 @@ class MaskedVariant(LoraVariant):
 
 
 def masked_product(
-    x: Tensor, weight: Tensor, module: MaskedLinear, adapters: list[str], bias: Any, add_base: bool
+    x: Tensor,
+    weight: Tensor,
+    module: MaskedLinear,
+    adapters: list[str],
+    bias: Any,
+    *,
+    add_base: bool,
 ) -> Tensor:
     """`x (W + m * U V)^T + bias`, or without W if not `add_base`; W may be stored transposed."""
     if not is_whole(weight):
@@ -216,7 +222,12 @@ def masked_product(
 
 
 def masked_weight(
-    weight: Tensor, left: Tensor, right: Tensor, add_base: bool = True, kept: Tensor | None = None
+    weight: Tensor,
+    left: Tensor,
+    right: Tensor,
+    *,
+    add_base: bool = True,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """`m * (W + U V)`, or `m * U V`, in the weight's type; the product is taken in it too.
 
@@ -237,7 +248,7 @@ class _MaskedProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, left, right)
         ctx.flipped, ctx.base = flipped, base
-        whole = masked_weight(weight, left, right, base)
+        whole = masked_weight(weight, left, right, add_base=base)
         return x @ whole if flipped else functional.linear(x, whole)
 
     @staticmethod
@@ -246,7 +257,7 @@ class _MaskedProduct(torch.autograd.Function):
         [grad] = grads
         grad_x, merged, kept = None, None, kept_bits(weight)
         if ctx.needs_input_grad[0]:
-            merged = masked_weight(weight, left, right, ctx.base, kept)
+            merged = masked_weight(weight, left, right, add_base=ctx.base, kept=kept)
             grad_x = functional.linear(grad, merged) if ctx.flipped else grad @ merged
         rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
         if is_bfloat16_faster(rows):

@@ -53,11 +53,14 @@ def merge_adapters_(model: Any, adapter_names: Sequence[str] | None = None) -> A
     chosen = list(adapter_names or model.active_adapters)
     configs = {name: model.peft_config[name] for name in chosen if name in model.peft_config}
     base = model.get_base_model()
-    told = {name: dict(optimizer_of(base, name)) for name in chosen}
+    training = {name: dict(optimizer_of(base, name)) for name in chosen}
     merged = merge_(model, chosen)
     record_merge_(
         merged,
-        [Step.of("merged adapter", {**_told(configs[name]), **told[name]}) for name in chosen],
+        [
+            Step.of("merged adapter", {**_settings_of(configs[name]), **training[name]})
+            for name in chosen
+        ],
     )
     return merged
 
@@ -107,8 +110,8 @@ def merged_copy(model: Any) -> Any:
     return merge_adapters_(copy.deepcopy(model))
 
 
-def _told(config: Any) -> dict[str, Any]:
-    """What the model card tells of an adapter."""
+def _settings_of(config: Any) -> dict[str, Any]:
+    """The settings of an adapter that the model card tells."""
     kind = getattr(config.peft_type, "value", config.peft_type)
     values = {name: getattr(config, name, None) for name in ("r", "lora_alpha")}
     return {"kind": str(kind).lower()} | {

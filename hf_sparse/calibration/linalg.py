@@ -129,8 +129,8 @@ def cholesky(gram: Tensor, damping: float, *, reverse: bool = False) -> tuple[Te
 def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     """The upper triangular `U` with `Uᵀ U = regularised(gram)⁻¹`, and the damping that was needed.
 
-    Of the reversed matrix `P H P = L Lᵀ` one triangular inverse gives it: `U = P L⁻¹ P`, which
-    avoids the inverse of H and its second factorisation. Memory: as `cholesky`.
+    With the factor of the reversed matrix, `P H P = L Lᵀ`, it takes one triangular inverse:
+    `U = P L⁻¹ P`, which avoids the inverse of H and its second factorisation. Memory: as `cholesky`.
     """
     lower, used = cholesky(gram, damping, reverse=True)
     inverse = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

@@ -1,4 +1,4 @@
-"""Whether a model can be saved: told from its config and the folder, before any work is done for it."""
+"""Checks from a model's config and the folder whether it can be saved, before any work."""
 
 from __future__ import annotations
 

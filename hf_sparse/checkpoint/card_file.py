@@ -91,7 +91,7 @@ def _with_data(text: str, old: Mapping[str, Any]) -> str:
 
 
 def _covers(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether metadata tell all that others tell."""
+    """Whether the old metadata hold every entry of the new ones."""
 
     def texts(value: Any) -> set[str]:
         return set(map(str, value)) if isinstance(value, list) else {str(value)}

@@ -24,7 +24,7 @@ _FILLED = "training without a mask fills zeros"
 
 @dataclass(frozen=True)
 class Filled:
-    """Zeros that were promised and are no longer there: both sparsities, and what the user is told."""
+    """Promised zeros that are gone: the promised sparsity, the measured one, and a warning."""
 
     promised: float
     found: float

@@ -135,11 +135,11 @@ def read_headers(files: Sequence[Path]) -> list[StoredTensor]:
                     "different checkpoints: copy or download the folder again."
                 )
             tensors[name] = stored
-        _check_alone(file, any(tensor.compressed for tensor in tensors.values()))
+        _check_alone(file, compressed=any(tensor.compressed for tensor in tensors.values()))
     return list(tensors.values())
 
 
-def _check_alone(file: Path, compressed: bool) -> None:
+def _check_alone(file: Path, *, compressed: bool) -> None:
     """Refuse a file with all weights of a compressed checkpoint that has shards beside it.
 
     No save leaves both, and readers do not agree on which they take.

@@ -210,7 +210,7 @@ def _write(
 def _describe(
     model: PreTrainedModel, plan: _Plan, written: _Written, known: Provenance, fresh: Path
 ) -> tuple[Card, Provenance]:
-    """Let `config.json` tell what was found in the weights; the card that tells it, too."""
+    """Write what was counted in the weights into `config.json`, and make the card."""
     config, filled, held = plan.targets.config, plan.filled, written.held
     if held.promise != config:
         if held.lacks:

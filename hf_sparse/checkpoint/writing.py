@@ -73,7 +73,7 @@ def check_folder(folder: Path, variant: str | None = None) -> None:
 
 
 def check_not_lost(folder: Path) -> None:
-    """Refuse a folder that holds files: a model in it would be replaced, and nobody has asked for that.
+    """Refuse a folder that holds files: saving would replace a model without being asked to.
 
     Raises:
         ValueError: it holds files; the message names one of them.
@@ -141,7 +141,7 @@ class ShardWriter:
         name = f"model.safetensors.index{self._variant}.json"
         (self._folder / name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
-    def _flush(self, last: bool = False) -> None:
+    def _flush(self, *, last: bool = False) -> None:
         metadata = {"format": "pt"}
         if self._shards or not last:  # a file that is alone has no index to agree with
             metadata[DIGEST] = _digest(self._pending)

@@ -43,7 +43,9 @@ def skeleton(source: str, options: argparse.Namespace) -> Any:
         return make(config)
 
 
-def load(source: str, options: argparse.Namespace, needs_tokenizer: bool = True) -> tuple[Any, Any]:
+def load(
+    source: str, options: argparse.Namespace, *, needs_tokenizer: bool = True
+) -> tuple[Any, Any]:
     """Load a model with the head that it was saved with, and its tokenizer if that is needed.
 
     Raises:

@@ -56,7 +56,7 @@ def _with_graph(folder: Path, copy: Path, options: argparse.Namespace) -> Path:
     """A copy of a checkpoint folder, of links, with the ONNX graph in it."""
     shutil.copytree(folder.resolve(), copy, copy_function=os.symlink)
     needs_tokenizer = bool(options.tokenizer) or has_tokenizer(str(folder))
-    model, tokenizer = load(str(folder), options, needs_tokenizer)
+    model, tokenizer = load(str(folder), options, needs_tokenizer=needs_tokenizer)
     hf_sparse.export_onnx(model, copy / "onnx", tokenizer=tokenizer)
     return copy
 
@@ -69,7 +69,8 @@ def _merged(options: argparse.Namespace) -> tuple[Any, Any]:
     check_can_push(options.repo_id)
     try:
         check_family(skeleton(base, options).config.model_type, "auto")
-        model, tokenizer = load(base, options, bool(options.tokenizer) or has_tokenizer(base))
+        needs_tokenizer = bool(options.tokenizer) or has_tokenizer(base)
+        model, tokenizer = load(base, options, needs_tokenizer=needs_tokenizer)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the base model of {options.folder} cannot be loaded from {base}: {error} Give the "

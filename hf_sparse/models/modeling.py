@@ -40,8 +40,7 @@ _UPLOAD_ARGUMENTS = {
 class SparseModelMixin:
     """The sparse contract: weights are compressed when saved, and restored when loaded.
 
-    Of a config with `block_sizes` the blocks are as small as those of the model that
-    `hf_sparse.shrink_` made.
+    A config with `block_sizes` makes blocks as small as those that `hf_sparse.shrink_` left.
     """
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:

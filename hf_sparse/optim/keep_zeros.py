@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 
 from hf_sparse.arguments import check_model, check_optimizer
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.optim.deepspeed import KEEPING, check_whole_parameters
 from hf_sparse.optim.notes import note_fine_tuning_
 from hf_sparse.optim.sharding import local_part
 from hf_sparse.optim.step_mask import StepMask
-from hf_sparse.optim.zeros import fingerprint, sparse_layers
+from hf_sparse.optim.zeros import sparse_layers, zeros_hash
 from hf_sparse.suggestions import deprecated_name
 
 _ATTACHED = "_hf_sparse_frozen_mask"
@@ -87,11 +88,8 @@ class FrozenMask:
                 "the optimizer trains none of the model's sparse weights. Make it from this model's "
                 "parameters, after DDP, FSDP or Accelerate have prepared the model."
             )
-        if any(hasattr(layer.parameter, "ds_id") for layer in layers):
-            raise ValueError(
-                "DeepSpeed ZeRO partitions and flattens parameters: their zeros cannot be kept. Train "
-                "with DDP or FSDP2 instead."
-            )
+        named = ((layer.weight_name, layer.parameter) for layer in layers)
+        check_whole_parameters(KEEPING, named)
         if previous := vars(optimizer).get(_ATTACHED):
             previous.remove()
         vars(optimizer)[_ATTACHED] = self
@@ -128,7 +126,7 @@ class FrozenMask:
             )
 
     def _fingerprint(self) -> str:
-        return fingerprint(local_part(parameter.detach()) for parameter in self._parameters)
+        return zeros_hash(local_part(parameter.detach()) for parameter in self._parameters)
 
     def _remember(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Before a step: note what is not zero."""

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
+from hf_sparse.optim.deepspeed import KEEPING, check_training
 from hf_sparse.optim.keep_zeros import FrozenMask, keep_zeros_
 from hf_sparse.optim.notes import fine_tuning
 from hf_sparse.provenance.record import record_optimizer_
@@ -47,11 +48,7 @@ class KeepZeros(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Freeze the zeros of a new run or a resumed one."""
-        if getattr(args, "deepspeed", None):
-            raise ValueError(
-                "DeepSpeed ZeRO flattens parameters: their zeros cannot be kept. Train with DDP or "
-                "FSDP2 instead."
-            )
+        check_training(KEEPING, args)
         self.mask = keep_zeros_(optimizer, model, self.config)
 
     def on_save(

@@ -94,7 +94,7 @@ def unit_strength(group: Group) -> float:
 
 
 def take_over(optimizer: Optimizer) -> None:
-    """Begin at no strength where no `lam` was given: somebody steers it from now on."""
+    """Set a `lam` that was not given to 0: from now on it is steered."""
     for group in sparse_groups(optimizer):
         if group["lam"] is None:
             group["lam"] = 0.0

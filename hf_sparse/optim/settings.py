@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hf_sparse.optim.deepspeed import SHRINKING, check_whole_parameters
 from hf_sparse.optim.parameters import Group, sparse_groups
 from hf_sparse.optim.penalties import PENALTIES, SCALES, default_penalty
 from hf_sparse.optim.sharding import check_shardable
@@ -41,9 +42,9 @@ def check_settings(optimizer: Optimizer) -> None:
 
 
 def is_unsteered(optimizer: Optimizer) -> bool:
-    """Whether there is something to shrink, and nobody has said how strongly.
+    """Whether there is something to shrink, and no strength is set.
 
-    Those who do: a `lam` that was given (0 is one), a `Sparsifier`, `freeze_zeros_`.
+    A given `lam` (0, too), a `Sparsifier` and `freeze_zeros_` set one.
     """
     groups = sparse_groups(optimizer)
     return bool(groups) and all(group["lam"] is None and not group["frozen"] for group in groups)
@@ -92,11 +93,7 @@ def check_group(group: Group) -> None:
 
 
 def _check_parameter(name: str, parameter: Tensor, pattern: Pattern, transposed: bool) -> None:
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "ds_tensor"):
-        raise ValueError(
-            f"{name} is partitioned by DeepSpeed ZeRO, which flattens parameters: their matrices "
-            "cannot be shrunk. Train with DDP or FSDP2 instead."
-        )
+    check_whole_parameters(SHRINKING, [(name, parameter)])
     if not pattern.elementwise:
         if parameter.ndim != 2:
             raise ValueError(

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from hf_sparse.arguments import check_optimizer
+from hf_sparse.arguments import check_has_value, check_optimizer
 from hf_sparse.optim.notes import note_fine_tuning_
 from hf_sparse.optim.parameters import (
     Group,
@@ -215,11 +215,8 @@ def freeze_zeros_(optimizer: Optimizer) -> None:
     check_optimizer(optimizer, "freeze_zeros_")
     check_settings(optimizer)
     for sparse in sparse_parameters(optimizer):
-        if sparse.parameter.device.type == "meta":
-            raise ValueError(
-                f"{sparse.name} is on the meta device, it has no values. Load the model into memory, "
-                "and make the optimizer from its parameters."
-            )
+        instead = " Make the optimizer from its parameters then."
+        check_has_value(sparse.name, sparse.parameter, "freeze_zeros_", instead)
     if not any(bool((sparse.weight == 0).any()) for sparse in sparse_parameters(optimizer)):
         raise ValueError(
             "the optimizer's sparse groups have no zeros to keep. Is it made for the sparse model?"

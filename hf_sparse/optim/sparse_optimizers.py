@@ -81,15 +81,7 @@ class SparseAdamW(SparseMixin, torch.optim.AdamW):
     ) -> None:
         _check_numbers(SparseAdamW, locals())
         super().__init__(params, lr, betas, eps, weight_decay, **kwargs)
-        add_shrinkage_(
-            self,
-            lam=lam,
-            penalty=penalty,
-            scale=scale,
-            pattern=pattern,
-            reweight_every=reweight_every,
-            reweight_eps=reweight_eps,
-        )
+        add_shrinkage_(self, **_shrinkage_of(locals()))
 
 
 class SparseSGD(SparseMixin, torch.optim.SGD):
@@ -125,15 +117,12 @@ class SparseSGD(SparseMixin, torch.optim.SGD):
             raise ValueError("scale='adaptive' is Adam's metric, SGD has none. Use scale='lr'.")
         _check_numbers(SparseSGD, locals())
         super().__init__(params, lr, momentum, dampening, weight_decay, **kwargs)
-        add_shrinkage_(
-            self,
-            lam=lam,
-            penalty=penalty,
-            scale=scale,
-            pattern=pattern,
-            reweight_every=reweight_every,
-            reweight_eps=reweight_eps,
-        )
+        add_shrinkage_(self, **_shrinkage_of(locals()))
+
+
+def _shrinkage_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of shrinkage among an optimizer's arguments."""
+    return {name: values[name] for name in SETTINGS if name in values}
 
 
 def _check_numbers(kind: type[SparseMixin], values: Mapping[str, Any]) -> None:

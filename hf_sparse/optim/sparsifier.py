@@ -225,11 +225,12 @@ class Sparsifier:
             seed: of the run.
         """
         self._seed = self._seed if seed is None else seed
-        step = Step.of(self._told_method, self._options, self.config, seed=self._seed)
+        step = Step.of(self._card_method, self._options, self.config, seed=self._seed)
         record_optimizer_(self.optimizer, step, model)
 
     @property
-    def _told_method(self) -> str:
+    def _card_method(self) -> str:
+        """The method as the report and the model card name it."""
         proximal = self._method_name == "proximal"
         return type(self.optimizer).__name__ if proximal else self._method_name
 
@@ -254,7 +255,7 @@ class Sparsifier:
         self.record(model)
         return replace(
             measure_sparsity(model, self.config),
-            method=self._told_method,
+            method=self._card_method,
             options=self._options,
             seconds=seconds,
         )

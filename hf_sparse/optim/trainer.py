@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hf_sparse.arguments import check_kinds
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
+from hf_sparse.optim.deepspeed import SHRINKING, check_training
 from hf_sparse.optim.groups import sparse_param_groups
 from hf_sparse.optim.notes import note_fine_tuning_, note_shrinking_
 from hf_sparse.optim.parameters import sparse_parameters
@@ -30,10 +30,6 @@ from hf_sparse.suggestions import check_name, shortened
 
 # Settings of shrinkage that are not for trainer_optimizer to give.
 _OWNED = {"pattern", "transposed", "frozen", "shrink_steps"}
-_NO_ZERO = (
-    "DeepSpeed ZeRO flattens parameters: their matrices cannot be shrunk. Train with DDP or FSDP2 "
-    "instead."
-)
 
 OptimizerFactory = Callable[[], Callable[..., Optimizer]]
 
@@ -93,8 +89,7 @@ def trainer_optimizer(
 
     def factory() -> Callable[..., Optimizer]:
         def make(model: nn.Module, **arguments: Any) -> Optimizer:
-            if is_deepspeed_zero3_enabled():
-                raise ValueError(_NO_ZERO)
+            check_training(SHRINKING)
             shrinking = {name: arguments.pop(name) for name in SETTINGS if name in arguments}
             groups = sparse_param_groups(model, config, weight_decay=weight_decay)
             for group in groups:
@@ -200,8 +195,7 @@ class SparsityCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Set up the Sparsifier, for a new run or a resumed one."""
-        if getattr(args, "deepspeed", None):
-            raise ValueError(_NO_ZERO)
+        check_training(SHRINKING, args)
         self._start = time.perf_counter()
         self.sparsifier = Sparsifier(
             optimizer, self.config, state.max_steps, schedule=self.schedule, **self._arguments

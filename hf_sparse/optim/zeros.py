@@ -1,4 +1,4 @@
-"""The zeros of a model's weights: which layers have them, and what tells them apart from others'."""
+"""The zeros of a model's weights: which layers have them, and a hash of their places."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def refill_(weight: Tensor, kept: Tensor) -> None:
     weight.add_(kept.sub_(unlike(weight)), alpha=torch.finfo(weight.dtype).tiny)
 
 
-def fingerprint(weights: Iterable[Tensor]) -> str:
+def zeros_hash(weights: Iterable[Tensor]) -> str:
     """A hash of the places of the zeros in some weights."""
     digest = hashlib.sha256()
     for weight in weights:

@@ -26,7 +26,7 @@ _IN_TRAINING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def provenance_of(model: nn.Module) -> Provenance:
-    """What a model remembers; or else what the config tells that it was loaded with."""
+    """The provenance of a model, or else that in the config which it was loaded with."""
     model = _inside(model)
     if _PROVENANCE not in vars(model):
         remember_(model, read_entry(getattr(getattr(model, "config", None), ENTRY, None)))
@@ -125,12 +125,12 @@ def end_teaching_(model: nn.Module) -> None:
 
 
 def forget_teaching_(model: nn.Module) -> None:
-    """Forget the announced teacher: the caller tells of it."""
+    """Forget the announced teacher, which the caller records."""
     remember_(model, replace(provenance_of(model), teaching=None))
 
 
 def with_teaching_told(model: nn.Module) -> Provenance:
-    """What a model remembers, and of a teacher that no step of training tells of."""
+    """The provenance of a model, with a step for a teacher that no step of training names."""
     return provenance_of(model).with_teaching_told(optimizer_of(_inside(model)))
 
 

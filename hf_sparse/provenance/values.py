@@ -206,7 +206,7 @@ class Provenance:
         return replace(self, steps=(*steps, step), metrics=(), weights=None)
 
     def with_filled_zeros(self, promised: float, found: float) -> Provenance:
-        """With the step that tells of lost zeros, told once; metrics stay those of the weights."""
+        """With one step that records lost zeros; metrics stay those of the weights."""
         step = Step.of(FILLED, {"promised": promised, "found": found})
         steps = self.steps[:-1] if self.steps and self.steps[-1].method == FILLED else self.steps
         return replace(self, steps=(*steps[-LONGEST_LIST + 1 :], step))

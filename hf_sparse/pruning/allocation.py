@@ -53,7 +53,7 @@ def check_allocation(allocation: str, pattern: Pattern) -> None:
         )
 
 
-def allocate(allocation: str, task: Task) -> dict[str, float]:
+def layer_sparsities(allocation: str, task: Task) -> dict[str, float]:
     """The sparsity of each layer, by name; layers outside the blocks get the task's.
 
     `owl` takes the calibration data once through the dense model.

@@ -30,7 +30,7 @@ from hf_sparse.pruning import (
     taylor,
     wanda,
 )
-from hf_sparse.pruning.allocation import allocate, check_allocation
+from hf_sparse.pruning.allocation import check_allocation, layer_sparsities
 from hf_sparse.pruning.layerwise import LayerPruner, PruneBlock, Refinement, prune_layers
 from hf_sparse.pruning.problem import Problem, Solver
 from hf_sparse.pruning.prox_local import check_learnable
@@ -249,7 +249,7 @@ class Recipe:
                     "there are no gradients inside torch.inference_mode(). Call prune_ outside it."
                 )
         if not task.sparsities:
-            task.sparsities = allocate(self.composition.allocation, task)
+            task.sparsities = layer_sparsities(self.composition.allocation, task)
         if self.method.masks is None:
             self._prune_by_solver(task)
         else:

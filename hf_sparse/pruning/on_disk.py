@@ -62,7 +62,7 @@ class OnDisk(Residence):
 
     @property
     def all_notes(self) -> tuple[str, ...]:
-        """Of the run that is resumed, and of this one."""
+        """The notes of the run that is resumed, and of this one."""
         return (*self.earlier_notes, *self._notes.lines())
 
     @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.arguments import check_finite, check_model
+from hf_sparse.arguments import check_finite, check_has_value, check_model
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.processes import own_batches
 from hf_sparse.calibration.walk import Residence
@@ -148,11 +148,8 @@ def check_not_compiled(model: nn.Module) -> None:
 
 def _check_layers(targets: Targets) -> None:
     for layer in targets.layers:
-        if layer.parameter.device.type == "meta":
-            raise ValueError(
-                f"{layer.weight_name} is on the meta device, it has no values. Load the model without "
-                "offloading it, or prune it from disk to disk with hf_sparse.prune_checkpoint."
-            )
+        instead = " Or prune it from disk to disk: hf_sparse.prune_checkpoint."
+        check_has_value(layer.weight_name, layer.parameter, "prune_", instead)
         check_finite(layer.weight_name, layer.weight)
         check_divides(targets.pattern, layer.weight_name, *layer.weight.shape)
 

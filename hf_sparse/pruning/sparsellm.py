@@ -3,7 +3,7 @@
 Source: Bai et al., "SparseLLM: Towards Global Pruning of Pre-trained Language Models",
 https://arxiv.org/abs/2402.17946.
 
-Of a network `Y = W₂ act(W₁ X)` (gated: `W₂ (act(S X) * W₁ X)`) the pre-activations `z` (and `s`) and
+In a network `Y = W₂ act(W₁ X)` (gated: `W₂ (act(S X) * W₁ X)`) the pre-activations `z` (and `s`) and
 the activations `p` become free variables, which penalties tie to the layers:
 
     |W₂ p - Y|² + g |p - act(z)|² + |z - W₁ X|²        gated: act(s) * z, and |s - S X|²
@@ -263,7 +263,7 @@ class _Network:
 
 
 def _ridge(product: Tensor, dense: Tensor, gram: Tensor, factor: tuple[Tensor, float]) -> Tensor:
-    """The weights of least squared error on what `product` is the targets' product with the inputs of.
+    """Ridge regression: the weights of least squared error to targets, drawn to the dense weights.
 
     Args:
         product: `Tᵀ X` of targets `T` and inputs `X`, `(out_features, in_features)`.

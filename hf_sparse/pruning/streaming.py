@@ -47,7 +47,7 @@ from hf_sparse.files.work_folder import (
 from hf_sparse.formats import FormatError
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
-from hf_sparse.pruning.allocation import allocate
+from hf_sparse.pruning.allocation import layer_sparsities
 from hf_sparse.pruning.loading import dense_model_class
 from hf_sparse.pruning.methods import Recipe
 from hf_sparse.pruning.on_disk import OnDisk
@@ -271,7 +271,7 @@ def _sparsities(work: Path, recipe: Recipe, task: Task) -> dict[str, float]:
     """The sparsity of each layer, from the work folder if they are there."""
     file = work / "sparsities.json"
     if not file.exists():
-        found = allocate(recipe.composition.allocation, task)
+        found = layer_sparsities(recipe.composition.allocation, task)
         fresh = file.with_suffix(".new")
         fresh.write_text(json.dumps(found))
         sync_file(fresh)

@@ -204,7 +204,7 @@ def check_has_weights(model: nn.Module) -> None:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether layers of the model are wrapped by PEFT; PEFT is not imported to tell."""
+    """Whether layers of the model are wrapped by PEFT, found out without importing it."""
     return any(
         base.__name__ == "BaseTunerLayer"
         for module in model.modules()

@@ -98,7 +98,7 @@ class BlockSize:
 
 
 def full_size(config: Any) -> BlockSize:
-    """The size of each block that nothing was removed from, as a family's own config tells it."""
+    """The size of a block from which nothing was removed, read from the family's config."""
     heads = config.num_attention_heads
     neurons = [getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
     return BlockSize(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_sparse.arguments import check_finite
+from hf_sparse.arguments import check_finite, check_has_value
 from hf_sparse.structure.layers import (
     TargetLayer,
     check_has_weights,
@@ -112,25 +112,20 @@ class BlockUnits:
         for layer in self.entries:
             _select_(layer, rows=neurons)
         _select_(self.down, columns=neurons)
-        self._tell(len(heads), len(key_heads), len(neurons))
+        self._set_sizes_(len(heads), len(key_heads), len(neurons))
 
-    def _tell(self, heads: int, key_heads: int, neurons: int) -> None:
-        """Tell the modules their new sizes, under the names that the families have for them."""
-        attention = self.block.get_submodule(self.parts.qkv[0].rpartition(".")[0])
-        network = self.block.get_submodule(self.parts.up.rpartition(".")[0])
-        for module, sizes in (
-            (
-                attention,
-                {
-                    "num_attention_heads": heads,
-                    "num_heads": heads,
-                    "all_head_size": heads * self.head_dim,
-                    "split_size": heads * self.head_dim,
-                    "num_key_value_groups": heads // key_heads,
-                },
-            ),
-            (network, {"intermediate_size": neurons}),
-        ):
+    def _set_sizes_(self, heads: int, key_heads: int, neurons: int) -> None:
+        """Set the attributes of the modules that hold their sizes, as the families name them."""
+        attention = {
+            "num_attention_heads": heads,
+            "num_heads": heads,
+            "all_head_size": heads * self.head_dim,
+            "split_size": heads * self.head_dim,
+            "num_key_value_groups": heads // key_heads,
+        }
+        network = {"intermediate_size": neurons}
+        for path, sizes in ((self.parts.qkv[0], attention), (self.parts.up, network)):
+            module = self.block.get_submodule(path.rpartition(".")[0])
             for name, value in sizes.items():
                 if hasattr(module, name):
                     setattr(module, name, value)
@@ -240,11 +235,7 @@ def check_whole(layers: Iterable[TargetLayer]) -> None:
                 f"{layer.weight_name} is cut into shards by FSDP, and shrinking works on whole "
                 "weights. Shrink the model before it is sharded."
             )
-        if weight.device.type == "meta":
-            raise ValueError(
-                f"{layer.weight_name} is on the meta device, it has no values. Load the model without "
-                "offloading it."
-            )
+        check_has_value(layer.weight_name, weight, "shrinking")
         if not weight.is_floating_point():
             raise ValueError(
                 f"{layer.weight_name} is {weight.dtype}: the model is quantized. Shrink it before, or "

@@ -116,7 +116,7 @@ def activate(f: Function, target: Target, name: str, x: Value) -> Value:
     return x * reciprocal(f, target, exponential(f, target, zero - argument) + 1.0)
 
 
-def activation(target: Target, name: str, gated: bool) -> Function:
+def activation(target: Target, name: str, *, gated: bool) -> Function:
     """The kernel `name` or `name_gate`."""
     function = SIGNATURE.function(f"{name}_gate" if gated else name)
     x, y, vectors = function.parameters

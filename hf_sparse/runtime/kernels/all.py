@@ -22,19 +22,19 @@ from hf_sparse.runtime.llvm.jit import Code, compile_kernels
 from hf_sparse.runtime.llvm.target import Target
 
 
-def kernel_functions(target: Target, kept: WeightType = FLOAT32) -> list[Function]:
-    """Every kernel that a program may name whose weights are of type `kept`."""
-    functions = [worker.worker(target, True), worker.worker(target, False)]
+def kernel_functions(target: Target, weight_type: WeightType = FLOAT32) -> list[Function]:
+    """Every kernel that a program may name whose weights are of type `weight_type`."""
+    functions = [worker.worker(target, parallel=parallel) for parallel in (True, False)]
     functions += [tiles.append(), tiles.copy(target)]
-    functions += single_token.decode_functions(target, kept)
+    functions += single_token.decode_functions(target, weight_type)
     for name in activation.ACTIVATIONS:
-        functions += [activation.activation(target, name, gated) for gated in (False, True)]
+        functions += [activation.activation(target, name, gated=gated) for gated in (False, True)]
     for vectors in (1, 2, 4):
         functions += [
-            spmm.spmm(target, height, vectors, spmm.packed_type(height, kept))
+            spmm.spmm(target, height, vectors, spmm.packed_type(height, weight_type))
             for height in spmm.UNROLL
         ]
-        functions.append(dense.dense(target, vectors, kept))
+        functions.append(dense.dense(target, vectors, weight_type))
         functions += [
             normalisation.normalisation(target, norm, vectors) for norm in normalisation.NORMS
         ]
@@ -48,6 +48,6 @@ def kernel_functions(target: Target, kept: WeightType = FLOAT32) -> list[Functio
 
 
 @functools.cache
-def kernels(target: Target, cache: Path | None, kept: WeightType = FLOAT32) -> Code:
+def kernels(target: Target, cache: Path | None, weight_type: WeightType = FLOAT32) -> Code:
     """The compiled kernels of a target and a type of weights, once per process."""
-    return compile_kernels(kernel_functions(target, kept), target, cache)
+    return compile_kernels(kernel_functions(target, weight_type), target, cache)

@@ -39,21 +39,23 @@ SIGNATURE = Signature(
 )
 
 
-def name(vectors: int, kept: WeightType = FLOAT32) -> str:
+def name(vectors: int, weight_type: WeightType = FLOAT32) -> str:
     """The symbol of the kernel for tiles of `vectors` vectors."""
-    return f"dense{vectors}{kept.suffix}"
+    return f"dense{vectors}{weight_type.suffix}"
 
 
-def dense(target: Target, vectors: int, kept: WeightType = FLOAT32) -> Function:
+def dense(target: Target, vectors: int, weight_type: WeightType = FLOAT32) -> Function:
     """The kernel for tiles `vectors` vectors wide."""
-    function = SIGNATURE.function(name(vectors, kept))
-    _Kernel(function, target, vectors, kept).write()
+    function = SIGNATURE.function(name(vectors, weight_type))
+    _Kernel(function, target, vectors, weight_type).write()
     return function
 
 
 class _Kernel:
-    def __init__(self, function: Function, target: Target, vectors: int, kept: WeightType) -> None:
-        self.f, self.target, self.kept, self.vectors = function, target, kept, vectors
+    def __init__(
+        self, function: Function, target: Target, vectors: int, weight_type: WeightType
+    ) -> None:
+        self.f, self.target, self.weight_type, self.vectors = function, target, weight_type, vectors
         self.weight, self.row_bytes, self.columns, self.first, self.last, *rest = (
             function.parameters
         )
@@ -65,7 +67,7 @@ class _Kernel:
         while ROWS * self.width > target.registers // 2:
             self.width //= 2
         self.zero = function.constant(0.0, self.kind)
-        self.widened = None if kept is FLOAT32 else function.scratch(4 * ROWS * _WIDENED)
+        self.widened = None if weight_type is FLOAT32 else function.scratch(4 * ROWS * _WIDENED)
 
     def write(self) -> None:
         with self.f.range(self.last, start=self.first, step=ROWS) as row:
@@ -146,7 +148,7 @@ class _Kernel:
         widened = [room.at(4 * r * _WIDENED) for r in range(ROWS)]
         with f.range(self.columns, step=_WIDENED) as begun:
             count = f.minimum_integer(self.columns - begun, f.constant(_WIDENED, "i64"))
-            sources = [place.at(begun * self.kept.size) for place in places]
+            sources = [place.at(begun * self.weight_type.size) for place in places]
             self._widen(sources, widened, count)
             inputs = self.x.at(begun * self.tile_row)
             self._multiply(widened, inputs, count, sums, first, ahead=False)
@@ -157,11 +159,13 @@ class _Kernel:
         whole = count / lanes * lanes
         with f.range(whole, step=lanes) as i:
             for source, goal in zip(sources, goals, strict=True):
-                place = source.at(i * self.kept.size)
+                place = source.at(i * self.weight_type.size)
                 place.at(self.row_bytes * ROWS).prefetch()
-                loaded = self.kept.load(f, self.target, place, lanes)
+                loaded = self.weight_type.load(f, self.target, place, lanes)
                 goal.at(i * 4).store(loaded, 4 * lanes)
         with f.range(count, start=whole) as i:
             for source, goal in zip(sources, goals, strict=True):
                 place = goal.at(i * 4)
-                place.store(self.kept.load(f, self.target, source.at(i * self.kept.size)))
+                place.store(
+                    self.weight_type.load(f, self.target, source.at(i * self.weight_type.size))
+                )

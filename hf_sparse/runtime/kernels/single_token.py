@@ -96,40 +96,46 @@ def _finish(
     place.store(results.get(), 4)
 
 
-def _expand(f: Function, target: Target, kept: WeightType, at: Value, bits: Value) -> Value:
+def _expand(f: Function, target: Target, weight_type: WeightType, at: Value, bits: Value) -> Value:
     """The weights at `at`, one after another, in the lanes that the last 16 bits name; else 0."""
     if not target.has_expand:
-        return _shuffled(f, target, kept, at, bits)
+        return _shuffled(f, target, weight_type, at, bits)
     lanes, mask = COLUMNS, bits.cast("trunc", "i16")
-    if kept is BFLOAT16:
+    if weight_type is BFLOAT16:
         # Into every other lane of twice as many: the upper halves of floats.
         lanes = 2 * COLUMNS
         odd = f.constant(0xAAAAAAAA, "i32")
         mask = f.call("i32", "llvm.x86.bmi.pdep.32", bits.cast("trunc", "i32"), odd)
-    kind = vector(lanes, kept.lane)
+    kind = vector(lanes, weight_type.lane)
     # A plain load and an expansion between registers are faster than the load that expands.
-    loaded = f.emit(kind, f"load volatile {kind}, {at}, align {kept.size}")
-    name = f"llvm.x86.avx512.mask.expand.v{lanes}{kept.lane}"
+    loaded = f.emit(kind, f"load volatile {kind}, {at}, align {weight_type.size}")
+    name = f"llvm.x86.avx512.mask.expand.v{lanes}{weight_type.lane}"
     chosen = mask.cast("bitcast", vector(lanes, "i1"))
     expanded = f.call(kind, name, loaded, f.constant(0, kind), chosen)
-    if kept is BFLOAT16:
+    if weight_type is BFLOAT16:
         return expanded.cast("bitcast", vector(COLUMNS))
-    return kept.floats(f, target, expanded)
+    return weight_type.floats(f, target, expanded)
 
 
-def _shuffled(f: Function, target: Target, kept: WeightType, at: Value, bits: Value) -> Value:
+def _shuffled(
+    f: Function, target: Target, weight_type: WeightType, at: Value, bits: Value
+) -> Value:
     """As `_expand`, as many weights at a time as there are in 16 bytes."""
-    count, bytes_kind = 16 // kept.size, vector(16, "i8")
-    table = f.table(f"expand{kept.size}", _shuffles(kept.size))
+    count, bytes_kind = 16 // weight_type.size, vector(16, "i8")
+    table = f.table(f"expand{weight_type.size}", _shuffles(weight_type.size))
     shuffle = "x86.ssse3.pshuf.b.128" if is_x86() else "aarch64.neon.tbl1.v16i8"
     parts = []
     for first in range(0, COLUMNS, count):
         mask = (bits >> first) & ((1 << count) - 1)
         before = bits & ((1 << first) - 1)
-        place = at.at(f.popcount(before) * kept.size)
+        place = at.at(f.popcount(before) * weight_type.size)
         order = table.at(mask * 16).load(bytes_kind, 16)
-        spread = f.call(bytes_kind, f"llvm.{shuffle}", place.load(bytes_kind, kept.size), order)
-        parts.append(kept.floats(f, target, spread.cast("bitcast", vector(count, kept.lane))))
+        spread = f.call(
+            bytes_kind, f"llvm.{shuffle}", place.load(bytes_kind, weight_type.size), order
+        )
+        parts.append(
+            weight_type.floats(f, target, spread.cast("bitcast", vector(count, weight_type.lane)))
+        )
     return f.joined(parts)
 
 
@@ -148,9 +154,9 @@ def _shuffles(size: int) -> bytes:
     return bytes(found)
 
 
-def sparse_rows(target: Target, kept: WeightType) -> Function:
+def sparse_rows(target: Target, weight_type: WeightType) -> Function:
     """The kernel for packed rows (`DecodeWeight` in `weights/rows.py`)."""
-    f = SPARSE_ROWS.function(f"sparse_rows{kept.suffix}")
+    f = SPARSE_ROWS.function(f"sparse_rows{weight_type.suffix}")
     words, values, x, y, bias, groups, row_words, add = f.parameters
     kind = vector(COLUMNS)
     stream = f.variable(values)
@@ -162,26 +168,26 @@ def sparse_rows(target: Target, kept: WeightType) -> Function:
             place = first.at(word * 8)
             bits = place.load("i64")
             start = stream.get()
-            for line in range(0, 32 * kept.size, 64):
+            for line in range(0, 32 * weight_type.size, 64):
                 start.at(_AHEAD + line).prefetch()
             place.at(_AHEAD // 8).prefetch()
             inputs = x.at(word * (4 * COLUMNS)).load(kind, 4)
             at = start
             for row in range(GROUP):
-                loaded = _expand(f, target, kept, at, bits >> (COLUMNS * row))
+                loaded = _expand(f, target, weight_type, at, bits >> (COLUMNS * row))
                 sums[row].set(f.fma(loaded, inputs, sums[row].get()))
                 # Counted from the start, so that the rows do not wait for each other.
                 before = (1 << (COLUMNS * (row + 1))) - 1
                 if row < GROUP - 1:
-                    at = start.at(f.popcount(bits & before) * kept.size)
-            stream.set(start.at(f.popcount(bits) * kept.size))
+                    at = start.at(f.popcount(bits & before) * weight_type.size)
+            stream.set(start.at(f.popcount(bits) * weight_type.size))
         _finish(f, y, bias, add, sums, group)
     return f
 
 
-def dense_rows(target: Target, kept: WeightType) -> Function:
+def dense_rows(target: Target, weight_type: WeightType) -> Function:
     """The kernel for a weight that is not packed."""
-    f = DENSE_ROWS.function(f"dense_rows{kept.suffix}")
+    f = DENSE_ROWS.function(f"dense_rows{weight_type.suffix}")
     weight, row_bytes, x, y, bias, groups, columns, add = f.parameters
     kind, lanes = vector(target.lanes), target.lanes
     zero = f.constant(0.0, kind)
@@ -191,10 +197,10 @@ def dense_rows(target: Target, kept: WeightType) -> Function:
         with f.range(columns, step=lanes) as i:
             inputs = x.at(i * 4).load(kind, 4)
             for row, total in zip(rows, sums, strict=True):
-                place = row.at(i * kept.size)
+                place = row.at(i * weight_type.size)
                 # A group's rows lie behind one another: this is 4 rows further.
                 place.at(row_bytes * GROUP).prefetch()
-                loaded = kept.load(f, target, place, lanes)
+                loaded = weight_type.load(f, target, place, lanes)
                 total.set(f.fma(loaded, inputs, total.get()))
         _finish(f, y, bias, add, sums, group)
     return f
@@ -324,11 +330,11 @@ def row_attention(target: Target) -> Function:
     return f
 
 
-def decode_functions(target: Target, kept: WeightType) -> list[Function]:
-    """All kernels of this file, for weights of type `kept`."""
+def decode_functions(target: Target, weight_type: WeightType) -> list[Function]:
+    """All kernels of this file, for weights of type `weight_type`."""
     return [
-        sparse_rows(target, kept),
-        dense_rows(target, kept),
+        sparse_rows(target, weight_type),
+        dense_rows(target, weight_type),
         row_norm(target, "layer"),
         row_norm(target, "rms"),
         row_rotary(),

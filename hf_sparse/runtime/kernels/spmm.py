@@ -59,28 +59,28 @@ SIGNATURE = Signature(
 )
 
 
-def packed_type(height: int, kept: WeightType) -> WeightType:
-    """The type in which blocks of `height` rows of a weight of type `kept` are packed."""
-    return kept if height == 1 else FLOAT32
+def packed_type(height: int, weight_type: WeightType) -> WeightType:
+    """The type in which blocks of `height` rows of a weight of type `weight_type` are packed."""
+    return weight_type if height == 1 else FLOAT32
 
 
-def name(height: int, vectors: int, kept: WeightType = FLOAT32) -> str:
+def name(height: int, vectors: int, weight_type: WeightType = FLOAT32) -> str:
     """The symbol of the kernel for blocks of `height` rows and tiles of `vectors` vectors."""
-    return f"spmm{height}x{vectors}{kept.suffix}"
+    return f"spmm{height}x{vectors}{weight_type.suffix}"
 
 
-def spmm(target: Target, height: int, vectors: int, kept: WeightType = FLOAT32) -> Function:
+def spmm(target: Target, height: int, vectors: int, weight_type: WeightType = FLOAT32) -> Function:
     """The kernel for blocks of `height` x 1 weights and tiles `vectors` vectors wide."""
-    function = SIGNATURE.function(name(height, vectors, kept))
-    _Kernel(function, target, height, vectors, kept).write()
+    function = SIGNATURE.function(name(height, vectors, weight_type))
+    _Kernel(function, target, height, vectors, weight_type).write()
     return function
 
 
 class _Kernel:
     def __init__(
-        self, function: Function, target: Target, height: int, vectors: int, kept: WeightType
+        self, function: Function, target: Target, height: int, vectors: int, weight_type: WeightType
     ) -> None:
-        self.f, self.target, self.kept = function, target, kept
+        self.f, self.target, self.weight_type = function, target, weight_type
         self.height, self.vectors = height, vectors
         self.lanes = target.lanes
         self.row_bytes = 4 * target.lanes * vectors
@@ -93,7 +93,7 @@ class _Kernel:
         self.kind = vector(self.lanes)
         # The weights of a round, widened.
         round_size = 4 * height * self.sides * self.unroll
-        self.widened = None if kept is FLOAT32 else function.scratch(round_size)
+        self.widened = None if weight_type is FLOAT32 else function.scratch(round_size)
 
     def write(self) -> None:
         f = self.f
@@ -172,7 +172,7 @@ class _Kernel:
         """`count` nonzeros (blocks of them) of every side."""
         values, indices = self.values.get(), self.indices.get()
         index_bytes = count * self.index_bytes * self.sides
-        value_bytes = self.kept.size * count * self.height * self.sides
+        value_bytes = self.weight_type.size * count * self.height * self.sides
         values.at(_AHEAD_VALUES).prefetch()
         if value_bytes > 64:
             values.at(_AHEAD_VALUES + 64).prefetch()
@@ -198,8 +198,8 @@ class _Kernel:
     def _widen(self, values: Value, room: Value, count: int) -> Value:
         """`room`, with the weights of a round in float32; whole vectors are read."""
         for first in range(0, count * self.height * self.sides, self.lanes):
-            place = values.at(self.kept.size * first)
-            loaded = self.kept.load(self.f, self.target, place, self.lanes)
+            place = values.at(self.weight_type.size * first)
+            loaded = self.weight_type.load(self.f, self.target, place, self.lanes)
             room.at(4 * first).store(loaded, 4 * self.lanes)
         return room
 

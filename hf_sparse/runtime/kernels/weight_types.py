@@ -81,7 +81,7 @@ FLOAT32 = WeightType(torch.float32, np.dtype(np.float32))
 BFLOAT16 = WeightType(torch.bfloat16, np.dtype(np.uint16), "_bf16")
 FLOAT16 = WeightType(torch.float16, np.dtype(np.float16), "_f16")
 
-WEIGHT_TYPES = {kept.dtype: kept for kept in (FLOAT32, BFLOAT16, FLOAT16)}
+WEIGHT_TYPES = {weight_type.dtype: weight_type for weight_type in (FLOAT32, BFLOAT16, FLOAT16)}
 
 
 def type_of(values: NDArray) -> WeightType:
@@ -90,8 +90,8 @@ def type_of(values: NDArray) -> WeightType:
     Raises:
         ValueError: there is none that numpy holds in this type.
     """
-    for kept in WEIGHT_TYPES.values():
-        if kept.array == values.dtype:
-            return kept
-    known = ", ".join(str(kept.array) for kept in WEIGHT_TYPES.values())
+    for weight_type in WEIGHT_TYPES.values():
+        if weight_type.array == values.dtype:
+            return weight_type
+    known = ", ".join(str(weight_type.array) for weight_type in WEIGHT_TYPES.values())
     raise ValueError(f"values are {values.dtype}; wanted one of {known}.")

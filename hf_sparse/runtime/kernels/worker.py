@@ -20,7 +20,7 @@ PHASES, LISTS, STARTS, OPERATIONS, BARRIER, THREAD_NUMBER, THREAD_COUNT, YIELD =
 PROGRAM_WORDS = 8
 
 
-def worker(target: Target, parallel: bool) -> Function:
+def worker(target: Target, *, parallel: bool) -> Function:
     """What each thread runs. Argument: the address of a program's words.
 
     Args:

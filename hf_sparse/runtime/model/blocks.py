@@ -63,8 +63,8 @@ def pack_blocks(
 ) -> Stack:
     """Pack the weights of all blocks. The modules are read, not kept."""
     packed: dict[int, Block] = {}
-    single = Shelf() if family.causal else None
-    packer = _Packer(family, _common_type(modules), Shelf(), single, rates)
+    rows_shelf = Shelf() if family.causal else None
+    packer = _Packer(family, _common_type(modules), Shelf(), rows_shelf, rates)
     blocks = []
     for index, module in enumerate(modules):
         if id(module) not in packed:
@@ -81,7 +81,7 @@ def pack_blocks(
 
 
 def numbers_of(config: Any, family: Blocks) -> dict[str, Any]:
-    """What a config tells of a stack: its fields but the weights and the perceptron's size."""
+    """The fields of a stack that its config holds: all but the weights and the perceptron's size."""
     heads, key_heads, head_dim = _sizes(config)
     first = family.norm_first
     return {
@@ -130,14 +130,14 @@ class _Packer:
         family: where a block's parts are.
         dtype: of all weights.
         shelf: where they are put.
-        single: where those for single tokens are put, if there are any.
+        rows_shelf: where those for single tokens are put, if there are any.
         rates: speed of the kernels.
     """
 
     family: Blocks
     dtype: torch.dtype
     shelf: Shelf
-    single: Shelf | None
+    rows_shelf: Shelf | None
     rates: Rates
 
     def block(self, module: nn.Module, name: str, window: int) -> Block:
@@ -191,7 +191,7 @@ class _Packer:
             weight,
             bias,
             column_chunk=column_chunk,
-            single=self.single,
+            rows_shelf=self.rows_shelf,
             shelf=self.shelf,
             rates=self.rates,
         )

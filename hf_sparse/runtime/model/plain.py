@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
+from hf_sparse.arguments import check_has_value
 from hf_sparse.runtime.model.exchanged import why_not_own
 
 # transformers' own hooks, which collect outputs and change none: they are installed again.
@@ -81,11 +82,7 @@ def check_no_global_hooks() -> None:
 def check_in_memory(model: nn.Module) -> None:
     """Raise a ValueError unless all of a model is in memory and on the CPU."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.device.type == "meta":
-            raise ValueError(
-                f"{name} is on the meta device: it is offloaded to a disk, or was never loaded; wanted "
-                "the CPU. Load the whole model: from_pretrained without device_map."
-            )
+        check_has_value(name, tensor, "compile")
         if tensor.device.type != "cpu":
             raise ValueError(
                 f"{name} is on {tensor.device}; wanted the CPU: model.to('cpu') first."

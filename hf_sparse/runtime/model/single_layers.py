@@ -238,9 +238,9 @@ class CompiledHead(_Layer):
     def _program(self, tokens: int, threads: int) -> Program:
         """Multiplies a few tokens, one after the other, by a thread's rows."""
         rows, columns = self.out_features, self.in_features
-        kept = WEIGHT_TYPES[self.weight.dtype]
+        weight_type = WEIGHT_TYPES[self.weight.dtype]
         bias = 0 if self.bias is None else self.bias.data_ptr()
-        weight, stride = self.weight.data_ptr(), kept.size * columns
+        weight, stride = self.weight.data_ptr(), weight_type.size * columns
         lists: list[list[Operation]] = []
         for first, last in share_rows(rows, threads):
             lists.append([])
@@ -251,7 +251,7 @@ class CompiledHead(_Layer):
                 for token in range(tokens):
                     lists[-1].append(
                         DENSE_ROWS.operation(
-                            f"dense_rows{kept.suffix}",
+                            f"dense_rows{weight_type.suffix}",
                             weight=weight + start * stride,
                             row_bytes=stride,
                             x=Slot("x", 4 * token * columns),

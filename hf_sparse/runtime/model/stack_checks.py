@@ -64,7 +64,7 @@ def check_linear(linear: Linear, place: str) -> None:
     Raises:
         ValueError: something does not fit; the message names it.
     """
-    kept, edges, first = WEIGHT_TYPES[linear.dtype], linear.edges, linear.parts[0][0]
+    weight_type, edges, first = WEIGHT_TYPES[linear.dtype], linear.edges, linear.parts[0][0]
     texts = isinstance(linear.name, str) and isinstance(linear.pattern, str)
     require(texts, place, f"it is called {linear.name!r}, with {linear.pattern!r}")
     straight = all(type(edge) is int for edge in edges) and edges[0] == 0
@@ -79,7 +79,7 @@ def check_linear(linear: Linear, place: str) -> None:
                 fits = begins and packed.weight.shape[1] == edges[-1]
                 require(fits and type(packed.columns) is int, place, "its dense columns")
             else:
-                check(packed, kept)
+                check(packed, weight_type)
             width = edges[number + 1] - edges[number]
             same = packed.rows == first.rows and 0 < packed.columns == width
             require(same, place, f"a part is {packed.rows} x {packed.columns}")
@@ -99,7 +99,7 @@ def check_linear(linear: Linear, place: str) -> None:
     elif linear.single is not None:
         same = (linear.single.rows, linear.single.columns) == (rows, columns)
         require(same, place, "its weight for single tokens has another shape")
-        check_decode(linear.single, kept)
+        check_decode(linear.single, weight_type)
 
 
 def require_matrix(tensor: Tensor, dtype: torch.dtype, place: str) -> None:

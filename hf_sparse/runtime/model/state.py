@@ -158,7 +158,8 @@ def _restore_block(
 def _restore_linear(
     described: Mapping[str, Any], place: str, tensors: Mapping[str, Tensor]
 ) -> Linear:
-    kept = {str(dtype): kept for dtype, kept in WEIGHT_TYPES.items()}[described["dtype"]]
+    by_name = {str(dtype): weight_type for dtype, weight_type in WEIGHT_TYPES.items()}
+    weight_type = by_name[described["dtype"]]
     dense, streams = tensors.get(f"{place}.dense"), itertools.count()
 
     def part(numbers: Mapping[str, Any]) -> PackedWeight | DenseWeight:
@@ -184,6 +185,6 @@ def _restore_linear(
         edges,
         tensors.get(f"{place}.bias"),
         described["zeros"],
-        kept.dtype,
+        weight_type.dtype,
         single,
     )

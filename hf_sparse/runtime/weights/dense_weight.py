@@ -58,11 +58,11 @@ class DenseWeight:
     ) -> Operation:
         """Multiply one chunk of rows; addresses as `PackedWeight.operation`'s."""
         first, last = (int(row) for row in self.chunk_rows[chunk : chunk + 2])
-        kept = WEIGHT_TYPES[self.weight.dtype]
-        stride = kept.size * self.weight.shape[1]
-        weight = self.weight.data_ptr() + kept.size * self.first_column
+        weight_type = WEIGHT_TYPES[self.weight.dtype]
+        stride = weight_type.size * self.weight.shape[1]
+        weight = self.weight.data_ptr() + weight_type.size * self.first_column
         return SIGNATURE.operation(
-            name(vectors, kept),
+            name(vectors, weight_type),
             weight=weight,
             row_bytes=stride,
             columns=self.columns,

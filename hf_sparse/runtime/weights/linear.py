@@ -39,7 +39,7 @@ class Linear:
         edges: `len(parts) + 1` columns, where the parts begin and end.
         bias: `(rows,)`, or None.
         zeros: weights that are zero.
-        dtype: of the weight, a key of `WEIGHT_TYPES`; it is kept so in memory, but for blocks.
+        dtype: of the weight, a key of `WEIGHT_TYPES`; packed values have it too, but for blocks.
         single: the weight for single tokens: packed, or as it is, `(rows, columns)` in whole
             vectors; None if there are no single tokens.
     """
@@ -71,10 +71,8 @@ class Linear:
     @property
     def nbytes(self) -> int:
         """Bytes of the packed weight; those of a dense one, which is torch's own, once."""
-        single = 0 if self.single is None else self.single.nbytes
-        if self.shares:
-            single = 0
-        return sum(packed.nbytes for packed in self.packed) + single
+        rows_weight = 0 if self.single is None or self.shares else self.single.nbytes
+        return sum(packed.nbytes for packed in self.packed) + rows_weight
 
     @property
     def is_dense(self) -> bool:
@@ -149,7 +147,7 @@ class Linear:
             add: onto what is in `y`.
         """
         bias = 0 if self.bias is None else self.bias.data_ptr() + 4 * first
-        kept = WEIGHT_TYPES[self.dtype]
+        weight_type = WEIGHT_TYPES[self.dtype]
         common = {
             "x": x,
             "y": y + 4 * first,
@@ -159,10 +157,10 @@ class Linear:
         }
         if isinstance(self.single, Tensor):
             columns = self.single.shape[1]
-            stride = kept.size * columns
+            stride = weight_type.size * columns
             weight = self.single.data_ptr() + first * stride
             return DENSE_ROWS.operation(
-                f"dense_rows{kept.suffix}",
+                f"dense_rows{weight_type.suffix}",
                 weight=weight,
                 row_bytes=stride,
                 columns=columns,
@@ -172,9 +170,13 @@ class Linear:
         row_words = self.single.words.shape[1]
         words = self.single.words.ctypes.data + first // GROUP * row_words * 8
         start = int(self.single.starts[first // DECODE_ROWS])
-        values = self.single.values.ctypes.data + kept.size * start
+        values = self.single.values.ctypes.data + weight_type.size * start
         return SPARSE_ROWS.operation(
-            f"sparse_rows{kept.suffix}", words=words, values=values, row_words=row_words, **common
+            f"sparse_rows{weight_type.suffix}",
+            words=words,
+            values=values,
+            row_words=row_words,
+            **common,
         )
 
     @property
@@ -206,11 +208,11 @@ def split_by_kernel(weight: np.ndarray, rates: Rates = NOMINAL) -> list[tuple[in
     """
     rows, columns = weight.shape
     nonzero = weight != 0
-    single = np.count_nonzero(nonzero) / max(nonzero.size, 1)
+    of_weights = np.count_nonzero(nonzero) / max(nonzero.size, 1)
     seconds: dict[tuple[int, ...], float] = {}
     if rows % ROWS == 0:  # the first of those that are as fast: it needs no packing
         seconds[(0,)] = 1 / rates.rate(4, 1.0)
-    seconds[(1,)] = single / rates.rate(1, single)
+    seconds[(1,)] = of_weights / rates.rate(1, of_weights)
     for height in sorted(spmm.UNROLL):
         if height > 1 and rows % height == 0 and columns <= 1 << 16:
             some = nonzero.reshape(rows // height, height, columns).any(axis=1)
@@ -219,13 +221,13 @@ def split_by_kernel(weight: np.ndarray, rates: Rates = NOMINAL) -> list[tuple[in
     if rows % 2 == 0:
         both = nonzero[::2] & nonzero[1::2]
         density = np.count_nonzero(both) / max(both.size, 1)
-        rest = single - density
+        rest = of_weights - density
         seconds[2, 1] = density / rates.rate(2, density) + rest / rates.rate(1, rest)
     best = min(seconds, key=lambda heights: seconds[heights])
     if len(best) == 1:
         return [(best[0], weight)]
-    kept = np.repeat(both, 2, axis=0)
-    return [(2, np.where(kept, weight, 0)), (1, np.where(kept, 0, weight))]
+    paired = np.repeat(both, 2, axis=0)
+    return [(2, np.where(paired, weight, 0)), (1, np.where(paired, 0, weight))]
 
 
 def pack_linear(
@@ -234,7 +236,7 @@ def pack_linear(
     bias: Tensor | None = None,
     *,
     column_chunk: int | None = None,
-    single: Shelf | None = None,
+    rows_shelf: Shelf | None = None,
     shelf: Shelf,
     rates: Rates = NOMINAL,
 ) -> Linear:
@@ -245,7 +247,7 @@ def pack_linear(
         weight: any float type; kept as it is if it is one of the `WEIGHT_TYPES`, else as float32.
         bias: `(out_features,)` or None.
         column_chunk: multiply this many columns at a time, as separate parts.
-        single: also pack it for single tokens, on this shelf.
+        rows_shelf: also pack it for single tokens, on this shelf.
         shelf: where the packed weight is put.
         rates: speed of the kernels, by which the one to use is chosen.
 
@@ -254,7 +256,7 @@ def pack_linear(
     """
     if weight.dtype not in WEIGHT_TYPES:
         weight = weight.float()
-    weight, kept = weight.detach().contiguous(), WEIGHT_TYPES[weight.dtype]
+    weight, weight_type = weight.detach().contiguous(), WEIGHT_TYPES[weight.dtype]
     for tensor, part in ((weight, "weight"), (bias, "bias")):
         if tensor is not None:
             check_finite(f"{name}: its {part}", tensor)
@@ -267,19 +269,23 @@ def pack_linear(
     parts: tuple[tuple[PackedWeight | DenseWeight, ...], ...]
     if summands[0][0] == 0:
         parts = tuple((DenseWeight(weight, start, stop - start),) for start, stop in columns_of)
-        if single is not None and zeros < MIN_DECODE_SPARSITY * array.size and _fits(array):
+        if rows_shelf is not None and zeros < MIN_DECODE_SPARSITY * array.size and _fits(array):
             return Linear(
-                name, _label(weight), parts, edges, _padded(bias), zeros, kept.dtype, weight
+                name, _label(weight), parts, edges, _padded(bias), zeros, weight_type.dtype, weight
             )
     else:
         wanted = [
             (part[:, start:stop], height) for start, stop in columns_of for height, part in summands
         ]
-        packed = [one.on(shelf) for one in pack_many(wanted, torch.get_num_threads(), kept)]
+        packed = [one.on(shelf) for one in pack_many(wanted, torch.get_num_threads(), weight_type)]
         each = len(summands)
         parts = tuple(tuple(packed[i : i + each]) for i in range(0, len(packed), each))
-    rows_weight = None if single is None else _single(array, zeros, kept, single)
-    return Linear(name, _label(weight), parts, edges, _padded(bias), zeros, kept.dtype, rows_weight)
+    rows_weight = None
+    if rows_shelf is not None:
+        rows_weight = _rows_weight(array, zeros, weight_type, rows_shelf)
+    return Linear(
+        name, _label(weight), parts, edges, _padded(bias), zeros, weight_type.dtype, rows_weight
+    )
 
 
 def _label(weight: Tensor) -> str:
@@ -301,13 +307,15 @@ def _padded(bias: Tensor | None) -> Tensor | None:
     return padded
 
 
-def _single(array: np.ndarray, zeros: int, kept: WeightType, shelf: Shelf) -> DecodeWeight | Tensor:
+def _rows_weight(
+    array: np.ndarray, zeros: int, weight_type: WeightType, shelf: Shelf
+) -> DecodeWeight | Tensor:
     """The weight for single tokens: packed if that is fewer bytes by a margin, else padded."""
     if zeros >= MIN_DECODE_SPARSITY * array.size:
-        return pack_decode(array, kept).on(shelf)
+        return pack_decode(array, weight_type).on(shelf)
     rows, columns = (
         -(-size // unit) * unit for size, unit in zip(array.shape, (GROUP, COLUMNS), strict=True)
     )
     padded = np.zeros((rows, columns), np.float32)
     padded[: array.shape[0], : array.shape[1]] = array
-    return torch.from_numpy(shelf.place(kept.narrow(padded))).view(kept.dtype)
+    return torch.from_numpy(shelf.place(weight_type.narrow(padded))).view(weight_type.dtype)

@@ -20,14 +20,14 @@ from hf_sparse.runtime.weights.panels import (
 )
 
 
-def check(packed: PackedWeight, kept: WeightType) -> None:
+def check(packed: PackedWeight, weight_type: WeightType) -> None:
     """Check that a packed weight, read from a file, leads the kernels nowhere but into its streams.
 
     All comparisons are exact: nothing is computed that could exceed 64 bits, and no slice is cut short.
 
     Args:
         packed: the weight.
-        kept: the type that it was packed from.
+        weight_type: the type that it was packed from.
 
     Raises:
         ValueError: a count, a row or a column is out of range, or a value is not finite; the
@@ -45,7 +45,7 @@ def check(packed: PackedWeight, kept: WeightType) -> None:
     streams = {
         "panels": (packed.panels, np.dtype(np.int32), (3,)),
         "groups": (packed.groups, np.dtype(np.int32), (3,)),
-        "values": (packed.values, spmm.packed_type(height, kept).array, ()),
+        "values": (packed.values, spmm.packed_type(height, weight_type).array, ()),
         "indices": (packed.indices, np.dtype(np.uint16 if wide else np.uint8), ()),
         "order": (packed.order, np.dtype(np.int32), ()),
         "chunks": (packed.chunks, np.dtype(np.int64), (5,)),

@@ -123,13 +123,13 @@ def chunk_edges(rows: int) -> Array:
     return np.array([*range(0, rows, CHUNK_ROWS), rows], np.int64)
 
 
-def pack(weight: Array, height: int = 1, kept: WeightType = FLOAT32) -> PackedWeight:
+def pack(weight: Array, height: int = 1, weight_type: WeightType = FLOAT32) -> PackedWeight:
     """Pack a weight; what is zero is not stored. As `pack_many`."""
-    return pack_many([(weight, height)], 1, kept)[0]
+    return pack_many([(weight, height)], 1, weight_type)[0]
 
 
 def pack_many(
-    weights: Sequence[tuple[Array, int]], threads: int = 1, kept: WeightType = FLOAT32
+    weights: Sequence[tuple[Array, int]], threads: int = 1, weight_type: WeightType = FLOAT32
 ) -> list[PackedWeight]:
     """Pack several weights; what is zero is not stored.
 
@@ -137,7 +137,7 @@ def pack_many(
         weights: weights `(rows, columns)` float32, and with each the height of its blocks, a key
             of `spmm.UNROLL`. Blocks that are only partly zero are stored whole.
         threads: chunks of rows that are packed at the same time.
-        kept: the type that the weights came from, in which single ones are stored.
+        weight_type: the type that the weights came from, in which single ones are stored.
 
     Raises:
         ValueError: a height does not divide the rows, or there are too many columns.
@@ -151,7 +151,7 @@ def pack_many(
         if panel > 1 << 16:
             raise ValueError(f"{columns} columns: blocks are packed for at most {1 << 16}.")
         tasks += [
-            (number, weight[start : start + CHUNK_ROWS], height, panel, start, kept)
+            (number, weight[start : start + CHUNK_ROWS], height, panel, start, weight_type)
             for start in range(0, rows, CHUNK_ROWS)
         ]
     with ThreadPoolExecutor(threads) as pool:

@@ -51,20 +51,20 @@ class DecodeWeight:
         return self.words.nbytes + self.values.nbytes
 
 
-def pack_decode(weight: Array, kept: WeightType = FLOAT32) -> DecodeWeight:
-    """Pack a weight `(rows, columns)` float32, whose values came from `kept`, for single tokens."""
+def pack_decode(weight: Array, weight_type: WeightType = FLOAT32) -> DecodeWeight:
+    """Pack a weight `(rows, columns)` float32, which was of type `weight_type`, for single tokens."""
     rows, columns = weight.shape
     parts = [
         _pack_decode_rows(weight[start : start + DECODE_ROWS])
         for start in range(0, rows, DECODE_ROWS)
     ]
     starts = np.cumsum([0, *(len(values) for _, values in parts)])
-    tail = np.zeros(PADDING // kept.size, kept.array)
+    tail = np.zeros(PADDING // weight_type.size, weight_type.array)
     return DecodeWeight(
         rows,
         columns,
         np.concatenate([words for words, _ in parts]),
-        np.concatenate([*(kept.narrow(values) for _, values in parts), tail]),
+        np.concatenate([*(weight_type.narrow(values) for _, values in parts), tail]),
         starts.astype(np.int64),
     )
 
@@ -90,7 +90,7 @@ def unpack_decode(packed: DecodeWeight) -> Array:
     return weight.reshape(groups * GROUP, -1)[: packed.rows, : packed.columns]
 
 
-def check_decode(packed: DecodeWeight, kept: WeightType) -> None:
+def check_decode(packed: DecodeWeight, weight_type: WeightType) -> None:
     """As `check`, for single tokens.
 
     Raises:
@@ -100,7 +100,7 @@ def check_decode(packed: DecodeWeight, kept: WeightType) -> None:
     shape = (-(-rows // GROUP), -(-columns // COLUMNS))
     require(words.dtype == np.uint64, f"words are {words.dtype}")
     require(words.shape == shape, f"words have the shape {words.shape}, not {shape}")
-    require(packed.values.dtype == kept.array, f"values are {packed.values.dtype}")
+    require(packed.values.dtype == weight_type.array, f"values are {packed.values.dtype}")
     require(packed.starts.dtype == np.int64, f"starts are {packed.starts.dtype}")
     for stream in (words, packed.values, packed.starts):
         fits = stream.flags.c_contiguous and stream.flags.aligned
@@ -115,6 +115,6 @@ def check_decode(packed: DecodeWeight, kept: WeightType) -> None:
     each = np.add.reduceat(counts, np.arange(0, len(counts), DECODE_ROWS // GROUP))
     wanted = np.cumsum([0, *each])
     require(np.array_equal(packed.starts, wanted), "starts do not match the bits")
-    room = int(wanted[-1]) + PADDING // kept.size
+    room = int(wanted[-1]) + PADDING // weight_type.size
     require(len(packed.values) == room, f"values are cut off: {len(packed.values)} of {room}")
     check_values(packed.values)
