@@ -67,6 +67,7 @@ AROUND_FORWARD = (
 # Where modules keep the hooks of a call, of its backward pass, and of their state dict.
 _FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _BACKWARD_HOOKS = ("_backward_pre_hooks", "_backward_hooks")
+_CALL_HOOKS = (*_FORWARD_HOOKS, *_BACKWARD_HOOKS)
 _STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
 
 
@@ -111,7 +112,7 @@ def has_forward_hooks(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module's calls, or their backward passes, run hooks."""
-    return any(vars(module)[kind] for kind in (*_FORWARD_HOOKS, *_BACKWARD_HOOKS))
+    return any(vars(module)[kind] for kind in _CALL_HOOKS)
 
 
 def all_hooks(module: nn.Module) -> list[Any]:
