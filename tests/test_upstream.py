@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -21,11 +23,11 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
-import hf_sparse
-import hf_sparse_cli
-
+# Found, and not imported: what is gone is told one by one, also where the package cannot be imported.
 PACKAGES = {
-    package.__name__: Path(str(package.__file__)).parent for package in (hf_sparse, hf_sparse_cli)
+    name: Path(str(spec.origin)).parent
+    for name in ("hf_sparse", "hf_sparse_cli")
+    if (spec := importlib.util.find_spec(name))
 }
 FOREIGN = ("transformers", "accelerate", "peft", "torch")
 # Modules below those packages that their manuals describe; what is imported from any other is unstable.
@@ -44,6 +46,8 @@ DOCUMENTED = (
 )
 # What some builds of torch lack, or is called by other names in another release.
 BUILT_IN_SOME = ("torch.backends", "torch.ops.aten", "torch.ops.mkldnn")
+# What may not be installed: where its modules are, and what those need.
+OPTIONAL = {"peft": ["peft"], "transformers.exporters": ["transformers.exporters", "onnxruntime"]}
 # Private names that may stand everywhere, and why.
 ALLOWED = {"_asdict": "a documented method of named tuples"}
 # Where attributes of all kinds are looked up by name.
@@ -265,17 +269,21 @@ def imported_in_rooms() -> list[tuple[str, str, str]]:
     )
 
 
-def is_optional(module: str) -> bool:
-    return module.startswith(("peft.", "transformers.exporters."))
+def module_of(name: str) -> ModuleType:
+    """A module of another package; the test is skipped where the package is optional and missing."""
+    for start, needed in OPTIONAL.items():
+        if f"{name}.".startswith(f"{start}."):
+            for package in needed:
+                pytest.importorskip(package)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        pytest.fail(f"{name} is gone, or lacks something: {error}")
 
 
 @pytest.mark.parametrize(("module", "name", "room"), imported_in_rooms())
 def test_a_name_that_a_room_imports_is_there(module: str, name: str, room: str) -> None:
-    if is_optional(module):
-        pytest.importorskip(module)
-    gone = f"{module}.{name} is gone: {room} needs another way"
-    assert importlib.util.find_spec(module) is not None, gone
-    assert hasattr(importlib.import_module(module), name), gone
+    assert hasattr(module_of(module), name), f"{module}.{name} is gone: {room} needs another way"
 
 
 # Methods that others call on ours, or that ours call on what they are made from.
@@ -311,7 +319,7 @@ def test_a_name_that_a_room_imports_is_there(module: str, name: str, room: str) 
     ],
 )
 def test_a_method_that_we_override_is_there(module: str, name: str) -> None:
-    value = pytest.importorskip(module) if is_optional(module) else importlib.import_module(module)
+    value: Any = module_of(module)
     for part in name.split("."):
         assert hasattr(value, part), f"{module}.{name} is gone"
         value = getattr(value, part)
