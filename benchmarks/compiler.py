@@ -43,7 +43,7 @@ from hf_sparse.runtime.kernels.all import kernel_functions
 from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE, compile_kernels
 from hf_sparse.runtime.llvm.target import host
 from hf_sparse.runtime.weights.rates import calibrate
-from hf_sparse.upstream import cache_name
+from hf_sparse.upstream.transformers.caches import cache_name
 
 PROMPTS = [
     "The capital of France is",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.suggestions import shortened
+from hf_sparse.upstream.accelerate import has_hooks
 
 
 def check_model(model: Any, call: str, wanted: type[nn.Module] = nn.Module) -> None:
@@ -101,7 +102,7 @@ def check_has_values(model: nn.Module, call: str, *, offloaded: bool = False) ->
     Raises:
         ValueError: the first such weight, and how to load it.
     """
-    if offloaded and any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if offloaded and has_hooks(model):
         return
     for name, parameter in model.named_parameters():
         check_has_value(name, parameter, call)

@@ -19,7 +19,7 @@ from hf_sparse.report import format_table
 from hf_sparse.runtime.model.blocks import why_not_compiled
 from hf_sparse.runtime.model.compiled import compile as compile_model
 from hf_sparse.structure.layers import target_layers
-from hf_sparse.upstream import cache_name
+from hf_sparse.upstream.transformers.caches import cache_name
 
 # What the zeros of the dense twin become; its results are never used.
 _FILLING = 1e-3

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_sparse.arguments import check_has_values, check_kinds, check_model
 from hf_sparse.provenance.record import announce_teaching_, end_teaching_, note_taught_
-from hf_sparse.structure.layers import has_adapters
+from hf_sparse.upstream.peft_by_name import has_adapters
+from hf_sparse.upstream.transformers.auto import CAUSAL_LM_NAMES
 
 # Logits whose divergence is computed at once.
 _CHUNK = 1 << 21
@@ -275,7 +275,7 @@ def _name_of(model: nn.Module) -> str:
 def _is_causal_lm(model: nn.Module) -> bool:
     """Whether the logits of a token predict the token after it."""
     names = {base.__name__ for base in type(model).__mro__}
-    return not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return not names.isdisjoint(CAUSAL_LM_NAMES)
 
 
 def _labelled(logits: Tensor, inputs: Mapping[str, Any], labels: Any, shifted: bool) -> Tensor:

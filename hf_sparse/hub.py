@@ -12,7 +12,6 @@ from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 
-from hf_sparse.adapters.checks import is_peft_model
 from hf_sparse.adapters.merging import merged_copy
 from hf_sparse.arguments import arguments_for, check_kinds, check_model, check_saves
 from hf_sparse.checkpoint.card import CARD_NAME, OUR_FACT
@@ -24,6 +23,7 @@ from hf_sparse.exporters.onnx_export import export_onnx
 from hf_sparse.provenance.values import Metric
 from hf_sparse.report import SparsityReport
 from hf_sparse.saving import save_pretrained
+from hf_sparse.upstream.peft_by_name import is_peft_model
 
 _GRAPH_FOLDER = "onnx"
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
-from hf_sparse.adapters.checks import is_peft_model
 from hf_sparse.adapters.loading import get_peft_model, import_peft
 from hf_sparse.adapters.merging import merge_
 from hf_sparse.arguments import check_gradients, check_has_values, check_kinds, check_model
@@ -35,8 +34,9 @@ from hf_sparse.optim.zeros import is_sparse, sparse_layers, zeros_hash
 from hf_sparse.provenance.record import forget_teaching_, record_, record_training_
 from hf_sparse.provenance.values import Calibration, Step, pairs
 from hf_sparse.report import SparsityReport, measure_sparsity
-from hf_sparse.structure.layers import TargetLayer, has_adapters, promised_config
+from hf_sparse.structure.layers import TargetLayer, promised_config
 from hf_sparse.suggestions import check_name
+from hf_sparse.upstream.peft_by_name import has_adapters, is_peft_model
 
 _WARM_UP = 0.1
 _CLIP = 1.0

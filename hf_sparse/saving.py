@@ -9,14 +9,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_sparse.adapters.checks import is_peft_model
 from hf_sparse.adapters.merging import merged_copy
 from hf_sparse.arguments import arguments_for, check_kinds, check_model, check_path
 from hf_sparse.checkpoint.save import ADAPTERS, save_model
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.provenance.values import Metric
 from hf_sparse.report import SparsityReport
-from hf_sparse.structure.layers import has_adapters
+from hf_sparse.upstream.peft_by_name import has_adapters, is_peft_model
+from hf_sparse.upstream.transformers.models import has_own_adapters
 
 
 def save_pretrained(
@@ -86,7 +86,7 @@ def save_pretrained(
     if is_peft_model(model):
         model = merged_copy(model)
     check_model(model, "save_pretrained", PreTrainedModel)
-    if getattr(model, "_hf_peft_config_loaded", False) or has_adapters(model):
+    if has_own_adapters(model) or has_adapters(model):
         raise ValueError(ADAPTERS)
     folder = Path(folder)
     save_model(model, folder, **arguments_for(save_model, given), **kwargs)

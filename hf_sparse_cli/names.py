@@ -14,8 +14,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hf_sparse_cli.upstream import ChoosyParser, commands_of, flags_of
 
-class Parser(argparse.ArgumentParser):
+
+class Parser(ChoosyParser):
     """A parser that looks at the names of flags before it looks for what is missing."""
 
     def parse_args(  # type: ignore[override]
@@ -29,26 +31,19 @@ class Parser(argparse.ArgumentParser):
 
     def _check_flags(self, given: Sequence[str]) -> None:
         """End the program if a flag is unknown, here or after the name of a command."""
-        commands = self._commands()
+        commands: dict[str, Parser] = commands_of(self)
         for place, text in enumerate(given):
             if text in ("-h", "--help", "--"):
                 return  # help is given whatever follows
-            if commands and text[:1] != "-":  # an unknown command is told by `_check_value`
+            if commands and text[:1] != "-":  # an unknown command is told by `check_choice`
                 return commands[text]._check_flags(given[place + 1 :]) if text in commands else None
             if text[:2] != "--" or " " in text:
                 continue
-            name, known = text.partition("=")[0], [*self._option_string_actions]
+            name, known = text.partition("=")[0], flags_of(self)
             if not any(flag.startswith(name) for flag in known):  # a flag may be cut short
                 self.error(f"unknown flag {name}.{did_you_mean(name, known)}")
 
-    def _commands(self) -> dict[str, Parser]:
-        """The parsers of the commands, if there are any."""
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                return action.choices
-        return {}
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
+    def check_choice(self, action: argparse.Action, value: Any) -> None:
         """Refuse a value that is not among an action's choices."""
         if action.choices is not None and value not in action.choices:
             known = [str(choice) for choice in action.choices]

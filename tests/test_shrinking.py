@@ -27,7 +27,7 @@ from hf_sparse.shrinking import heads_to_remove
 from hf_sparse.structure.families import FAMILIES
 from hf_sparse.structure.parts import PARTS, BlockSize
 from hf_sparse.structure.units import find_units, unused_neurons
-from hf_sparse.upstream import cache_in
+from hf_sparse.upstream.transformers.caches import cache_in
 from tests.support.closeness import same
 from tests.support.exporting import needs_export
 from tests.support.tiny_models import CONFIGS, UNKNOWN, tiny_batches, tiny_classifier, tiny_model

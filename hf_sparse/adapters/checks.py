@@ -24,38 +24,27 @@ from hf_sparse.optim.zeros import (
     zeros_hash,
 )
 from hf_sparse.structure.layers import is_conv1d
-
-
-def is_peft_model(model: Any) -> bool:
-    """Whether this is a `peft.PeftModel`, found out without importing PEFT."""
-    return any(
-        base.__module__.startswith("peft.") and base.__name__ == "PeftModel"
-        for base in type(model).__mro__
-    )
+from hf_sparse.upstream.peft_by_name import is_peft_model
+from hf_sparse.upstream.transformers.models import quantized_by
 
 
 def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, Any]]:
     """The layers that have an adapter, or the one of this name, with their names."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from hf_sparse.upstream.peft import BaseTunerLayer, adapters_of
 
     return [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer)
-        and (adapter_name is None or adapter_name in _adapters_of(module))
+        and (adapter_name is None or adapter_name in adapters_of(module))
     ]
-
-
-def _adapters_of(layer: Any) -> set[str]:
-    """The names of the adapters that a layer of PEFT has."""
-    return {name for part in layer.adapter_layer_names for name in getattr(layer, part, {})}
 
 
 def check_kept_apart(model: nn.Module) -> None:
     """Refuse what would fill zeros beside adapters: sparse layers that are trained as a whole."""
-    for name, module in model.named_modules():
-        if type(module).__name__ != "ModulesToSaveWrapper":
-            continue
+    from hf_sparse.upstream.peft import trained_whole
+
+    for name, module in trained_whole(model):
         if any(p.ndim == 2 and is_sparse(p.detach()) for p in module.original_module.parameters()):
             raise ValueError(
                 f"{name} is in modules_to_save, which trains all its weights, and it has zeros: they "
@@ -141,7 +130,7 @@ def check_mergeable(model: Any, adapter_name: str) -> None:
 
 def check_targets(model: Any, config: Any) -> None:
     """Refuse targets that no adapter which keeps zeros is for, before PEFT changes any layer."""
-    from peft.tuners.tuners_utils import check_target_module_exists
+    from hf_sparse.upstream.peft import is_target
 
     model = model.get_base_model() if is_peft_model(model) else model
     adapted = tuple(f"{name}." for name, _ in adapted_layers(model))
@@ -149,7 +138,7 @@ def check_targets(model: Any, config: Any) -> None:
         base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
         if isinstance(base, nn.Linear) or is_conv1d(base) or name.startswith(adapted):
             continue
-        if config.target_modules and check_target_module_exists(config, name):
+        if config.target_modules and is_target(config, name):
             raise ValueError(
                 f"{name} is of class {type(base).__name__}; adapters that keep zeros are for Linear "
                 "and Conv1D layers of floats. Leave it out of target_modules."
@@ -183,21 +172,22 @@ def check_alone(model: Any) -> None:
 
 
 def check_not_quantized(model: Any) -> None:
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        found = getattr(quantizer.quantization_config, "quant_method", "?")
+    method = quantized_by(model)
+    if method is not None:
         raise ValueError(
-            f"the model is quantized ({getattr(found, 'value', found)}): its zeros cannot be told. "
+            f"the model is quantized ({method}): its zeros cannot be told. "
             "Load it without quantization, in bfloat16 to save memory, or call model.dequantize()."
         )
 
 
 def check_keeps_zeros(name: str, layer: Any, adapters: Sequence[str]) -> None:
+    from hf_sparse.upstream.peft import adapters_of
+
     base = layer.get_base_layer()
     weight = getattr(base, "weight", None)
     if not isinstance(weight, Tensor) or not is_sparse(weight) or layer.merged:
         return
-    own = _adapters_of(layer)
+    own = adapters_of(layer)
     for adapter in adapters:
         if adapter not in own or not hasattr(layer, "get_delta_weight"):
             continue

@@ -8,8 +8,9 @@ model, so that such an expression is refused before.
 from __future__ import annotations
 
 import re
-from re import _parser  # type: ignore[attr-defined]
 from typing import Any
+
+from hf_sparse.upstream.python import parse_expression
 
 # Letters in a name of a module, at most: how often `.*` can repeat.
 _LETTERS = 100
@@ -25,7 +26,7 @@ def is_fast_expression(text: Any) -> bool:
     """
     try:
         re.compile(text)
-        return _ways(_parser.parse(text)) <= _MOST_WAYS
+        return _ways(parse_expression(text)) <= _MOST_WAYS
     except (re.error, TypeError, OverflowError, RecursionError):
         return False
 

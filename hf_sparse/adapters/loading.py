@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from hf_sparse.adapters.checks import (
     adapted_layers,
@@ -34,6 +33,7 @@ from hf_sparse.adapters.checks import (
 from hf_sparse.adapters.stored import check_tensors, stored_config, stored_weights
 from hf_sparse.arguments import check_has_values, check_kinds, check_model, check_path
 from hf_sparse.provenance.optimizers import notice_optimizer_
+from hf_sparse.upstream.transformers.files import ADAPTER_CONFIG_NAME
 
 _INSTALL = "adapters need PEFT: pip install 'hf_sparse[peft]'"
 
@@ -263,16 +263,11 @@ def _misfits_explained(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 def _take_off(model: nn.Module) -> None:
     """Put the layers of a model back that a half-made adapter has replaced."""
-    from peft.utils.other import AuxiliaryTrainingWrapper
+    from hf_sparse.upstream.peft import wrapped_whole
 
-    wrapped = [
-        (name, module.original_module)
-        for name, module in model.named_modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)  # of modules_to_save, or of single tokens
-    ]
-    for name, original in wrapped:
+    for name, module in wrapped_whole(model):
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, original)
+        setattr(model.get_submodule(parent), child, module.original_module)
     for name, layer in adapted_layers(model):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())

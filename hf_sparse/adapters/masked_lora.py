@@ -23,21 +23,20 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.calibration.losses import is_bfloat16_faster
 from hf_sparse.optim.zeros import is_whole, kept_bits, mask_, refill_, unlike
+from hf_sparse.upstream.peft import LoraLinear, LoraVariant, use_layers_
+from hf_sparse.upstream.torch import has_hooks
 
 MASKED_LORA = "HF_SPARSE_MASKED_LORA"
 # Written as `peft_type`: PEFT alone does not know it, and refuses the adapter with it as the reason.
 _STORED_TYPE = f"{MASKED_LORA}: load this adapter by hf_sparse.load_adapter(model, folder)"
 # Starts that leave the base weights alone, and what is not a matter of single matrices.
 _STARTS = (True, False, "gaussian", "orthogonal")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OTHERS = ("layer_replication", "target_parameters", "use_qalora")
 
 
@@ -75,7 +74,7 @@ class MaskedLoraConfig(LoraConfig):
                 f"init_lora_weights={self.init_lora_weights!r} changes the base weights, and so fills "
                 f"zeros; wanted one of {', '.join(map(repr, _STARTS))}."
             )
-        self._register_custom_module({nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
+        use_layers_(self, {nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
 
     def to_dict(self) -> dict[str, Any]:
         """As it is saved: under a type that stock PEFT refuses to load without the mask."""
@@ -124,7 +123,7 @@ class MaskedLinear(LoraLinear):
         if (
             not active
             or base.weight.requires_grad
-            or any(vars(base)[hooks] for hooks in _HOOKS)
+            or has_hooks(base)
             or "forward" in vars(base)  # Accelerate's hooks
             or self.disable_adapters
             or self.merged

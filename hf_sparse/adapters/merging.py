@@ -15,7 +15,6 @@ from hf_sparse.adapters.checks import (
     check_gathered,
     check_keeps_zeros,
     check_kept_apart,
-    is_peft_model,
     kept_weights,
 )
 from hf_sparse.arguments import check_has_values, check_kinds, check_model
@@ -24,6 +23,7 @@ from hf_sparse.provenance.optimizers import optimizer_of
 from hf_sparse.provenance.record import record_merge_
 from hf_sparse.provenance.values import Step
 from hf_sparse.suggestions import deprecated_name
+from hf_sparse.upstream.peft_by_name import is_peft_model
 
 
 def merge_adapters_(model: Any, adapter_names: Sequence[str] | None = None) -> Any:

@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel, ShiraConfig
-from peft.tuners.shira.layer import ShiraLayer
-from peft.tuners.shira.mask_functions import random_mask
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from hf_sparse.structure.layers import block_layers, is_conv1d
+from hf_sparse.upstream.peft import ShiraLayer, is_target, random_mask
 
 
 @dataclass
@@ -53,7 +51,7 @@ def on_kept_weights(config: ShiraConfig, model: nn.Module) -> KeptShiraConfig:
             "are not zero. Leave mask_type and mask_fn alone; random_seed chooses the draw."
         )
     for name, module in model.named_modules():
-        if is_conv1d(module) and check_target_module_exists(config, name):
+        if is_conv1d(module) and is_target(config, name):
             raise ValueError(
                 f"{name} is a Conv1D, which PEFT's ShiRA does not adapt. Use masked LoRA: LoraConfig."
             )

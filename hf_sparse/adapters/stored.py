@@ -14,9 +14,9 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from hf_sparse.adapters.expressions import is_fast_expression
+from hf_sparse.upstream.transformers.files import ADAPTER_CONFIG_NAME
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 

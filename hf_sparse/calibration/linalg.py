@@ -14,11 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-
-def onednn(operation: str) -> Callable[..., Any] | None:
-    """An operation of oneDNN; None where torch was built without it."""
-    return getattr(torch.ops.mkldnn, operation, None) if torch._C._has_mkldnn else None
-
+from hf_sparse.upstream.torch import onednn
 
 _ONEDNN = onednn("_linear_pointwise")  # a linear layer that does not reorder its weight
 _PANEL = 256  # rows of a Gram matrix that are computed together

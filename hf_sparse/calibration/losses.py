@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.calibration.linalg import onednn
 from hf_sparse.calibration.recording import Batch
+from hf_sparse.upstream.torch import onednn
 
 
 def multiplies_bfloat16() -> bool:

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_sparse.calibration.activations import Store, in_memory
 from hf_sparse.calibration.linalg import FastProducts
 from hf_sparse.structure.layers import Stack
+from hf_sparse.upstream.torch import tree_flatten, tree_unflatten
 
 Batch = Mapping[str, Tensor]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_sparse.arguments import check_kinds
 from hf_sparse.calibration.texts import check_tokenizer, documents_of
 from hf_sparse.suggestions import shortened
-from hf_sparse.upstream import cache_in
+from hf_sparse.upstream.transformers.caches import cache_in
 
 
 def token_windows(

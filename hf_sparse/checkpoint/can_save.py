@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_sparse.checkpoint.writing import check_folder
 from hf_sparse.configuration_sparse import SparsityConfig
@@ -18,6 +17,7 @@ from hf_sparse.structure.families import FAMILIES, base_type
 from hf_sparse.structure.layers import check_divides, promised_config
 from hf_sparse.structure.targets import Targets
 from hf_sparse.structure.units import shrunk_sizes
+from hf_sparse.upstream.transformers.models import quantized_by
 
 
 def check_can_save(
@@ -108,12 +108,11 @@ def check_not_quantized(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the model is quantized.
     """
-    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    method = getattr(method, "quant_method", None)
-    if method is not None and method != QuantizationMethod.GGUF:
+    method = quantized_by(model)
+    if method not in (None, "gguf"):
         raise ValueError(
-            f"the model is quantized with {getattr(method, 'value', method)}, but zeros are stored "
-            "as floats. Load it without quantization, or call model.dequantize() first."
+            f"the model is quantized with {method}, but zeros are stored as floats. Load it "
+            "without quantization, or call model.dequantize() first."
         )
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.integrations.accelerate import load_offloaded_parameter
 
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY, SparsityConfig
 from hf_sparse.formats import FORMATS
@@ -18,6 +17,7 @@ from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.promise import Held, with_sparsity
 from hf_sparse.structure.targets import Targets
 from hf_sparse.structure.units import shrunk_sizes
+from hf_sparse.upstream.transformers.saving import load_offloaded_parameter
 
 _FILLED = "training without a mask fills zeros"
 

@@ -26,15 +26,13 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from hf_sparse.arguments import check_kinds, check_path
 from hf_sparse.checkpoint.can_save import check_can_save
@@ -51,6 +49,8 @@ from hf_sparse.provenance.values import Step
 from hf_sparse.report import count_zeros
 from hf_sparse.structure.layers import target_layers
 from hf_sparse.suggestions import check_name
+from hf_sparse.upstream.accelerate import fetch_weights_from_
+from hf_sparse.upstream.transformers.models import build
 
 # The formats that are read, and the parts of a weight in each.
 LAYOUTS: dict[str, tuple[str, ...]] = {
@@ -117,7 +117,7 @@ def convert_legacy(
     weights = _OldWeights(folder, LAYOUTS[sparsity["format"]], model)
     config = _measure(weights, model, sparsity, format)
     # As for a model that `device_map` left on the disk, the weights are asked for by name.
-    model._hf_hook = SimpleNamespace(weights_map=weights)  # type: ignore[assignment]
+    fetch_weights_from_(model, weights)
     record_(model, Step.of("conversion from compressed-tensors", {"format": sparsity["format"]}))
     save_model(model, output, config=config, tokenizer=small_files)
     return output
@@ -285,7 +285,7 @@ def _meta_model(values: dict[str, Any], folder: Path) -> PreTrainedModel:
     with describing(folder / "config.json"), torch.device("meta"):
         config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
         model_class = getattr(transformers, values["architectures"][0])
-        model: PreTrainedModel = model_class._from_config(config, attn_implementation="eager")
+        model: PreTrainedModel = build(model_class, config)
     return model
 
 

@@ -29,6 +29,12 @@ from hf_sparse.structure.families import FAMILIES, base_type, sparse_type
 from hf_sparse.structure.layers import is_conv1d, target_layers
 from hf_sparse.structure.parts import PARTS, sizes_in
 from hf_sparse.structure.units import resize_
+from hf_sparse.upstream.transformers.models import (
+    build,
+    not_expected_in_files,
+    not_required_in_files,
+    tied_names,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -92,16 +98,13 @@ class Promised:
 
     def _check_missing(self, found: Mapping[str, StoredTensor]) -> None:
         model = self.model
-        tied = model.all_tied_weights_keys
+        tied = tied_names(model)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         shared: dict[int, list[str]] = {}
         for name, parameter in parameters.items():
             source = parameters.get(tied.get(name, name), parameter)
             shared.setdefault(id(source), []).append(name)
-        ignored = [
-            *(model._keys_to_ignore_on_load_missing or ()),
-            *(model._keys_to_ignore_on_save or ()),
-        ]
+        ignored = not_required_in_files(model)
         missing = [
             names[0]
             for names in shared.values()
@@ -116,7 +119,7 @@ class Promised:
             )
         known = {name for name, _ in model.named_buffers()} | model.state_dict().keys()
         known = {self._local(name) for name in known}
-        passed = model._keys_to_ignore_on_load_unexpected or ()
+        passed = not_expected_in_files(model)
         for name, tensor in found.items():
             if name in known or any(re.search(pattern, name) for pattern in passed):
                 continue
@@ -316,7 +319,7 @@ def _described(values: dict[str, Any], kind: Any, family: str, file: Path) -> Pr
         config = sparse_config_class(family).from_dict(values)
         sizes = sizes_in(config)
         with torch.device("meta"):
-            model: PreTrainedModel = kind._from_config(config, attn_implementation="eager")
+            model: PreTrainedModel = build(kind, config)
             if sizes is not None:
                 resize_(model, sizes)
     return model

@@ -7,19 +7,13 @@ restores the weights while they are read and then leaves no trace on the model, 
 
 from __future__ import annotations
 
-import copy
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_sparse.checkpoint.promised import QUANT_METHOD, check_shapes, promised_by
 from hf_sparse.checkpoint.reading import StoredTensor, is_target, read_headers, watch
@@ -37,6 +31,16 @@ from hf_sparse.formats import (
 from hf_sparse.patterns import Pattern
 from hf_sparse.structure.layers import is_conv1d
 from hf_sparse.structure.parts import parts_of
+from hf_sparse.upstream.transformers.loading import (
+    QuantizationConfigMixin,
+    Restorer,
+    WeightConverter,
+    conversion_from_parts,
+    detach_,
+    register_quantization_config,
+    register_quantizer,
+)
+from hf_sparse.upstream.transformers.models import dtype_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,10 +63,9 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(QUANT_METHOD)
-class SparseHfQuantizer(HfQuantizer):
+class SparseHfQuantizer(Restorer):
     """Restores compressed weights while transformers loads a checkpoint."""
 
-    requires_calibration = True
     quantization_config: SparseCheckpointConfig
 
     def __init__(self, quantization_config: SparseCheckpointConfig, **kwargs: Any) -> None:
@@ -82,14 +85,14 @@ class SparseHfQuantizer(HfQuantizer):
         """Loaded models are plain models."""
         return True
 
-    def _process_model_before_weight_loading(
-        self,
-        model: PreTrainedModel,
-        checkpoint_files: list[str] | None = None,
-        dtype: torch.dtype = torch.float32,
-        **kwargs: Any,
+    def before_loading(
+        self, model: PreTrainedModel, files: Sequence[Path], dtype: torch.dtype
     ) -> None:
-        files = [Path(file) for file in checkpoint_files or []]
+        """Check the files against what their config.json promises.
+
+        Raises:
+            FormatError: they are not what it describes, or of another model than is loaded.
+        """
         if other := [file for file in files if file.suffix != ".safetensors"]:
             raise FormatError(f"{other[0]}: compressed checkpoints are stored as safetensors alone")
         self._check_unchanged = watch(files)
@@ -107,14 +110,15 @@ class SparseHfQuantizer(HfQuantizer):
             promised.check(stored)
             self._targets = promised.targets(self.quantization_config.sparsity)
             _check_blocks(model, stored)
-        self._dtype_plan = model._get_dtype_plan(dtype)
+        self._dtype_plan = dtype_plan(model, dtype)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """One conversion, for every weight: those stored in one part pass as they are."""
-        return [_WeightConverter(list(_PART_PATTERNS), "weight", [_RestoreWeight(self)])]
+        return [conversion_from_parts(list(_PART_PATTERNS), self, self.restore)]
 
-    def restore(self, name: str, parts: dict[str, Tensor], model: PreTrainedModel) -> Tensor:
-        """The weight `name` of `model` from its parts, in the type that the model wants."""
+    def restore(self, name: str, found: dict[str, Tensor], model: PreTrainedModel) -> Tensor:
+        """The weight `name` of `model`, in the type that the model wants, from its parts by pattern."""
+        parts = {_PART_PATTERNS[pattern]: tensor for pattern, tensor in found.items()}
         parameter = model.get_parameter_or_buffer(name)
         dtype = parameter.dtype
         for pattern, planned in self._dtype_plan.items():
@@ -166,13 +170,7 @@ class SparseHfQuantizer(HfQuantizer):
         if self._errors:
             more = f" ({len(self._errors) - 1} more like it)" if len(self._errors) > 1 else ""
             raise FormatError(f"{self._errors[0]}{more}")
-        # Saving dense reverts the family's own conversions. From 5.24 on transformers drops them
-        # together with the quantizer; ours alone has no meaning for a plain model.
-        conversions = getattr(model, "_weight_conversions", None) or []
-        self.remove_quantization_config(model)
-        model._weight_conversions = [  # type: ignore[assignment]
-            conversion for conversion in conversions if not isinstance(conversion, _WeightConverter)
-        ]
+        detach_(self, model)
         if hasattr(model.config, "sparsity_config"):
             model.config.sparsity_config = self.quantization_config.sparsity.to_dict()
         if self._stored:
@@ -213,35 +211,3 @@ def _check_promise(weight: Tensor, pattern: Pattern) -> None:
         raise FormatError(
             f"{broken} groups {pattern.violation}, but config.json promises pattern '{pattern}'"
         )
-
-
-class _WeightConverter(WeightConverter):
-    """A converter that is cheap to copy: transformers copies it for every tensor."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _WeightConverter:
-        clone = copy.copy(self)
-        clone.collected_tensors = defaultdict(list)
-        clone.layer_targets = defaultdict(set)
-        return clone
-
-
-class _RestoreWeight(ConversionOps):
-    """Restores one weight from its parts."""
-
-    def __init__(self, hf_quantizer: SparseHfQuantizer) -> None:
-        # transformers casts the parts of other operations to the model's dtype before the call.
-        self.hf_quantizer = hf_quantizer
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        name = kwargs["full_layer_name"]
-        parts = {
-            _PART_PATTERNS[pattern]: tensors[0] if isinstance(tensors, list) else tensors
-            for pattern, tensors in input_dict.items()
-        }
-        return {name: self.hf_quantizer.restore(name, parts, kwargs["model"])}

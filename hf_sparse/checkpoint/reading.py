@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from hf_sparse.checkpoint.index import DIGEST, INDEX_NAME, index_of, read_index
 from hf_sparse.checkpoint.writing import COMPILED_DESCRIPTION
@@ -26,6 +25,7 @@ from hf_sparse.formats import (
     read_layout,
     split_name,
 )
+from hf_sparse.upstream.transformers.files import ADAPTER_CONFIG_NAME
 
 WEIGHTS_NAME = "model.safetensors"
 

@@ -13,8 +13,6 @@ import torch.distributed as dist
 from accelerate.utils import convert_file_size_to_int
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hf_sparse.arguments import check_has_values, check_kinds, check_model, check_saves
 from hf_sparse.checkpoint.can_save import check_not_quantized
@@ -46,11 +44,16 @@ from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.structure.layers import (
     TargetLayer,
     check_has_weights,
-    has_adapters,
     num_parameters,
 )
 from hf_sparse.structure.promise import Held
 from hf_sparse.structure.targets import Targets
+from hf_sparse.upstream.peft_by_name import has_adapters
+from hf_sparse.upstream.transformers.models import has_own_adapters, not_saved, tied_names
+from hf_sparse.upstream.transformers.saving import (
+    remove_tied_weights_from_state_dict,
+    revert_weight_conversion,
+)
 
 ADAPTERS = (
     "the model has adapters, which a sparse checkpoint does not hold. Merge them "
@@ -85,7 +88,7 @@ def save_model(
     check_kinds(save_model, locals())
     check_saves(tokenizer, "save_pretrained")
     shard_size = _bytes_of(max_shard_size)
-    if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is saved then
+    if has_own_adapters(model):  # only the adapter is saved then
         own = None if state_dict is None else dict(state_dict)
         PreTrainedModel.save_pretrained(
             model, folder, is_main_process=is_main_process, state_dict=own, **kwargs
@@ -255,9 +258,9 @@ def tensors_to_store(
 ) -> dict[str, Tensor]:
     """The state dict without tied weights."""
     own = dict(model.state_dict())
-    for name in model._keys_to_ignore_on_save or ():
+    for name in not_saved(model):
         own.pop(name, None)
-    for name, source in model.all_tied_weights_keys.items():
+    for name, source in tied_names(model).items():
         if {name, source} <= own.keys() and own[name].device.type == "meta":
             del own[name]  # weights on the disk share no memory by which ties would show
     own = remove_tied_weights_from_state_dict(own, model)

@@ -6,13 +6,13 @@ installed: a config of type `bert` would load there with randomly initialised we
 
 from __future__ import annotations
 
-import importlib
 import json
 from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from hf_sparse.structure.families import FAMILIES, sparse_type
+from hf_sparse.upstream.transformers.models import import_configuration
 
 # transformers makes lists of as many things before anybody can compare them with the weights.
 _COUNTS = {"num_hidden_layers": 10_000, "num_labels": 1_000_000}
@@ -90,7 +90,7 @@ class SparseConfigMixin:
 
 def base_config_class(model_type: str) -> type[PreTrainedConfig]:
     """The transformers config class of a family."""
-    module = importlib.import_module(f"transformers.models.{model_type}.configuration_{model_type}")
+    module = import_configuration(model_type)
     config_class: type[PreTrainedConfig] = getattr(module, f"{FAMILIES[model_type]}Config")
     return config_class
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.utils.hub import cached_file
 
 import hf_sparse
 from hf_sparse.calibration.documents import read_documents, read_rows
@@ -19,6 +18,7 @@ from hf_sparse.checkpoint.reading import check_is_checkpoint
 from hf_sparse.checkpoint.source import remember_source_
 from hf_sparse.checkpoint.writing import is_weight_file
 from hf_sparse.pruning.loading import dense_model_class
+from hf_sparse.upstream.transformers.files import cached_file
 from hf_sparse_cli.usage import text_fields
 
 # Any of these makes a tokenizer.

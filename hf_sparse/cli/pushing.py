@@ -10,8 +10,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
-
 import hf_sparse
 from hf_sparse.adapters.stored import stored_config
 from hf_sparse.checkpoint.can_save import check_family
@@ -24,6 +22,7 @@ from hf_sparse.cli.loading import (
 from hf_sparse.exporters.can_export import check_can_export
 from hf_sparse.files.links import check_links
 from hf_sparse.hub import check_can_push, push_to_hub, upload_folder
+from hf_sparse.upstream.transformers.files import ADAPTER_CONFIG_NAME
 
 
 def push(options: argparse.Namespace) -> int:

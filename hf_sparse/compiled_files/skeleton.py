@@ -23,6 +23,7 @@ from hf_sparse.runtime.model.compiled import check_parameters, check_types
 from hf_sparse.runtime.model.families import COMPILED
 from hf_sparse.runtime.weights.stack import Stack
 from hf_sparse.structure.families import base_type
+from hf_sparse.upstream.transformers.models import set_attention_
 
 
 def build_skeleton(class_name: str, described: Mapping[str, Any], stack: Stack) -> PreTrainedModel:
@@ -50,7 +51,7 @@ def build_skeleton(class_name: str, described: Mapping[str, Any], stack: Stack) 
         raise ValueError(f"{class_name} is no class of models of type {config.model_type}")
     check_config(stack, config)
     # What a file names here can be code to download; compiled blocks have an attention of their own.
-    config._attn_implementation = "eager"
+    set_attention_(config, "eager")
     small = _with_one_block(config)
     with torch.inference_mode(False), torch.device("meta"):
         model: PreTrainedModel = model_class(small)

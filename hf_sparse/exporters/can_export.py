@@ -19,7 +19,10 @@ from hf_sparse.checkpoint.writing import MANIFEST_NAME
 from hf_sparse.exporters import QUANTIZATIONS
 from hf_sparse.exporters.heads import Head, head_of
 from hf_sparse.pruning.oneshot import check_not_compiled
-from hf_sparse.structure.layers import check_has_weights, has_adapters
+from hf_sparse.structure.layers import check_has_weights
+from hf_sparse.upstream.peft_by_name import has_adapters
+from hf_sparse.upstream.transformers.exporting import has_exporters
+from hf_sparse.upstream.transformers.models import has_own_adapters, quantized_by
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # What a tokenizer and a model that generates put beside the graph.
@@ -61,8 +64,7 @@ def check_packages() -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"export_onnx needs {', '.join(missing)}: pip install 'hf_sparse[onnx]'")
-    exporters = importlib.util.find_spec("transformers.exporters")
-    if exporters is None or importlib.util.find_spec("transformers.exporters.metadata") is None:
+    if not has_exporters():
         raise ImportError(
             f"export_onnx needs transformers 5.23 or newer, and this is {transformers.__version__}: "
             "pip install 'hf_sparse[onnx]'"
@@ -71,7 +73,7 @@ def check_packages() -> None:
 
 def _check_kind(model: Any) -> Head:
     check_model(model, "export_onnx", PreTrainedModel)
-    if getattr(model, "_hf_peft_config_loaded", False) or has_adapters(model):
+    if has_own_adapters(model) or has_adapters(model):
         raise ValueError(
             "the model has adapters, which are for training. Merge them first: "
             "hf_sparse.merge_adapters_(model), which keeps the zeros."
@@ -127,7 +129,7 @@ def written_files(folder: Path) -> set[str]:
 
 
 def check_weights(model: PreTrainedModel) -> None:
-    if getattr(model, "hf_quantizer", None) is not None:
+    if quantized_by(model) is not None:
         raise ValueError(
             "the model is quantized. Load it without quantization, and give export_onnx quantize="
             "'dynamic' for 8-bit weights."

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_sparse.structure.families import base_type
-from hf_sparse.upstream import cache_in, cache_name
+from hf_sparse.upstream.transformers.caches import cache_in, cache_name
 
 _CHOICES = 3
 

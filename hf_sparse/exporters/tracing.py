@@ -15,11 +15,19 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_sparse.exporters.heads import Case, Head, example
-from hf_sparse.upstream import CACHE_NAMES
+from hf_sparse.upstream.transformers.caches import CACHE_NAMES
+from hf_sparse.upstream.transformers.exporting import (
+    dynamic_axes,
+    dynamic_quantizer,
+    export,
+    static_quantizer,
+)
 
 if TYPE_CHECKING:
     import onnx_ir
-    from transformers.exporters.base import ExportedModel
+
+    from hf_sparse.upstream.transformers.exporting import ExportedModel
+
 
 # torch.export patches torch, and standard output is redirected: for one thread at a time.
 _ONE_AT_A_TIME = threading.Lock()
@@ -46,33 +54,20 @@ def trace(
     Raises:
         ValueError: static quantization of a model with a cache, or an axis came out fixed.
     """
-    from transformers.exporters.configs import OnnxConfig
-    from transformers.exporters.exporter_onnx import OnnxExporter
-    from transformers.exporters.quantizers.quantizer_onnxruntime import (
-        OnnxRuntimeDynamicConfig,
-        OnnxRuntimeQuantizer,
-        OnnxRuntimeStaticConfig,
-    )
-
     given = example(model, head, Case(2, 5, past=4 if head.caches else 0)).inputs
-    symmetric = {"WeightSymmetric": True}
     quantizer = None
     if quantize == "dynamic":
-        dynamic = OnnxRuntimeDynamicConfig(per_channel=True, extra_options=symmetric)
-        quantizer = OnnxRuntimeQuantizer(dynamic)
+        quantizer = dynamic_quantizer()
     elif quantize == "static":
         if head.caches:
             raise ValueError(
                 "static quantization of a model with a cache is not supported: use 'dynamic'."
             )
-        static = OnnxRuntimeStaticConfig(
-            per_channel=True, op_types_to_quantize=list(_PRODUCTS), extra_options=symmetric
-        )
         samples = [_completed(batch, given) for batch in batches or ()]
-        quantizer = OnnxRuntimeQuantizer(static, calibration_dataset=samples)
-    settings = OnnxConfig(dynamic=True, dynamic_shapes=_dynamic_axes(given), quantizer=quantizer)
+        quantizer = static_quantizer(samples, _PRODUCTS)
+    axes = _varying_axes(given)
     with _ONE_AT_A_TIME, _silenced():
-        exported = OnnxExporter().export(model, given, settings)
+        exported = export(model, given, axes, quantizer)
     component = exported.components["model"]
     graph = component.program.graph
     if head.caches:
@@ -107,12 +102,10 @@ def _completed(batch: dict[str, Any], traced: dict[str, Any]) -> dict[str, Any]:
     return {name: torch.as_tensor({**usual, **batch}[name]) for name in traced}
 
 
-def _dynamic_axes(inputs: dict[str, Any]) -> dict[str, Any]:
+def _varying_axes(inputs: dict[str, Any]) -> dict[str, Any]:
     """Which axes vary: all of token ids and masks, batch and tokens of keys and values."""
-    from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
-
     tensors = {name: value for name, value in inputs.items() if name != "use_cache"}
-    axes: dict[str, Any] = get_auto_dynamic_shapes(tensors)
+    axes = dynamic_axes(tensors)
     for name in axes.keys() & set(CACHE_NAMES):
         axes[name] = [
             {axis: size for axis, size in leaf.items() if axis in (0, 2)} for leaf in axes[name]

@@ -16,14 +16,11 @@ __all__ = ["FAMILIES"]
 
 def __dir__() -> list[str]:
     """The names of the Sparse classes that have an Auto class, and of their configs."""
-    from transformers.models.auto import modeling_auto
+    from hf_sparse.upstream.transformers.auto import head_names
 
     names = {config.__name__ for config in configuration.CONFIGS.values()}
-    for mapping, heads in vars(modeling_auto).items():
-        if mapping.endswith("_MAPPING_NAMES"):
-            for family, prefix in FAMILIES.items():
-                head = heads.get(family, "")
-                names |= {f"Sparse{head}"} if str(head).startswith(prefix) else set()
+    for family, prefix in FAMILIES.items():
+        names |= {f"Sparse{head}" for head in head_names(family) if head.startswith(prefix)}
     return sorted(names)
 
 

@@ -6,7 +6,6 @@ first asked for, since importing those takes about a second.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 from collections.abc import Mapping
@@ -16,8 +15,6 @@ from typing import Any
 
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from hf_sparse.checkpoint.promised import check_to_load
 from hf_sparse.checkpoint.reading import restore_state_dict
@@ -26,6 +23,8 @@ from hf_sparse.checkpoint.sparse_configs import base_config_class, sparse_config
 from hf_sparse.hub import push_to_hub as push
 from hf_sparse.structure.parts import sizes_in
 from hf_sparse.structure.units import resize_
+from hf_sparse.upstream.transformers.auto import auto_classes, tokenizers_of
+from hf_sparse.upstream.transformers.models import import_modeling
 
 _UPLOAD_ARGUMENTS = {
     "commit_message",
@@ -104,7 +103,7 @@ class SparseModelMixin:
 @cache
 def model_classes(model_type: str) -> dict[str, type[PreTrainedModel]]:
     """The Sparse classes of a family by name, one for each public class of transformers."""
-    module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    module = import_modeling(model_type)
     bases = [getattr(module, name) for name in module.__all__]
     bases = [base for base in bases if inspect.isclass(base) and issubclass(base, PreTrainedModel)]
     classes = {
@@ -133,16 +132,8 @@ def register_models(model_type: str) -> None:
     config_class = sparse_config_class(model_type)
     base_config = base_config_class(model_type)
     classes = model_classes(model_type)
-    classes_there: list[Any] = [
-        item for item in vars(modeling_auto).values() if inspect.isclass(item)
-    ]
-    for auto_class in classes_there:
-        mapping = getattr(auto_class, "_model_mapping", None)
-        if mapping is None or base_config not in mapping:
-            continue
-        base = mapping[base_config]
-        base = base[0] if isinstance(base, tuple | list) else base
+    for auto_class, base in auto_classes(base_config):
         if (name := f"Sparse{base.__name__}") in classes:  # some configs have heads of others
             auto_class.register(config_class, classes[name], exist_ok=True)
-    if base_config in TOKENIZER_MAPPING:
-        AutoTokenizer.register(config_class, TOKENIZER_MAPPING[base_config], exist_ok=True)
+    if (tokenizer := tokenizers_of(base_config)) is not None:
+        AutoTokenizer.register(config_class, tokenizer, exist_ok=True)

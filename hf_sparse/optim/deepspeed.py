@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from hf_sparse.upstream.transformers.training import is_deepspeed_zero3_enabled
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
 from hf_sparse.arguments import check_kinds
 from hf_sparse.optim.parameters import (
@@ -25,6 +24,7 @@ from hf_sparse.optim.parameters import (
 from hf_sparse.optim.projection import magnitude, measured_sparsity, pattern_of, project_
 from hf_sparse.optim.sharding import processes_of
 from hf_sparse.optim.shrinkage import was_skipped
+from hf_sparse.upstream.torch import adamw_step
 
 _HOOK = "_hf_sparse_movement"
 _STRONGEST = 1e6
@@ -130,7 +130,7 @@ class SoftMovement:
         size = gradient.square().mean().sqrt()
         chance = scores.sigmoid()
         gradient += group["movement_strength"] * size * chance * (1 - chance)
-        adamw(
+        adamw_step(
             [scores], [gradient], [state["movement_exp_avg"]], [state["movement_exp_avg_sq"]], [],
             [state["movement_step"]], foreach=False, amsgrad=False, beta1=0.9, beta2=0.999,
             lr=self._score_lr, weight_decay=0.0, eps=1e-12, maximize=False,

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from hf_sparse.arguments import check_kinds
 from hf_sparse.optim.settings import SETTINGS, check_group
 from hf_sparse.optim.shrinkage import add_shrinkage_, attach
+from hf_sparse.upstream.torch import ParamsT
 
 
 class SparseMixin(torch.optim.Optimizer):

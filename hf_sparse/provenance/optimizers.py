@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_sparse.provenance.values import Pairs, pairs
+from hf_sparse.upstream.torch import register_optimizer_step_post_hook
 
 # The attribute of a model: for the names of its parameters, and for "", the settings of the last
 # optimizer that trained them.

@@ -16,6 +16,8 @@ from hf_sparse.formats.error import FormatError
 from hf_sparse.provenance.entry import ENTRY, from_dict
 from hf_sparse.provenance.optimizers import notice_optimizer_, optimizer_of
 from hf_sparse.provenance.values import Provenance, Step, Teaching, pairs
+from hf_sparse.upstream.peft_by_name import is_peft_model
+from hf_sparse.upstream.torch import wrapped_by_compile
 
 # The attribute of a model that holds its Provenance.
 _PROVENANCE = "_hf_sparse_provenance"
@@ -172,9 +174,9 @@ def _inside(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, DistributedDataParallel | DataParallel):
             model = model.module
-        elif isinstance(inner := vars(model).get("_modules", {}).get("_orig_mod"), nn.Module):
+        elif (inner := wrapped_by_compile(model)) is not None:
             model = inner
-        elif any(base.__name__ == "PeftModel" for base in type(model).__mro__):
+        elif is_peft_model(model):
             model = model.get_base_model()  # type: ignore[operator]
         else:
             return model

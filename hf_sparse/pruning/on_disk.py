@@ -31,6 +31,7 @@ from hf_sparse.pruning.problem import Notes
 from hf_sparse.report import TensorSparsity, count_zeros
 from hf_sparse.structure.layers import layers_in
 from hf_sparse.structure.targets import Targets
+from hf_sparse.upstream.accelerate import files_of, hook_of, read_through_
 
 
 class OnDisk(Residence):
@@ -47,18 +48,14 @@ class OnDisk(Residence):
         self._layers, self._pattern, self._notes = targets.layers, targets.pattern, notes
         self.work = Path()
         self._names = {id(module): name for name, module in model.named_modules()}
-        maps = [hook.weights_map for hook in _hooks(model)]
-        self._weights = _Weights(maps[0].dataset)
-        for weights_map in maps:
-            weights_map.dataset = self._weights
+        self._weights = read_through_(model, _Weights)
         self.counts: dict[str, TensorSparsity] = {}
         self.earlier_notes: tuple[str, ...] = ()
 
     @property
     def files(self) -> set[Path]:
         """The files of the source."""
-        source: Any = self._weights.source
-        return {Path(place["safetensors_file"]) for place in source.index.values()}
+        return files_of(self._weights.source)
 
     @property
     def all_notes(self) -> tuple[str, ...]:
@@ -67,9 +64,8 @@ class OnDisk(Residence):
 
     @contextmanager
     def placed(self, block: nn.Module) -> Iterator[None]:
-        hooks = {
-            module: module._hf_hook for module in block.modules() if hasattr(module, "_hf_hook")
-        }
+        modules = list(block.modules())
+        hooks = {module: hook for module in modules if (hook := hook_of(module)) is not None}
         remove_hook_from_module(block, recurse=True)
         prefix = self._names[id(block)]
         for name, parameter in list(block.named_parameters()):
@@ -160,12 +156,3 @@ class _Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.source)
-
-
-def _hooks(model: nn.Module) -> Iterator[Any]:
-    """The hooks of Accelerate that bring weights in."""
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for part in getattr(hook, "hooks", [hook]):
-            if getattr(part, "weights_map", None) is not None:
-                yield part

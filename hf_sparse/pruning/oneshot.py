@@ -30,6 +30,7 @@ from hf_sparse.structure.promise import Held
 from hf_sparse.structure.targets import Targets
 from hf_sparse.structure.units import check_whole, clear_unused_, find_units
 from hf_sparse.suggestions import shortened
+from hf_sparse.upstream.torch import is_compiled
 
 
 @torch.no_grad()
@@ -140,9 +141,7 @@ def notes_on(targets: Targets) -> tuple[str, ...]:
 
 def check_not_compiled(model: nn.Module) -> None:
     """Refuse a model that torch.compile wrapped."""
-    if any(getattr(module, "_compiled_call_impl", None) for module in model.modules()) or hasattr(
-        model, "_orig_mod"
-    ):
+    if is_compiled(model):
         raise ValueError("the model is compiled by torch.compile. Prune it first, then compile it.")
 
 

@@ -46,6 +46,7 @@ from hf_sparse.pruning.prox_local import check_learnable
 from hf_sparse.pruning.task import Task
 from hf_sparse.selection import Processes
 from hf_sparse.structure.layers import TargetLayer
+from hf_sparse.upstream.torch import foreach_div_, foreach_mul_
 
 _WARM_UP = 0.1
 _SAVE_EVERY = 25
@@ -218,9 +219,9 @@ class _Learner:
         self._optimizer.step()
         self._schedule.step()
         weights = [self._weight(index) for index in range(len(self._masters))]
-        torch._foreach_mul_(weights, self._norms)
+        foreach_mul_(weights, self._norms)
         nm_shrink_(weights, self._strengths, self._pattern)
-        torch._foreach_div_(weights, self._norms)
+        foreach_div_(weights, self._norms)
         for master, stored in zip(self._masters, self._stored, strict=True):
             if stored is not master:
                 stored.copy_(master)

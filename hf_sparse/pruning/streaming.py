@@ -13,11 +13,9 @@ block's result follows from its inputs alone, it is the same bit for bit.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -57,24 +55,10 @@ from hf_sparse.pruning.task import Task
 from hf_sparse.report import SparsityReport
 from hf_sparse.structure.layers import layers_outside, num_parameters
 from hf_sparse.structure.targets import Targets
+from hf_sparse.upstream.accelerate import expecting_weights_on_disk
 from hf_sparse.version import __version__
 
 _SHARD_SIZE = "250MB"
-
-
-@contextmanager
-def _expected_on_disk() -> Iterator[None]:
-    """Keep back accelerate's warning that weights stay on the disk: that is what is wanted here."""
-
-    def other(record: logging.LogRecord) -> bool:
-        return "offloaded to the disk" not in record.getMessage()
-
-    logger = logging.getLogger("accelerate.big_modeling")
-    logger.addFilter(other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(other)
 
 
 @torch.no_grad()
@@ -232,7 +216,7 @@ def check_run(
 
 def _load(source: str, described: PreTrainedConfig, dtype: str | torch.dtype) -> PreTrainedModel:
     """The model with its weights left on the disk, all of them."""
-    with _expected_on_disk():
+    with expecting_weights_on_disk():
         model, info = dense_model_class(source, described).from_pretrained(
             source, device_map={"": "disk"}, dtype=dtype, output_loading_info=True
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_sparse.configuration_sparse import SparsityConfig, matches
 from hf_sparse.patterns import Pattern
+from hf_sparse.upstream.transformers.models import tied_names
 
 # The attribute of a model that remembers the SparsityConfig of the last `prune_`.
 PRUNED_WITH = "_hf_sparse_pruned_with"
@@ -203,15 +204,6 @@ def check_has_weights(model: nn.Module) -> None:
         )
 
 
-def has_adapters(model: nn.Module) -> bool:
-    """Whether layers of the model are wrapped by PEFT, found out without importing it."""
-    return any(
-        base.__name__ == "BaseTunerLayer"
-        for module in model.modules()
-        for base in type(module).__mro__
-    )
-
-
 def layers_in(block: nn.Module, layers: Sequence[TargetLayer]) -> list[TargetLayer]:
     """Those of the layers that are inside a block, in their order."""
     modules = {id(module) for module in block.modules()}
@@ -236,7 +228,7 @@ def num_parameters(model: nn.Module) -> int:
 
     Tied weights that `device_map` left on the disk share no memory: their names tell.
     """
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_names(model)
     parameters = dict(model.named_parameters())
     return sum(
         parameter.numel()

@@ -22,7 +22,7 @@ from hf_sparse.calibration.modes import switched
 from hf_sparse.cli import main
 from hf_sparse.exporters.heads import HEADS, Case, example, head_of, named_outputs
 from hf_sparse.exporters.packing import pack_
-from hf_sparse.upstream import cache_in
+from hf_sparse.upstream.transformers.caches import cache_in
 from tests.support.crosses import cross
 from tests.support.exporting import needs_export
 from tests.support.tiny_models import CONFIGS, prose, tiny_classifier, tiny_model, tiny_tokenizer

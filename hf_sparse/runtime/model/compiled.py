@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
 
 from hf_sparse.arguments import check_finite, check_kinds
 from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE
@@ -49,6 +48,9 @@ from hf_sparse.runtime.weights.memory import Shelf
 from hf_sparse.runtime.weights.stack import Stack
 from hf_sparse.structure.families import base_type
 from hf_sparse.structure.layers import PACKED, target_layers
+from hf_sparse.upstream.peft_by_name import is_of_peft
+from hf_sparse.upstream.transformers.attention import register_mask
+from hf_sparse.upstream.transformers.models import block_class, forget_output_hooks_, set_attention_
 
 # The name of the attention in the compiled model's config: masks reach the blocks as they were given.
 ATTENTION = "hf_sparse"
@@ -122,8 +124,8 @@ def assemble(
     model: PreTrainedModel, stack: Stack, target: Target, cache: Path | None
 ) -> PreTrainedModel:
     """Put a packed stack into a model that has an empty list of blocks."""
-    model.config._attn_implementation = ATTENTION
-    AttentionMaskInterface.register(ATTENTION, _as_given)
+    set_attention_(model.config, ATTENTION)
+    register_mask(ATTENTION, _as_given)
     family = COMPILED[base_type(model.config.model_type)]
     inner = getattr(model.config, "inner_group_num", 1)
     if model.config.num_hidden_layers * inner != len(stack.blocks):
@@ -133,7 +135,7 @@ def assemble(
         )
     path, _, name = family.stack.rpartition(".")
     owner: Any = model.base_model.get_submodule(path)
-    layer_class = compiled_class(_block_class(model))
+    layer_class = compiled_class(block_class(model.base_model))
     runner = Runner(stack, target, cache)
     layers = [layer_class(runner, index, model.config) for index in range(len(stack.blocks))]
     setattr(owner, name, CompiledBlocks(layers))
@@ -141,8 +143,7 @@ def assemble(
     owner.register_forward_hook(functools.partial(leave, name=name), always_call=True)
     for module in {model.base_model, owner}:  # heads call either
         module.register_forward_pre_hook(_refuse_attentions, with_kwargs=True)
-    for module in model.modules():  # transformers hooked the blocks that are gone, if any
-        module.__dict__.pop("_output_capturing_hooks_installed", None)
+    forget_output_hooks_(model)  # transformers hooked the blocks that are gone, if any
     if family is COMPILED["albert"]:  # its loop goes over groups of layers
         owner.config = copy.copy(owner.config)
         owner.config.num_hidden_layers = owner.config.num_hidden_groups = len(layers)
@@ -184,10 +185,7 @@ def _compile_layers(
 def _in_adapters(model: nn.Module) -> set[nn.Module]:
     """Layers inside modules of PEFT, many of which read the weight and do not call the layer."""
     return {
-        child
-        for module in model.modules()
-        if type(module).__module__.startswith("peft.")
-        for child in module.children()
+        child for module in model.modules() if is_of_peft(module) for child in module.children()
     }
 
 
@@ -277,10 +275,3 @@ def _refuse_state(model: nn.Module, *args: Any) -> None:
         "replaced, and it shares the others with the model that was compiled. Load the weights into "
         "an uncompiled model, and compile that."
     )
-
-
-def _block_class(model: PreTrainedModel) -> type[nn.Module]:
-    """The class of a family's blocks, by which transformers records hidden states."""
-    base: Any = model.base_model
-    found: type[nn.Module] = base._can_record_outputs["hidden_states"]
-    return found

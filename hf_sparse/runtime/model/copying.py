@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from hf_sparse.runtime.model.plain import HOOKS
+from hf_sparse.upstream.torch import all_hooks
 
 Model = TypeVar("Model", bound=nn.Module)
-_KINDS = (*HOOKS, "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
 
 
 def with_modules(model: Model, replaced: Mapping[nn.Module, nn.Module]) -> Model:
@@ -33,22 +32,9 @@ def with_modules(model: Model, replaced: Mapping[nn.Module, nn.Module]) -> Model
         for value in vars(module).values():
             if isinstance(value, Tensor):  # computed from parameters, by a hook
                 memo[id(value)] = value.detach()
-        for hook in _hooks_of(module):
+        for hook in all_hooks(module):
             owner = getattr(hook, "__self__", hook)
             known = [owner, *owner.args] if isinstance(owner, functools.partial) else [owner]
             if not any(id(one) in modules for one in known):
                 memo[id(owner)] = owner  # else a module's own method becomes that of its copy
     return copy.deepcopy(model, memo)
-
-
-def copy_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Give a new module the hooks that an old one has when it is called."""
-    for kind in HOOKS:
-        for name in (kind, f"{kind}_with_kwargs", f"{kind}_always_called"):
-            if name in vars(old):
-                setattr(new, name, vars(old)[name].copy())
-
-
-def _hooks_of(module: nn.Module) -> list[Any]:
-    found = [hook for kind in _KINDS for hook in getattr(module, kind, {}).values()]
-    return [getattr(hook, "hook", hook) for hook in found]  # torch wraps some

@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import nn
 
+from hf_sparse.upstream.torch import AROUND_FORWARD
+from hf_sparse.upstream.transformers.models import is_from_transformers
+
 _PACKAGES = ("transformers", "torch", "typing_extensions", *sys.stdlib_module_names)
-# What torch runs around every `forward`.
-_CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__")
 
 
 def why_not_own(kind: type) -> str | None:
@@ -25,13 +26,13 @@ def why_not_own(kind: type) -> str | None:
     seen: set[int] = set()
     for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         for name, value in vars(owner).items():
-            if name.startswith("__") and name not in _CALLS:
+            if name.startswith("__") and name not in AROUND_FORWARD:
                 continue
             for function in _functions_of(name, value):
                 found = _exchanged(owner, name, function) or _calls_exchanged(name, function, seen)
                 if found is not None:
                     return found
-    for name in _CALLS:
+    for name in AROUND_FORWARD:
         found = None if name not in vars(nn.Module) else _foreign(vars(nn.Module)[name])
         if found is not None:
             return f"{name} was exchanged for {found}"
@@ -59,7 +60,7 @@ def _functions_of(name: str, value: Any) -> Iterator[Any]:
         yield value.__func__
         return
     descriptor = hasattr(type(value), "__get__") and not is_known(value)
-    if isinstance(value, FunctionType) or descriptor or name in ("forward", *_CALLS):
+    if isinstance(value, FunctionType) or descriptor or name in ("forward", *AROUND_FORWARD):
         yield value
 
 
@@ -113,7 +114,7 @@ def _calls_exchanged(name: str, function: Any, seen: set[int]) -> str | None:
             found = _foreign(called)
             if found is not None:
                 return f"{name} calls {used}, which is {found}"
-            if str(getattr(called, "__module__", "")).startswith("transformers."):
+            if is_from_transformers(called):
                 deeper = _calls_exchanged(used, called, seen)
                 if deeper is not None:
                     return deeper

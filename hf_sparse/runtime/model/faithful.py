@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.runtime.kernels.activation import activation_ref
@@ -29,6 +27,14 @@ from hf_sparse.runtime.model.plain import foreign_forward, why_instance_not_plai
 from hf_sparse.structure.families import base_type
 from hf_sparse.structure.parts import head_size
 from hf_sparse.structure.units import BlockUnits
+from hf_sparse.upstream.torch import buffers_of, children_of, is_layer_of_torch, parameters_of
+from hf_sparse.upstream.transformers.attention import attention_function, mask_function
+from hf_sparse.upstream.transformers.models import (
+    KEPT_ON_MODULES,
+    attention_of,
+    modeling_name,
+    set_attention_,
+)
 
 # Attributes that change no output of a model in eval mode, whatever they are.
 _NO_MATTER = {
@@ -37,8 +43,7 @@ _NO_MATTER = {
     "attention_dropout",
     "inplace",
     "gradient_checkpointing",
-    "_gradient_checkpointing_func",
-    "_is_hf_initialized",
+    *KEPT_ON_MODULES,
     "forward",  # `why_not_plain` looks at it
     "layer_idx",  # `_check_places`
     "config",  # `_check_part`
@@ -95,12 +100,11 @@ def check_blocks(model: PreTrainedModel, family: Blocks) -> None:
 
 def why_other_attention(config: Any) -> str | None:
     """Why attention is not the usual one, if a function of the user's own computes it, or its mask."""
-    name: Any = getattr(config, "_attn_implementation", None)
-    for what, functions in (
-        ("attention", ALL_ATTENTION_FUNCTIONS),
-        ("mask of attention", ALL_MASK_ATTENTION_FUNCTIONS),
+    name = attention_of(config)
+    for what, function in (
+        ("attention", attention_function(name)),
+        ("mask of attention", mask_function(name)),
     ):
-        function = functions.get(name)
         found = None if function is None else why_not_own_function(function)
         if found is not None:
             return f"its {what} is '{name}', the function {found}"
@@ -133,7 +137,7 @@ def check_parents(model: nn.Module, replaced: list[nn.Module]) -> None:
 def _own_class(base: nn.Module) -> type[nn.Module]:
     """The class of transformers that a base model's class is, or is made from."""
     family = base_type(base.config.model_type)  # type: ignore[union-attr, arg-type]
-    module = f"transformers.models.{family}.modeling_{family}"
+    module = modeling_name(family)
     for one in type(base).__mro__:
         if one.__module__ == module:
             return one
@@ -160,7 +164,7 @@ def _reference(own: Any, config: Any, kind: str) -> Any:
     """A base model with a single block, or group of blocks, without values."""
     small = copy.deepcopy(config)
     small.num_hidden_layers, small.block_sizes = 1, None
-    small._attn_implementation = "eager"
+    set_attention_(small, "eager")
     if kind:
         small.layer_types = [kind]
     if hasattr(small, "num_hidden_groups"):
@@ -254,7 +258,7 @@ def _check_part(
             f"{place} {reason}, which compiled blocks do not run. Remove it before compiling."
         )
     for what, names, own_names in (
-        ("modules", found._modules.keys(), wanted._modules.keys()),
+        ("modules", children_of(found).keys(), children_of(wanted).keys()),
         ("parameters", _tensors(found), _tensors(wanted)),
     ):
         if names != own_names:
@@ -269,8 +273,8 @@ def _check_part(
         )
     for name, value, expected in _differences(found, wanted):
         raise ValueError(f"{place}.{name} is {value}; its config makes it {expected}. {_GIVE_BACK}")
-    for name, child in found._modules.items():
-        other = wanted._modules[name]
+    for name, child in children_of(found).items():
+        other = children_of(wanted)[name]
         if child is not None and other is not None:
             _check_part(child, other, f"{place}.{name}", config, classes)
         elif child is not other:
@@ -279,7 +283,7 @@ def _check_part(
 
 def _tensors(module: nn.Module) -> set[str]:
     """Names of the parameters and buffers that a module has itself."""
-    tensors = {**module._parameters, **module._buffers}
+    tensors = {**parameters_of(module), **buffers_of(module)}
     free = {"bias"} if type(module) in _BIAS_OR_NONE else set()
     return {name for name, tensor in tensors.items() if tensor is not None} - free
 
@@ -296,7 +300,7 @@ def _differences(found: nn.Module, wanted: nn.Module) -> Iterator[tuple[str, str
         elif not _same(mine[name], theirs[name]):
             yield name, _short(mine[name]), _short(theirs[name])
     shapes = {name: getattr(wanted, name).shape for name in _tensors(wanted)}
-    bias: Any = found._parameters.get("bias")
+    bias: Any = parameters_of(found).get("bias")
     if bias is not None and "bias" not in shapes:  # of a layer that may have one
         shapes["bias"] = shapes["weight"][:1]
     for name, shape in shapes.items():
@@ -333,8 +337,7 @@ def _check_places(blocks: list[nn.Module], name: str) -> None:
 
 def _named(kind: type) -> str:
     """A class's name, with its module where that is not torch's."""
-    known = kind.__module__.startswith("torch.nn.modules.")
-    return kind.__name__ if known else f"{kind.__module__}.{kind.__qualname__}"
+    return kind.__name__ if is_layer_of_torch(kind) else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _short(value: object) -> str:

@@ -14,10 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.runtime.model.copying import copy_hooks
 from hf_sparse.runtime.programs.cache import alone_with
 from hf_sparse.runtime.programs.runner import Runner
-from hf_sparse.upstream import cache_in
+from hf_sparse.upstream.torch import (
+    children_of,
+    copy_forward_hooks_,
+    has_forward_hooks,
+    set_children_,
+)
+from hf_sparse.upstream.transformers.caches import cache_in
+from hf_sparse.upstream.transformers.models import ATTENTION_SETTING
 
 NOT_STORED = (
     "a compiled model has packed weights, which checkpoints and pickles cannot hold: save the model "
@@ -29,7 +35,7 @@ BUILT_IN = {
     "sliding_window": None,
     "layer_types": None,
     "is_decoder": False,
-    "_attn_implementation": None,
+    ATTENTION_SETTING: None,
 }
 # Arguments of a call that reach transformers' attention functions, and change what they compute.
 NOT_COMPILED = ("position_bias", "softcap", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
@@ -49,22 +55,23 @@ class CompiledBlocks(nn.ModuleList):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledBlocks:
         twin = type(self)([copy.deepcopy(layer, memo) for layer in self._compiled])
-        twin._modules = copy.deepcopy(self._modules, memo)  # the same ones, unless changed since
+        # The same ones, unless they were changed since.
+        set_children_(twin, copy.deepcopy(children_of(self), memo))
         return twin.train(self.training)
 
     def __iter__(self) -> Iterator[nn.Module]:
-        layers: list[Any] = list(self._modules.values())
+        layers: list[Any] = list(children_of(self).values())
         return iter(layers if layers[0].is_watched else layers[:1])
 
     @property
     def is_whole(self) -> bool:
         """Whether it holds the blocks that were compiled, in their order."""
-        return list(self._modules.values()) == self._compiled
+        return list(children_of(self).values()) == self._compiled
 
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, slice):
             return super().__getitem__(index)
-        layers = list(self._modules.values())[index]
+        layers: list[Any] = list(children_of(self).values())[index]
         return self if len(layers) == len(self) else nn.ModuleList(layers)
 
 
@@ -84,7 +91,7 @@ class CompiledLayer(nn.Module):
         config = copy.deepcopy(self._config, memo)
         twin = type(self)(self.runner, self.index, config).train(self.training)
         twin._built_in = self._built_in
-        copy_hooks(self, twin)
+        copy_forward_hooks_(self, twin)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -93,7 +100,7 @@ class CompiledLayer(nn.Module):
     @property
     def is_watched(self) -> bool:
         """Whether someone has hooked a block, and wants to see what it is given or gives."""
-        return any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.all)
+        return any(map(has_forward_hooks, self.all))
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run all blocks if this is the first one, and give this one's hidden states."""

@@ -10,18 +10,19 @@ import functools
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.arguments import check_has_value
 from hf_sparse.runtime.model.exchanged import why_not_own
-
-# transformers' own hooks, which collect outputs and change none: they are installed again.
-_COLLECTING = "transformers.utils.output_capturing"
-# Where modules keep their hooks; those for the backward pass never run without gradients.
-HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+from hf_sparse.upstream.accelerate import hook_of, moves_inputs_alone
+from hf_sparse.upstream.torch import (
+    buffers_of,
+    forward_hooks,
+    has_global_forward_hooks,
+    parameters_of,
+)
+from hf_sparse.upstream.transformers.models import collects_outputs
 
 
 def why_not_plain(module: nn.Module) -> str | None:
@@ -36,10 +37,11 @@ def why_instance_not_plain(module: nn.Module) -> str | None:
     found = _hooked(module)
     if found is not None:
         return found
-    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+    parameters = parameters_of(module)
+    for name, tensor in [*parameters.items(), *buffers_of(module).items()]:
         if tensor is not None and type(tensor.data) is not Tensor:
             return f"has a {name} of type {type(tensor.data).__name__}"
-        if tensor is not None and name in module._parameters and not tensor.is_floating_point():
+        if tensor is not None and name in parameters and not tensor.is_floating_point():
             return f"has a {name} of {tensor.dtype}: it is quantized"
     return None
 
@@ -52,7 +54,7 @@ def is_plain_matrix(module: nn.Module) -> bool:
 def own_forward(module: nn.Module) -> bool:
     """Whether a module has a `forward` that is not its class's."""
     forward = vars(module).get("forward")
-    if forward is None or _only_moves(module):
+    if forward is None or moves_inputs_alone(module):
         return False
     same = isinstance(forward, MethodType) and forward.__self__ is module
     return not (same and forward.__func__ is type(module).forward)
@@ -72,7 +74,7 @@ def foreign_forward(module: nn.Module) -> bool:
 
 def check_no_global_hooks() -> None:
     """Raise a ValueError if torch calls hooks for every module there is."""
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+    if has_global_forward_hooks():
         raise ValueError(
             "torch has global forward hooks (torch.nn.modules.module.register_module_forward_hook): "
             "a compiled model does not call the modules that it replaced. Remove them first."
@@ -113,22 +115,10 @@ def _patched_class(module: nn.Module) -> str | None:
 
 
 def _hooked(module: nn.Module) -> str | None:
-    for kind in HOOKS:
-        for hook in getattr(module, kind).values():
-            if getattr(hook, "__module__", None) != _COLLECTING:
-                name = getattr(hook, "__qualname__", type(hook).__name__)
-                return f"has a {kind.strip('_').replace('_', ' ')[:-1]}, {name}"
-    hook = vars(module).get("_hf_hook")
-    if hook is not None and not _only_moves(module):
+    for kind, hook in forward_hooks(module):  # those for the backward pass never run here
+        if not collects_outputs(hook):  # the copy that is compiled gets new ones of these
+            return f"has a {kind}, {getattr(hook, '__qualname__', type(hook).__name__)}"
+    hook = hook_of(module)
+    if hook is not None and not moves_inputs_alone(module):
         return f"has a hook of accelerate, {type(hook).__name__}"
     return None
-
-
-def _only_moves(module: nn.Module) -> bool:
-    """Whether a module's `forward` was wrapped by accelerate to move inputs, which are here already."""
-    hook, forward = vars(module).get("_hf_hook"), vars(module).get("_old_forward")
-    if type(hook).__name__ != "AlignDevicesHook" or getattr(hook, "offload", True):
-        return False
-    device: Any = getattr(hook, "execution_device", None)
-    here = device is None or (not isinstance(device, int) and torch.device(device).type == "cpu")
-    return here and getattr(forward, "__func__", None) is type(module).forward

@@ -21,13 +21,13 @@ from hf_sparse.runtime.kernels.single_token import COLUMNS, DENSE_ROWS, GROUP
 from hf_sparse.runtime.kernels.tiles import TRANSPOSE
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
 from hf_sparse.runtime.llvm.target import Target
-from hf_sparse.runtime.model.copying import copy_hooks
 from hf_sparse.runtime.programs.pool import Pool
 from hf_sparse.runtime.programs.program import Program
 from hf_sparse.runtime.programs.tiling import Tile, cut, share
 from hf_sparse.runtime.weights.linear import Linear
 from hf_sparse.runtime.weights.memory import aligned
 from hf_sparse.runtime.weights.rows import DECODE_ROWS, share_rows
+from hf_sparse.upstream.torch import copy_forward_hooks_
 
 # Bytes of programs that a head keeps.
 _HEAD_BYTES = 4 << 20
@@ -222,7 +222,7 @@ class CompiledHead(_Layer):
         linear.weight = copy.deepcopy(self.weight, memo)
         linear.bias = copy.deepcopy(self.bias, memo)
         twin = CompiledHead(linear, self._target, self._cache).train(self.training)
-        copy_hooks(self, twin)
+        copy_forward_hooks_(self, twin)
         return twin
 
     def multiply(self, x: Tensor) -> Tensor:

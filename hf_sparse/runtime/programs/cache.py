@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
+
+from hf_sparse.upstream.transformers.caches import (
     Cache,
     CacheLayerMixin,
     DynamicLayer,

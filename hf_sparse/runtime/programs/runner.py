@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from hf_sparse.runtime.kernels.all import kernels
 from hf_sparse.runtime.kernels.attention import UNSEEN
@@ -19,6 +18,7 @@ from hf_sparse.runtime.programs.many_tokens import Shape, TileProgram
 from hf_sparse.runtime.programs.one_token import RowProgram
 from hf_sparse.runtime.programs.pool import KEPT_BYTES, Pool
 from hf_sparse.runtime.weights.stack import Stack
+from hf_sparse.upstream.transformers.caches import Cache
 
 # Kernels count positions in 32 bits, and windows reach this far back, and further.
 MAX_TOKENS = 1 << 29

@@ -35,7 +35,7 @@ from hf_sparse.runtime.programs.cache import alone_with
 from hf_sparse.runtime.programs.many_tokens import Shape
 from hf_sparse.runtime.programs.pool import Pool
 from hf_sparse.runtime.programs.program import Program
-from hf_sparse.upstream import cache_in, cache_name
+from hf_sparse.upstream.transformers.caches import cache_in, cache_name
 from tests.support.closeness import same
 from tests.support.crosses import cross
 from tests.support.sparse_models import inputs, random_model

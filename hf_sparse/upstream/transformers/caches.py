@@ -1,10 +1,27 @@
-"""What the supported releases of transformers name differently."""
+"""Caches of keys and values: transformers' classes, and what its releases name differently."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+__all__ = [
+    "CACHE_NAMES",
+    "Cache",
+    "CacheLayerMixin",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "cache_in",
+    "cache_name",
+]
 
 # The argument of a model's forward, and the field of its outputs, that hold keys and values:
 # `cache` since transformers 5.24, which takes the older name with a warning until 5.40.

@@ -1,0 +1,111 @@
+"""How transformers lets others restore the weights of a checkpoint while it loads them."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "QuantizationConfigMixin",
+    "Restorer",
+    "WeightConverter",
+    "conversion_from_parts",
+    "detach_",
+    "register_quantization_config",
+    "register_quantizer",
+]
+# The weight of this name in this model, from its parts by the patterns of their names.
+Restore = Callable[[str, dict[str, Tensor], "PreTrainedModel"], Tensor]
+
+
+class Restorer(HfQuantizer):
+    """What transformers calls for weights that are not stored as they are used: its quantizers."""
+
+    requires_calibration = True
+
+    def before_loading(
+        self, model: PreTrainedModel, files: Sequence[Path], dtype: torch.dtype
+    ) -> None:
+        """Called once, with the model on the meta device and the files of the checkpoint."""
+        raise NotImplementedError
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        dtype: torch.dtype = torch.float32,
+        **kwargs: Any,
+    ) -> None:
+        self.before_loading(model, [Path(file) for file in checkpoint_files or []], dtype)
+
+
+def conversion_from_parts(
+    patterns: Sequence[str], restorer: Restorer, restore: Restore
+) -> WeightConverter:
+    """The conversion of all weights, each from the parts whose names match the patterns.
+
+    Args:
+        patterns: for the end of a name, after that of the module: the first is a whole weight's.
+        restorer: of the checkpoint.
+        restore: makes a weight.
+    """
+    return _FromParts(list(patterns), "weight", [_Restore(restorer, restore)])
+
+
+def detach_(restorer: Restorer, model: PreTrainedModel) -> None:
+    """Leave no trace of a restorer on a loaded model; conversions of the model's family stay.
+
+    Saving dense reverts those. From 5.24 on transformers drops them together with the quantizer; the
+    conversion from parts has no meaning for a plain model.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or []
+    restorer.remove_quantization_config(model)
+    model._weight_conversions = [  # type: ignore[assignment]
+        conversion for conversion in conversions if not isinstance(conversion, _FromParts)
+    ]
+
+
+class _FromParts(WeightConverter):
+    """A converter that is cheap to copy: transformers copies it for every tensor."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _FromParts:
+        clone = copy.copy(self)
+        clone.collected_tensors = defaultdict(list)
+        clone.layer_targets = defaultdict(set)
+        return clone
+
+
+class _Restore(ConversionOps):
+    """Makes one weight from its parts."""
+
+    def __init__(self, restorer: Restorer, restore: Restore) -> None:
+        # transformers casts the parts of operations without this to the model's dtype before the call.
+        self.hf_quantizer = restorer
+        self._restore = restore
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        name = kwargs["full_layer_name"]
+        parts = {
+            pattern: tensors[0] if isinstance(tensors, list) else tensors
+            for pattern, tensors in input_dict.items()
+        }
+        return {name: self._restore(name, parts, kwargs["model"])}
