@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from hf_sparse.runtime.programs.block import Uses
 
@@ -12,8 +11,7 @@ from hf_sparse.runtime.programs.block import Uses
 ALL = "all"
 
 
-@dataclass(frozen=True)
-class Use:
+class Use(NamedTuple):
     """How a step's threads divide some memory among them.
 
     Attributes:
@@ -26,26 +24,30 @@ class Use:
     part: Hashable
     writes: bool
 
-    def collides(self, other: Use) -> bool:
-        """Whether a thread must wait between the two, as it needs another thread's part."""
-        some = self.writes or other.writes
-        return some and self.memory == other.memory and self.part != other.part
-
 
 Item = TypeVar("Item")
 
 
 def sections(steps: Iterable[Item], uses: Callable[[Item], Iterable[Use]]) -> list[list[Item]]:
-    """Cut a row of steps where threads have to wait until all have done what comes before."""
+    """Cut a row of steps where threads have to wait until all have done what comes before.
+
+    A thread waits where it would need another one's part: some memory is divided otherwise than
+    before, and one of the two steps changes it.
+    """
     found: list[list[Item]] = [[]]
-    since: set[Use] = set()
+    since: dict[Hashable, set[tuple[Hashable, bool]]] = {}
     for step in steps:
-        now = set(uses(step))
-        if any(one.collides(other) for one in now for other in since):
+        now = list(uses(step))
+        if any(
+            part != use.part and (writes or use.writes)
+            for use in now
+            for part, writes in since.get(use.memory, ())
+        ):
             found.append([])
-            since = set()
+            since = {}
         found[-1].append(step)
-        since |= now
+        for use in now:
+            since.setdefault(use.memory, set()).add((use.part, use.writes))
     return found
 
 
