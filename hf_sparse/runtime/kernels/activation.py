@@ -20,8 +20,9 @@ import math
 import numpy as np
 
 from hf_sparse.runtime.kernels.call import Signature
-from hf_sparse.runtime.llvm.ir import Function, Value, element_of, lanes_of, vector
+from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
+from hf_sparse.runtime.llvm.values import Value, element_of, lanes_of, vector
 
 # Vectors in a round; the kernels write whole rounds.
 UNROLL = 4

@@ -25,8 +25,9 @@ from hf_sparse.runtime.kernels.activation import exponential
 from hf_sparse.runtime.kernels.attention import UNSEEN
 from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.kernels.weight_types import BFLOAT16, WeightType
-from hf_sparse.runtime.llvm.ir import Function, Value, Variable, vector
+from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target, is_x86
+from hf_sparse.runtime.llvm.values import Value, Variable, vector
 
 # Rows of a group, and columns that a word's bits stand for.
 GROUP, COLUMNS = 4, 16

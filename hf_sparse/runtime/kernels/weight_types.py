@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hf_sparse.runtime.llvm.ir import Function, Value, lanes_of, vector
+from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
+from hf_sparse.runtime.llvm.values import Value, lanes_of, vector
 
 
 @dataclass(frozen=True)

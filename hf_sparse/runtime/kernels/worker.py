@@ -7,8 +7,9 @@ several lists.
 
 from __future__ import annotations
 
-from hf_sparse.runtime.llvm.ir import Function, Value
+from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target, is_x86
+from hf_sparse.runtime.llvm.values import Value
 
 # Words of 8 bytes in an operation: the kernel's address and its arguments.
 OPERATION_WORDS = 16
