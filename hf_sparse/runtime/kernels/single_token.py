@@ -26,7 +26,7 @@ from hf_sparse.runtime.kernels.attention import UNSEEN
 from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.kernels.weight_types import BFLOAT16, WeightType
 from hf_sparse.runtime.llvm.ir import Function
-from hf_sparse.runtime.llvm.target import Target, is_x86
+from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.llvm.values import Value, Variable, vector
 
 # Rows of a group, and columns that a word's bits stand for.
@@ -99,18 +99,18 @@ def _finish(
 
 def _expand(f: Function, target: Target, kept: WeightType, at: Value, bits: Value) -> Value:
     """The weights at `at`, one after another, in the lanes that the last 16 bits name; else 0."""
-    if not target.has_expand:
+    if not target.has.expand:
         return _shuffled(f, target, kept, at, bits)
     lanes, mask = COLUMNS, bits.cast("trunc", "i16")
     if kept is BFLOAT16:
         # Into every other lane of twice as many: the upper halves of floats.
         lanes = 2 * COLUMNS
         odd = f.constant(0xAAAAAAAA, "i32")
-        mask = f.call("i32", "llvm.x86.bmi.pdep.32", bits.cast("trunc", "i32"), odd)
+        mask = f.call("i32", target.has.deposit, bits.cast("trunc", "i32"), odd)
     kind = vector(lanes, kept.lane)
     # A plain load and an expansion between registers are faster than the load that expands.
     loaded = f.emit(kind, f"load volatile {kind}, {at}, align {kept.size}")
-    name = f"llvm.x86.avx512.mask.expand.v{lanes}{kept.lane}"
+    name = target.has.expand.format(lanes=lanes, lane=kept.lane)
     chosen = mask.cast("bitcast", vector(lanes, "i1"))
     expanded = f.call(kind, name, loaded, f.constant(0, kind), chosen)
     if kept is BFLOAT16:
@@ -122,14 +122,13 @@ def _shuffled(f: Function, target: Target, kept: WeightType, at: Value, bits: Va
     """As `_expand`, as many weights at a time as there are in 16 bytes."""
     count, bytes_kind = 16 // kept.size, vector(16, "i8")
     table = f.table(f"expand{kept.size}", _shuffles(kept.size))
-    shuffle = "x86.ssse3.pshuf.b.128" if is_x86() else "aarch64.neon.tbl1.v16i8"
     parts = []
     for first in range(0, COLUMNS, count):
         mask = (bits >> first) & ((1 << count) - 1)
         before = bits & ((1 << first) - 1)
         place = at.at(f.popcount(before) * kept.size)
         order = table.at(mask * 16).load(bytes_kind, 16)
-        spread = f.call(bytes_kind, f"llvm.{shuffle}", place.load(bytes_kind, kept.size), order)
+        spread = f.call(bytes_kind, target.has.shuffle, place.load(bytes_kind, kept.size), order)
         parts.append(kept.floats(f, target, spread.cast("bitcast", vector(count, kept.lane))))
     return f.joined(parts)
 

@@ -67,7 +67,7 @@ class WeightType:
 
         if self is FLOAT32:
             return bits.cast("bitcast", kind("float"))
-        if self is FLOAT16 and target.has_half:
+        if self is FLOAT16 and target.has.half:
             return bits.cast("bitcast", kind("half")).cast("fpext", kind("float"))
         bits = bits.cast("zext", kind("i32"))
         if self is BFLOAT16:
