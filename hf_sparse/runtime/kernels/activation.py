@@ -20,8 +20,9 @@ import math
 import numpy as np
 
 from hf_sparse.runtime.kernels.call import Signature
-from hf_sparse.runtime.llvm.ir import Function, Value, element_of, lanes_of, vector
+from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
+from hf_sparse.runtime.llvm.values import Value, element_of, lanes_of, vector
 
 # Vectors in a round; the kernels write whole rounds.
 UNROLL = 4
@@ -68,13 +69,8 @@ def exponential(f: Function, target: Target, x: Value) -> Value:
     total = f.constant(EXPONENTIAL_FIT[-1], kind)
     for coefficient in EXPONENTIAL_FIT[-2::-1]:
         total = f.fma(total, rest, f.constant(coefficient, kind))
-    if target.has_scale:
-        return f.in_registers(
-            f"llvm.x86.avx512.mask.scalef.ps.{32 * target.lanes}",
-            target.lanes,
-            (total, n),
-            _NEAREST,
-        )
+    if target.has.scale:
+        return f.in_registers(target.has.scale, target.lanes, (total, n), _NEAREST)
     exponent = (n.cast("fptosi", vector(lanes, "i32")) + 127) << 23
     return total * exponent.cast("bitcast", kind)
 
@@ -82,10 +78,10 @@ def exponential(f: Function, target: Target, x: Value) -> Value:
 def reciprocal(f: Function, target: Target, x: Value) -> Value:
     """`1 / x` for float vectors whose size is between 1e-37 and 1e37, relative error 2e-7."""
     kind = x.kind
-    if not target.has_scale:
+    if not target.has.reciprocal:
         return f.constant(1.0, kind) / x
     # 14 bits from the CPU's table, and one step of Newton's method.
-    guess = f.in_registers(f"llvm.x86.avx512.rcp14.ps.{32 * target.lanes}", target.lanes, (x,))
+    guess = f.in_registers(target.has.reciprocal, target.lanes, (x,))
     return guess * (f.constant(2.0, kind) - x * guess)
 
 

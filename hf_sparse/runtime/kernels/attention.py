@@ -21,8 +21,9 @@ import numpy as np
 
 from hf_sparse.runtime.kernels.activation import exponential
 from hf_sparse.runtime.kernels.call import Signature
-from hf_sparse.runtime.llvm.ir import Function, Value, Variable, vector
+from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
+from hf_sparse.runtime.llvm.values import Value, Variable, vector
 
 # Added to the score of a key that is not seen. Finite: a query that sees nothing stays a number.
 UNSEEN = -1e30

@@ -6,7 +6,7 @@
 
 Addresses and integers are given as int, floats as float. Addresses of tensors that come and go with
 a call, and numbers that change from call to call, are `Slot`s: a program fills them in when it runs.
-Machine code reads its arguments from memory without looking at them, so `words` hands over nothing
+Machine code reads its arguments from memory without looking at them, so `write` hands over nothing
 but operations that were built by the parameters of the very kernel that they name.
 """
 
@@ -15,7 +15,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any
 
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.jit import Code
@@ -43,6 +46,7 @@ class Operation:
         kernel: its name.
         parameters: of the kernel, kind and name of each.
         arguments: in the order of the parameters.
+        layout: how the arguments lie in memory.
 
     Raises:
         TypeError: there are more or fewer arguments than parameters, or one is of another kind.
@@ -51,15 +55,30 @@ class Operation:
     kernel: str
     parameters: tuple[str, ...]
     arguments: tuple[Argument, ...]
+    layout: Layout = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        layouts = _parameters(self.parameters).layouts
+        types = tuple(map(type, self.arguments))
+        layout = layouts.get(types)
+        if layout is None:
+            self._check()
+            layout = layouts[types] = _layout(types)
+        integers = layout.integers(self.arguments)
+        # What is no address may be negative, which is rare.
+        if integers and (min(integers) < 0 or max(integers) > _MOST):
+            self._check()
+        object.__setattr__(self, "layout", layout)
+
+    def _check(self) -> None:
+        """Check the count of the arguments, and the kind of each."""
         if len(self.arguments) != len(self.parameters):
             raise TypeError(
                 f"{self.kernel} has {len(self.arguments)} arguments; wanted {len(self.parameters)}: "
                 f"{', '.join(self.parameters)}."
             )
-        kinds, names = _kinds_and_names(self.parameters)
-        for kind, name, argument in zip(kinds, names, self.arguments, strict=True):
+        split = _parameters(self.parameters)
+        for kind, name, argument in zip(split.kinds, split.names, self.arguments, strict=True):
             if not _is(kind, argument):
                 raise TypeError(f"{self.kernel} has {name}={argument!r}; wanted {_WANTED[kind]}.")
 
@@ -87,13 +106,17 @@ class Signature:
             TypeError: a parameter has no argument or one of another kind, or an argument has no
                 parameter.
         """
-        _, names = _kinds_and_names(self.parameters)
-        if len(arguments) != len(names) or not all(name in arguments for name in names):
-            missing = ", ".join(name for name in names if name not in arguments)
-            unknown = ", ".join(name for name in arguments if name not in names)
+        split = _parameters(self.parameters)
+        try:
+            ordered = split.in_order(arguments)
+        except KeyError:
+            ordered = ()
+        if len(ordered) != len(arguments):
+            missing = ", ".join(name for name in split.names if name not in arguments)
+            unknown = ", ".join(name for name in arguments if name not in split.names)
             problem = f"lacks {missing}" if missing else f"has no {unknown}"
             raise TypeError(f"{kernel} {problem}; wanted {', '.join(self.parameters)}.")
-        return Operation(kernel, self.parameters, tuple(arguments[name] for name in names))
+        return Operation(kernel, self.parameters, ordered)
 
 
 _LEAST, _MOST = -(1 << 63), (1 << 63) - 1
@@ -102,12 +125,6 @@ _WANTED = {
     "i64": "an int of 64 bits, or a Slot",
     "ptr": "an address, which is an int from 0 on, or a Slot",
 }
-
-
-@functools.cache
-def _kinds_and_names(parameters: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    split = [parameter.split() for parameter in parameters]
-    return tuple(kind for kind, _ in split), tuple(name for _, name in split)
 
 
 def _is(kind: str, argument: Argument) -> bool:
@@ -119,8 +136,73 @@ def _is(kind: str, argument: Argument) -> bool:
     return isinstance(argument, Slot)
 
 
-def words(code: Code, operation: Operation) -> list[int]:
-    """The kernel's address and its arguments as machine code reads them; 0 for slots.
+Pick = Callable[[Any], tuple[Any, ...]]
+
+
+def _pick(keys: Sequence[Any]) -> Pick:
+    """What gives the items of these keys, in their order."""
+    if len(keys) > 1:
+        return itemgetter(*keys)
+    return lambda items: tuple(items[key] for key in keys)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How arguments of certain types lie in memory, behind the kernel's address, in words.
+
+    Attributes:
+        words: all of them, 0 for slots.
+        integers, given: what picks the integers, and what is no slot, from the arguments.
+        slots: which arguments are slots.
+    """
+
+    words: struct.Struct
+    integers: Pick
+    given: Pick
+    slots: tuple[int, ...]
+
+
+def _layout(types: Sequence[type]) -> Layout:
+    kinds = ["8x" if issubclass(t, Slot) else "q" if t is int else "f4x" for t in types]
+    return Layout(
+        struct.Struct("=q" + "".join(kinds)),
+        _pick([place for place, kind in enumerate(kinds) if kind == "q"]),
+        _pick([place for place, kind in enumerate(kinds) if kind != "8x"]),
+        tuple(place for place, kind in enumerate(kinds) if kind == "8x"),
+    )
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """The parameters of a kernel, read once.
+
+    Attributes:
+        kinds, names: of each.
+        in_order: what puts arguments that have these names in order.
+        layouts: by types of arguments, of those that are of the right kinds.
+    """
+
+    kinds: tuple[str, ...]
+    names: tuple[str, ...]
+    in_order: Pick
+    layouts: dict[tuple[type, ...], Layout]
+
+
+@functools.cache
+def _parameters(parameters: tuple[str, ...]) -> _Parameters:
+    split = [parameter.split() for parameter in parameters]
+    kinds, names = tuple(kind for kind, _ in split), tuple(name for _, name in split)
+    return _Parameters(kinds, names, _pick(names), {})
+
+
+def write(code: Code, operation: Operation, memory: Any, offset: int = 0) -> None:
+    """Write a kernel's address and its arguments as machine code reads them; 0 for slots.
+
+    Args:
+        code: has the kernel.
+        operation: which kernel, and the arguments.
+        memory: any buffer; struct.error if it is too short.
+        offset: bytes before what is written.
 
     Raises:
         TypeError: there is no such kernel, or it has other parameters than the operation.
@@ -132,25 +214,19 @@ def words(code: Code, operation: Operation) -> list[int]:
             f"an operation was built with the parameters {operation.parameters} for the kernel "
             f"{operation.kernel}, {has}."
         )
-    return [code.addresses[operation.kernel], *map(_word, operation.arguments)]
-
-
-def _word(argument: Argument) -> int:
-    if isinstance(argument, int):
-        return argument
-    if isinstance(argument, float):
-        return int.from_bytes(struct.pack("<f", argument), "little")
-    return 0
+    layout, arguments = operation.layout, operation.arguments
+    given = layout.given(arguments) if layout.slots else arguments
+    layout.words.pack_into(memory, offset, code.addresses[operation.kernel], *given)
 
 
 def run(code: Code, operation: Operation) -> None:
     """Call one kernel from Python, on this thread.
 
     Raises:
-        TypeError: as `words`; or the operation has slots, which only a program fills in.
+        TypeError: as `write`; or the operation has slots, which only a program fills in.
     """
-    if any(isinstance(argument, Slot) for argument in operation.arguments):
+    if operation.layout.slots:
         raise TypeError(f"{operation.kernel} has slots: run it by a Program.")
-    address, *arguments = words(code, operation)
-    memory = (ctypes.c_int64 * max(len(arguments), 1))(*arguments)
-    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(ctypes.addressof(memory))
+    memory = (ctypes.c_int64 * (1 + len(operation.arguments)))()
+    write(code, operation, memory)
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(memory[0])(ctypes.addressof(memory) + 8)

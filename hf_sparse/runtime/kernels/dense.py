@@ -13,8 +13,9 @@ from __future__ import annotations
 from hf_sparse.runtime.kernels import spmm
 from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType
-from hf_sparse.runtime.llvm.ir import Function, Value, Variable, vector
+from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
+from hf_sparse.runtime.llvm.values import Value, Variable, vector
 
 ROWS = 4
 # Columns in one round; what is left is multiplied one by one.

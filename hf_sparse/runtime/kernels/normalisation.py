@@ -15,8 +15,9 @@ from __future__ import annotations
 import numpy as np
 
 from hf_sparse.runtime.kernels.call import Signature
-from hf_sparse.runtime.llvm.ir import Function, Value, vector
+from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
+from hf_sparse.runtime.llvm.values import Value, vector
 
 NORMS = ("layer", "rms")
 # Of this kernel and of the one for single tokens.

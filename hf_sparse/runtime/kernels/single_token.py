@@ -25,8 +25,9 @@ from hf_sparse.runtime.kernels.activation import exponential
 from hf_sparse.runtime.kernels.attention import UNSEEN
 from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.kernels.weight_types import BFLOAT16, WeightType
-from hf_sparse.runtime.llvm.ir import Function, Value, Variable, vector
-from hf_sparse.runtime.llvm.target import Target, is_x86
+from hf_sparse.runtime.llvm.ir import Function
+from hf_sparse.runtime.llvm.target import Target
+from hf_sparse.runtime.llvm.values import Value, Variable, vector
 
 # Rows of a group, and columns that a word's bits stand for.
 GROUP, COLUMNS = 4, 16
@@ -98,18 +99,18 @@ def _finish(
 
 def _expand(f: Function, target: Target, weight_type: WeightType, at: Value, bits: Value) -> Value:
     """The weights at `at`, one after another, in the lanes that the last 16 bits name; else 0."""
-    if not target.has_expand:
+    if not target.has.expand:
         return _shuffled(f, target, weight_type, at, bits)
     lanes, mask = COLUMNS, bits.cast("trunc", "i16")
     if weight_type is BFLOAT16:
         # Into every other lane of twice as many: the upper halves of floats.
         lanes = 2 * COLUMNS
         odd = f.constant(0xAAAAAAAA, "i32")
-        mask = f.call("i32", "llvm.x86.bmi.pdep.32", bits.cast("trunc", "i32"), odd)
+        mask = f.call("i32", target.has.deposit, bits.cast("trunc", "i32"), odd)
     kind = vector(lanes, weight_type.lane)
     # A plain load and an expansion between registers are faster than the load that expands.
     loaded = f.emit(kind, f"load volatile {kind}, {at}, align {weight_type.size}")
-    name = f"llvm.x86.avx512.mask.expand.v{lanes}{weight_type.lane}"
+    name = target.has.expand.format(lanes=lanes, lane=weight_type.lane)
     chosen = mask.cast("bitcast", vector(lanes, "i1"))
     expanded = f.call(kind, name, loaded, f.constant(0, kind), chosen)
     if weight_type is BFLOAT16:
@@ -123,7 +124,6 @@ def _shuffled(
     """As `_expand`, as many weights at a time as there are in 16 bytes."""
     count, bytes_kind = 16 // weight_type.size, vector(16, "i8")
     table = f.table(f"expand{weight_type.size}", _shuffles(weight_type.size))
-    shuffle = "x86.ssse3.pshuf.b.128" if is_x86() else "aarch64.neon.tbl1.v16i8"
     parts = []
     for first in range(0, COLUMNS, count):
         mask = (bits >> first) & ((1 << count) - 1)
@@ -131,7 +131,7 @@ def _shuffled(
         place = at.at(f.popcount(before) * weight_type.size)
         order = table.at(mask * 16).load(bytes_kind, 16)
         spread = f.call(
-            bytes_kind, f"llvm.{shuffle}", place.load(bytes_kind, weight_type.size), order
+            bytes_kind, target.has.shuffle, place.load(bytes_kind, weight_type.size), order
         )
         parts.append(
             weight_type.floats(f, target, spread.cast("bitcast", vector(count, weight_type.lane)))

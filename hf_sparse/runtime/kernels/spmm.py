@@ -25,8 +25,9 @@ from __future__ import annotations
 
 from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType
-from hf_sparse.runtime.llvm.ir import Function, Value, Variable, vector
+from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
+from hf_sparse.runtime.llvm.values import Value, Variable, vector
 
 # How a panel's rows start.
 START_SUM, START_BIAS, START_SUM_BIAS = 0, 1, 2

@@ -8,8 +8,9 @@ lanes repeats its last token; those columns are computed and never read.
 from __future__ import annotations
 
 from hf_sparse.runtime.kernels.call import Signature
-from hf_sparse.runtime.llvm.ir import Function, Value, lanes_of, vector
+from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
+from hf_sparse.runtime.llvm.values import Value, lanes_of, vector
 
 TRANSPOSE = Signature(("ptr x", "ptr y", "i64 features", "i64 tokens", "i64 stride"))
 ROTARY = Signature(("ptr x", "i64 heads", "i64 head_dim", "ptr cos", "ptr sin"))

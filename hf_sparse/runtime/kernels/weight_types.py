@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hf_sparse.runtime.llvm.ir import Function, Value, lanes_of, vector
+from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
+from hf_sparse.runtime.llvm.values import Value, lanes_of, vector
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class WeightType:
 
         if self is FLOAT32:
             return bits.cast("bitcast", kind("float"))
-        if self is FLOAT16 and target.has_half:
+        if self is FLOAT16 and target.has.half:
             return bits.cast("bitcast", kind("half")).cast("fpext", kind("float"))
         bits = bits.cast("zext", kind("i32"))
         if self is BFLOAT16:

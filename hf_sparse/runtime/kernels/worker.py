@@ -7,8 +7,9 @@ several lists.
 
 from __future__ import annotations
 
-from hf_sparse.runtime.llvm.ir import Function, Value
-from hf_sparse.runtime.llvm.target import Target, is_x86
+from hf_sparse.runtime.llvm.ir import Function
+from hf_sparse.runtime.llvm.target import Target
+from hf_sparse.runtime.llvm.values import Value
 
 # Words of 8 bytes in an operation: the kernel's address and its arguments.
 OPERATION_WORDS = 16
@@ -60,9 +61,9 @@ def worker(target: Target, *, parallel: bool) -> Function:
 
             with f.loop_while(early):
                 waited.set(waited.get() + 1)
-                if is_x86():
-                    f.declare("declare void @llvm.x86.sse2.pause()")
-                    f.do("call void @llvm.x86.sse2.pause()")
+                if target.has.pause:
+                    f.declare(f"declare void @{target.has.pause}()")
+                    f.do(f"call void @{target.has.pause}()")
                 with f.when(waited.get().compare("gt", _PATIENCE)):
                     f.emit("i32", f"call i32 {word(YIELD, 'ptr').name}()")
     return f

@@ -7,9 +7,108 @@ import platform
 from dataclasses import dataclass
 from types import ModuleType
 
-# What AVX-512 code here needs; a CPU that lacks one of them gets AVX2 code.
-_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi2", "bmi2", "fma")
-_AVX2 = ("avx2", "fma", "f16c", "bmi2")
+
+@dataclass(frozen=True)
+class Instructions:
+    """LLVM's names of instructions that kernels use where a CPU has them; empty where it has not.
+
+    Attributes:
+        shuffle: 16 bytes, each of which takes the byte that a table names, or 0 for 128 and above.
+        pause: tells the core that it waits in a loop.
+        half: there is one that turns float16 into float32; LLVM finds it by itself.
+        expand: spreads packed values over the lanes that a mask names; of `{lanes}` and `{lane}`.
+        deposit: spreads the bits of an i32 over the bits that a mask names.
+        scale: multiplies by a power of two. Masked, as `Function.in_registers` calls it.
+        reciprocal: 14 bits of 1 / x. Masked as well.
+    """
+
+    shuffle: str
+    pause: str = ""
+    half: bool = False
+    expand: str = ""
+    deposit: str = ""
+    scale: str = ""
+    reciprocal: str = ""
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """What a name of a target stands for.
+
+    Attributes:
+        name: of the target; on machines of one kind, of one row only.
+        machines: as `platform.machine()` calls them.
+        lanes: float32 numbers in a vector register.
+        registers: vector registers.
+        needs: LLVM's features without which a CPU does not run the code.
+        has: the instructions.
+        cpu: LLVM's CPU, or empty for this machine's own with all its features.
+        features: more of LLVM's features.
+        without: beginnings of the features that are switched off.
+    """
+
+    name: str
+    machines: tuple[str, ...]
+    lanes: int
+    registers: int
+    needs: tuple[str, ...]
+    has: Instructions
+    cpu: str = ""
+    features: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+
+_X86, _ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
+_PSHUFB, _PAUSE = "llvm.x86.ssse3.pshuf.b.128", "llvm.x86.sse2.pause"
+
+# Of a machine, the best first: a CPU that runs one also runs those below it.
+INSTRUCTION_SETS = (
+    InstructionSet(
+        "avx512",
+        _X86,
+        lanes=16,
+        registers=32,
+        needs=("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi2", "bmi2", "fma"),
+        has=Instructions(
+            _PSHUFB,
+            _PAUSE,
+            half=True,
+            expand="llvm.x86.avx512.mask.expand.v{lanes}{lane}",
+            deposit="llvm.x86.bmi.pdep.32",
+            scale="llvm.x86.avx512.mask.scalef.ps.512",
+            reciprocal="llvm.x86.avx512.rcp14.ps.512",
+        ),
+        # Full 512-bit vectors, or half of the registers' width is lost.
+        features=("-prefer-256-bit",),
+    ),
+    InstructionSet(
+        "avx2",
+        _X86,
+        lanes=8,
+        registers=16,
+        needs=("avx2", "fma", "f16c", "bmi2"),
+        has=Instructions(_PSHUFB, _PAUSE, half=True),
+        cpu="x86-64-v3",
+        without=("avx512", "avx10"),
+    ),
+    InstructionSet(
+        "portable",
+        _X86,
+        lanes=4,
+        registers=16,
+        needs=("ssse3", "sse4.1", "sse4.2"),
+        has=Instructions(_PSHUFB, _PAUSE),
+        cpu="x86-64-v2",
+    ),
+    InstructionSet(
+        "portable",
+        _ARM,
+        lanes=4,
+        registers=32,
+        needs=(),  # NEON is in every CPU of this architecture
+        has=Instructions("llvm.aarch64.neon.tbl1.v16i8", half=True),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -17,32 +116,17 @@ class Target:
     """What a kernel is generated for. Everything that changes the code is a field.
 
     Attributes:
-        name: `avx512`, `avx2` or `portable`.
-        lanes: float32 numbers in a vector register.
-        registers: vector registers.
+        name: of its row in `INSTRUCTION_SETS`.
+        lanes, registers, has: of the row.
         cpu, features: for LLVM.
     """
 
     name: str
     lanes: int
     registers: int
+    has: Instructions
     cpu: str
     features: str
-
-    @property
-    def has_expand(self) -> bool:
-        """Whether one instruction spreads packed values over the set bits of a mask."""
-        return self.name == "avx512"
-
-    @property
-    def has_half(self) -> bool:
-        """Whether one instruction turns float16 into float32."""
-        return self.name != "portable" or not is_x86()
-
-    @property
-    def has_scale(self) -> bool:
-        """Whether instructions multiply by powers of two and guess reciprocals."""
-        return self.name == "avx512"
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -67,39 +151,56 @@ def llvm() -> ModuleType:
     return module
 
 
-def is_x86() -> bool:
-    """Whether this machine has x86-64 instructions."""
-    return platform.machine().lower() in ("x86_64", "amd64")
-
-
 @functools.cache
 def host() -> Target:
-    """The best target that this CPU can run."""
-    has = llvm().get_host_cpu_features()
-    if all(has.get(feature) for feature in _AVX512):
-        return targets()["avx512"]
-    if all(has.get(feature) for feature in _AVX2):
-        return targets()["avx2"]
-    return targets()["portable"]
+    """The best target that this CPU can run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    has, rows = llvm().get_host_cpu_features(), _rows()
+    for row in rows:
+        if all(has.get(feature) for feature in row.needs):
+            return targets()[row.name]
+    wanted = "; ".join(f"{row.name}: {', '.join(row.needs)}" for row in rows)
+    raise ValueError(
+        f"this CPU ({llvm().get_host_cpu_name()}) has the instructions of no target. Wanted those of "
+        f"one of these. {wanted}."
+    )
 
 
 @functools.cache
 def targets() -> dict[str, Target]:
-    """Every target of this machine's architecture, best first; `host()` tells what it can run."""
+    """Every target of this machine's architecture, best first; `host()` tells what it can run.
+
+    Raises:
+        ValueError: there are no kernels for this architecture.
+    """
+    return {row.name: _target(row) for row in _rows()}
+
+
+def _rows() -> list[InstructionSet]:
+    """The rows for this machine."""
+    machine = platform.machine().lower()
+    found = [row for row in INSTRUCTION_SETS if machine in row.machines]
+    if not found:
+        known = dict.fromkeys(name for row in INSTRUCTION_SETS for name in row.machines)
+        raise ValueError(
+            f"this machine is a {machine!r}, for which there are no kernels. "
+            f"Wanted one of {', '.join(known)}."
+        )
+    return found
+
+
+def _target(row: InstructionSet) -> Target:
+    """The target of a row, on this machine."""
     binding = llvm()
-    cpu = binding.get_host_cpu_name()
     flags = binding.get_host_cpu_features()
-    if not is_x86():
-        # NEON and its kin: 128-bit vectors, 32 registers.
-        return {"portable": Target("portable", 4, 32, cpu, flags.flatten())}
-    # Full 512-bit vectors, or half of the registers' width is lost.
-    wide = flags.flatten() + ",-prefer-256-bit"
-    narrow = ",".join(f"-{name}" for name in flags if name.startswith(("avx512", "avx10")))
-    return {
-        "avx512": Target("avx512", 16, 32, cpu, wide),
-        "avx2": Target("avx2", 8, 16, "x86-64-v3", narrow),
-        "portable": Target("portable", 4, 16, "x86-64-v2", ""),
-    }
+    features = [] if row.cpu else [flags.flatten()]
+    features += row.features
+    features += [f"-{flag}" for flag in flags if flag.startswith(row.without)]
+    cpu = row.cpu or binding.get_host_cpu_name()
+    return Target(row.name, row.lanes, row.registers, row.has, cpu, ",".join(features))
 
 
 def named(name: str | None) -> Target:

@@ -1,57 +1,77 @@
 """The operations of a stack for one shape of input: many tokens of each sequence at once.
 
-Phases are divided by barriers where a thread needs the keys of another's tiles: there is one per
-block. Within a phase a thread finishes one tile before it begins the next, in buffers of its own
-that stay in its cache; queries, keys and values alternate between two buffers, since one block's
-are still read when the next one's are written.
+A thread finishes one tile before it begins the next, in buffers of its own that stay in its cache.
+Threads wait where one needs the keys of another's tiles: once per block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from hf_sparse.runtime.kernels import activation, attention, normalisation, tiles
 from hf_sparse.runtime.kernels.call import Argument, Operation, Slot
 from hf_sparse.runtime.llvm.jit import Code
+from hf_sparse.runtime.programs.block import (
+    Append,
+    Attend,
+    Buffer,
+    FeedForward,
+    HeadNorms,
+    Multiply,
+    Normalise,
+    Rotate,
+    Step,
+    Uses,
+    angles,
+    residual,
+    steps,
+)
+from hf_sparse.runtime.programs.dependences import ALL, Use, sections
+from hf_sparse.runtime.programs.key_tables import cache_tables, table_addresses, tile_tables
 from hf_sparse.runtime.programs.program import Program
+from hf_sparse.runtime.programs.shape import Shape
+from hf_sparse.runtime.programs.tile_buffers import TURNS, TileBuffers
 from hf_sparse.runtime.programs.tiling import Tile, cut, share
 from hf_sparse.runtime.weights.memory import aligned
-from hf_sparse.runtime.weights.panels import CHUNK_ROWS
-from hf_sparse.runtime.weights.stack import NO_WINDOW, Block, Norm, Stack
+from hf_sparse.runtime.weights.stack import Stack
 
 # A position that no query is before, for attention that is not causal.
 _EVERYWHERE = 1 << 29
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a program is made for.
+@dataclass(frozen=True, eq=False)
+class Load(Uses):
+    """Turn what a call gives for `slot` into tiles."""
 
-    Attributes:
-        batch, tokens: of the input.
-        threads: lists of operations.
-        cached: keys and values go to a cache, behind those of `past` tokens.
-        capacity: tokens for which there are masks and tables, a multiple of the tile's width.
-        states: every block's output is written.
-    """
-
-    batch: int
-    tokens: int
-    threads: int
-    cached: bool
-    capacity: int
-    states: bool
+    slot: str
+    y: Buffer
+    READS = ()
 
 
-def cache_tables(blocks: int, batch: int, entries: int, width: int) -> NDArray[np.int64]:
-    """Tables of a cache's key tiles, `(blocks, batch, entries, 3)`; addresses come with the cache."""
-    tables = np.zeros((blocks, batch, entries, 3), np.int64)
-    tables[..., 1], tables[..., 2] = 4 * width, width
-    return tables
+@dataclass(frozen=True, eq=False)
+class Store(Uses):
+    """Turn tiles into the output, as that of number `state`."""
+
+    x: Buffer
+    state: int
+    WRITES = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Copy(Uses):
+    """`y = x`."""
+
+    x: Buffer
+    y: Buffer
+
+
+TileStep = Step | Load | Store | Copy
+# A step, and the number of its block.
+Numbered = tuple[int, TileStep]
+# Where a tile's buffers are, by their names.
+Places = Mapping[str, int]
 
 
 class TileProgram:
@@ -63,269 +83,223 @@ class TileProgram:
     """
 
     def __init__(self, stack: Stack, code: Code, widths: Sequence[int], shape: Shape) -> None:
-        self.stack, self.shape, self.widths = stack, shape, widths
+        self.shape, self._width = shape, widths[0]
         whole = [tile for b in range(shape.batch) for tile in cut(b, shape.tokens, widths)]
-        self.lists = share(whole, shape.threads)
-        self.tiles = sorted(
-            (tile for part in self.lists for tile in part),
-            key=lambda tile: (tile.sequence, tile.start),
-        )
-        places = np.cumsum([0, *(tile.width for tile in self.tiles)])
-        self.places = {tile: int(at) for tile, at in zip(self.tiles, places, strict=False)}
+        lists = share(whole, shape.threads)
+        numbered = list(_numbered(stack, shape))
+        keys = {step.x.name for _, step in numbered if isinstance(step, Attend)}
+        found = sections(numbered, lambda item: _uses(*item, keys, shape.cached))
+        plain = [[step for _, step in section] for section in found]
+        self._buffers = TileBuffers(plain, lists, widths[0], keys)
         self.masks = aligned(shape.batch, shape.capacity)
-        self._reserve(int(places[-1]))
-        phases = self._phases()
-        self.program = Program(code, phases, [stack, self._buffers, self.tables])
+        self._find_keys(len(stack.blocks), [tile for part in lists for tile in part], keys)
+        phases = [
+            [
+                [
+                    operation
+                    for tile in part
+                    for index, step in section
+                    for operation in self._lower(step, index, tile, self._buffers.of(tile, index))
+                ]
+                for part in lists
+            ]
+            for section in found
+        ]
+        memory = [stack, self._buffers.memory, self.masks, self.tables]
+        self.program = Program(code, phases, memory)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, the tables and the operations."""
-        buffers = 4 * sum(buffer.numel() for buffer in self._buffers)
-        return buffers + self.tables.nbytes + self.program.nbytes
+        own = self.tables.nbytes + self.masks.nbytes + self.program.nbytes
+        return int(self._buffers.nbytes + own)
 
-    def _reserve(self, columns: int) -> None:
-        """Allocate the buffers and fill in the tables of addresses."""
-        stack, shape = self.stack, self.shape
-        rows = stack.query_rows + 2 * stack.key_rows
-        self.residual = aligned(columns, stack.hidden)
-        self.qkv = [aligned(columns, rows) for _ in range(2)]
-        widest, threads = self.widths[0], len(self.lists)
-        scratch = max(stack.hidden, stack.query_rows)
-        self.context = aligned(threads, scratch, widest)
-        self.gate = aligned(threads, CHUNK_ROWS, widest)
-        self.up = aligned(threads, CHUNK_ROWS, widest) if stack.blocks[0].gate else self.gate
-        self.rotation = aligned(2, columns, stack.head_dim if stack.rotary else 0)
-        self._buffers = [
-            self.residual,
-            *self.qkv,
-            self.context,
-            self.gate,
-            self.up,
-            self.rotation,
-            self.masks,
-        ]
-        if shape.cached:
-            entries = shape.capacity // widest
-            self.tables = cache_tables(len(stack.blocks), shape.batch, entries, widest)
-            return
-        # Key tiles are the input's own, in one of the two buffers.
-        self._first_tile: dict[int, int] = {}
-        self.tables = np.zeros((2, len(self.tiles), 3), np.int64)
-        for number, tile in enumerate(self.tiles):
-            self._first_tile.setdefault(tile.sequence, number)
-            for buffer in range(2):
-                address = self._qkv(tile, buffer)
-                self.tables[buffer, number] = (address, 4 * tile.width, tile.width)
-
-    def _qkv(self, tile: Tile, buffer: int) -> int:
-        rows = self.qkv[0].shape[1]
-        return self.qkv[buffer].data_ptr() + 4 * rows * self.places[tile]
-
-    def _x(self, tile: Tile) -> int:
-        return self.residual.data_ptr() + 4 * self.stack.hidden * self.places[tile]
-
-    def _rotation(self, tile: Tile, which: int) -> int:
-        rows = self.stack.head_dim
-        return self.rotation[which].data_ptr() + 4 * rows * self.places[tile]
-
-    def _phases(self) -> list[list[list[Operation]]]:
-        stack, shape = self.stack, self.shape
-        first = [
-            [
-                operation
-                for tile in part
-                for operation in [
-                    *self._enter(tile),
-                    *self._project(stack.blocks[0], tile, thread, 0),
-                    *self._append(tile, 0),
-                ]
+    def _find_keys(self, blocks: int, every: Sequence[Tile], keys: set[str]) -> None:
+        """Make the tables of key tiles: those of the cache, or the input's own."""
+        if self.shape.cached:
+            entries = self.shape.capacity // self._width
+            self.tables = cache_tables(blocks, self.shape.batch, entries, self._width)
+        else:
+            (name,) = keys
+            every = sorted(every, key=lambda tile: (tile.sequence, tile.start))
+            places = [
+                [self._buffers.of(tile, turn)[name] for tile in every] for turn in range(TURNS)
             ]
-            for thread, part in enumerate(self.lists)
-        ]
-        phases = [first]
-        for index, block in enumerate(stack.blocks):
-            phase: list[list[Operation]] = []
-            for thread, part in enumerate(self.lists):
-                operations: list[Operation] = []
-                for tile in part:
-                    operations += self._attend(block, tile, thread, index)
-                    operations += self._perceptron(block, tile, thread)
-                    last = index == len(stack.blocks) - 1
-                    if shape.states or last:
-                        operations.append(self._leave(tile, index if shape.states else 0))
-                    if not last:
-                        following = stack.blocks[index + 1]
-                        operations += self._project(following, tile, thread, (index + 1) % 2)
-                        operations += self._append(tile, index + 1)
-                phase.append(operations)
-            phases.append(phase)
-        return phases
+            self.tables = tile_tables(places, [tile.width for tile in every])
+        self._counts = Counter(tile.sequence for tile in every)
+        self._first = {tile.sequence: number for number, tile in reversed(list(enumerate(every)))}
+        self._table_at = table_addresses(self.tables)
 
-    def _enter(self, tile: Tile) -> list[Operation]:
-        """Turn the input, and the angles of its positions, into tiles."""
-        stack, shape = self.stack, self.shape
-        row = tile.sequence * shape.tokens + tile.start
-        moved = [("hidden", self._x(tile), stack.hidden)]
-        if stack.rotary:
-            moved += [
-                (name, self._rotation(tile, which), stack.head_dim)
-                for which, name in enumerate(("cos", "sin"))
-            ]
-        return [
-            tiles.TRANSPOSE.operation(
-                f"to_tile{tile.vectors}",
-                x=Slot(name, row * 4 * features),
-                y=goal,
-                features=features,
-                tokens=tile.tokens,
-                stride=4 * features,
-            )
-            for name, goal, features in moved
-        ]
+    def _lower(self, step: TileStep, index: int, tile: Tile, at: Places) -> list[Operation]:
+        """The operations of one step of block `index`, for one tile."""
+        match step:
+            case Normalise():
+                name = normalisation.name(step.kind, tile.vectors)
+                x, y = at[step.x.name], at[step.y.name]
+                return [step.norm.operation(name, x, y, step.x.features)]
+            case Multiply():
+                x, y = at[step.x.name], at[step.y.name]
+                return step.linear.operations(x, y, tile.vectors, add=step.add)
+            case HeadNorms():
+                return _norm_heads(step, tile, at)
+            case Rotate():
+                return [_rotate(step, tile, at)]
+            case Append():
+                return [self._append(step, index, tile, at)] if self.shape.cached else []
+            case Attend():
+                return [self._attend(step, index, tile, at)]
+            case FeedForward():
+                return _feed_forward(step, tile, at)
+            case Load():
+                return [self._load(step, tile, at)]
+            case Store():
+                return [self._store(step, tile, at)]
+            case Copy():
+                x, y, vectors = at[step.x.name], at[step.y.name], step.x.features * tile.vectors
+                return [tiles.COPY.operation("copy", x=x, y=y, vectors=vectors)]
 
-    def _leave(self, tile: Tile, state: int) -> Operation:
-        shape, stride = self.shape, 4 * self.stack.hidden
-        row = (state * shape.batch + tile.sequence) * shape.tokens + tile.start
-        output = Slot("output", row * stride)
+    def _load(self, step: Load, tile: Tile, at: Places) -> Operation:
+        stride = 4 * step.y.features
+        row = tile.sequence * self.shape.tokens + tile.start
         return tiles.TRANSPOSE.operation(
-            f"from_tile{tile.vectors}",
-            x=self._x(tile),
-            y=output,
-            features=self.stack.hidden,
+            f"to_tile{tile.vectors}",
+            x=Slot(step.slot, row * stride),
+            y=at[step.y.name],
+            features=step.y.features,
             tokens=tile.tokens,
             stride=stride,
         )
 
-    def _norm(self, norm: Norm, tile: Tile, x: int, y: int) -> Operation:
-        name = normalisation.name(self.stack.norm, tile.vectors)
-        return norm.operation(name, x, y, self.stack.hidden)
+    def _store(self, step: Store, tile: Tile, at: Places) -> Operation:
+        shape, stride = self.shape, 4 * step.x.features
+        row = (step.state * shape.batch + tile.sequence) * shape.tokens + tile.start
+        return tiles.TRANSPOSE.operation(
+            f"from_tile{tile.vectors}",
+            x=at[step.x.name],
+            y=Slot("output", row * stride),
+            features=step.x.features,
+            tokens=tile.tokens,
+            stride=stride,
+        )
 
-    def _project(self, block: Block, tile: Tile, thread: int, buffer: int) -> list[Operation]:
-        """Queries, keys and values of a tile."""
-        stack = self.stack
-        x, y = self._x(tile), self._qkv(tile, buffer)
-        found: list[Operation] = []
-        if stack.norm_first:
-            normed = self.context[thread].data_ptr()
-            found.append(self._norm(block.norms[0], tile, x, normed))
-            x = normed
-        found += block.qkv.operations(x, y, tile.vectors)
-        queries, _ = stack.rows_of(block)
-        keys = y + 4 * tile.width * queries
-        heads, key_heads = stack.heads_of(block)
-        if block.head_norms is not None:
-            name = normalisation.name("rms", tile.vectors)
-            places = ((y, heads), (keys, key_heads))
-            for norm, (rows, count) in zip(block.head_norms, places, strict=True):
-                found.append(norm.operation(name, rows, rows, stack.head_dim, count))
-        if stack.rotary:
-            found.append(
-                tiles.ROTARY.operation(
-                    f"rotary{tile.vectors}",
-                    x=y,
-                    heads=heads + key_heads,
-                    head_dim=stack.head_dim,
-                    cos=self._rotation(tile, 0),
-                    sin=self._rotation(tile, 1),
-                )
-            )
-        return found
-
-    def _append(self, tile: Tile, index: int) -> list[Operation]:
+    def _append(self, step: Append, index: int, tile: Tile, at: Places) -> Operation:
         """Copy a tile's keys and values to the cache."""
-        if not self.shape.cached:
-            return []
-        stack = self.stack
-        queries, keys = stack.rows_of(stack.blocks[index])
-        rows = self._qkv(tile, index % 2) + 4 * tile.width * queries
-        return [
-            tiles.APPEND.operation(
-                "append",
-                x=rows,
-                features=2 * keys,
-                tokens=tile.tokens,
-                row_bytes=4 * tile.width,
-                table=self.tables[index, tile.sequence].ctypes.data,
-                first=0,
-                position=Slot("past", tile.start),
-                width=self.widths[0],
-            )
-        ]
+        return tiles.APPEND.operation(
+            "append",
+            x=at[step.x.name] + 4 * tile.width * step.heads.query_rows,
+            features=2 * step.heads.key_rows,
+            tokens=tile.tokens,
+            row_bytes=4 * tile.width,
+            table=self._table_at[index][tile.sequence],
+            first=0,
+            position=Slot("past", tile.start),
+            width=self._width,
+        )
 
-    def _attend(self, block: Block, tile: Tile, thread: int, index: int) -> list[Operation]:
-        """Attention, its projection, the residual, and the norm behind it."""
-        stack, shape = self.stack, self.shape
-        queries = self._qkv(tile, index % 2)
-        heads, key_heads = stack.heads_of(block)
-        query_rows, key_rows = stack.rows_of(block)
-        context = self.context[thread].data_ptr()
-        x = self._x(tile)
-        last = tile.start + tile.tokens if stack.causal else shape.tokens
+    def _attend(self, step: Attend, index: int, tile: Tile, at: Places) -> Operation:
+        heads, shape = step.heads, self.shape
+        last = tile.start + tile.tokens if step.causal else shape.tokens
         count: Argument
         first: Argument
         if shape.cached:
-            table = self.tables[index, tile.sequence].ctypes.data
-            entries, k_first = self.tables.shape[2], 0
-            count, first = Slot("past", last), Slot("past", tile.start)
+            table, entries = self._table_at[index][tile.sequence], self.tables.shape[2]
+            count, first, k_first = Slot("past", last), Slot("past", tile.start), 0
         else:
-            number = self._first_tile[tile.sequence]
-            table = self.tables[index % 2, number].ctypes.data
-            entries = sum(other.sequence == tile.sequence for other in self.tiles)
-            k_first = query_rows
-            count, first = last, tile.start
-        if not stack.causal:
-            first = _EVERYWHERE
-        mask = self.masks[tile.sequence].data_ptr()
-        window = block.window if stack.causal else NO_WINDOW
-        found: list[Operation] = [
-            attention.SIGNATURE.operation(
-                attention.name(tile.vectors),
-                q=queries,
-                out=context,
-                heads=heads,
-                head_dim=stack.head_dim,
-                k_first=k_first,
-                v_first=k_first + key_rows,
-                group=heads // key_heads,
-                table=table,
-                key_tiles=entries,
-                mask=mask,
-                key_count=count,
-                first_query=first,
-                window=window,
-                scale=stack.scale,
-            )
-        ]
-        found += block.out.operations(context, x, tile.vectors, add=True)
-        if not stack.norm_first:
-            found.append(self._norm(block.norms[0], tile, x, x))
-        return found
+            table = self._table_at[index % TURNS][self._first[tile.sequence]]
+            entries = self._counts[tile.sequence]
+            count, first, k_first = last, tile.start, heads.query_rows
+        return attention.SIGNATURE.operation(
+            attention.name(tile.vectors),
+            q=at[step.x.name],
+            out=at[step.y.name],
+            heads=heads.queries,
+            head_dim=heads.dim,
+            k_first=k_first,
+            v_first=k_first + heads.key_rows,
+            group=heads.group,
+            table=table,
+            key_tiles=entries,
+            mask=self.masks[tile.sequence].data_ptr(),
+            key_count=count,
+            first_query=first if step.causal else _EVERYWHERE,
+            window=step.window,
+            scale=step.scale,
+        )
 
-    def _perceptron(self, block: Block, tile: Tile, thread: int) -> list[Operation]:
-        """Both layers, a chunk of the intermediate features at a time, while it is in cache."""
-        stack = self.stack
-        x = self._x(tile)
-        # The second layer adds to x while the first one still reads what x was.
-        source = self.context[thread].data_ptr()
-        found: list[Operation] = []
-        if stack.norm_first:
-            found.append(self._norm(block.norms[1], tile, x, source))
-        else:
-            vectors = stack.hidden * tile.vectors
-            found.append(tiles.COPY.operation("copy", x=x, y=source, vectors=vectors))
-        gate, up = self.gate[thread].data_ptr(), self.up[thread].data_ptr()
-        opening = block.gate or block.up
-        for chunk, (start, stop) in enumerate(opening.chunk_rows):
-            back = 4 * tile.width * start  # kernels count rows from the first one
-            count = -(-(stop - start) * tile.vectors // activation.UNROLL) * activation.UNROLL
-            found += opening.operations(source, gate - back, tile.vectors, chunk=chunk)
-            if block.gate is None:
-                name, other = stack.activation, gate
-            else:
-                found += block.up.operations(source, up - back, tile.vectors, chunk=chunk)
-                name, other = f"{stack.activation}_gate", up
-            found.append(activation.SIGNATURE.operation(name, x=gate, y=other, vectors=count))
-            found += block.down.operations(gate, x, tile.vectors, add=True, part=chunk)
-        if not stack.norm_first:
-            found.append(self._norm(block.norms[1], tile, x, x))
-        return found
+
+def _numbered(stack: Stack, shape: Shape) -> Iterator[Numbered]:
+    """All steps, from the input to the output, with their blocks' numbers."""
+    x = residual(stack)
+    yield 0, Load("hidden", x)
+    for angle in angles(stack):
+        yield 0, Load(angle.name, angle)
+    for index, block in enumerate(stack.blocks):
+        for step in steps(stack, block):
+            for one in _without_overlap(step):
+                yield index, one
+        if shape.states or index == len(stack.blocks) - 1:
+            yield index, Store(x, index if shape.states else 0)
+
+
+def _without_overlap(step: Step) -> list[TileStep]:
+    """A feed-forward that reads one buffer and adds to another: `down` adds to its goal while
+    `opening` still reads, for later chunks, what was there."""
+    if not isinstance(step, FeedForward) or step.down.y not in [one.x for one in step.opening]:
+        return [step]
+    source = Buffer("source", step.down.y.features)
+    opening = tuple(replace(layer, x=source) for layer in step.opening)
+    return [Copy(step.down.y, source), replace(step, opening=opening)]
+
+
+def _uses(index: int, step: TileStep, keys: set[str], cached: bool) -> Iterator[Use]:
+    """A thread uses its own tiles, and attention the keys of all."""
+
+    def memory(buffer: Buffer) -> tuple[str, int]:
+        return buffer.name, index % TURNS if buffer.name in keys else 0
+
+    for buffer in step.reads:
+        yield Use(memory(buffer), "own tiles", False)
+    for buffer in step.writes:
+        yield Use(memory(buffer), "own tiles", True)
+    if isinstance(step, Append) and cached:
+        yield Use(("cache", index), "own tiles", True)
+    if isinstance(step, Attend):
+        yield Use(("cache", index) if cached else memory(step.x), ALL, False)
+
+
+def _norm_heads(step: HeadNorms, tile: Tile, at: Places) -> list[Operation]:
+    heads, name = step.heads, normalisation.name("rms", tile.vectors)
+    queries = at[step.x.name]
+    keys = queries + 4 * tile.width * heads.query_rows
+    return [
+        step.queries.operation(name, queries, queries, heads.dim, heads.queries),
+        step.keys.operation(name, keys, keys, heads.dim, heads.keys),
+    ]
+
+
+def _rotate(step: Rotate, tile: Tile, at: Places) -> Operation:
+    return tiles.ROTARY.operation(
+        f"rotary{tile.vectors}",
+        x=at[step.x.name],
+        heads=step.heads.queries + step.heads.keys,
+        head_dim=step.heads.dim,
+        cos=at[step.cos.name],
+        sin=at[step.sin.name],
+    )
+
+
+def _feed_forward(step: FeedForward, tile: Tile, at: Places) -> list[Operation]:
+    """A chunk of the intermediate features at a time, while it is in cache."""
+    activate, down = step.activate, step.down
+    x, other = at[activate.x.name], at[activate.other.name]
+    found: list[Operation] = []
+    for chunk, (start, stop) in enumerate(step.opening[0].linear.chunk_rows):
+        back = 4 * tile.width * start  # kernels count rows from the first one
+        for layer in step.opening:
+            source, goal = at[layer.x.name], at[layer.y.name] - back
+            found += layer.linear.operations(source, goal, tile.vectors, chunk=chunk)
+        count = -(-(stop - start) * tile.vectors // activation.UNROLL) * activation.UNROLL
+        found.append(activation.SIGNATURE.operation(activate.kernel, x=x, y=other, vectors=count))
+        source, goal = at[down.x.name], at[down.y.name]
+        found += down.linear.operations(source, goal, tile.vectors, add=down.add, part=chunk)
+    return found

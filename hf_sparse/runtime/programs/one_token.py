@@ -7,30 +7,53 @@ has a group of heads rotates, stores and attends for them alone.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 from hf_sparse.runtime.kernels import activation, single_token, tiles
 from hf_sparse.runtime.kernels.call import Operation, Slot
 from hf_sparse.runtime.llvm.jit import Code
-from hf_sparse.runtime.programs.many_tokens import Shape, cache_tables
+from hf_sparse.runtime.programs.block import (
+    Activate,
+    Append,
+    Attend,
+    Buffer,
+    FeedForward,
+    HeadNorms,
+    Heads,
+    HeadStep,
+    Multiply,
+    Normalise,
+    Rotate,
+    angles,
+    residual,
+    steps,
+)
+from hf_sparse.runtime.programs.dependences import ALL, Use, sections
+from hf_sparse.runtime.programs.key_tables import cache_tables, table_addresses
 from hf_sparse.runtime.programs.program import Program
-from hf_sparse.runtime.weights.linear import Linear
+from hf_sparse.runtime.programs.row_buffers import RowBuffers
+from hf_sparse.runtime.programs.shape import Shape
 from hf_sparse.runtime.weights.memory import aligned
 from hf_sparse.runtime.weights.rows import DECODE_ROWS, share_rows
-from hf_sparse.runtime.weights.stack import Block, Norm, Stack
+from hf_sparse.runtime.weights.stack import Stack
+
+RowStep = Normalise | Multiply | HeadStep | Activate
+# A step, and the number of its block.
+Numbered = tuple[int, RowStep]
 
 
 def fits(stack: Stack) -> bool:
     """Whether a stack's single tokens can be computed by rows: else they go as narrow tiles."""
-    return stack.causal and stack.norm_first
+    every = [step for _, step in _numbered(stack)]
+    own = _own(every)
+    alone = all(own.isdisjoint(step.writes) for step in every if not isinstance(step, Normalise))
+    return alone and all(step.causal for step in every if isinstance(step, Attend))
 
 
 class RowProgram:
     """A program for one new token of each of `shape.batch` sequences, with its buffers.
-
-    Kernels read and write a few features more than a vector has. So every vector has room behind it
-    that is its own, and zeros stay there: a buffer that a weight reads is written by vectors of one
-    size only, and blocks of another size (`hf_sparse.shrink_`) have another buffer.
 
     Attributes:
         residual: `(batch, hidden)`: the input before a run, the output behind it.
@@ -38,189 +61,214 @@ class RowProgram:
     """
 
     def __init__(self, stack: Stack, code: Code, lanes: int, width: int, shape: Shape) -> None:
-        self.stack, self.shape, self.lanes, self.width = stack, shape, lanes, width
-        batch, threads = shape.batch, shape.threads
-        self.residual = aligned(batch, _padded(stack.hidden))[:, : stack.hidden]
-        self.masks = aligned(batch, shape.capacity)
+        self.shape, self._lanes, self._width = shape, lanes, width
+        numbered = list(_numbered(stack))
+        every = [step for _, step in numbered]
+        own = _own(every)
+        used = dict.fromkeys(buffer for step in every for buffer in (*step.reads, *step.writes))
+        given = angles(stack)
+        buffers = [buffer for buffer in used if buffer not in given]
+        self._buffers = RowBuffers(buffers, own, shape.batch, shape.threads)
+        self.residual = self._buffers.memory[residual(stack)][0, :, : stack.hidden]
+        self.masks = aligned(shape.batch, shape.capacity)
+        self._scores = aligned(shape.threads, shape.capacity)
         entries = shape.capacity // width
-        self.tables = cache_tables(len(stack.blocks), batch, entries, width)
-        self._normed = aligned(threads, batch, _padded(stack.hidden))
-        self._qkv = aligned(batch, _padded(stack.query_rows + 2 * stack.key_rows))
-        queries = {block.out.columns for block in stack.blocks}
-        neurons = {block.down.columns for block in stack.blocks}
-        self._contexts = {size: aligned(batch, _padded(size)) for size in queries}
-        self._gates = {size: aligned(batch, _padded(size)) for size in neurons}
-        self._ups = self._gates
-        if stack.blocks[0].gate is not None:
-            self._ups = {size: aligned(batch, _padded(size)) for size in neurons}
-        self._scores = aligned(threads, shape.capacity)
-        self._buffers = [
-            self.residual,
-            self.masks,
-            self._normed,
-            self._qkv,
-            *self._contexts.values(),
-            *self._gates.values(),
-            *(self._ups.values() if self._ups is not self._gates else ()),
-            self._scores,
-        ]
+        self.tables = cache_tables(len(stack.blocks), shape.batch, entries, width)
+        self._table_at = table_addresses(self.tables)
         phases = [
-            phase for index, block in enumerate(stack.blocks) for phase in self._block(index, block)
+            [self._lower(section, thread) for thread in range(shape.threads)]
+            for section in sections(numbered, lambda item: _uses(item[1], own))
         ]
-        self.program = Program(code, phases, [stack, self._buffers, self.tables])
+        memory = [stack, self._buffers.memory, self.masks, self._scores, self.tables]
+        self.program = Program(code, phases, memory)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, the tables and the operations."""
-        buffers = sum(buffer.nbytes for buffer in self._buffers)
-        return int(buffers + self.tables.nbytes + self.program.nbytes)
+        own = self.masks.nbytes + self._scores.nbytes + self.tables.nbytes + self.program.nbytes
+        return int(self._buffers.nbytes + own)
 
-    def _block(self, index: int, block: Block) -> list[list[list[Operation]]]:
-        threads = range(self.shape.threads)
-        opening = block.gate or block.up
-        context = self._contexts[block.out.columns]
-        gate, up = self._gates[opening.rows], self._ups[opening.rows]
-        return [
-            [
-                [
-                    *self._norm(block.norms[0], thread),
-                    *self._multiply(block.qkv, self._normed[thread], self._qkv, thread),
-                ]
-                for thread in threads
-            ],
-            [self._attend(index, block, thread) for thread in threads],
-            [
-                self._multiply(block.out, context, self.residual, thread, add=True)
-                for thread in threads
-            ],
-            [
-                [
-                    *self._norm(block.norms[1], thread),
-                    *self._multiply(opening, self._normed[thread], gate, thread),
-                    *(
-                        self._multiply(block.up, self._normed[thread], up, thread)
-                        if block.gate
-                        else []
-                    ),
-                    *self._activate(block, thread),
-                ]
-                for thread in threads
-            ],
-            [
-                self._multiply(block.down, gate, self.residual, thread, add=True)
-                for thread in threads
-            ],
-        ]
-
-    def _rows(self, linear: Linear, thread: int) -> tuple[int, int]:
-        """A thread's rows of a weight."""
-        return share_rows(linear.rows, self.shape.threads)[thread]
-
-    def _norm(self, norm: Norm, thread: int) -> list[Operation]:
-        name = f"{self.stack.norm}_norm_row"
-        return [
-            norm.operation(name, x.data_ptr(), y.data_ptr(), self.stack.hidden)
-            for x, y in zip(self.residual, self._normed[thread], strict=True)
-        ]
-
-    def _multiply(
-        self, linear: Linear, x: torch.Tensor, y: torch.Tensor, thread: int, add: bool = False
-    ) -> list[Operation]:
-        """A thread's rows; the same rows for all sequences, while they are in cache."""
-        first, last = self._rows(linear, thread)
-        if first >= last:
-            return []
-        return [
-            linear.row_operation(
-                x[b].data_ptr(), y[b].data_ptr(), start, min(start + unit, last), add=add
-            )
-            for unit in [last - first if self.shape.batch == 1 else 4 * DECODE_ROWS]
-            for start in range(first, last, unit)
-            for b in range(self.shape.batch)
-        ]
-
-    def _activate(self, block: Block, thread: int) -> list[Operation]:
-        opening = block.gate or block.up
-        first, last = self._rows(opening, thread)
-        if first >= last:
-            return []
-        round_size = activation.UNROLL * self.lanes
-        count = -(-(last - first) // round_size) * activation.UNROLL
-        name = self.stack.activation if block.gate is None else f"{self.stack.activation}_gate"
-        gates, ups = self._gates[opening.rows], self._ups[opening.rows]
-        return [
-            activation.SIGNATURE.operation(
-                name, x=gate.data_ptr() + 4 * first, y=up.data_ptr() + 4 * first, vectors=count
-            )
-            for gate, up in zip(gates, ups, strict=True)
-        ]
-
-    def _attend(self, index: int, block: Block, thread: int) -> list[Operation]:
-        """For a thread's heads of keys and the queries that share them: all of attention."""
-        stack, shape = self.stack, self.shape
-        all_heads, key_heads = stack.heads_of(block)
-        query_rows, key_rows = stack.rows_of(block)
-        first, last = (round(key_heads * number / shape.threads) for number in (thread, thread + 1))
-        if first == last:
-            return []
-        heads, dim = last - first, stack.head_dim
-        group = all_heads // key_heads
-        context = self._contexts[query_rows]
+    def _lower(self, section: Sequence[Numbered], thread: int) -> list[Operation]:
+        """A thread's operations of the steps between two waits."""
         found: list[Operation] = []
-        for b in range(shape.batch):
-            row = self._qkv[b].data_ptr()
-            queries = row + 4 * first * group * dim
-            keys = row + 4 * (query_rows + first * dim)
-            values = keys + 4 * key_rows
-            parts = ((queries, heads * group), (keys, heads))
-            if block.head_norms is not None:
-                for norm, (place, count) in zip(block.head_norms, parts, strict=True):
-                    found.append(norm.operation("rms_norm_row", place, place, dim, count))
-            if stack.rotary:
-                cos, sin = (Slot(name, 4 * b * dim) for name in ("cos", "sin"))
-                found += [
-                    tiles.ROTARY.operation(
-                        "rotary_row", x=place, heads=count, head_dim=dim, cos=cos, sin=sin
-                    )
-                    for place, count in parts
-                ]
-            table = self.tables[index, b].ctypes.data
-            for place, offset in ((keys, 0), (values, key_rows)):
-                found.append(
-                    tiles.APPEND.operation(
-                        "append",
-                        x=place,
-                        features=heads * dim,
-                        tokens=1,
-                        row_bytes=4,
-                        table=table,
-                        first=offset + first * dim,
-                        position=Slot("past"),
-                        width=self.width,
-                    )
-                )
-            found.append(
-                single_token.ATTENTION.operation(
-                    "attention_row",
-                    q=queries,
-                    out=context[b].data_ptr() + 4 * first * group * dim,
-                    heads=heads * group,
-                    head_dim=dim,
-                    k_first=first * dim,
-                    v_first=key_rows + first * dim,
-                    group=group,
-                    table=table,
-                    width=self.width,
-                    mask=self.masks[b].data_ptr(),
-                    key_count=Slot("past", 1),
-                    window=block.window,
-                    scores=self._scores[thread].data_ptr(),
-                    scale=stack.scale,
-                )
-            )
+        for by_heads, group in groupby(section, lambda item: isinstance(item[1], HeadStep)):
+            part = list(group)
+            # A thread does all steps of its heads for a sequence before it goes to the next one.
+            for b in range(self.shape.batch if by_heads else 1):
+                for index, step in part:
+                    found += self._step(step, index, thread, b)
         return found
 
+    def _step(self, step: RowStep, index: int, thread: int, b: int) -> list[Operation]:
+        """A thread's part of a step: its rows of all sequences, or its heads of sequence `b`."""
+        match step:
+            case Normalise():
+                name, features = f"{step.kind}_norm_row", step.x.features
+                places = zip(self._at(step.x, thread), self._at(step.y, thread), strict=True)
+                return [step.norm.operation(name, x, y, features) for x, y in places]
+            case Multiply():
+                return self._multiply(step, thread)
+            case Activate():
+                return self._activate(step, thread)
+        part = _HeadPart.of(step.heads, thread, self.shape.threads, self._at(step.x, thread)[b])
+        if not part.keys:
+            return []
+        match step:
+            case HeadNorms():
+                return _norm_heads(step, part)
+            case Rotate():
+                return _rotate(step, part, b)
+            case Append():
+                return self._append(step, part, self._table_at[index][b])
+            case Attend():
+                return [self._attend(step, part, index, thread, b)]
 
-def _padded(rows: int) -> int:
-    """Features up to a whole unit: the most that a thread may write, and a kernel may read."""
-    return -(-rows // DECODE_ROWS) * DECODE_ROWS
+    def _at(self, buffer: Buffer, thread: int) -> list[int]:
+        return self._buffers.of(buffer, thread)
+
+    def _multiply(self, step: Multiply, thread: int) -> list[Operation]:
+        """A thread's rows; the same rows for all sequences, while they are in cache."""
+        linear, batch = step.linear, self.shape.batch
+        first, last = share_rows(linear.rows, self.shape.threads)[thread]
+        if first >= last:
+            return []
+        x, y = self._at(step.x, thread), self._at(step.y, thread)
+        unit = last - first if batch == 1 else 4 * DECODE_ROWS
+        return [
+            linear.row_operation(x[b], y[b], start, min(start + unit, last), add=step.add)
+            for start in range(first, last, unit)
+            for b in range(batch)
+        ]
+
+    def _activate(self, step: Activate, thread: int) -> list[Operation]:
+        first, last = share_rows(step.x.features, self.shape.threads)[thread]
+        if first >= last:
+            return []
+        count = -(-(last - first) // (activation.UNROLL * self._lanes)) * activation.UNROLL
+        places = zip(self._at(step.x, thread), self._at(step.other, thread), strict=True)
+        return [
+            activation.SIGNATURE.operation(
+                step.kernel, x=x + 4 * first, y=other + 4 * first, vectors=count
+            )
+            for x, other in places
+        ]
+
+    def _append(self, step: Append, part: _HeadPart, table: int) -> list[Operation]:
+        dim, key_rows = step.heads.dim, step.heads.key_rows
+        return [
+            tiles.APPEND.operation(
+                "append",
+                x=place,
+                features=part.keys * dim,
+                tokens=1,
+                row_bytes=4,
+                table=table,
+                first=first + part.first * dim,
+                position=Slot("past"),
+                width=self._width,
+            )
+            for place, first in ((part.keys_at, 0), (part.values_at, key_rows))
+        ]
+
+    def _attend(self, step: Attend, part: _HeadPart, index: int, thread: int, b: int) -> Operation:
+        heads = step.heads
+        first = part.first * heads.dim
+        return single_token.ATTENTION.operation(
+            "attention_row",
+            q=part.queries_at,
+            out=self._at(step.y, thread)[b] + 4 * first * heads.group,
+            heads=part.keys * heads.group,
+            head_dim=heads.dim,
+            k_first=first,
+            v_first=heads.key_rows + first,
+            group=heads.group,
+            table=self._table_at[index][b],
+            width=self._width,
+            mask=self.masks[b].data_ptr(),
+            key_count=Slot("past", 1),
+            window=step.window,
+            scores=self._scores[thread].data_ptr(),
+            scale=step.scale,
+        )
+
+
+@dataclass(frozen=True)
+class _HeadPart:
+    """A thread's heads of keys, and the queries that share them.
+
+    Attributes:
+        first, keys: the first of its heads of keys, and how many it has.
+        queries: heads of queries.
+        queries_at, keys_at, values_at: addresses.
+    """
+
+    first: int
+    keys: int
+    queries: int
+    queries_at: int
+    keys_at: int
+    values_at: int
+
+    @classmethod
+    def of(cls, heads: Heads, thread: int, threads: int, at: int) -> _HeadPart:
+        """The part of `thread` in a vector at the address `at`."""
+        first, last = (round(heads.keys * number / threads) for number in (thread, thread + 1))
+        queries_at = at + 4 * first * heads.group * heads.dim
+        keys_at = at + 4 * (heads.query_rows + first * heads.dim)
+        keys, values_at = last - first, keys_at + 4 * heads.key_rows
+        return cls(first, keys, keys * heads.group, queries_at, keys_at, values_at)
+
+    @property
+    def turned(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Where queries and keys are, and how many heads of each."""
+        return (self.queries_at, self.queries), (self.keys_at, self.keys)
+
+
+def _norm_heads(step: HeadNorms, part: _HeadPart) -> list[Operation]:
+    return [
+        norm.operation("rms_norm_row", at, at, step.heads.dim, count)
+        for norm, (at, count) in zip((step.queries, step.keys), part.turned, strict=True)
+    ]
+
+
+def _rotate(step: Rotate, part: _HeadPart, b: int) -> list[Operation]:
+    dim = step.heads.dim
+    cos, sin = (Slot(buffer.name, 4 * b * dim) for buffer in (step.cos, step.sin))
+    return [
+        tiles.ROTARY.operation("rotary_row", x=at, heads=count, head_dim=dim, cos=cos, sin=sin)
+        for at, count in part.turned
+    ]
+
+
+def _numbered(stack: Stack) -> Iterator[Numbered]:
+    """All steps with their blocks' numbers."""
+    for index, block in enumerate(stack.blocks):
+        for step in steps(stack, block):
+            for one in step.parts if isinstance(step, FeedForward) else (step,):
+                yield index, one
+
+
+def _own(every: Sequence[RowStep]) -> set[Buffer]:
+    """The buffers that each thread has for itself: every thread norms all features."""
+    return {step.y for step in every if isinstance(step, Normalise)}
+
+
+def _uses(step: RowStep, own: set[Buffer]) -> Iterator[Use]:
+    """A norm reads all features, and so does a weight; else a thread uses its rows, or its heads."""
+    part: Hashable
+    match step:
+        case Multiply():
+            part = step.linear.rows
+        case Activate():
+            part = step.x.features
+        case Normalise():
+            part = ALL
+        case _:
+            part = step.heads
+    whole = (step.x,) if isinstance(step, Multiply) else ()
+    for buffer in step.reads:
+        if buffer not in own:
+            yield Use(buffer, ALL if buffer in whole else part, False)
+    for buffer in step.writes:
+        if buffer not in own:
+            yield Use(buffer, part, True)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from hf_sparse.runtime.kernels.call import Operation, Slot, words
+from hf_sparse.runtime.kernels.call import Operation, write
 from hf_sparse.runtime.kernels.worker import OPERATION_WORDS
 from hf_sparse.runtime.llvm.jit import Code
 from hf_sparse.runtime.programs import threads
@@ -39,11 +40,10 @@ class Program:
         self._operations = np.zeros((len(flat), OPERATION_WORDS), np.int64)
         slots: dict[str, list[tuple[int, int, int]]] = {}
         for row, operation in enumerate(flat):
-            stored = words(code, operation)
-            self._operations[row, : len(stored)] = stored
-            for place, argument in enumerate(operation.arguments):
-                if isinstance(argument, Slot):
-                    slots.setdefault(argument.name, []).append((row, place + 1, argument.offset))
+            write(code, operation, self._operations[row])
+            for place in operation.layout.slots:
+                slot: Any = operation.arguments[place]
+                slots.setdefault(slot.name, []).append((row, place + 1, slot.offset))
         self._slots = {
             name: tuple(np.array(column) for column in zip(*places, strict=True))
             for name, places in slots.items()

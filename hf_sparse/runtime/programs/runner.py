@@ -14,9 +14,10 @@ from hf_sparse.runtime.kernels.attention import UNSEEN
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.programs import one_token
 from hf_sparse.runtime.programs.cache import TileLayer, tile_layers
-from hf_sparse.runtime.programs.many_tokens import Shape, TileProgram
+from hf_sparse.runtime.programs.many_tokens import TileProgram
 from hf_sparse.runtime.programs.one_token import RowProgram
 from hf_sparse.runtime.programs.pool import KEPT_BYTES, Pool
+from hf_sparse.runtime.programs.shape import Shape
 from hf_sparse.runtime.weights.stack import Stack
 from hf_sparse.upstream.transformers.caches import Cache
 

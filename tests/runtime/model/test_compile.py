@@ -32,9 +32,9 @@ from hf_sparse.runtime.model.compiled import CompiledLayer, linears_of, stack_of
 from hf_sparse.runtime.model.families import COMPILED
 from hf_sparse.runtime.model.single_layers import CompiledHead, CompiledLinear
 from hf_sparse.runtime.programs.cache import alone_with
-from hf_sparse.runtime.programs.many_tokens import Shape
 from hf_sparse.runtime.programs.pool import Pool
 from hf_sparse.runtime.programs.program import Program
+from hf_sparse.runtime.programs.shape import Shape
 from hf_sparse.upstream.transformers.caches import cache_in, cache_name
 from tests.support.closeness import same
 from tests.support.crosses import cross
