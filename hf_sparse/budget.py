@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from hf_sparse.arguments import check_has_values, check_kinds, check_model
 from hf_sparse.calibration.input_statistics import Norms
 from hf_sparse.calibration.modes import switched
+from hf_sparse.calibration.recording import token_masks
 from hf_sparse.calibration.walk import run_model
 from hf_sparse.calibration.windows import checked_batches
 from hf_sparse.configuration_sparse import SparsityConfig
@@ -244,7 +246,8 @@ def sensitivities(
 ) -> dict[str, float]:
     """What the share of its output's energy that one layer loses does to the model's output.
 
-    The weights are changed for a while, one layer at a time, and put back.
+    Outputs of padding count nowhere. The weights are changed for a while, one layer at a time, and put
+    back.
     """
     wanted = _outputs(model, batches)
     size = sum(float(output.square().sum()) for output in wanted)
@@ -265,9 +268,17 @@ def sensitivities(
 
 
 def _outputs(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-    """The first output of each batch: hidden states, or logits."""
+    """The first output of each batch, hidden states or logits, where it has a token that counts."""
     with torch.no_grad(), switched(model, training=False):
-        return [model(**batch)[0].float() for batch in batches]
+        return [token_masks(batch).counted(_first(model(**batch))) for batch in batches]
+
+
+def _first(outputs: Any) -> Tensor:
+    """The first output `(..., features)`, fp32; of where an answer starts and ends, both."""
+    if getattr(outputs, "start_logits", None) is not None:
+        return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1).float()
+    first: Tensor = outputs[0].float()
+    return first
 
 
 def _lost(scores: Tensor, kept: Tensor) -> float:

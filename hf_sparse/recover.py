@@ -113,7 +113,7 @@ def recover_(
     check_model(model, "recover_")
     check_kinds(recover_, locals())
     recovery = _checked(model, method, epochs, accumulate, lr, r)
-    check_gradients("recover_")
+    check_gradients(model, "recover_")
     given = checked_batches(batches, model, method)
     check_labels(method, None, model, given)
     inputs = [with_labels(batch) for batch in given]

@@ -106,7 +106,7 @@ def _check_parameter(name: str, parameter: Tensor, pattern: Pattern, transposed:
             )
         rows, columns = reversed(parameter.shape) if transposed else parameter.shape
         check_divides(pattern, name, rows, columns)
-    check_shardable(name, parameter, pattern)
+    check_shardable(name, parameter, pattern, transposed=transposed)
 
 
 def check_resumed(optimizer: Optimizer, saved: dict[str, Any]) -> None:

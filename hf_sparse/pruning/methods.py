@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_sparse.arguments import check_not_inference
 from hf_sparse.calibration.input_statistics import Grams, Norms
 from hf_sparse.optim.sharding import check_shardable, local_part
 from hf_sparse.patterns import Pattern
@@ -243,6 +244,8 @@ class Recipe:
                 raise ValueError(
                     "there are no gradients inside torch.inference_mode(). Call prune_ outside it."
                 )
+            if self.method.trains or self.composition.reconstruct:
+                check_not_inference(task.model, self.name)
         if not task.sparsities:
             task.sparsities = allocate(self.composition.allocation, task)
         method, composition, options = self.method, self.composition, dict(self.options)

@@ -29,6 +29,7 @@ from hf_sparse.structure.layers import (
 from hf_sparse.structure.promise import Held
 from hf_sparse.structure.targets import Targets
 from hf_sparse.structure.units import check_whole, clear_unused_, find_units
+from hf_sparse.structure.weights import check_matrices
 from hf_sparse.suggestions import shortened
 
 
@@ -84,8 +85,9 @@ def prune_(
 
     Raises:
         ValueError: unknown method or option, targets that match nothing, a weight that the
-            pattern cannot divide, no calibration where it is needed, weights or activations that
-            are not finite. All but the last are found before the model is changed.
+            pattern cannot divide, weights that are no matrices of floats or that share memory without
+            being tied, no calibration where it is needed, weights or activations that are not
+            finite. All but the last are found before the model is changed.
     """
     check_model(model, "prune_")
     if accelerator is not None and not hasattr(accelerator, "num_processes"):
@@ -153,6 +155,8 @@ def _check_layers(targets: Targets) -> None:
                 f"{layer.weight_name} is on the meta device, it has no values. Load the model without "
                 "offloading it, or prune it from disk to disk with hf_sparse.prune_checkpoint."
             )
+    check_matrices(targets.layers)
+    for layer in targets.layers:
         check_finite(layer.weight_name, layer.weight)
         check_divides(targets.pattern, layer.weight_name, *layer.weight.shape)
 
