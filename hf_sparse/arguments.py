@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from hf_sparse.suggestions import shortened
 
+# An option's bound: whether a value is inside, and how an error says so.
+Bound = tuple[Callable[[Any], bool], str]
+
 
 def check_model(model: Any, call: str, wanted: type[nn.Module] = nn.Module) -> None:
     """Refuse what is no model: a folder's name, a class, a pipeline, something that wraps a model.

@@ -157,6 +157,11 @@ def allocate(
     parsed = [Pattern.parse(pattern) for pattern in patterns]
     if not all(0 <= level < 1 for level in levels):
         raise ValueError(f"levels are {list(levels)}; wanted sparsities in [0, 1).")
+    if not parsed or not levels:
+        raise ValueError(
+            f"{'levels' if parsed else 'patterns'} is empty: there is nothing to choose from. Leave it "
+            "out for the defaults."
+        )
     layers = target_layers(model, SparsityConfig("unstructured", 0.5, targets=targets))
     inputs = None if batches is None else checked_batches(batches, model, "allocate")
     rates = calibrate(named(target), None if cache is None else Path(cache))
@@ -170,6 +175,11 @@ def allocate(
         _candidates(layer.name, scores[layer.name], weights[layer.name], parsed, levels, rates)
         for layer in layers
     ]
+    if all(len(options) == 1 for options in candidates):
+        raise ValueError(
+            f"none of the patterns {', '.join(map(str, parsed))} divides a layer: all stay dense. "
+            "Take another pattern, or other targets."
+        )
     dense = sum(options[0].time for options in candidates)
     least = sum(min(option.time for option in options) for options in candidates)
     if wanted * dense < least:

@@ -49,7 +49,7 @@ def test_padding_changes_no_sensitivity(kind: str) -> None:
     )
     assert plain.keys() == with_padding.keys()
     for name, value in plain.items():
-        assert with_padding[name] == pytest.approx(value, rel=1e-3)
+        assert with_padding[name] == pytest.approx(value, rel=0.05)
 
 
 def test_outputs_of_whole_sequences_count_as_a_whole() -> None:

@@ -171,12 +171,6 @@ def _check_matches(model: nn.Module, config: Any) -> None:
             "what exclude_modules and layers_to_transform leave out, names no Linear or Conv1D layer "
             f"of the {type(model).__name__}. Its layers: {', '.join(examples[:12])}."
         )
-    saved = config.modules_to_save or ()
-    if saved and not any(name.endswith(tuple(saved)) for name, _ in model.named_modules()):
-        raise ValueError(
-            f"modules_to_save={_listed(saved)} names no module of the {type(model).__name__}: nothing "
-            "of it would be trained. Correct the names, or leave it out."
-        )
     weights = [getattr(module, "weight", None) for module in layers.values()]
     most = max((sum(w.shape) for w in weights if isinstance(w, Tensor)), default=0)
     asked = max(config.r, *(getattr(config, "rank_pattern", None) or {}).values(), 1)
@@ -184,6 +178,16 @@ def _check_matches(model: nn.Module, config: Any) -> None:
         raise ValueError(
             f"rank {asked} is more than any layer has use for; wanted r (and rank_pattern) of at most "
             f"{most}, inputs and outputs of the largest layer, such as r=16."
+        )
+
+
+def check_saved_modules(model: nn.Module, config: Any) -> None:
+    """Refuse `modules_to_save` that name nothing; in files PEFT has added the names of heads."""
+    saved = config.modules_to_save or ()
+    if saved and not any(name.endswith(tuple(saved)) for name, _ in model.named_modules()):
+        raise ValueError(
+            f"modules_to_save={_listed(saved)} names no module of the {type(model).__name__}: nothing "
+            "of it would be trained. Correct the names, or leave it out."
         )
 
 

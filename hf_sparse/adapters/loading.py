@@ -31,6 +31,7 @@ from hf_sparse.adapters.checks import (
     check_mergeable,
     check_not_quantized,
     check_plain,
+    check_saved_modules,
     check_targets,
     check_trainable,
     is_peft_model,
@@ -101,6 +102,7 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
     check_alone(model)
     check_not_quantized(model)
     check_targets(model, config)
+    check_saved_modules(model, config)
     with _undone_on_error(model, adapter_name), _without_deprecations():
         if isinstance(model, peft.PeftModel):
             model.add_adapter(adapter_name, config)

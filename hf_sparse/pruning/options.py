@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_sparse.arguments import Bound
 from hf_sparse.patterns import Pattern
 from hf_sparse.suggestions import did_you_mean, shortened
 
 SCOPES = ("layer", "global")
 SOLVERS = ("sparsegpt", "alps")
-
-# An option's bound: whether a value is inside, and how an error says so.
-Bound = tuple[Callable[[Any], bool], str]
 
 
 def _above(least: float) -> Bound:
