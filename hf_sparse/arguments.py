@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from hf_sparse.suggestions import shortened
 from hf_sparse.upstream.accelerate import has_hooks
 
+# An option's bound: whether a value is inside, and how an error says so.
+Bound = tuple[Callable[[Any], bool], str]
+
 
 def check_model(model: Any, call: str, wanted: type[nn.Module] = nn.Module) -> None:
     """Refuse what is no model: a folder's name, a class, a pipeline, something that wraps a model.
@@ -65,17 +68,33 @@ def check_optimizer(optimizer: Any, call: str) -> None:
         )
 
 
-def check_gradients(call: str) -> None:
+def check_gradients(model: nn.Module, call: str) -> None:
     """Refuse to train where torch records no gradients.
 
     Raises:
-        ValueError: the call stands inside `torch.no_grad()` or `torch.inference_mode()`.
+        ValueError: the call stands inside `torch.no_grad()` or `torch.inference_mode()`, or the
+            model was made inside of the latter.
     """
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         raise ValueError(
             f"{call} trains, and gradients are switched off here: call it outside of "
             "torch.no_grad() and torch.inference_mode()."
         )
+    check_not_inference(model, call)
+
+
+def check_not_inference(model: nn.Module, call: str) -> None:
+    """Refuse a model that was made inside `torch.inference_mode()`: it can never be trained.
+
+    Raises:
+        ValueError: the first such weight.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"{call} takes gradients, and {name} was made inside torch.inference_mode(), so that "
+                "it has none. Load the model outside of it (torch.no_grad() is fine)."
+            )
 
 
 def check_path(path: Any, call: str, what: str = "folder") -> None:

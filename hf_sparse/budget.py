@@ -20,13 +20,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from hf_sparse.arguments import check_has_values, check_kinds, check_model
-from hf_sparse.calibration.input_statistics import Norms
-from hf_sparse.calibration.modes import switched
-from hf_sparse.calibration.walk import run_model
+from hf_sparse.calibration.sensitivity import input_norms, lost_energy, sensitivities
 from hf_sparse.calibration.windows import checked_batches
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Block, Pattern
@@ -34,14 +31,11 @@ from hf_sparse.report import format_table
 from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE
 from hf_sparse.runtime.llvm.target import named
 from hf_sparse.runtime.weights.rates import Rates, calibrate
-from hf_sparse.structure.layers import TargetLayer, target_layers
+from hf_sparse.structure.layers import target_layers
 
 LEVELS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975)
-# The sparsity at which a layer's effect on the model's output is measured.
-PROBE = 0.75
 # Halvings of the interval that holds the price.
 _HALVINGS = 60
-_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -155,6 +149,11 @@ def allocate(
     parsed = [Pattern.parse(pattern) for pattern in patterns]
     if not all(0 <= level < 1 for level in levels):
         raise ValueError(f"levels are {list(levels)}; wanted sparsities in [0, 1).")
+    if not parsed or not levels:
+        raise ValueError(
+            f"{'levels' if parsed else 'patterns'} is empty: there is nothing to choose from. Leave it "
+            "out for the defaults."
+        )
     layers = target_layers(model, SparsityConfig("unstructured", 0.5, targets=targets))
     inputs = None if batches is None else checked_batches(batches, model, "allocate")
     rates = calibrate(named(target), None if cache is None else Path(cache))
@@ -168,6 +167,11 @@ def allocate(
         _candidates(layer.name, scores[layer.name], weights[layer.name], parsed, levels, rates)
         for layer in layers
     ]
+    if all(len(options) == 1 for options in candidates):
+        raise ValueError(
+            f"none of the patterns {', '.join(map(str, parsed))} divides a layer: all stay dense. "
+            "Take another pattern, or other targets."
+        )
     dense = sum(options[0].time for options in candidates)
     least = sum(min(option.time for option in options) for options in candidates)
     if wanted * dense < least:
@@ -226,56 +230,6 @@ def parse_budget(budget: str | float) -> float:
     return value
 
 
-def input_norms(
-    model: nn.Module, layers: Sequence[TargetLayer], batches: Sequence[Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
-    """The root of the summed squares of each layer's inputs, `(in_features,)`, without padding."""
-    norms = Norms()
-    with torch.no_grad(), switched(model, training=False), norms.collecting(layers):
-        run_model(model, batches, norms)
-    return {layer.name: seen.statistic.float() for seen in norms.groups() for layer in seen.layers}
-
-
-def sensitivities(
-    model: nn.Module,
-    layers: Sequence[TargetLayer],
-    scores: Mapping[str, Tensor],
-    batches: Sequence[Mapping[str, Tensor]],
-) -> dict[str, float]:
-    """What the share of its output's energy that one layer loses does to the model's output.
-
-    The weights are changed for a while, one layer at a time, and put back.
-    """
-    wanted = _outputs(model, batches)
-    size = sum(float(output.square().sum()) for output in wanted)
-    found = {}
-    for layer in layers:
-        score = scores[layer.name]
-        kept = Pattern.parse("unstructured").keep(score, PROBE)
-        before = layer.weight.clone()
-        try:
-            layer.weight.mul_(kept)
-            changed = _outputs(model, batches)
-        finally:
-            layer.weight.copy_(before)
-        pairs = zip(changed, wanted, strict=True)
-        error = sum(float((a - b).square().sum()) for a, b in pairs) / max(size, _TINY)
-        found[layer.name] = error / max(_lost(score, kept), _TINY)
-    return found
-
-
-def _outputs(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-    """The first output of each batch: hidden states, or logits."""
-    with torch.no_grad(), switched(model, training=False):
-        return [model(**batch)[0].float() for batch in batches]
-
-
-def _lost(scores: Tensor, kept: Tensor) -> float:
-    """The share of the energy that is not kept."""
-    energy = scores.square().sum().clamp_min(_TINY)
-    return float(1 - scores[kept].square().sum() / energy)
-
-
 def _candidates(
     name: str,
     scores: Tensor,
@@ -294,7 +248,7 @@ def _candidates(
             continue
         fixed = pattern.implied_sparsity
         for sparsity in levels if fixed is None else [fixed]:
-            error = sensitivity * _lost(scores, pattern.keep(scores, sparsity))
+            error = sensitivity * lost_energy(scores, pattern.keep(scores, sparsity))
             time = size * _seconds(pattern, sparsity, rates)
             found.append(Choice(name, pattern, sparsity, time, error))
     return found

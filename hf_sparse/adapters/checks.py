@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_sparse.adapters.stored import check_settings
 from hf_sparse.arguments import is_finite
 from hf_sparse.optim.zeros import (
-    check_floats,
     is_sparse,
     is_whole,
     num_zeros,
@@ -24,6 +23,8 @@ from hf_sparse.optim.zeros import (
     zeros_hash,
 )
 from hf_sparse.structure.layers import is_conv1d
+from hf_sparse.structure.weights import check_floats
+from hf_sparse.suggestions import shortened
 from hf_sparse.upstream.peft_by_name import is_peft_model
 from hf_sparse.upstream.transformers.models import quantized_by
 
@@ -143,6 +144,51 @@ def check_targets(model: Any, config: Any) -> None:
                 f"{name} is of class {type(base).__name__}; adapters that keep zeros are for Linear "
                 "and Conv1D layers of floats. Leave it out of target_modules."
             )
+    _check_matches(model, config)
+
+
+def _check_matches(model: nn.Module, config: Any) -> None:
+    """Refuse settings that name no layer of a model, or a rank beyond all of its layers."""
+    from hf_sparse.upstream.peft import is_target
+
+    layers = {name: module for name, module in model.named_modules() if _is_adaptable(name, module)}
+    named = config.target_modules not in (None, "all-linear")
+    if named and not any(is_target(config, name) for name in layers):
+        examples = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+        raise ValueError(
+            f"no layer is left to adapt: target_modules={_listed(config.target_modules)}, without "
+            "what exclude_modules and layers_to_transform leave out, names no Linear or Conv1D layer "
+            f"of the {type(model).__name__}. Its layers: {', '.join(examples[:12])}."
+        )
+    weights = [getattr(module, "weight", None) for module in layers.values()]
+    most = max((sum(w.shape) for w in weights if isinstance(w, Tensor)), default=0)
+    asked = max(config.r, *(getattr(config, "rank_pattern", None) or {}).values(), 1)
+    if asked > most:
+        raise ValueError(
+            f"rank {asked} is more than any layer has use for; wanted r (and rank_pattern) of at most "
+            f"{most}, inputs and outputs of the largest layer, such as r=16."
+        )
+
+
+def check_saved_modules(model: nn.Module, config: Any) -> None:
+    """Refuse `modules_to_save` that name nothing; in files PEFT has added the names of heads."""
+    saved = config.modules_to_save or ()
+    if saved and not any(name.endswith(tuple(saved)) for name, _ in model.named_modules()):
+        raise ValueError(
+            f"modules_to_save={_listed(saved)} names no module of the {type(model).__name__}: nothing "
+            "of it would be trained. Correct the names, or leave it out."
+        )
+
+
+def _is_adaptable(name: str, module: Any) -> bool:
+    """Whether this is a layer that adapters are for, with or without one; not the base layer inside."""
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    return (isinstance(base, nn.Linear) or is_conv1d(base)) and not name.endswith(".base_layer")
+
+
+def _listed(value: Any) -> str:
+    """A setting's names, in an order that does not change, at most a line of them."""
+    return shortened(value if isinstance(value, str) else sorted(value))
 
 
 def check_plain(name: str, layer: nn.Module) -> None:

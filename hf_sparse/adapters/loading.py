@@ -26,12 +26,19 @@ from hf_sparse.adapters.checks import (
     check_mergeable,
     check_not_quantized,
     check_plain,
+    check_saved_modules,
     check_targets,
     check_trainable,
     zeros_of,
 )
-from hf_sparse.adapters.stored import check_tensors, stored_config, stored_weights
-from hf_sparse.arguments import check_has_values, check_kinds, check_model, check_path
+from hf_sparse.adapters.stored import check_ranks, check_tensors, stored_config, stored_weights
+from hf_sparse.arguments import (
+    check_has_values,
+    check_kinds,
+    check_model,
+    check_not_inference,
+    check_path,
+)
 from hf_sparse.provenance.optimizers import notice_optimizer_
 from hf_sparse.upstream.transformers.files import ADAPTER_CONFIG_NAME
 
@@ -68,6 +75,7 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
     peft = import_peft()
     check_model(model, "get_peft_model")
     check_has_values(model, "get_peft_model")
+    check_not_inference(model, "get_peft_model")
     check_kinds(get_peft_model, locals())
     check_trainable(config)
     if isinstance(config, peft.LoraConfig):
@@ -84,6 +92,7 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
     check_alone(model)
     check_not_quantized(model)
     check_targets(model, config)
+    check_saved_modules(model, config)
     with _undone_on_error(model, adapter_name), _without_deprecations():
         if isinstance(model, peft.PeftModel):
             model.add_adapter(adapter_name, config)
@@ -133,9 +142,10 @@ def load_adapter(
     config = _config_of(folder, **kwargs)
     check_alone(model)
     check_not_quantized(model)
+    weights = stored_weights(folder, **kwargs)
+    check_ranks(folder, config, weights)
     check_targets(model, config)
     config.inference_mode = not is_trainable
-    weights = stored_weights(folder, **kwargs)
     with (
         _undone_on_error(model, adapter_name),
         _misfits_explained(folder),
@@ -219,6 +229,11 @@ def _undone_on_error(model: Any, adapter_name: str) -> Iterator[None]:
     known = set(getattr(model, "peft_config", {}))
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = list(model.active_adapters) if isinstance(model, peft.PeftModel) else []
+    biases = [  # which an adapter with bias="all" puts its own values into
+        (parameter, parameter.detach().clone())
+        for name, parameter in model.named_parameters()
+        if name.endswith("bias")
+    ]
     try:
         yield
     except BaseException:
@@ -229,6 +244,8 @@ def _undone_on_error(model: Any, adapter_name: str) -> Iterator[None]:
             model.base_model.set_adapter(active)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+        for parameter, before in biases:
+            parameter.data.copy_(before)
         raise
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from torch import Tensor
@@ -94,10 +95,32 @@ def stored_weights(folder: str | os.PathLike[str], **kwargs: Any) -> dict[str, T
         ) from error
 
 
+def check_ranks(folder: str | os.PathLike[str], config: Any, found: dict[str, Tensor]) -> None:
+    """Refuse ranks that a file's tensors are too small for, before PEFT makes tensors of these ranks.
+
+    Args:
+        folder: for the error.
+        config: of the adapter.
+        found: the file's tensors.
+
+    Raises:
+        ValueError: the largest rank, and what the file has.
+    """
+    asked = max(config.r, *(getattr(config, "rank_pattern", None) or {}).values(), 1)
+    longest = max((max(tensor.shape, default=0) for tensor in found.values()), default=0)
+    if asked > longest:
+        raise ValueError(
+            f"{folder} is damaged: its settings have rank {asked}, and none of its tensors is longer "
+            f"than {longest}. Save it again, or download it again."
+        )
+
+
 def check_tensors(
     folder: str | os.PathLike[str], found: dict[str, Tensor], model: Any, adapter_name: str
 ) -> None:
     """Refuse a file that has not the tensors of its adapter: what is missing stays as it was drawn.
+
+    Nor may floats stand where places are stored, or the other way round.
 
     Embeddings may be there: PEFT saves them beside an adapter where the vocabulary has grown.
 
@@ -108,7 +131,7 @@ def check_tensors(
         adapter_name: the adapter.
 
     Raises:
-        ValueError: tensors are missing or unexpected.
+        ValueError: tensors are missing, unexpected, or of another kind of numbers.
     """
     from peft import get_peft_model_state_dict
 
@@ -130,6 +153,17 @@ def check_tensors(
             f"{', '.join(parts)}; wanted {len(wanted)} tensors. Save it again, or load it on the "
             "sparse model that it was trained on."
         )
+    for name, tensor in found.items():
+        floats = allowed[name].is_floating_point()
+        if (
+            tensor.is_floating_point() != floats
+            or tensor.dtype is torch.bool
+            or tensor.is_complex()
+        ):
+            raise ValueError(
+                f"{folder} is damaged: its tensor {name} is of {tensor.dtype}; wanted "
+                f"{'floats' if floats else 'whole numbers'}. Save it again, or download it again."
+            )
 
 
 def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -154,6 +188,14 @@ def _is_rank(value: Any) -> bool:
     return type(value) is int and value >= 1
 
 
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
 def _is_table(value: Any, allowed: Callable[[Any], bool]) -> bool:
     named = isinstance(value, dict) and all(map(is_fast_expression, value))
     return named and all(map(allowed, value.values()))
@@ -162,6 +204,10 @@ def _is_table(value: Any, allowed: Callable[[Any], bool]) -> bool:
 _TARGETS = (
     lambda v: v is None or _is_names(v) or is_fast_expression(v),
     "a list of names or a regular expression, without repeats inside of repeats",
+)
+_FLAGS = (
+    *("inference_mode", "fan_in_fan_out", "use_rslora", "use_dora", "use_qalora", "lora_bias"),
+    *("ensure_weight_tying", "init_weights", "masked"),
 )
 # What a setting may be, as JSON holds it, and how an error says so.
 _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -180,4 +226,23 @@ _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank_pattern": (lambda v: v is None or _is_table(v, _is_rank), "names with whole numbers"),
     "alpha_pattern": (lambda v: v is None or _is_table(v, _is_number), "names with finite numbers"),
     "base_model_name_or_path": (lambda v: v is None or isinstance(v, str), "a text, or null"),
+    "base_zeros": (lambda v: v is None or isinstance(v, str), "a text, or null"),
+    "init_lora_weights": (lambda v: isinstance(v, bool | str), "true, false, or a name"),
+    "layers_to_transform": (
+        lambda v: v is None or _are_numbers([v]) or _are_numbers(v),
+        "the number of a layer, or a list of them",
+    ),
+    "trainable_token_indices": (
+        lambda v: (
+            v is None
+            or _are_numbers(v)
+            or (isinstance(v, dict) and all(map(_are_numbers, v.values())))
+        ),
+        "a list of tokens' numbers, or names of embeddings with such lists",
+    ),
+    "random_seed": (
+        lambda v: v is None or (type(v) is int and abs(v) < 2**63),
+        "a whole number below 2**63, or null",
+    ),
+    **dict.fromkeys(_FLAGS, (_is_flag, "true or false")),
 }

@@ -155,6 +155,30 @@ def _check_ids(batches: list[dict[str, Any]], model: nn.Module) -> None:
                 f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; wanted "
                 "equal ones."
             )
+        if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+            _check_next_tokens(batch.get("labels"), ids, known)
+
+
+def _check_next_tokens(labels: Any, ids: Tensor, known: int) -> None:
+    """Refuse labels of a causal language model that are no tokens of its inputs' shape, or -100."""
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor) or labels.dtype != torch.long or labels.shape != ids.shape:
+        found = (
+            f"{labels.dtype} of shape {tuple(labels.shape)}"
+            if isinstance(labels, Tensor)
+            else f"a {type(labels).__name__}"
+        )
+        raise ValueError(
+            f"labels are {found}; wanted torch.int64 of shape {tuple(ids.shape)}, as the input_ids, "
+            "with -100 where nothing is predicted."
+        )
+    told = labels[labels != -100]
+    if told.numel() and not 0 <= int(told.min()) <= int(told.max()) < known:
+        raise ValueError(
+            f"labels are from {int(told.min())} to {int(told.max())}, but the model has {known} "
+            "tokens; wanted tokens, or -100 where nothing is predicted."
+        )
 
 
 def _check_lengths(batches: list[dict[str, Any]], model: nn.Module) -> None:

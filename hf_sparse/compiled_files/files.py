@@ -27,7 +27,13 @@ from hf_sparse.checkpoint.can_save import check_can_write
 from hf_sparse.checkpoint.writing import COMPILED_DESCRIPTION, COMPILED_WEIGHTS
 from hf_sparse.compiled_files.old_layout import check_zeros, is_old, types_of
 from hf_sparse.compiled_files.owned_tensors import Entry, read_header, read_tensor
-from hf_sparse.compiled_files.skeleton import build_skeleton, fill, set_generation, unsaved_buffers
+from hf_sparse.compiled_files.skeleton import (
+    build_skeleton,
+    fill,
+    plain_state,
+    set_generation,
+    unsaved_buffers,
+)
 from hf_sparse.files.atomic import replacing
 from hf_sparse.files.disk import disk_errors
 from hf_sparse.formats import FormatError
@@ -80,7 +86,7 @@ def save_compiled(model: PreTrainedModel, folder: Path | str) -> Path:
     own = secrets.token_bytes(_ID_BYTES)
     stored = {_ID: torch.tensor(list(own), dtype=torch.uint8)}
     stored |= {f"{_STACK}{name}": tensor for name, tensor in tensors.items()}
-    rest, tied = _untied(model.state_dict())
+    rest, tied = _untied(plain_state(model))
     stored |= {f"{_REST}{name}": tensor for name, tensor in rest.items()}
     stored |= {f"{_BUFFER}{name}": tensor for name, tensor in unsaved_buffers(model).items()}
     stored = _apart(stored)

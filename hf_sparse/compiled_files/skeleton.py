@@ -92,9 +92,19 @@ def _with_one_block(config: Any) -> Any:
     return small
 
 
+def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors of a model's state dict that are not packed, also of a compiled model."""
+    return {
+        f"{path}.{name}".removeprefix("."): tensor.detach()
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    }
+
+
 def unsaved_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
     """Buffers that no checkpoint holds, such as rotary frequencies: they may have been rounded."""
-    saved = model.state_dict().keys()
+    saved = plain_state(model).keys()
     return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
 
 
@@ -106,7 +116,7 @@ def fill(
     Raises:
         ValueError: they are not those of this model, or not finite.
     """
-    _check_shapes(model.state_dict(), tensors)
+    _check_shapes(plain_state(model), tensors)
     _check_shapes(unsaved_buffers(model), buffers)
     model.load_state_dict(tensors, assign=True)
     check_types(model)

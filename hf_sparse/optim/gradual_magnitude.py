@@ -5,8 +5,11 @@ Source: Zhu and Gupta, "To prune, or not to prune", https://arxiv.org/abs/1710.0
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch.optim import Optimizer
 
+from hf_sparse.arguments import Bound
 from hf_sparse.optim.parameters import set_strength
 from hf_sparse.optim.projection import magnitude, project_
 from hf_sparse.optim.shrinkage import freeze_groups
@@ -14,6 +17,8 @@ from hf_sparse.optim.shrinkage import freeze_groups
 
 class GradualMagnitude:
     """Gradual magnitude pruning: from time to time the smallest weights go, for good."""
+
+    bounds: ClassVar[dict[str, Bound]] = {}
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer

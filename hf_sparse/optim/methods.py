@@ -11,17 +11,27 @@ A method is told, from time to time, which share of the units should be zero by 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
 
 from torch.optim import Optimizer
 
+from hf_sparse.arguments import Bound, check_kinds
 from hf_sparse.optim.gradual_magnitude import GradualMagnitude
 from hf_sparse.optim.movement import SoftMovement
 from hf_sparse.optim.proximal import Proximal
+from hf_sparse.suggestions import check_name, did_you_mean, shortened
 
 
 class TrainingMethod(Protocol):
-    """What a `Sparsifier` drives."""
+    """What a `Sparsifier` drives.
+
+    Attributes:
+        bounds: of its options: whether a value is inside, and how an error says so.
+    """
+
+    bounds: ClassVar[dict[str, Bound]]
 
     def __init__(self, optimizer: Optimizer, **options: Any) -> None: ...
 
@@ -40,3 +50,28 @@ TRAINING_METHODS: dict[str, type[TrainingMethod]] = {
     "magnitude": GradualMagnitude,
     "movement": SoftMovement,
 }
+
+
+def check_method(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse an unknown method, and options that it does not have or that are out of range.
+
+    Raises:
+        ValueError: what was found, and what was wanted.
+    """
+    check_name(name, TRAINING_METHODS, "method", "methods")
+    method = TRAINING_METHODS[name]
+    own = [
+        parameter.name
+        for parameter in inspect.signature(method).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
+    if unknown := sorted(set(options) - set(own)):
+        raise ValueError(
+            f"method '{name}' has no option {', '.join(unknown)}. Its options: "
+            f"{', '.join(own) or 'none'}.{did_you_mean(unknown[0], own)}"
+        )
+    check_kinds(method, options)
+    for option, value in options.items():
+        is_inside, wanted = method.bounds[option]
+        if not is_inside(value):
+            raise ValueError(f"{option} is {shortened(value)}; wanted {wanted}.")

@@ -7,13 +7,13 @@ https://arxiv.org/abs/2005.07683.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_sparse.arguments import check_kinds
+from hf_sparse.arguments import Bound
 from hf_sparse.optim.parameters import (
     Group,
     SparseParameter,
@@ -45,6 +45,12 @@ class SoftMovement:
     Memory: four tensors per weight in the optimizer's state: S, its two moments, the dense values.
     """
 
+    bounds: ClassVar[dict[str, Bound]] = {
+        "score_lr": (lambda value: 0 < value < math.inf, "a finite number > 0"),
+        "threshold": (lambda value: 0 < value < 0.5, "a number in (0, 0.5)"),
+        "gain": (lambda value: 0 < value < math.inf, "a finite number > 0"),
+    }
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -53,11 +59,6 @@ class SoftMovement:
         threshold: float = 0.1,
         gain: float = 2.0,
     ) -> None:
-        check_kinds(SoftMovement, locals())
-        if not 0 < threshold < 0.5:
-            raise ValueError(f"threshold is {threshold}; wanted a number in (0, 0.5).")
-        if not 0 < score_lr < math.inf or not 0 < gain < math.inf:
-            raise ValueError(f"score_lr={score_lr} and gain={gain}; wanted finite numbers > 0.")
         self._optimizer = optimizer
         set_strength(optimizer, 0.0)
         self._pattern = pattern_of(optimizer)

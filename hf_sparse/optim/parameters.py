@@ -83,7 +83,8 @@ def sparse_parameters(
         pattern = Pattern.parse(group["pattern"])
         for index, parameter in enumerate(group["params"]):
             name = names[index] if names else f"parameter {index} of group {number}"
-            check_shardable(name, parameter, pattern)  # FSDP2 replaces parameters after __init__
+            # Here, too: FSDP2 replaces parameters after __init__.
+            check_shardable(name, parameter, pattern, transposed=group["transposed"])
             state = optimizer.state[parameter]
             yield SparseParameter(name, group, parameter, state)
 

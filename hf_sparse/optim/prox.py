@@ -28,14 +28,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.patterns import NM, GroupPattern
-from hf_sparse.upstream.torch import (
-    foreach_clamp_max,
-    foreach_clamp_min_,
-    foreach_neg,
-    foreach_sub_,
-    hardshrink_into,
-    softshrink_into,
-)
+from hf_sparse.upstream import torch as of_torch
 
 # A strength for all weights, or one tensor per weight tensor, broadcast against it.
 Tau = float | Sequence[Tensor]
@@ -57,9 +50,9 @@ def soft_threshold_(weights: Sequence[Tensor], tau: Tau, *, foreach: bool = Fals
     """
     if foreach and all(map(_is_wide, weights)):
         inside = _foreach_clip(list(weights), tau)
-        foreach_sub_(list(weights), inside)
+        of_torch.foreach_sub_(list(weights), inside)
     elif isinstance(tau, float | int):
-        _each_(lambda w: softshrink_into(w, tau, out=w), weights)
+        _each_(lambda w: of_torch.softshrink_into(w, tau, out=w), weights)
     else:
         _each_(lambda w, t: w.sub_(w.clamp(-t, t)), weights, tau)
 
@@ -76,7 +69,7 @@ def hard_threshold_(
     """
     if metric is None:
         threshold = (2 * tau) ** 0.5
-        _each_(lambda w: hardshrink_into(w, threshold, out=w), weights)
+        _each_(lambda w: of_torch.hardshrink_into(w, threshold, out=w), weights)
         return
     for weight, diagonal in zip(weights, metric, strict=True):
         wide = _wide(weight)
@@ -333,11 +326,11 @@ def _wide(tensor: Tensor) -> Tensor:
 def _foreach_clip(weights: list[Tensor], tau: Tau) -> list[Tensor]:
     """The weights clipped to `[-tau, tau]`, as new tensors."""
     if isinstance(tau, float | int):
-        clipped = foreach_clamp_max(weights, tau)
-        foreach_clamp_min_(clipped, -tau)
+        clipped = of_torch.foreach_clamp_max(weights, tau)
+        of_torch.foreach_clamp_min_(clipped, -tau)
     else:
-        clipped = foreach_clamp_max(weights, list(tau))
-        foreach_clamp_min_(clipped, foreach_neg(list(tau)))
+        clipped = of_torch.foreach_clamp_max(weights, list(tau))
+        of_torch.foreach_clamp_min_(clipped, of_torch.foreach_neg(list(tau)))
     return list(clipped)
 
 

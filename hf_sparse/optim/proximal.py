@@ -6,12 +6,13 @@ Source: https://arxiv.org/abs/2306.15656; the control is ours.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hf_sparse.arguments import Bound
 from hf_sparse.optim.parameters import (
     Group,
     SparseParameter,
@@ -41,6 +42,8 @@ class Proximal:
     shows in the next distances; and where the zeros lag behind, the aim is as much higher. For l0
     the quantile itself is the threshold.
     """
+
+    bounds: ClassVar[dict[str, Bound]] = {}
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer

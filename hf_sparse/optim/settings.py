@@ -14,6 +14,7 @@ from hf_sparse.optim.penalties import PENALTIES, SCALES, default_penalty
 from hf_sparse.optim.sharding import check_shardable
 from hf_sparse.patterns import Pattern
 from hf_sparse.structure.layers import check_divides
+from hf_sparse.structure.weights import check_floats
 from hf_sparse.suggestions import check_name
 
 # What a param group holds beside the optimizer's own settings.
@@ -29,6 +30,8 @@ SETTINGS: dict[str, Any] = {
     "shrink_steps": 0,
 }
 # What a saved state must agree on with the optimizer that reads it.
+# What an optimizer keeps of each weight, of its shape.
+_OF_WEIGHTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "alpha")
 _FIXED = ("penalty", "scale", "pattern", "transposed")
 
 
@@ -94,6 +97,8 @@ def check_group(group: Group) -> None:
 
 def _check_parameter(name: str, parameter: Tensor, pattern: Pattern, transposed: bool) -> None:
     check_whole_parameters(SHRINKING, [(name, parameter)])
+    if parameter.device.type != "meta":
+        check_floats(name, parameter.detach())
     if not pattern.elementwise:
         if parameter.ndim != 2:
             raise ValueError(
@@ -103,14 +108,15 @@ def _check_parameter(name: str, parameter: Tensor, pattern: Pattern, transposed:
             )
         rows, columns = reversed(parameter.shape) if transposed else parameter.shape
         check_divides(pattern, name, rows, columns)
-    check_shardable(name, parameter, pattern)
+    check_shardable(name, parameter, pattern, transposed=transposed)
 
 
 def check_resumed(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """A hook of `load_state_dict`: refuse the state of another kind of run.
 
     Raises:
-        ValueError: another penalty, scale or pattern, or an optimizer without shrinkage.
+        ValueError: another penalty, scale or pattern, weights of other shapes, or an optimizer without
+            shrinkage.
     """
     groups = saved["param_groups"]
     same = len(groups) == len(optimizer.param_groups)
@@ -129,3 +135,13 @@ def check_resumed(optimizer: Optimizer, saved: dict[str, Any]) -> None:
                     f"resumes has {name}={new[name]!r}. Resume with the settings of the first run, "
                     "or start a new one."
                 )
+        for index, parameter in zip(old["params"], new["params"], strict=False):
+            for name, value in saved["state"].get(index, {}).items():
+                fits = not isinstance(value, Tensor) or value.shape == parameter.shape
+                if name in _OF_WEIGHTS and not fits:
+                    raise ValueError(
+                        f"param group {number}: {name} was saved for a weight of the shape "
+                        f"{tuple(value.shape)}, the optimizer that resumes has one of "
+                        f"{tuple(parameter.shape)}. Resume with the model of the first run, or start "
+                        "a new one."
+                    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -17,13 +19,22 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def check_shardable(name: str, parameter: Tensor, pattern: Pattern) -> None:
-    """Refuse patterns whose groups the shards of a parameter may cut.
+def check_shardable(
+    name: str, parameter: Tensor, pattern: Pattern, *, transposed: bool = False
+) -> None:
+    """Refuse patterns whose groups the shards of a parameter cut.
 
-    FSDP2 gives each process some rows: single weights, N:M groups and groups of one row stay whole.
+    FSDP2 gives each process as many rows as the next, and the last one what is left. Of a weight
+    that is stored transposed these are columns: of N:M, and of `row`, the groups run across them.
+
+    Args:
+        name: for the error.
+        parameter: as its module stores it.
+        pattern: of its zeros.
+        transposed: whether it is stored `(in_features, out_features)`.
 
     Raises:
-        ValueError: the parameter is sharded, and not by rows, or the pattern spans rows.
+        ValueError: the parameter is sharded, and not by rows, or a shard ends inside a group.
     """
     if not isinstance(parameter, DTensor):
         return
@@ -31,11 +42,24 @@ def check_shardable(name: str, parameter: Tensor, pattern: Pattern) -> None:
         raise ValueError(
             f"{name} is sharded as {parameter.placements}; wanted shards of rows, as FSDP2 makes them."
         )
-    if pattern.least_span(parameter.shape) > 1:
+    if pattern.elementwise:
+        return
+    axis, what = (1, "columns") if transposed else (0, "rows")
+    shape = torch.Size(reversed(parameter.shape)) if transposed else parameter.shape
+    span, rows = pattern.least_span(shape, axis), rows_of_shard(parameter)
+    if rows < len(parameter) and rows % span:
         raise ValueError(
-            f"{name} is sharded by rows, and the groups of pattern '{pattern}' span rows. Under FSDP "
-            "use unstructured, N:M, row or block:1xC, or train with DDP."
+            f"{name} is sharded into {rows} {what} each, and the groups of pattern '{pattern}' span "
+            f"{span} {what}. Under FSDP use unstructured, or a pattern whose groups the shards do not "
+            "cut, or train with DDP."
         )
+
+
+def rows_of_shard(parameter: DTensor) -> int:
+    """How many rows of a parameter each process holds, but for the last ones."""
+    sizes = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
+    shards = math.prod(size for place, size in sizes if place.is_shard(0))
+    return -(-len(parameter) // shards)
 
 
 class ShardProcesses(Processes):

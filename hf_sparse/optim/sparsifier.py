@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from hf_sparse.arguments import check_finite, check_kinds, check_optimizer
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
-from hf_sparse.optim.methods import TRAINING_METHODS
+from hf_sparse.optim.methods import TRAINING_METHODS, check_method
 from hf_sparse.optim.notes import shrinking
 from hf_sparse.optim.parameters import sparse_groups, sparse_parameters, take_over
 from hf_sparse.optim.projection import count_zero_units, measured_sparsity, pattern_of
@@ -22,15 +22,9 @@ from hf_sparse.provenance.optimizers import learning_rate
 from hf_sparse.provenance.record import record_optimizer_
 from hf_sparse.provenance.values import Step
 from hf_sparse.report import SparsityReport, measure_sparsity
-from hf_sparse.suggestions import check_name
 
 # The least number of adjustments over a schedule.
 _ADJUSTMENTS = 10
-
-
-def check_method(method: str) -> None:
-    """Raise a ValueError if there is no such method."""
-    check_name(method, TRAINING_METHODS, "method", "methods")
 
 
 class Sparsifier:
@@ -78,7 +72,7 @@ class Sparsifier:
     ) -> None:
         check_optimizer(optimizer, "Sparsifier")
         check_config(config)
-        check_method(method)
+        check_method(method, options)
         check_kinds(Sparsifier, locals())
         for name, value in (("total_steps", total_steps), ("interval", interval)):
             if not isinstance(value, int) or value < 1:

@@ -15,6 +15,7 @@ from hf_sparse.arguments import check_kinds
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.optim.deepspeed import SHRINKING, check_training
 from hf_sparse.optim.groups import sparse_param_groups
+from hf_sparse.optim.methods import check_method
 from hf_sparse.optim.notes import note_fine_tuning_, note_shrinking_
 from hf_sparse.optim.parameters import sparse_parameters
 from hf_sparse.optim.penalties import PENALTIES
@@ -22,7 +23,7 @@ from hf_sparse.optim.schedules import Schedule
 from hf_sparse.optim.settings import SETTINGS, is_unsteered
 from hf_sparse.optim.shrinkage import add_shrinkage_, freeze_zeros_
 from hf_sparse.optim.sparse_optimizers import SparseAdamW, SparseMixin
-from hf_sparse.optim.sparsifier import Sparsifier, check_method
+from hf_sparse.optim.sparsifier import Sparsifier
 from hf_sparse.report import SparsityReport
 from hf_sparse.structure.layers import PRUNED_WITH
 from hf_sparse.structure.targets import Targets
@@ -160,7 +161,7 @@ class SparsityCallback(TrainerCallback):
         check_kinds(SparsityCallback, locals())
         self.config = config
         self.schedule = Schedule(schedule) if isinstance(schedule, str) else schedule
-        check_method(method)
+        check_method(method, options)
         self._arguments = {"method": method, "interval": interval, **options}
         self.sparsifier: Sparsifier | None = None
         self.report: SparsityReport | None = None

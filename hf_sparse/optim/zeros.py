@@ -13,6 +13,7 @@ from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.optim.sharding import local_part
 from hf_sparse.structure.layers import TargetLayer, promised_config
 from hf_sparse.structure.targets import Targets
+from hf_sparse.structure.weights import check_floats
 
 # A layer with fewer zeros is dense: weights are zero by chance too.
 SPARSE_FROM = 0.005
@@ -61,24 +62,6 @@ def is_sparse(weight: Tensor) -> bool:
 def num_zeros(weight: Tensor) -> int:
     """The zeros of a weight."""
     return int((weight == 0).sum())
-
-
-def check_floats(name: str, weight: Tensor) -> None:
-    """Refuse quantized weights, whose zeros cannot be told, and weights that are not here.
-
-    Raises:
-        ValueError: what was found.
-    """
-    if not weight.is_floating_point() or weight.element_size() == 1:
-        raise ValueError(
-            f"{name} is stored as {weight.dtype}, quantized; wanted float32, float16 or bfloat16. "
-            "Load the model without quantization, or call model.dequantize() first."
-        )
-    if weight.device.type == "meta":
-        raise ValueError(
-            f"{name} has no values here: device_map left it on the disk. Load the model without "
-            "device_map, or with more memory."
-        )
 
 
 def is_whole(weight: Tensor) -> bool:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from hf_sparse.patterns.pattern import Pattern
@@ -77,6 +78,9 @@ class NM(Pattern):
 
     def group_shape(self, rows: int, columns: int) -> tuple[int, int]:
         return 1, self.m
+
+    def least_span(self, shape: torch.Size, axis: int = 0) -> int:
+        return self.m if axis else 1
 
     def parameters(self, rows: int, columns: int) -> tuple[int, int]:
         return self.n, self.m

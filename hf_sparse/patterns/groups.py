@@ -37,8 +37,8 @@ class GroupPattern(Pattern):
         """The score of each group, the sum of its squared scores: `(out / R, in / C)`."""
         return widened(self.blocks(scores)).square().sum(dim=(1, 3))
 
-    def least_span(self, shape: torch.Size) -> int:
-        return self.group_shape(*shape)[0]
+    def least_span(self, shape: torch.Size, axis: int = 0) -> int:
+        return self.group_shape(*shape)[axis]
 
     def units(self, scores: Tensor) -> Tensor:
         height, width = self.group_shape(*scores.shape)

@@ -67,8 +67,13 @@ class Pattern(ABC):
         """What its storage formats write into the layout of a `(rows, columns)` weight."""
         return self.group_shape(rows, columns)
 
-    def least_span(self, shape: torch.Size) -> int:
-        """Consecutive rows of a weight that belong together: chunks and shards may not cut them."""
+    def least_span(self, shape: torch.Size, axis: int = 0) -> int:
+        """Consecutive rows of a weight that belong together: chunks and shards may not cut them.
+
+        Args:
+            shape: of the weight, `(out_features, in_features)`.
+            axis: 1 for consecutive columns instead.
+        """
         return 1
 
     def num_units(self, rows: int, columns: int) -> int:

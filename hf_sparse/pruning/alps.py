@@ -47,15 +47,7 @@ def solve(
         The pruned weights.
 
     Memory: six times the weights and four times the Gram matrix.
-
-    Raises:
-        ValueError: an option out of range.
     """
-    if damping <= 0 or iterations < 1 or refit_steps < 0:
-        raise ValueError(
-            f"damping is {damping}, iterations {iterations}, refit_steps {refit_steps}; wanted "
-            "damping > 0, iterations >= 1, refit_steps >= 0."
-        )
     gram, scale = problem.scaled_gram(damping)
     dense, dead = problem.joined, problem.dead
     weights = (dense * scale).masked_fill_(dead, 0)

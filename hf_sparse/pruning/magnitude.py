@@ -14,8 +14,6 @@ from hf_sparse.pruning.task import Task
 from hf_sparse.selection import global_masks
 from hf_sparse.structure.layers import TargetLayer
 
-SCOPES = ("layer", "global")
-
 
 def masks(task: Task, *, scope: str = "layer") -> Iterator[tuple[TargetLayer, Tensor]]:
     """Choose the weights of highest magnitude.
@@ -29,9 +27,6 @@ def masks(task: Task, *, scope: str = "layer") -> Iterator[tuple[TargetLayer, Te
         A layer, and the boolean mask of the weights to keep.
 
     Memory: one layer's scores; `"global"` keeps no scores, it reads the weights three times.
-
-    Raises:
-        ValueError: unknown scope, or `"global"` where every group or block has its own sparsity.
     """
     yield from by_scope(task, lambda layer: layer.weight.abs(), scope)
 
@@ -47,25 +42,13 @@ def by_scope(
             whenever they are needed.
         scope: see `masks`.
 
-    Yields, raises: see `masks`.
+    Yields: see `masks`.
     """
-    if scope not in SCOPES:
-        raise ValueError(f"scope is {scope!r}; wanted one of {', '.join(SCOPES)}.")
     pattern, layers = task.config.pattern, task.layers
     if scope == "layer":
         for layer in layers:
             yield layer, pattern.keep(score(layer), task.sparsities[layer.name])
         return
-    if pattern.implied_sparsity is not None:
-        raise ValueError(
-            f"scope='global' has no meaning for pattern '{pattern}', which fixes the sparsity "
-            "of every group. Use scope='layer'."
-        )
-    if len(set(task.sparsities.values())) > 1:
-        raise ValueError(
-            "scope='global' and allocation both tell how much of the sparsity each block takes. Use "
-            "one of them."
-        )
     pruned = global_masks(lambda: (score(layer) for layer in layers), pattern, task.config.sparsity)
     for layer, mask in zip(layers, pruned, strict=True):
         yield layer, ~mask

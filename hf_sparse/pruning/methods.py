@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_sparse.arguments import check_not_inference
 from hf_sparse.calibration.input_statistics import Grams, Norms
 from hf_sparse.optim.sharding import check_shardable, local_part
 from hf_sparse.patterns import Pattern
@@ -32,6 +31,7 @@ from hf_sparse.pruning import (
 )
 from hf_sparse.pruning.allocation import check_allocation, layer_sparsities
 from hf_sparse.pruning.layerwise import LayerPruner, PruneBlock, Refinement, prune_layers
+from hf_sparse.pruning.options import check_bounds, check_types
 from hf_sparse.pruning.problem import Problem, Solver
 from hf_sparse.pruning.prox_local import check_learnable
 from hf_sparse.pruning.task import Task
@@ -183,7 +183,8 @@ class Recipe:
         """The recipe for `prune_`'s arguments.
 
         Raises:
-            ValueError: unknown method or option, or a composition that the pattern does not allow.
+            ValueError: unknown method or option, a value out of range, or a composition that the
+                pattern does not allow.
         """
         check_name(name, METHODS, "method", "methods")
         own, composed = METHODS[name].options(), asdict(Composition())
@@ -193,13 +194,14 @@ class Recipe:
                 f"Its options: {', '.join([*own, *composed])}."
                 f"{did_you_mean(unknown[0], [*own, *composed])}"
             )
-        for key, value in options.items():
-            _check_type(key, value, {**own, **composed}[key])
+        check_types(options, {**own, **composed})
         composition = Composition(**{k: v for k, v in options.items() if k in composed})
         composition.check(pattern)
+        mine = {name: value for name, value in options.items() if name in own}
+        check_bounds(mine, pattern, composition.allocation)
         if METHODS[name].nm_only:
             check_learnable(name, pattern)
-        return cls(name, composition, {k: v for k, v in options.items() if k in own})
+        return cls(name, composition, mine)
 
     @property
     def method(self) -> Method:
@@ -248,6 +250,8 @@ class Recipe:
                 raise ValueError(
                     "there are no gradients inside torch.inference_mode(). Call prune_ outside it."
                 )
+            if self.method.trains or self.composition.reconstruct:
+                check_not_inference(task.model, self.name)
         if not task.sparsities:
             task.sparsities = layer_sparsities(self.composition.allocation, task)
         if self.method.masks is None:
@@ -296,18 +300,6 @@ def _check_inputs(layers: Sequence[TargetLayer]) -> None:
             f"{embeddings[0]} is an embedding: it has no input activations to score by. Leave it "
             "out, or use method='magnitude'."
         )
-
-
-def _check_type(name: str, value: Any, default: Any) -> None:
-    """Raise a ValueError if an option's value is not of the type of its default."""
-    kinds: dict[type, tuple[type, ...]] = {
-        float: (int, float),
-        type(None): (str, os.PathLike, type(None)),
-    }
-    wanted = kinds.get(type(default), (type(default),))
-    right = isinstance(value, wanted) and (isinstance(value, bool) == isinstance(default, bool))
-    if not right or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"{name} is {value!r}; wanted a value like {default!r}.")
 
 
 def _apply(masks: Mapping[str, Tensor], problem: Problem) -> list[Tensor]:

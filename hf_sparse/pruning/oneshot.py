@@ -29,6 +29,7 @@ from hf_sparse.structure.layers import (
 from hf_sparse.structure.promise import Held
 from hf_sparse.structure.targets import Targets
 from hf_sparse.structure.units import check_whole, clear_unused_, find_units
+from hf_sparse.structure.weights import check_matrices
 from hf_sparse.suggestions import shortened
 from hf_sparse.upstream.torch import is_compiled
 
@@ -85,8 +86,9 @@ def prune_(
 
     Raises:
         ValueError: unknown method or option, targets that match nothing, a weight that the
-            pattern cannot divide, no calibration where it is needed, weights or activations that
-            are not finite. All but the last are found before the model is changed.
+            pattern cannot divide, weights that are no matrices of floats or that share memory without
+            being tied, no calibration where it is needed, weights or activations that are not
+            finite. All but the last are found before the model is changed.
     """
     check_model(model, "prune_")
     if accelerator is not None and not hasattr(accelerator, "num_processes"):
@@ -149,6 +151,8 @@ def _check_layers(targets: Targets) -> None:
     for layer in targets.layers:
         instead = " Or prune it from disk to disk: hf_sparse.prune_checkpoint."
         check_has_value(layer.weight_name, layer.parameter, "prune_", instead)
+    check_matrices(targets.layers)
+    for layer in targets.layers:
         check_finite(layer.weight_name, layer.weight)
         check_divides(targets.pattern, layer.weight_name, *layer.weight.shape)
 

@@ -61,14 +61,9 @@ def solve(
     Memory: four times the weights and twice the Gram matrix.
 
     Raises:
-        ValueError: no N:M pattern, or an option out of range.
+        ValueError: no N:M pattern.
     """
     pattern = check_learnable("prox_local", problem.pattern)
-    if lam <= 0 or growth < 1 or iterations < 1 or damping <= 0:
-        raise ValueError(
-            f"lam is {lam}, growth {growth}, iterations {iterations}, damping {damping}; wanted "
-            "lam > 0, growth >= 1, iterations >= 1, damping > 0."
-        )
     gram, scale = problem.scaled_gram(damping)
     target = problem.joined * scale
     weights = target.clone()

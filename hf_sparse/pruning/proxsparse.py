@@ -66,18 +66,6 @@ class Settings:
     accumulate: int
     gradient_checkpointing: bool
 
-    def check(self) -> None:
-        """Raise a ValueError for values out of range."""
-        if min(self.lam, self.relative_lr) <= 0 or self.preserve < 0:
-            raise ValueError(
-                f"lam is {self.lam}, relative_lr {self.relative_lr}, preserve {self.preserve}; wanted "
-                "lam > 0, relative_lr > 0, preserve >= 0."
-            )
-        if min(self.epochs, self.accumulate) < 1:
-            raise ValueError(
-                f"epochs is {self.epochs}, accumulate {self.accumulate}; wanted at least 1 of each."
-            )
-
 
 def masks(
     task: Task,
@@ -110,12 +98,11 @@ def masks(
     what training needs for the activations of one batch.
 
     Raises:
-        ValueError: no N:M pattern, an option out of range, batches without labels for a model that
+        ValueError: no N:M pattern, batches without labels for a model that
             does not predict its next token, a loss that is not finite, or a state of another run.
     """
     pattern = check_learnable("proxsparse", task.config.pattern)
     settings = Settings(lam, relative_lr, preserve, epochs, accumulate, gradient_checkpointing)
-    settings.check()
     check_labels("proxsparse", "prox_local", task.model, task.batches)
     learner = _Learner(task, pattern, settings)
     try:

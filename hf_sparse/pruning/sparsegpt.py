@@ -37,12 +37,8 @@ def solve(problem: Problem, *, damping: float = 0.01, block_size: int = 128) -> 
     Memory: three times the weights and three times the Gram matrix.
 
     Raises:
-        ValueError: an option out of range, or the Gram matrix cannot be factorised.
+        ValueError: the Gram matrix cannot be factorised.
     """
-    if damping <= 0 or block_size < 1:
-        raise ValueError(
-            f"damping is {damping}, block_size {block_size}; wanted damping > 0, block_size >= 1."
-        )
     wanted = problem.damping(damping)
     factor, used = inverse_factor(problem.gram, wanted)
     problem.note_damping(wanted, used)

@@ -67,16 +67,7 @@ def prune_block(
 
     Memory: three copies of the network's weights, its inputs and outputs for all tokens (in the
     task's store), its Gram matrices, and the activations of one batch.
-
-    Raises:
-        ValueError: an option out of range.
     """
-    if rounds < 0 or penalty <= 0:
-        raise ValueError(
-            f"rounds is {rounds}, penalty {penalty}; wanted rounds >= 0 and penalty > 0."
-        )
-    if solver not in _SOLVED_BY:
-        raise ValueError(f"solver is {solver!r}; wanted 'sparsegpt' or 'alps'.")
     pruner = _SOLVED_BY[solver](pruner)
     network = find_feed_forward(step.block, layers) if step.repeats == 1 else None
     if network is None:

@@ -45,8 +45,8 @@ def masks(task: Task, *, scope: str = "layer") -> Iterator[tuple[TargetLayer, Te
     needs for the activations of one batch.
 
     Raises:
-        ValueError: unknown scope, or one that the pattern does not allow; batches without labels
-            for a model that does not predict its next token; a loss that is not finite.
+        ValueError: batches without labels for a model that does not predict its next token; a loss
+            that is not finite.
     """
     check_labels("taylor", "wanda", task.model, task.batches)
     pattern = task.config.pattern

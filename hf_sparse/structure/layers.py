@@ -52,8 +52,9 @@ class TargetLayer:
     @property
     def weight(self) -> Tensor:
         """The weight as `(out_features, in_features)`: a view, so that writes reach the model."""
-        weight = self.parameter.data
-        return weight.T if self.transposed else weight
+        weight = self.parameter
+        # Behind the transposition: torch refuses writes to views of weights of inference mode.
+        return (weight.T if self.transposed else weight).data
 
 
 def is_conv1d(module: nn.Module) -> bool:

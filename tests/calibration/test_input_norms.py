@@ -10,6 +10,7 @@ from torch import Tensor
 
 import hf_sparse
 from hf_sparse import budget
+from hf_sparse.calibration import sensitivity
 from hf_sparse.runtime.weights.rates import NOMINAL
 from hf_sparse.structure.layers import target_layers
 from tests.support.tiny_models import tiny_batches, tiny_model
@@ -51,7 +52,7 @@ def norms_by_hooks(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, Te
 def test_padding_does_not_count(family: str) -> None:
     model = tiny_model(family).eval()
     batches = padded_batches(family)
-    found = budget.input_norms(model, target_layers(model), batches)
+    found = sensitivity.input_norms(model, target_layers(model), batches)
     wanted = norms_by_hooks(model, batches)
     assert found.keys() == wanted.keys()
     for name, norm in found.items():
@@ -66,7 +67,7 @@ def test_what_padding_holds_does_not_change_norms() -> None:
         batch["input_ids"] = batch["input_ids"].clone()
         batch["input_ids"][:, -PADDED:] = 1
     layers = target_layers(model)
-    one, other = (budget.input_norms(model, layers, given) for given in (batches, others))
+    one, other = (sensitivity.input_norms(model, layers, given) for given in (batches, others))
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
 

@@ -20,8 +20,8 @@ from hf_sparse.formats import FORMATS
 from hf_sparse.patterns import Pattern
 from hf_sparse.pruning import on_disk, streaming
 from hf_sparse.pruning.allocation import ALLOCATIONS
-from hf_sparse.pruning.magnitude import SCOPES
 from hf_sparse.pruning.methods import METHODS, REFINEMENTS, Composition
+from hf_sparse.pruning.options import SCOPES
 from hf_sparse.recover import RECOVERIES
 from hf_sparse_cli import choices, main
 from hf_sparse_cli.parser import make_parser

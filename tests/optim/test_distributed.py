@@ -41,6 +41,7 @@ def same_share(one: dict, other: dict) -> float:
         ("fsdp2", "unstructured", "magnitude"),
         ("fsdp2", "2:4", "proximal"),
         ("fsdp2", "block:1x4", "proximal"),
+        ("fsdp2", "block:4x1", "proximal"),
         ("fsdp2", "row", "magnitude"),
     ],
 )
@@ -69,8 +70,8 @@ def test_two_processes_give_the_result_of_one(
 @pytest.mark.parametrize(
     ("pattern", "method", "message"),
     [
-        ("block:4x1", "proximal", "groups of pattern 'block:4x1' span rows"),
-        ("column", "magnitude", "groups of pattern 'column' span rows"),
+        ("block:32x1", "proximal", "groups of pattern 'block:32x1' span 32 rows"),
+        ("column", "magnitude", "groups of pattern 'column' span"),
         ("unstructured", "movement", "movement pruning does not work on sharded parameters"),
     ],
 )

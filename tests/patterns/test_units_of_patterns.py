@@ -86,6 +86,15 @@ def test_rows_that_belong_together_are_told(notation: str, span: int) -> None:
     assert Pattern.parse(notation).least_span(torch.Size((ROWS, COLUMNS))) == span
 
 
+@pytest.mark.parametrize(
+    ("notation", "span"),
+    [("unstructured", 1), ("2:4", 4), ("row", COLUMNS), ("block:1x4", 4), ("head_in:4", 4)]
+    + [("block:2x4", 4), ("head:4", COLUMNS), ("column", 1)],
+)
+def test_columns_that_belong_together_are_told(notation: str, span: int) -> None:
+    assert Pattern.parse(notation).least_span(torch.Size((ROWS, COLUMNS)), 1) == span
+
+
 @dataclass(frozen=True)
 class Pair(GroupPattern):
     """Two rows at a time, which no notation knows."""

@@ -26,8 +26,8 @@ from hf_sparse.upstream.transformers.caches import cache_in
 from hf_sparse.upstream.transformers.models import ATTENTION_SETTING
 
 NOT_STORED = (
-    "a compiled model has packed weights, which checkpoints and pickles cannot hold: save the model "
-    "that was compiled, or use hf_sparse.save_compiled."
+    "a compiled model has packed weights, which checkpoints, state dicts and pickles cannot hold: save "
+    "the model that was compiled, or use hf_sparse.save_compiled."
 )
 # What transformers reads from the config at each call, and compiled blocks have built in; defaults.
 BUILT_IN = {
@@ -95,6 +95,10 @@ class CompiledLayer(nn.Module):
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ValueError(NOT_STORED)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: a state dict without the blocks would be saved, and no one would miss them."""
         raise ValueError(NOT_STORED)
 
     @property

@@ -116,6 +116,13 @@ class CompiledLinear(_Layer):
         )
         return result
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: a state dict without the weight would be saved, and no one would miss it."""
+        raise ValueError(
+            "a compiled layer has packed weights, which state dicts cannot hold: save the model that "
+            "was compiled instead."
+        )
+
     def multiply(self, x: Tensor) -> Tensor:
         """The operation itself."""
         flat = x.detach().reshape(-1, self.in_features).float().contiguous()

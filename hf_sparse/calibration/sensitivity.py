@@ -1,0 +1,79 @@
+"""How much each layer of a model does to its output: input norms, and the error when it is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse.calibration.input_statistics import Norms
+from hf_sparse.calibration.modes import switched
+from hf_sparse.calibration.recording import token_masks
+from hf_sparse.calibration.walk import run_model
+from hf_sparse.patterns import Pattern
+from hf_sparse.structure.layers import TargetLayer
+
+# The sparsity at which a layer's effect on the model's output is measured.
+PROBE = 0.75
+_TINY = 1e-30
+
+
+def input_norms(
+    model: nn.Module, layers: Sequence[TargetLayer], batches: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The root of the summed squares of each layer's inputs, `(in_features,)`, without padding."""
+    norms = Norms()
+    with torch.no_grad(), switched(model, training=False), norms.collecting(layers):
+        run_model(model, batches, norms)
+    return {layer.name: seen.statistic.float() for seen in norms.groups() for layer in seen.layers}
+
+
+def sensitivities(
+    model: nn.Module,
+    layers: Sequence[TargetLayer],
+    scores: Mapping[str, Tensor],
+    batches: Sequence[Mapping[str, Tensor]],
+) -> dict[str, float]:
+    """What the share of its output's energy that one layer loses does to the model's output.
+
+    Outputs of padding count nowhere. The weights are changed for a while, one layer at a time, and put
+    back.
+    """
+    wanted = _outputs(model, batches)
+    size = sum(float(output.square().sum()) for output in wanted)
+    found = {}
+    for layer in layers:
+        score = scores[layer.name]
+        kept = Pattern.parse("unstructured").keep(score, PROBE)
+        before = layer.weight.clone()
+        try:
+            layer.weight.mul_(kept)
+            changed = _outputs(model, batches)
+        finally:
+            layer.weight.copy_(before)
+        pairs = zip(changed, wanted, strict=True)
+        error = sum(float((a - b).square().sum()) for a, b in pairs) / max(size, _TINY)
+        found[layer.name] = error / max(lost_energy(score, kept), _TINY)
+    return found
+
+
+def _outputs(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    """The first output of each batch, hidden states or logits, where it has a token that counts."""
+    with torch.no_grad(), switched(model, training=False):
+        return [token_masks(batch).counted(_first(model(**batch))) for batch in batches]
+
+
+def _first(outputs: Any) -> Tensor:
+    """The first output `(..., features)`, fp32; of where an answer starts and ends, both."""
+    if getattr(outputs, "start_logits", None) is not None:
+        return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1).float()
+    first: Tensor = outputs[0].float()
+    return first
+
+
+def lost_energy(scores: Tensor, kept: Tensor) -> float:
+    """The share of the energy that is not kept."""
+    energy = scores.square().sum().clamp_min(_TINY)
+    return float(1 - scores[kept].square().sum() / energy)
