@@ -53,6 +53,18 @@ def is_unsteered(optimizer: Optimizer) -> bool:
     return bool(groups) and all(group["lam"] is None and not group["frozen"] for group in groups)
 
 
+def check_strength(group: Group) -> None:
+    """Refuse a `lam` that no penalty can have; None: nobody has set it so far.
+
+    Raises:
+        ValueError: what was found, and what was wanted.
+    """
+    lam = group["lam"]
+    number = isinstance(lam, int | float) and not isinstance(lam, bool)
+    if lam is not None and not (number and 0 <= lam < math.inf):
+        raise ValueError(f"lam is {lam!r}; wanted a finite number >= 0.")
+
+
 def check_group(group: Group) -> None:
     """Check the settings of a param group and that the pattern fits its parameters.
 
@@ -64,10 +76,7 @@ def check_group(group: Group) -> None:
     pattern = Pattern.parse(group["pattern"])
     group["pattern"] = str(pattern)
     group["penalty"] = group["penalty"] or default_penalty(pattern)
-    lam = group["lam"]
-    number = isinstance(lam, int | float) and not isinstance(lam, bool)
-    if lam is not None and not (number and 0 <= lam < math.inf):
-        raise ValueError(f"lam is {lam!r}; wanted a finite number >= 0.")
+    check_strength(group)
     for name, kinds, allowed in (("penalty", "penalties", PENALTIES), ("scale", "scales", SCALES)):
         check_name(group[name], allowed, name, kinds)
     penalty = PENALTIES[group["penalty"]]

@@ -26,7 +26,6 @@ fp16 GradScaler skips shrinks nothing. All settings live in the param groups, an
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -50,6 +49,7 @@ from hf_sparse.optim.settings import (
     check_group,
     check_resumed,
     check_settings,
+    check_strength,
     is_unsteered,
 )
 from hf_sparse.optim.sharding import local_part
@@ -113,10 +113,11 @@ def attach(optimizer: Optimizer) -> None:
 
 
 def _remember_mask(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Before a step: note which weights of frozen groups are not zero."""
+    """Before a step: check the strengths, and note which weights of frozen groups are not zero."""
     for group in sparse_groups(optimizer):
         if group["penalty"] is None:  # added to a plain optimizer after add_shrinkage_
             check_group(group)
+        check_strength(group)  # whoever has set it since
     vars(optimizer)[_KEPT] = mask = StepMask()
     for sparse in sparse_parameters(optimizer):
         if sparse.group["frozen"]:
@@ -138,8 +139,6 @@ def _shrink(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if group["frozen"]:
             for sparse in members:
                 mask.restore_(id(sparse.parameter), sparse.parameter)
-        elif not 0 <= group["lam"] < math.inf:
-            raise ValueError(f"lam is {group['lam']!r}; wanted a finite number >= 0.")
         elif group["lam"] > 0 and group["lr"] > 0 and stepped:
             if PENALTIES[group["penalty"]].reweighted:
                 _reweight(optimizer, group, stepped)

@@ -62,7 +62,7 @@ def test_missing_and_unexpected_tensors(folder: Path) -> None:
     refused(
         folder, rf"1 of its tensors are missing \(first {names[0]}\); wanted {len(names)} tensors"
     )
-    change_weights(folder, lambda t: {"x": torch.zeros(1)})
+    change_weights(folder, lambda t: {"x": torch.zeros(64)})
     refused(folder, rf"{len(names)} of .* missing .*, 1 of its tensors are unexpected \(first x\)")
 
 

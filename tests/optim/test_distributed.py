@@ -70,7 +70,7 @@ def test_two_processes_give_the_result_of_one(
 @pytest.mark.parametrize(
     ("pattern", "method", "message"),
     [
-        ("block:32x1", "proximal", "groups of pattern 'block:32x1' span 32 rows"),
+        ("block:16x1", "proximal", "groups of pattern 'block:16x1' span 16 rows"),
         ("column", "magnitude", "groups of pattern 'column' span"),
         ("unstructured", "movement", "movement pruning does not work on sharded parameters"),
     ],

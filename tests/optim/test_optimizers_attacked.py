@@ -52,6 +52,7 @@ def test_a_strength_that_a_state_brings_is_refused_before_the_step(lam: Any) -> 
     parameter.grad = torch.ones(4, 4)
     with pytest.raises(ValueError, match=r"lam is .*; wanted a finite number >= 0"):
         optimizer.step()
+    assert (parameter == weight).all()
 
 
 def test_a_group_without_strength_takes_the_default() -> None:
