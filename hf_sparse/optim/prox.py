@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,8 +57,7 @@ def soft_threshold_(weights: Sequence[Tensor], tau: Tau, *, foreach: bool = Fals
             a GPU, slower on a CPU.
     """
     if foreach and all(map(_is_wide, weights)):
-        inside = _foreach_clip(list(weights), tau)
-        foreach_sub_(list(weights), inside)
+        foreach_sub_(list(weights), _foreach_clip(list(weights), tau))
     elif isinstance(tau, float | int):
         _each_(lambda w: softshrink_into(w, tau, out=w), weights)
     else:
@@ -332,12 +332,10 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _foreach_clip(weights: list[Tensor], tau: Tau) -> list[Tensor]:
     """The weights clipped to `[-tau, tau]`, as new tensors."""
-    if isinstance(tau, float | int):
-        clipped = foreach_clamp_max(weights, tau)
-        foreach_clamp_min_(clipped, -tau)
-    else:
-        clipped = foreach_clamp_max(weights, list(tau))
-        foreach_clamp_min_(clipped, foreach_neg(list(tau)))
+    upper: Any = tau if isinstance(tau, float | int) else list(tau)
+    lower: Any = -tau if isinstance(tau, float | int) else foreach_neg(upper)
+    clipped = foreach_clamp_max(weights, upper)
+    foreach_clamp_min_(clipped, lower)
     return list(clipped)
 
 
