@@ -17,7 +17,7 @@ from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.promise import Held, with_sparsity
 from hf_sparse.structure.targets import Targets
 from hf_sparse.structure.units import shrunk_sizes
-from hf_sparse.upstream.transformers.saving import load_offloaded_parameter
+from hf_sparse.upstream.transformers.saving import fetched
 
 _FILLED = "training without a mask fills zeros"
 
@@ -144,4 +144,4 @@ def is_sparse(count: TensorSparsity) -> bool:
 
 def load_offloaded(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
     """Read a weight that `device_map` left on the disk."""
-    return load_offloaded_parameter(model, name) if tensor.device.type == "meta" else tensor
+    return fetched(model, name) if tensor.device.type == "meta" else tensor

@@ -50,10 +50,7 @@ from hf_sparse.structure.promise import Held
 from hf_sparse.structure.targets import Targets
 from hf_sparse.upstream.peft_by_name import has_adapters
 from hf_sparse.upstream.transformers.models import has_own_adapters, not_saved, tied_names
-from hf_sparse.upstream.transformers.saving import (
-    remove_tied_weights_from_state_dict,
-    revert_weight_conversion,
-)
+from hf_sparse.upstream.transformers.saving import under_original_names, without_ties
 
 ADAPTERS = (
     "the model has adapters, which a sparse checkpoint does not hold. Merge them "
@@ -263,7 +260,7 @@ def tensors_to_store(
     for name, source in tied_names(model).items():
         if {name, source} <= own.keys() and own[name].device.type == "meta":
             del own[name]  # weights on the disk share no memory by which ties would show
-    own = remove_tied_weights_from_state_dict(own, model)
+    own = without_ties(own, model)
     if state_dict is None:
         return own
     if missing := sorted(own.keys() - state_dict.keys()):
@@ -272,7 +269,7 @@ def tensors_to_store(
             f"{missing[0]!r}; it has {next(iter(state_dict), 'nothing')!r}. Remove what a wrapper "
             "put before the names, and give all weights."
         )
-    return remove_tied_weights_from_state_dict(dict(state_dict), model)
+    return without_ties(state_dict, model)
 
 
 @dataclass(frozen=True)
@@ -326,7 +323,7 @@ def _stored_parts(
             stored = replace(stored, parts={})
         yield stored
     # Other programs want the names of the original checkpoint.
-    for name, tensor in revert_weight_conversion(model, dense).items() if dense else ():
+    for name, tensor in under_original_names(model, dense).items() if dense else ():
         yield _Stored(name, {"": tensor})
 
 

@@ -23,12 +23,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_sparse.patterns import NM, GroupPattern
-from hf_sparse.upstream import torch as of_torch
+from hf_sparse.upstream.torch import (
+    foreach_clamp_max,
+    foreach_clamp_min_,
+    foreach_neg,
+    foreach_sub_,
+    hardshrink_into,
+    softshrink_into,
+)
 
 # A strength for all weights, or one tensor per weight tensor, broadcast against it.
 Tau = float | Sequence[Tensor]
@@ -49,10 +57,9 @@ def soft_threshold_(weights: Sequence[Tensor], tau: Tau, *, foreach: bool = Fals
             a GPU, slower on a CPU.
     """
     if foreach and all(map(_is_wide, weights)):
-        inside = _foreach_clip(list(weights), tau)
-        of_torch.foreach_sub_(list(weights), inside)
+        foreach_sub_(list(weights), _foreach_clip(list(weights), tau))
     elif isinstance(tau, float | int):
-        _each_(lambda w: of_torch.softshrink_into(w, tau, out=w), weights)
+        _each_(lambda w: softshrink_into(w, tau, out=w), weights)
     else:
         _each_(lambda w, t: w.sub_(w.clamp(-t, t)), weights, tau)
 
@@ -69,7 +76,7 @@ def hard_threshold_(
     """
     if metric is None:
         threshold = (2 * tau) ** 0.5
-        _each_(lambda w: of_torch.hardshrink_into(w, threshold, out=w), weights)
+        _each_(lambda w: hardshrink_into(w, threshold, out=w), weights)
         return
     for weight, diagonal in zip(weights, metric, strict=True):
         wide = _wide(weight)
@@ -325,12 +332,10 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _foreach_clip(weights: list[Tensor], tau: Tau) -> list[Tensor]:
     """The weights clipped to `[-tau, tau]`, as new tensors."""
-    if isinstance(tau, float | int):
-        clipped = of_torch.foreach_clamp_max(weights, tau)
-        of_torch.foreach_clamp_min_(clipped, -tau)
-    else:
-        clipped = of_torch.foreach_clamp_max(weights, list(tau))
-        of_torch.foreach_clamp_min_(clipped, of_torch.foreach_neg(list(tau)))
+    upper: Any = tau if isinstance(tau, float | int) else list(tau)
+    lower: Any = -tau if isinstance(tau, float | int) else foreach_neg(upper)
+    clipped = foreach_clamp_max(weights, upper)
+    foreach_clamp_min_(clipped, lower)
     return list(clipped)
 
 

@@ -104,7 +104,7 @@ def test_transformers_fetches_the_weights_of_a_model_that_is_elsewhere() -> None
         model = models.build(LlamaForCausalLM, CONFIGS["llama"])
     name = "model.layers.0.mlp.up_proj.weight"
     on_modules.fetch_weights_from_(model, {name: torch.ones(64, 32)})
-    assert torch.equal(saving.load_offloaded_parameter(model, name), torch.ones(64, 32))
+    assert torch.equal(saving.fetched(model, name), torch.ones(64, 32))
     assert models.attention_of(model.config) == "eager"
 
 

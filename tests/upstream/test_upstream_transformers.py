@@ -51,9 +51,9 @@ def test_transformers_tells_what_files_may_lack_and_have() -> None:
     for name in ("on_save", "on_load_missing", "on_load_unexpected"):
         assert hasattr(PreTrainedModel, f"_keys_to_ignore_{name}")
     assert models.tied_names(model) == {"lm_head.weight": "model.embed_tokens.weight"}
-    kept = saving.remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
+    kept = saving.without_ties(model.state_dict(), model)
     assert len(kept) == len(model.state_dict()) - 1
-    assert saving.revert_weight_conversion(model, kept).keys() == kept.keys()
+    assert saving.under_original_names(model, kept).keys() == kept.keys()
     assert all(
         isinstance(dtype, torch.dtype)
         for dtype in models.dtype_plan(model, torch.bfloat16).values()
