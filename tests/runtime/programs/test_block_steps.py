@@ -21,7 +21,7 @@ from hf_sparse.runtime.programs.block import Buffer, FeedForward, Multiply, Norm
 from hf_sparse.runtime.programs.dependences import Use, apart, needed_behind, sections
 from hf_sparse.runtime.programs.shape import Shape
 from hf_sparse.runtime.weights.stack import Block, Stack
-from tests.tiny_models import tiny_model
+from tests.support.tiny_models import tiny_model
 
 SEEDS = range(20)
 
