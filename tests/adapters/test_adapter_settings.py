@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
+from hf_sparse.upstream.peft_by_name import has_adapters
 from tests.support.tiny_models import tiny_batches, tiny_model
 
 peft = pytest.importorskip("peft")
@@ -183,7 +184,7 @@ def check_refused(config: Any, message: str) -> None:
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
         hf_sparse.get_peft_model(model, config)
-    assert not hf_sparse.structure.layers.has_adapters(model)
+    assert not has_adapters(model)
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

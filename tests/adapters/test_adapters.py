@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_sparse
 from hf_sparse import Distillation, get_peft_model, load_adapter, measure_sparsity, merge_adapters_
+from hf_sparse.upstream.peft_by_name import has_adapters
 from tests.support.closeness import same
 from tests.support.sparse_models import assert_same, places, sparse_model
 from tests.support.tiny_models import tiny_batches, tiny_model
@@ -279,7 +280,7 @@ def test_an_adapter_for_other_shapes_or_a_damaged_one(tmp_path: Path) -> None:
             ValueError, match=r"made for a model of other shapes \(size mismatch .*"
         ):
             load_adapter(other, tmp_path / name)
-        assert not hf_sparse.structure.layers.has_adapters(other)
+        assert not has_adapters(other)
     (tmp_path / "lora/adapter_model.safetensors").rename(tmp_path / "weights")
     with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors"):
         load_adapter(sparse_model(), tmp_path / "lora")
@@ -307,7 +308,7 @@ def test_only_linear_and_conv1d_are_targets() -> None:
             model = sparse_model()
             with pytest.raises(ValueError, match=rf"{target} is of class .* Leave it out"):
                 get_peft_model(model, config(target_modules=["q_proj", target]))
-            assert not hf_sparse.structure.layers.has_adapters(model)
+            assert not has_adapters(model)
     model = get_peft_model(sparse_model(), lora(target_modules=r".*q_proj.*"))
     get_peft_model(model, lora(target_modules=r".*(q_proj|k_proj)"), "second")
 
@@ -368,7 +369,7 @@ def test_quantized_bases_are_refused(tmp_path: Path) -> None:
     for adapt in (lambda: get_peft_model(model, lora()), lambda: load_adapter(model, tmp_path)):
         with pytest.raises(ValueError, match="FakeQuantized with a forward of its own"):
             adapt()
-        assert not hf_sparse.structure.layers.has_adapters(model)
+        assert not has_adapters(model)
     model = sparse_model()
     layer = model.model.layers[0].self_attn.q_proj
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)

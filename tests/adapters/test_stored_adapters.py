@@ -16,6 +16,7 @@ import hf_sparse
 from hf_sparse import get_peft_model, load_adapter
 from hf_sparse.cli import main
 from hf_sparse.recover import Recovery
+from hf_sparse.upstream.peft_by_name import has_adapters
 from tests.adapters.test_adapters import lora, outputs, shira, train
 from tests.support.closeness import same
 from tests.support.sparse_models import sparse_model
@@ -52,7 +53,7 @@ def refused(folder: Path, message: str, model: Any = None) -> None:
     before = outputs(model)
     with pytest.raises(ValueError, match=message):
         load_adapter(model, folder)
-    assert not hf_sparse.structure.layers.has_adapters(model)
+    assert not has_adapters(model)
     assert same(outputs(model), before)
 
 
@@ -192,7 +193,7 @@ def test_a_scale_that_is_not_finite() -> None:
     model = sparse_model()
     with pytest.raises(ValueError, match=r"not finite, .* the scale of "):
         get_peft_model(model, lora(lora_alpha=float("nan")))
-    assert not hf_sparse.structure.layers.has_adapters(model)
+    assert not has_adapters(model)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -220,7 +221,7 @@ def test_a_recovery_that_diverges_in_its_last_step(
     before = outputs(model)
     with pytest.raises(ValueError, match="has values that are not finite"):
         hf_sparse.recover_(model, tiny_batches("llama")[:1], kind, r=1)
-    assert not hf_sparse.structure.layers.has_adapters(model)
+    assert not has_adapters(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert same(outputs(model), before)
 
