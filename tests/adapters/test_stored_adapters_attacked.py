@@ -16,7 +16,7 @@ from torch import Tensor
 import hf_sparse
 from hf_sparse import get_peft_model, load_adapter
 from hf_sparse.adapters.stored import _SETTINGS
-from hf_sparse.structure.layers import has_adapters
+from hf_sparse.upstream.peft_by_name import has_adapters
 from tests.optim.test_frozen import sparse_model
 from tests.support.tiny_models import tiny_model
 

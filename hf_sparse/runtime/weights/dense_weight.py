@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_sparse.runtime.kernels.call import Argument, Operation
 from hf_sparse.runtime.kernels.dense import ROWS, SIGNATURE, name
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
-from hf_sparse.runtime.weights.panels import chunk_edges
+from hf_sparse.runtime.weights.panels import CHUNK_ROWS, chunk_edges
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class DenseWeight:
     @property
     def rows(self) -> int:
         """Features that come out."""
-        return len(self.weight)
+        return self.weight.shape[0]
 
     @property
     def stored(self) -> int:
@@ -57,7 +57,8 @@ class DenseWeight:
         self, chunk: int, vectors: int, x: Argument, y: Argument, bias: int, start: int
     ) -> Operation:
         """Multiply one chunk of rows; addresses as `PackedWeight.operation`'s."""
-        first, last = (int(row) for row in self.chunk_rows[chunk : chunk + 2])
+        first = chunk * CHUNK_ROWS
+        last = min(first + CHUNK_ROWS, self.rows)
         weight_type = WEIGHT_TYPES[self.weight.dtype]
         stride = weight_type.size * self.weight.shape[1]
         weight = self.weight.data_ptr() + weight_type.size * self.first_column

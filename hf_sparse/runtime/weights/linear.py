@@ -147,43 +147,41 @@ class Linear:
             add: onto what is in `y`.
         """
         bias = 0 if self.bias is None else self.bias.data_ptr() + 4 * first
-        weight_type = WEIGHT_TYPES[self.dtype]
-        common = {
-            "x": x,
-            "y": y + 4 * first,
-            "bias": bias,
-            "groups": -(-(last - first) // GROUP),
-            "add": int(add),
-        }
-        if isinstance(self.single, Tensor):
-            columns = self.single.shape[1]
+        weight_type, single = WEIGHT_TYPES[self.dtype], self.single
+        groups = -(-(last - first) // GROUP)
+        if isinstance(single, Tensor):
+            columns = single.shape[1]
             stride = weight_type.size * columns
-            weight = self.single.data_ptr() + first * stride
             return DENSE_ROWS.operation(
                 f"dense_rows{weight_type.suffix}",
-                weight=weight,
+                weight=single.data_ptr() + first * stride,
                 row_bytes=stride,
                 columns=columns,
-                **common,
+                x=x,
+                y=y + 4 * first,
+                bias=bias,
+                groups=groups,
+                add=int(add),
             )
-        assert self.single is not None
-        row_words = self.single.words.shape[1]
-        words = self.single.words.ctypes.data + first // GROUP * row_words * 8
-        start = int(self.single.starts[first // DECODE_ROWS])
-        values = self.single.values.ctypes.data + weight_type.size * start
+        assert single is not None
+        row_words = single.words.shape[1]
+        start = int(single.starts[first // DECODE_ROWS])
         return SPARSE_ROWS.operation(
             f"sparse_rows{weight_type.suffix}",
-            words=words,
-            values=values,
+            words=single.words.ctypes.data + first // GROUP * row_words * 8,
+            values=single.values.ctypes.data + weight_type.size * start,
             row_words=row_words,
-            **common,
+            x=x,
+            y=y + 4 * first,
+            bias=bias,
+            groups=groups,
+            add=int(add),
         )
 
     @property
     def chunk_rows(self) -> list[tuple[int, int]]:
         """First and last (exclusive) row of each chunk."""
-        rows = [int(row) for row in self.parts[0][0].chunk_rows]
-        return list(pairwise(rows))
+        return list(pairwise(self.parts[0][0].chunk_rows.tolist()))
 
 
 @functools.cache

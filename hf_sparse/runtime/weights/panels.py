@@ -72,14 +72,14 @@ class PackedWeight:
 
     def _streams_of(self, chunk: int) -> dict[str, int]:
         """Where `spmm` begins to read the streams for one chunk of rows."""
-        first, following = self.chunks[chunk], self.chunks[chunk + 1]
+        first, following = self.chunks[chunk : chunk + 2].tolist()
         panels, groups, values, indices, rows = (
-            stream.ctypes.data + int(at) * stream.strides[0]
+            stream.ctypes.data + at * stream.strides[0]
             for stream, at in zip(self.streams, first, strict=True)
         )
         return {
             "panels": panels,
-            "panel_count": int(following[0] - first[0]),
+            "panel_count": following[0] - first[0],
             "groups": groups,
             "values": values,
             "indices": indices,
