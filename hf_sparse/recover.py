@@ -237,7 +237,7 @@ def recover_(
         import_peft()
     _check_settings(method, epochs, accumulate, lr, r)
     if not 0 <= logits <= 1:
-        raise ValueError(f"logits is {logits!r}; wanted the teacher's share, from 0 to 1.")
+        raise ValueError(f"logits={logits!r}; wanted the teacher's share, from 0 to 1.")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed!r}; wanted a whole number from 0 on, below 2**63.")
     check_gradients(model, "recover_")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +58,10 @@ def check_matrices(layers: Sequence[TargetLayer]) -> None:
         ValueError: see `check_floats`; a weight that is no matrix, or two of whose elements are one;
             two weights that share memory and are not tied.
     """
-    spans: list[tuple[int, int, TargetLayer]] = []
+    spans: list[_Span] = []
     for layer in layers:
-        weight = layer.parameter
-        check_floats(layer.weight_name, weight)
+        check_floats(layer.weight_name, layer.parameter)
+        weight = layer.weight
         if weight.ndim != 2:
             raise ValueError(
                 f"{layer.weight_name} has the shape {tuple(weight.shape)}; wanted a matrix, "
@@ -74,16 +74,38 @@ def check_matrices(layers: Sequence[TargetLayer]) -> None:
                 f"several elements of {layer.weight_name} are one in memory (an expanded tensor): they "
                 "cannot be zero one by one. Set the weight to nn.Parameter(weight.clone()) first."
             )
-        start = weight.data_ptr()
-        spans.append((start, start + _length(weight) * weight.element_size(), layer))
-    spans.sort(key=lambda span: span[0])
-    for (_, stop, one), (start, _, other) in pairwise(spans):
-        if start < stop and _shares(one.parameter, other.parameter):
-            raise ValueError(
-                f"{one.weight_name} and {other.weight_name} share memory, and are not one parameter: "
-                "to prune one would change the other. Tie them (one.weight = other.weight), or set "
-                "one to nn.Parameter(weight.clone()) first."
-            )
+        size = _length(weight) * weight.element_size()
+        spans.append(_Span(str(weight.device), weight.data_ptr(), size, layer))
+    _check_apart(spans)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """The memory from a weight's first element to its last one, in bytes."""
+
+    device: str
+    start: int
+    size: int
+    layer: TargetLayer
+
+    def reaches(self, other: _Span) -> bool:
+        """Whether it goes beyond the start of another one, which starts later."""
+        return self.device == other.device and self.start + self.size > other.start
+
+
+def _check_apart(spans: Sequence[_Span]) -> None:
+    """Refuse weights that share elements."""
+    earlier: list[_Span] = []
+    for span in sorted(spans, key=lambda span: (span.device, span.start)):
+        earlier = [other for other in earlier if other.reaches(span)]
+        for other in earlier:
+            if _shares(other.layer.weight, span.layer.weight):
+                raise ValueError(
+                    f"{other.layer.weight_name} and {span.layer.weight_name} share memory, and are "
+                    "not one parameter: to prune one would change the other. Tie them "
+                    "(one.weight = other.weight), or set one to nn.Parameter(weight.clone()) first."
+                )
+        earlier.append(span)
 
 
 def _length(weight: Tensor) -> int:

@@ -87,7 +87,7 @@ def test_a_view_is_pruned_as_the_plain_weight_is(kind: str, method: str) -> None
     torch.testing.assert_close(layer.weight, wanted, rtol=1e-4, atol=1e-5, check_stride=False)
 
 
-@pytest.mark.parametrize("shared", ["the same", "rows", "transposed"])
+@pytest.mark.parametrize("shared", ["the same", "rows", "transposed", "inside of a long one"])
 def test_weights_that_share_memory_without_being_tied_are_refused(shared: str) -> None:
     model = tiny_model("llama")
     mlp, attention = model.model.layers[0].mlp, model.model.layers[0].self_attn
@@ -99,6 +99,11 @@ def test_weights_that_share_memory_without_being_tied_are_refused(shared: str) -
             nn.Parameter(piece[:64]),
             nn.Parameter(piece[32:]),
         )
+    elif shared == "inside of a long one":
+        long = torch.randn(200, 32)
+        mlp.up_proj.weight = nn.Parameter(torch.as_strided(long, (64, 32), (96, 1)))
+        mlp.gate_proj.weight = nn.Parameter(torch.as_strided(long, (64, 32), (96, 1), 32))
+        attention.q_proj.weight = nn.Parameter(torch.as_strided(long, (32, 32), (96, 1), 96))
     else:
         attention.o_proj.weight = nn.Parameter(attention.q_proj.weight.data.T)
     with pytest.raises(ValueError, match="share memory, and are not one parameter"):
