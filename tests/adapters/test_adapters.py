@@ -486,8 +486,10 @@ def test_mixed_batches_of_adapters() -> None:
 def test_nothing_warns_without_a_reason() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        get_peft_model(sparse_model(), lora())
-        get_peft_model(sparse_model("gpt2"), lora("gpt2"))
+        adapted = [get_peft_model(sparse_model(), lora())]
+        adapted.append(get_peft_model(sparse_model("gpt2"), lora("gpt2")))
+    for model in adapted:
+        assert any("lora_A" in name for name, _ in model.named_parameters())
 
 
 def test_a_model_with_adapters_inside_is_not_saved_exported_or_recovered(tmp_path: Path) -> None:

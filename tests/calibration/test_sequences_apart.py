@@ -15,6 +15,7 @@ from hf_sparse.runtime.model.single_layers import CompiledHead, CompiledLinear
 from hf_sparse.runtime.programs.pool import Pool
 from hf_sparse.runtime.weights.linear import pack_linear
 from hf_sparse.runtime.weights.memory import Shelf
+from tests.support.crosses import pairwise
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 FULL = {"heads": 4, "key_heads": 2, "neurons": 50}
@@ -83,12 +84,10 @@ def check(model: PreTrainedModel, name: str) -> None:
     torch.testing.assert_close(outputs(compiled, inputs), wanted, **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", targets())
-@pytest.mark.parametrize("sparsity", [0.0, 0.6])
-@pytest.mark.parametrize("sizes", LLAMAS.values(), ids=LLAMAS)
-def test_nan_stays_in_its_sequence(sizes: tuple, sparsity: float, name: str) -> None:
+@pairwise("sizes, sparsity, name", LLAMAS, [0.0, 0.6], targets())
+def test_nan_stays_in_its_sequence(sizes: str, sparsity: float, name: str) -> None:
     torch.set_num_threads(1)
-    check(llama(sizes, sparsity), name)
+    check(llama(LLAMAS[sizes], sparsity), name)
 
 
 @pytest.mark.parametrize("name", targets())

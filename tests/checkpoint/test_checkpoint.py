@@ -27,6 +27,7 @@ from hf_sparse import FormatError, SparsityConfig
 from hf_sparse.checkpoint.reading import checkpoint_files
 from hf_sparse.formats import FORMATS
 from tests.support.closeness import nearly_same, same
+from tests.support.crosses import pairwise
 from tests.support.tiny_models import CONFIGS, ENCODERS, tiny_model, tiny_tokenizer
 
 PATTERN_OF = {"nm": "2:4", "block": "block:4x1"}
@@ -56,9 +57,12 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
         assert torch.equal(value, second[name]), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "albert"])
+@pairwise(
+    "family, format, dtype",
+    ["llama", "gpt2", "albert"],
+    FORMATS,
+    [torch.float32, torch.float16, torch.bfloat16],
+)
 def test_round_trip_is_exact(tmp_path: Path, family: str, format: str, dtype: torch.dtype) -> None:
     pattern = PATTERN_OF.get(format, "unstructured")
     model = pruned(family, pattern).to(dtype)

@@ -346,9 +346,13 @@ def test_files_in_subfolders_are_replaced(tmp_path: Path) -> None:
 
 def test_variants_stand_side_by_side(folder: Path) -> None:
     model = load(folder)
+    whole = {name: value.clone() for name, value in model.state_dict().items()}
     model.half().save_pretrained(folder, variant="fp16", max_shard_size="20KB")
-    load(folder)
-    AutoModelForCausalLM.from_pretrained(folder, variant="fp16")
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    half = AutoModelForCausalLM.from_pretrained(folder, variant="fp16")
+    for name, value in whole.items():
+        assert torch.equal(again.state_dict()[name], value), name
+        assert torch.equal(half.state_dict()[name], value.half()), name
 
 
 def start(program: str, target: Path) -> subprocess.Popen[str]:

@@ -23,7 +23,7 @@ from hf_sparse.cli import main
 from hf_sparse.exporters.heads import HEADS, Case, example, head_of, named_outputs
 from hf_sparse.exporters.packing import pack_
 from hf_sparse.upstream.transformers.caches import cache_in
-from tests.support.crosses import cross
+from tests.support.crosses import cross, pairwise
 from tests.support.exporting import needs_export
 from tests.support.tiny_models import CONFIGS, prose, tiny_classifier, tiny_model, tiny_tokenizer
 
@@ -97,9 +97,12 @@ def test_every_head_gives_what_torch_gives(family: str, ending: str, tmp_path: P
         torch.testing.assert_close(torch.from_numpy(array), wanted[name], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("sparsity", [0.3, 0.8, 0.97, 0.999])
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int8])
-@pytest.mark.parametrize("shape", [(64, 33), (129, 257)])
+@pairwise(
+    "shape, dtype, sparsity",
+    [((64, 33),), ((129, 257),)],
+    [np.float32, np.float16, np.int8],
+    [0.3, 0.8, 0.97, 0.999],
+)
 def test_packed_weights_fold_to_the_same_bits(
     sparsity: float, dtype: Any, shape: tuple[int, int], tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_sparse.optim import prox
 from hf_sparse.patterns import NM, GroupPattern, Pattern
+from tests.support.crosses import cross
 
 BLOCKS = ("block:4x1", "block:2x2", "row", "column", "head:4")
 Regulariser = Callable[[Tensor], Tensor]
@@ -191,8 +192,7 @@ def test_nm_prox_refuses_long_groups() -> None:
         prox.nm_shrink_([torch.ones(2, 16)], 0.1, NM(4, 16))
 
 
-@pytest.mark.parametrize("notation", OPERATORS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@cross("dtype, notation", [torch.float32, torch.bfloat16, torch.float16], OPERATORS)
 def test_zero_stays_zero_and_nan_stays_nan(notation: str, dtype: torch.dtype) -> None:
     apply, _ = regularisers(notation)
     columns = 10 if notation == "nm 2:5" else 8
@@ -203,8 +203,7 @@ def test_zero_stays_zero_and_nan_stays_nan(notation: str, dtype: torch.dtype) ->
     assert apply(damaged, 0.3).isnan().any()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("notation", OPERATORS)
+@cross("notation, dtype", OPERATORS, [torch.bfloat16, torch.float16])
 def test_half_precision_computes_in_fp32(notation: str, dtype: torch.dtype) -> None:
     apply, _ = regularisers(notation)
     torch.manual_seed(7)

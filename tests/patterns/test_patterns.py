@@ -23,8 +23,9 @@ from hf_sparse.patterns import (
     Unstructured,
     lowest,
 )
+from tests.support.crosses import cross
 
-EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
+EXAMPLES = settings(max_examples=15, deadline=None, derandomize=True)
 
 # Every notation, and the rows and columns of its units in an 8 x 8 weight (N:M has no free units).
 UNITS = {
@@ -276,8 +277,7 @@ def test_non_finite_scores_are_refused(notation, bad):
         Pattern.parse(notation).keep(scores, 0.5)
 
 
-@pytest.mark.parametrize("notation", list(UNITS))
-@pytest.mark.parametrize("sparsity", [-0.01, 1.0, 1.5, float("nan"), float("inf")])
+@cross("sparsity, notation", [-0.01, 1.0, 1.5, float("nan"), float("inf")], list(UNITS))
 def test_sparsity_outside_zero_and_one_is_refused(notation, sparsity):
     with pytest.raises(ValueError, match=str(sparsity)):
         Pattern.parse(notation).keep(torch.ones(8, 8), sparsity)

@@ -20,6 +20,7 @@ from hf_sparse.structure.families import FAMILIES
 from hf_sparse.structure.parts import PARTS
 from hf_sparse.structure.targets import Targets
 from hf_sparse.structure.units import BlockUnits, find_units
+from tests.support.crosses import pairwise
 from tests.support.tiny_models import UNKNOWN, tiny_batches, tiny_classifier, tiny_model
 
 CAUSAL = [family for family in FAMILIES if family not in ("bert", "albert")]
@@ -80,9 +81,9 @@ def test_patterns_without_targets_name_the_layers_of_units(family: str) -> None:
     assert Targets.of(model, SparsityConfig("head", 0.5)).pattern == Head(width, inputs=True)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "taylor", "sparsegpt", "alps"])
-@pytest.mark.parametrize("pattern", UNITS)
-@pytest.mark.parametrize("family", CAUSAL)
+@pairwise(
+    "family, pattern, method", CAUSAL, UNITS, ["magnitude", "wanda", "taylor", "sparsegpt", "alps"]
+)
 def test_whole_units_go_and_shrink_takes_them(family: str, pattern: str, method: str) -> None:
     model, batches = tiny_model(family), tiny_batches(family)
     sizes = [units.size for units in find_units(model)]
@@ -341,9 +342,7 @@ def test_a_streamed_checkpoint_can_be_shrunk(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded.state_dict()[key], value, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("penalty", ["group_l2", "l0"])
-@pytest.mark.parametrize("pattern", UNITS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pairwise("family, pattern, penalty", FAMILIES, UNITS, ["group_l2", "l0"])
 def test_training_zeros_whole_units(family: str, pattern: str, penalty: str) -> None:
     model = tiny_model(family)
     config = SparsityConfig(pattern, 0.5)

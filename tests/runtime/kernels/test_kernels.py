@@ -21,7 +21,7 @@ from hf_sparse.runtime.weights import panel_checks, panels
 from hf_sparse.runtime.weights import rows as row_packing
 from hf_sparse.runtime.weights.dense_weight import DenseWeight
 from hf_sparse.runtime.weights.memory import aligned
-from tests.support.crosses import cross
+from tests.support.crosses import cross, pairwise
 
 TYPES = list(WEIGHT_TYPES.values())
 NARROW = [kept for kept in TYPES if kept is not FLOAT32]
@@ -85,9 +85,7 @@ def call_spmm(
         run(code, packed.operation(chunk, vectors, address(x), address(y), address(bias), start))
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("height", spmm.UNROLL)
-@pytest.mark.parametrize(("rows", "columns"), SIZES)
+@pairwise("rows, columns, height, sparsity", SIZES, spmm.UNROLL, [0.0, 0.5, 0.9, 1.0])
 def test_packing_loses_nothing(rows: int, columns: int, height: int, sparsity: float) -> None:
     weight = sparse_weight(rows, columns, height, sparsity)
     packed = panels.pack(weight, height)
@@ -173,9 +171,7 @@ def test_two_bytes_give_what_float32_gives(
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("height", spmm.UNROLL)
-@pytest.mark.parametrize("vectors", [1, 2, 4])
-@pytest.mark.parametrize(("rows", "columns"), SIZES)
+@pairwise("rows, columns, vectors, height", SIZES, [1, 2, 4], spmm.UNROLL)
 def test_spmm(
     code: Code, chosen: target.Target, rows: int, columns: int, vectors: int, height: int
 ) -> None:
@@ -196,8 +192,7 @@ def test_spmm(
         np.testing.assert_allclose(y.numpy(), reference, atol=2e-5 * columns**0.5)
 
 
-@pytest.mark.parametrize("vectors", [1, 2, 4])
-@pytest.mark.parametrize(("rows", "columns"), SIZES)
+@cross("rows, columns, vectors", SIZES, [1, 2, 4])
 def test_dense(code: Code, chosen: target.Target, rows: int, columns: int, vectors: int) -> None:
     whole = np.random.default_rng(0).standard_normal((rows, columns + 5)).astype(np.float32)
     weight = whole[:, 2 : 2 + columns]
@@ -249,9 +244,7 @@ def test_activation(code: Code, chosen: target.Target, name: str) -> None:
     np.testing.assert_allclose(gated.numpy(), reference * gate.numpy(), atol=2e-5)
 
 
-@pytest.mark.parametrize("vectors", [1, 2, 4])
-@pytest.mark.parametrize("norm", normalisation.NORMS)
-@pytest.mark.parametrize("features", [1, 37, 768])
+@pairwise("features, norm, vectors", [1, 37, 768], normalisation.NORMS, [1, 2, 4])
 def test_normalisation(
     code: Code, chosen: target.Target, features: int, norm: str, vectors: int
 ) -> None:
@@ -278,8 +271,7 @@ def test_normalisation(
         np.testing.assert_allclose(y[rows].numpy(), wanted, atol=3e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("vectors", [1, 2, 4])
-@pytest.mark.parametrize(("features", "missing"), [(1, 0), (37, 3), (128, 1)])
+@cross("features, missing, vectors", [(1, 0), (37, 3), (128, 1)], [1, 2, 4])
 def test_tiles_transpose_and_come_back(
     code: Code, chosen: target.Target, features: int, missing: int, vectors: int
 ) -> None:
@@ -346,8 +338,7 @@ ATTENTION = [
 ]
 
 
-@pytest.mark.parametrize("case", ATTENTION)
-@pytest.mark.parametrize("vectors", [1, 2, 4])
+@cross("vectors, case", [1, 2, 4], [(case,) for case in ATTENTION])
 def test_attention(code: Code, chosen: target.Target, vectors: int, case: tuple) -> None:
     heads, key_heads, dim, tokens, causal, window = case
     width = vectors * chosen.lanes
@@ -437,9 +428,7 @@ def test_attention_of_one_token(code: Code, chosen: target.Target, case: tuple) 
     np.testing.assert_allclose(out.view(heads, 1, dim).numpy(), wanted, atol=2e-6)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize(("rows", "columns"), SIZES)
-@pytest.mark.parametrize("add", [False, True])
+@pairwise("add, rows, columns, sparsity", [False, True], SIZES, [0.0, 0.5, 1.0])
 def test_rows_of_one_token(code: Code, rows: int, columns: int, sparsity: float, add: bool) -> None:
     weight = sparse_weight(rows, columns, 1, sparsity)
     packed = row_packing.pack_decode(weight)

@@ -55,8 +55,7 @@ def models() -> dict[str, tuple[PreTrainedModel, PreTrainedModel]]:
     return found
 
 
-@pytest.mark.parametrize("name", COMPILED)
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (1, 5), (3, 37), (2, 100)])
+@cross("batch, tokens, name", [(1, 1), (1, 5), (3, 37), (2, 100)], COMPILED)
 def test_forward_and_hidden_states(models: dict, name: str, batch: int, tokens: int) -> None:
     model, compiled = models[name]
     causal = COMPILED[name].causal
@@ -419,8 +418,7 @@ def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
     return list(model.base_model.get_submodule(family.stack)._modules.values())
 
 
-@pytest.mark.parametrize("name", [name for name in COMPILED if name != "albert"])
-@pytest.mark.parametrize("index", [0, 1, 2])
+@cross("index, name", [0, 1, 2], [name for name in COMPILED if name != "albert"])
 def test_hooks_on_any_block_see_what_they_would_see(models: dict, name: str, index: int) -> None:
     seen: list[list[torch.Tensor]] = [[], []]
     for model, kept in zip((copy.deepcopy(one) for one in models[name]), seen, strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import hf_sparse
-from tests.tiny_models import tiny_model
+from tests.support.tiny_models import tiny_model
 
 SAVES = {
     "hf_sparse.save_pretrained": lambda model, folder: hf_sparse.save_pretrained(model, folder),

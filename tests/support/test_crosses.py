@@ -1,0 +1,30 @@
+"""The crosses of axes: what the fast suite has of them, and that the slow one has the rest."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from tests.support.crosses import covering, cross, pairwise
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 1, 4), (2, 3, 4), (5, 5, 2, 2), (1, 1), (11, 8, 2)])
+def test_all_pairs_are_met_by_few(sizes: tuple[int, ...]) -> None:
+    chosen = covering(sizes)
+    for one, other in itertools.combinations(range(len(sizes)), 2):
+        met = {(place[one], place[other]) for place in chosen}
+        assert len(met) == sizes[one] * sizes[other]
+    largest, second = sorted(sizes)[-1], sorted(sizes)[-2]
+    assert largest * second <= len(chosen) <= 1.5 * largest * second
+
+
+def test_fast_and_slow_together_are_the_whole_cross() -> None:
+    flags = [(True, "x"), (False, "y")]
+    axes = ("abc", [1, 2], flags)
+    whole = {(name, number, *flag) for name in "abc" for number in (1, 2) for flag in flags}
+    for choose, fast in ((cross, 3), (pairwise, 6)):
+        cases = choose("name, number, flag, other", *axes).args[1]
+        assert {case.values for case in cases} == whole
+        assert len(cases) == len(whole)
+        assert sum(not case.marks for case in cases) == fast
