@@ -6,6 +6,7 @@ printable characters, every list is bounded, and what is not known is refused.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -122,14 +123,19 @@ def _metric(values: Any, name: str) -> Metric:
 
 
 def _made(
-    kind: Callable[..., _Value],
+    kind: type[_Value],
     values: Any,
     readers: Mapping[str, Callable[[Any, str], Any]],
     name: str,
 ) -> _Value:
+    read = _read(values, readers, name)
+    parameters = inspect.signature(kind).parameters.values()
+    needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    if missing := [key for key in needed if key not in read]:
+        raise FormatError(f"{name} lacks the key {missing[0]!r}")
     try:
-        return kind(**_read(values, readers, name))
-    except (TypeError, ValueError) as error:  # something is missing, or "|" in a metric's name
+        return kind(**read)
+    except ValueError as error:  # such as "|" in a metric's name
         raise FormatError(f"{name}: {error}") from error
 
 
