@@ -23,6 +23,7 @@ from hf_sparse.runtime.model.compiled import check_parameters, check_types
 from hf_sparse.runtime.model.families import COMPILED
 from hf_sparse.runtime.weights.stack import Stack
 from hf_sparse.structure.families import base_type
+from hf_sparse.upstream.torch import saved_tensors
 from hf_sparse.upstream.transformers.models import set_attention_
 
 
@@ -97,8 +98,7 @@ def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
     return {
         f"{path}.{name}".removeprefix("."): tensor.detach()
         for path, module in model.named_modules(remove_duplicate=False)
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]
-        if tensor is not None and name not in module._non_persistent_buffers_set
+        for name, tensor in saved_tensors(module).items()
     }
 
 

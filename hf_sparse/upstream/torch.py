@@ -39,6 +39,7 @@ __all__ = [
     "onednn",
     "parameters_of",
     "register_optimizer_step_post_hook",
+    "saved_tensors",
     "set_children_",
     "softshrink_into",
     "tree_flatten",
@@ -96,6 +97,13 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """The places for buffers in a module itself, by name, with None where a place is empty."""
     return module._buffers
+
+
+def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What a state dict holds of a module itself: its parameters and persistent buffers."""
+    unsaved = module._non_persistent_buffers_set
+    tensors = {**module._parameters, **module._buffers}
+    return {k: v for k, v in tensors.items() if v is not None and k not in unsaved}
 
 
 def forward_hooks(module: nn.Module) -> Iterator[tuple[str, Any]]:

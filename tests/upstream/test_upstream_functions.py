@@ -131,6 +131,8 @@ def test_torch_keeps_what_is_in_a_module_in_places_by_name() -> None:
     assert of_torch.parameters_of(model[0]).keys() == {"weight", "bias"}
     assert of_torch.parameters_of(nn.Linear(2, 2, bias=False))["bias"] is None
     assert of_torch.buffers_of(model[1]).keys() == dict(model[1].named_buffers()).keys()
+    model[1].register_buffer("scratch", torch.zeros(1), persistent=False)
+    assert of_torch.saved_tensors(model[1]).keys() == model[1].state_dict().keys()
     of_torch.set_children_(model, {"1": model[1]})
     assert [name for name, _ in model.named_children()] == ["1"]
 

@@ -186,7 +186,7 @@ class Function(Body):
         )
         lines = [
             f"define internal void @{self.name}.body({inner}) alwaysinline nounwind {{",
-            *self._stack,
+            *self.allocations,
             *self._lines,
             "  ret void",
             "}",

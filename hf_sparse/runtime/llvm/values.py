@@ -165,7 +165,7 @@ class Body:
 
     def __init__(self) -> None:
         self._lines: list[str] = []
-        self._stack: list[str] = []
+        self.allocations: list[str] = []
         self._declared: set[str] = set()
         self._count = 0
 
@@ -194,7 +194,7 @@ class Body:
     def variable(self, value: Value) -> Variable:
         """A new variable that holds `value`."""
         name = f"%{self._fresh()}"
-        self._stack.append(f"  {name} = alloca {value.kind}")
+        self.allocations.append(f"  {name} = alloca {value.kind}")
         variable = Variable(Value(self, "ptr", name), value.kind)
         variable.set(value)
         return variable
@@ -202,7 +202,7 @@ class Body:
     def scratch(self, size: int) -> Value:
         """`size` bytes on the stack, aligned to 64."""
         name = f"%{self._fresh()}"
-        self._stack.append(f"  {name} = alloca i8, i64 {size}, align 64")
+        self.allocations.append(f"  {name} = alloca i8, i64 {size}, align 64")
         return Value(self, "ptr", name)
 
     def table(self, name: str, content: bytes) -> Value:

@@ -75,6 +75,10 @@ class CompiledBlocks(nn.ModuleList):
         return self if len(layers) == len(self) else nn.ModuleList(layers)
 
 
+def _refuse_state_dict(*_: Any) -> None:
+    raise ValueError(NOT_STORED)
+
+
 class CompiledLayer(nn.Module):
     """One block of a compiled model. Also an instance of the family's own class of blocks."""
 
@@ -85,6 +89,8 @@ class CompiledLayer(nn.Module):
         nn.Module.__init__(self)
         self.runner, self.index = runner, index
         self._config, self._built_in = config, _built_in(config)
+        # A state dict without the blocks would be saved, and no one would miss them.
+        self.register_state_dict_pre_hook(_refuse_state_dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledLayer:
         """Packed weights never change, and a runner serves all callers: copies share them."""
@@ -95,10 +101,6 @@ class CompiledLayer(nn.Module):
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise ValueError(NOT_STORED)
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: a state dict without the blocks would be saved, and no one would miss them."""
         raise ValueError(NOT_STORED)
 
     @property

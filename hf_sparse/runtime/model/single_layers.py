@@ -50,6 +50,13 @@ def _(x: Tensor, layer: int, out_features: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
+def _refuse_state_dict(*_: Any) -> None:
+    raise ValueError(
+        "a compiled layer has packed weights, which state dicts cannot hold: save the model that was "
+        "compiled instead."
+    )
+
+
 class _Layer(nn.Module):
     """What the two have in common: a number, its kernels, and checks."""
 
@@ -108,6 +115,8 @@ class CompiledLinear(_Layer):
         # Some models ask a layer for its weight's dtype and device; there is nothing else in it.
         self.register_buffer("weight", torch.empty(0), persistent=False)
         self._register(packed.dtype, target, cache)
+        # A state dict without the weight would be saved, and no one would miss it.
+        self.register_state_dict_pre_hook(_refuse_state_dict)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x (..., in_features)` to `(..., out_features)`, computed in float32."""
@@ -115,13 +124,6 @@ class CompiledLinear(_Layer):
             self._checked(x), self._number, self.out_features
         )
         return result
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: a state dict without the weight would be saved, and no one would miss it."""
-        raise ValueError(
-            "a compiled layer has packed weights, which state dicts cannot hold: save the model that "
-            "was compiled instead."
-        )
 
     def multiply(self, x: Tensor) -> Tensor:
         """The operation itself."""
