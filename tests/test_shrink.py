@@ -24,7 +24,7 @@ from hf_sparse import SparsityConfig, prune_, shrink_
 from hf_sparse.cli import main
 from hf_sparse.models.modeling import model_classes
 from hf_sparse.shrinking import heads_to_remove
-from hf_sparse.structure.families import FAMILIES
+from hf_sparse.structure.parts import PARTS as FAMILIES
 from hf_sparse.structure.parts import PARTS, BlockSize
 from hf_sparse.structure.units import find_units, unused_neurons
 from hf_sparse.upstream import cache_in

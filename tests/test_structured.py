@@ -16,7 +16,7 @@ from hf_sparse import Pattern, SparsityConfig, prune_, shrink_
 from hf_sparse.patterns import Head
 from hf_sparse.pruning import refit
 from hf_sparse.pruning.problem import Problem, layer_error
-from hf_sparse.structure.families import FAMILIES
+from hf_sparse.structure.parts import PARTS as FAMILIES
 from hf_sparse.structure.parts import PARTS
 from hf_sparse.structure.targets import Targets
 from hf_sparse.structure.units import BlockUnits, find_units

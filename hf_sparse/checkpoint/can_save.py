@@ -11,10 +11,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
+from hf_sparse.checkpoint.model_classes import first_class_of
+from hf_sparse.checkpoint.sparse_configs import base_config_class, has_sparse_class
 from hf_sparse.checkpoint.writing import check_folder
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import compress
-from hf_sparse.structure.families import FAMILIES, base_type
+from hf_sparse.structure.families import base_type
 from hf_sparse.structure.layers import check_divides, promised_config
 from hf_sparse.structure.targets import Targets
 from hf_sparse.structure.units import shrunk_sizes
@@ -47,7 +49,7 @@ def check_can_save(
         check_not_quantized(model)
     format = "auto" if promised is None else promised.format
     described = model.config if isinstance(model, PreTrainedModel) else model
-    check_family(described.model_type, format)
+    check_family(described, format)
     if isinstance(model, PreTrainedModel):
         check_sizes(model, format)
         if config is not None:
@@ -72,18 +74,29 @@ def check_can_write(folder: str | os.PathLike[str]) -> None:
         ) from error
 
 
-def check_family(model_type: str, format: str) -> None:
-    """Refuse a format that models of a type cannot be loaded in.
+def check_family(config: PreTrainedConfig, format: str) -> None:
+    """Refuse a format that the model of a config cannot be loaded in.
 
     Raises:
-        ValueError: the type has no Sparse class, and the format needs one.
+        ValueError: AutoConfig does not know the config's class, and the format needs it.
     """
-    if format != "dense" and base_type(model_type) not in FAMILIES:
+    if format == "dense":
+        return
+    kind = type(config)
+    if not has_sparse_class(config):
         raise ValueError(
-            f"models of type '{model_type}' have no Sparse class to load a compressed checkpoint with; "
-            f"families: {', '.join(FAMILIES)}. Save it as large as the dense model, zeros included: "
-            "SparsityConfig(..., format='dense'). A small ONNX graph is made of any family, from that "
-            "folder too: hf_sparse.export_onnx."
+            f"models of type '{config.model_type}' cannot be stored compressed: {kind.__name__} of "
+            f"{kind.__module__} is not the class that AutoConfig has for the type, so that no checkpoint "
+            f"would load. Register the model's code first, with AutoConfig.register("
+            f"'{config.model_type}', {kind.__name__}) and AutoModel.register({kind.__name__}, ...), here "
+            "and where it is loaded. Or save it as large as the dense model, zeros included: "
+            "SparsityConfig(..., format='dense')."
+        )
+    if first_class_of(base_config_class(config.model_type)) is None:
+        raise ValueError(
+            f"models of type '{config.model_type}' cannot be stored compressed: no Auto class has a model "
+            f"for {kind.__name__}, so that no checkpoint would load. Register it with "
+            f"AutoModel.register({kind.__name__}, ...), or save it with format='dense'."
         )
 
 

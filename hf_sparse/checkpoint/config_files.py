@@ -16,11 +16,10 @@ from hf_sparse.checkpoint.sparse_configs import (
     sparse_config_class,
 )
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.structure.parts import parts_of
 from hf_sparse.structure.units import shrunk_sizes
 
 STUB_NAME = "modeling_hf_sparse.py"
-# What a config under the family's own type has no place for.
-_OURS = ("quantization_config", "block_sizes")
 
 
 def write_configs(
@@ -39,7 +38,7 @@ def write_configs(
             f'from hf_sparse import {config_class}\n\n__all__ = ["{config_class}"]\n'
         )
     check_sizes(model, config.format)
-    if config.format != "dense":  # as the layers are, whatever the config said
+    if config.format != "dense" and parts_of(model.config):  # as the layers are, whatever the config said
         sizes = shrunk_sizes(model)
         model_config.block_sizes = None if sizes is None else [asdict(size) for size in sizes]
     model_config.dtype = model.dtype
@@ -57,15 +56,21 @@ def dense_config(model: PreTrainedModel) -> PreTrainedConfig:
     """A copy of the config under the family's own model type."""
     if isinstance(model.config, SparseConfigMixin):
         values = model.config.to_dict()
-        for key in ("sparsity_config", "base_model", "auto_map", *_OURS):
+        for key in ("sparsity_config", "base_model", "auto_map", *_ours(model)):
             values.pop(key, None)
         model_config = base_config_class(model.config.base_model_type).from_dict(values)
     else:
         model_config = copy.deepcopy(model.config)
-        for key in _OURS:  # transformers has the first one for GGUF files, too
+        for key in _ours(model):  # transformers has the first one for GGUF files, too
             vars(model_config).pop(key, None)
     model_config.architectures = [dense_class_name(model)]
     return model_config
+
+
+def _ours(model: PreTrainedModel) -> tuple[str, ...]:
+    """What a config under the family's own type has no place for."""
+    sizes = ("block_sizes",) if parts_of(model.config) else ()
+    return ("quantization_config", *sizes)
 
 
 def _sparse_config(model: PreTrainedModel, config: SparsityConfig) -> PreTrainedConfig:
@@ -73,7 +78,7 @@ def _sparse_config(model: PreTrainedModel, config: SparsityConfig) -> PreTrained
     if isinstance(model.config, SparseConfigMixin):
         model_config: PreTrainedConfig = copy.deepcopy(model.config)
     else:
-        check_family(model.config.model_type, config.format)
+        check_family(model.config, config.format)
         model_config = sparse_config_class(model.config.model_type).from_dict(
             model.config.to_dict()
         )
