@@ -1,4 +1,4 @@
-"""Small random models of every type that transformers knows, made from their configs by the names of sizes."""
+"""Small random models of every type of transformers, made from configs by the names of sizes."""
 
 from __future__ import annotations
 
@@ -21,19 +21,37 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(.*_)?vocab_size(_per_layer_input)?|num_embeddings|codebook_size|n_words", VOCABULARY),
     (r"(.*_)?(num_)?(key_value|kv)_heads|num_kv_heads|n_kv_heads|num_groups|n_group|topk_group", 2),
     (r"(swa_|text_|vision_)?num_attention_heads|(en|de)coder_attention_heads|attention_heads", 4),
-    (r"num_heads|n_heads?|num_encoder_attention_heads|num_decoder_attention_heads|(en|de)coder_heads", 4),
+    (
+        r"num_heads|n_heads?|num_encoder_attention_heads|num_decoder_attention_heads|(en|de)coder_heads",
+        4,
+    ),
     (r"index_n_heads|linear_num_key_heads|linear_num_value_heads|linear_num_heads", 4),
     (r"(.*_)?head_dim(_.*)?|d_kv|attention_head_dim|dim_head|d_rel|head_size", 8),
     (r"qk_nope_head_dim|qk_rope_head_dim|v_head_dim|index_head_dim", 8),
     (r"(kv|q|o)_lora_rank|rotary_dim|mamba_d_state|state_size", 8),
-    (r"(.*_)?(num_(hidden_|en|de)?.*layers?|n_layers?|(en|de)coder_layers|num_blocks|depth|layers)", 2),
+    (
+        r"(.*_)?(num_(hidden_|en|de)?.*layers?|n_layers?|(en|de)coder_layers|num_blocks|depth|layers)",
+        2,
+    ),
     (r"num_hidden_groups|inner_group_num", 1),
     (r"num_experts_per_tok|num_experts_per_token|moe_k|moe_topk|top_k|router_top_k", 2),
     (r"(n_routed|num_local|num|moe_num|n)_experts|num_experts_total", 4),
-    (r"(.*_)?(max|n)(_source|_target)?_position(s|_embeddings)(_.*)?|n_positions|n_ctx|block_size", 128),
-    (r"(.*_)?(intermediate_size|ffn_dim|ffn_hidden_size|mlp_dim|d_ff|n_inner|intermediate_dim)", 64),
-    (r"(.*_)?hidden_size(_.*)?|d_model|n_embd|embed_dim|embedding_size|hidden_dim|emb_dim|d_embed", 32),
-    (r"projection_dim|word_embed_proj_dim|out_hidden_size|projector_hidden_size|text_embed_dim", 32),
+    (
+        r"(.*_)?(max|n)(_source|_target)?_position(s|_embeddings)(_.*)?|n_positions|n_ctx|block_size",
+        128,
+    ),
+    (
+        r"(.*_)?(intermediate_size|ffn_dim|ffn_hidden_size|mlp_dim|d_ff|n_inner|intermediate_dim)",
+        64,
+    ),
+    (
+        r"(.*_)?hidden_size(_.*)?|d_model|n_embd|embed_dim|embedding_size|hidden_dim|emb_dim|d_embed",
+        32,
+    ),
+    (
+        r"projection_dim|word_embed_proj_dim|out_hidden_size|projector_hidden_size|text_embed_dim",
+        32,
+    ),
     (r"(image|input|pretrain_image)_size|max_image_size", 32),
     (r"patch_size", 8),
     (r"(sliding_window|window)(_size)?|local_attention|attention_window", 8),
@@ -115,7 +133,9 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
                 place[name] = value
             config = config_class(**copy.deepcopy(changes))
             weights = count_weights(config)
-        except Exception as error:  # whatever classes of others raise at sizes that they do not like
+        except (
+            Exception
+        ) as error:  # whatever classes of others raise at sizes that they do not like
             problem = error
             continue
         if weights <= MOST_WEIGHTS:
@@ -170,7 +190,9 @@ def dummy_inputs(model: Any) -> Iterator[dict[str, Any]]:
     size = getattr(vision, "image_size", size) if isinstance(vision, PreTrainedConfig) else size
     size = size if isinstance(size, int) else size[0]
     channels = getattr(vision, "num_channels", 3)
-    pixels = torch.randn(2, channels if isinstance(channels, int) else 3, size, size, generator=generator)
+    pixels = torch.randn(
+        2, channels if isinstance(channels, int) else 3, size, size, generator=generator
+    )
     texts: dict[str, Any] = {"input_ids": ids}
     decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in arguments else {}
     main = getattr(model, "main_input_name", "input_ids")

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_sparse.checkpoint.model_classes import first_class_of
-from hf_sparse.checkpoint.sparse_configs import base_config_class, has_sparse_class
+from hf_sparse.checkpoint.sparse_configs import base_config_class, type_of
 from hf_sparse.checkpoint.writing import check_folder
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import compress
@@ -83,19 +83,19 @@ def check_family(config: PreTrainedConfig, format: str) -> None:
     if format == "dense":
         return
     kind = type(config)
-    if not has_sparse_class(config):
+    if type_of(kind) is None:
         raise ValueError(
             f"models of type '{config.model_type}' cannot be stored compressed: {kind.__name__} of "
-            f"{kind.__module__} is not the class that AutoConfig has for the type, so that no checkpoint "
-            f"would load. Register the model's code first, with AutoConfig.register("
-            f"'{config.model_type}', {kind.__name__}) and AutoModel.register({kind.__name__}, ...), here "
-            "and where it is loaded. Or save it as large as the dense model, zeros included: "
+            f"{kind.__module__} is not the class that AutoConfig has for the type, so that nobody "
+            f"could load them. Register the model's code first, AutoConfig.register('{config.model_type}', "
+            f"{kind.__name__}) and AutoModel.register({kind.__name__}, ...), here and where it is "
+            "loaded. Or save it as large as the dense model, zeros included: "
             "SparsityConfig(..., format='dense')."
         )
     if first_class_of(base_config_class(config.model_type)) is None:
         raise ValueError(
-            f"models of type '{config.model_type}' cannot be stored compressed: no Auto class has a model "
-            f"for {kind.__name__}, so that no checkpoint would load. Register it with "
+            f"models of type '{config.model_type}' cannot be stored compressed: no Auto class has a "
+            f"model for {kind.__name__}, so that nobody could load them. Register it with "
             f"AutoModel.register({kind.__name__}, ...), or save it with format='dense'."
         )
 

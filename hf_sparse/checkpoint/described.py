@@ -1,6 +1,7 @@
 """The model that the config.json of a checkpoint describes, on the meta device.
 
-Nothing in the file is trusted: sizes are compared with what is stored before anything of that size is made.
+Nothing in the file is trusted: sizes are compared with what is stored before anything of that size is
+made.
 """
 
 from __future__ import annotations
@@ -104,8 +105,9 @@ def class_named(values: Mapping[str, Any], file: Path) -> tuple[str, Any, bool]:
         return family, kind, True
     if (base := first_class_of(config_class)) is None:
         raise FormatError(
-            f"{file}: architectures names {name!r}, which transformers does not have, and no Auto class "
-            f"has a model of type {family!r}. Register it with AutoModel.register, or update transformers."
+            f"{file}: architectures names {name!r}, which transformers does not have, and no Auto "
+            f"class has a model of type {family!r}. Register it with AutoModel.register, or update "
+            "transformers."
         )
     return family, base, False
 
@@ -132,7 +134,7 @@ def describe(
         config_class = sparse_config_class(family)
         config = config_class.from_dict(config_class._decode_special_floats(values))
         sizes = sizes_in(config)
-        config.model_type = family  # as the Sparse classes do
+        vars(config)["model_type"] = family  # as the Sparse classes do
         with torch.device("meta"), bounded(stored):
             model: PreTrainedModel = kind._from_config(config, attn_implementation="eager")
             if sizes is not None:
@@ -155,8 +157,8 @@ def bounded(stored: int) -> Iterator[None]:
         count += parameter is not None and threading.get_ident() == thread
         if count > most:
             raise FormatError(
-                f"the config describes a model of more than {most} parameters, and {stored} tensors are "
-                f"stored. {AGAIN}"
+                f"the config describes a model of more than {most} parameters, and {stored} tensors "
+                f"are stored. {AGAIN}"
             )
 
     hook = register_module_parameter_registration_hook(check)

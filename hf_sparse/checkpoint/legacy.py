@@ -38,8 +38,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_sparse.arguments import check_kinds, check_path
 from hf_sparse.checkpoint.can_save import check_can_save
+from hf_sparse.checkpoint.described import describing
 from hf_sparse.checkpoint.index import read_object
-from hf_sparse.checkpoint.promised import describing
 from hf_sparse.checkpoint.reading import checkpoint_files, open_file, watch
 from hf_sparse.checkpoint.save import save_model
 from hf_sparse.checkpoint.writing import check_not_lost

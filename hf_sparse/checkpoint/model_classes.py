@@ -21,7 +21,7 @@ def auto_classes() -> Iterator[Any]:
 
 
 def classes_of(auto_class: Any, config_class: type[PreTrainedConfig]) -> tuple[Any, ...]:
-    """The classes that an Auto class has for a config; those whose packages are missing are left out."""
+    """The classes that an Auto class has for a config, without those whose packages are missing."""
     mapping = auto_class._model_mapping
     if config_class not in mapping:
         return ()

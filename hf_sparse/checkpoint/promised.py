@@ -109,8 +109,8 @@ class Promised:
         missing = [name for name in self.missing(found) if self.exact or self.in_blocks(name)]
         if missing:
             raise FormatError(
-                f"{self.file.parent} lacks {len(missing)} tensors of the {type(self.model).__name__} that "
-                f"{self.file.name} describes, first {missing[0]}. {AGAIN}"
+                f"{self.file.parent} lacks {len(missing)} tensors of the {type(self.model).__name__} "
+                f"that {self.file.name} describes, first {missing[0]}. {AGAIN}"
             )
 
     def _check_known(self, found: Mapping[str, StoredTensor]) -> None:
@@ -265,7 +265,9 @@ def check_shapes(
                     continue
                 values = reader.get_slice(tensor.name)
                 shape, flipped = tuple(values.get_shape()), None
-                if wanted[name].is_floating_point() and not values.get_dtype().startswith(("F", "BF")):
+                if wanted[name].is_floating_point() and not values.get_dtype().startswith(
+                    ("F", "BF")
+                ):
                     raise FormatError(
                         f"{tensor.place}: it holds numbers of type {values.get_dtype()}, the model "
                         "wants floats. The file is damaged: copy or download it again."
@@ -275,10 +277,10 @@ def check_shapes(
                     with locate(tensor.place):
                         rows, columns, flipped, _ = FORMATS[tensor.format].read_layout(layout)
                     shape = (columns, rows) if flipped else (rows, columns)
-                if shape != tuple(wanted[name].shape):
+                if shape != (meant := tuple(wanted[name].shape)):
                     raise FormatError(
                         f"{tensor.place}: shape mismatch: {shape} is stored, the model of "
-                        f"{CONFIG_NAME} wants {tuple(wanted[name].shape)}. Its block_sizes tell the sizes of a "
+                        f"{CONFIG_NAME} wants {meant}. Its block_sizes tell the sizes of a "
                         "shrunk model's blocks: config and weights are of different checkpoints."
                     )
                 own = (transposed or {}).get(name, flipped)

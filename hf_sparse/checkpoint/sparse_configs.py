@@ -112,9 +112,12 @@ def sparse_config_class(model_type: str) -> type[PreTrainedConfig]:
     return config_class
 
 
-def has_sparse_class(config: PreTrainedConfig) -> bool:
-    """Whether a Sparse class can be made for a config: AutoConfig has its class for its type."""
-    if isinstance(config, SparseConfigMixin):
-        return True
-    model_type = config.model_type
-    return model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] is type(config)
+def type_of(config_class: Any) -> str | None:
+    """The type for which AutoConfig has a config class; None if it has another one, or none.
+
+    A Sparse class can be made of those that it has.
+    """
+    model_type: str | None = getattr(config_class, "model_type", None)
+    if model_type is None or model_type not in CONFIG_MAPPING:
+        return None
+    return model_type if CONFIG_MAPPING[model_type] is config_class else None

@@ -38,4 +38,3 @@ def __getattr__(name: str) -> Any:
         "has a config of its own, such as SparseBertModel for BertModel. Code of other packages "
         "counts once AutoConfig.register and AutoModel.register know it."
     )
-

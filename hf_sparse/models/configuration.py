@@ -1,4 +1,4 @@
-"""SparseBertConfig and its siblings: a config class of each family, made when AutoConfig asks for it."""
+"""SparseBertConfig and its siblings: a config class of each family, made when it is asked for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import Any
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from hf_sparse.checkpoint.sparse_configs import SparseConfigMixin, sparse_config_class
+from hf_sparse.checkpoint.sparse_configs import (
+    SparseConfigMixin,
+    sparse_config_class,
+    type_of,
+)
 from hf_sparse.structure.families import base_type, sparse_type
 
 
@@ -37,7 +41,9 @@ class _SparseTypes(dict[str, type[PreTrainedConfig]]):
         if not isinstance(key, str) or key == base_type(key):
             return False
         family = base_type(key)
-        return sparse_type(family) == key and family == base_type(family) and family in CONFIG_MAPPING
+        return (
+            sparse_type(family) == key and family == base_type(family) and family in CONFIG_MAPPING
+        )
 
     def __missing__(self, key: str) -> type[PreTrainedConfig]:
         if key not in self:
@@ -64,10 +70,9 @@ def __getattr__(name: str) -> Any:
     if name.startswith("Sparse") and name.endswith("Config"):
         wanted = name.removeprefix("Sparse")
         own = getattr(transformers, wanted, None)
-        registered = (each for each in CONFIG_MAPPING._extra_content.values())
+        registered = list(CONFIG_MAPPING._extra_content.values())
         for base in (own, *registered):
-            model_type = getattr(base, "model_type", None)
-            if getattr(base, "__name__", "") == wanted and model_type in CONFIG_MAPPING:
-                if CONFIG_MAPPING[model_type] is base:
-                    return sparse_config_class(model_type)
+            named = getattr(base, "__name__", "") == wanted
+            if named and (model_type := type_of(base)) is not None:
+                return sparse_config_class(model_type)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

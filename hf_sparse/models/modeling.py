@@ -34,6 +34,7 @@ from hf_sparse.checkpoint.sparse_configs import (
     SparseConfigMixin,
     base_config_class,
     sparse_config_class,
+    type_of,
 )
 from hf_sparse.hub import push_to_hub as push
 from hf_sparse.structure.parts import sizes_in
@@ -58,20 +59,18 @@ class SparseModelMixin:
 
     dense_class: ClassVar[type[PreTrainedModel]]
 
-    def __init__(
-        self, config: PreTrainedConfig | None = None, *args: Any, **kwargs: Any
-    ) -> None:
+    def __init__(self, config: PreTrainedConfig | None = None, *args: Any, **kwargs: Any) -> None:
         sizes = sizes_in(config)
         if isinstance(config, SparseConfigMixin):
             # In memory it is a model of its family: generation and pipelines ask for the type.
-            config.model_type = config.base_model_type  # type: ignore[misc]
+            vars(config)["model_type"] = config.base_model_type
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if sizes is not None:
             resize_(self, sizes)
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Whether the family's code is none of transformers; names of weights are converted if it is."""
+        """Whether the family's code is not of transformers, which converts names of its own."""
         return cls.dense_class.is_custom_code()
 
     @classmethod
@@ -82,7 +81,10 @@ class SparseModelMixin:
             FormatError: the checkpoint is damaged, incomplete, or of another model than its
                 config.json describes.
         """
-        source, place = pretrained_model_name_or_path, (kwargs.get("subfolder"), kwargs.get("variant"))
+        source, place = (
+            pretrained_model_name_or_path,
+            (kwargs.get("subfolder"), kwargs.get("variant")),
+        )
         with checked_to_load(source, *place):
             return super().from_pretrained(source, *args, **kwargs)  # type: ignore[misc]
 
@@ -150,9 +152,11 @@ def sparse_class(base: type[PreTrainedModel], model_type: str) -> type[PreTraine
 
 
 def model_classes(model_type: str) -> dict[str, type[PreTrainedModel]]:
-    """The Sparse classes of a family by name, one for each public class of its module and its Auto classes."""
+    """The Sparse classes of a family by name: of its module's public classes, and its Auto classes."""
     base_config = base_config_class(model_type)
-    module = importlib.import_module(base_config.__module__.replace(".configuration_", ".modeling_"))
+    module = importlib.import_module(
+        base_config.__module__.replace(".configuration_", ".modeling_")
+    )
     bases = [getattr(module, name) for name in getattr(module, "__all__", ())]
     bases += [base for auto_class in auto_classes() for base in classes_of(auto_class, base_config)]
     return {
@@ -174,9 +178,7 @@ def sparse_class_named(name: str) -> type[PreTrainedModel] | None:
         if not issubclass(config_class, SparseConfigMixin)
     )
     for base in (*own, *registered):
-        config_class = getattr(base, "config_class", None)
-        model_type = getattr(config_class, "model_type", None)
-        if model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] is config_class:
+        if (model_type := type_of(getattr(base, "config_class", None))) is not None:
             return sparse_class(base, model_type)
     return None
 
@@ -191,19 +193,13 @@ def register_models(model_type: str) -> None:
         bases = classes_of(auto_class, base_config)
         # A class of a part of the model, such as its language model, is made from the part's config.
         classes = [
-            sparse_class(base, _type_of(base, model_type))
+            sparse_class(base, type_of(base.config_class) or model_type)
             for base in bases
             if base.config_class not in parts
         ]
         if classes:
             found = classes[0] if len(classes) == 1 else tuple(classes)
             auto_class._model_mapping.register(config_class, found, exist_ok=True)
-    tokenizer = TOKENIZER_MAPPING[base_config] if base_config in TOKENIZER_MAPPING else None
+    tokenizer = TOKENIZER_MAPPING.get(base_config, None)
     if tokenizer is not None:  # its package may be missing
         AutoTokenizer.register(config_class, tokenizer, exist_ok=True)
-
-
-def _type_of(base: type[PreTrainedModel], model_type: str) -> str:
-    """The type of a class's own config; some types have classes that were made for another."""
-    own = getattr(base.config_class, "model_type", None)
-    return own if own in CONFIG_MAPPING and CONFIG_MAPPING[own] is base.config_class else model_type
