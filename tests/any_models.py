@@ -7,11 +7,14 @@ import inspect
 import re
 from collections.abc import Iterator
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+
+from hf_sparse.structure.layers import find_stacks
 
 # Models above this are not built: the machine that tests has little memory.
 MOST_WEIGHTS = 12_000_000
@@ -62,12 +65,11 @@ _SIZES: tuple[tuple[str, int], ...] = (
 _ALWAYS = re.compile(r"vocab|layers?|experts|position|groups|depth|block")
 # Lists of sizes for stages, of which the items are cut.
 _STAGES: tuple[tuple[str, int], ...] = (
+    (r"conv_dim|tdnn_dim", 32),
     (r"depths|encoder_depths|stage_num_blocks|blocks_per_stage|num_blocks|layers_per_stage", 1),
 )
 # What the rules do not find; a name with dots is in a part of the config.
 _OVERRIDES: dict[str, dict[str, Any]] = {}
-# Types whose tiny model is none, with the reason.
-UNBUILT: dict[str, str] = {}
 
 
 def model_types() -> list[str]:
@@ -87,14 +89,22 @@ def _small(name: str, value: Any, widths: bool) -> Any:
             if re.fullmatch(pattern, name) and all(isinstance(item, int) for item in value):
                 return [min(item, most) for item in value]
         return value
+    if name == "num_feat_extract_layers":  # as many as there are sizes in `conv_dim`
+        return value
     for pattern, most in _SIZES:
         if re.fullmatch(pattern, name):
             return min(value, most) if widths or _ALWAYS.search(name) else value
     return value
 
 
-def _changes(config: PreTrainedConfig, widths: bool) -> dict[str, Any]:
-    """The arguments that make a small config of this kind."""
+def _changes(config: PreTrainedConfig, widths: bool, kinds: bool) -> dict[str, Any]:
+    """The arguments that make a small config of this kind.
+
+    Args:
+        config: with the default sizes.
+        widths: whether layers become narrow, too.
+        kinds: whether the kinds of layers are listed anew, the first and the last of them.
+    """
     changes: dict[str, Any] = {}
     special = 2
     for name, value in vars(config).items():
@@ -102,9 +112,19 @@ def _changes(config: PreTrainedConfig, widths: bool) -> dict[str, Any]:
             own = value.to_diff_dict()
             stale = ("layer_types", "mlp_layer_types", "transformers_version")
             own = {key: item for key, item in own.items() if key not in stale}
-            changes[name] = {**own, **_changes(value, widths), "model_type": value.model_type}
+            own.pop("_out_indices", None)
+            changes[name] = {
+                **own,
+                **_changes(value, widths, kinds),
+                "model_type": value.model_type,
+            }
         elif name.startswith("_"):
             continue
+        elif name == "rope_parameters" and isinstance(value, dict) and "mrope_section" in value:
+            changes[name] = {**value, "mrope_section": [2, 1, 1]} if widths else value
+        elif kinds and isinstance(value, list) and value and isinstance(value[0], str):
+            if re.search(r"layer_types$|layers_block_type$", name):
+                changes[name] = [value[0], next((k for k in value if k != value[0]), value[0])]
         elif re.search(r"token_(id|index)$", name) and isinstance(value, int):
             special += 1
             changes[name] = value if 0 <= value < 4 else 10 + special
@@ -122,9 +142,9 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     """
     config_class = CONFIG_MAPPING[model_type]
     problem: Exception | None = None
-    for widths in (True, False):
+    for widths, kinds in product((True, False), (False, True)):
         try:
-            changes = _changes(config_class(), widths)
+            changes = _changes(config_class(), widths, kinds)
             for path, value in _OVERRIDES.get(model_type, {}).items():
                 place = changes
                 *parents, name = path.split(".")
@@ -155,14 +175,32 @@ def classes_of(config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
     return list(found)
 
 
+def has_blocks(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> bool:
+    """Whether a model has blocks with matrices, which are pruned by default."""
+    return bool(find_stacks(_on_meta(config, model_class)))
+
+
+def state_of(model_type: str) -> str:
+    """Whether a type is tried by the tests, and if not, why."""
+    try:
+        config = tiny_config(model_type)
+    except ValueError as error:
+        return f"not built: {error}"
+    return "tried" if has_blocks(config, classes_of(config)[0]) else "no blocks of matrices"
+
+
 def count_weights(config: PreTrainedConfig) -> int:
     """The weights of a config's first class."""
     classes = classes_of(config)
     if not classes:
         raise ValueError("no Auto class has a model for it")
-    with torch.device("meta"):
-        model = classes[0]._from_config(copy.deepcopy(config), attn_implementation="eager")
+    model = _on_meta(config, classes[0])
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _on_meta(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Any:
+    with torch.device("meta"):
+        return model_class._from_config(copy.deepcopy(config), attn_implementation="eager")
 
 
 def build(config: PreTrainedConfig, model_class: type[PreTrainedModel], seed: int = 0) -> Any:
@@ -175,6 +213,9 @@ def build(config: PreTrainedConfig, model_class: type[PreTrainedModel], seed: in
             if parameter.is_floating_point():
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter += (0.02 * noise).to(parameter.dtype)
+        for module in model.modules():  # transformers makes them zero once more when it loads
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0
     return model.float().eval()
 
 

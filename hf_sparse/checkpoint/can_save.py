@@ -84,12 +84,13 @@ def check_family(config: PreTrainedConfig, format: str) -> None:
         return
     kind = type(config)
     if type_of(kind) is None:
+        name = kind.__name__
         raise ValueError(
-            f"models of type '{config.model_type}' cannot be stored compressed: {kind.__name__} of "
+            f"models of type '{config.model_type}' cannot be stored compressed: {name} of "
             f"{kind.__module__} is not the class that AutoConfig has for the type, so that nobody "
-            f"could load them. Register the model's code first, AutoConfig.register('{config.model_type}', "
-            f"{kind.__name__}) and AutoModel.register({kind.__name__}, ...), here and where it is "
-            "loaded. Or save it as large as the dense model, zeros included: "
+            "could load them. Register the model's code, here and where it is loaded: "
+            f"AutoConfig.register('{config.model_type}', {name}) and AutoModel.register({name}, "
+            "...). Or save it as large as the dense model, zeros included: "
             "SparsityConfig(..., format='dense')."
         )
     if first_class_of(base_config_class(config.model_type)) is None:

@@ -38,9 +38,8 @@ def write_configs(
             f'from hf_sparse import {config_class}\n\n__all__ = ["{config_class}"]\n'
         )
     check_sizes(model, config.format)
-    if config.format != "dense" and parts_of(
-        model.config
-    ):  # as the layers are, whatever the config said
+    if config.format != "dense" and parts_of(model.config):
+        # As the layers are, whatever the config said.
         sizes = shrunk_sizes(model)
         model_config.block_sizes = None if sizes is None else [asdict(size) for size in sizes]
     model_config.dtype = model.dtype

@@ -106,7 +106,9 @@ class Promised:
         ]
 
     def _check_missing(self, found: Mapping[str, StoredTensor]) -> None:
-        missing = [name for name in self.missing(found) if self.exact or self.in_blocks(name)]
+        missing = [
+            name for name in self.missing(found) if self.exact or self.in_blocks(self.local(name))
+        ]
         if missing:
             raise FormatError(
                 f"{self.file.parent} lacks {len(missing)} tensors of the {type(self.model).__name__} "
@@ -153,9 +155,9 @@ class Promised:
             name = name.replace(old, new)
         return name
 
-    def in_blocks(self, name: str) -> bool:
-        """Whether a tensor is one of the repeated blocks."""
-        return self.local(name).startswith(self._stacks)
+    def in_blocks(self, local: str) -> bool:
+        """Whether a tensor is one of the repeated blocks, by its name without the prefix."""
+        return local.startswith(self._stacks)
 
     def tensors(self) -> dict[str, Tensor]:
         """The model's tensors, by their names without the base model's prefix."""

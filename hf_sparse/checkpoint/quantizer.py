@@ -207,10 +207,10 @@ def _check_blocks(model: PreTrainedModel, stored: Sequence[StoredTensor]) -> Non
     found = {name: tensor for name, tensor in found.items() if wanted.in_blocks(name)}
     check_shapes(found, wanted.tensors())
     new = re.compile(r"\.(crossattention|q_attn|ln_cross_attn)\.")
-    for name in wanted.missing(found):
+    for name in map(wanted.local, wanted.missing(found)):
         if wanted.in_blocks(name) and not new.search(name):
             raise FormatError(
-                f"the model has the weight {wanted.local(name)}, but no tensor is stored for it in "
+                f"the model has the weight {name}, but no tensor is stored for it in "
                 f"{stored[0].file.parent}. Load it with the class, the number of blocks "
                 "and the options of its config.json."
             )
