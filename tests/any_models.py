@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import re
 from collections.abc import Iterator
@@ -172,7 +173,25 @@ def classes_of(config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
             classes = mapping[type(config)]
             for each in classes if isinstance(classes, tuple | list) else (classes,):
                 found.setdefault(each)
-    return list(found)
+    return list(found) or _public_classes(type(config))
+
+
+def _public_classes(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
+    """The classes of a config that no Auto class has: parts of larger models."""
+    place = re.sub(r"\.configuration_(\w+)$", r".modeling_\1", config_class.__module__)
+    try:
+        module = importlib.import_module(place)
+    except ImportError:
+        return []
+    named = (getattr(module, name) for name in getattr(module, "__all__", ()))
+    return [
+        each
+        for each in named
+        if isinstance(each, type)
+        and issubclass(each, PreTrainedModel)
+        and each.config_class is config_class
+        and not each.__name__.endswith("PreTrainedModel")
+    ]
 
 
 def has_blocks(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> bool:
@@ -193,7 +212,7 @@ def count_weights(config: PreTrainedConfig) -> int:
     """The weights of a config's first class."""
     classes = classes_of(config)
     if not classes:
-        raise ValueError("no Auto class has a model for it")
+        raise ValueError("no public class is a model of it")
     model = _on_meta(config, classes[0])
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -93,7 +93,8 @@ def check_family(config: PreTrainedConfig, format: str) -> None:
             "...). Or save it as large as the dense model, zeros included: "
             "SparsityConfig(..., format='dense')."
         )
-    if first_class_of(base_config_class(config.model_type)) is None:
+    own = base_config_class(config.model_type)
+    if not own.__module__.startswith("transformers.") and first_class_of(own) is None:
         raise ValueError(
             f"models of type '{config.model_type}' cannot be stored compressed: no Auto class has a "
             f"model for {kind.__name__}, so that nobody could load them. Register it with "
