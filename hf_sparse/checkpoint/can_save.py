@@ -11,8 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
-from hf_sparse.checkpoint.model_classes import first_class_of
-from hf_sparse.checkpoint.sparse_configs import base_config_class, type_of
+from hf_sparse.checkpoint.stored_config import check_family, check_rebuilds
 from hf_sparse.checkpoint.writing import check_folder
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import compress
@@ -36,9 +35,9 @@ def check_can_save(
         config: what it is pruned to. None: what it is already pruned to.
 
     Raises:
-        ValueError: the family has no Sparse class for the format, transformers could not load the
-            model in it, the format does not hold the pattern, the pattern does not divide a weight,
-            targets match nothing, or the folder holds an ONNX export.
+        ValueError: nobody could load the model in the format, or its config does not describe it; the
+            format does not hold the pattern, the pattern does not divide a weight, targets match
+            nothing, or the folder holds an ONNX export.
         OSError: the folder is a file, or cannot be made or written.
     """
     check_folder(Path(folder))
@@ -52,6 +51,8 @@ def check_can_save(
     check_family(described, format)
     if isinstance(model, PreTrainedModel):
         check_sizes(model, format)
+        if format != "dense":
+            check_rebuilds(model)
         if config is not None:
             _check_pattern(model, config)
 
@@ -72,34 +73,6 @@ def check_can_write(folder: str | os.PathLike[str]) -> None:
         raise type(error)(
             f"{folder} cannot be written: {error.strerror} in {place}. Choose another folder."
         ) from error
-
-
-def check_family(config: PreTrainedConfig, format: str) -> None:
-    """Refuse a format that the model of a config cannot be loaded in.
-
-    Raises:
-        ValueError: AutoConfig does not know the config's class, and the format needs it.
-    """
-    if format == "dense":
-        return
-    kind = type(config)
-    if type_of(kind) is None:
-        name = kind.__name__
-        raise ValueError(
-            f"models of type '{config.model_type}' cannot be stored compressed: {name} of "
-            f"{kind.__module__} is not the class that AutoConfig has for the type, so that nobody "
-            "could load them. Register the model's code, here and where it is loaded: "
-            f"AutoConfig.register('{config.model_type}', {name}) and AutoModel.register({name}, "
-            "...). Or save it as large as the dense model, zeros included: "
-            "SparsityConfig(..., format='dense')."
-        )
-    own = base_config_class(config.model_type)
-    if not own.__module__.startswith("transformers.") and first_class_of(own) is None:
-        raise ValueError(
-            f"models of type '{config.model_type}' cannot be stored compressed: no Auto class has a "
-            f"model for {kind.__name__}, so that nobody could load them. Register it with "
-            f"AutoModel.register({kind.__name__}, ...), or save it with format='dense'."
-        )
 
 
 def check_sizes(model: PreTrainedModel, format: str) -> None:

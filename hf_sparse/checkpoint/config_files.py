@@ -8,14 +8,11 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_sparse.checkpoint.can_save import check_family, check_sizes
-from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
-from hf_sparse.checkpoint.sparse_configs import (
-    SparseConfigMixin,
-    base_config_class,
-    sparse_config_class,
-)
+from hf_sparse.checkpoint.can_save import check_sizes
+from hf_sparse.checkpoint.sparse_configs import SparseConfigMixin, base_config_class
+from hf_sparse.checkpoint.stored_config import check_rebuilds, dense_class_name, sparse_config
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.structure.families import base_type
 from hf_sparse.structure.parts import parts_of
 from hf_sparse.structure.units import shrunk_sizes
 
@@ -29,14 +26,12 @@ def write_configs(
     if config.format == "dense":
         model_config = dense_config(model)
     else:
-        model_config = _sparse_config(model, config)
+        model_config = sparse_config(model, config)
         model_config.base_model = base
-        config_class = type(model_config).__name__
-        model_config.auto_map = {"AutoConfig": f"{STUB_NAME.removesuffix('.py')}.{config_class}"}
-        (folder / STUB_NAME).write_text(
-            '"""This checkpoint is compressed by hf_sparse: pip install hf_sparse"""\n\n'
-            f'from hf_sparse import {config_class}\n\n__all__ = ["{config_class}"]\n'
-        )
+        stub = STUB_NAME.removesuffix(".py")
+        model_config.auto_map = {"AutoConfig": f"{stub}.{type(model_config).__name__}"}
+        (folder / STUB_NAME).write_text(_stub(model_config))
+        check_rebuilds(model)
     check_sizes(model, config.format)
     if config.format != "dense" and parts_of(model.config):
         # As the layers are, whatever the config said.
@@ -48,9 +43,24 @@ def write_configs(
         model.generation_config.save_pretrained(folder)
 
 
-def dense_class_name(model: PreTrainedModel) -> str:
-    """The name of the transformers class, of a Sparse class too; FSDP renames classes."""
-    return type(model).__name__.removeprefix("FSDP").removeprefix("Sparse")
+def _stub(config: PreTrainedConfig) -> str:
+    """The code that `trust_remote_code` runs where hf_sparse is not imported yet, or not installed."""
+    name, family = type(config).__name__, base_type(type(config).model_type)
+    base, check = base_config_class(family), ""
+    if not base.__module__.startswith("transformers."):
+        check = (
+            "from transformers import CONFIG_MAPPING\n\n"
+            f'if "{family}" not in CONFIG_MAPPING:\n'
+            "    raise ImportError(\n"
+            f"        \"the checkpoint's model has code of its own, type '{family}'. Import it and \"\n"
+            f"        \"call AutoConfig.register('{family}', {base.__name__}) and the Auto class's \"\n"
+            '        "register before the checkpoint is loaded."\n'
+            "    )\n"
+        )
+    return (
+        '"""This checkpoint is compressed by hf_sparse: pip install hf_sparse"""\n\n'
+        f'{check}from hf_sparse import {name}\n\n__all__ = ["{name}"]\n'
+    )
 
 
 def dense_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -72,17 +82,3 @@ def _ours(model: PreTrainedModel) -> tuple[str, ...]:
     """What a config under the family's own type has no place for."""
     sizes = ("block_sizes",) if parts_of(model.config) else ()
     return ("quantization_config", *sizes)
-
-
-def _sparse_config(model: PreTrainedModel, config: SparsityConfig) -> PreTrainedConfig:
-    """The config under the family's sparse model type, with what transformers loads it by."""
-    if isinstance(model.config, SparseConfigMixin):
-        model_config: PreTrainedConfig = copy.deepcopy(model.config)
-    else:
-        check_family(model.config, config.format)
-        model_config = sparse_config_class(model.config.model_type).from_dict(
-            model.config.to_dict()
-        )
-    model_config.architectures = [f"Sparse{dense_class_name(model)}"]
-    model_config.quantization_config = SparseCheckpointConfig(**config.to_dict()).to_dict()
-    return model_config

@@ -20,10 +20,11 @@ from hf_sparse.arguments import check_has_values, check_kinds, check_model, chec
 from hf_sparse.calibration.modes import switched
 from hf_sparse.checkpoint.can_save import check_can_write
 from hf_sparse.checkpoint.card import CARD_NAME, Card, write_card
-from hf_sparse.checkpoint.config_files import dense_class_name, dense_config
+from hf_sparse.checkpoint.config_files import dense_config
 from hf_sparse.checkpoint.overview import overview
 from hf_sparse.checkpoint.save import tensors_to_store
 from hf_sparse.checkpoint.source import described, known_metrics, write_entry
+from hf_sparse.checkpoint.stored_config import dense_class_name
 from hf_sparse.checkpoint.writing import GRAPH_NAME, MANIFEST_NAME
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.exporters import QUANTIZATIONS

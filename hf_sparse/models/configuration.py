@@ -53,12 +53,14 @@ class _SparseTypes(dict[str, type[PreTrainedConfig]]):
 
 
 def _define(base: type[PreTrainedConfig], model_type: str) -> type[PreTrainedConfig]:
-    body = {
+    body: dict[str, Any] = {
         "model_type": model_type,
         "base_model_type": base_type(model_type),
         "__module__": __name__,
         "__doc__": f"{base.__name__} of a sparse checkpoint. Takes the same arguments.",
     }
+    if not base.__module__.startswith("transformers."):  # it may set its values there
+        body["__init__"] = lambda self, *args, **values: base.__init__(self, *args, **values)
     return type(f"Sparse{base.__name__}", (_Registering, base), body)
 
 

@@ -50,6 +50,9 @@ _UPLOAD_ARGUMENTS = {
 }
 
 
+_REGISTERED: set[type[PreTrainedConfig]] = set()
+
+
 class SparseModelMixin:
     """The sparse contract: weights are compressed when saved, and restored when loaded.
 
@@ -183,11 +186,14 @@ def sparse_class_named(name: str) -> type[PreTrainedModel] | None:
     return None
 
 
-@cache
 def register_models(model_type: str) -> None:
     """Register the Sparse classes and the tokenizer of a family with transformers' Auto classes."""
     config_class = sparse_config_class(model_type)
     base_config = base_config_class(model_type)
+    if config_class in _REGISTERED:
+        return
+    if base_config.__module__.startswith("transformers."):  # other code may register more later
+        _REGISTERED.add(config_class)
     parts = set(base_config.sub_configs.values())
     for auto_class in auto_classes():
         bases = classes_of(auto_class, base_config)
