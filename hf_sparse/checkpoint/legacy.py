@@ -94,7 +94,7 @@ def convert_legacy(
     Raises:
         FormatError: the checkpoint is damaged, incomplete, or not what its config promises; the
             message names tensor and file.
-        ValueError: it is no such checkpoint, it is quantised too, its family is not in `FAMILIES`
+        ValueError: it is no such checkpoint, it is quantised too, AutoConfig does not know its type
             (`format="dense"` needs none), `output` lies inside `folder` or holds files without
             `overwrite`, a bad `format`, or a file that would be copied is a link out of the folder.
         OSError: `output` cannot be written or the disk is full. Nothing has changed then.

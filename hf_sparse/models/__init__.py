@@ -13,9 +13,9 @@ from hf_sparse.models import configuration
 
 def __dir__() -> list[str]:
     """The names of the Sparse classes that have an Auto class, and of their configs."""
-    from transformers.models.auto import auto_mappings, modeling_auto
+    from transformers.models.auto import configuration_auto, modeling_auto
 
-    names = {f"Sparse{name}" for name in auto_mappings.CONFIG_MAPPING_NAMES.values()}
+    names = {f"Sparse{name}" for name in configuration_auto.CONFIG_MAPPING_NAMES.values()}
     for mapping, heads in vars(modeling_auto).items():
         if mapping.startswith("MODEL_") and mapping.endswith("_MAPPING_NAMES"):
             for found in heads.values():
