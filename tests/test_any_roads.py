@@ -22,6 +22,7 @@ from hf_sparse import FormatError, SparsityConfig
 from hf_sparse.checkpoint.inspect import inspect_checkpoint
 from tests.any_models import build, tiny_config
 from tests.closeness import same
+from tests.exporting import needs_export
 
 torch.set_num_threads(1)
 HALF = SparsityConfig("unstructured", 0.5)
@@ -183,6 +184,18 @@ def test_a_config_that_does_not_describe_the_model_is_refused_and_nothing_is_los
     with pytest.raises(ValueError, match=r"not the model that its config describes.*mlp.down_proj"):
         hf_sparse.save_pretrained(model, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+@needs_export
+@pytest.mark.parametrize(
+    ("model_type", "inputs"), [("vit", "pixel_values"), ("clip", "other parts")]
+)
+def test_graphs_of_other_inputs_than_tokens_are_refused(
+    model_type: str, inputs: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"{inputs}.*wanted a model of token ids alone"):
+        hf_sparse.export_onnx(made(model_type, AutoModel), tmp_path / "graph")
+    assert not (tmp_path / "graph").exists()
 
 
 def test_a_config_of_far_more_blocks_than_are_stored_is_refused(tmp_path: Path) -> None:
