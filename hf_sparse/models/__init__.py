@@ -15,7 +15,7 @@ def __dir__() -> list[str]:
     """The names of the Sparse classes that have an Auto class, and of their configs."""
     from transformers.models.auto import configuration_auto, modeling_auto
 
-    names = {f"Sparse{name}" for name in configuration_auto.CONFIG_MAPPING_NAMES.values()}
+    names = {f"Sparse{name}" for name in vars(configuration_auto)["CONFIG_MAPPING_NAMES"].values()}
     for mapping, heads in vars(modeling_auto).items():
         if mapping.startswith("MODEL_") and mapping.endswith("_MAPPING_NAMES"):
             for found in heads.values():
