@@ -41,10 +41,9 @@ def save_pretrained(
     untouched until the new ones are complete (see `hf_sparse.files.atomic`).
 
     Args:
-        model: a transformers model; one that is stored compressed is of a family in `FAMILIES`. The
-            adapters of a `peft.PeftModel` are merged into a copy, as by `merge_adapters_`, and the copy
-            is saved: the zeros stay, and loading needs no PEFT. (Its own `save_pretrained` saves
-            the adapter alone.)
+        model: a transformers model, of any type that AutoConfig knows. Of a `peft.PeftModel` a copy is
+            merged and saved, as `merge_adapters_` does it: the zeros stay, and who loads it
+            needs no adapter. (Its own `save_pretrained` saves the adapter alone.)
         folder: made if it does not exist. Other files in it stay, but for weights: what
             `save_compiled` wrote there before, and a `pytorch_model.bin`, with a warning. A README.md
             that is no card of hf_sparse stays, with a warning.
@@ -71,8 +70,9 @@ def save_pretrained(
     Memory: beside the model, one shard.
 
     Raises:
-        ValueError: the model's family is not in `FAMILIES`, an adapter without a mask would fill
-            zeros, a weight breaks the N:M pattern that `config` promises, the format cannot hold
+        ValueError: the model's code is not registered with the Auto classes, or its config does not
+            describe it; an adapter without a mask would fill zeros, a weight breaks the N:M pattern
+            that `config` promises, the format cannot hold
             it, or the folder holds an ONNX export. Nothing has been written then. (With
             `config=None` a broken N:M promise is a warning, and the model is saved as
             `unstructured`: a Trainer must be able to write its checkpoints.)

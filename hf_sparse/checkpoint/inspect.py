@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from hf_sparse.arguments import check_path
+from hf_sparse.checkpoint.candidates import Candidates, candidates_in
 from hf_sparse.checkpoint.index import read_object
 from hf_sparse.checkpoint.promised import CONFIG_NAME, QUANT_METHOD, promised_by
 from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
@@ -39,6 +41,8 @@ class CheckpointSparsity:
         formats: the format of each of those tensors, and of all others that are stored compressed.
         stored_bytes: bytes of each of them in the files, headers aside.
         file_bytes: size of all weight files.
+        candidates: of a dense checkpoint, what pruning would make sparse; None if transformers cannot
+            make its model.
     """
 
     config: SparsityConfig | None
@@ -46,6 +50,7 @@ class CheckpointSparsity:
     formats: dict[str, str]
     stored_bytes: dict[str, int]
     file_bytes: int
+    candidates: Candidates | None = None
 
     def __repr__(self) -> str:
         return (
@@ -66,7 +71,8 @@ class CheckpointSparsity:
         stored = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(formats.items()))
         lines = [f"{self.file_bytes:,} bytes in weight files; {stored}"]
         if self.config is None:
-            return [*lines, "a dense checkpoint: config.json promises nothing"]
+            lines.append("a dense checkpoint: config.json promises nothing")
+            return lines if self.candidates is None else [*lines, str(self.candidates)]
         promised, found = self.config.sparsity, self.report.sparsity
         lines.append(f"config.json promises {self.config.pattern}, sparsity {promised:.4f}")
         if self.report.has_lost_zeros(promised):
@@ -97,8 +103,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
     files = checkpoint_files(folder)
     check_unchanged = watch(files)
     stored = read_headers(files)
-    if config is not None:
-        promised_by(folder, stored).check(stored)
+    is_one = _targets(folder, stored, config)
     counts, formats, sizes, parameters, other_zeros = [], {}, {}, 0, 0
     for tensor in stored:
         parts = read_parts(tensor)
@@ -110,7 +115,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
         with locate(tensor.place):
             weight = decompress(parts) if tensor.compressed else parts[""]
         parameters += weight.numel()
-        target = weight.ndim == 2 and is_target(tensor.name, tensor.compressed, config)
+        target = weight.ndim == 2 and is_one(tensor)
         if target:
             counts.append(_count(tensor, parts, weight, pattern))
         elif weight.is_floating_point():
@@ -121,7 +126,28 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
     check_unchanged()
     report = SparsityReport(tuple(counts), str(pattern), parameters, other_zeros=other_zeros)
     total = sum(file.stat().st_size for file in files)
-    return CheckpointSparsity(config, report, formats, sizes, total)
+    candidates = _candidates(folder, stored) if config is None else None
+    return CheckpointSparsity(config, report, formats, sizes, total, candidates)
+
+
+def _targets(
+    folder: Path, stored: Sequence[StoredTensor], config: SparsityConfig | None
+) -> Callable[[StoredTensor], bool]:
+    """Whether a tensor is a target of the config: in the model that it promises, or by its name."""
+    if config is not None:
+        promised = promised_by(folder, stored)
+        promised.check(stored)
+        if promised.exact:
+            names = promised.targets(config)
+            return lambda tensor: promised.local(tensor.name) in names
+    return lambda tensor: is_target(tensor.name, tensor.compressed, config)
+
+
+def _candidates(folder: Path, stored: Sequence[StoredTensor]) -> Candidates | None:
+    try:
+        return candidates_in(folder, len(stored))
+    except FormatError:  # a model of code that is not here, or none: its tensors are told
+        return None
 
 
 def _count(

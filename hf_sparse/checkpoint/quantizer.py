@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_sparse.checkpoint.promised import QUANT_METHOD, check_shapes, promised_by
+from hf_sparse.checkpoint.promised import (
+    CONFIG_NAME,
+    QUANT_METHOD,
+    Promised,
+    check_shapes,
+    promised_by,
+)
 from hf_sparse.checkpoint.reading import StoredTensor, is_target, read_headers, watch
 from hf_sparse.checkpoint.source import remember_source_
 from hf_sparse.configuration_sparse import SparsityConfig
@@ -30,15 +36,16 @@ from hf_sparse.formats import (
 )
 from hf_sparse.patterns import Pattern
 from hf_sparse.structure.layers import is_conv1d
-from hf_sparse.structure.parts import parts_of
 from hf_sparse.upstream.transformers.loading import (
     QuantizationConfigMixin,
     Restorer,
     WeightConverter,
     conversion_from_parts,
     detach_,
+    number_of_conversions,
     register_quantization_config,
     register_quantizer,
+    without_conversions,
 )
 from hf_sparse.upstream.transformers.models import dtype_plan
 
@@ -75,6 +82,7 @@ class SparseHfQuantizer(Restorer):
         self._errors: list[FormatError] = []
         self._check_unchanged = watch([])
         self._targets: set[str] = set()
+        self._own_conversions = 0
 
     @property
     def is_trainable(self) -> bool:
@@ -111,6 +119,14 @@ class SparseHfQuantizer(Restorer):
             self._targets = promised.targets(self.quantization_config.sparsity)
             _check_blocks(model, stored)
         self._dtype_plan = dtype_plan(model, dtype)
+        self._own_conversions = number_of_conversions(model)
+
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
+        """Leave out the family's own conversions: weights are stored under the model's names."""
+        others = without_conversions(weight_conversions, self._own_conversions)
+        return others + self.get_weight_conversions()
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """One conversion, for every weight: those stored in one part pass as they are."""
@@ -182,18 +198,13 @@ def _check_blocks(model: PreTrainedModel, stored: Sequence[StoredTensor]) -> Non
 
     Cross-attention is new where an encoder becomes a decoder: transformers initialises it.
     """
-    parts = parts_of(model.config)
-    if parts is None:
-        return
-    prefix, stack = f"{model.base_model_prefix}.", f"{parts.stack}."
-    wanted = {name.removeprefix(prefix): value for name, value in model.state_dict().items()}
-    found = {tensor.name.removeprefix(prefix): tensor for tensor in stored}
-    found = {name: tensor for name, tensor in found.items() if name.startswith(stack)}
-    check_shapes(found, {name: tuple(tensor.shape) for name, tensor in wanted.items()})
+    wanted = Promised(model, stored[0].file.parent / CONFIG_NAME, exact=False)
+    found = {wanted.local(tensor.name): tensor for tensor in stored}
+    found = {name: tensor for name, tensor in found.items() if wanted.in_blocks(name)}
+    check_shapes(found, wanted.tensors())
     new = re.compile(r"\.(crossattention|q_attn|ln_cross_attn)\.")
-    parameters = {name.removeprefix(prefix) for name, _ in model.named_parameters()}
-    for name in sorted(wanted.keys() & parameters - found.keys()):
-        if name.startswith(stack) and not new.search(name):
+    for name in map(wanted.local, wanted.missing(found)):
+        if wanted.in_blocks(name) and not new.search(name):
             raise FormatError(
                 f"the model has the weight {name}, but no tensor is stored for it in "
                 f"{stored[0].file.parent}. Load it with the class, the number of blocks "

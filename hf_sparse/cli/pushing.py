@@ -12,8 +12,8 @@ from typing import Any
 
 import hf_sparse
 from hf_sparse.adapters.stored import stored_config
-from hf_sparse.checkpoint.can_save import check_family
 from hf_sparse.checkpoint.reading import check_is_checkpoint
+from hf_sparse.checkpoint.stored_config import check_family
 from hf_sparse.cli.loading import (
     has_tokenizer,
     load,
@@ -67,7 +67,7 @@ def _merged(options: argparse.Namespace) -> tuple[Any, Any]:
         raise ValueError(f"{options.folder} does not tell its base model: give --base FOLDER.")
     check_can_push(options.repo_id)
     try:
-        check_family(skeleton(base, options).config.model_type, "auto")
+        check_family(skeleton(base, options).config, "auto")
         needs_tokenizer = bool(options.tokenizer) or has_tokenizer(base)
         model, tokenizer = load(base, options, needs_tokenizer=needs_tokenizer)
     except (OSError, ValueError) as error:

@@ -85,6 +85,13 @@ def _check_kind(model: Any) -> Head:
         raise ValueError(
             f"a {type(model).__name__} is an encoder and a decoder; wanted a model of one stack."
         )
+    parts = ", and what its other parts read" if len(model.config.sub_configs) > 1 else ""
+    if model.main_input_name != "input_ids" or parts:
+        raise ValueError(
+            f"a {type(model).__name__} takes {model.main_input_name}{parts}; wanted a model of token "
+            "ids alone. transformers' own exporter "
+            "(transformers.exporters.OnnxExporter) writes other graphs, with their zeros in place."
+        )
     text = model.config.get_text_config()
     if "dynamic" in _rope_types(text):
         raise ValueError(

@@ -92,14 +92,16 @@ def matrices(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modu
 
 
 def find_stacks(model: nn.Module) -> list[Stack]:
-    """Find the repeated blocks: the outermost ModuleLists whose items contain weight matrices.
+    """Find the repeated blocks: the outermost lists of modules whose items contain weight matrices.
+
+    A list is a ModuleList, or a Sequential of two blocks or more of one class.
 
     Returns:
         One stack per such list, in the order of the model's modules. Empty when there is none.
     """
     stacks: list[Stack] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module):
+        if not _is_list_of_blocks(module):
             continue
         if any(name.startswith(f"{stack.name}.") for stack in stacks):
             continue
@@ -107,6 +109,12 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         if all(not is_matrix(item) and next(matrices(item), None) for item in items):
             stacks.append(Stack(name, items))
     return stacks
+
+
+def _is_list_of_blocks(module: nn.Module) -> bool:
+    if isinstance(module, nn.Sequential):
+        return len(module) > 1 and len({type(item) for item in module}) == 1
+    return isinstance(module, nn.ModuleList) and len(module) > 0
 
 
 def target_layers(model: nn.Module, config: SparsityConfig | None = None) -> list[TargetLayer]:
@@ -132,8 +140,9 @@ def choose_layers(
     if targets is None:
         if not stacks:
             raise ValueError(
-                f"{type(model).__name__} has no ModuleList of blocks to find weights in. Name the "
-                "layers: SparsityConfig(..., targets=[...])."
+                f"{type(model).__name__} has no ModuleList of blocks to find weights in: none whose "
+                "items have Linear or Conv1D layers inside. Name the layers: SparsityConfig(..., "
+                "targets=[...])."
             )
         named = [layer for stack in stacks for layer in stack.layers()]
     else:

@@ -115,7 +115,7 @@ def sizes_in(config: Any) -> list[BlockSize] | None:
         ValueError: they are damaged.
     """
     stored = getattr(config, "block_sizes", None)
-    if stored is None:
+    if stored is None or parts_of(config) is None:  # other families have values of this name
         return None
     try:
         sizes = [BlockSize(**size) for size in stored]

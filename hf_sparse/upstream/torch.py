@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules_of_torch
+from torch.nn.modules.module import register_module_parameter_registration_hook as on_parameters
 from torch.optim.adamw import adamw as adamw_step
 from torch.optim.optimizer import ParamsT, register_optimizer_step_post_hook
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -36,6 +37,7 @@ __all__ = [
     "has_hooks",
     "is_compiled",
     "is_layer_of_torch",
+    "on_parameters",
     "onednn",
     "parameters_of",
     "register_optimizer_step_post_hook",

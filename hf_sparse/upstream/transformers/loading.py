@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -23,9 +28,12 @@ __all__ = [
     "Restorer",
     "WeightConverter",
     "conversion_from_parts",
+    "convert_alike_",
     "detach_",
+    "number_of_conversions",
     "register_quantization_config",
     "register_quantizer",
+    "without_conversions",
 ]
 # The weight of this name in this model, from its parts by the patterns of their names.
 Restore = Callable[[str, dict[str, Tensor], "PreTrainedModel"], Tensor]
@@ -65,17 +73,34 @@ def conversion_from_parts(
     return _FromParts(list(patterns), "weight", [_Restore(restorer, restore)])
 
 
-def detach_(restorer: Restorer, model: PreTrainedModel) -> None:
-    """Leave no trace of a restorer on a loaded model; conversions of the model's family stay.
+def number_of_conversions(model: PreTrainedModel) -> int:
+    """How many conversions transformers has for dense checkpoints of a model, old ones not counted."""
+    return len(get_model_conversion_mapping(model, add_legacy=False))
 
-    Saving dense reverts those. From 5.24 on transformers drops them together with the quantizer; the
-    conversion from parts has no meaning for a plain model.
+
+def without_conversions(conversions: list[Any], count: int) -> list[Any]:
+    """The conversions of a load without the `count` that are the model's own.
+
+    Those that the caller gave come before them, those of old checkpoints behind.
     """
-    conversions = getattr(model, "_weight_conversions", None) or []
+    end = len(conversions) - len(get_checkpoint_conversion_mapping("legacy") or ())
+    return conversions[: end - count] + conversions[end:]
+
+
+def convert_alike_(name: str, other: str) -> None:
+    """Load dense checkpoints into the class called `name` as into the class called `other`."""
+    conversions = get_checkpoint_conversion_mapping(other)
+    if conversions is not None:
+        register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
+
+
+def detach_(restorer: Restorer, model: PreTrainedModel) -> None:
+    """Leave no trace of a restorer on a loaded model.
+
+    Saving dense then reverts the family's own conversions, as of a model that is new.
+    """
     restorer.remove_quantization_config(model)
-    model._weight_conversions = [  # type: ignore[assignment]
-        conversion for conversion in conversions if not isinstance(conversion, _FromParts)
-    ]
+    vars(model).pop("_weight_conversions", None)
 
 
 class _FromParts(WeightConverter):

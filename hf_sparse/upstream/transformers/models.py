@@ -23,7 +23,6 @@ __all__ = [
     "dtype_plan",
     "forget_output_hooks_",
     "has_own_adapters",
-    "import_configuration",
     "import_modeling",
     "is_from_transformers",
     "modeling_name",
@@ -126,11 +125,6 @@ def modeling_name(family: str) -> str:
     return f"transformers.models.{family}.modeling_{family}"
 
 
-def import_modeling(family: str) -> ModuleType:
-    """The module that has the model classes of a family."""
-    return importlib.import_module(modeling_name(family))
-
-
-def import_configuration(family: str) -> ModuleType:
-    """The module that has the config class of a family."""
-    return importlib.import_module(f"transformers.models.{family}.configuration_{family}")
+def import_modeling(config_class: type) -> ModuleType:
+    """The module that has the model classes for configs of this class."""
+    return importlib.import_module(config_class.__module__.replace(".configuration_", ".modeling_"))
