@@ -15,6 +15,7 @@ from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.structure.families import base_type
 from hf_sparse.structure.parts import parts_of
 from hf_sparse.structure.units import shrunk_sizes
+from hf_sparse.upstream.transformers.models import is_from_transformers
 
 STUB_NAME = "modeling_hf_sparse.py"
 
@@ -47,7 +48,7 @@ def _stub(config: PreTrainedConfig) -> str:
     """The code that `trust_remote_code` runs where hf_sparse is not imported yet, or not installed."""
     name, family = type(config).__name__, base_type(type(config).model_type)
     base, check = base_config_class(family), ""
-    if not base.__module__.startswith("transformers."):
+    if not is_from_transformers(base):
         check = (
             "from transformers import CONFIG_MAPPING\n\n"
             f'if "{family}" not in CONFIG_MAPPING:\n'

@@ -21,6 +21,7 @@ from hf_sparse.checkpoint.sparse_configs import (
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FormatError
 from hf_sparse.structure.parts import parts_of
+from hf_sparse.upstream.transformers.models import is_from_transformers
 
 
 def check_family(config: PreTrainedConfig, format: str) -> None:
@@ -43,7 +44,7 @@ def check_family(config: PreTrainedConfig, format: str) -> None:
             "SparsityConfig(..., format='dense')."
         )
     own = base_config_class(config.model_type)
-    if not own.__module__.startswith("transformers.") and first_class_of(own) is None:
+    if not is_from_transformers(own) and first_class_of(own) is None:
         raise ValueError(
             f"models of type '{config.model_type}' cannot be stored compressed: no Auto class has a "
             f"model for {kind.__name__}, so that nobody could load them. Register it with "

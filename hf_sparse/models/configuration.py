@@ -14,6 +14,7 @@ from hf_sparse.checkpoint.sparse_configs import (
 )
 from hf_sparse.structure.families import base_type, sparse_type
 from hf_sparse.upstream.transformers.configs import extend_types_, registered_configs
+from hf_sparse.upstream.transformers.models import is_from_transformers
 
 
 class _Registering(SparseConfigMixin):
@@ -60,7 +61,7 @@ def _define(base: type[PreTrainedConfig], model_type: str) -> type[PreTrainedCon
         "__module__": __name__,
         "__doc__": f"{base.__name__} of a sparse checkpoint. Takes the same arguments.",
     }
-    if not base.__module__.startswith("transformers."):  # it may set its values there
+    if not is_from_transformers(base):  # it may set its values there
         body["__init__"] = lambda self, *args, **values: base.__init__(self, *args, **values)
     return type(f"Sparse{base.__name__}", (_Registering, base), body)
 

@@ -31,7 +31,7 @@ from hf_sparse.structure.units import resize_
 from hf_sparse.upstream.transformers.auto import auto_classes, register_classes_, tokenizers_of
 from hf_sparse.upstream.transformers.configs import registered_configs
 from hf_sparse.upstream.transformers.loading import convert_alike_
-from hf_sparse.upstream.transformers.models import import_modeling
+from hf_sparse.upstream.transformers.models import import_modeling, is_from_transformers
 
 _UPLOAD_ARGUMENTS = {
     "commit_message",
@@ -180,7 +180,7 @@ def register_models(model_type: str) -> None:
     base_config = base_config_class(model_type)
     if config_class in _REGISTERED:
         return
-    if base_config.__module__.startswith("transformers."):  # other code may register more later
+    if is_from_transformers(base_config):  # other code may register more later
         _REGISTERED.add(config_class)
     parts = set(base_config.sub_configs.values())
     for auto_class in auto_classes():

@@ -580,11 +580,10 @@ def test_old_output_survives_a_failure_and_is_replaced_by_success(tmp_path: Path
     assert same_bits(model, AutoModelForCausalLM.from_pretrained(new))
 
 
-def test_families_without_sparse_classes_convert_to_dense(tmp_path: Path) -> None:
+def test_families_without_known_parts_convert_too(tmp_path: Path) -> None:
     sizes = {**SIZES, "pad_token_id": 0, "num_key_value_heads": 2}
     model = Phi3ForCausalLM(Phi3Config(**sizes))
     old = write_legacy(tmp_path / "old", model)
-    with pytest.raises(ValueError, match=r"phi3.*families: .*llama.*format='dense'"):
-        convert_legacy(old, tmp_path / "new")
-    new = convert_legacy(old, tmp_path / "new", format="dense")
-    assert same_bits(model, AutoModelForCausalLM.from_pretrained(new))
+    for format in ("auto", "dense"):
+        new = convert_legacy(old, tmp_path / format, format=format)
+        assert same_bits(model, AutoModelForCausalLM.from_pretrained(new))

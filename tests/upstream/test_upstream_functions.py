@@ -137,6 +137,15 @@ def test_torch_keeps_what_is_in_a_module_in_places_by_name() -> None:
     assert [name for name, _ in model.named_children()] == ["1"]
 
 
+def test_torch_tells_of_parameters_as_they_are_registered() -> None:
+    names: list[str] = []
+    hook = of_torch.on_parameters(lambda module, name, parameter: names.append(name))
+    nn.Linear(2, 2)
+    hook.remove()
+    nn.Linear(2, 2)
+    assert names == ["weight", "bias"]
+
+
 def test_torch_tells_the_hooks_of_a_module() -> None:
     plain, module = small(), small()
     assert not of_torch.has_hooks(plain)

@@ -12,13 +12,21 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
     GPT2Config,
     LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
+    ViTConfig,
+)
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
 )
 
 import hf_sparse
@@ -28,6 +36,7 @@ from hf_sparse.upstream.transformers import (
     attention,
     auto,
     caches,
+    configs,
     exporting,
     files,
     loading,
@@ -102,13 +111,14 @@ def test_transformers_tells_who_quantized_a_model() -> None:
 
 
 def test_transformers_has_a_module_for_each_family() -> None:
-    assert models.import_modeling("bert").BertModel is BertModel
+    assert models.import_modeling(BertConfig).BertModel is BertModel
     assert models.modeling_name("bert") == BertModel.__module__
-    assert models.import_configuration("bert").BertConfig is BertConfig
     assert models.is_from_transformers(BertModel.forward)
     assert not models.is_from_transformers(nn.Linear)
-    assert {"BertModel", "BertForMaskedLM"} <= auto.head_names("bert")
-    assert (AutoModel, BertModel) in list(auto.auto_classes(BertConfig))
+    assert {"BertModel", "BertForMaskedLM"} <= auto.head_names()
+    assert AutoModel in list(auto.auto_classes())
+    assert auto.mapped_classes(AutoModel, BertConfig) == (BertModel,)
+    assert auto.mapped_classes(AutoModelForCausalLM, ViTConfig) == ()
     assert auto.tokenizers_of(GPT2Config) is not None
     assert "LlamaForCausalLM" in auto.CAUSAL_LM_NAMES
 
@@ -154,7 +164,41 @@ def test_transformers_restores_weights_by_a_restorer_that_leaves_no_trace(tmp_pa
     assert isinstance(conversion, loading.WeightConverter)
     loaded._weight_conversions = [conversion]
     loading.detach_(restorer, loaded)
-    assert loaded._weight_conversions == []
+    assert "_weight_conversions" not in vars(loaded)
+
+
+def test_transformers_converts_dense_checkpoints_of_a_family() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    small = {"num_hidden_layers": 1, "num_key_value_heads": 2, "vocab_size": 16}
+    mixture = MixtralForCausalLM(MixtralConfig(**sizes, **small, num_local_experts=2))
+    count = loading.number_of_conversions(mixture)
+    assert count > loading.number_of_conversions(tiny_model("llama"))
+    known = get_model_conversion_mapping(mixture)
+    assert len(loading.without_conversions(known, count)) == len(known) - count
+    loading.convert_alike_("TriedForCausalLM", "MixtralForCausalLM")
+    known_by_name = get_checkpoint_conversion_mapping("MixtralForCausalLM")
+    assert get_checkpoint_conversion_mapping("TriedForCausalLM") == known_by_name
+
+
+def test_transformers_finds_configs_by_their_types() -> None:
+    class TriedConfig(BertConfig):
+        model_type = "tried_bert"
+
+    class TriedModel(BertModel):
+        config_class = TriedConfig
+
+    assert {"BertConfig", "LlamaConfig"} <= configs.config_names()
+    configs.extend_types_(lambda types: types)
+    AutoConfig.register("tried_bert", TriedConfig)
+    try:
+        assert TriedConfig in configs.registered_configs()
+        auto.register_classes_(AutoModel, TriedConfig, [TriedModel])
+        assert auto.mapped_classes(AutoModel, TriedConfig) == (TriedModel,)
+    finally:
+        configs.extend_types_(
+            lambda types: type(types)({k: v for k, v in types.items() if k != "tried_bert"})
+        )
+    assert configs.with_special_floats(BertConfig, {"a": 1}) == {"a": 1}
 
 
 def test_transformers_exports_and_quantizes() -> None:
