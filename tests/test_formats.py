@@ -376,7 +376,7 @@ def test_nm_refuses_a_group_with_too_many_nonzeros():
 
 @pytest.mark.parametrize(
     "weight",
-    [torch.ones(4), torch.ones(2, 2, 2), torch.ones(2, 2, dtype=torch.int32)]
+    [torch.ones(4), torch.ones(2, 2, 2, 2), torch.ones(2, 2, dtype=torch.int32)]
     + [torch.ones(2, 2, dtype=torch.complex64), torch.ones(2, 2, dtype=torch.bool)]
     + [torch.full((2, 2), 128, dtype=torch.uint8).view(torch.float8_e4m3fnuz)],
 )

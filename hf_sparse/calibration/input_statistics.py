@@ -7,7 +7,7 @@ Layers that are given the same tensor (query, key and value) share one statistic
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
+from hf_sparse.calibration.layer_inputs import watching
 from hf_sparse.calibration.linalg import add_gram_, mirror_
 from hf_sparse.calibration.processes import is_shared, summed
 from hf_sparse.calibration.recording import TokenMasks
@@ -59,7 +60,7 @@ class InputStatistics(ABC):
         self._leaders: dict[str, str] = {}  # the layer whose inputs a layer shares; itself if none
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
-        self._now: dict[str, Tensor] = {}  # inputs of the call of the block that runs
+        self._now: dict[str, object] = {}  # inputs of the call of the block that runs
         self._called: set[str] = set()  # the layers that were given inputs since `_now` was empty
         self._calls: dict[str, int] = {}
         self._runs_once = False
@@ -83,15 +84,10 @@ class InputStatistics(ABC):
         self._now, self._called = {}, set()
         self._calls = dict.fromkeys((layer.name for layer in layers), 0)
         self._runs_once = False
-        hooks = [
-            layer.module.register_forward_pre_hook(partial(self._see, layer.name, stop))
-            for layer in layers
-        ]
         try:
-            yield
+            with watching(layers, lambda: self._masks, partial(self._see, stop)):
+                yield
         finally:
-            for hook in hooks:
-                hook.remove()
             self._now = {}
 
     def end_call(self) -> None:
@@ -135,14 +131,13 @@ class InputStatistics(ABC):
                 if self._leaders.setdefault(name, leader) != leader:
                     raise ValueError(_inconsistent(name, leader))
 
-    def _see(self, name: str, stop: bool, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        given = args[0]
+    def _see(self, stop: bool, name: str, given: object, inputs: Callable[[], Tensor]) -> None:
         if name in self._called:
             self._now, self._called = {}, set()  # called again, on what others may not have seen
         self._called.add(name)
         self._calls[name] += 1
         leader = self._leaders.get(name) or next(
-            (other for other, inputs in self._now.items() if inputs is given), name
+            (other for other, known in self._now.items() if known is given), name
         )
         self._leaders[name] = leader
         if leader != name:
@@ -150,12 +145,11 @@ class InputStatistics(ABC):
                 raise ValueError(_inconsistent(name, leader))
         else:
             self._now[name] = given
-            self._add(name, given)
+            self._add(name, inputs())
         if stop and self._runs_once and all(self._calls.values()):
             raise EnoughSeen
 
-    def _add(self, name: str, given: Tensor) -> None:
-        inputs = self._masks.counted(given.detach())
+    def _add(self, name: str, inputs: Tensor) -> None:
         self._tokens[name] = self._tokens.get(name, 0) + len(inputs)
         if name not in self._sums:
             self._sums[name] = self._new(inputs)

@@ -26,6 +26,7 @@ from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FormatError, decompress, locate, num_bytes, read_layout
 from hf_sparse.patterns import Pattern, Unstructured
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
+from hf_sparse.structure.layers import oriented
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,11 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
     files = checkpoint_files(folder)
     check_unchanged = watch(files)
     stored = read_headers(files)
+    promised, layers = None, {}
     if config is not None:
-        promised_by(folder, stored).check(stored)
+        promised = promised_by(folder, stored)
+        promised.check(stored)
+        layers = promised.targets(config)
     counts, formats, sizes, parameters, other_zeros = [], {}, {}, 0, 0
     for tensor in stored:
         parts = read_parts(tensor)
@@ -110,12 +114,17 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
         with locate(tensor.place):
             weight = decompress(parts) if tensor.compressed else parts[""]
         parameters += weight.numel()
-        target = weight.ndim == 2 and is_target(tensor.name, tensor.compressed, config)
-        if target:
-            counts.append(_count(tensor, parts, weight, pattern))
-        elif weight.is_floating_point():
-            other_zeros += int((weight == 0).sum())
-        if target or tensor.compressed:
+        if promised is not None and promised.exact:
+            own = layers.get(promised.local(tensor.name), ())
+            found = [count_zeros(layer.weight_name, layer.part(weight), pattern) for layer in own]
+        elif is_target(tensor.name, tensor.compressed, config):
+            found = _count(tensor, parts, weight, pattern)
+        else:
+            found = []
+        counts += found
+        if weight.is_floating_point():
+            other_zeros += int((weight == 0).sum()) - sum(count.zeros for count in found)
+        if found or tensor.compressed:
             formats[tensor.name] = tensor.format
             sizes[tensor.name] = num_bytes(parts)
     check_unchanged()
@@ -126,10 +135,17 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
 
 def _count(
     tensor: StoredTensor, parts: dict[str, Tensor], weight: Tensor, pattern: Pattern
-) -> TensorSparsity:
+) -> list[TensorSparsity]:
+    """The counts of a matrix, or of each of a stack; none of other tensors."""
+    if weight.ndim not in (2, 3):
+        return []
+    transposed = tensor.compressed and read_layout(parts).transposed
     if not tensor.compressed:  # nothing tells how its layer orients it
-        return count_zeros(tensor.name, weight, Unstructured())
-    return count_zeros(tensor.name, weight.T if read_layout(parts)[3] else weight, pattern)
+        pattern = Unstructured()
+    matrices = oriented(weight, transposed)
+    if weight.ndim == 2:
+        return [count_zeros(tensor.name, matrices[0], pattern)]
+    return [count_zeros(f"{tensor.name}.{i}", matrix, pattern) for i, matrix in enumerate(matrices)]
 
 
 def read_sparsity_config(folder: Path) -> SparsityConfig | None:

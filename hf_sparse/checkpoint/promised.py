@@ -26,8 +26,8 @@ from hf_sparse.checkpoint.sparse_configs import base_config_class, sparse_config
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FORMATS, FormatError, join, locate
 from hf_sparse.structure.families import FAMILIES, base_type, sparse_type
-from hf_sparse.structure.layers import is_conv1d, target_layers
-from hf_sparse.structure.parts import PARTS, sizes_in
+from hf_sparse.structure.layers import TargetLayer, by_identity, is_transposed, target_layers
+from hf_sparse.structure.parts import sizes_in, stack_of
 from hf_sparse.structure.units import resize_
 
 if TYPE_CHECKING:
@@ -75,20 +75,23 @@ class Promised:
                     f"{tensor.place}: {first.name} is stored, too, and both are the same weight of the "
                     f"{type(self.model).__name__}. The file is damaged: copy or download it again."
                 )
-            found[self._local(tensor.name)] = tensor
+            found[self.local(tensor.name)] = tensor
         self._check_missing(found)
         check_shapes(found, self._shapes(), self._transposed())
 
-    def targets(self, config: SparsityConfig) -> set[str]:
-        """The weights that `config` promises a pattern of, without the base model's prefix.
+    def targets(self, config: SparsityConfig) -> dict[str, tuple[TargetLayer, ...]]:
+        """The layers that `config` promises a pattern of, by the names of their parameters.
+
+        These are without the base model's prefix.
 
         Raises:
             FormatError: the model has no such layers.
         """
         if not self.exact:
-            return set()
+            return {}
         with describing(self.file):
-            return {self._local(layer.weight_name) for layer in target_layers(self.model, config)}
+            held = by_identity(target_layers(self.model, config))
+        return {self.local(layers[0].parameter_name): layers for layers in held.values()}
 
     def _check_missing(self, found: Mapping[str, StoredTensor]) -> None:
         model = self.model
@@ -105,7 +108,7 @@ class Promised:
         missing = [
             names[0]
             for names in shared.values()
-            if not any(self._local(name) in found for name in names)
+            if not any(self.local(name) in found for name in names)
             and not any(re.search(pattern, name) for pattern in ignored for name in names)
             and (self.exact or self._in_blocks(names[0]))
         ]
@@ -115,7 +118,7 @@ class Promised:
                 f"{self.file.name} describes, first {missing[0]}. {_AGAIN}"
             )
         known = {name for name, _ in model.named_buffers()} | model.state_dict().keys()
-        known = {self._local(name) for name in known}
+        known = {self.local(name) for name in known}
         passed = model._keys_to_ignore_on_load_unexpected or ()
         for name, tensor in found.items():
             if name in known or any(re.search(pattern, name) for pattern in passed):
@@ -126,31 +129,33 @@ class Promised:
                     f"no such tensor. {_AGAIN}"
                 )
 
-    def _local(self, name: str) -> str:
+    def local(self, name: str) -> str:
         """A name without the base model's prefix, which heads put before it."""
         return name.removeprefix(f"{self.model.base_model_prefix}.")
 
     def _meant(self, name: str) -> str:
         """The weight that transformers takes a name for: prefixes are cut off, old names replaced."""
-        while name != (local := self._local(name)):
+        while name != (local := self.local(name)):
             name = local
         for old, new in _OLD_NAMES.items():
             name = name.replace(old, new)
         return name
 
     def _in_blocks(self, name: str) -> bool:
-        stack = PARTS[base_type(self.model.config.model_type)].stack
-        return self._local(name).startswith(f"{stack}.")
+        stack = stack_of(base_type(self.model.config.model_type))
+        return self.local(name).startswith(f"{stack}.")
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         tensors = self.model.state_dict()
-        return {self._local(name): tuple(tensor.shape) for name, tensor in tensors.items()}
+        return {self.local(name): tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def _transposed(self) -> dict[str, bool]:
-        """Whether a layer's weight is stored `(in_features, out_features)`, by its name."""
+        """Whether a weight is stored `(in_features, out_features)`, by its name."""
+        modules = dict(self.model.named_modules())
         return {
-            self._local(join(name, "weight")): is_conv1d(module)
-            for name, module in self.model.named_modules()
+            self.local(name): is_transposed(modules[name.rpartition(".")[0]], attribute)
+            for name, _ in self.model.named_parameters(remove_duplicate=False)
+            for attribute in [name.rpartition(".")[2]]
         }
 
 
@@ -240,8 +245,8 @@ def check_shapes(
                 if tensor.compressed:
                     layout = reader.get_tensor(join(tensor.name, "layout"))
                     with locate(tensor.place):
-                        rows, columns, flipped, _ = FORMATS[tensor.format].read_layout(layout)
-                    shape = (columns, rows) if flipped else (rows, columns)
+                        known = FORMATS[tensor.format].read_layout(layout)
+                    shape, flipped = known.shape, known.transposed
                 if shape != shapes[name]:
                     raise FormatError(
                         f"{tensor.place}: shape mismatch: {shape} is stored, the model of "
@@ -272,7 +277,7 @@ def _check_counts(
             raise FormatError(f"{file} has no {others.get(key, key)}. {_AGAIN}")
     key = others.get("num_hidden_layers", "num_hidden_layers")
     count = values.get(key, values.get("num_hidden_layers"))
-    counted = {key: (count, re.escape(PARTS[family].stack))}
+    counted = {key: (count, re.escape(stack_of(family)))}
     if family in _COUNTED:
         counted = {key: (values.get(key, 1), path) for key, path in _COUNTED[family].items()}
     for key, (wanted, path) in counted.items():

@@ -38,8 +38,8 @@ from hf_sparse.checkpoint.writing import (
 )
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.files.atomic import replacing
-from hf_sparse.formats import FORMATS, can_compress, compress, format_of, num_nonzeros
-from hf_sparse.patterns import Pattern
+from hf_sparse.formats import FORMATS, can_compress, compress, format_of
+from hf_sparse.patterns import Pattern, Unstructured
 from hf_sparse.provenance.record import remember_
 from hf_sparse.provenance.values import Metric, Provenance
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
@@ -50,7 +50,7 @@ from hf_sparse.structure.layers import (
     num_parameters,
 )
 from hf_sparse.structure.promise import Held
-from hf_sparse.structure.targets import Targets
+from hf_sparse.structure.targets import Targets, by_parameter
 
 ADAPTERS = (
     "the model has adapters, which a sparse checkpoint does not hold. Merge them "
@@ -198,11 +198,10 @@ def _write(
     for part in _stored_parts(model, plan, written.held, watch):
         writer.add(part.name, part.parts)
         written.other_zeros += part.other_zeros
-        if part.is_target:
-            written.counts.append(part.counts[0])
+        written.counts += part.targets
+        written.others += part.others
+        if part.targets:
             written.formats[format_of(part.parts)] += 1
-        else:
-            written.others += part.counts
     writer.close(num_parameters(model))
     return written
 
@@ -277,14 +276,15 @@ class _Stored:
     """One tensor of a checkpoint: its parts, and what was counted in it.
 
     Attributes:
-        counts: those of a target, or of another matrix of the blocks; else none.
-        other_zeros: the zeros of a weight that is no target.
+        targets: of the targets in it: one, or several of a stack; else none.
+        others: of the other matrices of the blocks in it.
+        other_zeros: the zeros of what is no target.
     """
 
     name: str
     parts: dict[str, Tensor]
-    counts: tuple[TensorSparsity, ...] = ()
-    is_target: bool = False
+    targets: tuple[TensorSparsity, ...] = ()
+    others: tuple[TensorSparsity, ...] = ()
     other_zeros: int = 0
 
 
@@ -297,27 +297,29 @@ def _stored_parts(
     where that is smaller. Takes the tensors out of the plan.
     """
     config, tensors = plan.targets.config, plan.tensors
-    targets = plan.targets.by_weight(model)
-    blocks = {id(layer.parameter): layer for layer in plan.targets.others}
-    others = dict(model.named_parameters(remove_duplicate=False))
+    targets = plan.targets.by_parameter(model)
+    others = by_parameter(model, plan.targets.others)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     dense = {}
     for name in list(tensors):
         tensor = load_offloaded(model, name, tensors.pop(name))
         watch.add(name, tensor)
-        stored = _Stored(name, {"": tensor})
-        if name in targets:
-            layer = targets[name]
-            parts, count = _compress(name, tensor, layer, config)
-            held.add(name, tensor.T if layer.transposed else tensor)
-            stored = _Stored(name, parts, (count,), True)
-        elif name in others:
+        stored, own = _Stored(name, {"": tensor}), targets.get(name, ())
+        rest = tuple(
+            count_other(layer.weight_name, layer.part(tensor), plan.patterns)
+            for layer in others.get(name, ())
+        )
+        if own:
+            parts, counts = _compress(name, tensor, own, config, whole=not rest)
+            for layer in own:
+                held.add(layer.weight_name, layer.part(tensor))
+            zeros = sum(count.zeros for count in rest)
+            stored = _Stored(name, parts, counts, rest, zeros)
+        elif name in parameters:
             zeros = int((tensor == 0).sum())
-            stored = replace(stored, other_zeros=zeros)
-            if (block := blocks.get(id(others[name]))) is not None:
-                weight = tensor.T if block.transposed else tensor
-                stored = replace(stored, counts=(count_other(name, weight, plan.patterns),))
-                if zeros and can_compress(tensor):
-                    stored = replace(stored, parts=compress(tensor))
+            stored = replace(stored, others=rest, other_zeros=zeros)
+            if rest and zeros and can_compress(tensor):
+                stored = replace(stored, parts=compress(tensor))
         if config.format == "dense":
             dense[name] = tensor
             stored = replace(stored, parts={})
@@ -328,22 +330,33 @@ def _stored_parts(
 
 
 def _compress(
-    name: str, tensor: Tensor, layer: TargetLayer, config: SparsityConfig
-) -> tuple[dict[str, Tensor], TensorSparsity]:
-    pattern, weight = config.pattern, tensor.T if layer.transposed else tensor
+    name: str, tensor: Tensor, layers: Sequence[TargetLayer], config: SparsityConfig, *, whole: bool
+) -> tuple[dict[str, Tensor], tuple[TensorSparsity, ...]]:
+    """The parts of a tensor, and the counts of the targets in it.
+
+    Args:
+        name: of the tensor.
+        tensor: a matrix, or a stack of them.
+        layers: the targets in it.
+        config: what they were pruned to, and the format.
+        whole: whether it holds nothing else.
+    """
+    pattern = config.pattern
     try:
-        parts = compress(tensor, config.format, pattern, transposed=layer.transposed)
+        parts = compress(tensor, config.format, pattern, transposed=layers[0].transposed)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    if pattern.implied_sparsity is None or FORMATS[format_of(parts)].proves(pattern):
-        return parts, TensorSparsity(
-            name, (weight.shape[0], weight.shape[1]), tensor.numel() - num_nonzeros(parts), 0
+    if whole and (pattern.implied_sparsity is None or FORMATS[format_of(parts)].proves(pattern)):
+        anything = Unstructured()
+        return parts, tuple(
+            count_zeros(layer.weight_name, layer.part(tensor), anything) for layer in layers
         )
-    count = count_zeros(name, weight, pattern)
-    if count.violations:
-        raise ValueError(
-            f"{name}: {count.violations} groups {pattern.violation}, but the config promises pattern "
-            f"'{pattern}'. Prune the model to it again, or save with "
-            f'config=SparsityConfig("unstructured", sparsity={count.sparsity:.2f}).'
-        )
-    return parts, count
+    counts = tuple(count_zeros(layer.weight_name, layer.part(tensor), pattern) for layer in layers)
+    for count in counts:
+        if count.violations:
+            raise ValueError(
+                f"{count.name}: {count.violations} groups {pattern.violation}, but the config promises "
+                f"pattern '{pattern}'. Prune the model to it again, or save with "
+                f'config=SparsityConfig("unstructured", sparsity={count.sparsity:.2f}).'
+            )
+    return parts, counts

@@ -83,7 +83,7 @@ class LayerPruner:
         task.notes.merge(gather_object([notes]))
         for seen, owner in zip(groups, owners, strict=True):
             for layer in seen.layers:
-                stored = layer.parameter.data
+                stored = layer.stored(layer.parameter.data)
                 stored.copy_(broadcast(stored, from_process=owner))
 
     def pruned(self, problem: Problem) -> list[Tensor]:

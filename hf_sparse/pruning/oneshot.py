@@ -24,7 +24,7 @@ from hf_sparse.report import SparsityReport, count_targets
 from hf_sparse.structure.layers import (
     PRUNED_WITH,
     check_divides,
-    stacked_weights,
+    left_out,
 )
 from hf_sparse.structure.promise import Held
 from hf_sparse.structure.targets import Targets
@@ -130,11 +130,11 @@ def prune_(
 
 def notes_on(targets: Targets) -> tuple[str, ...]:
     """What the default targets leave out of the blocks, for the report."""
-    if targets.config.targets is not None or not (missed := stacked_weights(targets.stacks)):
+    if targets.config.targets is not None or not (missed := left_out(targets.stacks)):
         return ()
     return (
-        f"{missed:,} weights in the blocks are no matrices of their own (the experts of a mixture, "
-        "convolutions) and were not pruned.",
+        f"{missed:,} weights in the blocks are in stacks of no known kind (convolutions, experts that "
+        "transformers does not run by its ExpertsInterface) and were not pruned.",
     )
 
 

@@ -88,6 +88,11 @@ def parts_of(config: Any) -> Parts | None:
     return PARTS.get(base_type(getattr(config, "model_type", "")))
 
 
+def stack_of(family: str) -> str:
+    """The path of the list of blocks in a family's base model."""
+    return PARTS[family].stack if family in PARTS else "layers"
+
+
 @dataclass(frozen=True)
 class BlockSize:
     """How many units a block has: heads of queries, heads of keys and values, neurons."""
