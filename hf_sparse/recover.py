@@ -36,7 +36,7 @@ from hf_sparse.optim.zeros import fingerprint, is_sparse, sparse_layers
 from hf_sparse.provenance.record import forget_teaching_, record_, record_training_
 from hf_sparse.provenance.values import Calibration, Step, pairs
 from hf_sparse.report import SparsityReport, measure_sparsity
-from hf_sparse.structure.layers import TargetLayer, has_adapters, promised_config
+from hf_sparse.structure.layers import TargetLayer, has_adapters, parameters_of, promised_config
 from hf_sparse.suggestions import check_name
 
 _WARM_UP = 0.1
@@ -242,21 +242,24 @@ def recover_(
     inputs = _labelled(given, model, method)
     layers = sparse_layers(model)
     _check_model(model, layers, method)
-    zeros = fingerprint(layer.parameter.detach() for layer in layers)
+    zeros = fingerprint(map(torch.Tensor.detach, parameters_of(layers)))
     start = time.perf_counter()
     distillation = None if teacher is None else Distillation(teacher, logits=logits)
     torch.manual_seed(seed)
     recovery = Recovery.of(method, layers, lr, r, epochs=epochs, accumulate=accumulate, seed=seed)
     with recovery.prepared(model, layers) as trained, _taught(model, distillation):
         losses = recovery.run(trained, inputs, freeze=recovery.r is None)
-    if fingerprint(layer.parameter.detach() for layer in sparse_layers(model)) != zeros:
+    if fingerprint(map(torch.Tensor.detach, parameters_of(sparse_layers(model)))) != zeros:
         raise ValueError("the zeros of the model have changed while it was trained. Load it again.")
     report = replace(
         measure_sparsity(model, promised_config(model)),
         method=f"recovery by {method}",
         options={**recovery.options, "distilled": teacher is not None},
         seconds=time.perf_counter() - start,
-        notes=(f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end",),
+        notes=(
+            f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end",
+            *_left_alone(layers, recovery),
+        ),
     )
     data = Calibration.of(given, hash_of(given))
     step = Step.of(f"recovery by {method}", recovery.options, calibration=data, seed=seed)
@@ -296,6 +299,11 @@ def _check_model(model: nn.Module, layers: Sequence[TargetLayer], method: str) -
         raise ValueError(
             f"{type(model).__name__} has no zeros to keep. Prune it first: hf_sparse.prune_."
         )
+    if RECOVERIES[method].r is not None and not _adaptable(layers):
+        raise ValueError(
+            f"the sparse weights of {type(model).__name__} are experts in 3-D parameters, which no "
+            "adapter that keeps zeros reaches. Take method='finetune'."
+        )
     if method == "finetune" and any(p.dtype != torch.float32 for p in model.parameters()):
         raise ValueError(
             "fine-tuning all weights of a model in half precision loses small updates. Load it with "
@@ -321,15 +329,32 @@ def _shira_rank(r: int, layers: Sequence[TargetLayer]) -> int:
     """The default rank, or the largest that the smallest of the layers has weights for."""
     from hf_sparse.adapters.shira import largest_rank
 
-    most, _ = largest_rank((layer.name, layer.parameter.detach()) for layer in layers)
+    known = ((layer.name, layer.parameter.detach()) for layer in _adaptable(layers))
+    most, _ = largest_rank(known)
     return max(1, min(r, most))
+
+
+def _adaptable(layers: Sequence[TargetLayer]) -> list[TargetLayer]:
+    """The layers that adapters are for: modules of their own, no experts in 3-D parameters."""
+    return [layer for layer in layers if layer.stack is None]
+
+
+def _left_alone(layers: Sequence[TargetLayer], recovery: Recovery) -> tuple[str, ...]:
+    """A sentence for the report if an adapter did not reach all sparse layers."""
+    experts = len(layers) - len(_adaptable(layers))
+    if recovery.r is None or not experts:
+        return ()
+    return (
+        f"{experts} matrices of experts stay as they were: adapters that keep zeros are for Linear and "
+        "Conv1D layers. method='finetune' trains the experts too.",
+    )
 
 
 def _adapter(method: str, r: int, layers: Sequence[TargetLayer], seed: int) -> Any:
     """PEFT's config for an adapter on all sparse layers."""
     from peft import LoraConfig, ShiraConfig
 
-    names = [layer.name for layer in layers]
+    names = [layer.name for layer in _adaptable(layers)]
     if method == "shira":
         return ShiraConfig(r=r, target_modules=names, random_seed=seed)
     return LoraConfig(r=r, lora_alpha=2 * r, target_modules=names)

@@ -445,7 +445,7 @@ def test_wrong_types_and_shapes_of_parts_are_refused(name):
     for layout in (parts["layout"].int(), parts["layout"].double(), parts["layout"][None]):
         refused({**parts, "layout": layout})
     refused({**parts, "layout": parts["layout"][:-1]})
-    refused({**parts, "layout": torch.cat([parts["layout"], torch.tensor([1])])})
+    refused({**parts, "layout": torch.cat([parts["layout"], torch.tensor([1, 1])])})
 
 
 @pytest.mark.parametrize("name", CODED)

@@ -16,7 +16,7 @@ import torch
 RELIED_ON = [
     ("transformers.core_model_loading", "ConversionOps.convert", "checkpoint.quantizer"),
     ("transformers.core_model_loading", "WeightConverter.add_tensor", "checkpoint.quantizer"),
-    ("transformers.core_model_loading", "revert_weight_conversion", "checkpoint.save"),
+    ("transformers.core_model_loading", "revert_weight_conversion", "checkpoint.stored_parts"),
     ("transformers.integrations.accelerate", "load_offloaded_parameter", "checkpoint.implied"),
     ("transformers.modeling_utils", "remove_tied_weights_from_state_dict", "checkpoint.save"),
     ("transformers.modeling_utils", "PreTrainedModel._get_dtype_plan", "checkpoint.quantizer"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch.distributed as dist
 from accelerate.utils import convert_file_size_to_int
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hf_sparse.arguments import check_has_values, check_kinds, check_model, check_saves
@@ -25,11 +24,11 @@ from hf_sparse.checkpoint.implied import (
     Filled,
     filled_since,
     implied_config,
-    load_offloaded,
     of_less,
 )
-from hf_sparse.checkpoint.overview import Overview, count_other, patterns_by_weight
+from hf_sparse.checkpoint.overview import Overview, patterns_by_weight
 from hf_sparse.checkpoint.source import MetricsWatch, described, write_entry
+from hf_sparse.checkpoint.stored_parts import stored_parts
 from hf_sparse.checkpoint.writing import (
     ShardWriter,
     check_folder,
@@ -38,19 +37,18 @@ from hf_sparse.checkpoint.writing import (
 )
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.files.atomic import replacing
-from hf_sparse.formats import FORMATS, can_compress, compress, format_of
-from hf_sparse.patterns import Pattern, Unstructured
+from hf_sparse.formats import format_of
+from hf_sparse.patterns import Pattern
 from hf_sparse.provenance.record import remember_
 from hf_sparse.provenance.values import Metric, Provenance
-from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
+from hf_sparse.report import SparsityReport, TensorSparsity
 from hf_sparse.structure.layers import (
-    TargetLayer,
     check_has_weights,
     has_adapters,
     num_parameters,
 )
 from hf_sparse.structure.promise import Held
-from hf_sparse.structure.targets import Targets, by_parameter
+from hf_sparse.structure.targets import Targets
 
 ADAPTERS = (
     "the model has adapters, which a sparse checkpoint does not hold. Merge them "
@@ -195,7 +193,7 @@ def _write(
 ) -> _Written:
     """Write all weights."""
     written = _Written(Held(plan.targets.config))
-    for part in _stored_parts(model, plan, written.held, watch):
+    for part in stored_parts(model, plan.targets, plan.tensors, plan.patterns, written.held, watch):
         writer.add(part.name, part.parts)
         written.other_zeros += part.other_zeros
         written.counts += part.targets
@@ -269,94 +267,3 @@ def tensors_to_store(
             "put before the names, and give all weights."
         )
     return remove_tied_weights_from_state_dict(dict(state_dict), model)
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """One tensor of a checkpoint: its parts, and what was counted in it.
-
-    Attributes:
-        targets: of the targets in it: one, or several of a stack; else none.
-        others: of the other matrices of the blocks in it.
-        other_zeros: the zeros of what is no target.
-    """
-
-    name: str
-    parts: dict[str, Tensor]
-    targets: tuple[TensorSparsity, ...] = ()
-    others: tuple[TensorSparsity, ...] = ()
-    other_zeros: int = 0
-
-
-def _stored_parts(
-    model: PreTrainedModel, plan: _Plan, held: Held, watch: MetricsWatch
-) -> Iterator[_Stored]:
-    """Every tensor with its parts and counts.
-
-    Other matrices of the blocks, which an earlier pruning may have left zeros in, are compressed
-    where that is smaller. Takes the tensors out of the plan.
-    """
-    config, tensors = plan.targets.config, plan.tensors
-    targets = plan.targets.by_parameter(model)
-    others = by_parameter(model, plan.targets.others)
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    dense = {}
-    for name in list(tensors):
-        tensor = load_offloaded(model, name, tensors.pop(name))
-        watch.add(name, tensor)
-        stored, own = _Stored(name, {"": tensor}), targets.get(name, ())
-        rest = tuple(
-            count_other(layer.weight_name, layer.part(tensor), plan.patterns)
-            for layer in others.get(name, ())
-        )
-        if own:
-            parts, counts = _compress(name, tensor, own, config, whole=not rest)
-            for layer in own:
-                held.add(layer.weight_name, layer.part(tensor))
-            zeros = sum(count.zeros for count in rest)
-            stored = _Stored(name, parts, counts, rest, zeros)
-        elif name in parameters:
-            zeros = int((tensor == 0).sum())
-            stored = replace(stored, others=rest, other_zeros=zeros)
-            if rest and zeros and can_compress(tensor):
-                stored = replace(stored, parts=compress(tensor))
-        if config.format == "dense":
-            dense[name] = tensor
-            stored = replace(stored, parts={})
-        yield stored
-    # Other programs want the names of the original checkpoint.
-    for name, tensor in revert_weight_conversion(model, dense).items() if dense else ():
-        yield _Stored(name, {"": tensor})
-
-
-def _compress(
-    name: str, tensor: Tensor, layers: Sequence[TargetLayer], config: SparsityConfig, *, whole: bool
-) -> tuple[dict[str, Tensor], tuple[TensorSparsity, ...]]:
-    """The parts of a tensor, and the counts of the targets in it.
-
-    Args:
-        name: of the tensor.
-        tensor: a matrix, or a stack of them.
-        layers: the targets in it.
-        config: what they were pruned to, and the format.
-        whole: whether it holds nothing else.
-    """
-    pattern = config.pattern
-    try:
-        parts = compress(tensor, config.format, pattern, transposed=layers[0].transposed)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    if whole and (pattern.implied_sparsity is None or FORMATS[format_of(parts)].proves(pattern)):
-        anything = Unstructured()
-        return parts, tuple(
-            count_zeros(layer.weight_name, layer.part(tensor), anything) for layer in layers
-        )
-    counts = tuple(count_zeros(layer.weight_name, layer.part(tensor), pattern) for layer in layers)
-    for count in counts:
-        if count.violations:
-            raise ValueError(
-                f"{count.name}: {count.violations} groups {pattern.violation}, but the config promises "
-                f"pattern '{pattern}'. Prune the model to it again, or save with "
-                f'config=SparsityConfig("unstructured", sparsity={count.sparsity:.2f}).'
-            )
-    return parts, counts

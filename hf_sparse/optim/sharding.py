@@ -31,7 +31,9 @@ def check_shardable(name: str, parameter: Tensor, pattern: Pattern) -> None:
         raise ValueError(
             f"{name} is sharded as {parameter.placements}; wanted shards of rows, as FSDP2 makes them."
         )
-    if pattern.least_span(parameter.shape) > 1:
+    if (
+        parameter.ndim < 3 and pattern.least_span(parameter.shape) > 1
+    ):  # matrices of stacks are whole
         raise ValueError(
             f"{name} is sharded by rows, and the groups of pattern '{pattern}' span rows. Under FSDP "
             "use unstructured, N:M, row or block:1xC, or train with DDP."
