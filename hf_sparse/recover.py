@@ -20,6 +20,7 @@ from transformers.utils.logging import tqdm
 from hf_sparse.adapters.checks import is_peft_model
 from hf_sparse.adapters.loading import get_peft_model, import_peft
 from hf_sparse.adapters.merging import merge_
+from hf_sparse.adapters.on_layers import adaptable, adapter_on, left_alone, shira_rank
 from hf_sparse.arguments import check_gradients, check_has_values, check_kinds, check_model
 from hf_sparse.calibration.losses import (
     check_labels,
@@ -97,7 +98,7 @@ class Recovery:
         """The recovery of a model's sparse layers; None stands for the method's own value."""
         default = RECOVERIES[method]
         if r is None and default.r is not None:
-            r = _shira_rank(default.r, layers) if method == "shira" else default.r
+            r = shira_rank(default.r, layers) if method == "shira" else default.r
         return cls(method, lr or default.lr, r, **settings)
 
     @property
@@ -117,7 +118,7 @@ class Recovery:
                 yield model
             return
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        trained = get_peft_model(model, _adapter(self.method, self.r, layers, self.seed))
+        trained = get_peft_model(model, adapter_on(self.method, self.r, layers, self.seed))
         try:
             with switched(model):
                 yield trained
@@ -258,7 +259,7 @@ def recover_(
         seconds=time.perf_counter() - start,
         notes=(
             f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end",
-            *_left_alone(layers, recovery),
+            *(left_alone(layers) if recovery.r is not None else ()),
         ),
     )
     data = Calibration.of(given, hash_of(given))
@@ -299,7 +300,7 @@ def _check_model(model: nn.Module, layers: Sequence[TargetLayer], method: str) -
         raise ValueError(
             f"{type(model).__name__} has no zeros to keep. Prune it first: hf_sparse.prune_."
         )
-    if RECOVERIES[method].r is not None and not _adaptable(layers):
+    if RECOVERIES[method].r is not None and not adaptable(layers):
         raise ValueError(
             f"the sparse weights of {type(model).__name__} are experts in 3-D parameters, which no "
             "adapter that keeps zeros reaches. Take method='finetune'."
@@ -323,41 +324,6 @@ def _taught(model: nn.Module, distillation: Distillation | None) -> Iterator[Non
         yield
     finally:
         distillation.remove()
-
-
-def _shira_rank(r: int, layers: Sequence[TargetLayer]) -> int:
-    """The default rank, or the largest that the smallest of the layers has weights for."""
-    from hf_sparse.adapters.shira import largest_rank
-
-    known = ((layer.name, layer.parameter.detach()) for layer in _adaptable(layers))
-    most, _ = largest_rank(known)
-    return max(1, min(r, most))
-
-
-def _adaptable(layers: Sequence[TargetLayer]) -> list[TargetLayer]:
-    """The layers that adapters are for: modules of their own, no experts in 3-D parameters."""
-    return [layer for layer in layers if layer.stack is None]
-
-
-def _left_alone(layers: Sequence[TargetLayer], recovery: Recovery) -> tuple[str, ...]:
-    """A sentence for the report if an adapter did not reach all sparse layers."""
-    experts = len(layers) - len(_adaptable(layers))
-    if recovery.r is None or not experts:
-        return ()
-    return (
-        f"{experts} matrices of experts stay as they were: adapters that keep zeros are for Linear and "
-        "Conv1D layers. method='finetune' trains the experts too.",
-    )
-
-
-def _adapter(method: str, r: int, layers: Sequence[TargetLayer], seed: int) -> Any:
-    """PEFT's config for an adapter on all sparse layers."""
-    from peft import LoraConfig, ShiraConfig
-
-    names = [layer.name for layer in _adaptable(layers)]
-    if method == "shira":
-        return ShiraConfig(r=r, target_modules=names, random_seed=seed)
-    return LoraConfig(r=r, lora_alpha=2 * r, target_modules=names)
 
 
 def _share(step: int, steps: int) -> float:

@@ -24,6 +24,10 @@ from hf_sparse.calibration.recording import TokenMasks
 from hf_sparse.calibration.walk import EnoughSeen
 from hf_sparse.structure.layers import TargetLayer
 
+# The sums of the layers of a block that are seen in one pass take so many bytes, if experts are among
+# them: a mixture has hundreds, and each has Gram matrices of its own.
+LARGEST_SUMS = 1 << 30
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -64,6 +68,33 @@ class InputStatistics(ABC):
         self._called: set[str] = set()  # the layers that were given inputs since `_now` was empty
         self._calls: dict[str, int] = {}
         self._runs_once = False
+
+    def passes(
+        self, layers: Sequence[TargetLayer], limit: int = LARGEST_SUMS
+    ) -> list[list[TargetLayer]]:
+        """Cut layers into parts that are to be seen in one pass over the data each.
+
+        The first part has all layers but experts. Experts are added to it, and to further parts, while
+        the sums of a part take at most `limit` bytes; both matrices of an expert follow each other.
+        """
+        parts = [[layer for layer in layers if layer.stack is None]]
+        used = sum(self.size(layer) for layer in parts[0])
+        experts = [layer for layer in layers if layer.stack is not None]
+        first: dict[int, int] = {}
+        for number, layer in enumerate(experts):
+            first.setdefault(id(layer.module), number)
+        for layer in sorted(experts, key=lambda one: (first[id(one.module)], one.expert)):
+            size = self.size(layer)
+            if parts[-1] and used + size > limit:
+                parts.append([])
+                used = 0
+            parts[-1].append(layer)
+            used += size
+        return parts
+
+    @abstractmethod
+    def size(self, layer: TargetLayer) -> int:
+        """The bytes of the sum for a layer, if it shares its inputs with no other."""
 
     def on_batch(self, masks: TokenMasks) -> None:
         """Which tokens of the next inputs count."""
@@ -180,6 +211,9 @@ class Norms(InputStatistics):
     def _new(self, inputs: Tensor) -> Tensor:
         return torch.zeros(inputs.shape[-1], dtype=torch.float64, device=inputs.device)
 
+    def size(self, layer: TargetLayer) -> int:
+        return 8 * layer.weight.shape[1]
+
     def _accumulate(self, total: Tensor, inputs: Tensor) -> None:
         total += torch.linalg.vector_norm(inputs.float(), dim=0).double().square()
 
@@ -193,6 +227,9 @@ class Grams(InputStatistics):
     def _new(self, inputs: Tensor) -> Tensor:
         features = inputs.shape[-1]
         return torch.zeros(features, features, dtype=torch.float64, device=inputs.device)
+
+    def size(self, layer: TargetLayer) -> int:
+        return 8 * layer.weight.shape[1] ** 2
 
     def _accumulate(self, total: Tensor, inputs: Tensor) -> None:
         add_gram_(total, inputs)
