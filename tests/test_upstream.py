@@ -38,6 +38,7 @@ RELIED_ON = [
     ("transformers.masking_utils", "AttentionMaskInterface.register", "runtime.model.compiled"),
     ("transformers.cache_utils", "CacheLayerMixin", "runtime.programs.cache"),
     ("transformers.cache_utils", "DynamicLayer", "runtime.programs.cache"),
+    ("transformers.quantizers.auto", "AUTO_QUANTIZATION_CONFIG_MAPPING", "pruning.loading"),
     ("torch.optim.adamw", "adamw", "optim.movement"),
     ("torch.utils._pytree", "tree_flatten", "calibration.recording"),
     ("torch.utils._pytree", "tree_unflatten", "calibration.recording"),

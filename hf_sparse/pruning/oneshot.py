@@ -15,6 +15,7 @@ from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.processes import own_batches
 from hf_sparse.calibration.walk import Residence
 from hf_sparse.calibration.windows import checked_batches, fingerprint
+from hf_sparse.checkpoint.can_save import check_not_quantized
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
@@ -94,6 +95,7 @@ def prune_(
         )
     check_config(config)
     check_not_compiled(model)
+    check_not_quantized(model)
     targets = Targets.of(model, config)
     recipe = Recipe.of(method, targets.pattern, options)
     recipe.check_sharding(targets.layers, targets.pattern)

@@ -50,7 +50,7 @@ from hf_sparse.formats import FormatError
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.pruning.allocation import allocate
-from hf_sparse.pruning.loading import dense_model_class
+from hf_sparse.pruning.loading import dense_model_class, restored
 from hf_sparse.pruning.methods import Recipe
 from hf_sparse.pruning.on_disk import OnDisk
 from hf_sparse.pruning.oneshot import notes_on
@@ -239,7 +239,7 @@ def _load(
     """The model with its weights left on the disk, all of them.
 
     Weights that are not stored as the model has them, such as the experts of a mixture each in a tensor
-    of its own, are written to the folder `converted`.
+    of its own, or quantized ones that transformers restores, are written to the folder `converted`.
     """
     with _expected_on_disk():
         model, info = dense_model_class(source, described).from_pretrained(
@@ -248,6 +248,7 @@ def _load(
             dtype=dtype,
             output_loading_info=True,
             offload_folder=str(converted),
+            **restored(source, described),
         )
     if missing := sorted(info["missing_keys"]):
         raise FormatError(
