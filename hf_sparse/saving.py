@@ -41,8 +41,8 @@ def save_pretrained(
     untouched until the new ones are complete (see `hf_sparse.files.atomic`).
 
     Args:
-        model: a transformers model. Compressed: of a family in `FAMILIES`. Of a `peft.PeftModel`
-            a copy is merged and saved, as `merge_adapters_` does it: the zeros stay, and who loads it
+        model: a transformers model, of any type that AutoConfig knows. Of a `peft.PeftModel` a copy is
+            merged and saved, as `merge_adapters_` does it: the zeros stay, and who loads it
             needs no adapter. (Its own `save_pretrained` saves the adapter alone.)
         folder: made if it does not exist. Other files in it stay, but for weights: what
             `save_compiled` wrote there before, and a `pytorch_model.bin`, with a warning. A README.md
@@ -70,9 +70,10 @@ def save_pretrained(
     Memory: beside the model, one shard.
 
     Raises:
-        ValueError: the model's family is not in `FAMILIES`, an adapter without a mask would fill
-            zeros, a weight breaks the N:M pattern that `config` promises, the format cannot hold
-            it, or the folder holds an ONNX export. Nothing has been written then. (With
+        ValueError: the model's code is not registered with the Auto classes, or its config does not
+            describe it; an adapter without a mask would fill zeros, a weight breaks the N:M pattern
+            that `config` promises, the format cannot hold it, or the folder holds an ONNX export.
+            Nothing has been written then. (With
             `config=None` a broken N:M promise is a warning, and the model is saved as
             `unstructured`: a Trainer must be able to write its checkpoints.)
         OSError: the folder cannot be written or the disk is full. Nothing has changed then.

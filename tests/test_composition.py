@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import 
 
 from hf_sparse import SparsityConfig, prune_
 from hf_sparse.calibration.input_statistics import Grams, Norms

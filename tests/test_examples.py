@@ -191,9 +191,9 @@ def test_the_links_of_the_pages_lead_somewhere() -> None:
 def test_the_reference_tells_every_method_format_and_family() -> None:
     from hf_sparse.formats import FORMATS
     from hf_sparse.pruning.methods import METHODS
-    from hf_sparse.structure.families import FAMILIES
+    from hf_sparse.structure.parts import PARTS
 
-    for name in (*METHODS, *FORMATS, *FAMILIES):
+    for name in (*METHODS, *FORMATS, *PARTS):
         assert f"`{name}`" in REFERENCE
     for name in hf_sparse._PUBLIC:
         if name[0].islower():

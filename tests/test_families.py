@@ -24,7 +24,7 @@ from transformers import (
 import hf_sparse
 from hf_sparse import SparsityConfig
 from hf_sparse.models.modeling import model_classes
-from hf_sparse.structure.families import FAMILIES
+from hf_sparse.structure.parts import PARTS as FAMILIES
 from tests.tiny_models import CONFIGS, tiny_tokenizer
 
 HEADS = [(family, name) for family in FAMILIES for name in model_classes(family)]
@@ -120,7 +120,7 @@ def test_classes_can_be_pickled() -> None:
 
 def test_unknown_names_say_what_there_is() -> None:
     with pytest.raises(
-        AttributeError, match=r"no class 'SparseBertForNothing'.*Bert, Albert, GPT2"
+        AttributeError, match=r"no class 'SparseBertForNothing'.*SparseBertModel for BertModel"
     ):
         hf_sparse.SparseBertForNothing  # noqa: B018
     with pytest.raises(AttributeError, match="no attribute 'prune'"):
@@ -142,7 +142,7 @@ def test_text_classification_pipeline(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "mistral", "qwen3"])
 def test_text_generation_pipeline_and_generate(tmp_path: Path, family: str) -> None:
-    name = f"Sparse{FAMILIES[family]}{'LMHeadModel' if family == 'gpt2' else 'ForCausalLM'}"
+    name = f"Sparse{AutoModelForCausalLM._model_mapping[type(CONFIGS[family])].__name__}"
     model = sparse_model(name, family)
     hf_sparse.save_pretrained(model, tmp_path, tokenizer=tiny_tokenizer())
     generate = pipeline("text-generation", str(tmp_path), device="cpu")

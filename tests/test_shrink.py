@@ -24,7 +24,6 @@ from hf_sparse import SparsityConfig, prune_, shrink_
 from hf_sparse.cli import main
 from hf_sparse.models.modeling import model_classes
 from hf_sparse.shrinking import heads_to_remove
-from hf_sparse.structure.families import FAMILIES
 from hf_sparse.structure.parts import PARTS, BlockSize
 from hf_sparse.structure.units import find_units, unused_neurons
 from hf_sparse.upstream import cache_in
@@ -32,7 +31,7 @@ from tests.closeness import same
 from tests.exporting import needs_export
 from tests.tiny_models import CONFIGS, UNKNOWN, tiny_batches, tiny_classifier, tiny_model
 
-HEADS = [(family, name) for family in FAMILIES for name in model_classes(family)]
+HEADS = [(family, name) for family in PARTS for name in model_classes(family)]
 CAUSAL = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3")
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 
@@ -108,7 +107,7 @@ def test_every_head_gives_the_same_and_comes_back(tmp_path: Path, family: str, n
         assert same(one, other)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PARTS)
 def test_auto_classes_load_it_sharded_and_with_a_device_map(tmp_path: Path, family: str) -> None:
     model = tiny_model(family)
     zero_units(model)
@@ -153,7 +152,7 @@ def test_generation_with_every_kind_of_cache(family: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PARTS)
 def test_both_kinds_of_attention(family: str, attention: str) -> None:
     model = tiny_model(family)
     model.set_attn_implementation(attention)
@@ -163,7 +162,7 @@ def test_both_kinds_of_attention(family: str, attention: str) -> None:
     assert_same(outputs_of(model), wanted)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PARTS)
 @torch.no_grad()
 def test_constants_go_to_the_biases(family: str) -> None:
     """Zero rows into neurons and into a head's values, with biases that are not zero."""
@@ -238,7 +237,7 @@ def test_heads_of_queries_go_from_every_group() -> None:
     assert_same(outputs_of(model), wanted)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PARTS)
 @torch.no_grad()
 def test_a_block_of_zeros_keeps_one_head_and_one_neuron(tmp_path: Path, family: str) -> None:
     model = tiny_model(family)
@@ -486,7 +485,7 @@ def test_trainer_fine_tunes_saves_and_resumes(tmp_path: Path) -> None:
     assert_same(outputs_of(other.eval()), outputs_of(model.eval()))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PARTS)
 def test_compiled_models_have_the_smaller_blocks(tmp_path: Path, family: str) -> None:
     model = tiny_model(family)
     zero_units(model)

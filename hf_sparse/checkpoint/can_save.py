@@ -11,10 +11,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
+from hf_sparse.checkpoint.stored_config import check_family, check_rebuilds
 from hf_sparse.checkpoint.writing import check_folder
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import compress
-from hf_sparse.structure.families import FAMILIES, base_type
+from hf_sparse.structure.families import base_type
 from hf_sparse.structure.layers import check_divides, promised_config
 from hf_sparse.structure.targets import Targets
 from hf_sparse.structure.units import shrunk_sizes
@@ -34,9 +35,9 @@ def check_can_save(
         config: what it is pruned to. None: what it is already pruned to.
 
     Raises:
-        ValueError: the family has no Sparse class for the format, transformers could not load the
-            model in it, the format does not hold the pattern, the pattern does not divide a weight,
-            targets match nothing, or the folder holds an ONNX export.
+        ValueError: nobody could load the model in the format, or its config does not describe it; the
+            format does not hold the pattern, the pattern does not divide a weight, targets match
+            nothing, or the folder holds an ONNX export.
         OSError: the folder is a file, or cannot be made or written.
     """
     check_folder(Path(folder))
@@ -47,9 +48,11 @@ def check_can_save(
         check_not_quantized(model)
     format = "auto" if promised is None else promised.format
     described = model.config if isinstance(model, PreTrainedModel) else model
-    check_family(described.model_type, format)
+    check_family(described, format)
     if isinstance(model, PreTrainedModel):
         check_sizes(model, format)
+        if format != "dense":
+            check_rebuilds(model)
         if config is not None:
             _check_pattern(model, config)
 
@@ -70,21 +73,6 @@ def check_can_write(folder: str | os.PathLike[str]) -> None:
         raise type(error)(
             f"{folder} cannot be written: {error.strerror} in {place}. Choose another folder."
         ) from error
-
-
-def check_family(model_type: str, format: str) -> None:
-    """Refuse a format that models of a type cannot be loaded in.
-
-    Raises:
-        ValueError: the type has no Sparse class, and the format needs one.
-    """
-    if format != "dense" and base_type(model_type) not in FAMILIES:
-        raise ValueError(
-            f"models of type '{model_type}' have no Sparse class to load a compressed checkpoint with; "
-            f"families: {', '.join(FAMILIES)}. Save it as large as the dense model, zeros included: "
-            "SparsityConfig(..., format='dense'). A small ONNX graph is made of any family, from that "
-            "folder too: hf_sparse.export_onnx."
-        )
 
 
 def check_sizes(model: PreTrainedModel, format: str) -> None:

@@ -8,19 +8,15 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_sparse.checkpoint.can_save import check_family, check_sizes
-from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
-from hf_sparse.checkpoint.sparse_configs import (
-    SparseConfigMixin,
-    base_config_class,
-    sparse_config_class,
-)
+from hf_sparse.checkpoint.can_save import check_sizes
+from hf_sparse.checkpoint.sparse_configs import SparseConfigMixin, base_config_class
+from hf_sparse.checkpoint.stored_config import check_rebuilds, dense_class_name, sparse_config
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.structure.families import base_type
+from hf_sparse.structure.parts import parts_of
 from hf_sparse.structure.units import shrunk_sizes
 
 STUB_NAME = "modeling_hf_sparse.py"
-# What a config under the family's own type has no place for.
-_OURS = ("quantization_config", "block_sizes")
 
 
 def write_configs(
@@ -30,16 +26,15 @@ def write_configs(
     if config.format == "dense":
         model_config = dense_config(model)
     else:
-        model_config = _sparse_config(model, config)
+        model_config = sparse_config(model, config)
         model_config.base_model = base
-        config_class = type(model_config).__name__
-        model_config.auto_map = {"AutoConfig": f"{STUB_NAME.removesuffix('.py')}.{config_class}"}
-        (folder / STUB_NAME).write_text(
-            '"""This checkpoint is compressed by hf_sparse: pip install hf_sparse"""\n\n'
-            f'from hf_sparse import {config_class}\n\n__all__ = ["{config_class}"]\n'
-        )
+        stub = STUB_NAME.removesuffix(".py")
+        model_config.auto_map = {"AutoConfig": f"{stub}.{type(model_config).__name__}"}
+        (folder / STUB_NAME).write_text(_stub(model_config))
+        check_rebuilds(model)
     check_sizes(model, config.format)
-    if config.format != "dense":  # as the layers are, whatever the config said
+    if config.format != "dense" and parts_of(model.config):
+        # As the layers are, whatever the config said.
         sizes = shrunk_sizes(model)
         model_config.block_sizes = None if sizes is None else [asdict(size) for size in sizes]
     model_config.dtype = model.dtype
@@ -48,35 +43,42 @@ def write_configs(
         model.generation_config.save_pretrained(folder)
 
 
-def dense_class_name(model: PreTrainedModel) -> str:
-    """The name of the transformers class, of a Sparse class too; FSDP renames classes."""
-    return type(model).__name__.removeprefix("FSDP").removeprefix("Sparse")
+def _stub(config: PreTrainedConfig) -> str:
+    """The code that `trust_remote_code` runs where hf_sparse is not imported yet, or not installed."""
+    name, family = type(config).__name__, base_type(type(config).model_type)
+    base, check = base_config_class(family), ""
+    if not base.__module__.startswith("transformers."):
+        check = (
+            "from transformers import CONFIG_MAPPING\n\n"
+            f'if "{family}" not in CONFIG_MAPPING:\n'
+            "    raise ImportError(\n"
+            f"        \"the checkpoint's model has code of its own, type '{family}'. Import it and \"\n"
+            f"        \"call AutoConfig.register('{family}', {base.__name__}) and the Auto class's \"\n"
+            '        "register before the checkpoint is loaded."\n'
+            "    )\n"
+        )
+    return (
+        '"""This checkpoint is compressed by hf_sparse: pip install hf_sparse"""\n\n'
+        f'{check}from hf_sparse import {name}\n\n__all__ = ["{name}"]\n'
+    )
 
 
 def dense_config(model: PreTrainedModel) -> PreTrainedConfig:
     """A copy of the config under the family's own model type."""
     if isinstance(model.config, SparseConfigMixin):
         values = model.config.to_dict()
-        for key in ("sparsity_config", "base_model", "auto_map", *_OURS):
+        for key in ("sparsity_config", "base_model", "auto_map", *_ours(model)):
             values.pop(key, None)
         model_config = base_config_class(model.config.base_model_type).from_dict(values)
     else:
         model_config = copy.deepcopy(model.config)
-        for key in _OURS:  # transformers has the first one for GGUF files, too
+        for key in _ours(model):  # transformers has the first one for GGUF files, too
             vars(model_config).pop(key, None)
     model_config.architectures = [dense_class_name(model)]
     return model_config
 
 
-def _sparse_config(model: PreTrainedModel, config: SparsityConfig) -> PreTrainedConfig:
-    """The config under the family's sparse model type, with what transformers loads it by."""
-    if isinstance(model.config, SparseConfigMixin):
-        model_config: PreTrainedConfig = copy.deepcopy(model.config)
-    else:
-        check_family(model.config.model_type, config.format)
-        model_config = sparse_config_class(model.config.model_type).from_dict(
-            model.config.to_dict()
-        )
-    model_config.architectures = [f"Sparse{dense_class_name(model)}"]
-    model_config.quantization_config = SparseCheckpointConfig(**config.to_dict()).to_dict()
-    return model_config
+def _ours(model: PreTrainedModel) -> tuple[str, ...]:
+    """What a config under the family's own type has no place for."""
+    sizes = ("block_sizes",) if parts_of(model.config) else ()
+    return ("quantization_config", *sizes)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from hf_sparse.arguments import check_path
+from hf_sparse.checkpoint.candidates import Candidates, candidates_in
 from hf_sparse.checkpoint.index import read_object
 from hf_sparse.checkpoint.promised import CONFIG_NAME, QUANT_METHOD, promised_by
 from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
@@ -26,7 +28,8 @@ from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FormatError, decompress, locate, num_bytes, read_layout
 from hf_sparse.patterns import Pattern, Unstructured
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
-from hf_sparse.structure.layers import oriented
+from hf_sparse.structure.layers import TargetLayer
+from hf_sparse.structure.orientation import oriented
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class CheckpointSparsity:
         formats: the format of each of those tensors, and of all others that are stored compressed.
         stored_bytes: bytes of each of them in the files, headers aside.
         file_bytes: size of all weight files.
+        candidates: of a dense checkpoint, what pruning would make sparse; None if transformers cannot
+            make its model.
     """
 
     config: SparsityConfig | None
@@ -47,6 +52,7 @@ class CheckpointSparsity:
     formats: dict[str, str]
     stored_bytes: dict[str, int]
     file_bytes: int
+    candidates: Candidates | None = None
 
     def __repr__(self) -> str:
         return (
@@ -67,7 +73,8 @@ class CheckpointSparsity:
         stored = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(formats.items()))
         lines = [f"{self.file_bytes:,} bytes in weight files; {stored}"]
         if self.config is None:
-            return [*lines, "a dense checkpoint: config.json promises nothing"]
+            lines.append("a dense checkpoint: config.json promises nothing")
+            return lines if self.candidates is None else [*lines, str(self.candidates)]
         promised, found = self.config.sparsity, self.report.sparsity
         lines.append(f"config.json promises {self.config.pattern}, sparsity {promised:.4f}")
         if self.report.has_lost_zeros(promised):
@@ -98,11 +105,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
     files = checkpoint_files(folder)
     check_unchanged = watch(files)
     stored = read_headers(files)
-    promised, layers = None, {}
-    if config is not None:
-        promised = promised_by(folder, stored)
-        promised.check(stored)
-        layers = promised.targets(config)
+    layers_of = _targets(folder, stored, config)
     counts, formats, sizes, parameters, other_zeros = [], {}, {}, 0, 0
     for tensor in stored:
         parts = read_parts(tensor)
@@ -114,13 +117,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
         with locate(tensor.place):
             weight = decompress(parts) if tensor.compressed else parts[""]
         parameters += weight.numel()
-        if promised is not None and promised.exact:
-            own = layers.get(promised.local(tensor.name), ())
-            found = [count_zeros(layer.weight_name, layer.part(weight), pattern) for layer in own]
-        elif is_target(tensor.name, tensor.compressed, config):
-            found = _count(tensor, parts, weight, pattern)
-        else:
-            found = []
+        found = _counts(tensor, parts, weight, pattern, layers_of(tensor))
         counts += found
         if weight.is_floating_point():
             other_zeros += int((weight == 0).sum()) - sum(count.zeros for count in found)
@@ -130,13 +127,40 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
     check_unchanged()
     report = SparsityReport(tuple(counts), str(pattern), parameters, other_zeros=other_zeros)
     total = sum(file.stat().st_size for file in files)
-    return CheckpointSparsity(config, report, formats, sizes, total)
+    candidates = _candidates(folder, stored) if config is None else None
+    return CheckpointSparsity(config, report, formats, sizes, total, candidates)
 
 
-def _count(
-    tensor: StoredTensor, parts: dict[str, Tensor], weight: Tensor, pattern: Pattern
+def _targets(
+    folder: Path, stored: Sequence[StoredTensor], config: SparsityConfig | None
+) -> Callable[[StoredTensor], Sequence[TargetLayer] | None]:
+    """The targets of the config in a tensor; None: its name tells that it is one, and no more."""
+    if config is not None:
+        promised = promised_by(folder, stored)
+        promised.check(stored)
+        if promised.exact:
+            known = promised.targets(config)
+            return lambda tensor: known.get(promised.local(tensor.name), ())
+    return lambda tensor: None if is_target(tensor.name, tensor.compressed, config) else ()
+
+
+def _candidates(folder: Path, stored: Sequence[StoredTensor]) -> Candidates | None:
+    try:
+        return candidates_in(folder, len(stored))
+    except FormatError:  # a model of code that is not here, or none: its tensors are told
+        return None
+
+
+def _counts(
+    tensor: StoredTensor,
+    parts: dict[str, Tensor],
+    weight: Tensor,
+    pattern: Pattern,
+    layers: Sequence[TargetLayer] | None,
 ) -> list[TensorSparsity]:
-    """The counts of a matrix, or of each of a stack; none of other tensors."""
+    """The counts of the targets in a tensor: a matrix, or some of a stack; see `_targets`."""
+    if layers is not None:
+        return [count_zeros(layer.weight_name, layer.part(weight), pattern) for layer in layers]
     if weight.ndim not in (2, 3):
         return []
     transposed = tensor.compressed and read_layout(parts).transposed

@@ -38,8 +38,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_sparse.arguments import check_kinds, check_path
 from hf_sparse.checkpoint.can_save import check_can_save
+from hf_sparse.checkpoint.described import describing
 from hf_sparse.checkpoint.index import read_object
-from hf_sparse.checkpoint.promised import describing
 from hf_sparse.checkpoint.reading import checkpoint_files, open_file, watch
 from hf_sparse.checkpoint.save import save_model
 from hf_sparse.checkpoint.writing import check_not_lost
@@ -94,7 +94,7 @@ def convert_legacy(
     Raises:
         FormatError: the checkpoint is damaged, incomplete, or not what its config promises; the
             message names tensor and file.
-        ValueError: it is no such checkpoint, it is quantised too, its family is not in `FAMILIES`
+        ValueError: it is no such checkpoint, it is quantised too, AutoConfig does not know its type
             (`format="dense"` needs none), `output` lies inside `folder` or holds files without
             `overwrite`, a bad `format`, or a file that would be copied is a link out of the folder.
         OSError: `output` cannot be written or the disk is full. Nothing has changed then.

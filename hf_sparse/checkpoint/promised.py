@@ -13,42 +13,38 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-import transformers
-from huggingface_hub.errors import StrictDataclassError
-
+from hf_sparse.checkpoint.described import (
+    AGAIN,
+    bounded,
+    check_counts,
+    class_named,
+    describe,
+    describing,
+)
 from hf_sparse.checkpoint.index import read_index, read_object
 from hf_sparse.checkpoint.reading import StoredTensor, open_file, read_headers
-from hf_sparse.checkpoint.sparse_configs import base_config_class, sparse_config_class
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FORMATS, FormatError, join, locate
-from hf_sparse.structure.families import FAMILIES, base_type, sparse_type
-from hf_sparse.structure.layers import TargetLayer, by_identity, is_transposed, target_layers
-from hf_sparse.structure.parts import sizes_in, stack_of
-from hf_sparse.structure.units import resize_
+from hf_sparse.structure.layers import (
+    TargetLayer,
+    by_identity,
+    find_stacks,
+    target_layers,
+)
+from hf_sparse.structure.orientation import is_transposed
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
 CONFIG_NAME = "config.json"
 QUANT_METHOD = "hf_sparse"
-# What the shapes of the weights do not tell, or tell only in part; defaults would be another model.
-_SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
-# Where else than in `num_hidden_layers` a config tells how many blocks are stored, and their names.
-_COUNTED = {
-    "albert": {
-        "num_hidden_groups": r"encoder\.albert_layer_groups",
-        "inner_group_num": r"encoder\.albert_layer_groups\.\d+\.albert_layers",
-    }
-}
 # What TensorFlow called the parameters of a norm; transformers still loads them.
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-_AGAIN = (
-    "Config and weights are of different checkpoints, or incomplete: copy or download them again."
-)
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,8 @@ class Promised:
                 )
             found[self.local(tensor.name)] = tensor
         self._check_missing(found)
-        check_shapes(found, self._shapes(), self._transposed())
+        self._check_known(found)
+        check_shapes(found, self.tensors(), self._transposed())
 
     def targets(self, config: SparsityConfig) -> dict[str, tuple[TargetLayer, ...]]:
         """The layers that `config` promises a pattern of, by the names of their parameters.
@@ -93,7 +90,12 @@ class Promised:
             held = by_identity(target_layers(self.model, config))
         return {self.local(layers[0].parameter_name): layers for layers in held.values()}
 
-    def _check_missing(self, found: Mapping[str, StoredTensor]) -> None:
+    def missing(self, found: Mapping[str, StoredTensor]) -> list[str]:
+        """The names of the parameters that no tensor is stored for, nor for what they are tied to.
+
+        Args:
+            found: the tensors by their names without the base model's prefix.
+        """
         model = self.model
         tied = model.all_tied_weights_keys
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -105,49 +107,70 @@ class Promised:
             *(model._keys_to_ignore_on_load_missing or ()),
             *(model._keys_to_ignore_on_save or ()),
         ]
-        missing = [
+        return [
             names[0]
             for names in shared.values()
             if not any(self.local(name) in found for name in names)
             and not any(re.search(pattern, name) for pattern in ignored for name in names)
-            and (self.exact or self._in_blocks(names[0]))
+        ]
+
+    def _check_missing(self, found: Mapping[str, StoredTensor]) -> None:
+        missing = [
+            name for name in self.missing(found) if self.exact or self.in_blocks(self.local(name))
         ]
         if missing:
             raise FormatError(
-                f"{self.file.parent} lacks {len(missing)} tensors of the {type(model).__name__} that "
-                f"{self.file.name} describes, first {missing[0]}. {_AGAIN}"
+                f"{self.file.parent} lacks {len(missing)} tensors of the {type(self.model).__name__} "
+                f"that {self.file.name} describes, first {missing[0]}. {AGAIN}"
             )
-        known = {name for name, _ in model.named_buffers()} | model.state_dict().keys()
+
+    def _check_known(self, found: Mapping[str, StoredTensor]) -> None:
+        model = self.model
+        known = {name for name, _ in model.named_buffers()} | self._own
         known = {self.local(name) for name in known}
         passed = model._keys_to_ignore_on_load_unexpected or ()
         for name, tensor in found.items():
             if name in known or any(re.search(pattern, name) for pattern in passed):
                 continue
-            if self._in_blocks(name) or (self.exact and tensor.compressed):
+            if self.in_blocks(name) or (self.exact and tensor.compressed):
                 raise FormatError(
                     f"{tensor.place}: the {type(model).__name__} that {self.file.name} describes has "
-                    f"no such tensor. {_AGAIN}"
+                    f"no such tensor. {AGAIN}"
                 )
 
+    @cached_property
+    def _own(self) -> set[str]:
+        return set(self.model.state_dict())
+
+    @cached_property
+    def _stacks(self) -> tuple[str, ...]:
+        return tuple(f"{self.local(stack.name)}." for stack in find_stacks(self.model))
+
     def local(self, name: str) -> str:
-        """A name without the base model's prefix, which heads put before it."""
-        return name.removeprefix(f"{self.model.base_model_prefix}.")
+        """A name without the base model's prefix, which heads put before it.
+
+        A model that has weights of both names keeps them apart.
+        """
+        short = name.removeprefix(f"{self.model.base_model_prefix}.")
+        return name if short in self._own and name in self._own else short
 
     def _meant(self, name: str) -> str:
         """The weight that transformers takes a name for: prefixes are cut off, old names replaced."""
+        if name in self._own:
+            return self.local(name)
         while name != (local := self.local(name)):
             name = local
         for old, new in _OLD_NAMES.items():
             name = name.replace(old, new)
         return name
 
-    def _in_blocks(self, name: str) -> bool:
-        stack = stack_of(base_type(self.model.config.model_type))
-        return self.local(name).startswith(f"{stack}.")
+    def in_blocks(self, local: str) -> bool:
+        """Whether a tensor is one of the repeated blocks, by its name without the prefix."""
+        return local.startswith(self._stacks)
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        tensors = self.model.state_dict()
-        return {self.local(name): tuple(tensor.shape) for name, tensor in tensors.items()}
+    def tensors(self) -> dict[str, Tensor]:
+        """The model's tensors, by their names without the base model's prefix."""
+        return {self.local(name): tensor for name, tensor in self.model.state_dict().items()}
 
     def _transposed(self) -> dict[str, bool]:
         """Whether a weight is stored `(in_features, out_features)`, by its name."""
@@ -171,27 +194,43 @@ def promised_by(
 
     Raises:
         FileNotFoundError: there is neither.
-        FormatError: it describes no model of a family in `FAMILIES`, or one of more or fewer
-            blocks than are stored.
+        FormatError: it describes no model that transformers knows, or one of more or fewer blocks
+            than are stored.
     """
     file = folder / CONFIG_NAME
     if config is not None and not file.exists():
         values = json.loads(config.to_json_string())
     else:
         values = read_object(file)
-    family, kind, exact = _class_named(values, file)
-    _check_counts(values, family, kind, stored, file)
-    return Promised(_described(values, kind, family, file), file, exact)
+    family, kind, exact = class_named(values, file)
+    check_counts(values, family, kind, stored, file)
+    return Promised(describe(values, kind, family, file, len(stored)), file, exact)
+
+
+@contextmanager
+def checked_to_load(
+    source: str | os.PathLike[str] | None, subfolder: str | None = None, variant: str | None = None
+) -> Iterator[None]:
+    """A folder from which a model is made and loaded inside: its size is that of what is stored."""
+    stored = check_to_load(source, subfolder, variant)
+    if not stored:
+        yield
+        return
+    with bounded(stored):
+        yield
 
 
 def check_to_load(
     source: str | os.PathLike[str] | None, subfolder: str | None = None, variant: str | None = None
-) -> None:
+) -> int:
     """Check what transformers would follow before it calls the loader: index and number of blocks.
 
     Args:
         source: a folder; of a Hub name nothing is known yet, nor of None.
         subfolder, variant: as in `PreTrainedModel.from_pretrained`.
+
+    Returns:
+        How many tensors are stored; 0 if that is not known, or the folder holds a dense model.
 
     Raises:
         FormatError: they are damaged, or not of the tensors in the files.
@@ -200,7 +239,7 @@ def check_to_load(
     folder = Path(source or "") / (subfolder or "")
     file, infix = folder / CONFIG_NAME, f".{variant}" if variant else ""
     if not source or not file.is_file():
-        return
+        return 0
     values = read_object(file)
     files = [folder / f"model{infix}.safetensors"]
     index = folder / f"model.safetensors.index{infix}.json"
@@ -214,32 +253,36 @@ def check_to_load(
     section = values.get("quantization_config")
     compressed = isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
     if compressed and files[0].is_file():
-        family, kind, _ = _class_named(values, file)
-        _check_counts(values, family, kind, read_headers(files), file)
+        family, kind, _ = class_named(values, file)
+        stored = read_headers(files)
+        check_counts(values, family, kind, stored, file)
+        return len(stored)
+    return 0
 
 
 def check_shapes(
     found: Mapping[str, StoredTensor],
-    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, Tensor],
     transposed: Mapping[str, bool] | None = None,
 ) -> None:
     """Raise a FormatError if stored tensors have other shapes than the model's, or another direction.
 
-    Weights and biases must be floats, too: transformers would make others the model's parameters.
+    What the model has as floats must be floats: transformers would make others its parameters.
 
     Of weights only headers and layouts are read.
     """
     for file in dict.fromkeys(tensor.file for tensor in found.values()):
         with open_file(file) as reader:
             for name, tensor in found.items():
-                if tensor.file != file or name not in shapes:
+                if tensor.file != file or name not in wanted:
                     continue
                 values = reader.get_slice(tensor.name)
                 shape, flipped = tuple(values.get_shape()), None
-                is_parameter = name.endswith((".weight", ".bias"))
-                if is_parameter and not values.get_dtype().startswith(("F", "BF")):
+                if wanted[name].is_floating_point() and not values.get_dtype().startswith(
+                    ("F", "BF")
+                ):
                     raise FormatError(
-                        f"{tensor.place}: it holds numbers of type {values.get_dtype()}, its parameter "
+                        f"{tensor.place}: it holds numbers of type {values.get_dtype()}, the model "
                         "wants floats. The file is damaged: copy or download it again."
                     )
                 if tensor.compressed:
@@ -247,93 +290,16 @@ def check_shapes(
                     with locate(tensor.place):
                         known = FORMATS[tensor.format].read_layout(layout)
                     shape, flipped = known.shape, known.transposed
-                if shape != shapes[name]:
+                if shape != (meant := tuple(wanted[name].shape)):
                     raise FormatError(
                         f"{tensor.place}: shape mismatch: {shape} is stored, the model of "
-                        f"{CONFIG_NAME} wants {shapes[name]}. Its block_sizes tell the sizes of a "
+                        f"{CONFIG_NAME} wants {meant}. Its block_sizes tell the sizes of a "
                         "shrunk model's blocks: config and weights are of different checkpoints."
                     )
-                wanted = (transposed or {}).get(name, flipped)
-                if FORMATS[tensor.format].structured and flipped != wanted:
+                own = (transposed or {}).get(name, flipped)
+                if FORMATS[tensor.format].structured and flipped != own:
                     raise FormatError(
                         f"{tensor.place}: the layout has transposed={int(bool(flipped))}, its layer "
-                        f"wants {int(bool(wanted))}: '{tensor.format}' is stored as (out_features, "
+                        f"wants {int(bool(own))}: '{tensor.format}' is stored as (out_features, "
                         "in_features). The file is damaged: copy or download it again."
                     )
-
-
-def _check_counts(
-    values: Mapping[str, Any], family: str, kind: Any, stored: Sequence[StoredTensor], file: Path
-) -> None:
-    """Raise a FormatError if sizes are missing, or other numbers of blocks are stored.
-
-    The model is only built after that: a number that was changed may be any.
-    """
-    prefix = f"{kind.base_model_prefix}."
-    names = [tensor.name.removeprefix(prefix) for tensor in stored]
-    others = sparse_config_class(family).attribute_map
-    for key in _SIZES:
-        if not {key, others.get(key, key)} & values.keys():
-            raise FormatError(f"{file} has no {others.get(key, key)}. {_AGAIN}")
-    key = others.get("num_hidden_layers", "num_hidden_layers")
-    count = values.get(key, values.get("num_hidden_layers"))
-    counted = {key: (count, re.escape(stack_of(family)))}
-    if family in _COUNTED:
-        counted = {key: (values.get(key, 1), path) for key, path in _COUNTED[family].items()}
-    for key, (wanted, path) in counted.items():
-        numbers = re.compile(rf"{path}\.(\d{{1,9}})\.")
-        found = max((int(match[1]) for match in map(numbers.match, names) if match), default=-1) + 1
-        if wanted != found:
-            raise FormatError(f"{file} has {key}={wanted!r:.40}, but {found} are stored. {_AGAIN}")
-
-
-def _class_named(values: Mapping[str, Any], file: Path) -> tuple[str, Any, bool]:
-    """The family of a config, the transformers class that it names, and whether there is one.
-
-    If there is none, the class is the family's without a head.
-    """
-    family = base_type(str(values.get("model_type")))
-    if family not in FAMILIES:
-        raise FormatError(
-            f"{file}: model_type is {values.get('model_type')!r}; wanted one of "
-            f"{', '.join(map(sparse_type, FAMILIES))}."
-        )
-    names = values.get("architectures")
-    name = str(names[0]).removeprefix("Sparse") if isinstance(names, list) and names else ""
-    kind = getattr(transformers, name, None) if name.isidentifier() else None
-    if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
-        made_for = getattr(kind.config_class, "model_type", None)
-        if made_for != family:
-            raise FormatError(
-                f"{file}: model_type is {values['model_type']!r}, and architectures names {name}, a "
-                f"class of models of type {made_for!r}. {_AGAIN}"
-            )
-        return family, kind, True
-    base: Any = transformers.MODEL_MAPPING[base_config_class(family)]
-    return family, base[0] if isinstance(base, tuple | list) else base, False
-
-
-def _described(values: dict[str, Any], kind: Any, family: str, file: Path) -> PreTrainedModel:
-    """The model of a class that a config describes."""
-    ours = ("quantization_config", "auto_map")
-    values = {key: value for key, value in values.items() if key not in ours}
-    with describing(file):
-        config = sparse_config_class(family).from_dict(values)
-        sizes = sizes_in(config)
-        with torch.device("meta"):
-            model: PreTrainedModel = kind._from_config(config, attn_implementation="eager")
-            if sizes is not None:
-                resize_(model, sizes)
-    return model
-
-
-@contextmanager
-def describing(file: Path) -> Iterator[None]:
-    """Turn the errors of building a model from a config into FormatErrors."""
-    try:
-        yield
-    except (
-        *(StrictDataclassError, ArithmeticError, AssertionError, AttributeError, LookupError),
-        *(RuntimeError, TypeError, ValueError),
-    ) as error:
-        raise FormatError(f"{file} describes no model of transformers: {error!r}") from error

@@ -16,12 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+)
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_sparse.checkpoint.promised import QUANT_METHOD, check_shapes, promised_by
+from hf_sparse.checkpoint.promised import (
+    CONFIG_NAME,
+    QUANT_METHOD,
+    Promised,
+    check_shapes,
+    promised_by,
+)
 from hf_sparse.checkpoint.reading import StoredTensor, is_target, read_headers, watch
 from hf_sparse.checkpoint.source import remember_source_
 from hf_sparse.configuration_sparse import SparsityConfig
@@ -36,8 +46,8 @@ from hf_sparse.formats import (
 )
 from hf_sparse.patterns import Pattern
 from hf_sparse.structure.experts import ENDINGS
-from hf_sparse.structure.layers import TargetLayer, is_transposed, oriented
-from hf_sparse.structure.parts import parts_of
+from hf_sparse.structure.layers import TargetLayer
+from hf_sparse.structure.orientation import is_transposed, oriented
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,6 +87,7 @@ class SparseHfQuantizer(HfQuantizer):
         self._errors: list[FormatError] = []
         self._check_unchanged = watch([])
         self._targets: Mapping[str, tuple[TargetLayer, ...]] = {}
+        self._own_conversions = 0
 
     @property
     def is_trainable(self) -> bool:
@@ -113,6 +124,18 @@ class SparseHfQuantizer(HfQuantizer):
             self._targets = promised.targets(self.quantization_config.sparsity)
             _check_blocks(model, stored)
         self._dtype_plan = model._get_dtype_plan(dtype)
+        self._own_conversions = len(get_model_conversion_mapping(model, add_legacy=False))
+
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
+        """Leave out the family's own conversions: weights are stored under the model's names.
+
+        Those that the caller gave come before them, those of old checkpoints behind.
+        """
+        end = len(weight_conversions) - len(get_checkpoint_conversion_mapping("legacy"))
+        others = weight_conversions[: end - self._own_conversions] + weight_conversions[end:]
+        return others + self.get_weight_conversions()
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """One conversion for every weight of a name: those stored in one part pass as they are."""
@@ -181,13 +204,9 @@ class SparseHfQuantizer(HfQuantizer):
         if self._errors:
             more = f" ({len(self._errors) - 1} more like it)" if len(self._errors) > 1 else ""
             raise FormatError(f"{self._errors[0]}{more}")
-        # Saving dense reverts the family's own conversions. From 5.24 on transformers drops them
-        # together with the quantizer; ours alone has no meaning for a plain model.
-        conversions = getattr(model, "_weight_conversions", None) or []
         self.remove_quantization_config(model)
-        model._weight_conversions = [  # type: ignore[assignment]
-            conversion for conversion in conversions if not isinstance(conversion, _WeightConverter)
-        ]
+        # Without them saving dense reverts the family's own conversions, as of a model that is new.
+        vars(model).pop("_weight_conversions", None)
         if hasattr(model.config, "sparsity_config"):
             model.config.sparsity_config = self.quantization_config.sparsity.to_dict()
         if self._stored:
@@ -199,18 +218,13 @@ def _check_blocks(model: PreTrainedModel, stored: Sequence[StoredTensor]) -> Non
 
     Cross-attention is new where an encoder becomes a decoder: transformers initialises it.
     """
-    parts = parts_of(model.config)
-    if parts is None:
-        return
-    prefix, stack = f"{model.base_model_prefix}.", f"{parts.stack}."
-    wanted = {name.removeprefix(prefix): value for name, value in model.state_dict().items()}
-    found = {tensor.name.removeprefix(prefix): tensor for tensor in stored}
-    found = {name: tensor for name, tensor in found.items() if name.startswith(stack)}
-    check_shapes(found, {name: tuple(tensor.shape) for name, tensor in wanted.items()})
+    wanted = Promised(model, stored[0].file.parent / CONFIG_NAME, exact=False)
+    found = {wanted.local(tensor.name): tensor for tensor in stored}
+    found = {name: tensor for name, tensor in found.items() if wanted.in_blocks(name)}
+    check_shapes(found, wanted.tensors())
     new = re.compile(r"\.(crossattention|q_attn|ln_cross_attn)\.")
-    parameters = {name.removeprefix(prefix) for name, _ in model.named_parameters()}
-    for name in sorted(wanted.keys() & parameters - found.keys()):
-        if name.startswith(stack) and not new.search(name):
+    for name in map(wanted.local, wanted.missing(found)):
+        if wanted.in_blocks(name) and not new.search(name):
             raise FormatError(
                 f"the model has the weight {name}, but no tensor is stored for it in "
                 f"{stored[0].file.parent}. Load it with the class, the number of blocks "

@@ -6,16 +6,20 @@ installed: a config of type `bert` would load there with randomly initialised we
 
 from __future__ import annotations
 
-import importlib
 import json
+import re
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from hf_sparse.structure.families import FAMILIES, sparse_type
+from hf_sparse.structure.families import base_type, sparse_type
 
 # transformers makes lists of as many things before anybody can compare them with the weights.
-_COUNTS = {"num_hidden_layers": 10_000, "num_labels": 1_000_000}
+_COUNTS = (
+    (re.compile(r"((num|n)_)?(.+_)?(layers?|blocks|depth|experts)"), 10_000),
+    (re.compile(r"num_labels"), 1_000_000),
+)
 
 
 class SparseConfigMixin:
@@ -39,20 +43,12 @@ class SparseConfigMixin:
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)
-        self._check_counts(kwargs)
-        self.sparsity_config = kwargs.pop("sparsity_config", None)
-        self.base_model = kwargs.pop("base_model", None)
-        self.block_sizes = kwargs.pop("block_sizes", None)
+        _check_counts(vars(self))
+        _check_counts(kwargs)
+        for name in ("sparsity_config", "base_model", "block_sizes"):
+            if name not in vars(self):  # a family may have a field of this name
+                setattr(self, name, kwargs.pop(name, None))
         super().__post_init__(**kwargs)  # type: ignore[misc]
-
-    def _check_counts(self, given: dict[str, Any]) -> None:
-        for name, most in _COUNTS.items():
-            value = given.get(name) if name == "num_labels" else getattr(self, name, None)
-            if isinstance(value, int | float) and not value <= most:
-                raise ValueError(
-                    f"the config has {name}={value!r:.40}; wanted {most} at most. It is damaged: "
-                    "copy or download the checkpoint again."
-                )
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -81,21 +77,47 @@ class SparseConfigMixin:
     def to_json_string(self, use_diff: bool = True) -> str:
         """The config as stored in `config.json`, under the sparse model type."""
         values = json.loads(super().to_json_string(use_diff))  # type: ignore[misc]
-        values["model_type"] = self.model_type
+        values["model_type"] = type(self).model_type
         values.pop("sparsity_config", None)
         if not values.get("base_model"):
             values.pop("base_model", None)
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
+def _check_counts(values: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a config, or one of its parts, wants too many things."""
+    for name, value in values.items():
+        if isinstance(value, PreTrainedConfig):
+            _check_counts(vars(value))
+        elif isinstance(value, Mapping):
+            _check_counts({key: item for key, item in value.items() if isinstance(key, str)})
+        elif isinstance(value, int | float):
+            most = next((most for pattern, most in _COUNTS if pattern.fullmatch(name)), None)
+            if most is not None and not value <= most:
+                raise ValueError(
+                    f"the config has {name}={value!r:.40}; wanted {most} at most. It is damaged: "
+                    "copy or download the checkpoint again."
+                )
+
+
 def base_config_class(model_type: str) -> type[PreTrainedConfig]:
-    """The transformers config class of a family."""
-    module = importlib.import_module(f"transformers.models.{model_type}.configuration_{model_type}")
-    config_class: type[PreTrainedConfig] = getattr(module, f"{FAMILIES[model_type]}Config")
+    """The family's own config class, that AutoConfig has for a type."""
+    config_class: type[PreTrainedConfig] = CONFIG_MAPPING[base_type(model_type)]
     return config_class
 
 
 def sparse_config_class(model_type: str) -> type[PreTrainedConfig]:
-    """The Sparse config class of a family, which `hf_sparse.models` registered with transformers."""
-    config_class: type[PreTrainedConfig] = CONFIG_MAPPING[sparse_type(model_type)]
+    """The Sparse config class of a family, which `hf_sparse.models` makes when it is asked for."""
+    config_class: type[PreTrainedConfig] = CONFIG_MAPPING[sparse_type(base_type(model_type))]
     return config_class
+
+
+def type_of(config_class: Any) -> str | None:
+    """The type for which AutoConfig has a config class; None if it has another one, or none.
+
+    A Sparse class can be made of those that it has.
+    """
+    model_type: str | None = getattr(config_class, "model_type", None)
+    if model_type is None or model_type not in CONFIG_MAPPING:
+        return None
+    return model_type if CONFIG_MAPPING[model_type] is config_class else None

@@ -120,10 +120,11 @@ def load_tokenizer(source: str, options: argparse.Namespace, config: Any = None)
         **given, **({} if options.tokenizer else known)
     )
     # Without its files a tokenizer of special tokens alone is made, which reads every text the same.
-    if len(tokenizer) < 0.5 * config.vocab_size:
+    wanted = getattr(config.get_text_config(), "vocab_size", 0)
+    if len(tokenizer) < 0.5 * wanted:
         raise ValueError(
             f"the tokenizer of {options.tokenizer or source} has {len(tokenizer)} tokens, the model "
-            f"{config.vocab_size}: its files are missing. Name the right one with --tokenizer."
+            f"{wanted}: its files are missing. Name the right one with --tokenizer."
         )
     return tokenizer
 

@@ -14,8 +14,8 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 import hf_sparse
 from hf_sparse.adapters.stored import stored_config
-from hf_sparse.checkpoint.can_save import check_family
 from hf_sparse.checkpoint.reading import check_is_checkpoint
+from hf_sparse.checkpoint.stored_config import check_family
 from hf_sparse.cli.loading import (
     has_tokenizer,
     load,
@@ -68,7 +68,7 @@ def _merged(options: argparse.Namespace) -> tuple[Any, Any]:
         raise ValueError(f"{options.folder} does not tell its base model: give --base FOLDER.")
     check_can_push(options.repo_id)
     try:
-        check_family(skeleton(base, options).config.model_type, "auto")
+        check_family(skeleton(base, options).config, "auto")
         model, tokenizer = load(base, options, bool(options.tokenizer) or has_tokenizer(base))
     except (OSError, ValueError) as error:
         raise ValueError(

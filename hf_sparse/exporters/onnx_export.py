@@ -16,10 +16,11 @@ from hf_sparse.arguments import check_kinds, check_path, check_saves
 from hf_sparse.calibration.modes import switched
 from hf_sparse.checkpoint.card import CARD_NAME, Card
 from hf_sparse.checkpoint.card_file import write_card
-from hf_sparse.checkpoint.config_files import dense_class_name, dense_config
+from hf_sparse.checkpoint.config_files import dense_config
 from hf_sparse.checkpoint.overview import overview
 from hf_sparse.checkpoint.save import tensors_to_store
 from hf_sparse.checkpoint.source import described, known_metrics, write_entry
+from hf_sparse.checkpoint.stored_config import dense_class_name
 from hf_sparse.checkpoint.writing import GRAPH_NAME
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY, SparsityConfig
 from hf_sparse.exporters.can_export import (

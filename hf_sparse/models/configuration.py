@@ -1,13 +1,18 @@
-"""SparseBertConfig and its siblings: a config class of each family, registered with AutoConfig."""
+"""SparseBertConfig and its siblings: a config class of each family, made when it is asked for."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from hf_sparse.checkpoint.sparse_configs import SparseConfigMixin, base_config_class
-from hf_sparse.structure.families import FAMILIES, sparse_type
+from hf_sparse.checkpoint.sparse_configs import (
+    SparseConfigMixin,
+    sparse_config_class,
+    type_of,
+)
+from hf_sparse.structure.families import base_type, sparse_type
 
 
 class _Registering(SparseConfigMixin):
@@ -24,20 +29,52 @@ class _Registering(SparseConfigMixin):
         register_models(self.base_model_type)
 
 
-def _define(model_type: str) -> type[PreTrainedConfig]:
-    base = base_config_class(model_type)
-    name = f"Sparse{base.__name__}"
-    body = {
-        "model_type": sparse_type(model_type),
-        "base_model_type": model_type,
+class _SparseTypes(dict[str, type[PreTrainedConfig]]):
+    """The config classes that are registered with AutoConfig, and a Sparse one for every family.
+
+    Those are made when their type is asked for: making all would import the configs of all families.
+    """
+
+    def __contains__(self, key: object) -> bool:
+        if super().__contains__(key):
+            return True
+        if not isinstance(key, str) or key == base_type(key):
+            return False
+        family = base_type(key)
+        return (
+            sparse_type(family) == key and family == base_type(family) and family in CONFIG_MAPPING
+        )
+
+    def __missing__(self, key: str) -> type[PreTrainedConfig]:
+        if key not in self:
+            raise KeyError(key)
+        made = self[key] = _define(CONFIG_MAPPING[base_type(key)], key)
+        return made
+
+
+def _define(base: type[PreTrainedConfig], model_type: str) -> type[PreTrainedConfig]:
+    body: dict[str, Any] = {
+        "model_type": model_type,
+        "base_model_type": base_type(model_type),
         "__module__": __name__,
         "__doc__": f"{base.__name__} of a sparse checkpoint. Takes the same arguments.",
     }
-    return type(name, (_Registering, base), body)
+    if not base.__module__.startswith("transformers."):  # it may set its values there
+        body["__init__"] = lambda self, *args, **values: base.__init__(self, *args, **values)
+    return type(f"Sparse{base.__name__}", (_Registering, base), body)
 
 
-CONFIGS = {model_type: _define(model_type) for model_type in FAMILIES}
-globals().update({config.__name__: config for config in CONFIGS.values()})
+CONFIG_MAPPING._extra_content = _SparseTypes(CONFIG_MAPPING._extra_content)
 
-for config_class in CONFIGS.values():
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+
+def __getattr__(name: str) -> Any:
+    """The Sparse class of a config by its name."""
+    if name.startswith("Sparse") and name.endswith("Config"):
+        wanted = name.removeprefix("Sparse")
+        own = getattr(transformers, wanted, None)
+        registered = list(CONFIG_MAPPING._extra_content.values())
+        for base in (own, *registered):
+            named = getattr(base, "__name__", "") == wanted
+            if named and (model_type := type_of(base)) is not None:
+                return sparse_config_class(model_type)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,22 +7,35 @@ first asked for, since importing those takes about a second.
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-from hf_sparse.checkpoint.promised import check_to_load
+from hf_sparse.checkpoint.model_classes import (
+    auto_classes,
+    classes_of,
+    is_model_class,
+    model_class_named,
+)
+from hf_sparse.checkpoint.promised import checked_to_load
 from hf_sparse.checkpoint.reading import restore_state_dict
 from hf_sparse.checkpoint.save import is_saving_process, save_model
-from hf_sparse.checkpoint.sparse_configs import base_config_class, sparse_config_class
+from hf_sparse.checkpoint.sparse_configs import (
+    SparseConfigMixin,
+    base_config_class,
+    sparse_config_class,
+    type_of,
+)
 from hf_sparse.hub import push_to_hub as push
 from hf_sparse.structure.parts import sizes_in
 from hf_sparse.structure.units import resize_
@@ -37,6 +50,9 @@ _UPLOAD_ARGUMENTS = {
 }
 
 
+_REGISTERED: set[type[PreTrainedConfig]] = set()
+
+
 class SparseModelMixin:
     """The sparse contract: weights are compressed when saved, and restored when loaded.
 
@@ -44,11 +60,21 @@ class SparseModelMixin:
     `hf_sparse.shrink_` made.
     """
 
-    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+    dense_class: ClassVar[type[PreTrainedModel]]
+
+    def __init__(self, config: PreTrainedConfig | None = None, *args: Any, **kwargs: Any) -> None:
         sizes = sizes_in(config)
+        if isinstance(config, SparseConfigMixin):
+            # In memory it is a model of its family: generation and pipelines ask for the type.
+            vars(config)["model_type"] = config.base_model_type
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if sizes is not None:
             resize_(self, sizes)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Whether the family's code is not of transformers, which converts names of its own."""
+        return cls.dense_class.is_custom_code()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -58,10 +84,12 @@ class SparseModelMixin:
             FormatError: the checkpoint is damaged, incomplete, or of another model than its
                 config.json describes.
         """
-        check_to_load(pretrained_model_name_or_path, kwargs.get("subfolder"), kwargs.get("variant"))
-        return super().from_pretrained(  # type: ignore[misc]
-            pretrained_model_name_or_path, *args, **kwargs
+        source, place = (
+            pretrained_model_name_or_path,
+            (kwargs.get("subfolder"), kwargs.get("variant")),
         )
+        with checked_to_load(source, *place):
+            return super().from_pretrained(source, *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(
         self: Any,
@@ -103,47 +131,81 @@ class SparseModelMixin:
 
 
 @cache
-def model_classes(model_type: str) -> dict[str, type[PreTrainedModel]]:
-    """The Sparse classes of a family by name, one for each public class of transformers."""
-    module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
-    bases = [getattr(module, name) for name in module.__all__]
-    bases = [base for base in bases if inspect.isclass(base) and issubclass(base, PreTrainedModel)]
-    classes = {
-        f"Sparse{base.__name__}": _define(base, model_type)
-        for base in bases
-        if not base.__name__.endswith("PreTrainedModel")
-    }
-    return classes
+def sparse_class(base: type[PreTrainedModel], model_type: str) -> type[PreTrainedModel]:
+    """The Sparse class of a dense one.
 
-
-def _define(base: type[PreTrainedModel], model_type: str) -> type[PreTrainedModel]:
+    Args:
+        base: the class.
+        model_type: of its config.
+    """
+    name = f"Sparse{base.__name__}"
+    conversions = get_checkpoint_conversion_mapping(base.__name__)
+    if conversions is not None:  # of dense checkpoints, by the name of the class
+        register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
     body = {
         "config_class": sparse_config_class(model_type),
+        "dense_class": base,
         "__module__": "hf_sparse.models",
         "__doc__": (
             f"{base.__name__} that is stored compressed. Takes the same arguments; "
             "`from_pretrained` reads dense and compressed checkpoints alike."
         ),
     }
-    return type(f"Sparse{base.__name__}", (SparseModelMixin, base), body)
+    return type(name, (SparseModelMixin, base), body)
 
 
-@cache
+def model_classes(model_type: str) -> dict[str, type[PreTrainedModel]]:
+    """The Sparse classes of a family by name: of its module's public classes, and its Auto classes."""
+    base_config = base_config_class(model_type)
+    module = importlib.import_module(
+        base_config.__module__.replace(".configuration_", ".modeling_")
+    )
+    bases = [getattr(module, name) for name in getattr(module, "__all__", ())]
+    bases += [base for auto_class in auto_classes() for base in classes_of(auto_class, base_config)]
+    return {
+        f"Sparse{base.__name__}": sparse_class(base, model_type)
+        for base in bases
+        if is_model_class(base)
+        and base.config_class is base_config
+        and not base.__name__.endswith("PreTrainedModel")
+    }
+
+
+def sparse_class_named(name: str) -> type[PreTrainedModel] | None:
+    """The Sparse class of a name; None if there is none."""
+    wanted = name.removeprefix("Sparse")
+    own = [] if wanted.endswith("PreTrainedModel") else [model_class_named(wanted)]
+    registered = (
+        model_class_named(wanted, config_class)
+        for config_class in list(CONFIG_MAPPING._extra_content.values())
+        if not issubclass(config_class, SparseConfigMixin)
+    )
+    for base in (*own, *registered):
+        if (model_type := type_of(getattr(base, "config_class", None))) is not None:
+            return sparse_class(base, model_type)
+    return None
+
+
 def register_models(model_type: str) -> None:
     """Register the Sparse classes and the tokenizer of a family with transformers' Auto classes."""
     config_class = sparse_config_class(model_type)
     base_config = base_config_class(model_type)
-    classes = model_classes(model_type)
-    classes_there: list[Any] = [
-        item for item in vars(modeling_auto).values() if inspect.isclass(item)
-    ]
-    for auto_class in classes_there:
-        mapping = getattr(auto_class, "_model_mapping", None)
-        if mapping is None or base_config not in mapping:
-            continue
-        base = mapping[base_config]
-        base = base[0] if isinstance(base, tuple | list) else base
-        if (name := f"Sparse{base.__name__}") in classes:  # some configs have heads of others
-            auto_class.register(config_class, classes[name], exist_ok=True)
-    if base_config in TOKENIZER_MAPPING:
-        AutoTokenizer.register(config_class, TOKENIZER_MAPPING[base_config], exist_ok=True)
+    if config_class in _REGISTERED:
+        return
+    if base_config.__module__.startswith("transformers."):  # other code may register more later
+        _REGISTERED.add(config_class)
+    parts = set(base_config.sub_configs.values())
+    for auto_class in auto_classes():
+        bases = classes_of(auto_class, base_config)
+        # A class of a part of the model, such as its language model, is made from the part's config.
+        classes = [
+            sparse_class(base, type_of(base.config_class) or model_type)
+            for base in bases
+            if base.config_class not in parts
+        ]
+        if classes:
+            found = classes[0] if len(classes) == 1 else tuple(classes)
+            auto_class._model_mapping.register(config_class, found, exist_ok=True)
+    tokenizer = TOKENIZER_MAPPING.get(base_config, None)
+    if tokenizer is not None:  # its package may be missing
+        AutoTokenizer.register(config_class, tokenizer, exist_ok=True)

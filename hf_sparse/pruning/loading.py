@@ -9,6 +9,8 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from hf_sparse.checkpoint.model_classes import model_class_named
+
 
 def dense_model_class(source: str, config: PreTrainedConfig | None = None) -> Any:
     """The class that `architectures` of a dense checkpoint's config names.
@@ -22,7 +24,7 @@ def dense_model_class(source: str, config: PreTrainedConfig | None = None) -> An
     """
     config = AutoConfig.from_pretrained(source) if config is None else config
     name = (config.architectures or [""])[0]
-    found = getattr(transformers, name, None) if name else None
+    found = model_class_named(name, type(config))
     if found is None:
         raise ValueError(
             f"{source}: config.json names the class {name!r}, which is not in transformers "

@@ -114,20 +114,6 @@ def is_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def is_transposed(module: nn.Module, attribute: str) -> bool:
-    """Whether a module stores a weight, or each of a stack, as `(in_features, out_features)`."""
-    stack = ExpertStack.of(module)
-    if stack is not None and attribute in stack.parameters:
-        return stack.transposed
-    return attribute == "weight" and is_conv1d(module)
-
-
-def oriented(weight: Tensor, transposed: bool) -> list[Tensor]:
-    """The matrices of a stored weight, one or a stack, as `(out_features, in_features)`: views."""
-    turned = weight.mT if transposed else weight
-    return [turned] if turned.ndim == 2 else list(turned)
-
-
 @dataclass(frozen=True)
 class Stack:
     """The repeated blocks of one part of a model, in order: an encoder's, or a decoder's."""
@@ -171,14 +157,16 @@ def expert_matrices(stack: ExpertStack, name: str) -> Iterator[TargetLayer]:
 
 
 def find_stacks(model: nn.Module) -> list[Stack]:
-    """Find the repeated blocks: the outermost ModuleLists whose items contain weight matrices.
+    """Find the repeated blocks: the outermost lists of modules whose items contain weight matrices.
+
+    A list is a ModuleList, or a Sequential of two blocks or more of one class.
 
     Returns:
         One stack per such list, in the order of the model's modules. Empty when there is none.
     """
     stacks: list[Stack] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module):
+        if not _is_list_of_blocks(module):
             continue
         if any(name.startswith(f"{stack.name}.") for stack in stacks):
             continue
@@ -186,6 +174,12 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         if all(not is_matrix(item) and any(matrices(item)) for item in items):
             stacks.append(Stack(name, items))
     return stacks
+
+
+def _is_list_of_blocks(module: nn.Module) -> bool:
+    if isinstance(module, nn.Sequential):
+        return len(module) > 1 and len({type(item) for item in module}) == 1
+    return isinstance(module, nn.ModuleList) and len(module) > 0
 
 
 def target_layers(model: nn.Module, config: SparsityConfig | None = None) -> list[TargetLayer]:
@@ -211,8 +205,9 @@ def choose_layers(
     if targets is None:
         if not stacks:
             raise ValueError(
-                f"{type(model).__name__} has no ModuleList of blocks to find weights in. Name the "
-                "layers: SparsityConfig(..., targets=[...])."
+                f"{type(model).__name__} has no ModuleList of blocks to find weights in: none whose "
+                "items have Linear or Conv1D layers inside. Name the layers: SparsityConfig(..., "
+                "targets=[...])."
             )
         named = [layer for stack in stacks for layer in stack.layers()]
     else:

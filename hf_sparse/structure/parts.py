@@ -88,11 +88,6 @@ def parts_of(config: Any) -> Parts | None:
     return PARTS.get(base_type(getattr(config, "model_type", "")))
 
 
-def stack_of(family: str) -> str:
-    """The path of the list of blocks in a family's base model."""
-    return PARTS[family].stack if family in PARTS else "layers"
-
-
 @dataclass(frozen=True)
 class BlockSize:
     """How many units a block has: heads of queries, heads of keys and values, neurons."""
@@ -120,7 +115,7 @@ def sizes_in(config: Any) -> list[BlockSize] | None:
         ValueError: they are damaged.
     """
     stored = getattr(config, "block_sizes", None)
-    if stored is None:
+    if stored is None or parts_of(config) is None:  # other families have values of this name
         return None
     try:
         sizes = [BlockSize(**size) for size in stored]

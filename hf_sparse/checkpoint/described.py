@@ -1,0 +1,180 @@
+"""The model that the config.json of a checkpoint describes, on the meta device.
+
+Nothing in the file is trusted: sizes are compared with what is stored before anything of that size is
+made.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import CONFIG_MAPPING
+
+from hf_sparse.checkpoint.model_classes import (
+    auto_classes,
+    classes_of,
+    first_class_of,
+    model_class_named,
+)
+from hf_sparse.checkpoint.reading import StoredTensor
+from hf_sparse.checkpoint.sparse_configs import base_config_class, sparse_config_class
+from hf_sparse.formats import FormatError
+from hf_sparse.structure.families import base_type
+from hf_sparse.structure.parts import PARTS, sizes_in
+from hf_sparse.structure.units import resize_
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What the shapes of the weights do not tell, or tell only in part; defaults would be another model.
+_SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+# Where else than in `num_hidden_layers` a config tells how many blocks are stored, and their names.
+_COUNTED = {
+    "albert": {
+        "num_hidden_groups": r"encoder\.albert_layer_groups",
+        "inner_group_num": r"encoder\.albert_layer_groups\.\d+\.albert_layers",
+    }
+}
+AGAIN = (
+    "Config and weights are of different checkpoints, or incomplete: copy or download them again."
+)
+
+
+def check_counts(
+    values: Mapping[str, Any], family: str, kind: Any, stored: Sequence[StoredTensor], file: Path
+) -> None:
+    """Raise a FormatError if sizes are missing, or other numbers of blocks are stored.
+
+    The model is only built after that: a number that was changed may be any.
+    """
+    if family not in PARTS:
+        return
+    prefix = f"{kind.base_model_prefix}."
+    names = [tensor.name.removeprefix(prefix) for tensor in stored]
+    others = sparse_config_class(family).attribute_map
+    for key in _SIZES:
+        if not {key, others.get(key, key)} & values.keys():
+            raise FormatError(f"{file} has no {others.get(key, key)}. {AGAIN}")
+    key = others.get("num_hidden_layers", "num_hidden_layers")
+    count = values.get(key, values.get("num_hidden_layers"))
+    counted = {key: (count, re.escape(PARTS[family].stack))}
+    if family in _COUNTED:
+        counted = {key: (values.get(key, 1), path) for key, path in _COUNTED[family].items()}
+    for key, (wanted, path) in counted.items():
+        numbers = re.compile(rf"{path}\.(\d{{1,9}})\.")
+        found = max((int(match[1]) for match in map(numbers.match, names) if match), default=-1) + 1
+        if wanted != found:
+            raise FormatError(f"{file} has {key}={wanted!r:.40}, but {found} are stored. {AGAIN}")
+
+
+def class_named(values: Mapping[str, Any], file: Path) -> tuple[str, Any, bool]:
+    """The family of a config, the dense class that it names, and whether there is one.
+
+    If there is none, the class is the family's without a head.
+
+    Raises:
+        FormatError: AutoConfig does not know the family, or the class is one of another family.
+    """
+    family = base_type(str(values.get("model_type")))
+    if family not in CONFIG_MAPPING:
+        raise FormatError(
+            f"{file}: model_type is {values.get('model_type')!r}; wanted 'sparse_' and a type that "
+            "AutoConfig knows, such as 'sparse_bert'. Update transformers, or import the code of the "
+            "model and register it with AutoConfig.register and AutoModel.register."
+        )
+    config_class = base_config_class(family)
+    names = values.get("architectures")
+    name = str(names[0]).removeprefix("Sparse") if isinstance(names, list) and names else ""
+    kind = model_class_named(name, config_class)
+    if kind is not None:
+        made_for = getattr(kind.config_class, "model_type", None)
+        if made_for != family and not _serves(kind, config_class):
+            raise FormatError(
+                f"{file}: model_type is {values['model_type']!r}, and architectures names {name}, a "
+                f"class of models of type {made_for!r}. {AGAIN}"
+            )
+        return family, kind, True
+    if (base := first_class_of(config_class)) is None:
+        raise FormatError(
+            f"{file}: architectures names {name!r}, which transformers does not have, and no Auto "
+            f"class has a model of type {family!r}. Register it with AutoModel.register, or update "
+            "transformers."
+        )
+    return family, base, False
+
+
+def _serves(kind: Any, config_class: Any) -> bool:
+    """Whether an Auto class has this class for a config that it was not made for."""
+    return any(kind in classes_of(auto_class, config_class) for auto_class in auto_classes())
+
+
+def describe(
+    values: Mapping[str, Any], kind: Any, family: str, file: Path, stored: int
+) -> PreTrainedModel:
+    """The model of a class that a config describes.
+
+    Args:
+        values: of the config.
+        kind, family: see `class_named`.
+        file: the config's, for errors.
+        stored: how many tensors there are for the model.
+    """
+    ours = ("quantization_config", "auto_map")
+    values = {key: value for key, value in values.items() if key not in ours}
+    with describing(file):
+        config_class = sparse_config_class(family)
+        config = config_class.from_dict(config_class._decode_special_floats(values))
+        sizes = sizes_in(config)
+        vars(config)["model_type"] = family  # as the Sparse classes do
+        with torch.device("meta"), bounded(stored):
+            model: PreTrainedModel = kind._from_config(config, attn_implementation="eager")
+            if sizes is not None:
+                resize_(model, sizes)
+    return model
+
+
+@contextmanager
+def bounded(stored: int) -> Iterator[None]:
+    """Stop the making of a model that has far more parameters than there are tensors for it.
+
+    Args:
+        stored: the number of tensors. Ties, and loading, make several parameters for each.
+    """
+    most, thread = 20 * stored + 10_000, threading.get_ident()
+    count = 0
+
+    def check(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        count += parameter is not None and threading.get_ident() == thread
+        if count > most:
+            raise FormatError(
+                f"the config describes a model of more than {most} parameters, and {stored} tensors "
+                f"are stored. {AGAIN}"
+            )
+
+    hook = register_module_parameter_registration_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def describing(file: Path) -> Iterator[None]:
+    """Turn the errors of building a model from a config into FormatErrors."""
+    try:
+        yield
+    except (
+        *(StrictDataclassError, ArithmeticError, AssertionError, AttributeError, LookupError),
+        *(RuntimeError, TypeError, ValueError),
+    ) as error:
+        raise FormatError(f"{file} describes no model of transformers: {error!r}") from error

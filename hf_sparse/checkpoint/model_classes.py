@@ -1,0 +1,58 @@
+"""The classes that transformers' Auto classes have for a config, those of registered code too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def auto_classes() -> Iterator[Any]:
+    """Every Auto class of models: `AutoModel`, `AutoModelForCausalLM`, ..."""
+    from transformers.models.auto import modeling_auto  # importing it takes a while
+
+    for item in list(vars(modeling_auto).values()):
+        if isinstance(item, type) and getattr(item, "_model_mapping", None) is not None:
+            yield item
+
+
+def classes_of(auto_class: Any, config_class: type[PreTrainedConfig]) -> tuple[Any, ...]:
+    """The classes that an Auto class has for a config, without those whose packages are missing."""
+    mapping = auto_class._model_mapping
+    if config_class not in mapping:
+        return ()
+    found = mapping[config_class]
+    candidates = found if isinstance(found, tuple | list) else (found,)
+    return tuple(each for each in candidates if is_model_class(each))
+
+
+def is_model_class(item: Any) -> bool:
+    """Whether this is a class of models that can be made here."""
+    return isinstance(item, type) and issubclass(item, transformers.PreTrainedModel)
+
+
+def model_class_named(name: str, config_class: type[PreTrainedConfig] | None = None) -> Any:
+    """The dense class of models of this name; None if there is none.
+
+    Args:
+        name: of a class of transformers, or of one that an Auto class has for the config.
+        config_class: the family's own.
+    """
+    found = getattr(transformers, name, None) if name.isidentifier() else None
+    if is_model_class(found):
+        return found
+    if config_class is None:
+        return None
+    known = (each for auto in auto_classes() for each in classes_of(auto, config_class))
+    return next((each for each in known if each.__name__ == name), None)
+
+
+def first_class_of(config_class: type[PreTrainedConfig]) -> Any:
+    """The class without a head that a config has, else its first one; None if there is none."""
+    known = (each for auto in auto_classes() for each in classes_of(auto, config_class))
+    first = classes_of(transformers.AutoModel, config_class)
+    return first[0] if first else next(known, None)
