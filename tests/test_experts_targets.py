@@ -69,6 +69,16 @@ def test_routers_are_targets_only_if_they_are_named() -> None:
     assert [layer.name for layer in named] == ["model.layers.0.mlp.gate"]
 
 
+def test_experts_that_blocks_share_are_listed_and_counted_once() -> None:
+    model = tiny_mixture("mixtral")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    names = [layer.name for layer in target_layers(model)]
+    assert sum(".experts." in name for name in names) == 2 * EXPERTS
+    assert not any(name.startswith("model.layers.1.mlp") for name in names)
+    report = hf_sparse.prune_(model, SparsityConfig("2:4"), "magnitude")
+    assert len(report.tensors) == len(names)
+
+
 def test_a_gate_that_routes_nothing_is_a_target() -> None:
     block = nn.ModuleDict({"gate": nn.Linear(4, 4), "up": nn.Linear(4, 4)})
     model = nn.Sequential(nn.ModuleList([block]))
