@@ -2,6 +2,7 @@
 
     python benchmarks/streaming.py                    # SparseGPT 2:4, limit 3 GB
     python benchmarks/streaming.py --kill-after 60    # kill it once, resume, compare bit for bit
+    python benchmarks/streaming.py --model mixture --limit-gb 8    # 3 B weights, 64 experts a block
 
 Prints the bound that `prune_checkpoint` promises beside the peak memory (RSS) that was reached. The
 limit is that of a memory control group (Linux, as root): all that the process allocates and the
@@ -17,26 +18,43 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from real_models import machine, peak_mb
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 import hf_sparse
 from hf_sparse import SparsityConfig
 
-SHAPE = LlamaConfig(
-    architectures=["LlamaForCausalLM"],
-    hidden_size=2048,
-    intermediate_size=5632,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    vocab_size=32000,
-    dtype="float32",
-)
+SHAPES = {
+    "llama": LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        vocab_size=32000,
+        dtype="float32",
+    ),
+    "mixture": Qwen3MoeConfig(
+        architectures=["Qwen3MoeForCausalLM"],
+        hidden_size=1024,
+        moe_intermediate_size=512,
+        num_experts=64,
+        num_experts_per_tok=8,
+        num_hidden_layers=30,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=64,
+        vocab_size=32000,
+        dtype="bfloat16",
+    ),
+}
 
 
 def main() -> None:
@@ -48,9 +66,13 @@ def main() -> None:
     print(machine())
     with tempfile.TemporaryDirectory(dir=options.work) as temporary:
         folder = Path(temporary)
-        size = make_checkpoint(folder / "dense")
+        shape = SHAPES[options.model]
+        weights = make_checkpoint(shape, folder / "dense")
+        size = weights * shape.dtype.itemsize
         print(
-            f"{size / 1e9:.2f} GB of weights, limit {options.limit_gb} GB, bound {bound():.2f} GB"
+            f"{weights / 1e9:.2f} B weights, {size / 1e9:.2f} GB, limit {options.limit_gb} GB, bound "
+            f"{bound(shape):.2f} GB",
+            flush=True,
         )
         outputs = [folder / "out"]
         run(options, folder / "dense", outputs[0])
@@ -67,13 +89,13 @@ def main() -> None:
             print(f"killed after {options.kill_after} s and resumed: files equal: {same}")
 
 
-def make_checkpoint(folder: Path) -> int:
-    """Write random weights shard by shard; returns their bytes."""
+def make_checkpoint(shape: PreTrainedConfig, folder: Path) -> int:
+    """Write random weights shard by shard, experts one by one as families do; returns their number."""
     folder.mkdir()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(SHAPE, dtype=torch.float32)
-    SHAPE.save_pretrained(folder)
-    weight_map, size = {}, 0
+        model = AutoModelForCausalLM.from_config(shape, dtype=shape.dtype)
+    shape.save_pretrained(folder)
+    weight_map, count = {}, 0
     groups: dict[str, list[str]] = {}
     for name in model.state_dict():
         parts = name.split(".")
@@ -82,26 +104,52 @@ def make_checkpoint(folder: Path) -> int:
     for number, names in enumerate(groups.values()):
         shapes = {name: model.state_dict()[name].shape for name in names}
         tensors = {
-            name: torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape)
-            for name, shape in shapes.items()
+            name: torch.ones(size) if len(size) == 1 else 0.02 * torch.randn(size)
+            for name, size in shapes.items()
+        }
+        tensors = {
+            name: tensor.to(shape.dtype).contiguous()
+            for stored, value in tensors.items()
+            for name, tensor in one_by_one(stored, value)
         }
         file = f"model-{number:05d}.safetensors"
         save_file(tensors, folder / file, {"format": "pt"})
-        weight_map.update(dict.fromkeys(names, file))
-        size += sum(tensor.numel() * 4 for tensor in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        weight_map.update(dict.fromkeys(tensors, file))
+        count += sum(tensor.numel() for tensor in tensors.values())
+    index = {"metadata": {"total_size": count * shape.dtype.itemsize}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return size
+    return count
 
 
-def bound() -> float:
-    """Two blocks, their Gram matrices in fp64, the activations of one batch, and 1 GB; in GB."""
-    hidden, inner = SHAPE.hidden_size, SHAPE.intermediate_size
-    heads = SHAPE.num_key_value_heads / SHAPE.num_attention_heads
-    block = hidden * (2 * hidden + 2 * heads * hidden + 3 * inner)
-    grams = 3 * hidden**2 + inner**2
-    activations = 512 * (10 * hidden + 4 * inner)
-    return (2 * (block + 2 * grams) + activations) * 4 / 1e9 + 1
+def one_by_one(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor under the names that a checkpoint of the family has."""
+    module, _, own = name.rpartition(".")
+    if tensor.ndim != 3:
+        yield name, tensor
+        return
+    for number, matrix in enumerate(tensor):
+        if own == "gate_up_proj":
+            for part, half in zip(("gate_proj", "up_proj"), matrix.chunk(2), strict=True):
+                yield f"{module}.{number}.{part}.weight", half
+        else:
+            yield f"{module}.{number}.{own}.weight", matrix
+
+
+def bound(shape: PreTrainedConfig) -> float:
+    """Two blocks, their Gram matrices in fp64, the activations of one batch, and 1 GB; in GB.
+
+    Of a mixture three blocks, and at most 1 GB of Gram matrices for the experts.
+    """
+    hidden = shape.hidden_size
+    heads = shape.num_key_value_heads / shape.num_attention_heads
+    attention = hidden * (2 * hidden + 2 * heads * hidden)
+    experts = getattr(shape, "num_experts", 0)
+    inner = shape.moe_intermediate_size if experts else shape.intermediate_size
+    block = attention + max(experts, 1) * 3 * hidden * inner
+    blocks = (3 if experts else 2) * block * shape.dtype.itemsize
+    activations = 512 * (10 * hidden + 4 * inner) * 4
+    grams = (1 << 30) + 16 * hidden**2 if experts else 16 * (3 * hidden**2 + inner**2)
+    return (blocks + grams + activations) / 1e9 + 1
 
 
 def run(
@@ -115,7 +163,13 @@ def run(
     """Prune in a process of its own, which may be killed."""
     arguments = ["--source", str(source), "--output", str(output)]
     arguments += ["--limit-gb", str(options.limit_gb), "--num-samples", str(options.num_samples)]
-    arguments += ["--method", options.method, *(["--resume"] if resume else [])]
+    arguments += [
+        "--model",
+        options.model,
+        "--method",
+        options.method,
+        *(["--resume"] if resume else []),
+    ]
     start = time.perf_counter()
     try:
         done = subprocess.run(
@@ -136,7 +190,7 @@ def prune(options: argparse.Namespace) -> None:
     limited = enter_group(int(options.limit_gb * 1e9))
     generator = torch.Generator().manual_seed(0)
     batches = [
-        torch.randint(0, SHAPE.vocab_size, (1, 512), generator=generator)
+        torch.randint(0, SHAPES[options.model].vocab_size, (1, 512), generator=generator)
         for _ in range(options.num_samples)
     ]
     report = hf_sparse.prune_checkpoint(
@@ -171,6 +225,7 @@ def enter_group(limit: int) -> bool:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", choices=SHAPES, default="llama")
     parser.add_argument("--method", default="sparsegpt")
     parser.add_argument("--num-samples", type=int, default=12, help="windows of 512 tokens")
     parser.add_argument("--limit-gb", type=float, default=3.0)

@@ -34,14 +34,16 @@ class SparsityConfig:
         sparsity: fraction of zeros in the targets, in `[0, 1)`. N:M fixes it (2:4 is 0.5): there
             it may be left out, and another value is an error. Elsewhere it is needed.
         targets: globs of the layers to be sparse, such as `"q_proj"` or `"model.layers.3.mlp.*"`.
-            None: every Linear and Conv1D in the repeated blocks, so that embeddings, norms,
-            poolers and task heads are left alone.
+            None: every Linear and Conv1D in the repeated blocks, and every matrix of the experts of
+            a mixture, so that embeddings, norms, routers, poolers and task heads are left alone.
         ignore: globs of layers to leave out of the targets.
         format: how the weights are stored: `"auto"` (the smallest), `"bitmask"`, `"gap4"`, `"gap8"`,
             `"nm"`, `"block"`, or `"dense"` (zeros in place: loads without hf_sparse).
 
     A glob matches the whole dotted name of a layer, or the end of it from a dot on: `"q_proj"`
-    matches `model.layers.0.self_attn.q_proj`.
+    matches `model.layers.0.self_attn.q_proj`. An expert's matrix has the name of its parameter and the
+    expert's number: `"down_proj.3"`, `"down_proj"` and `"experts.*"` match
+    `model.layers.0.mlp.experts.down_proj.3`.
 
     Raises:
         ValueError: a value outside what is allowed.

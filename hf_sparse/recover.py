@@ -19,6 +19,7 @@ from transformers.utils.logging import tqdm
 
 from hf_sparse.adapters.loading import get_peft_model, import_peft
 from hf_sparse.adapters.merging import merge_
+from hf_sparse.adapters.on_layers import adaptable, adapter_on, left_alone, shira_rank
 from hf_sparse.arguments import check_gradients, check_has_values, check_kinds, check_model
 from hf_sparse.calibration.losses import (
     check_labels,
@@ -34,7 +35,7 @@ from hf_sparse.optim.zeros import is_sparse, sparse_layers, zeros_hash
 from hf_sparse.provenance.record import forget_teaching_, record_, record_training_
 from hf_sparse.provenance.values import Calibration, Step, pairs
 from hf_sparse.report import SparsityReport, measure_sparsity
-from hf_sparse.structure.layers import TargetLayer, promised_config
+from hf_sparse.structure.layers import TargetLayer, parameters_of, promised_config
 from hf_sparse.suggestions import check_name
 from hf_sparse.upstream.peft_by_name import has_adapters, is_peft_model
 
@@ -96,7 +97,7 @@ class Recovery:
         """The recovery of a model's sparse layers; None stands for the method's own value."""
         default = RECOVERIES[method]
         if r is None and default.r is not None:
-            r = _shira_rank(default.r, layers) if method == "shira" else default.r
+            r = shira_rank(default.r, layers) if method == "shira" else default.r
         return cls(method, lr or default.lr, r, **settings)
 
     @property
@@ -116,7 +117,7 @@ class Recovery:
                 yield model
             return
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        trained = get_peft_model(model, _adapter(self.method, self.r, layers, self.seed))
+        trained = get_peft_model(model, adapter_on(self.method, self.r, layers, self.seed))
         try:
             with switched(model):
                 yield trained
@@ -245,21 +246,24 @@ def recover_(
     inputs = _labelled(given, model, method)
     layers = sparse_layers(model)
     _check_model(model, layers, method)
-    zeros = zeros_hash(layer.parameter.detach() for layer in layers)
+    zeros = zeros_hash(map(torch.Tensor.detach, parameters_of(layers)))
     start = time.perf_counter()
     distillation = None if teacher is None else Distillation(teacher, logits=logits)
     torch.manual_seed(seed)
     recovery = Recovery.of(method, layers, lr, r, epochs=epochs, accumulate=accumulate, seed=seed)
     with recovery.prepared(model, layers) as trained, _taught(model, distillation):
         losses = recovery.run(trained, inputs, freeze=recovery.r is None)
-    if zeros_hash(layer.parameter.detach() for layer in sparse_layers(model)) != zeros:
+    if zeros_hash(map(torch.Tensor.detach, parameters_of(sparse_layers(model)))) != zeros:
         raise ValueError("the zeros of the model have changed while it was trained. Load it again.")
     report = replace(
         measure_sparsity(model, promised_config(model)),
         method=f"recovery by {method}",
         options={**recovery.options, "distilled": teacher is not None},
         seconds=time.perf_counter() - start,
-        notes=(f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end",),
+        notes=(
+            f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end",
+            *(left_alone(layers) if recovery.r is not None else ()),
+        ),
     )
     data = Calibration.of(given, fingerprint(given))
     step = Step.of(f"recovery by {method}", recovery.options, calibration=data, seed=seed)
@@ -299,6 +303,11 @@ def _check_model(model: nn.Module, layers: Sequence[TargetLayer], method: str) -
         raise ValueError(
             f"{type(model).__name__} has no zeros to keep. Prune it first: hf_sparse.prune_."
         )
+    if RECOVERIES[method].r is not None and not adaptable(layers):
+        raise ValueError(
+            f"the sparse weights of {type(model).__name__} are experts in 3-D parameters, which no "
+            "adapter that keeps zeros reaches. Take method='finetune'."
+        )
     if method == "finetune" and any(p.dtype != torch.float32 for p in model.parameters()):
         raise ValueError(
             "fine-tuning all weights of a model in half precision loses small updates. Load it with "
@@ -318,24 +327,6 @@ def _taught(model: nn.Module, distillation: Distillation | None) -> Iterator[Non
         yield
     finally:
         distillation.remove()
-
-
-def _shira_rank(r: int, layers: Sequence[TargetLayer]) -> int:
-    """The default rank, or the largest that the smallest of the layers has weights for."""
-    from hf_sparse.adapters.shira import largest_rank
-
-    most, _ = largest_rank((layer.name, layer.parameter.detach()) for layer in layers)
-    return max(1, min(r, most))
-
-
-def _adapter(method: str, r: int, layers: Sequence[TargetLayer], seed: int) -> Any:
-    """PEFT's config for an adapter on all sparse layers."""
-    from peft import LoraConfig, ShiraConfig
-
-    names = [layer.name for layer in layers]
-    if method == "shira":
-        return ShiraConfig(r=r, target_modules=names, random_seed=seed)
-    return LoraConfig(r=r, lora_alpha=2 * r, target_modules=names)
 
 
 def _share(step: int, steps: int) -> float:

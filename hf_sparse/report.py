@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from hf_sparse.arguments import check_has_values, check_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Pattern
-from hf_sparse.structure.layers import num_parameters, promised_config
+from hf_sparse.structure.layers import by_identity, num_parameters, promised_config
 from hf_sparse.structure.targets import Targets
 
 # The kinds of tensors that a printed report tells one by one.
@@ -233,9 +233,14 @@ def count_targets(
     tensors = tuple(
         count_zeros(layer.weight_name, _whole(layer.weight), pattern) for layer, pattern in counted
     )
-    own = {id(layer.parameter) for layer, _ in counted}
-    others = (parameter for parameter in model.parameters() if id(parameter) not in own)
-    other_zeros = sum(int(_whole((parameter.detach() == 0).sum())) for parameter in others)
+    other_zeros = 0
+    own = by_identity(layer for layer, _ in counted)
+    known = {layer: count.zeros for (layer, _), count in zip(counted, tensors, strict=True)}
+    for parameter in model.parameters():
+        layers = own.get(id(parameter), ())
+        if sum(layer.weight.numel() for layer in layers) < parameter.numel():
+            zeros = int(_whole((parameter.detach() == 0).sum()))
+            other_zeros += zeros - sum(known[layer] for layer in layers)
     return SparsityReport(
         tensors, str(targets.pattern), num_parameters(model), other_zeros=other_zeros
     )

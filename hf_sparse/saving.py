@@ -72,8 +72,8 @@ def save_pretrained(
     Raises:
         ValueError: the model's code is not registered with the Auto classes, or its config does not
             describe it; an adapter without a mask would fill zeros, a weight breaks the N:M pattern
-            that `config` promises, the format cannot hold
-            it, or the folder holds an ONNX export. Nothing has been written then. (With
+            that `config` promises, the format cannot hold it, or the folder holds an ONNX export.
+            Nothing has been written then. (With
             `config=None` a broken N:M promise is a warning, and the model is saved as
             `unstructured`: a Trainer must be able to write its checkpoints.)
         OSError: the folder cannot be written or the disk is full. Nothing has changed then.

@@ -7,7 +7,7 @@ Layers that are given the same tensor (query, key and value) share one statistic
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,13 +15,18 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
+from hf_sparse.calibration.layer_inputs import watching
 from hf_sparse.calibration.linalg import add_gram_, mirror_
 from hf_sparse.calibration.processes import is_shared, summed
 from hf_sparse.calibration.recording import TokenMasks
 from hf_sparse.calibration.walk import EnoughSeen
 from hf_sparse.structure.layers import TargetLayer
+
+# The sums of the layers of a block that are seen in one pass take so many bytes, if experts are among
+# them: a mixture has hundreds, and each has Gram matrices of its own.
+LARGEST_SUMS = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,37 @@ class InputStatistics(ABC):
         self._leaders: dict[str, str] = {}  # the layer whose inputs a layer shares; itself if none
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
-        self._now: dict[str, Tensor] = {}  # inputs of the call of the block that runs
+        self._now: dict[str, object] = {}  # inputs of the call of the block that runs
         self._called: set[str] = set()  # the layers that were given inputs since `_now` was empty
         self._calls: dict[str, int] = {}
         self._runs_once = False
+
+    def passes(
+        self, layers: Sequence[TargetLayer], limit: int = LARGEST_SUMS
+    ) -> list[list[TargetLayer]]:
+        """Cut layers into parts that are to be seen in one pass over the data each.
+
+        The first part has all layers but experts. Experts are added to it, and to further parts, while
+        the sums of a part take at most `limit` bytes; both matrices of an expert follow each other.
+        """
+        parts = [[layer for layer in layers if layer.stack is None]]
+        used = sum(self.size(layer) for layer in parts[0])
+        experts = [layer for layer in layers if layer.stack is not None]
+        first: dict[int, int] = {}
+        for number, layer in enumerate(experts):
+            first.setdefault(id(layer.module), number)
+        for layer in sorted(experts, key=lambda one: (first[id(one.module)], one.expert)):
+            size = self.size(layer)
+            if parts[-1] and used + size > limit:
+                parts.append([])
+                used = 0
+            parts[-1].append(layer)
+            used += size
+        return parts
+
+    @abstractmethod
+    def size(self, layer: TargetLayer) -> int:
+        """The bytes of the sum for a layer, if it shares its inputs with no other."""
 
     def on_batch(self, masks: TokenMasks) -> None:
         """Which tokens of the next inputs count."""
@@ -83,15 +115,10 @@ class InputStatistics(ABC):
         self._now, self._called = {}, set()
         self._calls = dict.fromkeys((layer.name for layer in layers), 0)
         self._runs_once = False
-        hooks = [
-            layer.module.register_forward_pre_hook(partial(self._see, layer.name, stop))
-            for layer in layers
-        ]
         try:
-            yield
+            with watching(layers, lambda: self._masks, partial(self._see, stop)):
+                yield
         finally:
-            for hook in hooks:
-                hook.remove()
             self._now = {}
 
     def end_call(self) -> None:
@@ -135,14 +162,13 @@ class InputStatistics(ABC):
                 if self._leaders.setdefault(name, leader) != leader:
                     raise ValueError(_inconsistent(name, leader))
 
-    def _see(self, name: str, stop: bool, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        given = args[0]
+    def _see(self, stop: bool, name: str, given: object, inputs: Callable[[], Tensor]) -> None:
         if name in self._called:
             self._now, self._called = {}, set()  # called again, on what others may not have seen
         self._called.add(name)
         self._calls[name] += 1
         leader = self._leaders.get(name) or next(
-            (other for other, inputs in self._now.items() if inputs is given), name
+            (other for other, known in self._now.items() if known is given), name
         )
         self._leaders[name] = leader
         if leader != name:
@@ -150,12 +176,11 @@ class InputStatistics(ABC):
                 raise ValueError(_inconsistent(name, leader))
         else:
             self._now[name] = given
-            self._add(name, given)
+            self._add(name, inputs())
         if stop and self._runs_once and all(self._calls.values()):
             raise EnoughSeen
 
-    def _add(self, name: str, given: Tensor) -> None:
-        inputs = self._masks.counted(given.detach())
+    def _add(self, name: str, inputs: Tensor) -> None:
         self._tokens[name] = self._tokens.get(name, 0) + len(inputs)
         if name not in self._sums:
             self._sums[name] = self._new(inputs)
@@ -186,6 +211,9 @@ class Norms(InputStatistics):
     def _new(self, inputs: Tensor) -> Tensor:
         return torch.zeros(inputs.shape[-1], dtype=torch.float64, device=inputs.device)
 
+    def size(self, layer: TargetLayer) -> int:
+        return 8 * layer.weight.shape[1]
+
     def _accumulate(self, total: Tensor, inputs: Tensor) -> None:
         total += torch.linalg.vector_norm(inputs.float(), dim=0).double().square()
 
@@ -199,6 +227,9 @@ class Grams(InputStatistics):
     def _new(self, inputs: Tensor) -> Tensor:
         features = inputs.shape[-1]
         return torch.zeros(features, features, dtype=torch.float64, device=inputs.device)
+
+    def size(self, layer: TargetLayer) -> int:
+        return 8 * layer.weight.shape[1] ** 2
 
     def _accumulate(self, total: Tensor, inputs: Tensor) -> None:
         add_gram_(total, inputs)

@@ -90,7 +90,7 @@ def check_sizes(model: PreTrainedModel, format: str) -> None:
         )
 
 
-def check_not_quantized(model: PreTrainedModel) -> None:
+def check_not_quantized(model: nn.Module) -> None:
     """Refuse weights that are no plain floats; those of a GGUF file are restored when loaded.
 
     Raises:
@@ -99,8 +99,10 @@ def check_not_quantized(model: PreTrainedModel) -> None:
     method = quantized_by(model)
     if method not in (None, "gguf"):
         raise ValueError(
-            f"the model is quantized with {method}, but zeros are stored as floats. Load it "
-            "without quantization, or call model.dequantize() first."
+            f"the model is quantized with {method}, but zeros are stored "
+            "as floats. Load it without quantization (for MXFP4 and FP8: quantization_config="
+            "Mxfp4Config(dequantize=True), FineGrainedFP8Config(dequantize=True)), or call "
+            "model.dequantize() first."
         )
 
 

@@ -104,7 +104,7 @@ def candidates_of(model: PreTrainedModel) -> Candidates:
         type(model).__name__,
         {stack.name: len(stack.blocks) for stack in stacks},
         tuple(layer.weight_name for layer in layers),
-        sum(layer.parameter.numel() for layer in layers),
+        sum(layer.weight.numel() for layer in layers),
         num_parameters(model),
         tuple(
             LeftOut(reason, sum(count for _, count in found), tuple(name for name, _ in found))
@@ -137,5 +137,7 @@ def _reason(module: nn.Module, parameter: nn.Parameter, inside: bool) -> str:
     if not inside:
         return "other parameters outside the blocks"
     if parameter.ndim > 2:
-        return "stacks of matrices in the blocks, such as experts"
+        return "stacks of matrices in the blocks that are of no known kind"
+    if is_matrix(module):
+        return "routers, which choose among experts"
     return f"parameters of {type(module).__name__} in the blocks, which is no Linear"

@@ -15,7 +15,7 @@ from hf_sparse.patterns import Unstructured
 from hf_sparse.report import TensorSparsity, count_zeros
 from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.promise import Held, with_sparsity
-from hf_sparse.structure.targets import Targets
+from hf_sparse.structure.targets import Targets, by_parameter
 from hf_sparse.structure.units import shrunk_sizes
 from hf_sparse.upstream.transformers.saving import fetched
 
@@ -110,13 +110,14 @@ def _count(
     model: PreTrainedModel, stored: Mapping[str, Tensor], targets: Targets
 ) -> tuple[Held, list[TensorSparsity]]:
     """Count the targets."""
-    layers = targets.by_weight(model)
+    layers = targets.by_parameter(model)
     held, counts = Held(targets.config), []
     for name in layers.keys() & stored.keys():
-        weight = load_offloaded(model, name, stored[name])
-        weight = weight.T if layers[name].transposed else weight
-        counts.append(count_zeros(name, weight, targets.pattern))
-        held.add(name, weight)
+        tensor = load_offloaded(model, name, stored[name])
+        for layer in layers[name]:
+            weight = layer.part(tensor)
+            counts.append(count_zeros(layer.weight_name, weight, targets.pattern))
+            held.add(layer.weight_name, weight)
     return held, counts
 
 
@@ -124,16 +125,14 @@ def _others_are_sparse(
     model: PreTrainedModel, stored: Mapping[str, Tensor], targets: Targets
 ) -> bool:
     """Whether layers of the blocks have zeros that are no targets."""
-    others = {id(layer.parameter) for layer in targets.others}
-    names = (
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if id(parameter) in others and name in stored
-    )
-    for name in names:
-        weight = load_offloaded(model, name, stored[name])
-        if int((weight == 0).sum()) >= SPARSE_FROM * max(weight.numel(), 1):
-            return True
+    for name, layers in by_parameter(model, targets.others).items():
+        if name not in stored:
+            continue
+        tensor = load_offloaded(model, name, stored[name])
+        for layer in layers:
+            weight = layer.part(tensor)
+            if int((weight == 0).sum()) >= SPARSE_FROM * max(weight.numel(), 1):
+                return True
     return False
 
 

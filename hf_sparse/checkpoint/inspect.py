@@ -28,6 +28,8 @@ from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FormatError, decompress, locate, num_bytes, read_layout
 from hf_sparse.patterns import Pattern, Unstructured
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
+from hf_sparse.structure.layers import TargetLayer
+from hf_sparse.structure.orientation import oriented
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
     files = checkpoint_files(folder)
     check_unchanged = watch(files)
     stored = read_headers(files)
-    is_one = _targets(folder, stored, config)
+    layers_of = _targets(folder, stored, config)
     counts, formats, sizes, parameters, other_zeros = [], {}, {}, 0, 0
     for tensor in stored:
         parts = read_parts(tensor)
@@ -115,12 +117,11 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
         with locate(tensor.place):
             weight = decompress(parts) if tensor.compressed else parts[""]
         parameters += weight.numel()
-        target = weight.ndim == 2 and is_one(tensor)
-        if target:
-            counts.append(_count(tensor, parts, weight, pattern))
-        elif weight.is_floating_point():
-            other_zeros += int((weight == 0).sum())
-        if target or tensor.compressed:
+        found = _counts(tensor, parts, weight, pattern, layers_of(tensor))
+        counts += found
+        if weight.is_floating_point():
+            other_zeros += int((weight == 0).sum()) - sum(count.zeros for count in found)
+        if found or tensor.compressed:
             formats[tensor.name] = tensor.format
             sizes[tensor.name] = num_bytes(parts)
     check_unchanged()
@@ -132,15 +133,15 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
 
 def _targets(
     folder: Path, stored: Sequence[StoredTensor], config: SparsityConfig | None
-) -> Callable[[StoredTensor], bool]:
-    """Whether a tensor is a target of the config: in the model that it promises, or by its name."""
+) -> Callable[[StoredTensor], Sequence[TargetLayer] | None]:
+    """The targets of the config in a tensor; None: its name tells that it is one, and no more."""
     if config is not None:
         promised = promised_by(folder, stored)
         promised.check(stored)
         if promised.exact:
-            names = promised.targets(config)
-            return lambda tensor: promised.local(tensor.name) in names
-    return lambda tensor: is_target(tensor.name, tensor.compressed, config)
+            known = promised.targets(config)
+            return lambda tensor: known.get(promised.local(tensor.name), ())
+    return lambda tensor: None if is_target(tensor.name, tensor.compressed, config) else ()
 
 
 def _candidates(folder: Path, stored: Sequence[StoredTensor]) -> Candidates | None:
@@ -150,12 +151,25 @@ def _candidates(folder: Path, stored: Sequence[StoredTensor]) -> Candidates | No
         return None
 
 
-def _count(
-    tensor: StoredTensor, parts: dict[str, Tensor], weight: Tensor, pattern: Pattern
-) -> TensorSparsity:
+def _counts(
+    tensor: StoredTensor,
+    parts: dict[str, Tensor],
+    weight: Tensor,
+    pattern: Pattern,
+    layers: Sequence[TargetLayer] | None,
+) -> list[TensorSparsity]:
+    """The counts of the targets in a tensor: a matrix, or some of a stack; see `_targets`."""
+    if layers is not None:
+        return [count_zeros(layer.weight_name, layer.part(weight), pattern) for layer in layers]
+    if weight.ndim not in (2, 3):
+        return []
+    transposed = tensor.compressed and read_layout(parts).transposed
     if not tensor.compressed:  # nothing tells how its layer orients it
-        return count_zeros(tensor.name, weight, Unstructured())
-    return count_zeros(tensor.name, weight.T if read_layout(parts)[3] else weight, pattern)
+        pattern = Unstructured()
+    matrices = oriented(weight, transposed)
+    if weight.ndim == 2:
+        return [count_zeros(tensor.name, matrices[0], pattern)]
+    return [count_zeros(f"{tensor.name}.{i}", matrix, pattern) for i, matrix in enumerate(matrices)]
 
 
 def read_sparsity_config(folder: Path) -> SparsityConfig | None:

@@ -234,7 +234,7 @@ def _measure(
         if whole or layer.name in old_ignore:
             ignore.append(layer.name)
             continue
-        weight = weights[name].T if layer.transposed else weights[name]
+        weight = layer.part(weights[name])
         with locate(weights.place(name)):
             try:
                 count = count_zeros(name, weight, config.pattern)

@@ -29,7 +29,13 @@ from hf_sparse.checkpoint.index import read_index, read_object
 from hf_sparse.checkpoint.reading import StoredTensor, open_file, read_headers
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FORMATS, FormatError, join, locate
-from hf_sparse.structure.layers import find_stacks, is_conv1d, target_layers
+from hf_sparse.structure.layers import (
+    TargetLayer,
+    by_identity,
+    find_stacks,
+    target_layers,
+)
+from hf_sparse.structure.orientation import is_transposed
 from hf_sparse.upstream.transformers.models import (
     not_expected_in_files,
     not_required_in_files,
@@ -75,16 +81,19 @@ class Promised:
         self._check_known(found)
         check_shapes(found, self.tensors(), self._transposed())
 
-    def targets(self, config: SparsityConfig) -> set[str]:
-        """The weights that `config` promises a pattern of, without the base model's prefix.
+    def targets(self, config: SparsityConfig) -> dict[str, tuple[TargetLayer, ...]]:
+        """The layers that `config` promises a pattern of, by the names of their parameters.
+
+        These are without the base model's prefix.
 
         Raises:
             FormatError: the model has no such layers.
         """
         if not self.exact:
-            return set()
+            return {}
         with describing(self.file):
-            return {self.local(layer.weight_name) for layer in target_layers(self.model, config)}
+            held = by_identity(target_layers(self.model, config))
+        return {self.local(layers[0].parameter_name): layers for layers in held.values()}
 
     def missing(self, found: Mapping[str, StoredTensor]) -> list[str]:
         """The names of the parameters that no tensor is stored for, nor for what they are tied to.
@@ -166,10 +175,12 @@ class Promised:
         return {self.local(name): tensor for name, tensor in self.model.state_dict().items()}
 
     def _transposed(self) -> dict[str, bool]:
-        """Whether a layer's weight is stored `(in_features, out_features)`, by its name."""
+        """Whether a weight is stored `(in_features, out_features)`, by its name."""
+        modules = dict(self.model.named_modules())
         return {
-            self.local(join(name, "weight")): is_conv1d(module)
-            for name, module in self.model.named_modules()
+            self.local(name): is_transposed(modules[name.rpartition(".")[0]], attribute)
+            for name, _ in self.model.named_parameters(remove_duplicate=False)
+            for attribute in [name.rpartition(".")[2]]
         }
 
 
@@ -279,8 +290,8 @@ def check_shapes(
                 if tensor.compressed:
                     layout = reader.get_tensor(join(tensor.name, "layout"))
                     with locate(tensor.place):
-                        rows, columns, flipped, _ = FORMATS[tensor.format].read_layout(layout)
-                    shape = (columns, rows) if flipped else (rows, columns)
+                        known = FORMATS[tensor.format].read_layout(layout)
+                    shape, flipped = known.shape, known.transposed
                 if shape != (meant := tuple(wanted[name].shape)):
                     raise FormatError(
                         f"{tensor.place}: shape mismatch: {shape} is stored, the model of "

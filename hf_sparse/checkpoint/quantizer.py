@@ -35,7 +35,9 @@ from hf_sparse.formats import (
     read_layout,
 )
 from hf_sparse.patterns import Pattern
-from hf_sparse.structure.layers import is_conv1d
+from hf_sparse.structure.experts import ENDINGS
+from hf_sparse.structure.layers import TargetLayer
+from hf_sparse.structure.orientation import is_transposed, oriented
 from hf_sparse.upstream.transformers.loading import (
     QuantizationConfigMixin,
     Restorer,
@@ -52,8 +54,12 @@ from hf_sparse.upstream.transformers.models import dtype_plan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# The names that the parts of a weight have in a checkpoint, as transformers' patterns.
-_PART_PATTERNS = {re.escape(join("weight", part)) + "$": part for part in ("", *COMPANIONS)}
+# The names that the parts of a weight have in a checkpoint, as transformers' patterns, by its own.
+_PARTS_OF = {
+    name: {re.escape(join(name, part)) + "$": part for part in ("", *COMPANIONS)}
+    for name in ("weight", *ENDINGS)
+}
+_PART_PATTERNS = {key: part for parts in _PARTS_OF.values() for key, part in parts.items()}
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -81,7 +87,7 @@ class SparseHfQuantizer(Restorer):
         self._dtype_plan: Mapping[str, torch.dtype] = {}
         self._errors: list[FormatError] = []
         self._check_unchanged = watch([])
-        self._targets: set[str] = set()
+        self._targets: Mapping[str, tuple[TargetLayer, ...]] = {}
         self._own_conversions = 0
 
     @property
@@ -129,8 +135,11 @@ class SparseHfQuantizer(Restorer):
         return others + self.get_weight_conversions()
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        """One conversion, for every weight: those stored in one part pass as they are."""
-        return [conversion_from_parts(list(_PART_PATTERNS), self, self.restore)]
+        """One conversion for every weight of a name: those stored in one part pass as they are."""
+        return [
+            conversion_from_parts(name, list(patterns), self, self.restore)
+            for name, patterns in _PARTS_OF.items()
+        ]
 
     def restore(self, name: str, found: dict[str, Tensor], model: PreTrainedModel) -> Tensor:
         """The weight `name` of `model`, in the type that the model wants, from its parts by pattern."""
@@ -155,24 +164,31 @@ class SparseHfQuantizer(Restorer):
         stored = self._stored.get(name) or self._stored.get(local)
         config = self.quantization_config.sparsity
         pattern, follows = config.pattern, config.pattern.implied_sparsity is None
-        conv1d = is_conv1d(model.get_submodule(name.rpartition(".")[0]))
+        path, _, attribute = name.rpartition(".")
+        transposed = is_transposed(model.get_submodule(path), attribute)
         with locate(stored.place if stored else f"tensor {name}"):
             if list(parts) == [""]:
                 weight, promised = parts[""], local in self._targets
             else:
-                form, rows, columns, transposed, parameters = read_layout(parts)
-                shape = (columns, rows) if transposed else (rows, columns)
+                layout = read_layout(parts)
                 wanted = tuple(model.get_parameter_or_buffer(name).shape)
-                if shape != wanted:
+                if layout.shape != wanted:
                     raise FormatError(
-                        f"shape mismatch: {shape} is stored, the model of config.json wants {wanted}"
+                        f"shape mismatch: {layout.shape} is stored, the model of config.json wants "
+                        f"{wanted}"
                     )
                 weight = decompress(parts)
-                promised = is_target(stored.name if stored else name, True, config)
-                if FORMATS[form].proves(pattern) and transposed == conv1d:
-                    follows = parameters == pattern.parameters(rows, columns)
+                promised = local in self._targets or is_target(
+                    stored.name if stored else name, True, config
+                )
+                if FORMATS[layout.format].proves(pattern) and layout.transposed == transposed:
+                    known = pattern.parameters(layout.rows, layout.columns)
+                    follows = layout.parameters == known
             if promised and not follows:
-                _check_promise(weight.T if conv1d else weight, pattern)
+                layers = self._targets.get(local)
+                matrices = [layer.part(weight) for layer in layers or ()]
+                for matrix in matrices or oriented(weight, transposed):
+                    _check_promise(matrix, pattern)
         return weight
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:

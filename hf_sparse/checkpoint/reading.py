@@ -25,6 +25,7 @@ from hf_sparse.formats import (
     read_layout,
     split_name,
 )
+from hf_sparse.structure.experts import ENDINGS
 from hf_sparse.upstream.transformers.files import ADAPTER_CONFIG_NAME
 
 WEIGHTS_NAME = "model.safetensors"
@@ -51,8 +52,7 @@ def restore_state_dict(
             continue
         own = {part: state_dict[join(name, part)] for part in parts}
         with locate(name):
-            _, rows, columns, transposed, _ = read_layout(own)
-            shape = (columns, rows) if transposed else (rows, columns)
+            shape = read_layout(own).shape
             if shapes is not None and name not in shapes:
                 restored[name] = torch.empty(shape, device="meta")
                 continue
@@ -98,7 +98,9 @@ def is_target(name: str, compressed: bool, config: SparsityConfig | None) -> boo
         config: of the checkpoint; None: every matrix in numbered blocks.
     """
     layer, in_blocks = name.removesuffix(".weight"), re.search(r"\.\d+\.", name) is not None
-    if layer == name or (config is not None and config.ignores(layer)):
+    if layer == name and not name.endswith(ENDINGS):
+        return False
+    if config is not None and config.ignores(layer):
         return False
     if config is None or config.targets is None or (compressed and not in_blocks):
         return in_blocks or compressed

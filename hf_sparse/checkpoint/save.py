@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ from hf_sparse.checkpoint.implied import (
     Filled,
     filled_since,
     implied_config,
-    load_offloaded,
     of_less,
 )
-from hf_sparse.checkpoint.overview import Overview, count_other, patterns_by_weight
+from hf_sparse.checkpoint.overview import Overview, patterns_by_weight
 from hf_sparse.checkpoint.source import MetricsWatch, described, write_entry
+from hf_sparse.checkpoint.stored_parts import stored_parts
 from hf_sparse.checkpoint.writing import (
     ShardWriter,
     check_folder,
@@ -36,13 +36,12 @@ from hf_sparse.checkpoint.writing import (
 )
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.files.atomic import replacing
-from hf_sparse.formats import FORMATS, can_compress, compress, format_of, num_nonzeros
+from hf_sparse.formats import format_of
 from hf_sparse.patterns import Pattern
 from hf_sparse.provenance.record import remember_
 from hf_sparse.provenance.values import Metric, Provenance
-from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
+from hf_sparse.report import SparsityReport, TensorSparsity
 from hf_sparse.structure.layers import (
-    TargetLayer,
     check_has_weights,
     num_parameters,
 )
@@ -50,7 +49,7 @@ from hf_sparse.structure.promise import Held
 from hf_sparse.structure.targets import Targets
 from hf_sparse.upstream.peft_by_name import has_adapters
 from hf_sparse.upstream.transformers.models import has_own_adapters, not_saved, tied_names
-from hf_sparse.upstream.transformers.saving import under_original_names, without_ties
+from hf_sparse.upstream.transformers.saving import without_ties
 
 ADAPTERS = (
     "the model has adapters, which a sparse checkpoint does not hold. Merge them "
@@ -195,14 +194,13 @@ def _write(
 ) -> _Written:
     """Write all weights."""
     written = _Written(Held(plan.targets.config))
-    for part in _stored_parts(model, plan, written.held, watch):
+    for part in stored_parts(model, plan.targets, plan.tensors, plan.patterns, written.held, watch):
         writer.add(part.name, part.parts)
         written.other_zeros += part.other_zeros
-        if part.is_target:
-            written.counts.append(part.counts[0])
+        written.counts += part.targets
+        written.others += part.others
+        if part.targets:
             written.formats[format_of(part.parts)] += 1
-        else:
-            written.others += part.counts
     writer.close(num_parameters(model))
     return written
 
@@ -270,80 +268,3 @@ def tensors_to_store(
             "put before the names, and give all weights."
         )
     return without_ties(state_dict, model)
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """One tensor of a checkpoint: its parts, and what was counted in it.
-
-    Attributes:
-        counts: those of a target, or of another matrix of the blocks; else none.
-        other_zeros: the zeros of a weight that is no target.
-    """
-
-    name: str
-    parts: dict[str, Tensor]
-    counts: tuple[TensorSparsity, ...] = ()
-    is_target: bool = False
-    other_zeros: int = 0
-
-
-def _stored_parts(
-    model: PreTrainedModel, plan: _Plan, held: Held, watch: MetricsWatch
-) -> Iterator[_Stored]:
-    """Every tensor with its parts and counts.
-
-    Other matrices of the blocks, which an earlier pruning may have left zeros in, are compressed
-    where that is smaller. Takes the tensors out of the plan.
-    """
-    config, tensors = plan.targets.config, plan.tensors
-    targets = plan.targets.by_weight(model)
-    blocks = {id(layer.parameter): layer for layer in plan.targets.others}
-    others = dict(model.named_parameters(remove_duplicate=False))
-    dense = {}
-    for name in list(tensors):
-        tensor = load_offloaded(model, name, tensors.pop(name))
-        watch.add(name, tensor)
-        stored = _Stored(name, {"": tensor})
-        if name in targets:
-            layer = targets[name]
-            parts, count = _compress(name, tensor, layer, config)
-            held.add(name, tensor.T if layer.transposed else tensor)
-            stored = _Stored(name, parts, (count,), True)
-        elif name in others:
-            zeros = int((tensor == 0).sum())
-            stored = replace(stored, other_zeros=zeros)
-            if (block := blocks.get(id(others[name]))) is not None:
-                weight = tensor.T if block.transposed else tensor
-                stored = replace(stored, counts=(count_other(name, weight, plan.patterns),))
-                if zeros and can_compress(tensor):
-                    stored = replace(stored, parts=compress(tensor))
-        if config.format == "dense":
-            dense[name] = tensor
-            stored = replace(stored, parts={})
-        yield stored
-    # Other programs want the names of the original checkpoint.
-    for name, tensor in under_original_names(model, dense).items() if dense else ():
-        yield _Stored(name, {"": tensor})
-
-
-def _compress(
-    name: str, tensor: Tensor, layer: TargetLayer, config: SparsityConfig
-) -> tuple[dict[str, Tensor], TensorSparsity]:
-    pattern, weight = config.pattern, tensor.T if layer.transposed else tensor
-    try:
-        parts = compress(tensor, config.format, pattern, transposed=layer.transposed)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    if pattern.implied_sparsity is None or FORMATS[format_of(parts)].proves(pattern):
-        return parts, TensorSparsity(
-            name, (weight.shape[0], weight.shape[1]), tensor.numel() - num_nonzeros(parts), 0
-        )
-    count = count_zeros(name, weight, pattern)
-    if count.violations:
-        raise ValueError(
-            f"{name}: {count.violations} groups {pattern.violation}, but the config promises pattern "
-            f"'{pattern}'. Prune the model to it again, or save with "
-            f'config=SparsityConfig("unstructured", sparsity={count.sparsity:.2f}).'
-        )
-    return parts, count

@@ -21,6 +21,7 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 HIDDEN_STATES = "hidden_states"
+CONVERTED = "converted"
 _RUN_FILE = "run.json"
 _PIECES, _PIECE = 64, 1 << 14
 # How many differences between two runs are told, and how long a value may be to be told.
@@ -29,11 +30,14 @@ _TOLD, _LONGEST_VALUE = 4, 60
 
 @contextmanager
 def work_folder(folder: Path, run: dict[str, Any], *, resume: bool) -> Iterator[Path]:
-    """The work folder beside an output folder, with an empty folder for hidden states in it.
+    """The work folder beside an output folder, with empty folders in it.
+
+    They are for hidden states, and for weights that are converted; both go at the end.
 
     Args:
         folder: the output.
-        run: what a run must share with the one that it resumes, as JSON has it.
+        run: what a run must share with the one that it resumes, as JSON has it; more may be told
+            later, to `describe_run`.
         resume: go on with the folder that is there.
 
     Raises:
@@ -45,9 +49,10 @@ def work_folder(folder: Path, run: dict[str, Any], *, resume: bool) -> Iterator[
         (work / _RUN_FILE).write_text(json.dumps(run, indent=2))
     with (work / _RUN_FILE).open() as file:
         _lock(file, work)
-        hidden = work / HIDDEN_STATES
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir()
+        scratch = [work / HIDDEN_STATES, work / CONVERTED]
+        for inner in scratch:
+            shutil.rmtree(inner, ignore_errors=True)
+            inner.mkdir()
         try:
             yield work
         except BaseException:  # an interruption too
@@ -55,8 +60,23 @@ def work_folder(folder: Path, run: dict[str, Any], *, resume: bool) -> Iterator[
                 shutil.rmtree(work)
             raise
         finally:
-            shutil.rmtree(hidden, ignore_errors=True)
+            for inner in scratch:
+                shutil.rmtree(inner, ignore_errors=True)
         shutil.rmtree(work)
+
+
+def describe_run(work: Path, run: dict[str, Any]) -> None:
+    """Tell a work folder all of a run, or compare it with the run that is resumed.
+
+    Raises:
+        ValueError: the folder is of another run, or damaged.
+    """
+    known, run = read_json(work / _RUN_FILE), json.loads(json.dumps(run))
+    if known.keys() < run.keys():
+        _check_same(work, {key: run[key] for key in known})
+        (work / _RUN_FILE).write_text(json.dumps(run, indent=2))
+    else:
+        _check_same(work, run)
 
 
 def is_stopped(folder: Path) -> bool:
@@ -86,6 +106,11 @@ def check_work_folder(folder: Path, run: dict[str, Any], *, resume: bool) -> Pat
         raise ValueError(
             f"{work} is there: a run was stopped. Go on with it by resume=True, or remove it."
         )
+    _check_same(work, run)
+    return work
+
+
+def _check_same(work: Path, run: dict[str, Any]) -> None:
     known, run = read_json(work / _RUN_FILE), json.loads(json.dumps(run))
     changed = [key for key, value in run.items() if known.get(key) != value]
     if changed:
@@ -95,7 +120,6 @@ def check_work_folder(folder: Path, run: dict[str, Any], *, resume: bool) -> Pat
             f"{work} is of a run with another {', '.join(changed)}: {'; '.join(told[:_TOLD])}{more}. "
             "Resume with the same arguments, or remove it."
         )
-    return work
 
 
 def _differences(key: str, old: Any, new: Any) -> list[str]:

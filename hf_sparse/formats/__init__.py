@@ -1,22 +1,21 @@
 """Lossless storage of sparse weights: docs/format.md is the specification.
 
-`compress` turns one 2-D weight into a few named tensors, `decompress` turns them back, bit for
-bit (`-0.0` comes back as `0.0`). The part named "" holds the values and is stored under the
-weight's own name, so that a loader that does not know the format meets a shape mismatch instead
-of a missing weight.
+`compress` turns one weight, a matrix or a stack of them, into a few named tensors, `decompress` turns
+them back, bit for bit (`-0.0` comes back as `0.0`). The part named "" holds the values and is stored
+under the weight's own name, so that a loader that does not know the format meets a shape mismatch
+instead of a missing weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hf_sparse.formats import bits
 from hf_sparse.formats.error import FormatError, locate
-from hf_sparse.formats.format import LAYOUT, Format, Weight, num_bytes
+from hf_sparse.formats.format import LAYOUT, Format, Layout, Weight, num_bytes
 from hf_sparse.formats.names import format_of, group_parts, join, split_name
 from hf_sparse.formats.smallest import smallest_of
 from hf_sparse.formats.table import COMPANIONS, FORMATS
@@ -27,6 +26,7 @@ __all__ = [
     "FORMATS",
     "Format",
     "FormatError",
+    "Layout",
     "Weight",
     "can_compress",
     "compress",
@@ -36,7 +36,6 @@ __all__ = [
     "join",
     "locate",
     "num_bytes",
-    "num_nonzeros",
     "read_layout",
     "smallest_of",
     "split_name",
@@ -64,8 +63,9 @@ def compress(
     """Compress one weight, losslessly.
 
     Args:
-        weight: 2-D, fp64, fp32, fp16, bf16 or fp8 (e4m3fn, e5m2), `(out_features, in_features)`,
-            or its transpose.
+        weight: fp64, fp32, fp16, bf16 or fp8 (e4m3fn, e5m2), `(out_features, in_features)`, or its
+            transpose; or a stack of such matrices, `(matrices, out_features, in_features)`, each of
+            which follows the pattern.
         format: a key of `FORMATS`. `auto` takes the smallest of those that can hold the weight.
         pattern: what `nm` and `block` follow, and `auto` may use; `unstructured` if None.
         transposed: the weight is stored `(in_features, out_features)`, as GPT-2's `Conv1D` does.
@@ -75,7 +75,7 @@ def compress(
         name, and `layout`. Only `""` with the weight itself where dense is chosen.
 
     Raises:
-        ValueError: unknown format, a weight that is not a 2-D float, or one that does not follow
+        ValueError: unknown format, a weight that is no matrix of floats, or one that does not follow
             the pattern that the format needs.
     """
     pattern = Unstructured() if pattern is None else pattern
@@ -84,15 +84,15 @@ def compress(
     if not can_compress(weight):
         raise ValueError(
             f"a weight of shape {tuple(weight.shape)} and type {weight.dtype} cannot be compressed; "
-            f"wanted a 2-D tensor of {', '.join(map(str, _FLOATS))}."
+            f"wanted a 2-D or 3-D tensor of {', '.join(map(str, _FLOATS))}."
         )
     encoded = FORMATS[format].compress(Weight(weight.detach().cpu(), transposed), pattern)
     return encoded.parts()
 
 
 def can_compress(weight: Tensor) -> bool:
-    """Whether this is a 2-D tensor of a type that the formats hold."""
-    return weight.ndim == 2 and weight.dtype in _FLOATS
+    """Whether this is a matrix, or a stack of them, of a type that the formats hold."""
+    return weight.ndim in (2, 3) and weight.dtype in _FLOATS
 
 
 def decompress(parts: Mapping[str, Tensor]) -> Tensor:
@@ -102,22 +102,23 @@ def decompress(parts: Mapping[str, Tensor]) -> Tensor:
         FormatError: the parts contradict each other. Nothing is trusted: types, lengths, counts
             and ranges are checked before a weight is returned.
     """
-    name, rows, columns, transposed, parameters = read_layout(parts)
-    values = parts[""]
-    decode = FORMATS[name].decode
+    layout, values = read_layout(parts), parts[""]
+    decode = FORMATS[layout.format].decode
     assert decode is not None  # `read_layout` has refused the others
     stored = bits.as_bits(values.cpu())
-    positions = parts[name].cpu().contiguous().numpy()
+    positions = parts[layout.format].cpu().contiguous().numpy()
+    rows, columns = layout.all_rows, layout.columns
     try:
-        flat = decode(stored, positions, rows, columns, *parameters)
+        flat = decode(stored, positions, rows, columns, *layout.parameters)
     except MemoryError as error:
         raise FormatError(f"a weight of {rows} x {columns} does not fit in memory") from error
-    weight = bits.as_weight(flat.reshape(rows, columns), values.dtype)
-    return (weight.T.contiguous() if transposed else weight).to(values.device)
+    stacked = () if layout.matrices is None else (layout.matrices,)
+    weight = bits.as_weight(flat.reshape(*stacked, layout.rows, columns), values.dtype)
+    return (weight.mT.contiguous() if layout.transposed else weight).to(values.device)
 
 
-def read_layout(parts: Mapping[str, Tensor]) -> tuple[str, int, int, bool, tuple[int, ...]]:
-    """Format name, rows, columns, transposed and parameters, with the types of all parts checked.
+def read_layout(parts: Mapping[str, Tensor]) -> Layout:
+    """The layout, with the types of all parts checked.
 
     Raises:
         FormatError: a part is missing or too many, or has the wrong type or shape.
@@ -140,12 +141,4 @@ def read_layout(parts: Mapping[str, Tensor]) -> tuple[str, int, int, bool, tuple
             f"'{name}' has shape {tuple(parts[name].shape)} and type {parts[name].dtype}; wanted "
             "1-D bytes"
         )
-    return name, *FORMATS[name].read_layout(layout)
-
-
-def num_nonzeros(parts: Mapping[str, Tensor]) -> int:
-    """Nonzero weights in the parts that `compress` gave, without restoring the weight."""
-    form = FORMATS[format_of(parts)]
-    if form.decode is not None and not form.structured:
-        return parts[""].numel()
-    return int(np.count_nonzero(bits.nonzero_mask(bits.as_bits(parts[""].cpu()))))
+    return FORMATS[name].read_layout(layout)

@@ -24,7 +24,7 @@ def encode(weight: Weight, pattern: Pattern) -> Encoded:
     Raises:
         ValueError: the groups of the pattern do not tile the weight.
     """
-    rows, columns = weight.oriented.shape
+    rows, columns = weight.matrix_shape
     pattern.check_shape(rows, columns)
     height, width = pattern.group_shape(rows, columns)
     values, packed = kept_blocks(bits.as_bits(weight.oriented), height, width)
@@ -78,7 +78,9 @@ def fits(pattern: Pattern) -> bool:
 
 def check(rows: int, columns: int, height: int, width: int) -> bool:
     """Whether a layout may hold blocks of this size."""
-    return min(height, width) >= 1 and height * width <= LARGEST_WEIGHT
+    if min(height, width) < 1 or height * width > LARGEST_WEIGHT:
+        return False
+    return rows % height == 0 and columns % width == 0
 
 
 BLOCK = Format(

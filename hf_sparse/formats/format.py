@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,8 +30,8 @@ class Weight:
     """A weight to be stored, and what several formats want to know of it.
 
     Attributes:
-        tensor: 2-D, on the CPU, as the model has it.
-        transposed: it is `(in_features, out_features)`.
+        tensor: 2-D, or 3-D: a stack of matrices; on the CPU, as the model has it.
+        transposed: each matrix is `(in_features, out_features)`.
     """
 
     tensor: Tensor
@@ -39,8 +39,21 @@ class Weight:
 
     @property
     def oriented(self) -> Tensor:
-        """`(out_features, in_features)`."""
-        return self.tensor.T if self.transposed else self.tensor
+        """`(out_features, in_features)`; of a stack the matrices one below the other."""
+        turned = self.tensor.mT if self.transposed else self.tensor
+        rows, columns = self.matrix_shape
+        return turned.reshape(rows * (1 if self.matrices is None else self.matrices), columns)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """`out_features` and `in_features` of one matrix."""
+        rows, columns = self.tensor.shape[-2:]
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def matrices(self) -> int | None:
+        """How many matrices are stacked; None: it is one, and no stack."""
+        return len(self.tensor) if self.tensor.ndim == 3 else None
 
     @cached_property
     def flat(self) -> Bits:
@@ -56,6 +69,37 @@ class Weight:
     def num_nonzeros(self) -> int:
         """How many weights are not zero."""
         return int(np.count_nonzero(self.mask))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a stored weight's layout tells.
+
+    Attributes:
+        format: its name.
+        rows, columns: of the stored matrix; of a stack, of each of its matrices.
+        transposed: the model's weight is the transpose of the stored matrix.
+        parameters: of the format.
+        matrices: how many are stacked; None: it is one, and no stack.
+    """
+
+    format: str
+    rows: int
+    columns: int
+    transposed: bool
+    parameters: tuple[int, ...]
+    matrices: int | None = None
+
+    @property
+    def all_rows(self) -> int:
+        """The rows of all matrices, one below the other."""
+        return self.rows * (1 if self.matrices is None else self.matrices)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the model's weight."""
+        shape = (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
+        return shape if self.matrices is None else (self.matrices, *shape)
 
 
 @dataclass(frozen=True)
@@ -132,26 +176,29 @@ class Format:
         """Whether what it stores with the parameters of an N:M pattern cannot break the pattern."""
         return self.structured and self.fits(pattern) and pattern.implied_sparsity is not None
 
-    def read_layout(self, layout: Tensor) -> tuple[int, int, bool, tuple[int, ...]]:
-        """Rows, columns, transposed and parameters of a weight in this format.
+    def read_layout(self, layout: Tensor) -> Layout:
+        """The layout of a weight in this format.
 
         Raises:
             FormatError: the layout has the wrong type or shape, or holds what no weight has.
         """
         wanted = _FIXED + self.num_parameters
-        if layout.dtype != torch.int64 or layout.shape != (wanted,):
+        if layout.dtype != torch.int64 or layout.shape not in ((wanted,), (wanted + 1,)):
             raise FormatError(
                 f"'{LAYOUT}' has shape {tuple(layout.shape)} and type {layout.dtype}; wanted "
-                f"{wanted} int64 for format '{self.name}'"
+                f"{wanted} int64 for format '{self.name}', or {wanted + 1} for a stack of matrices"
             )
-        rows, columns, transposed, *parameters = layout.tolist()
+        rows, columns, transposed, *others = layout.tolist()
+        parameters, stacked = others[: self.num_parameters], others[self.num_parameters :]
+        found = Layout(self.name, rows, columns, bool(transposed), tuple(parameters), *stacked)
         sizes_fit = 0 <= rows < 2**31 and 0 <= columns < 2**31 and transposed in (0, 1)
-        sizes_fit &= rows * columns <= LARGEST_WEIGHT
+        sizes_fit &= 0 <= found.all_rows < 2**31 and found.all_rows * columns <= LARGEST_WEIGHT
+        sizes_fit &= found.matrices is None or 0 <= found.matrices < 2**31
         if not sizes_fit or not self.check(rows, columns, *parameters):
             raise FormatError(
                 f"'{LAYOUT}' holds {layout.tolist()}, which is no layout of '{self.name}'"
             )
-        return rows, columns, bool(transposed), tuple(parameters)
+        return found
 
 
 def by_mask(name: str, weight: Weight, positions: NDArray[np.uint8]) -> Encoded:
@@ -161,13 +208,15 @@ def by_mask(name: str, weight: Weight, positions: NDArray[np.uint8]) -> Encoded:
         values = bits.take(weight.flat, weight.mask)
         return _parts(name, values, positions, weight.tensor, layout)
 
-    layout = _layout(weight.tensor, False, ())
+    layout = _layout(weight, weight.tensor.shape[-2:], False, ())
     return Encoded(nonzeros_and(weight, positions.nbytes), parts)
 
 
 def nonzeros_and(weight: Weight, positions: int) -> int:
     """The bytes that `by_mask` takes with so many bytes of positions."""
-    return weight.num_nonzeros * weight.tensor.element_size() + positions + 8 * _FIXED
+    stacked = 0 if weight.matrices is None else 1
+    size = weight.tensor.element_size()
+    return weight.num_nonzeros * size + positions + 8 * (_FIXED + stacked)
 
 
 def by_groups(
@@ -178,7 +227,7 @@ def by_groups(
     parameters: tuple[int, ...],
 ) -> Encoded:
     """A weight as the values of its groups and their positions, for structured formats."""
-    layout = _layout(weight.oriented, weight.transposed, parameters)
+    layout = _layout(weight, weight.matrix_shape, weight.transposed, parameters)
     parts = _parts(name, values, positions, weight.oriented, layout)
     return Encoded(num_bytes(parts), lambda: parts)
 
@@ -188,8 +237,11 @@ def num_bytes(parts: Mapping[str, Tensor]) -> int:
     return sum(part.numel() * part.element_size() for part in parts.values())
 
 
-def _layout(weight: Tensor, transposed: bool, parameters: Iterable[int]) -> Tensor:
-    return torch.tensor([*weight.shape, int(transposed), *parameters], dtype=torch.int64)
+def _layout(
+    weight: Weight, shape: Sequence[int], transposed: bool, parameters: Iterable[int]
+) -> Tensor:
+    stacked = [] if weight.matrices is None else [weight.matrices]
+    return torch.tensor([*shape, int(transposed), *parameters, *stacked], dtype=torch.int64)
 
 
 def _parts(

@@ -61,7 +61,7 @@ def encode(weight: Weight, pattern: Pattern) -> Encoded:
     Raises:
         ValueError: M does not divide in_features, or a group has more than N nonzeros.
     """
-    rows, columns = weight.oriented.shape
+    rows, columns = weight.matrix_shape
     pattern.check_shape(rows, columns)
     n, m = pattern.parameters(rows, columns)
     values, packed = ranked(as_bits(weight.oriented).reshape(-1), n, m)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from hf_sparse.arguments import check_kinds, check_model
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.provenance.record import watch_
-from hf_sparse.structure.layers import check_divides
+from hf_sparse.structure.layers import TargetLayer, by_identity, check_divides
 from hf_sparse.structure.targets import Targets
 
 
@@ -26,10 +27,12 @@ def sparse_param_groups(
 
     Returns:
         Groups of `(name, parameter)`: the targets, with `pattern` set (those stored transposed,
-        GPT-2's Conv1D, apart), then the rest with `pattern=None`. Empty groups are left out.
+        GPT-2's Conv1D, apart, and the stacks of a mixture's experts), then the rest with
+        `pattern=None`. Empty groups are left out.
 
     Raises:
-        ValueError: targets that match nothing, that are frozen, or that the pattern cannot divide.
+        ValueError: targets that match nothing, that are frozen, or that the pattern cannot divide; some
+            of the experts that one parameter holds, and not all.
     """
     check_model(model, "sparse_param_groups")
     check_kinds(sparse_param_groups, locals())
@@ -42,27 +45,47 @@ def sparse_param_groups(
         )
     for layer in layers:
         check_divides(pattern, layer.weight_name, *layer.weight.shape)
-    targets = {id(layer.parameter): layer for layer in layers}
-    plain: list[Any] = []
-    transposed: list[Any] = []
+    targets = by_identity(layers)
+    for held in targets.values():
+        _check_whole(held)
+    # By how they are stored, which groups of weights have to know: transposed, stacked.
+    sparse_ones: dict[tuple[bool, bool], list[Any]] = {}
     matrices: list[Any] = []
     vectors: list[Any] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        target = targets.get(id(parameter))
-        if target is not None:
-            turned = target.transposed and not pattern.elementwise
-            (transposed if turned else plain).append((name, parameter))
+        if id(parameter) in targets:
+            target = targets[id(parameter)][0]
+            stored = (target.transposed, target.stack is not None)
+            stored = (False, False) if pattern.elementwise else stored
+            sparse_ones.setdefault(stored, []).append((name, parameter))
         else:
             (matrices if parameter.ndim > 1 else vectors).append((name, parameter))
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     sparse = {"pattern": str(pattern), **decay}
     groups: list[dict[str, Any]] = [
-        {"params": plain, **sparse, "transposed": False},
-        {"params": transposed, **sparse, "transposed": True},
+        *(
+            {
+                "params": found,
+                **sparse,
+                "transposed": turned,
+                **({"stacked": True} if stacked else {}),
+            }
+            for (turned, stacked), found in sorted(sparse_ones.items(), key=lambda item: item[0])
+        ),
         {"params": matrices, "pattern": None, **decay},
         {"params": vectors, "pattern": None, "weight_decay": 0.0},
     ]
     watch_(model)
     return [group for group in groups if group["params"]]
+
+
+def _check_whole(layers: Sequence[TargetLayer]) -> None:
+    """Refuse a stack of which only some matrices are targets: optimizers step on whole parameters."""
+    stack = layers[0].stack
+    if stack is not None and len(layers) != stack.number:
+        raise ValueError(
+            f"{len(layers)} of the {stack.number} experts of {layers[0].parameter_name} are targets, "
+            "and an optimizer shrinks whole parameters. Name all of them, or leave all out."
+        )

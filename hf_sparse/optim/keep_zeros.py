@@ -18,6 +18,7 @@ from hf_sparse.optim.notes import note_fine_tuning_
 from hf_sparse.optim.sharding import local_part
 from hf_sparse.optim.step_mask import StepMask
 from hf_sparse.optim.zeros import sparse_layers, zeros_hash
+from hf_sparse.structure.layers import parameters_of
 from hf_sparse.suggestions import deprecated_name
 
 _ATTACHED = "_hf_sparse_frozen_mask"
@@ -95,7 +96,7 @@ class FrozenMask:
         vars(optimizer)[_ATTACHED] = self
         self.names = [layer.weight_name for layer in layers]
         self._optimizer = optimizer
-        self._parameters = [layer.parameter for layer in layers]
+        self._parameters = parameters_of(layers)
         self._stepped = {id(layer.parameter) for layer in stepped}
         self._mask = StepMask()
         self._start = self._fingerprint()

@@ -20,6 +20,7 @@ from hf_sparse.optim.parameters import (
     set_strength,
     sparse_groups,
     sparse_parameters,
+    whole_parameters,
 )
 from hf_sparse.optim.projection import magnitude, measured_sparsity, pattern_of, project_
 from hf_sparse.optim.sharding import processes_of
@@ -110,7 +111,7 @@ class SoftMovement:
         for group in sparse_groups(optimizer):
             if "movement_share" not in group or group["frozen"]:
                 continue
-            for sparse in sparse_parameters(optimizer, [group]):
+            for sparse in whole_parameters(optimizer, [group]):
                 if sparse.parameter.grad is not None:
                     self._learn(group, sparse)
         if self._by_rank:
@@ -141,8 +142,9 @@ class SoftMovement:
 
     def _shared(self, sparse: SparseParameter, gradient: Tensor) -> Tensor:
         """The gradient of the scores: each group's mean, for its weights share a score."""
-        own = sparse.view(gradient)
-        own.copy_(self._pattern.spread(self._pattern.means(own), own.shape))
+        for matrix in sparse.matrices():
+            own = matrix.view(gradient)
+            own.copy_(self._pattern.spread(self._pattern.means(own), own.shape))
         return gradient
 
     def _mask_groups(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,12 +25,26 @@ _ALL = slice(None)
 
 @dataclass(frozen=True)
 class SparseParameter:
-    """A parameter of a sparse group, with what its shrinkage needs."""
+    """A parameter of a sparse group, with what its shrinkage needs; or one matrix of a stack.
+
+    Attributes:
+        number: of the matrix, in the part of the stack that this process holds; None: all of it.
+    """
 
     name: str
     group: Group
     parameter: Tensor
     state: Mapping[str, Any]
+    number: int | None = None
+
+    def matrices(self) -> list[SparseParameter]:
+        """The matrices of a stack, which the pattern divides one by one; others as they are."""
+        if not self.group.get("stacked", False):
+            return [self]
+        return [
+            replace(self, name=f"{self.name}.{number}", number=number)
+            for number in range(len(local_part(self.parameter)))
+        ]
 
     @property
     def weight(self) -> Tensor:
@@ -40,6 +54,7 @@ class SparseParameter:
     def view(self, tensor: Tensor) -> Tensor:
         """A tensor of the parameter's shape as `weight` is seen; a scalar as a vector."""
         tensor = local_part(tensor)
+        tensor = tensor if self.number is None else tensor[self.number]
         return tensor.T if self.group["transposed"] else torch.atleast_1d(tensor)
 
     def metric(self, rows: Rows = _ALL) -> Tensor | None:
@@ -77,7 +92,15 @@ def sparse_groups(optimizer: Optimizer) -> list[Group]:
 def sparse_parameters(
     optimizer: Optimizer, groups: Iterable[Group] | None = None
 ) -> Iterator[SparseParameter]:
-    """The parameters of the sparse groups, as they are now."""
+    """The parameters of the sparse groups, as they are now; stacks of experts matrix by matrix."""
+    for sparse in whole_parameters(optimizer, groups):
+        yield from sparse.matrices()
+
+
+def whole_parameters(
+    optimizer: Optimizer, groups: Iterable[Group] | None = None
+) -> Iterator[SparseParameter]:
+    """The parameters of the sparse groups, as they are now, each once."""
     for number, group in enumerate(sparse_groups(optimizer) if groups is None else groups):
         names = group.get("param_names")
         pattern = Pattern.parse(group["pattern"])

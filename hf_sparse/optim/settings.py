@@ -101,23 +101,24 @@ def check_group(group: Group) -> None:
     names = group.get("param_names")
     for index, parameter in enumerate(group["params"]):
         name = names[index] if names else f"parameter {index}"
-        _check_parameter(name, parameter, pattern, group["transposed"])
+        _check_parameter(name, parameter, pattern, group)
 
 
-def _check_parameter(name: str, parameter: Tensor, pattern: Pattern, transposed: bool) -> None:
+def _check_parameter(name: str, parameter: Tensor, pattern: Pattern, group: Group) -> None:
     check_whole_parameters(SHRINKING, [(name, parameter)])
     if parameter.device.type != "meta":
         check_floats(name, parameter.detach())
     if not pattern.elementwise:
-        if parameter.ndim != 2:
+        if parameter.ndim != (3 if group.get("stacked", False) else 2):
             raise ValueError(
                 f"{name} has shape {tuple(parameter.shape)}; pattern '{pattern}' wants matrices "
                 "(out_features, in_features). Put it into a group with pattern=None, as "
                 "hf_sparse.sparse_param_groups does."
             )
-        rows, columns = reversed(parameter.shape) if transposed else parameter.shape
+        rows, columns = parameter.shape[-2:]
+        rows, columns = (columns, rows) if group["transposed"] else (rows, columns)
         check_divides(pattern, name, rows, columns)
-    check_shardable(name, parameter, pattern, transposed=transposed)
+    check_shardable(name, parameter, pattern, transposed=group["transposed"])
 
 
 def check_resumed(optimizer: Optimizer, saved: dict[str, Any]) -> None:

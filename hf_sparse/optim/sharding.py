@@ -42,7 +42,7 @@ def check_shardable(
         raise ValueError(
             f"{name} is sharded as {parameter.placements}; wanted shards of rows, as FSDP2 makes them."
         )
-    if pattern.elementwise:
+    if pattern.elementwise or parameter.ndim > 2:  # matrices of stacks are whole
         return
     axis, what = (1, "columns") if transposed else (0, "rows")
     shape = torch.Size(reversed(parameter.shape)) if transposed else parameter.shape

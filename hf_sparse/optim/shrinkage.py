@@ -42,6 +42,7 @@ from hf_sparse.optim.parameters import (
     sparse_parameters,
     take_over,
     unit_strength,
+    whole_parameters,
 )
 from hf_sparse.optim.penalties import PENALTIES
 from hf_sparse.optim.settings import (
@@ -119,7 +120,7 @@ def _remember_mask(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             check_group(group)
         check_strength(group)  # whoever has set it since
     vars(optimizer)[_KEPT] = mask = StepMask()
-    for sparse in sparse_parameters(optimizer):
+    for sparse in whole_parameters(optimizer):
         if sparse.group["frozen"]:
             mask.remember(id(sparse.parameter), sparse.parameter)
 
@@ -134,7 +135,7 @@ def _shrink(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         warnings.warn(_UNSTEERED.format(type(optimizer).__name__), stacklevel=4)
     take_over(optimizer)
     for group in sparse_groups(optimizer):
-        members = list(sparse_parameters(optimizer, [group]))
+        members = list(whole_parameters(optimizer, [group]))
         stepped = [sparse for sparse in members if sparse.parameter.grad is not None]
         if group["frozen"]:
             for sparse in members:
@@ -142,7 +143,7 @@ def _shrink(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         elif group["lam"] > 0 and group["lr"] > 0 and stepped:
             if PENALTIES[group["penalty"]].reweighted:
                 _reweight(optimizer, group, stepped)
-            _shrink_group(group, stepped)
+            _shrink_group(group, [part for sparse in stepped for part in sparse.matrices()])
             group["shrink_steps"] += 1
 
 

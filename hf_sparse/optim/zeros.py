@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.optim.sharding import local_part
-from hf_sparse.structure.layers import TargetLayer, promised_config
+from hf_sparse.structure.layers import TargetLayer, by_identity, promised_config
 from hf_sparse.structure.targets import Targets
 from hf_sparse.structure.weights import check_floats
 
@@ -29,6 +29,8 @@ def sparse_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
             other Linear and Conv1D in the blocks that is sparse (`SPARSE_FROM`), such as by an
             earlier pruning.
 
+    Experts in one parameter count as one: all of them, or none.
+
     Raises:
         ValueError: a weight is no matrix of floats.
     """
@@ -41,17 +43,21 @@ def sparse_layers(model: nn.Module, config: SparsityConfig | None = None) -> lis
         targets = Targets.of(
             model, SparsityConfig("unstructured", 0.0, asked.targets, asked.ignore)
         )
-    for layer in targets.layers:
-        check_floats(layer.weight_name, layer.parameter)
-    found = [
-        layer for layer in targets.layers if bool((local_part(layer.parameter.detach()) == 0).any())
-    ]
+    found: list[TargetLayer] = []
+    for layers in by_identity(targets.layers).values():
+        if bool((_values(layers[0]) == 0).any()):
+            found += layers
     if config is None:
-        for layer in targets.others:
-            check_floats(layer.weight_name, layer.parameter)
-            if is_sparse(local_part(layer.parameter.detach())):
-                found.append(layer)
+        for layers in by_identity(targets.others).values():
+            if is_sparse(_values(layers[0])):
+                found += layers
     return found
+
+
+def _values(layer: TargetLayer) -> Tensor:
+    """What this process holds of the parameter of a layer, of all experts in it."""
+    check_floats(layer.weight_name, layer.parameter)
+    return local_part(layer.parameter.detach())
 
 
 def is_sparse(weight: Tensor) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
@@ -17,6 +18,10 @@ from hf_sparse.pruning.reconstruction import reconstruct_
 from hf_sparse.pruning.task import Task
 from hf_sparse.structure.layers import TargetLayer, layers_in, layers_outside
 
+# The norm of a feature over so many tokens is uncertain by an eighth, if they are like normal values.
+_FEW_FOR_NORMS = 32
+# Puts a pruned weight into its place in a parameter.
+Write = Callable[[Tensor, Tensor], object]
 Refinement = Callable[[Problem, list[Tensor]], list[Tensor]]
 
 
@@ -46,6 +51,10 @@ class LayerPruner:
     ) -> None:
         """Collect what the layers see while the data runs, and prune them.
 
+        The data runs once for all layers that are no experts, and as often as the Gram matrices of the
+        experts need (`InputStatistics.passes`). All passes see the weights as they were: what the first
+        ones prune is written at the end.
+
         Args:
             run: shows the calibration data to an observer.
             layers: to be pruned; none is fine.
@@ -54,13 +63,27 @@ class LayerPruner:
         if not layers:
             return
         statistics = self.statistics()
-        with statistics.collecting(layers, stop=stop):
+        held: list[tuple[Tensor, Tensor]] = []
+        *early, last = statistics.passes(layers)
+        for part in early:
+            with statistics.collecting(part, stop=stop):
+                run(statistics)
+            self.solve(statistics.groups(), lambda place, weight: held.append((place, weight)))
+        with statistics.collecting(last, stop=stop):
             run(statistics)
         self.solve(statistics.groups())
+        for place, weight in held:
+            place.copy_(weight)
 
-    def solve(self, groups: Sequence[Seen]) -> None:
-        """Prune groups of layers; of several processes each solves some and hands out the weights."""
+    def solve(self, groups: Sequence[Seen], write: Write = Tensor.copy_) -> None:
+        """Prune groups of layers; of several processes each solves some and hands out the weights.
+
+        Args:
+            groups: the layers, and what they saw.
+            write: called with the place of each weight, as it is stored, and the pruned one.
+        """
         task, owners = self.task, self._owners(groups)
+        solved: dict[str, Tensor] = {}
         notes, failure = Notes(), None
         for seen, owner in zip(groups, owners, strict=True):
             if owner != task.rank or failure is not None:
@@ -74,7 +97,12 @@ class LayerPruner:
                 failure = str(error)  # the other processes must hear of it before this one stops
                 continue
             for layer, weight in zip(seen.layers, pruned, strict=True):
-                layer.weight.copy_(weight)
+                place = layer.stored(layer.parameter.data)
+                turned = (weight.T if layer.transposed else weight).to(place.dtype)
+                if task.is_shared:
+                    solved[layer.name] = turned.contiguous()
+                else:
+                    write(place, turned)
         if not task.is_shared:
             task.notes.merge([notes])
             return
@@ -83,14 +111,20 @@ class LayerPruner:
         task.notes.merge(gather_object([notes]))
         for seen, owner in zip(groups, owners, strict=True):
             for layer in seen.layers:
-                stored = layer.parameter.data
-                stored.copy_(broadcast(stored, from_process=owner))
+                place = layer.stored(layer.parameter.data)
+                own = solved.pop(layer.name, None)
+                empty = torch.empty_like(place) if own is None else own
+                write(place, broadcast(empty, from_process=owner))
 
     def pruned(self, problem: Problem) -> list[Tensor]:
         """The pruned weights of a problem; by magnitude if its layers saw no token."""
         if not problem.tokens:
             problem.note("saw no calibration token and was pruned by magnitude.")
             return by_scores(problem, [weight.abs() for weight in problem.weights])
+        if problem.statistic.ndim == 1 and problem.tokens < _FEW_FOR_NORMS:
+            problem.note(
+                f"saw fewer than {_FEW_FOR_NORMS} calibration tokens: its norms are uncertain."
+            )
         pruned = self.solver.solve(problem, **self.options)
         for refine in self.refinements:
             pruned = refine(problem, pruned)

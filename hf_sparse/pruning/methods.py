@@ -231,7 +231,7 @@ class Recipe:
         for layer in layers:
             if not isinstance(layer.parameter, DTensor):
                 continue
-            if not self.method.sharded or self.composition.walks or layer.transposed:
+            if not self.method.sharded or self.composition.walks or not layer.is_plain:
                 raise ValueError(
                     f"{layer.weight_name} is cut into shards by FSDP, and this works on whole weights. "
                     "Prune the model before it is sharded, or use method='proxsparse'."

@@ -29,7 +29,7 @@ from hf_sparse.files.atomic import sync_file
 from hf_sparse.formats import FormatError, compress, decompress, join, locate
 from hf_sparse.pruning.problem import Notes
 from hf_sparse.report import TensorSparsity, count_zeros
-from hf_sparse.structure.layers import layers_in
+from hf_sparse.structure.layers import TargetLayer, by_identity, layers_in
 from hf_sparse.structure.targets import Targets
 from hf_sparse.upstream.accelerate import files_of, hook_of, read_through_
 
@@ -52,10 +52,18 @@ class OnDisk(Residence):
         self.counts: dict[str, TensorSparsity] = {}
         self.earlier_notes: tuple[str, ...] = ()
 
-    @property
-    def files(self) -> set[Path]:
-        """The files of the source."""
-        return files_of(self._weights.source)
+    def files(self, converted: Path) -> set[Path]:
+        """The files of the source.
+
+        Args:
+            converted: the folder of weights that were converted while they were loaded, which are no
+                files of the source; those that they were made from lie beside the source's others.
+        """
+        found = files_of(self._weights.source)
+        own = {file for file in found if file.parent != converted}
+        if own == found:
+            return own
+        return own | {file for one in own for file in one.parent.glob("*.safetensors")}
 
     @property
     def all_notes(self) -> tuple[str, ...]:
@@ -84,33 +92,32 @@ class OnDisk(Residence):
         file = self._file(step)
         if not file.exists():
             return False
-        layers = layers_in(step.block, self._layers)
+        held = self._parameters(step)
         with open_file(file) as reader:
             run = (reader.metadata() or {}).get("run")
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
         known = {} if run is None else json.loads(run)
         if known.get("sha256") != fingerprint([tensors]) or [
             count["name"] for count in known["counts"]
-        ] != [layer.weight_name for layer in layers]:
+        ] != [layer.weight_name for layers in held for layer in layers]:
             raise FormatError(f"{file} is damaged. Remove this file, and resume.")
         self._publish(file, known["counts"])
         self.earlier_notes = tuple(known["notes"])
         weights = restore_state_dict(tensors)
-        for layer in layers:
-            layer.parameter.data.copy_(weights[layer.weight_name])
+        for layers in held:
+            layers[0].parameter.data.copy_(weights[layers[0].parameter_name])
         return True
 
     def finish(self, step: BlockStep) -> None:
         tensors, counts = {}, []
-        for layer in layers_in(step.block, self._layers):
-            name = layer.weight_name
-            parts = compress(
-                layer.parameter.data, "auto", self._pattern, transposed=layer.transposed
-            )
+        for layers in self._parameters(step):
+            name, stored = layers[0].parameter_name, layers[0].parameter.data
+            parts = compress(stored, "auto", self._pattern, transposed=layers[0].transposed)
             tensors.update(
                 {join(name, part): tensor.contiguous() for part, tensor in parts.items()}
             )
-            counts.append(asdict(count_zeros(name, layer.weight, self._pattern)))
+            for layer in layers:
+                counts.append(asdict(count_zeros(layer.weight_name, layer.weight, self._pattern)))
         file = self._file(step)
         fresh = file.with_suffix(".new")
         run = {
@@ -127,6 +134,10 @@ class OnDisk(Residence):
         sync_file(fresh)
         fresh.replace(file)
         self._publish(file, counts)
+
+    def _parameters(self, step: BlockStep) -> list[tuple[TargetLayer, ...]]:
+        """The layers of a block that are pruned, by the parameters that hold them."""
+        return list(by_identity(layers_in(step.block, self._layers)).values())
 
     def _publish(self, file: Path, counts: list[dict[str, Any]]) -> None:
         self._weights.pruned.update({stored.name: stored for stored in read_headers([file])})

@@ -15,6 +15,7 @@ from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.processes import own_batches
 from hf_sparse.calibration.walk import Residence
 from hf_sparse.calibration.windows import checked_batches, fingerprint
+from hf_sparse.checkpoint.can_save import check_not_quantized
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
@@ -24,7 +25,7 @@ from hf_sparse.report import SparsityReport, count_targets
 from hf_sparse.structure.layers import (
     PRUNED_WITH,
     check_divides,
-    stacked_weights,
+    left_out,
 )
 from hf_sparse.structure.promise import Held
 from hf_sparse.structure.targets import Targets
@@ -97,6 +98,7 @@ def prune_(
         )
     check_config(config)
     check_not_compiled(model)
+    check_not_quantized(model)
     targets = Targets.of(model, config)
     recipe = Recipe.of(method, targets.pattern, options)
     recipe.check_sharding(targets.layers, targets.pattern)
@@ -133,11 +135,11 @@ def prune_(
 
 def notes_on(targets: Targets) -> tuple[str, ...]:
     """What the default targets leave out of the blocks, for the report."""
-    if targets.config.targets is not None or not (missed := stacked_weights(targets.stacks)):
+    if targets.config.targets is not None or not (missed := left_out(targets.stacks)):
         return ()
     return (
-        f"{missed:,} weights in the blocks are no matrices of their own (the experts of a mixture, "
-        "convolutions) and were not pruned.",
+        f"{missed:,} weights in the blocks are in stacks of no known kind (convolutions, experts that "
+        "transformers does not run by its ExpertsInterface) and were not pruned.",
     )
 
 

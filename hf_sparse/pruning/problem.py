@@ -13,11 +13,44 @@ from hf_sparse.calibration.linalg import matmul, regularised
 from hf_sparse.patterns import Pattern
 
 
+@dataclass(frozen=True)
+class FewTokens:
+    """A layer saw fewer tokens than it has input features, and got more damping for it.
+
+    Attributes:
+        tokens, features: how many.
+        damping: that would have been used.
+        raised: that was used, `damping * features / tokens`.
+    """
+
+    tokens: int
+    features: int
+    damping: float
+    raised: float
+
+    @staticmethod
+    def remark(found: Sequence[FewTokens]) -> str:
+        """One sentence about all layers for which this holds."""
+        worst = max(found, key=lambda one: one.raised)
+        if len(set(found)) == 1:
+            return (
+                f"saw only {worst.tokens} calibration tokens for {worst.features} input features: the "
+                f"Gram matrix has rank {worst.tokens} at most, damping was raised from "
+                f"{worst.damping:g} to {worst.raised:.2g}. Give more calibration data."
+            )
+        return (
+            "saw fewer calibration tokens than they have input features, the least "
+            f"{worst.tokens} for {worst.features}: damping was raised in this proportion, from "
+            f"{worst.damping:g} to {worst.raised:.2g} at most. Give more calibration data."
+        )
+
+
 class Notes:
     """Remarks about layers for the report; the same remark about many layers is one line."""
 
     def __init__(self) -> None:
         self._layers: dict[str, list[str]] = {}
+        self._few: dict[str, FewTokens] = {}
 
     def add(self, layers: Sequence[str], remark: str) -> None:
         """Note something about layers, as a sentence that goes on after their names."""
@@ -26,14 +59,22 @@ class Notes:
     def merge(self, others: Sequence[Notes]) -> None:
         """Take over the remarks of others."""
         for other in others:
+            self._few.update(other._few)
             for remark, layers in other._layers.items():
                 self.add(layers, remark)
 
+    def add_few(self, layers: Sequence[str], found: FewTokens) -> None:
+        """Note that layers saw too few tokens; however many each saw, that is one remark."""
+        self._few.update(dict.fromkeys(layers, found))
+
     def lines(self) -> tuple[str, ...]:
         """One line for each remark."""
+        remarks = list(self._layers.items())
+        if self._few:
+            remarks.append((FewTokens.remark(list(self._few.values())), list(self._few)))
         return tuple(
             f"{layers[0]}{f' and {len(layers) - 1} more' if len(layers) > 1 else ''} {remark}"
-            for remark, layers in self._layers.items()
+            for remark, layers in remarks
         )
 
 
@@ -126,11 +167,7 @@ class Problem:
         if self.tokens >= features:
             return least
         raised = least * features / max(self.tokens, 1)
-        self.note(
-            f"saw only {self.tokens} calibration tokens for {features} input features: the Gram "
-            f"matrix has rank {self.tokens} at most, damping was raised from {least:g} to "
-            f"{raised:.2g}. Give more calibration data."
-        )
+        self.notes.add_few(self.names, FewTokens(self.tokens, features, least, raised))
         return raised
 
     def note_damping(self, wanted: float, used: float) -> None:

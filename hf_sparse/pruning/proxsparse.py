@@ -45,7 +45,7 @@ from hf_sparse.patterns import NM
 from hf_sparse.pruning.prox_local import check_learnable
 from hf_sparse.pruning.task import Task
 from hf_sparse.selection import Processes
-from hf_sparse.structure.layers import TargetLayer
+from hf_sparse.structure.layers import TargetLayer, parameters_of
 from hf_sparse.upstream.torch import foreach_div_, foreach_mul_
 
 _WARM_UP = 0.1
@@ -106,7 +106,7 @@ def masks(
     check_labels("proxsparse", "prox_local", task.model, task.batches)
     learner = _Learner(task, pattern, settings)
     try:
-        trained = [layer.parameter for layer in task.layers]
+        trained = parameters_of(task.layers)
         with switched(task.model, trained=trained, checkpointing=gradient_checkpointing):
             learner.learn(None if state is None else Path(state))
     except BaseException:
@@ -120,8 +120,8 @@ class _Learner:
 
     def __init__(self, task: Task, pattern: NM, settings: Settings) -> None:
         self._task, self._pattern, self._settings = task, pattern, settings
-        self._parameters = [layer.parameter for layer in task.layers]
-        self._stored = [local_part(parameter.data) for parameter in self._parameters]
+        self._parameters = parameters_of(task.layers)
+        self._stored = [layer.stored(local_part(layer.parameter.data)) for layer in task.layers]
         self._originals = [stored.clone() for stored in self._stored]
         self._masters = [stored.float() for stored in self._stored]  # itself if it is fp32
         self._processes = processes_of(self._parameters)
@@ -191,14 +191,15 @@ class _Learner:
             parameter.grad = None
         for batch in batches:
             (loss_of(self._task.model, batch) / len(batches)).backward()
-        for parameter, master, original, scale in zip(
-            self._parameters, self._masters, self._originals, self._scales, strict=True
+        for layer, master, original, scale in zip(
+            self._task.layers, self._masters, self._originals, self._scales, strict=True
         ):
-            if parameter.grad is None:  # an expert that no token reached
+            whole = layer.parameter.grad
+            if whole is None:  # an expert that no token reached
                 master.grad = torch.zeros_like(master)
                 continue
-            grad = local_part(parameter.grad).float()
-            if not isinstance(parameter.grad, DTensor):  # FSDP averages by itself
+            grad = layer.stored(local_part(whole)).float()
+            if not isinstance(whole, DTensor):  # FSDP averages by itself
                 grad = averaged(grad, self._task.accelerator)
             if self._settings.preserve:
                 grad += self._settings.preserve * _preserving_gradient(master, original, scale)

@@ -22,7 +22,7 @@ from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.processes import averaged, steps_per_epoch
 from hf_sparse.calibration.recording import Sample
 from hf_sparse.calibration.walk import BlockStep
-from hf_sparse.structure.layers import TargetLayer
+from hf_sparse.structure.layers import TargetLayer, parameters_of
 
 _WARM_UP = 0.05
 _BETAS = (0.9, 0.95)
@@ -55,9 +55,10 @@ def reconstruct_(
 
     Memory: five times the block's weights in fp32, and the activations of one batch.
     """
-    parameters = [layer.parameter for layer in layers]
-    start = [parameter.data.clone() for parameter in parameters]
-    masters = [parameter.data.float().clone() for parameter in parameters]
+    parameters = parameters_of(layers)
+    weights = [layer.stored(layer.parameter.data) for layer in layers]
+    start = [weight.clone() for weight in weights]
+    masters = [weight.float().clone() for weight in weights]
     masks = [master != 0 for master in masters]
     optimizer = torch.optim.Adam(
         [
@@ -77,30 +78,32 @@ def reconstruct_(
             for index in torch.randperm(count, generator=generator).tolist():
                 sample = step.samples[index % len(step.samples)]
                 grads = _gradients(step, sample, parameters, accelerator)
-                for master, mask, grad in zip(masters, masks, grads, strict=True):
+                for layer, master, mask in zip(layers, masters, masks, strict=True):
+                    grad = layer.stored(grads[id(layer.parameter)])
                     master.grad = grad.float().mul_(mask)
                 optimizer.step()
                 schedule.step()
-                for parameter, master in zip(parameters, masters, strict=True):
-                    parameter.data.copy_(master)
+                for weight, master in zip(weights, masters, strict=True):
+                    weight.copy_(master)
     after = _error(step, accelerator)
     if after < before:
         return before, after
-    for parameter, weight in zip(parameters, start, strict=True):
-        parameter.data.copy_(weight)
+    for weight, before_it in zip(weights, start, strict=True):
+        weight.copy_(before_it)
     return before, before
 
 
 def _gradients(
     step: BlockStep, sample: Sample, parameters: Sequence[nn.Parameter], accelerator: Any
-) -> list[Tensor]:
+) -> dict[int, Tensor]:
+    """The gradient of each parameter, by its identity."""
     with fast_autocast(parameters[0]):
         output = step.forward(sample)
     grads = torch.autograd.grad(_loss(output, sample), parameters, allow_unused=True)
-    return [
-        averaged(torch.zeros_like(parameter) if grad is None else grad, accelerator)
+    return {
+        id(parameter): averaged(torch.zeros_like(parameter) if grad is None else grad, accelerator)
         for parameter, grad in zip(parameters, grads, strict=True)
-    ]
+    }
 
 
 def _loss(output: Tensor, sample: Sample) -> Tensor:

@@ -191,7 +191,7 @@ class _Network:
             columns = inputs.T.contiguous()
             wanted = self._pre_activations(inputs, outputs)
             for layer, product, target in zip(entries, products, wanted, strict=True):
-                bias = getattr(layer.module, "bias", None)
+                bias = layer.bias
                 target = target if bias is None else target - bias.float()
                 product += matmul(target.T, columns)
         dense = [weight for weight in (self._dense.gate, self._dense.up) if weight is not None]
@@ -219,7 +219,7 @@ class _Network:
         """The auxiliary variables after as many updates as there were rounds, for one batch."""
         act, dense = self._network.activation, self._dense
         up_bias, gate_bias = (
-            getattr(layer and layer.module, "bias", None)
+            None if layer is None else layer.bias
             for layer in (self._network.up, self._network.gate)
         )
 

@@ -35,8 +35,10 @@ from hf_sparse.checkpoint.writing import check_not_lost
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.files.atomic import sync_file
 from hf_sparse.files.work_folder import (
+    CONVERTED,
     HIDDEN_STATES,
     check_work_folder,
+    describe_run,
     is_stopped,
     read_json,
     sampled_hash,
@@ -46,7 +48,7 @@ from hf_sparse.formats import FormatError
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.pruning.allocation import layer_sparsities
-from hf_sparse.pruning.loading import dense_model_class
+from hf_sparse.pruning.loading import dense_model_class, restored
 from hf_sparse.pruning.methods import Recipe
 from hf_sparse.pruning.on_disk import OnDisk
 from hf_sparse.pruning.oneshot import notes_on
@@ -101,7 +103,7 @@ def prune_checkpoint(
     Memory: two blocks, their Gram matrices (in fp64), the activations of one batch, and 1 GB; in other
     words what `prune_` needs for one block, not the model. On the disk: the pruned blocks and the
     hidden states (twice, with `reconstruct` four times, samples x window x hidden_size) beside the
-    model itself.
+    model itself; and once more the experts of a mixture, where they are stored one by one.
 
     Raises:
         ValueError: as `prune_`; a method that needs the whole model; a work folder of another run,
@@ -122,17 +124,17 @@ def prune_checkpoint(
     check_can_save(described, folder, config)
     if not overwrite and not (resume and is_stopped(folder)):
         check_not_lost(folder)
-    model = _load(source, described, dtype)
-    check_can_save(model, folder, config)
-    targets = _targets_in_blocks(model, config)
-    inputs = checked_batches(batches, model, method)
-    start = time.perf_counter()
-    residence = OnDisk(model, targets, notes := Notes())
-    run = {**asked, **_described(model, residence.files, inputs)}
-    with work_folder(folder, run, resume=resume) as work:
+    with work_folder(folder, asked, resume=resume) as work:
+        model = _load(source, described, dtype, work / CONVERTED)
+        check_can_save(model, folder, config)
+        targets = _targets_in_blocks(model, config)
+        inputs = checked_batches(batches, model, method)
+        start = time.perf_counter()
+        residence = OnDisk(model, targets, notes := Notes())
         residence.work = work
-        store = on_disk(work / HIDDEN_STATES)
-        task = Task(model, targets, inputs, notes=notes, residence=residence, store=store)
+        run = {**asked, **_described(model, residence.files(work / CONVERTED), inputs)}
+        describe_run(work, run)
+        task = Task(model, targets, inputs, notes=notes, residence=residence)
         _prune(work, recipe, task)
         seconds = time.perf_counter() - start
         data = Calibration.of(inputs, run["calibration"])
@@ -158,7 +160,8 @@ def prune_checkpoint(
 
 
 def _prune(work: Path, recipe: Recipe, task: Task) -> None:
-    """Prune a task's blocks, with the sparsities that the work folder has or gets."""
+    """Prune a task's blocks, with hidden states and sparsities in the work folder."""
+    task.store = on_disk(work / HIDDEN_STATES)
     with switched(task.model, training=False, use_cache=False):
         task.sparsities = _sparsities(work, recipe, task)
         recipe.prune(task)
@@ -214,11 +217,22 @@ def check_run(
     return recipe, asked
 
 
-def _load(source: str, described: PreTrainedConfig, dtype: str | torch.dtype) -> PreTrainedModel:
-    """The model with its weights left on the disk, all of them."""
+def _load(
+    source: str, described: PreTrainedConfig, dtype: str | torch.dtype, converted: Path
+) -> PreTrainedModel:
+    """The model with its weights left on the disk, all of them.
+
+    Weights that are not stored as the model has them, such as the experts of a mixture each in a tensor
+    of its own, or quantized ones that transformers restores, are written to the folder `converted`.
+    """
     with expecting_weights_on_disk():
         model, info = dense_model_class(source, described).from_pretrained(
-            source, device_map={"": "disk"}, dtype=dtype, output_loading_info=True
+            source,
+            device_map={"": "disk"},
+            dtype=dtype,
+            output_loading_info=True,
+            offload_folder=str(converted),
+            **restored(source, described),
         )
     if missing := sorted(info["missing_keys"]):
         raise FormatError(

@@ -27,7 +27,7 @@ from hf_sparse.calibration.processes import summed
 from hf_sparse.patterns import Pattern
 from hf_sparse.pruning.magnitude import by_scope
 from hf_sparse.pruning.task import Task
-from hf_sparse.structure.layers import TargetLayer
+from hf_sparse.structure.layers import TargetLayer, parameters_of
 
 
 def masks(task: Task, *, scope: str = "layer") -> Iterator[tuple[TargetLayer, Tensor]]:
@@ -63,12 +63,14 @@ def masks(task: Task, *, scope: str = "layer") -> Iterator[tuple[TargetLayer, Te
 def _unit_scores(task: Task) -> dict[str, Tensor]:
     """The score of each unit of each layer."""
     pattern = task.config.pattern
-    parameters = [layer.parameter for layer in task.layers]
+    parameters = parameters_of(task.layers)
     found: dict[str, Tensor] = {}
     with switched(task.model, trained=parameters):
         for batch in tqdm(task.batches, desc="Measuring gradients"):
             grads = torch.autograd.grad(loss_of(task.model, batch), parameters, allow_unused=True)
-            for layer, grad in zip(task.layers, grads, strict=True):
+            by_parameter = {id(p): grad for p, grad in zip(parameters, grads, strict=True)}
+            for layer in task.layers:
+                grad = by_parameter[id(layer.parameter)]
                 if grad is None:  # an expert that no token reached
                     grad = torch.zeros_like(layer.parameter)
                 with torch.no_grad():
@@ -79,5 +81,5 @@ def _unit_scores(task: Task) -> dict[str, Tensor]:
 
 def _effects(layer: TargetLayer, grad: Tensor, pattern: Pattern) -> Tensor:
     """`sum w dL/dw` of each unit, fp32."""
-    product = layer.weight.float() * (grad.T if layer.transposed else grad).float()
+    product = layer.weight.float() * layer.part(grad).float()
     return pattern.sums(product)

@@ -12,35 +12,68 @@ from torch import Tensor, nn
 
 from hf_sparse.configuration_sparse import SparsityConfig, matches
 from hf_sparse.patterns import Pattern
+from hf_sparse.structure.experts import ExpertStack, routes
 from hf_sparse.upstream.transformers.models import tied_names
 
 # The attribute of a model that remembers the SparsityConfig of the last `prune_`.
 PRUNED_WITH = "_hf_sparse_pruned_with"
 # The attribute that models have which `hf_sparse.compile` made.
 PACKED = "_hf_sparse_packed"
+# What PEFT puts into the names of layers that it adapts.
+_ADAPTED = ".base_layer"
 
 
 @dataclass(frozen=True)
 class TargetLayer:
-    """A layer whose weight is to be sparse."""
+    """A matrix of weights that is to be sparse: that of a layer, or of one expert in a stack.
+
+    Attributes:
+        name: of the layer, `model.layers.0.mlp.up_proj`; of an expert's matrix the name of its
+            parameter and the expert's number, `model.layers.0.mlp.experts.down_proj.3`.
+        module: that holds the weight; of an expert, that of all of them.
+        stack: the experts that it is one of; None: the weight is the module's own.
+        attribute: the name of the weight in the module.
+        expert: its number.
+    """
 
     name: str
     module: nn.Module
+    stack: ExpertStack | None = None
+    attribute: str = "weight"
+    expert: int = 0
 
     @property
     def weight_name(self) -> str:
-        """The name of the weight in the model's state dict."""
-        return f"{self.name}.weight" if self.name else "weight"
+        """The name of the weight in reports."""
+        return self.parameter_name if self.stack is None else self.name
+
+    @property
+    def parameter_name(self) -> str:
+        """The name in the model's state dict of the parameter that holds the weight."""
+        if self.stack is not None:
+            return self.name.rpartition(".")[0]
+        return f"{self.name}.{self.attribute}" if self.name else self.attribute
+
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        """The names that globs may match: without PEFT adapters; of an expert also without number."""
+        name = self.name.replace(_ADAPTED, "")
+        return (name,) if self.stack is None else (name, name.rpartition(".")[0])
 
     @property
     def transposed(self) -> bool:
         """Whether the weight is stored `(in_features, out_features)`, as GPT-2's Conv1D does."""
-        return is_conv1d(self.module)
+        return is_conv1d(self.module) if self.stack is None else self.stack.transposed
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight is a parameter of its own, `(out_features, in_features)`."""
+        return self.stack is None and not self.transposed
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The weight as the module stores it."""
-        weight = self.module.weight
+        """What the module stores: the weight, or those of all experts."""
+        weight = getattr(self.module, self.attribute)
         if not isinstance(weight, nn.Parameter):
             raise ValueError(
                 f"{self.weight_name} is no parameter, it is computed from others (a mask of "
@@ -52,9 +85,25 @@ class TargetLayer:
     @property
     def weight(self) -> Tensor:
         """The weight as `(out_features, in_features)`: a view, so that writes reach the model."""
-        weight = self.parameter
-        # Behind the transposition: torch refuses writes to views of weights of inference mode.
-        return (weight.T if self.transposed else weight).data
+        # `data` comes last: torch refuses writes to views of weights of inference mode.
+        return self.part(self.parameter).data
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What is added to the outputs, `(out_features,)`."""
+        if self.stack is None:
+            return getattr(self.module, "bias", None)
+        biases = getattr(self.module, f"{self.attribute}_bias", None)
+        return None if biases is None else biases[self.expert]
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """What belongs to this weight in a tensor like the parameter, `(out_features, in_features)`."""
+        own = self.stored(tensor)
+        return own.T if self.transposed else own
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """What belongs to this weight in a tensor like the parameter, as it is stored."""
+        return tensor if self.stack is None else tensor[self.expert]
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -74,21 +123,39 @@ class Stack:
     name: str
     blocks: tuple[nn.Module, ...]
 
-    def layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """The Linear and Conv1D layers inside the blocks, with their full names."""
+    def layers(self) -> Iterator[TargetLayer]:
+        """The matrices inside the blocks, with their full names; what routes to experts is none."""
         for index, block in enumerate(self.blocks):
-            yield from matrices(block, f"{self.name}.{index}")
+            prefix = f"{self.name}.{index}"
+            for layer in matrices(block, prefix):
+                if not routes(layer.name.removeprefix(f"{prefix}."), block):
+                    yield layer
 
 
-def matrices(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The Linear and Conv1D layers inside a module; of layers with a PEFT adapter, the base layer."""
+def matrices(module: nn.Module, prefix: str = "") -> Iterator[TargetLayer]:
+    """The matrices inside a module: of Linear and Conv1D layers, and of experts that are stacked.
+
+    Of layers with a PEFT adapter it is the base layer's.
+    """
     adapted = [
         name for name, child in module.named_modules(prefix=prefix) if hasattr(child, "base_layer")
     ]
     for name, child in module.named_modules(prefix=prefix):
         owner = next((owner for owner in adapted if name.startswith(f"{owner}.")), None)
-        if is_matrix(child) and (owner is None or name == f"{owner}.base_layer"):
-            yield name, child
+        if owner is not None and name.removeprefix(owner).replace(_ADAPTED, ""):
+            continue  # of the adapter itself
+        if is_matrix(child):
+            yield TargetLayer(name, child)
+        elif (stack := ExpertStack.of(child)) is not None:
+            yield from expert_matrices(stack, name)
+
+
+def expert_matrices(stack: ExpertStack, name: str) -> Iterator[TargetLayer]:
+    """The matrices of all experts of the module of that name."""
+    for attribute in stack.parameters:
+        path = f"{name}.{attribute}" if name else attribute
+        for expert in range(stack.number):
+            yield TargetLayer(f"{path}.{expert}", stack.module, stack, attribute, expert)
 
 
 def find_stacks(model: nn.Module) -> list[Stack]:
@@ -106,7 +173,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         if any(name.startswith(f"{stack.name}.") for stack in stacks):
             continue
         items = tuple(module)
-        if all(not is_matrix(item) and next(matrices(item), None) for item in items):
+        if all(not is_matrix(item) and any(matrices(item)) for item in items):
             stacks.append(Stack(name, items))
     return stacks
 
@@ -146,24 +213,18 @@ def choose_layers(
             )
         named = [layer for stack in stacks for layer in stack.layers()]
     else:
-        embeddings = (item for item in model.named_modules() if isinstance(item[1], nn.Embedding))
-        candidates = [*embeddings, *matrices(model)]
+        candidates = [*_embeddings(model), *matrices(model)]
         for glob in targets:
-            if not any(matches(_own_name(name), glob) for name, _ in candidates):
-                known = ", ".join(name for name, _ in candidates[:8])
+            if not any(_is_named(layer, glob) for layer in candidates):
+                known = ", ".join(layer.name for layer in candidates[:8])
                 raise ValueError(
                     f"targets: {glob!r} matches no layer of {type(model).__name__}. Its layers are "
                     f"{known}{', ...' if len(candidates) > 8 else ''}."
                 )
-        named = [
-            (name, module)
-            for name, module in candidates
-            if any(matches(_own_name(name), glob) for glob in targets)
-        ]
+        named = [layer for layer in candidates if any(_is_named(layer, glob) for glob in targets)]
+    ignored = () if config is None else config.ignore
     chosen = _each_once(
-        (name, module)
-        for name, module in named
-        if config is None or not config.ignores(_own_name(name))
+        layer for layer in named if not any(_is_named(layer, glob) for glob in ignored)
     )
     if not chosen:
         raise ValueError(
@@ -183,17 +244,35 @@ def layers_of(stacks: Sequence[Stack]) -> list[TargetLayer]:
     return _each_once(layer for stack in stacks for layer in stack.layers())
 
 
-def _each_once(named: Iterable[tuple[str, nn.Module]]) -> list[TargetLayer]:
-    """Modules as layers; of those that share a weight, the first."""
-    chosen: dict[int, TargetLayer] = {}
-    for name, module in named:
-        chosen.setdefault(id(module.weight), TargetLayer(name, module))
+def _embeddings(model: nn.Module) -> Iterator[TargetLayer]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            yield TargetLayer(name, module)
+
+
+def _is_named(layer: TargetLayer, glob: str) -> bool:
+    return any(matches(name, glob) for name in layer.own_names)
+
+
+def _each_once(layers: Iterable[TargetLayer]) -> list[TargetLayer]:
+    """The layers; of those that share a weight, the first."""
+    chosen: dict[tuple[int, int], TargetLayer] = {}
+    for layer in layers:
+        chosen.setdefault((id(getattr(layer.module, layer.attribute)), layer.expert), layer)
     return list(chosen.values())
 
 
-def _own_name(layer: str) -> str:
-    """The name that a layer has without a PEFT adapter."""
-    return layer.removesuffix(".base_layer")
+def by_identity(layers: Iterable[TargetLayer]) -> dict[int, tuple[TargetLayer, ...]]:
+    """The layers that each parameter holds, by its identity."""
+    held: dict[int, list[TargetLayer]] = {}
+    for layer in layers:
+        held.setdefault(id(layer.parameter), []).append(layer)
+    return {key: tuple(found) for key, found in held.items()}
+
+
+def parameters_of(layers: Iterable[TargetLayer]) -> list[nn.Parameter]:
+    """The parameters that hold the weights of layers, each once, in their order."""
+    return list({id(layer.parameter): layer.parameter for layer in layers}.values())
 
 
 def promised_config(model: nn.Module) -> SparsityConfig | None:
@@ -226,11 +305,12 @@ def layers_outside(stacks: Sequence[Stack], layers: Sequence[TargetLayer]) -> li
     return [layer for layer in layers if id(layer.module) not in inside]
 
 
-def stacked_weights(stacks: Sequence[Stack]) -> int:
-    """Weights in the blocks that are stacks of matrices, such as the experts of a mixture."""
+def left_out(stacks: Sequence[Stack]) -> int:
+    """Weights in the blocks that are stacks of matrices of no known kind, such as convolutions."""
+    known = {id(getattr(layer.module, layer.attribute)) for layer in layers_of(stacks)}
     blocks = [block for stack in stacks for block in stack.blocks]
-    stacked = {id(p): p.numel() for block in blocks for p in block.parameters() if p.ndim > 2}
-    return sum(stacked.values())
+    found = {id(p): p.numel() for block in blocks for p in block.parameters() if p.ndim > 2}
+    return sum(size for key, size in found.items() if key not in known)
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -6,6 +6,7 @@ for one model which layers these are, and how many features a head has.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from hf_sparse.patterns import Head, Pattern
 from hf_sparse.structure.layers import (
     Stack,
     TargetLayer,
+    by_identity,
     choose_layers,
     find_stacks,
     layers_of,
@@ -87,17 +89,24 @@ class Targets:
     @property
     def others(self) -> list[TargetLayer]:
         """The layers in the repeated blocks that are no targets."""
-        own = {id(layer.parameter) for layer in self.layers}
-        return [layer for layer in self.blocks if id(layer.parameter) not in own]
+        own = {(id(layer.parameter), layer.expert) for layer in self.layers}
+        return [layer for layer in self.blocks if (id(layer.parameter), layer.expert) not in own]
 
-    def by_weight(self, model: nn.Module) -> dict[str, TargetLayer]:
-        """The layers, under every name that their weights have in the model's state dict."""
-        own = {id(layer.parameter): layer for layer in self.layers}
-        return {
-            name: own[id(parameter)]
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-            if id(parameter) in own
-        }
+    def by_parameter(self, model: nn.Module) -> dict[str, tuple[TargetLayer, ...]]:
+        """The layers, under every name that their parameters have in the model's state dict."""
+        return by_parameter(model, self.layers)
+
+
+def by_parameter(
+    model: nn.Module, layers: Iterable[TargetLayer]
+) -> dict[str, tuple[TargetLayer, ...]]:
+    """Layers, under every name that their parameters have in the model's state dict."""
+    held = by_identity(layers)
+    return {
+        name: held[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in held
+    }
 
 
 def _with_units(config: SparsityConfig, model: nn.Module) -> SparsityConfig:

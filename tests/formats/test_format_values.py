@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_sparse.formats import COMPANIONS, FORMATS, Format, FormatError, Weight, bits, smallest_of
-from hf_sparse.formats.format import Encoded, by_mask
+from hf_sparse.formats.format import Encoded, Layout, by_mask
 from hf_sparse.patterns import NM, Block, Pattern, Unstructured
 
 
@@ -29,9 +29,9 @@ def test_auto_chooses_a_new_format_where_it_is_the_smallest() -> None:
     choice = smallest_of([*(form for name, form in FORMATS.items() if name != "auto"), PREFIX])
     parts = choice.compress(Weight(weight), Unstructured()).parts()
     assert parts.keys() == {"", "prefix", "layout"}
-    rows, columns, transposed, parameters = PREFIX.read_layout(parts["layout"])
-    assert (rows, columns, transposed, parameters) == (16, 16, False, ())
-    flat = decode_runs(bits.as_bits(parts[""]), parts["prefix"].numpy(), rows, columns)
+    layout = PREFIX.read_layout(parts["layout"])
+    assert layout == Layout("prefix", 16, 16, False, ())
+    flat = decode_runs(bits.as_bits(parts[""]), parts["prefix"].numpy(), 16, 16)
     assert torch.equal(bits.as_weight(flat, torch.float32).view(16, 16), weight)
 
 
@@ -53,7 +53,8 @@ def test_a_row_says_what_its_name_says() -> None:
 @pytest.mark.parametrize("name", COMPANIONS[:-1])
 def test_a_layout_that_no_weight_has_is_refused_by_its_format(name: str) -> None:
     numbers = [4, 8, 0, 2, 4][: 3 + FORMATS[name].num_parameters]
-    assert FORMATS[name].read_layout(torch.tensor(numbers))[:3] == (4, 8, False)
-    for wrong in ([-4, *numbers[1:]], [4, 8, 2, *numbers[3:]], [*numbers, 1]):
+    assert FORMATS[name].read_layout(torch.tensor(numbers)).shape == (4, 8)
+    assert FORMATS[name].read_layout(torch.tensor([*numbers, 3])).shape == (3, 4, 8)
+    for wrong in ([-4, *numbers[1:]], [4, 8, 2, *numbers[3:]], [*numbers, -1], [*numbers, 1, 1]):
         with pytest.raises(FormatError, match=f"'{name}'"):
             FORMATS[name].read_layout(torch.tensor(wrong))

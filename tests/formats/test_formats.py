@@ -381,7 +381,7 @@ def test_nm_refuses_a_group_with_too_many_nonzeros():
 @cross(
     "name, weight",
     FORMATS,
-    [torch.ones(4), torch.ones(2, 2, 2), torch.ones(2, 2, dtype=torch.int32)]
+    [torch.ones(4), torch.ones(2, 2, 2, 2), torch.ones(2, 2, dtype=torch.int32)]
     + [torch.ones(2, 2, dtype=torch.complex64), torch.ones(2, 2, dtype=torch.bool)]
     + [torch.full((2, 2), 128, dtype=torch.uint8).view(torch.float8_e4m3fnuz)],
 )
@@ -449,7 +449,7 @@ def test_wrong_types_and_shapes_of_parts_are_refused(name):
     for layout in (parts["layout"].int(), parts["layout"].double(), parts["layout"][None]):
         refused({**parts, "layout": layout})
     refused({**parts, "layout": parts["layout"][:-1]})
-    refused({**parts, "layout": torch.cat([parts["layout"], torch.tensor([1])])})
+    refused({**parts, "layout": torch.cat([parts["layout"], torch.tensor([1, 1])])})
 
 
 @pytest.mark.parametrize("name", CODED)

@@ -19,8 +19,6 @@ from transformers import (
     BertModel,
     GPT2Config,
     LlamaModel,
-    MixtralConfig,
-    MixtralForCausalLM,
     PreTrainedModel,
     ViTConfig,
 )
@@ -37,6 +35,7 @@ from hf_sparse.upstream.transformers import (
     auto,
     caches,
     configs,
+    experts,
     exporting,
     files,
     loading,
@@ -46,6 +45,7 @@ from hf_sparse.upstream.transformers import (
 )
 from tests.support.closeness import same
 from tests.support.exporting import WHY_NOT
+from tests.support.mixtures import tiny_mixture
 from tests.support.tiny_models import CONFIGS, tiny_batches, tiny_model
 
 
@@ -160,7 +160,7 @@ def test_transformers_restores_weights_by_a_restorer_that_leaves_no_trace(tmp_pa
     assert all(torch.equal(loaded.state_dict()[k], v) for k, v in model.state_dict().items())
     assert models.quantized_by(loaded) is None
     restorer: Any = SparseHfQuantizer(SparseCheckpointConfig(pattern="2:4", sparsity=0.5))
-    conversion = loading.conversion_from_parts(["weight$"], restorer, restorer.restore)
+    conversion = loading.conversion_from_parts("weight", ["weight$"], restorer, restorer.restore)
     assert isinstance(conversion, loading.WeightConverter)
     loaded._weight_conversions = [conversion]
     loading.detach_(restorer, loaded)
@@ -168,9 +168,7 @@ def test_transformers_restores_weights_by_a_restorer_that_leaves_no_trace(tmp_pa
 
 
 def test_transformers_converts_dense_checkpoints_of_a_family() -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    small = {"num_hidden_layers": 1, "num_key_value_heads": 2, "vocab_size": 16}
-    mixture = MixtralForCausalLM(MixtralConfig(**sizes, **small, num_local_experts=2))
+    mixture = tiny_mixture("mixtral")
     count = loading.number_of_conversions(mixture)
     assert count > loading.number_of_conversions(tiny_model("llama"))
     known = get_model_conversion_mapping(mixture)
@@ -178,6 +176,25 @@ def test_transformers_converts_dense_checkpoints_of_a_family() -> None:
     loading.convert_alike_("TriedForCausalLM", "MixtralForCausalLM")
     known_by_name = get_checkpoint_conversion_mapping("MixtralForCausalLM")
     assert get_checkpoint_conversion_mapping("TriedForCausalLM") == known_by_name
+
+
+def test_transformers_knows_the_settings_of_quantized_models() -> None:
+    assert loading.quantization_config_class("fp8").__name__ == "FineGrainedFP8Config"
+    assert loading.quantization_config_class("no such method") is None
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_transformers_gates_what_enters_the_last_product_of_an_expert(family: str) -> None:
+    model = tiny_mixture(family)
+    [module, *_] = [each for name, each in model.named_modules() if name.endswith("mlp.experts")]
+    assert not experts.is_spread(module)
+    width = module.down_proj.shape[1 if family == "gpt_oss" else 2]
+    given = torch.linspace(-2, 2, 3 * 2 * width).view(3, 2 * width)
+    result = experts.gated(module, given)
+    assert result.shape == (3, width)
+    if family == "mixtral":
+        wanted = nn.functional.silu(given[:, :width]) * given[:, width:]
+        torch.testing.assert_close(result, wanted)
 
 
 def test_transformers_finds_configs_by_their_types() -> None:

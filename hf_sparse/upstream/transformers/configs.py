@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto import configuration_auto
 
 __all__ = ["config_names", "extend_types_", "registered_configs", "with_special_floats"]
 
@@ -15,7 +15,7 @@ Types = dict[str, type[PreTrainedConfig]]
 
 def config_names() -> set[str]:
     """The names of transformers' own config classes that AutoConfig makes."""
-    return set(CONFIG_MAPPING_NAMES.values())
+    return set(vars(configuration_auto)["CONFIG_MAPPING_NAMES"].values())
 
 
 def registered_configs() -> list[type[PreTrainedConfig]]:

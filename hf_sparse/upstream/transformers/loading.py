@@ -16,7 +16,11 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -31,6 +35,7 @@ __all__ = [
     "convert_alike_",
     "detach_",
     "number_of_conversions",
+    "quantization_config_class",
     "register_quantization_config",
     "register_quantizer",
     "without_conversions",
@@ -61,16 +66,22 @@ class Restorer(HfQuantizer):
 
 
 def conversion_from_parts(
-    patterns: Sequence[str], restorer: Restorer, restore: Restore
+    name: str, patterns: Sequence[str], restorer: Restorer, restore: Restore
 ) -> WeightConverter:
-    """The conversion of all weights, each from the parts whose names match the patterns.
+    """The conversion of all weights of a name, each from the parts whose names match the patterns.
 
     Args:
+        name: the last part of a weight's own, such as `weight`.
         patterns: for the end of a name, after that of the module: the first is a whole weight's.
         restorer: of the checkpoint.
         restore: makes a weight.
     """
-    return _FromParts(list(patterns), "weight", [_Restore(restorer, restore)])
+    return _FromParts(list(patterns), name, [_Restore(restorer, restore)])
+
+
+def quantization_config_class(method: str) -> Any:
+    """The class of the settings of a quantization method; None if transformers does not know it."""
+    return AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
 
 
 def number_of_conversions(model: PreTrainedModel) -> int:

@@ -1,0 +1,162 @@
+"""What enters each layer while a model runs: hooks that hand it to a function.
+
+Experts that are stacked in one module are given tokens by their router, inside one call. What enters
+an expert is found from what enters the module, before it runs: its rows of the hidden states, and
+behind its activation what they become. So it does not matter which of transformers' implementations
+runs the experts (`eager`, `batched_mm`, `grouped_mm`), nor that a kernel shows nothing of its inside.
+
+Memory: beside the module's inputs, the inputs and inner activations of one expert. The first products
+of the experts that are watched are computed once more.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse.calibration.recording import TokenMasks
+from hf_sparse.structure.experts import ExpertStack
+from hf_sparse.structure.layers import TargetLayer
+from hf_sparse.upstream.transformers.experts import gated, is_spread
+
+# Called for each layer with its name, what tells its inputs from those of others, and its inputs
+# `(tokens, in_features)` of tokens that count.
+See = Callable[[str, object, Callable[[], Tensor]], None]
+
+
+@contextmanager
+def watching(
+    layers: Sequence[TargetLayer], masks: Callable[[], TokenMasks], see: See
+) -> Iterator[None]:
+    """Call `see` whenever one of the layers is given inputs; of experts also if no token reaches them.
+
+    Args:
+        layers: to be watched.
+        masks: which tokens count now.
+        see: told of the inputs. Layers that are given the same tensor are told of the same object.
+
+    Raises:
+        ValueError: experts are called in a way that is not known, or are spread over processes.
+    """
+    stacks: dict[int, _Experts] = {}
+    hooks = []
+    for layer in layers:
+        if layer.stack is None:
+            hooks.append(layer.module.register_forward_pre_hook(_Plain(layer, masks, see)))
+        elif id(layer.module) in stacks:
+            stacks[id(layer.module)].layers.append(layer)
+        else:
+            stacks[id(layer.module)] = hook = _Experts(layer.stack, [layer], masks, see)
+            hooks.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+class _Plain:
+    """The hook of a Linear or Conv1D."""
+
+    def __init__(self, layer: TargetLayer, masks: Callable[[], TokenMasks], see: See) -> None:
+        self._layer, self._masks, self._see = layer, masks, see
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        given = args[0]
+        self._see(self._layer.name, given, lambda: self._masks().counted(given.detach()))
+
+
+class _Experts:
+    """The hook of a module with a stack of experts."""
+
+    def __init__(
+        self,
+        stack: ExpertStack,
+        layers: list[TargetLayer],
+        masks: Callable[[], TokenMasks],
+        see: See,
+    ) -> None:
+        self._stack, self.layers, self._masks, self._see = stack, layers, masks, see
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        routed = routed_tokens(self._stack, args, kwargs, self._masks())
+        wanted: dict[int, dict[str, TargetLayer]] = {}
+        for layer in self.layers:
+            wanted.setdefault(layer.expert, {})[layer.attribute] = layer
+        entry, inner = self._stack.parameters
+        for expert, layers in wanted.items():
+            tokens = routed(expert)
+            if entry in layers:
+                self._see(layers[entry].name, object(), partial(_itself, tokens))
+            if inner in layers:
+                activations = partial(inner_activations, self._stack, expert, tokens)
+                self._see(layers[inner].name, object(), activations)
+
+
+def _itself(tokens: Tensor) -> Tensor:
+    return tokens
+
+
+def routed_tokens(
+    stack: ExpertStack, args: tuple[Any, ...], kwargs: dict[str, Any], masks: TokenMasks
+) -> Callable[[int], Tensor]:
+    """The inputs of each expert, `(tokens, hidden)`, for the arguments of its module.
+
+    Modules are called with hidden states and the experts' numbers, `(tokens, top_k)`; or, as Llama 4
+    does, with the hidden states of each expert below those of the one before it, where tokens that it
+    does not get are zero.
+
+    Raises:
+        ValueError: they are called otherwise, or the experts are spread over processes.
+    """
+    module = stack.module
+    if is_spread(module):
+        raise ValueError(
+            f"the experts of {type(module).__name__} are spread over processes, and their inputs are "
+            "collected in one. Load the model without expert parallelism."
+        )
+    given = list(inspect.signature(module.forward).bind(*args, **kwargs).arguments.values())
+    hidden: Tensor = given[0].detach()
+    if len(given) == 1 and len(hidden) % stack.number == 0:
+        own = hidden.view(stack.number, -1, hidden.shape[-1])
+
+        def nonzero(expert: int) -> Tensor:
+            tokens = masks.counted(own[expert])
+            return tokens[(tokens != 0).any(dim=1)]
+
+        return nonzero
+    chosen = given[1] if len(given) > 1 else None
+    if hidden.ndim != 2 or not isinstance(chosen, Tensor) or chosen.shape[:1] != hidden.shape[:1]:
+        raise ValueError(
+            f"{type(module).__name__} is not called with hidden states (tokens, hidden) and the "
+            "numbers of the experts (tokens, top_k): which tokens an expert gets is not known. Use "
+            "method='magnitude', or leave the experts out: ignore=['experts.*']."
+        )
+    counts = masks.of(hidden)
+
+    def routed(expert: int) -> Tensor:
+        gets = (chosen == expert).any(dim=1)
+        return hidden[gets if counts is None else gets & counts.to(gets.device)]
+
+    return routed
+
+
+def inner_activations(stack: ExpertStack, expert: int, tokens: Tensor) -> Tensor:
+    """What enters an expert's last matrix, `(tokens, intermediate)`, for `(tokens, hidden)`."""
+    module: Any = stack.module
+    weight = getattr(module, stack.entry)[expert]
+    bias = getattr(module, f"{stack.entry}_bias", None)
+    first = nn.functional.linear(
+        tokens, weight.T if stack.transposed else weight, None if bias is None else bias[expert]
+    )
+    if not stack.gated:
+        inner: Tensor = module.act_fn(first)
+        return inner
+    return gated(module, first)
