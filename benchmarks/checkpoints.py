@@ -25,6 +25,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
+
 import torch
 from real_models import dense_minilm, dense_smollm2, machine
 from transformers import AutoModel, AutoModelForCausalLM
@@ -44,10 +50,6 @@ REPEATS = 7
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.parse_args()
     disable_progress_bar()
     print(machine())
     print(f"{GOALS}\n")

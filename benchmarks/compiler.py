@@ -24,6 +24,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--decode",
+        nargs="?",
+        const="float32",
+        choices=["float32", "bfloat16"],
+        help="only tokens per second, of weights in this type",
+    )
+    parser.add_argument("--layers", type=int, default=22, help="of the large Llama")
+    parser.add_argument("--sst2", type=Path, help="only this classifier's answers")
+    parser.add_argument("--data", type=Path, help="folder with sst2")
+    parser.add_argument("--work", type=Path, default=Path("bench_output"))
+    args = parser.parse_args()
+
 import torch
 from real_models import dense_smollm2, machine
 from transformers import (
@@ -257,21 +272,8 @@ def sst2(folder: Path, data: Path) -> str:
     )
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--decode",
-        nargs="?",
-        const="float32",
-        choices=["float32", "bfloat16"],
-        help="only tokens per second, of weights in this type",
-    )
-    parser.add_argument("--layers", type=int, default=22, help="of the large Llama")
-    parser.add_argument("--sst2", type=Path, help="only this classifier's answers")
-    parser.add_argument("--data", type=Path, help="folder with sst2")
-    parser.add_argument("--work", type=Path, default=Path("bench_output"))
-    args = parser.parse_args()
     torch.set_num_threads(2)
     print(machine())
     if args.sst2:
@@ -297,4 +299,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -13,6 +13,12 @@ coefficients, lowest power first, and the largest errors.
 import argparse
 import math
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
+
 import numpy as np
 
 try:
@@ -45,10 +51,6 @@ def show(name: str, fitted: np.ndarray, error: float) -> None:
 
 def main() -> None:
     """Fit and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.parse_args()
     nodes = np.cos(np.pi * (np.arange(POINTS) + 0.5) / POINTS)
     r = nodes * math.log(2) / 2 * 1.0001
     powers = np.vander(r, EXPONENTIAL_DEGREE + 1, increasing=True)

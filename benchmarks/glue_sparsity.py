@@ -26,6 +26,28 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    tasks = ["cola", "stsb", "sst2"]  # those of glue.TASKS
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, help="folder with cola, stsb, sst2")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/glue_sparsity.jsonl"))
+    parser.add_argument("--work", type=Path, default=Path("glue_work"), help="teachers and locks")
+    parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=1, help="run one process per core")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--table", action="store_true", help="only print the table of --out")
+    parser.add_argument("--save", type=Path, help="only train --cell and save the model here")
+    parser.add_argument(
+        "--cell",
+        nargs=5,
+        metavar=("TASK", "METHOD", "PATTERN", "SPARSITY", "SEED"),
+        default=("sst2", "sparse_adamw+distil", "unstructured", "0.8", "0"),
+    )
+    args = parser.parse_args()
+    if not args.table and args.data is None:
+        parser.error("wanted --data, the folder with a folder per task")
+
 import torch
 from glue import TASKS, Data, evaluate, load_model
 from real_models import machine
@@ -306,28 +328,9 @@ def _mean(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)})"
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     """Run the sweep, or print its table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, help="folder with cola, stsb, sst2")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/glue_sparsity.jsonl"))
-    parser.add_argument("--work", type=Path, default=Path("glue_work"), help="teachers and locks")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=1, help="run one process per core")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--table", action="store_true", help="only print the table of --out")
-    parser.add_argument("--save", type=Path, help="only train --cell and save the model here")
-    parser.add_argument(
-        "--cell",
-        nargs=5,
-        metavar=("TASK", "METHOD", "PATTERN", "SPARSITY", "SEED"),
-        default=("sst2", "sparse_adamw+distil", "unstructured", "0.8", "0"),
-    )
-    args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if not args.table and args.data is None:
-        parser.error("wanted --data, the folder with a folder per task")
     if args.save:
         task, method, pattern, sparsity, seed = args.cell
         save(Cell(task, method, pattern, float(sparsity), int(seed)), Recipe(), args)
@@ -338,4 +341,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -27,6 +27,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", type=Path, help="folder with WikiText-2 and C4 texts")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/llm_pruning.jsonl"))
+    parser.add_argument("--table", action="store_true", help="print what is there and stop")
+    parser.add_argument("--only", nargs="+", metavar="CELL", help='such as "SmolLM2 wanda 2:4"')
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at once")
+    parser.add_argument("--max-windows", type=int, default=32, help="windows of each text")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+
 import torch
 from real_models import (
     config_for,
@@ -117,9 +130,8 @@ def cells() -> Iterator[Cell]:
         yield Cell("MiniLM", zeros, "alps", {"reconstruct": 2}, 256)
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Fill the table, print it, or with --cell measure one line in this process."""
-    options = parse_arguments()
     disable_progress_bar()
     if options.cell:
         cell = Cell(**json.loads(options.cell))
@@ -293,20 +305,5 @@ def _rounded(figure: tuple[float | None, int]) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", type=Path, help="folder with WikiText-2 and C4 texts")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/llm_pruning.jsonl"))
-    parser.add_argument("--table", action="store_true", help="print what is there and stop")
-    parser.add_argument("--only", nargs="+", metavar="CELL", help='such as "SmolLM2 wanda 2:4"')
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at once")
-    parser.add_argument("--max-windows", type=int, default=32, help="windows of each text")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
-    parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main()
+    main(options)

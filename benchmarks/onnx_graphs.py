@@ -22,6 +22,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", type=Path, help="folder with sst2")
+    parser.add_argument("--sparse", type=Path, help="checkpoint: make sst2")
+    parser.add_argument("--shrunk", type=Path, help="checkpoint: benchmarks/shrink.py")
+    parser.add_argument("--teacher", type=Path, default=Path("glue_work/teachers/sst2-0.pt"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5, help="loads of each graph")
+    parser.add_argument("--calls", type=int, default=30, help="calls of each graph and size")
+    parser.add_argument("--norms", action="store_true", help="time additions and norms alone")
+    parser.add_argument("--openvino", metavar="PYTHON", help="interpreter that has OpenVINO")
+    options = parser.parse_args()
+    if not options.norms and None in (options.data, options.sparse):
+        parser.error("wanted --data and --sparse, or --norms")
+
 import numpy as np
 import torch
 from glue import TASKS, Data, load_model
@@ -64,9 +79,8 @@ print(loaded, sorted(times)[7], float(np.abs(found - np.load(sys.argv[4])).max()
 """
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Export, measure, print."""
-    options = parse_arguments()
     if options.norms:
         print(f"{machine()}; ONNX Runtime {ort.__version__}, {options.threads} threads\n")
         print_norms(options)
@@ -239,23 +253,5 @@ def accuracy(graph: ort.InferenceSession, validation: Data) -> float:
     return 100 * hits / count
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", type=Path, help="folder with sst2")
-    parser.add_argument("--sparse", type=Path, help="checkpoint: make sst2")
-    parser.add_argument("--shrunk", type=Path, help="checkpoint: benchmarks/shrink.py")
-    parser.add_argument("--teacher", type=Path, default=Path("glue_work/teachers/sst2-0.pt"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5, help="loads of each graph")
-    parser.add_argument("--calls", type=int, default=30, help="calls of each graph and size")
-    parser.add_argument("--norms", action="store_true", help="time additions and norms alone")
-    parser.add_argument("--openvino", metavar="PYTHON", help="interpreter that has OpenVINO")
-    options = parser.parse_args()
-    if not options.norms and None in (options.data, options.sparse):
-        parser.error("wanted --data and --sparse, or --norms")
-    return options
-
-
 if __name__ == "__main__":
-    main()
+    main(options)

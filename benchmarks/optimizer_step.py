@@ -13,6 +13,12 @@ import statistics
 import time
 from typing import Any
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    options = parser.parse_args()
+
 import torch
 from transformers import BertConfig, BertModel
 
@@ -66,17 +72,14 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Print one table per kind of AdamW."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     print(
         f"torch {torch.__version__}, hf_sparse {hf_sparse.__version__}, {platform.machine()}, "
-        f"{options.threads} threads, {options.turns} turns, seed 0"
+        f"{torch.get_num_threads()} threads, {options.turns} turns, seed 0"
     )
     for kind, setting in KINDS.items():
         dense = make(torch.optim.AdamW, **setting)
@@ -109,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(options)

@@ -24,6 +24,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--install", action="store_true", help="set up the runtimes, and stop")
+    parser.add_argument("--root", type=Path, default=Path(".peers"), help="their environments")
+    parser.add_argument("--work", type=Path, default=Path("bench_output/peers"), help="models")
+    parser.add_argument("--model", type=Path, help="a sparse checkpoint instead of random weights")
+    parser.add_argument("--out", type=Path, help="results as JSON")
+    parser.add_argument("--plot", type=Path, help="a picture of the milliseconds")
+    parser.add_argument("--table", type=Path, help="only print the tables of this JSON file")
+    args = parser.parse_args()
+
 import torch
 from real_models import machine
 from transformers import AutoModel, BertConfig, BertModel
@@ -257,17 +268,8 @@ def plot(result: dict[str, Any], file: Path) -> None:
     figure.savefig(file)
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     """Install, measure, or print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--install", action="store_true", help="set up the runtimes, and stop")
-    parser.add_argument("--root", type=Path, default=Path(".peers"), help="their environments")
-    parser.add_argument("--work", type=Path, default=Path("bench_output/peers"), help="models")
-    parser.add_argument("--model", type=Path, help="a sparse checkpoint instead of random weights")
-    parser.add_argument("--out", type=Path, help="results as JSON")
-    parser.add_argument("--plot", type=Path, help="a picture of the milliseconds")
-    parser.add_argument("--table", type=Path, help="only print the tables of this JSON file")
-    args = parser.parse_args()
     if args.install:
         install(args.root)
         return
@@ -287,4 +289,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

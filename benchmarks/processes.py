@@ -18,6 +18,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", type=Path, help="folder with WikiText-2 and C4 texts")
+    parser.add_argument("--method", default="sparsegpt")
+    parser.add_argument("--num-samples", type=int, default=16, help="windows of 512 tokens")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+
 import torch
 from accelerate import Accelerator
 from real_models import dense_smollm2, machine, texts
@@ -30,9 +38,8 @@ import hf_sparse
 from hf_sparse import SparsityConfig
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Run one process, then two, and compare."""
-    options = parse_arguments()
     disable_progress_bar()
     if options.folder:
         worker(options)
@@ -94,15 +101,5 @@ def equal_masks(first: Path, second: Path) -> float:
     return equal / total
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", type=Path, help="folder with WikiText-2 and C4 texts")
-    parser.add_argument("--method", default="sparsegpt")
-    parser.add_argument("--num-samples", type=int, default=16, help="windows of 512 tokens")
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main()
+    main(options)

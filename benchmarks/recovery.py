@@ -29,6 +29,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", type=Path, help="folder with WikiText-2 and C4 texts")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recovery.jsonl"))
+    parser.add_argument("--work", type=Path, default=Path("bench_output/recovery"))
+    parser.add_argument("--table", action="store_true", help="print what is there and stop")
+    parser.add_argument("--cost", action="store_true", help="of a step; nothing else is done")
+    parser.add_argument("--only", nargs="+", metavar="CELL", help='such as "2:4 lora"')
+    parser.add_argument("--tokens", type=int, default=400_000, help="to train on")
+    parser.add_argument("--accumulate", type=int, default=2, help="windows in a step")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=5, help="steps to time of each kind")
+    parser.add_argument("--max-windows", type=int, default=32, help="windows of each text")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+
 import torch
 from real_models import config_for, dense_smollm2, machine, peak_mb, texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -98,9 +114,8 @@ def cells() -> Iterator[Cell]:
     yield Cell("2:4", "lora", dtype="bfloat16")
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Fill the table, print it, or with --cell measure one line in this process."""
-    options = parse_arguments()
     disable_progress_bar()
     torch.set_num_threads(options.threads)
     if options.cell:
@@ -334,23 +349,5 @@ def share(row: dict[str, Any], pruned: Any, dense: Any, name: str) -> float:
     return (before - now) / (before - best)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", type=Path, help="folder with WikiText-2 and C4 texts")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recovery.jsonl"))
-    parser.add_argument("--work", type=Path, default=Path("bench_output/recovery"))
-    parser.add_argument("--table", action="store_true", help="print what is there and stop")
-    parser.add_argument("--cost", action="store_true", help="of a step; nothing else is done")
-    parser.add_argument("--only", nargs="+", metavar="CELL", help='such as "2:4 lora"')
-    parser.add_argument("--tokens", type=int, default=400_000, help="to train on")
-    parser.add_argument("--accumulate", type=int, default=2, help="windows in a step")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=5, help="steps to time of each kind")
-    parser.add_argument("--max-windows", type=int, default=32, help="windows of each text")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main()
+    main(options)

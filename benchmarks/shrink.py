@@ -24,6 +24,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with sst2")
+    parser.add_argument("--out", type=Path, required=True, help="folder for dense and shrunk")
+    parser.add_argument("--start", type=Path, help="a shrunk checkpoint to go on from")
+    parser.add_argument("--heads", type=float, default=1 / 3, help="share that stays")
+    parser.add_argument("--neurons", type=float, default=0.4, help="share that stays")
+    parser.add_argument("--rounds", type=int, default=3, help="of removing and fine-tuning")
+    parser.add_argument(
+        "--epochs", type=int, default=1, help="of each round (the last has one more)"
+    )
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--calibration", type=int, default=2048, help="rows for the Taylor scores")
+    parser.add_argument("--limit", type=int, help="only so many rows of each split")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=20, help="forward passes that are timed")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args = parser.parse_args()
+
 import torch
 from glue import TASKS, Data, evaluate, load_model
 from real_models import PLAIN, machine
@@ -122,26 +142,8 @@ def latency(models: dict[str, Any], batch: int, tokens: int, repeats: int) -> di
     return {name: statistics.median(found[2:]) for name, found in times.items()}
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     """Train, shrink, print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with sst2")
-    parser.add_argument("--out", type=Path, required=True, help="folder for dense and shrunk")
-    parser.add_argument("--start", type=Path, help="a shrunk checkpoint to go on from")
-    parser.add_argument("--heads", type=float, default=1 / 3, help="share that stays")
-    parser.add_argument("--neurons", type=float, default=0.4, help="share that stays")
-    parser.add_argument("--rounds", type=int, default=3, help="of removing and fine-tuning")
-    parser.add_argument(
-        "--epochs", type=int, default=1, help="of each round (the last has one more)"
-    )
-    parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--calibration", type=int, default=2048, help="rows for the Taylor scores")
-    parser.add_argument("--limit", type=int, help="only so many rows of each split")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=20, help="forward passes that are timed")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -216,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -21,6 +21,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", choices=("llama", "mixture"), default="llama")
+    parser.add_argument("--method", default="sparsegpt")
+    parser.add_argument("--num-samples", type=int, default=12, help="windows of 512 tokens")
+    parser.add_argument("--limit-gb", type=float, default=3.0)
+    parser.add_argument(
+        "--kill-after", type=float, help="seconds after which a second run is killed"
+    )
+    parser.add_argument("--work", type=Path, help="where there are 20 GB of disk")
+    parser.add_argument("--source", help=argparse.SUPPRESS)
+    parser.add_argument("--output", help=argparse.SUPPRESS)
+    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+
 import torch
 from real_models import machine, peak_mb
 from safetensors.torch import save_file
@@ -57,9 +72,8 @@ SHAPES = {
 }
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Make the model, prune it in a limited process, and tell what that took."""
-    options = parse_arguments()
     if options.source:
         prune(options)
         return
@@ -222,22 +236,5 @@ def enter_group(limit: int) -> bool:
     return False
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", choices=SHAPES, default="llama")
-    parser.add_argument("--method", default="sparsegpt")
-    parser.add_argument("--num-samples", type=int, default=12, help="windows of 512 tokens")
-    parser.add_argument("--limit-gb", type=float, default=3.0)
-    parser.add_argument(
-        "--kill-after", type=float, help="seconds after which a second run is killed"
-    )
-    parser.add_argument("--work", type=Path, help="where there are 20 GB of disk")
-    parser.add_argument("--source", help=argparse.SUPPRESS)
-    parser.add_argument("--output", help=argparse.SUPPRESS)
-    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main()
+    main(options)

@@ -14,6 +14,11 @@ import argparse
 import time
 from typing import Any
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--target", help="avx512, avx2 or portable")
+    args = parser.parse_args()
+
 import numpy as np
 import torch
 from real_models import machine
@@ -115,11 +120,9 @@ def compare(kind: str, sparsity: float, target: Target) -> list[tuple[str, ...]]
     ]
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--target", help="avx512, avx2 or portable")
-    target = named(parser.parse_args().target)
+    target = named(args.target)
     torch.set_num_threads(1)
     print(machine(), target.name)
     cases = [("tile, dense", (0.0,)), ("one token, dense", (0.0,))]
@@ -132,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -10,16 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from accelerate import Accelerator
-from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
-
-import hf_sparse
-from hf_sparse import SparseAdamW, Sparsifier, SparsityConfig, sparse_param_groups
-
-
-def main(argv: list[str] | None = None) -> float:
-    """Train a causal language model sparse; returns its sparsity."""
+if __name__ == "__main__":  # help and wrong usage need no slow import
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="Hub name or folder")
     parser.add_argument("--text", required=True, type=Path, help="file of plain text")
@@ -31,8 +22,18 @@ def main(argv: list[str] | None = None) -> float:
     parser.add_argument("--batch", type=int, default=8, help="sequences per process and step")
     parser.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
     parser.add_argument("--lr", type=float, default=2e-4)
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
 
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+
+import hf_sparse
+from hf_sparse import SparseAdamW, Sparsifier, SparsityConfig, sparse_param_groups
+
+
+def main(options: argparse.Namespace) -> None:
+    """Train a causal language model sparse."""
     config = SparsityConfig(options.pattern, options.sparsity)
 
     accelerator = Accelerator(gradient_accumulation_steps=options.accumulate)
@@ -77,8 +78,7 @@ def main(argv: list[str] | None = None) -> float:
             trained, options.output, config, tokenizer=tokenizer, report=report
         )
     accelerator.print(f"sparsity {sparsifier.sparsity:.4f}, saved to {options.output}")
-    return sparsifier.sparsity
 
 
 if __name__ == "__main__":
-    main()
+    main(options)

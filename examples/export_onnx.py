@@ -12,6 +12,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", help="folder or Hub name")
+    parser.add_argument("output", type=Path, help="folder for the graph")
+    parser.add_argument("--text", action="append", default=[], help="to classify; several times")
+    parser.add_argument("--quantize", choices=["dynamic"], help="8-bit weights and activations")
+    options = parser.parse_args()
+    options.text = options.text or ["a gripping film", "two dull hours"]
+
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_sparse
@@ -22,9 +31,8 @@ except ImportError as error:
     raise SystemExit("ONNX Runtime is needed: pip install 'hf_sparse[onnx]'") from error
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Export, open, classify."""
-    options = parse_arguments()
     model = AutoModelForSequenceClassification.from_pretrained(options.model)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     report = hf_sparse.export_onnx(
@@ -42,17 +50,5 @@ def main() -> None:
         print(f"{model.config.id2label[int(row.argmax())]}: {text}")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", help="folder or Hub name")
-    parser.add_argument("output", type=Path, help="folder for the graph")
-    parser.add_argument("--text", action="append", default=[], help="to classify; several times")
-    parser.add_argument("--quantize", choices=["dynamic"], help="8-bit weights and activations")
-    options = parser.parse_args()
-    options.text = options.text or ["a gripping film", "two dull hours"]
-    return options
-
-
 if __name__ == "__main__":
-    main()
+    main(options)

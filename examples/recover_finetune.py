@@ -12,6 +12,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("sparse", help="folder or Hub name of the sparse model")
+    parser.add_argument("output", help="folder for the recovered model")
+    parser.add_argument("--data", type=Path, required=True, help=".jsonl or plain text")
+    parser.add_argument("--held-out", type=Path, required=True, help="text to measure on")
+    parser.add_argument("--teacher", help="the dense model, to learn from")
+    parser.add_argument("--num-samples", type=int, default=780, help="training windows")
+    parser.add_argument("--window", type=int, default=512, help="tokens in a window")
+    parser.add_argument("--max-windows", type=int, default=32, help="windows to measure on")
+    parser.add_argument("--accumulate", type=int, default=2, help="windows in a step")
+    parser.add_argument("--epochs", type=float, default=1)
+    parser.add_argument("--lr", type=float, default=3e-4)
+    options = parser.parse_args()
+
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
@@ -19,9 +34,8 @@ import hf_sparse
 from hf_sparse.calibration.documents import read_documents
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Train, check, compare, save."""
-    options = parse_arguments()
     tokenizer = AutoTokenizer.from_pretrained(options.sparse)
     model = AutoModelForCausalLM.from_pretrained(options.sparse, dtype=torch.float32)
     held_out = options.held_out.read_text()
@@ -68,22 +82,5 @@ def main() -> None:
     print(f"saved to {options.output}")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("sparse", help="folder or Hub name of the sparse model")
-    parser.add_argument("output", help="folder for the recovered model")
-    parser.add_argument("--data", type=Path, required=True, help=".jsonl or plain text")
-    parser.add_argument("--held-out", type=Path, required=True, help="text to measure on")
-    parser.add_argument("--teacher", help="the dense model, to learn from")
-    parser.add_argument("--num-samples", type=int, default=780, help="training windows")
-    parser.add_argument("--window", type=int, default=512, help="tokens in a window")
-    parser.add_argument("--max-windows", type=int, default=32, help="windows to measure on")
-    parser.add_argument("--accumulate", type=int, default=2, help="windows in a step")
-    parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--lr", type=float, default=3e-4)
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main()
+    main(options)

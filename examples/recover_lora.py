@@ -13,6 +13,31 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("sparse", help="folder or Hub name of the sparse model")
+    parser.add_argument("output", help="folder for the merged model")
+    parser.add_argument("--data", type=Path, required=True, help=".jsonl or plain text")
+    parser.add_argument("--held-out", type=Path, required=True, help="text to measure on")
+    parser.add_argument("--kind", choices=["lora", "shira"], default="lora")
+    parser.add_argument("--r", type=int, default=16, help="rank, or ShiRA's measure of as much")
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        help="layers of ShiRA",
+    )
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--teacher", help="the dense model, to learn from")
+    parser.add_argument("--num-samples", type=int, default=780, help="training windows")
+    parser.add_argument("--window", type=int, default=512, help="tokens in a window")
+    parser.add_argument("--max-windows", type=int, default=32, help="windows to measure on")
+    parser.add_argument("--accumulate", type=int, default=2, help="windows in a step")
+    parser.add_argument("--epochs", type=float, default=1)
+    parser.add_argument("--lr", type=float, help="default: 2e-3 for lora, 5e-3 for shira")
+    options = parser.parse_args()
+    options.lr = options.lr or {"lora": 2e-3, "shira": 5e-3}[options.kind]
+
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
@@ -25,9 +50,8 @@ except ImportError as error:
     raise SystemExit("PEFT is needed: pip install 'hf_sparse[peft]'") from error
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Train, save the adapter, merge, compare, save."""
-    options = parse_arguments()
     tokenizer = AutoTokenizer.from_pretrained(options.sparse)
     base = AutoModelForCausalLM.from_pretrained(options.sparse, dtype=getattr(torch, options.dtype))
     held_out = options.held_out.read_text()
@@ -81,33 +105,5 @@ def main() -> None:
     print(f"saved to {options.output}")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("sparse", help="folder or Hub name of the sparse model")
-    parser.add_argument("output", help="folder for the merged model")
-    parser.add_argument("--data", type=Path, required=True, help=".jsonl or plain text")
-    parser.add_argument("--held-out", type=Path, required=True, help="text to measure on")
-    parser.add_argument("--kind", choices=["lora", "shira"], default="lora")
-    parser.add_argument("--r", type=int, default=16, help="rank, or ShiRA's measure of as much")
-    parser.add_argument(
-        "--targets",
-        nargs="+",
-        default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        help="layers of ShiRA",
-    )
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--teacher", help="the dense model, to learn from")
-    parser.add_argument("--num-samples", type=int, default=780, help="training windows")
-    parser.add_argument("--window", type=int, default=512, help="tokens in a window")
-    parser.add_argument("--max-windows", type=int, default=32, help="windows to measure on")
-    parser.add_argument("--accumulate", type=int, default=2, help="windows in a step")
-    parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--lr", type=float, help="default: 2e-3 for lora, 5e-3 for shira")
-    options = parser.parse_args()
-    options.lr = options.lr or {"lora": 2e-3, "shira": 5e-3}[options.kind]
-    return options
-
-
 if __name__ == "__main__":
-    main()
+    main(options)

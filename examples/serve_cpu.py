@@ -20,6 +20,16 @@ from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="folder or Hub name of a sequence classification model")
+    parser.add_argument("--port", type=int, default=8000, help="0 picks a free one (default 8000)")
+    parser.add_argument("--threads", type=int, help="threads of one answer (default: torch's)")
+    parser.add_argument("--smoke", action="store_true", help="tiny model, 50 requests, then stop")
+    args = parser.parse_args()
+    if not args.smoke and not args.model:
+        parser.error("wanted --model, or --smoke")
+
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -113,17 +123,9 @@ def smoke_model() -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     """Serve until interrupted, or for the smoke requests."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="folder or Hub name of a sequence classification model")
-    parser.add_argument("--port", type=int, default=8000, help="0 picks a free one (default 8000)")
-    parser.add_argument("--threads", type=int, help="threads of one answer (default: torch's)")
-    parser.add_argument("--smoke", action="store_true", help="tiny model, 50 requests, then stop")
-    args = parser.parse_args()
-    if not args.smoke and not args.model:
-        parser.error("wanted --model, or --smoke")
-    if args.threads:
+    if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.smoke:
         model, tokenizer = smoke_model()
@@ -151,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(args)
