@@ -21,6 +21,19 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--data", type=Path, help="folder with WikiText-2 and C4, see real_models.py"
+    )
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--top-k", type=int, default=4)
+    parser.add_argument("--windows", type=int, default=32, help="for calibration, of 512 tokens")
+    parser.add_argument("--router-windows", type=int, default=8)
+    parser.add_argument("--held-out", type=int, default=16, help="windows to measure on")
+    parser.add_argument("--methods", nargs="+", default=["wanda", "sparsegpt"])
+    options = parser.parse_args()
+
 import torch
 from real_models import dense_smollm2, machine, texts
 from torch import Tensor
@@ -36,9 +49,8 @@ _ROUNDS = 8
 _ROUTER_SCALE = 1e-3
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Build the mixture, prune it both ways, and print perplexities."""
-    options = parse_arguments()
     print(machine(), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = dense_smollm2(Path(temporary))
@@ -177,20 +189,5 @@ def fitted_routers(
     return found
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--data", type=Path, help="folder with WikiText-2 and C4, see real_models.py"
-    )
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--top-k", type=int, default=4)
-    parser.add_argument("--windows", type=int, default=32, help="for calibration, of 512 tokens")
-    parser.add_argument("--router-windows", type=int, default=8)
-    parser.add_argument("--held-out", type=int, default=16, help="windows to measure on")
-    parser.add_argument("--methods", nargs="+", default=["wanda", "sparsegpt"])
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main()
+    main(options)

@@ -19,6 +19,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--types", nargs="*", help="default: all")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    options = parser.parse_args()
+
 import torch
 import transformers
 
@@ -60,12 +66,8 @@ def _exported(model: Any) -> str:
     return "passes"
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--types", nargs="*", help="default: all")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    options = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -81,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(options)
