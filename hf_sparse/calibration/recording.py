@@ -129,12 +129,13 @@ def record(model: nn.Module, stack: Stack, batches: Sequence[Batch], store: Stor
     Raises:
         ValueError: the blocks are not a chain, or not called in the same order for every batch.
     """
-    first, extras = _record_real(model, stack, batches[0], store)
-    if extras:  # blocks hand more than hidden states to each other: only real calls show it
+    first, beside = _record_real(model, stack, batches[0], store)
+    if any(
+        item is not None for item in beside or ()
+    ):  # blocks hand more than hidden states to each other: only real calls show it
         return [first, *(_record_real(model, stack, batch, store)[0] for batch in batches[1:])]
-    tuples = extras is not None
     rest = [
-        _record_passing(model, stack, batch, first.calls, tuples, store) for batch in batches[1:]
+        _record_passing(model, stack, batch, first.calls, beside, store) for batch in batches[1:]
     ]
     for sample in rest:
         if [call.block for call in sample.calls] != [call.block for call in first.calls]:
@@ -151,15 +152,16 @@ def _record_real(
     """Run one batch for real and record the calls.
 
     Returns:
-        The sample, and what blocks return beside the hidden states: None if they return a tensor.
+        The sample, and what blocks return beside the hidden states, of the last one that returned
+        something there: None if they return a tensor.
     """
     calls: list[Call] = []
     entered: list[Tensor] = []
     left: list[Tensor] = []
-    extras: list[Any] | None = None
+    beside: tuple[Any, ...] | None = None
 
     def record(index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        nonlocal extras
+        nonlocal beside
         hidden, call = _split_call(index, stack, args, kwargs)
         if left and hidden is not left[-1]:
             raise ValueError(
@@ -170,23 +172,26 @@ def _record_real(
         entered.append(hidden)
         output = forward(*args, **kwargs)
         left.append(_hidden_of(output))
-        if isinstance(output, tuple | list):
-            extras = [*(extras or []), *(item for item in output[1:] if item is not None)]
+        if isinstance(output, tuple | list) and all(item is None for item in beside or ()):
+            beside = tuple(output[1:])
         return output
 
     _forward_recorded(model, stack, batch, record)
     if not calls:
-        raise ValueError(f"the model's forward never calls the blocks of {stack.name}.")
-    return Sample(entered[0], calls, token_masks(batch, calls[0]), store), extras
+        raise ValueError(
+            f"the model's forward never calls the blocks of {stack.name} for these batches. Give "
+            f"batches that reach them (such as images), or leave them out: ignore=['{stack.name}.*']."
+        )
+    return Sample(entered[0], calls, token_masks(batch, calls[0]), store), beside
 
 
 def _record_passing(
-    model: nn.Module, stack: Stack, batch: Batch, known: list[Call], tuples: bool, store: Store
+    model: nn.Module, stack: Stack, batch: Batch, known: list[Call], beside: Any, store: Store
 ) -> Sample:
     """Record the calls of one batch without running a block.
 
     Arguments that equal those of the `known` calls of another batch (rotary embeddings, masks)
-    are kept once.
+    are kept once. Blocks that return a tuple return what they did then `beside` the hidden states.
     """
     calls: list[Call] = []
     entered: list[Tensor] = []
@@ -197,7 +202,7 @@ def _record_passing(
         entered.append(hidden)
         if len(calls) == len(known):
             raise _RecordedError
-        return (hidden,) if tuples else hidden
+        return hidden if beside is None else (hidden, *beside)
 
     _forward_recorded(model, stack, batch, record)
     return Sample(entered[0], calls, token_masks(batch, calls[0]), store)

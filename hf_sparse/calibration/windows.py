@@ -132,10 +132,18 @@ def checked_batches(
     ]
 
 
+def _num_embeddings(model: nn.Module) -> int | None:
+    """How many token ids a model has embeddings for; None if it does not tell."""
+    try:
+        embed = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # models of images, of sounds, and of several parts
+        return None
+    return getattr(embed, "num_embeddings", None)
+
+
 def _check_ids(batches: list[dict[str, Any]], model: nn.Module) -> None:
     """Refuse ids that the model has no embedding for, and masks of another shape."""
-    embed = getattr(model, "get_input_embeddings", lambda: None)()
-    known = getattr(embed, "num_embeddings", None)
+    known = _num_embeddings(model)
     for batch in batches:
         ids, mask = batch.get("input_ids"), batch.get("attention_mask")
         if ids is None or known is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -255,7 +256,14 @@ def check_to_load(
     section = values.get("quantization_config")
     compressed = isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
     if compressed and files[0].is_file():
-        family, kind, _ = class_named(values, file)
+        family, kind, exact = class_named(values, file)
+        if not exact and values.get("architectures"):
+            warnings.warn(
+                f"{file} was saved of the class {values['architectures'][0]}, which transformers does "
+                f"not have: what it computes and stores beyond {kind.__name__} is not in the model that "
+                "is loaded. Load it by from_pretrained of that class, or register it with an Auto class.",
+                stacklevel=2,
+            )
         stored = read_headers(files)
         check_counts(values, family, kind, stored, file)
         return len(stored)

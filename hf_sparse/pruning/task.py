@@ -14,7 +14,7 @@ from hf_sparse.calibration.recording import Batch
 from hf_sparse.calibration.walk import Residence
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.pruning.problem import Notes
-from hf_sparse.structure.layers import Stack, TargetLayer
+from hf_sparse.structure.layers import Stack, TargetLayer, layers_outside
 from hf_sparse.structure.targets import Targets
 
 
@@ -59,10 +59,11 @@ class Task:
 
     @property
     def data(self) -> dict[str, Any]:
-        """The arguments of `walk`."""
+        """The arguments of `walk`: blocks of a stack without a target are not looked at."""
+        count = len(self.layers)
         return {
             "model": self.model,
-            "stacks": self.stacks,
+            "stacks": [s for s in self.stacks if len(layers_outside([s], self.layers)) < count],
             "batches": self.batches,
             "residence": self.residence,
             "store": self.store,

@@ -81,11 +81,11 @@ def _fit(entry: Any, down: Any, gated: bool, transposed: bool) -> bool:
 def routes(name: str, module: nn.Module) -> bool:
     """Whether a path inside a module goes through what chooses among experts.
 
-    That is a `router`, or a `gate` beside `experts`.
+    That is what has `router` in its name, or a `gate` beside `experts`.
     """
     parent = module
     for part in name.split("."):
-        if part == _ROUTER or (part in _GATES and "experts" in children_of(parent)):
+        if _ROUTER in part or (part in _GATES and "experts" in children_of(parent)):
             return True
         parent = parent.get_submodule(part) if part in children_of(parent) else parent
     return False
