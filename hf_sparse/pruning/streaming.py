@@ -52,6 +52,7 @@ from hf_sparse.pruning.on_disk import OnDisk
 from hf_sparse.pruning.oneshot import notes_on
 from hf_sparse.pruning.problem import Notes
 from hf_sparse.pruning.task import Task
+from hf_sparse.pruning.uniform import check_uniform
 from hf_sparse.report import SparsityReport
 from hf_sparse.structure.layers import layers_outside, num_parameters
 from hf_sparse.structure.targets import Targets
@@ -125,6 +126,7 @@ def prune_checkpoint(
     model = _load(source, described, dtype)
     check_can_save(model, folder, config)
     targets = _targets_in_blocks(model, config)
+    check_uniform(model, targets, recipe)
     inputs = checked_batches(batches, model, method)
     start = time.perf_counter()
     residence = OnDisk(model, targets, notes := Notes())
