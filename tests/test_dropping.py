@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -192,7 +192,7 @@ def quantized() -> PreTrainedModel:
 
 def adapted() -> PreTrainedModel:
     model = deep()
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
     return model
 
 

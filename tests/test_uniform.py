@@ -99,11 +99,24 @@ def test_heads_that_the_familys_config_cannot_tell_are_refused_before_work(famil
     before = copy.deepcopy(model.state_dict())
     config = SparsityConfig("head", 0.25, uniform=True)
     message = (
-        rf"3 heads and 64 neurons cannot be told by a config of type '{family}': .* nearest is 4"
+        rf"3 heads and \d+ neurons cannot be told by a config of type '{family}': .* nearest is 4"
     )
     with pytest.raises(ValueError, match=message):
         prune_(model, config, "taylor")  # batches, which it needs, are asked for later
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_checkpoint_is_refused_before_it_is_streamed(tmp_path: Path) -> None:
+    hf_sparse.save_pretrained(tiny_model("opt"), tmp_path / "dense")
+    with pytest.raises(ValueError, match="cannot be told by a config of type 'opt'"):
+        hf_sparse.prune_checkpoint(
+            tmp_path / "dense",
+            tmp_path / "out",
+            SparsityConfig("head", 0.25, uniform=True),
+            "wanda",
+            tiny_batches("opt"),
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 def test_the_error_names_the_nearest_number_of_heads_that_can_be_told() -> None:
