@@ -129,8 +129,7 @@ def drop_blocks_(
 
     What is left is a plain model of its family with fewer layers: its config is changed with it, so
     that it is saved, loaded, generated with, compiled and exported as any other. Train it afterwards,
-    best with the whole model as teacher (`hf_sparse.recover_`, `hf_sparse.Distillation`). Make
-    optimizers after this.
+    best with the whole model as teacher (`hf_sparse.Distillation`). Make optimizers after this.
 
     Args:
         model: an encoder or a decoder, with one list of blocks.

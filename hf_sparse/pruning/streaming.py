@@ -125,8 +125,7 @@ def prune_checkpoint(
         check_not_lost(folder)
     model = _load(source, described, dtype)
     check_can_save(model, folder, config)
-    targets = _targets_in_blocks(model, config)
-    check_uniform(model, targets, recipe)
+    targets = _targets_in_blocks(model, config, recipe)
     inputs = checked_batches(batches, model, method)
     start = time.perf_counter()
     residence = OnDisk(model, targets, notes := Notes())
@@ -230,14 +229,15 @@ def _load(source: str, described: PreTrainedConfig, dtype: str | torch.dtype) ->
     return model  # type: ignore[no-any-return]
 
 
-def _targets_in_blocks(model: PreTrainedModel, config: SparsityConfig) -> Targets:
-    """What to prune; a target that lies outside the blocks is refused."""
+def _targets_in_blocks(model: PreTrainedModel, config: SparsityConfig, recipe: Recipe) -> Targets:
+    """What to prune; a target outside the blocks, and uniform blocks that cannot be, are refused."""
     targets = Targets.of(model, config)
     if outside := layers_outside(targets.stacks, targets.layers):
         raise ValueError(
             f"{outside[0].name} is outside the blocks, and only blocks are streamed. Leave it out, or "
             "prune the model in memory with prune_."
         )
+    check_uniform(model, targets, recipe)
     return targets
 
 
