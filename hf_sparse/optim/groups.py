@@ -32,7 +32,8 @@ def sparse_param_groups(
 
     Raises:
         ValueError: targets that match nothing, that are frozen, or that the pattern cannot divide; some
-            of the experts that one parameter holds, and not all; `uniform=True`, since all units compete.
+            of the experts that one parameter holds, and not all; `uniform=True`, since all units
+            compete.
     """
     check_model(model, "sparse_param_groups")
     check_kinds(sparse_param_groups, locals())
