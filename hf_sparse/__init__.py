@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from hf_sparse.compiled_files.files import save_compiled as save_compiled
     from hf_sparse.configuration_sparse import SparsityConfig as SparsityConfig
     from hf_sparse.distillation import Distillation as Distillation
+    from hf_sparse.dropping import DropReport as DropReport
+    from hf_sparse.dropping import drop_blocks_ as drop_blocks_
     from hf_sparse.evaluation import accuracy as accuracy
     from hf_sparse.evaluation import perplexity as perplexity
     from hf_sparse.exporters.onnx_export import export_onnx as export_onnx
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "Distillation": "hf_sparse.distillation",
+    "DropReport": "hf_sparse.dropping",
     "FormatError": "hf_sparse.formats",
     "KeepZeros": "hf_sparse.optim.keep_zeros_callback",
     "Metric": "hf_sparse.provenance.values",
@@ -82,6 +85,7 @@ _PUBLIC = {
     "calibration_batches": "hf_sparse.calibration.windows",
     "compile": "hf_sparse.runtime.model.compiled",
     "convert_legacy": "hf_sparse.checkpoint.legacy",
+    "drop_blocks_": "hf_sparse.dropping",
     "export_onnx": "hf_sparse.exporters.onnx_export",
     "freeze_zeros_": "hf_sparse.optim.shrinkage",
     "get_peft_model": "hf_sparse.adapters.loading",

@@ -39,6 +39,9 @@ class SparsityConfig:
         ignore: globs of layers to leave out of the targets.
         format: how the weights are stored: `"auto"` (the smallest), `"bitmask"`, `"gap4"`, `"gap8"`,
             `"nm"`, `"block"`, or `"dense"` (zeros in place: loads without hf_sparse).
+        uniform: of whole neurons and heads: every block loses the same number, so that what
+            `hf_sparse.shrink_` leaves is a plain model of the family. `hf_sparse.prune_` refuses sizes
+            that the family's config cannot tell.
 
     A glob matches the whole dotted name of a layer, or the end of it from a dot on: `"q_proj"`
     matches `model.layers.0.self_attn.q_proj`. An expert's matrix has the name of its parameter and the
@@ -54,6 +57,7 @@ class SparsityConfig:
     targets: tuple[str, ...] | None
     ignore: tuple[str, ...]
     format: str
+    uniform: bool
 
     def __init__(
         self,
@@ -62,6 +66,7 @@ class SparsityConfig:
         targets: str | Sequence[str] | None = None,
         ignore: str | Sequence[str] | None = None,
         format: str = "auto",
+        uniform: bool = False,
     ) -> None:
         parsed = Pattern.parse(pattern)
         check_name(format, FORMATS, "format", "formats")
@@ -70,6 +75,7 @@ class SparsityConfig:
         object.__setattr__(self, "targets", _globs("targets", targets))
         object.__setattr__(self, "ignore", _globs("ignore", ignore) or ())
         object.__setattr__(self, "format", format)
+        object.__setattr__(self, "uniform", _checked_uniform(parsed, uniform))
 
     def __repr__(self) -> str:
         """The call that makes it, with what is not the default."""
@@ -82,6 +88,8 @@ class SparsityConfig:
             parts.append(f"ignore={list(self.ignore)!r}")
         if self.format != "auto":
             parts.append(f"format={self.format!r}")
+        if self.uniform:
+            parts.append("uniform=True")
         return f"SparsityConfig({', '.join(parts)})"
 
     def ignores(self, layer: str) -> bool:
@@ -97,6 +105,7 @@ class SparsityConfig:
             "targets": None if self.targets is None else list(self.targets),
             "ignore": list(self.ignore),
             "format": self.format,
+            **({"uniform": True} if self.uniform else {}),  # older readers know no such key
         }
 
     @classmethod
@@ -180,6 +189,18 @@ def _checked_sparsity(pattern: Pattern, sparsity: float | None) -> float:
             "asked for. Leave sparsity out, or choose another pattern."
         )
     return float(sparsity) if implied is None else implied
+
+
+def _checked_uniform(pattern: Pattern, uniform: bool) -> bool:
+    if not isinstance(uniform, bool):
+        raise ValueError(f"uniform is {shortened(uniform)}; wanted True or False.")
+    if uniform and pattern.unit_layer is None:
+        units = ", ".join(f"'{kind.notations[0]}'" for kind in Pattern.kinds() if kind.unit_layer)
+        raise ValueError(
+            f"uniform=True means as many whole heads or neurons of each block, and pattern '{pattern}' "
+            f"has no such units. Leave uniform out, or take one of {units}."
+        )
+    return uniform
 
 
 def _meant_share(sparsity: Any) -> str:

@@ -83,6 +83,11 @@ RECOVERIES = {
     "lora": "masked LoRA, merged at the end",
     "shira": "single kept weights (ShiRA), merged at the end",
 }
+# How `hf_sparse.drop_blocks_` chooses.
+BLOCK_CHOICES = {
+    "loss": "the block without which the loss rises least, one after another",
+    "similarity": "the blocks that change their input least, in one pass",
+}
 FORMATS = {
     "auto": "the smallest of the others",
     "dense": "the weight as it is, zeros included",

@@ -76,6 +76,24 @@ def fraction(text: str) -> float:
     )
 
 
+def number_or_fraction(text: str) -> int | float:
+    """The number in a text, for a flag that takes a count or a fraction: `4`, or `0.25`.
+
+    Raises:
+        ArgumentTypeError: it is neither.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number; wanted a number of blocks, as 4, or a fraction of them, as 0.25."
+        ) from error
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A question after an error: the known name that is most like the one given, if one is."""
     question: str = suggestions().did_you_mean(name, known)

@@ -23,8 +23,8 @@ import hf_sparse
 from hf_sparse import SparsityConfig, prune_, shrink_
 from hf_sparse.cli import main
 from hf_sparse.models.modeling import model_classes
-from hf_sparse.shrinking import heads_to_remove
 from hf_sparse.structure.parts import PARTS, BlockSize
+from hf_sparse.structure.removal import heads_to_remove
 from hf_sparse.structure.units import find_units, unused_neurons
 from hf_sparse.upstream.transformers.caches import cache_in
 from tests.support.closeness import same

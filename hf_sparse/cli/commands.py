@@ -30,11 +30,15 @@ from hf_sparse.cli.loading import (
 from hf_sparse.cli.printing import print_json, print_saved, without
 from hf_sparse.cli.pushing import push
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY
+from hf_sparse.dropping import number_of_blocks
 from hf_sparse.exporters.can_export import check_can_export
 from hf_sparse.pruning.methods import Recipe
 from hf_sparse.pruning.streaming import check_run
+from hf_sparse.pruning.uniform import check_uniform
 from hf_sparse.report import format_table
+from hf_sparse.structure.depth import Depth
 from hf_sparse.structure.layers import promised_config
+from hf_sparse.structure.targets import Targets
 from hf_sparse_cli.usage import method_options, needs_calibration
 
 
@@ -73,11 +77,18 @@ def prune(options: argparse.Namespace) -> int:
 def _checked(options: argparse.Namespace) -> tuple[hf_sparse.SparsityConfig, Any]:
     """The config of a pruning run and the model without weights; bad options are refused here."""
     config = hf_sparse.SparsityConfig(
-        options.pattern, options.sparsity, options.targets, options.ignore, options.format
+        options.pattern,
+        options.sparsity,
+        options.targets,
+        options.ignore,
+        options.format,
+        options.uniform,
     )
     own = method_options(options)
-    Recipe.of(options.method, config.pattern, own)
+    recipe = Recipe.of(options.method, config.pattern, own)
     bones = skeleton(options.model, options)
+    if config.uniform:
+        check_uniform(bones, Targets.of(bones, config), recipe)
     check_can_save(bones, options.output, config)
     if options.stream:
         check_run(options.model, options.output, config, options.method, own, options.resume)
@@ -91,12 +102,15 @@ def _calibration(options: argparse.Namespace, bones: Any) -> tuple[Any, list[Any
     """
     needed = needs_calibration(options)
     tokenizer = optional_tokenizer(options, bones.config, needed=needed)
-    if not needed:
-        return tokenizer, None
+    return tokenizer, _batches(options, bones, tokenizer) if needed else None
+
+
+def _batches(options: argparse.Namespace, bones: Any, tokenizer: Any) -> list[Any]:
+    """The data that --calibration or --labels name."""
     if not options.labels:
-        return tokenizer, windows(tokenizer, read_documents(options.calibration), options)
+        return windows(tokenizer, read_documents(options.calibration), options)
     texts, labels = (column[: options.num_samples] for column in labelled_texts(options))
-    return tokenizer, hf_sparse.labelled_batches(
+    return hf_sparse.labelled_batches(
         bones, tokenizer, texts, labels, window=options.window, batch_size=options.batch_size
     )
 
@@ -254,11 +268,20 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def shrink(options: argparse.Namespace) -> int:
-    """Remove the heads and neurons that zeros have made useless, and save the smaller model."""
-    check_can_save(skeleton(options.model, options), options.output)
+    """Remove useless heads and neurons, or whole blocks, and save the smaller model."""
+    bones = skeleton(options.model, options)
+    check_can_save(bones, options.output)
+    drops = options.blocks is not None
+    if drops:
+        number_of_blocks(options.blocks, len(Depth.of(bones).blocks))
+    tokenizer = optional_tokenizer(options, bones.config, needed=drops)
+    batches = _batches(options, bones, tokenizer) if drops else []
     model, _ = load(options.model, options, needs_tokenizer=False)
-    tokenizer = optional_tokenizer(options, model.config, needed=False)
-    report = hf_sparse.shrink_(model)
+    report: Any
+    if drops:
+        report = hf_sparse.drop_blocks_(model, options.blocks, batches, by=options.by or "loss")
+    else:
+        report = hf_sparse.shrink_(model, uniform=options.uniform)
     hf_sparse.save_pretrained(
         model, options.output, tokenizer=tokenizer, base_model=options.base_model
     )

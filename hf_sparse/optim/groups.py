@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from hf_sparse.arguments import check_kinds, check_model
-from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.provenance.record import watch_
 from hf_sparse.structure.layers import TargetLayer, by_identity, check_divides
 from hf_sparse.structure.targets import Targets
@@ -32,10 +32,17 @@ def sparse_param_groups(
 
     Raises:
         ValueError: targets that match nothing, that are frozen, or that the pattern cannot divide; some
-            of the experts that one parameter holds, and not all.
+            of the experts that one parameter holds, and not all; `uniform=True`, since all units
+            compete.
     """
     check_model(model, "sparse_param_groups")
     check_kinds(sparse_param_groups, locals())
+    check_config(config)
+    if config.uniform:
+        raise ValueError(
+            "uniform=True is for prune_: in training all units compete, and blocks lose different "
+            "numbers of them. Leave it out, and call hf_sparse.shrink_(model, uniform=True) at the end."
+        )
     chosen = Targets.of(model, config)
     layers, pattern = chosen.layers, chosen.pattern
     if frozen := [layer.weight_name for layer in layers if not layer.parameter.requires_grad]:

@@ -137,6 +137,7 @@ class Step:
                 "targets": targets and targets[:LONGEST_LIST],
                 "ignore": tuple(map(line, config.ignore))[:LONGEST_LIST],
             }
+            options = {**options, "uniform": True} if config.uniform else options
         return cls(
             line(method),
             pairs(options),

@@ -21,6 +21,7 @@ from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.pruning.methods import Recipe
 from hf_sparse.pruning.task import Task
+from hf_sparse.pruning.uniform import check_uniform
 from hf_sparse.report import SparsityReport, count_targets
 from hf_sparse.structure.layers import (
     PRUNED_WITH,
@@ -108,6 +109,7 @@ def prune_(
         check_whole(units.layers)
     if targets.whole_units and options.get("scope") != "global":
         _check_units(targets)
+    check_uniform(model, targets, recipe)
     start = time.perf_counter()
     inputs = checked_batches(batches, model, method) if recipe.needs_calibration else []
     task = Task(

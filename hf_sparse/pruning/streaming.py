@@ -54,6 +54,7 @@ from hf_sparse.pruning.on_disk import OnDisk
 from hf_sparse.pruning.oneshot import notes_on
 from hf_sparse.pruning.problem import Notes
 from hf_sparse.pruning.task import Task
+from hf_sparse.pruning.uniform import check_uniform
 from hf_sparse.report import SparsityReport
 from hf_sparse.structure.layers import layers_outside, num_parameters
 from hf_sparse.structure.targets import Targets
@@ -127,7 +128,7 @@ def prune_checkpoint(
     with work_folder(folder, asked, resume=resume) as work:
         model = _load(source, described, dtype, work / CONVERTED)
         check_can_save(model, folder, config)
-        targets = _targets_in_blocks(model, config)
+        targets = _targets_in_blocks(model, config, recipe)
         inputs = checked_batches(batches, model, method)
         start = time.perf_counter()
         residence = OnDisk(model, targets, notes := Notes())
@@ -242,14 +243,15 @@ def _load(
     return model  # type: ignore[no-any-return]
 
 
-def _targets_in_blocks(model: PreTrainedModel, config: SparsityConfig) -> Targets:
-    """What to prune; a target that lies outside the blocks is refused."""
+def _targets_in_blocks(model: PreTrainedModel, config: SparsityConfig, recipe: Recipe) -> Targets:
+    """What to prune; a target outside the blocks, and uniform blocks that cannot be, are refused."""
     targets = Targets.of(model, config)
     if outside := layers_outside(targets.stacks, targets.layers):
         raise ValueError(
             f"{outside[0].name} is outside the blocks, and only blocks are streamed. Leave it out, or "
             "prune the model in memory with prune_."
         )
+    check_uniform(model, targets, recipe)
     return targets
 
 

@@ -97,10 +97,14 @@ class BlockSize:
     neurons: int
 
 
+# What the families' configs call the number of neurons.
+NEURONS = ("intermediate_size", "ffn_dim", "n_inner")
+
+
 def full_size(config: Any) -> BlockSize:
     """The size of a block from which nothing was removed, read from the family's config."""
     heads = config.num_attention_heads
-    neurons = [getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
+    neurons = [getattr(config, name, None) for name in NEURONS]
     return BlockSize(
         heads,
         getattr(config, "num_key_value_heads", None) or heads,

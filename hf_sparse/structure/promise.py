@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -95,4 +95,4 @@ class Held:
 
 def with_sparsity(config: SparsityConfig, sparsity: float) -> SparsityConfig:
     """The config with another sparsity."""
-    return SparsityConfig(config.pattern, sparsity, config.targets, config.ignore, config.format)
+    return replace(config, sparsity=sparsity)

@@ -7,7 +7,7 @@ for one model which layers these are, and how many features a head has.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -15,12 +15,14 @@ from torch import nn
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.patterns import Head, Pattern
 from hf_sparse.structure.layers import (
+    PRUNED_WITH,
     Stack,
     TargetLayer,
     by_identity,
     choose_layers,
     find_stacks,
     layers_of,
+    promised_config,
 )
 from hf_sparse.structure.parts import PARTS, Parts, full_size, head_size, parts_of, sizes_in
 
@@ -130,7 +132,7 @@ def _with_units(config: SparsityConfig, model: nn.Module) -> SparsityConfig:
         pattern = Head(pattern.head_dim or head_size(described) * _queries(described), True)
     # The number before the path keeps out what ends alike inside the block.
     targets = [f"*[0-9].{path}"]
-    return SparsityConfig(pattern, config.sparsity, targets, config.ignore, config.format)
+    return replace(config, pattern=pattern, targets=tuple(targets))
 
 
 def _with_size(config: SparsityConfig, model: nn.Module) -> SparsityConfig:
@@ -145,9 +147,7 @@ def _with_size(config: SparsityConfig, model: nn.Module) -> SparsityConfig:
             f"the config of {type(model).__name__} tells no head size. Write the rows of one "
             "head into the pattern, as 'head:64'."
         ) from error
-    return SparsityConfig(
-        pattern.with_size(head_dim), config.sparsity, config.targets, config.ignore, config.format
-    )
+    return replace(config, pattern=pattern.with_size(head_dim))
 
 
 def _queries(config: Any) -> int:
@@ -164,3 +164,30 @@ def _queries(config: Any) -> int:
         return groups.pop()
     size = full_size(config)
     return size.heads // size.key_heads
+
+
+def promised_layers(model: nn.Module) -> set[int] | None:
+    """The layers that a model's promise of zeros is about, by id; None: it has none."""
+    promised = promised_config(model)
+    if promised is None:
+        return None
+    try:
+        return {id(layer.module) for layer in Targets.of(model, promised).layers}
+    except ValueError:  # of layers that are gone
+        return set()
+
+
+def renew_promise_(model: nn.Module, before: set[int] | None) -> None:
+    """Forget a model's promise of zeros where it names other layers since blocks were removed.
+
+    Args:
+        model: with fewer blocks.
+        before: what `promised_layers` gave for all of them.
+    """
+    if before is None:
+        return
+    left = before & {id(module) for module in model.modules()}
+    if not left or promised_layers(model) != left:
+        vars(model).pop(PRUNED_WITH, None)
+        if getattr(model.config, "sparsity_config", None) is not None:
+            model.config.sparsity_config = None  # type: ignore[union-attr]

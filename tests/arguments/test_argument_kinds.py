@@ -63,6 +63,11 @@ CALLS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "calibration_batches": lambda _: {"tokenizer": tiny_tokenizer(), "documents": prose()},
     "compile": lambda _: {"model": tiny_model("llama")},
     "convert_legacy": lambda folder: {"folder": folder, "output": folder / "out"},
+    "drop_blocks_": lambda _: {
+        "model": tiny_model("llama"),
+        "count": 1,
+        "batches": tiny_batches("llama"),
+    },
     "export_onnx": lambda folder: {"model": tiny_model("llama"), "folder": folder},
     "get_peft_model": lambda _: {"model": tiny_model("llama"), "config": None},
     "inspect_checkpoint": lambda folder: {"folder": folder},
@@ -90,14 +95,15 @@ CALLS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "recover_": lambda _: {"model": tiny_model("llama"), "batches": tiny_batches("llama")},
     "save_compiled": lambda folder: {"model": tiny_model("llama"), "folder": folder},
     "save_pretrained": lambda folder: {"model": tiny_model("llama"), "folder": folder},
+    "shrink_": lambda _: {"model": tiny_model("llama")},
     "sparse_param_groups": lambda _: {"model": tiny_model("llama"), "config": CONFIG},
     "sparsity_for": lambda _: {"budget": 0.5, "pattern": "unstructured"},
     "trainer_optimizer": lambda _: {"config": CONFIG, "lr": 1e-3},
 }
 # Calls without a parameter of a kind that is checked, and values that calls return.
 WITHOUT = {
-    *("FormatError", "KeepZeros", "Pattern", "ShrinkReport", "SparsityConfig", "SparsityReport"),
-    *("add_shrinkage_", "freeze_zeros_", "keep_zeros_", "measure_sparsity", "shrink_"),
+    *("DropReport", "FormatError", "KeepZeros", "Pattern", "ShrinkReport", "SparsityConfig"),
+    *("SparsityReport", "add_shrinkage_", "freeze_zeros_", "keep_zeros_", "measure_sparsity"),
 }
 # The arguments of `save_pretrained` and `push_to_hub` that their signatures hold in `**kwargs`.
 SAVING = {

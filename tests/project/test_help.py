@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import hf_sparse
+from hf_sparse.dropping import METHODS as WAYS_TO_CHOOSE
 from hf_sparse.formats import FORMATS
 from hf_sparse.optim.methods import TRAINING_METHODS
 from hf_sparse.optim.penalties import PENALTIES, SCALES
@@ -50,6 +51,7 @@ def test_prune_tells_what_is_composed() -> None:
     [
         (hf_sparse.SparsityConfig, FORMATS),
         (hf_sparse.recover_, RECOVERIES),
+        (hf_sparse.drop_blocks_, WAYS_TO_CHOOSE),
         (hf_sparse.SparseAdamW, (*PENALTIES, *SCALES)),
         (hf_sparse.Schedule, SHAPES),
         (hf_sparse.SparsityCallback, TRAINING_METHODS),

@@ -1,0 +1,110 @@
+"""What a model would miss without a block: the loss when blocks are skipped, and their influence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse.calibration.losses import check_predicts, with_labels
+
+Batches = Sequence[Mapping[str, Any]]
+
+
+def mean_loss(model: nn.Module, batches: Batches) -> float:
+    """The model's loss over batches, by the number of their labels; causal models predict tokens."""
+    total, count = 0.0, 0
+    for batch in batches:
+        inputs = with_labels(batch)
+        check_predicts(inputs)
+        labels = int((inputs["labels"] != -100).sum())
+        total += labels * float(model(**inputs).loss)
+        count += labels
+    return total / count
+
+
+@contextmanager
+def skipping(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Let blocks hand on the hidden states that they are given; all else that they return stays."""
+    with ExitStack() as undo:
+        for block in blocks:
+            hook = block.register_forward_hook(_hand_on, with_kwargs=True)
+            undo.callback(hook.remove)
+        yield
+
+
+class Influence:
+    """1 - mean cosine of the hidden states before and after each block, over all tokens but padding.
+
+    Attributes:
+        blocks: of a model, in order.
+        mask: of the batch that runs, `(sequences, tokens)`; None: there is no padding.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self.blocks = blocks
+        self.mask: Tensor | None = None
+        self._sums = [0.0] * len(blocks)
+        self._tokens = [0] * len(blocks)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Look at all calls of the blocks."""
+        with ExitStack() as undo:
+            for number, block in enumerate(self.blocks):
+
+                def look(
+                    module: nn.Module, args: Any, kwargs: Any, output: Any, number: int = number
+                ) -> None:
+                    self._add(number, hidden_in(module, args, kwargs), hidden_out(module, output))
+
+                hook = block.register_forward_hook(look, with_kwargs=True)
+                undo.callback(hook.remove)
+            yield
+
+    def values(self) -> list[float]:
+        """The influence of each block."""
+        pairs = zip(self._sums, self._tokens, strict=True)
+        return [1 - total / max(tokens, 1) for total, tokens in pairs]
+
+    def _add(self, number: int, before: Tensor, after: Tensor) -> None:
+        cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+        if self.mask is not None and self.mask.shape == cosine.shape:
+            cosine = cosine[self.mask.to(cosine.device).bool()]
+        self._sums[number] += float(cosine.double().sum())
+        self._tokens[number] += cosine.numel()
+
+
+def hidden_in(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states that a block is called with."""
+    found = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"a {type(block).__name__} is called without hidden states in the first place: given were "
+            f"{len(args)} arguments and {', '.join(kwargs)}. Wanted blocks that get them first."
+        )
+    return found
+
+
+def hidden_out(block: nn.Module, output: Any) -> Tensor:
+    """The hidden states that a block returns: its output, or the first of several."""
+    found = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"a {type(block).__name__} returns a {type(output).__name__}; wanted hidden states, or a "
+            "tuple that begins with them."
+        )
+    return found
+
+
+def _hand_on(block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    before, after = hidden_in(block, args, kwargs), hidden_out(block, output)
+    if before.shape != after.shape:
+        raise ValueError(
+            f"a {type(block).__name__} makes hidden states of shape {tuple(after.shape)} of "
+            f"{tuple(before.shape)}: it cannot be left out."
+        )
+    return before if isinstance(output, Tensor) else type(output)((before, *output[1:]))

@@ -1,0 +1,285 @@
+"""drop_blocks_: which blocks go, against a slow reference, and the plain models that are left."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import hf_sparse
+from hf_sparse import SparsityConfig, drop_blocks_
+from hf_sparse.cli import main
+from hf_sparse.dropping import METHODS, number_of_blocks
+from hf_sparse.provenance.record import provenance_of
+from hf_sparse.structure.depth import Depth
+from hf_sparse.structure.layers import promised_config
+from hf_sparse.structure.units import find_units
+from hf_sparse_cli.choices import BLOCK_CHOICES
+from tests.support.processes import run
+from tests.support.tiny_models import (
+    prose,
+    tiny_batches,
+    tiny_classifier,
+    tiny_model,
+    tiny_tokenizer,
+)
+
+SETTINGS: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
+
+
+def deep(family: str = "llama", **changes: Any) -> PreTrainedModel:
+    """A model of four blocks that differ in what they do."""
+    model = tiny_model(family, **{"num_hidden_layers": 4, **changes})
+    with torch.no_grad():
+        for number, block in enumerate(Depth.of(model).blocks):
+            for parameter in block.parameters():
+                parameter.mul_(1 + 2 * (number % 3)) if parameter.ndim > 1 else None
+    return model
+
+
+@torch.no_grad()
+def loss_of(model: PreTrainedModel, batches: list[Any]) -> float:
+    losses = [model(**batch, labels=batch["input_ids"]).loss for batch in batches]
+    return float(torch.stack(losses).mean())
+
+
+def without(model: PreTrainedModel, numbers: list[int]) -> PreTrainedModel:
+    """A Llama whose list of blocks lacks some, without a cache."""
+    other: Any = copy.deepcopy(model)
+    blocks = other.model.layers
+    other.model.layers = nn.ModuleList(b for n, b in enumerate(blocks) if n not in numbers)
+    other.config.num_hidden_layers = len(other.model.layers)
+    other.config.use_cache = False
+    return other
+
+
+def test_the_blocks_go_without_which_the_loss_is_lowest() -> None:
+    model, batches = deep(), tiny_batches("llama")
+    wanted: list[int] = []
+    for _ in range(2):
+        left = [number for number in range(4) if number not in wanted]
+        losses = {number: loss_of(without(model, [*wanted, number]), batches) for number in left}
+        wanted.append(min(losses, key=losses.__getitem__))
+    best = losses[wanted[-1]]
+    dense = copy.deepcopy(model)
+    report = drop_blocks_(model, 0.5, batches)
+    assert list(report.removed) == wanted
+    assert report.scores[-1] == pytest.approx(best, abs=1e-5)
+    assert report.loss == pytest.approx((loss_of(dense, batches), best), abs=1e-5)
+    assert loss_of(model, batches) == pytest.approx(best, abs=1e-5)
+    assert report.blocks == (4, 2)
+    assert report.parameters == (dense.num_parameters(), model.num_parameters())
+    assert "removed (2)" in report.table()
+    assert json.loads(report.to_json())["by"] == "loss"
+
+
+@torch.no_grad()
+def test_influence_is_that_of_the_paper_over_all_tokens_but_padding() -> None:
+    model, batches = deep(), tiny_batches("llama", padded=True)
+    sums, tokens = torch.zeros(3, dtype=torch.float64), 0
+    for batch in batches:
+        mask = batch["attention_mask"].bool()
+        states = model(**batch, output_hidden_states=True).hidden_states
+        for number in range(3):  # a norm follows the last block
+            pair = (state[mask].double() for state in states[number : number + 2])
+            sums[number] += torch.cosine_similarity(*pair, dim=-1).sum()
+        tokens += int(mask.sum())
+    report = drop_blocks_(model, 1, batches, by="similarity")
+    found = torch.tensor(report.all_scores[:3], dtype=torch.float64)
+    torch.testing.assert_close(found, 1 - sums / tokens, atol=1e-6, rtol=1e-5)
+    every = list(report.all_scores)
+    assert report.removed == (every.index(min(every)),)  # type: ignore[type-var]
+    assert report.loss is None
+
+
+def test_what_is_left_loads_and_generates_without_the_package(tmp_path: Path) -> None:
+    ids = tiny_batches("llama")[0]["input_ids"]
+    labelled = [{"input_ids": ids, "labels": torch.tensor([0, 2])}]
+    models = {
+        "llama": deep(),
+        "gpt2": tiny_model("gpt2"),
+        "qwen2": tiny_model("qwen2"),  # its config has the kind of attention of each block
+        "gemma": tiny_model("gemma"),
+        "bert": tiny_classifier(),
+    }
+    generated = {}
+    for family, model in models.items():
+        model(input_ids=ids, output_hidden_states=True)  # transformers hooks what it collects
+        drop_blocks_(model, 1, labelled if family == "bert" else tiny_batches(family))
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states
+        assert len(states) == model.config.num_hidden_layers + 1
+        with torch.no_grad():
+            expected = {"input_ids": ids, "output": model(input_ids=ids)[0]}
+        save_file(expected, tmp_path / f"{family}.safetensors")
+        hf_sparse.save_pretrained(model, tmp_path / family)
+        if family != "bert":
+            generated[family] = model.generate(ids, **SETTINGS).tolist()
+    done = run("load_plain_models", *(tmp_path / family for family in models))
+    assert done.returncode == 0, done.stderr
+    for family, line in zip(models, done.stdout.splitlines(), strict=True):
+        answer = json.loads(line)
+        assert (answer["type"], answer["errors"]) == (family, 0)
+        assert answer["class"] == type(models[family]).__name__
+        assert answer["difference"] < 1e-4
+        assert answer.get("generated") == generated.get(family)
+    config = json.loads((tmp_path / "qwen2" / "config.json").read_text())
+    assert config["num_hidden_layers"] == len(config["layer_types"]) == 2
+
+
+def test_a_promise_of_zeros_stays_and_the_model_is_stored_sparse(tmp_path: Path) -> None:
+    model = deep()
+    hf_sparse.prune_(model, SparsityConfig("2:4"), "magnitude")
+    drop_blocks_(model, 1, tiny_batches("llama"), by="similarity")
+    hf_sparse.save_pretrained(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.num_hidden_layers == 3
+    report = hf_sparse.measure_sparsity(loaded)
+    assert (report.pattern, report.violations) == ("2:4", 0)
+    again = drop_blocks_(loaded, 1, tiny_batches("llama"), by="similarity")
+    assert again.blocks == (3, 2)
+    assert [step.method for step in provenance_of(loaded).steps] == [
+        *("magnitude", "drop_blocks", "drop_blocks")
+    ]
+    hf_sparse.save_pretrained(loaded, tmp_path / "again")
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "drop_blocks" in card
+    assert "similarity" in card
+
+
+def test_a_promise_that_names_blocks_by_number_is_forgotten() -> None:
+    model = deep(num_hidden_layers=3)
+    config = SparsityConfig("unstructured", 0.5, ["layers.0.*", "layers.1.*"])
+    hf_sparse.prune_(model, config, "magnitude")
+    report = drop_blocks_(model, 1, tiny_batches("llama"), by="similarity")
+    assert (promised_config(model) is None) == (report.removed[0] != 2)
+
+
+def test_sizes_of_shrunk_blocks_stay_with_their_blocks(tmp_path: Path) -> None:
+    model = deep()
+    with torch.no_grad():
+        for number, units in enumerate(find_units(model)):
+            units.down.weight[:, : 4 + number] = 0
+    hf_sparse.shrink_(model)
+    report = drop_blocks_(model, 1, tiny_batches("llama"))
+    wanted = [60 - number for number in range(4) if number not in report.removed]
+    assert [units.size.neurons for units in find_units(model)] == wanted
+    hf_sparse.save_pretrained(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert [units.size.neurons for units in find_units(loaded)] == wanted
+
+
+def test_blocks_that_would_be_others_at_another_place_have_to_stay() -> None:
+    model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
+    report = drop_blocks_(model, 1, tiny_batches("gpt2"))
+    assert report.removed == (2,)
+    assert report.all_scores[:2] == (None, None)
+    assert "has to stay" in str(report)
+
+
+def quantized() -> PreTrainedModel:
+    model = deep()
+    model.hf_quantizer = type("Quantizer", (), {"quantization_config": None})()
+    return model
+
+
+def adapted() -> PreTrainedModel:
+    model = deep()
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
+    return model
+
+
+def sharing() -> PreTrainedModel:
+    model: Any = deep()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    return model
+
+
+def compiled() -> PreTrainedModel:
+    model = deep()
+    model.compile()
+    return model
+
+
+REFUSED: list[tuple[Any, dict[str, Any], str]] = [
+    (deep, {"count": 4}, "every block of 4"),
+    (deep, {"count": 0.9}, "every block of 4"),
+    (deep, {"count": 0}, "no block of 4"),
+    (deep, {"count": 0.1}, r"no block of 4; .* fraction that is a block is 0\.25"),
+    (deep, {"count": 1.5}, r"count is 1\.5; wanted at most 3"),
+    (deep, {"count": True}, "count is True"),
+    (deep, {"count": "2"}, "count is '2'"),
+    (deep, {"by": "losss"}, "Did you mean 'loss'"),
+    (deep, {"batches": []}, "needs calibration data"),
+    (tiny_classifier, {}, "batches have no labels"),
+    (lambda: tiny_model("albert"), {}, "they run several times with the same weights"),
+    (lambda: tiny_model("t5"), {}, "wanted an encoder or a decoder with one list"),
+    (sharing, {}, "shares a weight"),
+    (adapted, {}, "has adapters"),
+    (quantized, {}, "is quantized"),
+    (compiled, {}, r"compiled by torch\.compile"),
+    (lambda: deep().to("meta"), {}, "meta device"),
+    (lambda: nn.Linear(2, 2), {}, "takes a transformers model"),
+]
+
+
+@pytest.mark.parametrize(("make", "changes", "message"), REFUSED, ids=[row[2] for row in REFUSED])
+def test_it_is_refused_before_work(make: Any, changes: dict[str, Any], message: str) -> None:
+    model = make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    arguments = {"count": 1, "batches": tiny_batches("llama"), **changes}
+    with pytest.raises(ValueError, match=message):
+        drop_blocks_(model, **arguments)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(value.is_meta or torch.equal(value, before[name]) for name, value in after.items())
+
+
+@torch.no_grad()
+def test_a_loss_that_is_not_finite_is_refused_and_nothing_is_lost() -> None:
+    model: Any = deep()
+    weight: Tensor = model.model.layers[2].mlp.down_proj.weight
+    weight[0, 0] = torch.nan
+    for by, message in (("loss", "calibration data is nan"), ("similarity", "not finite")):
+        with pytest.raises(ValueError, match=message):
+            drop_blocks_(model, 1, tiny_batches("llama"), by=by)
+    assert len(model.model.layers) == model.config.num_hidden_layers == 4
+
+
+def test_a_number_or_a_fraction_of_blocks() -> None:
+    assert [number_of_blocks(count, 30) for count in (1, 29, 0.25, 0.125, 0.375)] == [
+        1,
+        29,
+        8,
+        4,
+        11,
+    ]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(BLOCK_CHOICES) == list(METHODS)
+    hf_sparse.save_pretrained(deep(), tmp_path / "dense", tokenizer=tiny_tokenizer())
+    (tmp_path / "text.txt").write_text(prose()[:4000])
+    names = [str(tmp_path / "dense"), str(tmp_path / "small")]
+    data = ["--calibration", str(tmp_path / "text.txt"), "--num-samples", "2", "--window", "16"]
+    assert main(["shrink", *names, "--blocks", "0.5", "--by", "similarity", *data, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["blocks"] == [4, 2]
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert (config["model_type"], config["num_hidden_layers"]) == ("llama", 2)
+    for arguments, message in (
+        (["--blocks", "4", *data], "every block of 4"),
+        (["--blocks", "1"], "--calibration FILE"),
+        (["--by", "loss"], "--by is for --blocks"),
+        (["--blocks", "1.5", *data], "wanted a number of blocks"),
+        (["--blocks", "1", "--uniform", *data], "--uniform is for heads and neurons"),
+    ):
+        assert main(["shrink", names[0], str(tmp_path / "none"), *arguments]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
