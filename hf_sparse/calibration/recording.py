@@ -130,9 +130,8 @@ def record(model: nn.Module, stack: Stack, batches: Sequence[Batch], store: Stor
         ValueError: the blocks are not a chain, or not called in the same order for every batch.
     """
     first, beside = _record_real(model, stack, batches[0], store)
-    if any(
-        item is not None for item in beside or ()
-    ):  # blocks hand more than hidden states to each other: only real calls show it
+    if any(item is not None for item in beside or ()):
+        # Blocks hand more than hidden states to each other: only real calls show it.
         return [first, *(_record_real(model, stack, batch, store)[0] for batch in batches[1:])]
     rest = [
         _record_passing(model, stack, batch, first.calls, beside, store) for batch in batches[1:]

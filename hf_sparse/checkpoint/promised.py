@@ -260,8 +260,8 @@ def check_to_load(
         if not exact and values.get("architectures"):
             warnings.warn(
                 f"{file} was saved of the class {values['architectures'][0]}, which transformers does "
-                f"not have: what it computes and stores beyond {kind.__name__} is not in the model that "
-                "is loaded. Load it by from_pretrained of that class, or register it with an Auto class.",
+                f"not have: what it is beyond {kind.__name__} is not in the model that is loaded. Load "
+                "it by from_pretrained of that class, or register the class with an Auto class.",
                 stacklevel=2,
             )
         stored = read_headers(files)
