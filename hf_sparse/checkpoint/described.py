@@ -70,6 +70,9 @@ def check_counts(
     count = values.get(key, values.get("num_hidden_layers"))
     counted = {key: (count, re.escape(PARTS[family].stack))}
     if family in _COUNTED:
+        # Blocks are run again and again: how often, no weight tells.
+        if not isinstance(count, int) or count < 1:
+            raise FormatError(f"{file} has {key}={count!r:.40}; wanted 1 or more. {AGAIN}")
         counted = {key: (values.get(key, 1), path) for key, path in _COUNTED[family].items()}
     for key, (wanted, path) in counted.items():
         numbers = re.compile(rf"{path}\.(\d{{1,9}})\.")
