@@ -177,6 +177,7 @@ def test_dense_checkpoints_start_sparse_classes(tmp_path: Path) -> None:
     assert torch.equal(loaded.bert.encoder.layer[0].output.dense.weight, wanted)
 
 
+@pytest.mark.filterwarnings("ignore:.*which transformers does not have")
 def test_a_class_of_ones_own_loads(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model")
     change_json(folder / "config.json", lambda values: values.update(architectures=["MyOwn"]))
