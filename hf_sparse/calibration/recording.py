@@ -147,7 +147,7 @@ def record(model: nn.Module, stack: Stack, batches: Sequence[Batch], store: Stor
 
 def _record_real(
     model: nn.Module, stack: Stack, batch: Batch, store: Store
-) -> tuple[Sample, list[Any] | None]:
+) -> tuple[Sample, tuple[Any, ...] | None]:
     """Run one batch for real and record the calls.
 
     Returns:
