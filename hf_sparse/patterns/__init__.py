@@ -26,7 +26,6 @@ from hf_sparse.patterns.ranking import lowest
 
 __all__ = [
     "NM",
-    "NOTATIONS",
     "Block",
     "Column",
     "GroupPattern",
@@ -36,5 +35,3 @@ __all__ = [
     "Unstructured",
     "lowest",
 ]
-
-NOTATIONS = tuple(notation for kind in Pattern.kinds() for notation in kind.notations)

@@ -18,7 +18,6 @@ _PATIENCE = 4000
 
 # The words of a program that the worker reads; `programs/program.py` fills them in.
 PHASES, LISTS, STARTS, OPERATIONS, BARRIER, THREAD_NUMBER, THREAD_COUNT, YIELD = range(8)
-PROGRAM_WORDS = 8
 
 
 def worker(target: Target, *, parallel: bool) -> Function:
