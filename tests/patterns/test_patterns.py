@@ -14,7 +14,6 @@ from hypothesis.extra import numpy as npst
 
 from hf_sparse.patterns import (
     NM,
-    NOTATIONS,
     Block,
     Column,
     Head,
@@ -134,7 +133,7 @@ def test_unknown_notation_is_refused_with_the_known_ones(notation):
     with pytest.raises(ValueError, match="pattern") as raised:
         Pattern.parse(notation)
     assert repr(notation) in str(raised.value)
-    assert all(known in str(raised.value) for known in NOTATIONS)
+    assert all(known in str(raised.value) for kind in Pattern.kinds() for known in kind.notations)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hf_sparse.formats import FORMATS
 from hf_sparse.optim.methods import TRAINING_METHODS
 from hf_sparse.optim.penalties import PENALTIES, SCALES
 from hf_sparse.optim.schedules import SHAPES
-from hf_sparse.patterns import NOTATIONS
+from hf_sparse.patterns import Pattern
 from hf_sparse.pruning.allocation import ALLOCATIONS
 from hf_sparse.pruning.methods import METHODS, REFINEMENTS, Composition
 from hf_sparse.recover import RECOVERIES
@@ -73,5 +73,5 @@ def test_the_options_of_training_methods_are_told(call: Any) -> None:
 
 def test_the_patterns_are_told() -> None:
     text = told(hf_sparse.SparsityConfig)
-    for notation in NOTATIONS:
+    for notation in (notation for kind in Pattern.kinds() for notation in kind.notations):
         assert notation.split(" ")[0].removesuffix(":D").removesuffix("_in") in text
