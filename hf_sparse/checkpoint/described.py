@@ -19,8 +19,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from hf_sparse.checkpoint.model_classes import (
-    auto_classes,
-    classes_of,
+    all_classes_of,
     first_class_of,
     model_class_named,
 )
@@ -119,7 +118,7 @@ def class_named(values: Mapping[str, Any], file: Path) -> tuple[str, Any, bool]:
 
 def _serves(kind: Any, config_class: Any) -> bool:
     """Whether an Auto class has this class for a config that it was not made for."""
-    return any(kind in classes_of(auto_class, config_class) for auto_class in auto_classes())
+    return kind in all_classes_of(config_class)
 
 
 def describe(

@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def auto_classes() -> Iterator[Any]:
-    """Every Auto class of models; importing them takes a while."""
-    from hf_sparse.upstream.transformers import auto
-
-    return auto.auto_classes()
-
-
 def classes_of(auto_class: Any, config_class: type[PreTrainedConfig]) -> tuple[Any, ...]:
     """The classes that an Auto class has for a config, without those whose packages are missing."""
     from hf_sparse.upstream.transformers.auto import mapped_classes
 
     return tuple(each for each in mapped_classes(auto_class, config_class) if is_model_class(each))
+
+
+def all_classes_of(config_class: type[PreTrainedConfig]) -> Iterator[Any]:
+    """The classes that any Auto class has for a config; one that several have comes several times."""
+    from hf_sparse.upstream.transformers.auto import auto_classes  # importing it takes a while
+
+    return (each for auto_class in auto_classes() for each in classes_of(auto_class, config_class))
 
 
 def is_model_class(item: Any) -> bool:
@@ -42,12 +42,11 @@ def model_class_named(name: str, config_class: type[PreTrainedConfig] | None = N
         return found
     if config_class is None:
         return None
-    known = (each for auto in auto_classes() for each in classes_of(auto, config_class))
+    known = all_classes_of(config_class)
     return next((each for each in known if each.__name__ == name), None)
 
 
 def first_class_of(config_class: type[PreTrainedConfig]) -> Any:
     """The class without a head that a config has, else its first one; None if there is none."""
-    known = (each for auto in auto_classes() for each in classes_of(auto, config_class))
     first = classes_of(transformers.AutoModel, config_class)
-    return first[0] if first else next(known, None)
+    return first[0] if first else next(all_classes_of(config_class), None)

@@ -15,7 +15,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from hf_sparse.checkpoint.model_classes import classes_of, is_model_class, model_class_named
+from hf_sparse.checkpoint.model_classes import (
+    all_classes_of,
+    classes_of,
+    is_model_class,
+    model_class_named,
+)
 from hf_sparse.checkpoint.promised import checked_to_load
 from hf_sparse.checkpoint.reading import restore_state_dict
 from hf_sparse.checkpoint.save import is_saving_process, save_model
@@ -149,7 +154,7 @@ def model_classes(model_type: str) -> dict[str, type[PreTrainedModel]]:
     base_config = base_config_class(model_type)
     module = import_modeling(base_config)
     bases = [getattr(module, name) for name in getattr(module, "__all__", ())]
-    bases += [base for auto_class in auto_classes() for base in classes_of(auto_class, base_config)]
+    bases += all_classes_of(base_config)
     return {
         f"Sparse{base.__name__}": sparse_class(base, model_type)
         for base in bases

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.calibration.input_statistics import InputStatistics, Seen
-from hf_sparse.calibration.linalg import matmul, regularised
+from hf_sparse.calibration.linalg import regularised
 from hf_sparse.patterns import Pattern
 
 
@@ -199,17 +199,3 @@ def by_scores(problem: Problem, scores: Sequence[Tensor]) -> list[Tensor]:
     """The weights with those of lowest score zeroed; the others stay as they are."""
     masks = problem.keep(scores)
     return [weight * mask for weight, mask in zip(problem.weights, masks, strict=True)]
-
-
-def layer_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
-    """`||X (W - Ŵ)ᵀ||² / ||X Wᵀ||²`: the squared error of a layer's output, relative to the output.
-
-    Args:
-        weight: dense, `(out_features, in_features)`.
-        pruned: of the same shape.
-        gram: of the inputs, `(in_features, in_features)`.
-    """
-    change = weight - pruned
-    lost = (matmul(change, gram) * change).sum(dtype=torch.float64)
-    whole = (matmul(weight, gram) * weight).sum(dtype=torch.float64)
-    return float(lost / whole) if whole > 0 else 0.0

@@ -12,7 +12,8 @@ from transformers import AutoBackbone
 
 import hf_sparse
 from hf_sparse import SparsityConfig
-from hf_sparse.checkpoint.model_classes import auto_classes, classes_of
+from hf_sparse.checkpoint.model_classes import classes_of
+from hf_sparse.upstream.transformers.auto import auto_classes
 from tests.support.any_models import (
     build,
     dummy_inputs,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 
-import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
 
 from hf_sparse import SparseAdamW, Sparsifier, SparsityConfig, sparse_param_groups
 from tests.support.sharding import sharded
 from tests.support.tiny_models import tiny_model
+from tests.support.training import save_whole, shares
 
 folder, kind, pattern, method = sys.argv[1:]
 accelerator = Accelerator(cpu=True)
@@ -23,18 +22,12 @@ optimizer = SparseAdamW(groups, lr=1e-3, penalty="l0", scale="adaptive")
 if kind != "fsdp2":
     model, optimizer = accelerator.prepare(model, optimizer)
 sparsifier = Sparsifier(optimizer, config, 12, method=method, interval=2)
-generator = torch.Generator().manual_seed(0)
-rank, size = accelerator.process_index, accelerator.num_processes
 model.train()
-for _ in range(12):
-    ids = torch.randint(2, 256, (4, 12), generator=generator)[rank::size]
+for ids in shares(accelerator, 12):
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     sparsifier.step()
 sparsifier.check()
-state = accelerator.unwrap_model(model).state_dict()
-state = {k: v.full_tensor() if kind == "fsdp2" else v for k, v in state.items()}
-if accelerator.is_main_process:
-    save_file({k: v.contiguous() for k, v in state.items()}, f"{folder}/{kind}.safetensors")
+save_whole(accelerator, model, f"{folder}/{kind}.safetensors")
 print("sparsity", sparsifier.sparsity)

@@ -17,9 +17,9 @@ from hf_sparse.pruning import proxsparse, sparsellm
 from hf_sparse.pruning.allocation import block_sparsities, tail_exponent
 from hf_sparse.pruning.feed_forward import find_feed_forward
 from hf_sparse.pruning.methods import METHODS
-from hf_sparse.pruning.problem import layer_error
 from hf_sparse.structure.layers import find_stacks, layers_in, target_layers
 from tests.support.closeness import nearly_same, same
+from tests.support.layer_error import layer_error
 from tests.support.tiny_models import tiny_batches, tiny_model
 
 HALF = SparsityConfig("unstructured", 0.5)

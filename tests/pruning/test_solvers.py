@@ -19,8 +19,9 @@ from hf_sparse.calibration.linalg import (
     regularised,
 )
 from hf_sparse.pruning import alps, prox_local, sparsegpt, swaps, wanda
-from hf_sparse.pruning.problem import Notes, Problem, layer_error
+from hf_sparse.pruning.problem import Notes, Problem
 from tests.support.closeness import same
+from tests.support.layer_error import layer_error
 
 PATTERNS = [("unstructured", 0.5), ("unstructured", 0.7), ("2:4", 0.5), ("4:8", 0.5)]
 

@@ -15,11 +15,12 @@ import hf_sparse
 from hf_sparse import Pattern, SparsityConfig, prune_, shrink_
 from hf_sparse.patterns import Head
 from hf_sparse.pruning import refit
-from hf_sparse.pruning.problem import Problem, layer_error
+from hf_sparse.pruning.problem import Problem
 from hf_sparse.structure.parts import PARTS
 from hf_sparse.structure.targets import Targets
 from hf_sparse.structure.units import BlockUnits, find_units
 from tests.support.crosses import pairwise
+from tests.support.layer_error import layer_error
 from tests.support.tiny_models import UNKNOWN, tiny_batches, tiny_classifier, tiny_model
 
 CAUSAL = [family for family in PARTS if family not in ("bert", "albert")]

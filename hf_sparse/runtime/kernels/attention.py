@@ -17,8 +17,6 @@ tiles; keys beyond `key_count` are not seen. A query at `first_query + i` sees k
 
 from __future__ import annotations
 
-import numpy as np
-
 from hf_sparse.runtime.kernels.activation import exponential
 from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.llvm.ir import Function
@@ -209,23 +207,3 @@ class _Attention:
             for number, factor in enumerate(inverse):
                 place = out.at(d * self.row_bytes + number * self.size)
                 place.store(place.load(self.kind, 4) * factor, 4)
-
-
-def attention_ref(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    mask: np.ndarray,
-    scale: float,
-    first_query: int,
-    window: int,
-) -> np.ndarray:
-    """The same in float64: `q (heads, queries, head_dim)`, `k`, `v (heads, keys, head_dim)`."""
-    q, k, v = (array.astype(np.float64) for array in (q, k, v))
-    scores = scale * q @ k.swapaxes(1, 2) + mask
-    query = first_query + np.arange(q.shape[1])[:, None]
-    key = np.arange(k.shape[1])
-    seen = (key <= query) & (key > query - window)
-    scores = np.where(seen, scores, UNSEEN)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return np.asarray(weights / weights.sum(axis=-1, keepdims=True) @ v)

@@ -12,8 +12,6 @@ Arguments: x, y (they may be the same), features, groups, weight, bias, epsilon.
 
 from __future__ import annotations
 
-import numpy as np
-
 from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
@@ -83,14 +81,3 @@ def normalisation(target: Target, norm: str, vectors: int) -> Function:
                     result = values[v] * inverse[v] * slope
                 row.at(v * size).store(result, 4)
     return f
-
-
-def normalisation_ref(
-    norm: str, x: np.ndarray, weight: np.ndarray, bias: np.ndarray, epsilon: float
-) -> np.ndarray:
-    """The same in float64, for `x (features, tokens)`."""
-    x = x.astype(np.float64)
-    if norm == "layer":
-        x = x - x.mean(axis=0)
-    x = x / np.sqrt((x * x).mean(axis=0) + epsilon) * weight[:, None]
-    return np.asarray(x + bias[:, None] if norm == "layer" else x)

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from hf_sparse.runtime.kernels.single_token import COLUMNS, GROUP
-from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType, type_of
+from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType
 from hf_sparse.runtime.weights.damage import require
 from hf_sparse.runtime.weights.memory import Shelf
 from hf_sparse.runtime.weights.panel_checks import check_values
@@ -78,16 +78,6 @@ def _pack_decode_rows(weight: Array) -> tuple[Array, Array]:
     mask = ordered != 0
     words = np.packbits(mask.reshape(*mask.shape[:2], -1), axis=-1, bitorder="little")
     return words.view("<u8")[..., 0], ordered[mask]
-
-
-def unpack_decode(packed: DecodeWeight) -> Array:
-    """The weight that was packed, `(rows, columns)` float32."""
-    groups, words = packed.words.shape
-    bits = np.unpackbits(packed.words.view(np.uint8), bitorder="little").astype(bool)
-    ordered = np.zeros(bits.size, np.float32)
-    ordered[bits] = type_of(packed.values).widen(packed.values[: np.count_nonzero(bits)])
-    weight = ordered.reshape(groups, words, GROUP, COLUMNS).swapaxes(1, 2)
-    return weight.reshape(groups * GROUP, -1)[: packed.rows, : packed.columns]
 
 
 def check_decode(packed: DecodeWeight, weight_type: WeightType) -> None:

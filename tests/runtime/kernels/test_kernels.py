@@ -22,6 +22,7 @@ from hf_sparse.runtime.weights import rows as row_packing
 from hf_sparse.runtime.weights.dense_weight import DenseWeight
 from hf_sparse.runtime.weights.memory import aligned
 from tests.support.crosses import cross, pairwise
+from tests.support.kernel_references import attention_ref, normalisation_ref, unpack_decode
 
 TYPES = list(WEIGHT_TYPES.values())
 NARROW = [kept for kept in TYPES if kept is not FLOAT32]
@@ -105,7 +106,7 @@ def test_packing_of_two_bytes_loses_nothing(kept: WeightType) -> None:
     single = row_packing.pack_decode(weight, kept)
     row_packing.check_decode(single, kept)
     assert single.values.nbytes < 2 * np.count_nonzero(weight) + panels.PADDING + 1
-    assert np.array_equal(row_packing.unpack_decode(single), weight)
+    assert np.array_equal(unpack_decode(single), weight)
     with pytest.raises(ValueError, match="values are"):
         row_packing.check_decode(single, FLOAT32)
     with pytest.raises(ValueError, match="values are"):
@@ -267,7 +268,7 @@ def test_normalisation(
     )
     for half in range(2):
         rows = slice(half * features, (half + 1) * features)
-        wanted = normalisation.normalisation_ref(norm, x[rows].numpy(), weight, bias, 1e-5)
+        wanted = normalisation_ref(norm, x[rows].numpy(), weight, bias, 1e-5)
         np.testing.assert_allclose(y[rows].numpy(), wanted, atol=3e-5, rtol=1e-5)
 
 
@@ -371,7 +372,7 @@ def test_attention(code: Code, chosen: target.Target, vectors: int, case: tuple)
             scale=dim**-0.5,
         ),
     )
-    wanted = attention.attention_ref(
+    wanted = attention_ref(
         q.view(heads, dim, width).transpose(1, 2).numpy(),
         np.repeat(keys, group, 0),
         np.repeat(values, group, 0),
@@ -416,7 +417,7 @@ def test_attention_of_one_token(code: Code, chosen: target.Target, case: tuple) 
             scale=dim**-0.5,
         ),
     )
-    wanted = attention.attention_ref(
+    wanted = attention_ref(
         q.view(heads, 1, dim).numpy(),
         np.repeat(keys, group, 0),
         np.repeat(values, group, 0),
@@ -432,7 +433,7 @@ def test_attention_of_one_token(code: Code, chosen: target.Target, case: tuple) 
 def test_rows_of_one_token(code: Code, rows: int, columns: int, sparsity: float, add: bool) -> None:
     weight = sparse_weight(rows, columns, 1, sparsity)
     packed = row_packing.pack_decode(weight)
-    assert np.array_equal(row_packing.unpack_decode(packed), weight)
+    assert np.array_equal(unpack_decode(packed), weight)
     whole = -(-columns // single_token.COLUMNS) * single_token.COLUMNS
     x = aligned(whole)
     x[:columns] = torch.randn(columns)
@@ -493,7 +494,7 @@ def test_norm_and_rotary_of_one_token(code: Code, chosen: target.Target, norm: s
             epsilon=1e-5,
         ),
     )
-    wanted = normalisation.normalisation_ref(norm, x.T.numpy(), weight, bias, 1e-5)
+    wanted = normalisation_ref(norm, x.T.numpy(), weight, bias, 1e-5)
     np.testing.assert_allclose(y.T.numpy(), wanted, atol=1e-5)
     q, cos, sin = torch.randn(3, 6), torch.randn(6), torch.randn(6)
     turned = rotated(q[..., None], cos[:, None], sin[:, None])[..., 0]

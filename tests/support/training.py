@@ -1,0 +1,28 @@
+"""The loop of the training programs: each process takes its share of the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def shares(accelerator: Accelerator, steps: int) -> Iterator[Tensor]:
+    """Token ids `(4 / processes, 12)` for each step."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        ids = torch.randint(2, 256, (4, 12), generator=generator)
+        yield ids[accelerator.process_index :: accelerator.num_processes]
+
+
+def save_whole(accelerator: Accelerator, model: Any, file: str) -> None:
+    """Write the whole model's tensors, put together from shards where it has them."""
+    state = accelerator.unwrap_model(model).state_dict()
+    state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
+    if accelerator.is_main_process:
+        save_file({k: v.contiguous() for k, v in state.items()}, file)
