@@ -68,6 +68,7 @@ def test_the_bench_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["bench", str(tmp_path / "sparse"), "--threads", "0"]) == 1
 
 
+@pytest.mark.slow
 def test_the_serving_example() -> None:
     command = [sys.executable, ROOT / "examples/serve_cpu.py", "--smoke"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

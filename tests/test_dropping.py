@@ -100,6 +100,7 @@ def test_influence_is_that_of_the_paper_over_all_tokens_but_padding() -> None:
     assert report.loss is None
 
 
+@pytest.mark.slow
 def test_what_is_left_loads_and_generates_without_the_package(tmp_path: Path) -> None:
     ids = tiny_batches("llama")[0]["input_ids"]
     labelled = [{"input_ids": ids, "labels": torch.tensor([0, 2])}]

@@ -529,9 +529,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @needs_export
-@pytest.mark.parametrize(
-    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "gpt2"))]
-)
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+@pytest.mark.slow
 def test_it_is_exported_as_a_smaller_graph(tmp_path: Path, family: str) -> None:
     sizes = []
     for name in ("large", "small"):

@@ -362,10 +362,11 @@ def start(program: str, target: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+@pytest.mark.parametrize("attempts", [2, pytest.param(12, marks=pytest.mark.slow)])
+def test_a_kill_leaves_the_old_or_the_new(attempts: int, tmp_path: Path) -> None:
     """Two versions are saved in turn by a process that is killed at many moments."""
     target = tmp_path / "model"
-    for attempt in range(6):
+    for attempt in range(attempts):
         process = start("save_until_killed", target)
         assert process.stdout.readline()
         time.sleep(0.003 * attempt)

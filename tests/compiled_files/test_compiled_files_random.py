@@ -146,8 +146,8 @@ def attack(folder: Path, seed: int, count: int, old: bool) -> Counter[str]:
 @pytest.mark.parametrize(
     ("seed", "count", "old"),
     [
-        (0, 200, False),
-        (0, 60, True),
+        (0, 80, False),
+        (0, 30, True),
         pytest.param(1, 3000, False, marks=pytest.mark.slow),
         pytest.param(1, 3000, True, marks=pytest.mark.slow),
     ],

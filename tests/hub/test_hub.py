@@ -10,8 +10,16 @@ from tests.support.exporting import needs_export
 from tests.support.hub_stand_in import HubStandIn
 from tests.support.processes import run
 
+WEIGHTS = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "modeling_hf_sparse.py",
+}
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+GIVEN = {".gitattributes", "README.md"}
 
-@needs_export
+
 def test_push_and_pull(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     with HubStandIn() as hub:
@@ -23,32 +31,13 @@ def test_push_and_pull(tmp_path: Path) -> None:
         assert "user/never" not in hub.repos
         assert "adapter_config.json" not in hub.files("user/moved")
         files = hub.files("user/tiny-sparse")
-        first = hub.repos["user/tiny-sparse"][1].files
         assert "One file" in hub.commits("user/tiny-sparse")
         others = [set(hub.files(name)) for name in ("user/other", "user/third")]
-        with_graph = hub.repos["user/graph"][1].files
-        without_graph = hub.files("user/graph")
         foreign = hub.files("user/moved")
         names = ("user/other", "user/third", "user/recovered")
         *cards, recovered = [hub.files(name)["README.md"] for name in names]
-    weights = {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "modeling_hf_sparse.py",
-    }
-    tokenizer = {"tokenizer.json", "tokenizer_config.json"}
-    given = {".gitattributes", "README.md"}
-    graph = {"config.json", "export.json", "generation_config.json", "README.md"}
-    graph |= {"model.onnx", "model.onnx.data"} | tokenizer
-    assert {name for name in first if "/" in name} == {f"onnx/{name}" for name in graph}
-    # A graph that is not uploaded anew goes; files that are not of hf_sparse stay.
-    assert set(files) == weights | tokenizer | given
-    assert all(other == weights | given for other in others)
-    onnx = {f"onnx/{name}" for name in graph - tokenizer}
-    assert set(with_graph) == weights | given | onnx
-    assert b"base_model: someone/tiny-llama" in with_graph["onnx/README.md"].content
-    assert {name for name in without_graph if "onnx" in name} == {"onnx/mine.txt"}
+    assert set(files) == WEIGHTS | TOKENIZER | GIVEN
+    assert all(other == WEIGHTS | GIVEN for other in others)
     assert {"onnx/export.json", "onnx/model.onnx", "onnx/README.md"} <= set(foreign)
     assert not (tmp_path / "saved" / "onnx").exists()
     # What was pulled knows where it comes from, and tells it wherever it is pushed.
@@ -59,3 +48,24 @@ def test_push_and_pull(tmp_path: Path) -> None:
     assert b"| method | merged adapter |" in recovered
     assert b"None were measured." in recovered  # the figures are those of the model before
     assert b"| perplexity, prose, after this step | 12.5 (dense 11.25) |" in recovered
+
+
+@needs_export
+@pytest.mark.slow
+def test_graphs_are_pushed_beside_the_weights(tmp_path: Path) -> None:
+    with HubStandIn() as hub:
+        home = hub.environment(tmp_path / "home")
+        done = run("push_graphs", tmp_path / "saved", variables=home)
+        assert done.stdout.endswith("PULLED\n"), done.stdout + done.stderr
+        first = hub.repos["user/tiny-sparse"][1].files
+        files = hub.files("user/tiny-sparse")
+        with_graph = hub.repos["user/graph"][1].files
+        without_graph = hub.files("user/graph")
+    graph = {"config.json", "export.json", "generation_config.json", "README.md"}
+    graph |= {"model.onnx", "model.onnx.data"}
+    assert {name for name in first if "/" in name} == {f"onnx/{name}" for name in graph | TOKENIZER}
+    # A graph that is not uploaded anew goes; files that are not of hf_sparse stay.
+    assert set(files) == WEIGHTS | TOKENIZER | GIVEN
+    assert set(with_graph) == WEIGHTS | GIVEN | {f"onnx/{name}" for name in graph}
+    assert b"base_model: someone/tiny-llama" in with_graph["onnx/README.md"].content
+    assert {name for name in without_graph if "onnx" in name} == {"onnx/mine.txt"}

@@ -77,14 +77,19 @@ def test_the_target_is_reached_exactly_and_kept(method: str, pattern: str, famil
 @pytest.mark.parametrize(
     ("penalty", "pattern", "scale"),
     [
-        ("l1", "unstructured", "lr"),
-        ("l1", "unstructured", "adaptive"),
         ("l1", "unstructured", "constant"),
         ("reweighted_l1", "unstructured", "adaptive"),
-        ("l0", "unstructured", "adaptive"),
         ("l0", "block:4x1", "adaptive"),
-        ("group_l2", "block:4x1", "lr"),
         ("group_l2", "row", "lr"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("l1", "unstructured", "lr"),
+                ("l1", "unstructured", "adaptive"),
+                ("l0", "unstructured", "adaptive"),
+                ("group_l2", "block:4x1", "lr"),
+            )
+        ),
     ],
 )
 def test_the_controller_alone_follows_the_schedule(penalty: str, pattern: str, scale: str) -> None:

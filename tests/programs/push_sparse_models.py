@@ -1,4 +1,4 @@
-"""Push sparse models, adapters and graphs, and pull them again."""
+"""Push sparse models and adapters, and pull them again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import huggingface_hub
 import peft
 import torch
 import transformers
-from transformers.exporters.base import ExportedModel
 
 import hf_sparse
 from hf_sparse.cli import main
@@ -30,11 +29,7 @@ hf_sparse.push_to_hub(
     metrics=metrics,
     tags=["tiny"],
     max_shard_size="20KB",
-    onnx=True,
 )
-
-exported: Any = ExportedModel.from_pretrained("user/tiny-sparse", subfolder="onnx")
-assert exported.config.model_type == "llama"
 
 pulled: Any = transformers.AutoModelForCausalLM.from_pretrained("user/tiny-sparse")
 assert type(pulled).__name__ == "SparseLlamaForCausalLM", type(pulled)
@@ -47,9 +42,6 @@ pulled.push_to_hub("user/tiny-sparse", commit_message="One file", tokenizer=toke
 pulled.save_pretrained(sys.argv[1], push_to_hub=True, repo_id="user/other")
 
 assert main(["push", sys.argv[1], "user/third", "--json"]) == 0
-assert main(["push", sys.argv[1], "user/graph", "--onnx", "--json"]) == 0
-assert main(["push", sys.argv[1], "user/graph", "--onnx", "--json"]) == 0
-graph = huggingface_hub.HfApi().list_repo_files("user/graph")
 again = transformers.AutoModelForCausalLM.from_pretrained("user/third")
 assert torch.equal(again.model.norm.weight, model.model.norm.weight)
 
@@ -80,10 +72,7 @@ Path(sys.argv[1] + "-base").rename(sys.argv[1] + "-moved")
 assert main(["push", adapter, "user/never"]) == 1
 assert main(["push", adapter, "user/moved", "--base", sys.argv[1] + "-moved"]) == 0
 
-assert {"onnx/model.onnx", "onnx/export.json", "onnx/config.json"} <= set(graph)
 api = huggingface_hub.HfApi()
-api.upload_file(path_or_fileobj=b"mine", path_in_repo="onnx/mine.txt", repo_id="user/graph")
-assert main(["push", sys.argv[1] + "-other", "user/graph"]) == 0
 foreign = ("export.json", "model.onnx", "README.md")
 for name in foreign:
     api.upload_file(path_or_fileobj=b"{}", path_in_repo=f"onnx/{name}", repo_id="user/moved")

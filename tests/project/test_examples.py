@@ -70,6 +70,7 @@ def test_prune_and_reload(dense: Path, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_prune_llm(dense: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     arguments = [dense, tmp_path / "out", "--calibration", text, "--held-out", text]
@@ -92,7 +93,7 @@ def test_prune_llm(dense: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "own"),
     [
-        ("recover_finetune.py", ["--teacher", "DENSE"]),
+        pytest.param("recover_finetune.py", ["--teacher", "DENSE"], marks=pytest.mark.slow),
         ("recover_lora.py", ["--kind", "shira", "--r", "2", "--teacher", "DENSE"]),
         pytest.param("recover_lora.py", ["--r", "4"], marks=pytest.mark.slow),
         pytest.param(
@@ -139,7 +140,8 @@ def test_the_first_code_of_the_readme(
     assert hf_sparse.inspect_checkpoint(tmp_path / "smollm2-sparse").report.sparsity == 0.5
 
 
-def test_the_commands_of_the_reference(dense: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("exported", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_commands_of_the_reference(exported: bool, dense: Path, tmp_path: Path) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     short = [line for block in blocks("bash", README) for line in block.splitlines()]
     assert {line for line in short if line.startswith("hf-sparse")} <= set(lines)
@@ -163,8 +165,8 @@ def test_the_commands_of_the_reference(dense: Path, tmp_path: Path) -> None:
     windows = ["--num-samples", "2", "--window", "32"]
     small = {"prune": windows, "recover": windows, "eval": ["--window", "32"]}
     for command in commands[: len(tried)]:
-        if command[0] == "export" and WHY_NOT:
-            continue
+        if command[0] == "export" and (WHY_NOT or not exported):
+            continue  # which takes long
         arguments = [instead.get(argument, argument) for argument in command]
         fewer = small.get(command[0], windows if "--calibration" in command else [])
         assert main([*arguments, *fewer]) == 0

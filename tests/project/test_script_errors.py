@@ -46,9 +46,14 @@ def test_a_missing_package_is_told_with_how_to_install_it(script: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "needs a sparsity"),
-        (["--sparsity", "0.5"], "wanted --dataset_name, or --train_file and --validation_file"),
         (["--sparsity", "0.5", "--distil", "-1"], "--distil is -1.0; wanted a number >= 0"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ([], "needs a sparsity"),
+                (["--sparsity", "0.5"], "wanted --dataset_name, or --train_file and --validation"),
+            )
+        ),
     ],
 )
 def test_wrong_arguments_of_an_example_are_told_in_a_sentence(

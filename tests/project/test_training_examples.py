@@ -79,7 +79,12 @@ def labelled(count: int, regression: bool = False) -> list[dict]:
 @pytest.mark.parametrize(
     ("family", "arguments", "kind"),
     [
-        ("bert", ["--sparsity", 0.6], "SparseBertForSequenceClassification"),
+        pytest.param(
+            "bert",
+            ["--sparsity", 0.6],
+            "SparseBertForSequenceClassification",
+            marks=pytest.mark.slow,
+        ),
         ("bert", ["--pattern", "2:4", "--distil", 1.0], "SparseBertForSequenceClassification"),
         (
             "albert",
@@ -112,6 +117,7 @@ def test_run_glue(family: str, arguments: list, kind: str, tmp_path: Path, capsy
     assert "sparse" in printed
 
 
+@pytest.mark.slow
 def test_run_glue_regression_and_magnitude(tmp_path: Path) -> None:
     files = [
         write_lines(tmp_path / f"{name}.jsonl", labelled(40 + i, regression=True))
@@ -188,7 +194,7 @@ def squad(file: Path, version: int) -> Path:
     return file
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_run_qa(version: int, tmp_path: Path) -> None:
     file = squad(tmp_path / "squad.json", version)
     scores = run(
@@ -289,6 +295,7 @@ def test_data_that_do_not_fit_are_refused(
         run(example, *common(tmp_path, "bert"), *data)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     files = [
         write_lines(tmp_path / f"{name}.jsonl", labelled(40 + i)) for i, name in enumerate("tv")

@@ -13,6 +13,7 @@ from hf_sparse.calibration.input_statistics import Grams
 from hf_sparse.calibration.walk import run_model
 from hf_sparse.structure.layers import block_layers
 from tests.support.closeness import nearly_same, same
+from tests.support.crosses import cross
 from tests.support.mixtures import MIXTURES, mixture_batches, separated, tiny_mixture
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -44,8 +45,7 @@ def pruned_both_ways(
     return [(layer.name, layer.weight, wanted[layer.name]) for layer in block_layers(model)]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", MIXTURES)
+@cross("family, method", MIXTURES, METHODS)
 def test_every_method_prunes_experts_as_it_prunes_linear_layers(family: str, method: str) -> None:
     pairs = pruned_both_ways(family, SparsityConfig("2:4"), method, **METHODS[method])
     for name, weight, wanted in pairs:

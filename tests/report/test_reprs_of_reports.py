@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-import hf_sparse
-from hf_sparse import SparsityConfig
+from hf_sparse.exporters.onnx_export import ExportReport
+from hf_sparse.exporters.packing import Packing
+from hf_sparse.exporters.verification import Difference
 from hf_sparse.runtime.model.explain import Explanation, LayerExplanation
-from tests.support.tiny_models import tiny_batches, tiny_model
 
 
 def test_an_explanation_is_one_line_however_many_layers() -> None:
@@ -28,16 +25,12 @@ def test_an_explanation_is_one_line_however_many_layers() -> None:
 
 
 def test_an_export_is_one_line(tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    model: Any = tiny_model("bert")
-    hf_sparse.prune_(model, SparsityConfig("unstructured", 0.8), "wanda", tiny_batches("bert"))
-    report = hf_sparse.export_onnx(model, tmp_path / "graph")
-    shown = repr(report)
-    assert shown.startswith("<ExportReport: feature-extraction in ")
-    assert "weights packed, differs from torch by " in shown
-    assert "Packing(" not in shown
-    assert len(shown) < 250 + len(str(tmp_path))
-    assert "\n" not in shown
-    card = (tmp_path / "graph" / "README.md").read_text()
-    assert "| sparsity of the target weights | 0.79" in card
+    packing = Packing({"gap8": 9}, 4_000_000, 1_100_000, 1_000_000, 900_000)
+    difference = Difference(2e-6, 1e-6, "last_hidden_state")
+    report = ExportReport(tmp_path, "feature-extraction", 1_300_000, packing, difference, 1e-4)
+    assert repr(report) == (
+        f"<ExportReport: feature-extraction in {str(tmp_path)!r}, 1.3 MB, 9 weights packed, differs "
+        "from torch by 2.0e-06; print it for more>"
+    )
+    assert "9 weights packed (9 gap8): 1.1 MB instead of 4.0, 1.10x of nonzeros" in str(report)
+    assert "last_hidden_state" in str(report)
