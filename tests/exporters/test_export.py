@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,8 @@ FAST = [
     ("qwen3", "ForCausalLM"),
 ]
 HEADED = [*FAST, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW)]
+# An export that an earlier version wrote.
+OLD_EXPORT = Path(__file__).parents[1] / "golden/old/onnx-bert"
 CLASSES = {"bert": "Bert", "albert": "Albert", "gpt2": "GPT2", "opt": "OPT"}
 
 
@@ -195,6 +198,7 @@ def test_a_graph_runs_one_token_at_a_time(tmp_path: Path) -> None:
     assert tokens == wanted
 
 
+@pytest.mark.slow
 def test_transformers_opens_the_export(tmp_path: Path) -> None:
     model = tiny_classifier()
     hf_sparse.prune_(model, SparsityConfig("2:4"), "magnitude")
@@ -313,16 +317,27 @@ def test_an_export_replaces_an_export_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_what_is_beside_an_export_stays_and_checkpoints_are_safe(tmp_path: Path) -> None:
-    model, folder = tiny_classifier(), tmp_path / "graph"
-    hf_sparse.export_onnx(model, folder, tokenizer=tiny_tokenizer())
-    (folder / "mine.onnx").write_text("mine")
+    model, folder = headed_model("bert", "ForSequenceClassification", num_hidden_layers=1), tmp_path
+    shutil.copytree(OLD_EXPORT, folder, dirs_exist_ok=True)
+    for name in ("mine.onnx", "tokenizer.json"):
+        (folder / name).write_text("{}")
     hf_sparse.export_onnx(model, folder)
-    assert (folder / "mine.onnx").read_text() == "mine"
+    assert (folder / "mine.onnx").read_text() == "{}"
     assert not (folder / "tokenizer.json").exists()  # of the export before
     config = (folder / "config.json").read_text()
     with pytest.raises(ValueError, match="an ONNX export, whose config"):
         hf_sparse.save_pretrained(model, folder, SparsityConfig("unstructured", 0.0))
     assert (folder / "config.json").read_text() == config
+    # Transformers opens it.
+    given = example(model, head_of(model), Case(3, 7)).inputs
+    with torch.no_grad():
+        wanted = model(**given).logits
+    found = ExportedModel.from_pretrained(folder)(**given).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_is_no_folder_for_an_export(tmp_path: Path) -> None:
+    model = tiny_classifier()
     checkpoint = hf_sparse.save_pretrained(
         model, tmp_path / "model", SparsityConfig("unstructured", 0.0)
     )

@@ -11,7 +11,7 @@ import pytest
 Place = tuple[int, ...]
 
 
-def cross(names: str, *axes: Iterable[Any]) -> pytest.MarkDecorator:
+def cross(names: str, *axes: Iterable[Any], indirect: Sequence[str] = ()) -> pytest.MarkDecorator:
     """Parametrize a test over all combinations of the values of some axes.
 
     The fast suite goes along a diagonal, which meets every value of every axis; the other
@@ -20,10 +20,12 @@ def cross(names: str, *axes: Iterable[Any]) -> pytest.MarkDecorator:
     Args:
         names: of the arguments, as pytest takes them.
         *axes: the values of each argument; a tuple gives several arguments.
+        indirect: the arguments that are fixtures, to which the values go.
     """
     listed = [list(axis) for axis in axes]
     steps = range(max(map(len, listed)))
-    return _parametrize(names, listed, {tuple(s % len(axis) for axis in listed) for s in steps})
+    diagonal = {tuple(s % len(axis) for axis in listed) for s in steps}
+    return _parametrize(names, listed, diagonal, indirect)
 
 
 def pairwise(names: str, *axes: Iterable[Any]) -> pytest.MarkDecorator:
@@ -62,7 +64,10 @@ def covering(sizes: Sequence[int]) -> set[Place]:
 
 
 def _parametrize(
-    names: str, axes: Sequence[Sequence[Any]], fast: Collection[Place]
+    names: str,
+    axes: Sequence[Sequence[Any]],
+    fast: Collection[Place],
+    indirect: Sequence[str] = (),
 ) -> pytest.MarkDecorator:
     cases = []
     for place in itertools.product(*(range(len(axis)) for axis in axes)):
@@ -71,4 +76,4 @@ def _parametrize(
             value = axis[index]
             values += value if isinstance(value, tuple) else [value]
         cases.append(pytest.param(*values, marks=() if place in fast else pytest.mark.slow))
-    return pytest.mark.parametrize(names, cases)
+    return pytest.mark.parametrize(names, cases, indirect=list(indirect))

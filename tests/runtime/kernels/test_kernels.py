@@ -113,7 +113,7 @@ def test_packing_of_two_bytes_loses_nothing(kept: WeightType) -> None:
         panel_checks.check(panels.pack(weight, 1, kept), FLOAT32)
 
 
-@cross("rows, columns, kept", SIZES, NARROW)
+@cross("rows, columns, chosen, kept", SIZES, TARGETS, NARROW, indirect=["chosen"])
 def test_two_bytes_give_what_float32_gives(
     codes: Callable[[WeightType], Code],
     chosen: target.Target,
