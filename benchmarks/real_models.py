@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import platform
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -17,6 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
 from hf_sparse import SparsityConfig
+from hf_sparse.benchmark import processor_name
 
 PLAIN = SparsityConfig("unstructured", sparsity=0.0, format="dense")
 
@@ -81,15 +81,10 @@ def texts(data: Path | None) -> tuple[list[str], dict[str, list[str]]]:
 def machine(device: str = "cpu") -> str:
     """Versions and machine, to stand above every figure."""
     gpu = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
-    processor = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].partition(": ")[2] if names else processor
     return (
         f"hf_sparse {hf_sparse.__version__}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, safetensors {safetensors.__version__}, Python "
-        f"{sys.version.split()[0]}; {processor}, {torch.get_num_threads()} threads{gpu}"
+        f"{sys.version.split()[0]}; {processor_name()}, {torch.get_num_threads()} threads{gpu}"
     )
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import platform
 import statistics
 import time
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
 from hf_sparse import Metric, SparsityConfig
+from hf_sparse.benchmark import processor_name
 from hf_sparse.calibration.documents import read_documents
 from hf_sparse.report import format_table
 from hf_sparse.runtime.llvm.target import host
@@ -179,14 +179,10 @@ def machine() -> str:
     Raises:
         ImportError: llvmlite is not installed, which `hf_sparse.compile` needs.
     """
-    processor = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].partition(": ")[2] if names else processor
     return (
         f"hf_sparse {hf_sparse.__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}; {processor}, {torch.get_num_threads()} threads, "
+        f"transformers {transformers.__version__}; {processor_name()}, "
+        f"{torch.get_num_threads()} threads, "
         f"compiled for {host().name}; seed {SEED}"
     )
 

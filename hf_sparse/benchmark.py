@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hf_sparse.arguments import check_model
 from hf_sparse.calibration.modes import switched
 from hf_sparse.report import format_table
+from hf_sparse.runtime.llvm.target import host
 from hf_sparse.runtime.model.blocks import why_not_compiled
 from hf_sparse.runtime.model.compiled import compile as compile_model
 from hf_sparse.structure.layers import target_layers
@@ -24,6 +27,14 @@ from hf_sparse.upstream.transformers.caches import cache_name
 # What the zeros of the dense twin become; its results are never used.
 _FILLING = 1e-3
 _WARM_UP = 2
+
+
+def processor_name() -> str:
+    """What the processor calls itself, to stand beside every figure; else its architecture."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,8 @@ class Benchmark:
         batch, tokens, threads: what was run.
         forward: a call with `batch` x `tokens`.
         decode: a call with the last of `tokens`, the others in the cache; empty for encoders.
+        processor: the name of the CPU.
+        target: the instructions that code was made for.
     """
 
     batch: int
@@ -59,6 +72,8 @@ class Benchmark:
     threads: int
     forward: tuple[Measurement, ...]
     decode: tuple[Measurement, ...]
+    processor: str
+    target: str
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: medians in milliseconds."""
@@ -68,6 +83,8 @@ class Benchmark:
             "threads": self.threads,
             "forward_ms": {one.name: one.median for one in self.forward},
             "decode_ms": {one.name: one.median for one in self.decode},
+            "processor": self.processor,
+            "target": self.target,
         }
 
     def __repr__(self) -> str:
@@ -90,6 +107,7 @@ class Benchmark:
                 ]
         head = ("", "median ms", "least ms", "over compiled")
         shape = f"batch {self.batch} x {self.tokens} tokens, {self.threads} threads"
+        shape += f"; {self.processor}, compiled for {self.target}"
         return f"{shape}\n{format_table(head, rows)}"
 
 
@@ -129,7 +147,9 @@ def benchmark(
             decode: tuple[Measurement, ...] = ()
             if model.can_generate() and tokens > 1:
                 decode = _in_turns({name: _decode(one, ids) for name, one in ways.items()}, repeats)
-    return Benchmark(batch, tokens, torch.get_num_threads(), forward, decode)
+    return Benchmark(
+        batch, tokens, torch.get_num_threads(), forward, decode, processor_name(), host().name
+    )
 
 
 def _filled(model: PreTrainedModel) -> PreTrainedModel:

@@ -6,25 +6,19 @@ import json
 import sys
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import hf_sparse
 from tests.support.peak_memory import extra
+from tests.support.tiny_models import tiny_model
 
 torch.set_num_threads(1)
 
-config = LlamaConfig(
-    hidden_size=512,
-    intermediate_size=1408,
-    num_hidden_layers=24,
-    num_attention_heads=8,
-    num_key_value_heads=8,
-    vocab_size=256,
-)
-model = LlamaForCausalLM(config)
+SIZES = {"hidden_size": 512, "intermediate_size": 1408, "max_position_embeddings": 2048}
+model = tiny_model("llama", **SIZES, num_hidden_layers=24)
 batches = [torch.randint(0, 256, (1, 256)) for _ in range(16)]
 sparsity = hf_sparse.SparsityConfig("unstructured", 0.5)
-small = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1}))
+small = tiny_model("llama", **SIZES, num_hidden_layers=1)
 hf_sparse.prune_(small, sparsity, "wanda", batches[:1])  # libraries are loaded and warm
 hf_sparse.save_pretrained(small, sys.argv[1] + "/small", sparsity)
 

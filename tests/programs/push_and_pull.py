@@ -7,17 +7,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
+from transformers import AutoModel, AutoTokenizer, BertTokenizer
+
+from tests.support.tiny_models import tiny_model
 
 folder, repo = Path(sys.argv[1]), "user/tiny"
-config = BertConfig(
-    vocab_size=8,
-    hidden_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=64,
-)
-model = BertModel(config)
+model = tiny_model("bert", num_hidden_layers=1)
 model.save_pretrained(folder)
 words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c"]
 tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})

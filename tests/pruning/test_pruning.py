@@ -10,7 +10,7 @@ import torch
 import torch.nn.utils.prune
 from accelerate import cpu_offload, dispatch_model
 from torch import Tensor, nn
-from transformers import BertConfig, BertLMHeadModel
+from transformers import BertLMHeadModel
 
 import hf_sparse
 from hf_sparse import Pattern, SparsityConfig, measure_sparsity, prune_
@@ -20,7 +20,7 @@ from hf_sparse.selection import kth_smallest
 from hf_sparse.structure.layers import find_stacks, target_layers
 from tests.support.closeness import nearly_same
 from tests.support.crosses import cross
-from tests.support.tiny_models import CONFIGS, UNKNOWN, tiny_batches, tiny_model
+from tests.support.tiny_models import CONFIGS, UNKNOWN, tiny_batches, tiny_config, tiny_model
 
 ALL = [*CONFIGS, *UNKNOWN]
 PATTERNS = [
@@ -176,15 +176,7 @@ def test_a_decoder_has_masks_of_its_own() -> None:
 
 
 def test_padding_of_a_decoder_with_cross_attention_changes_nothing() -> None:
-    config = BertConfig(
-        hidden_size=32,
-        num_attention_heads=4,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        vocab_size=256,
-        is_decoder=True,
-        add_cross_attention=True,
-    )
+    config = tiny_config("bert", is_decoder=True, add_cross_attention=True)
     masks = []
     for filling in (5, 9):
         torch.manual_seed(0)

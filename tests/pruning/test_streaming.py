@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from hf_sparse import SparsityConfig, prune_, prune_checkpoint
 from hf_sparse.cli import main
@@ -252,14 +252,9 @@ def test_two_runs_do_not_share_a_work_folder(dense: Path, tmp_path: Path, monkey
 @pytest.mark.slow
 def test_a_model_larger_than_the_memory_that_is_used(tmp_path: Path) -> None:
     """Two blocks, their Gram matrices, one batch and 1 GB, Python and torch included."""
-    config = LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=48,
-        num_attention_heads=16,
-        vocab_size=1024,
-    )
-    model = LlamaForCausalLM(config)
+    sizes = {"num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 1024}
+    sizes |= {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 48}
+    model = tiny_model("llama", **sizes)
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     grams = 3 * 1024**2 + 2816**2
     bound = 4 * (2 * (block + grams) + 64 * (10 * 1024 + 4 * 2816)) + 1e9

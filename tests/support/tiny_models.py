@@ -85,10 +85,15 @@ UNKNOWN: dict[str, PreTrainedConfig] = {
 ENCODERS = ("bert", "albert", "t5")
 
 
+def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
+    """The config of a tiny model, with changes."""
+    config = {**CONFIGS, **UNKNOWN}[family]
+    return type(config)(**{**config.to_dict(), **changes})
+
+
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model in eval mode: with a language-model head, but for the encoders."""
-    config = {**CONFIGS, **UNKNOWN}[family]
-    config = type(config)(**{**config.to_dict(), **changes})
+    config = tiny_config(family, **changes)
     torch.manual_seed(seed)
     auto_class = AutoModel if family in ENCODERS else AutoModelForCausalLM
     model: PreTrainedModel = auto_class.from_config(config)

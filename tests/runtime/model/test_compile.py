@@ -18,7 +18,6 @@ from transformers import (
     DynamicCache,
     GPT2Config,
     LlamaForCausalLM,
-    OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
     T5Config,
@@ -39,7 +38,7 @@ from hf_sparse.upstream.transformers.caches import cache_in, cache_name
 from tests.support.closeness import same
 from tests.support.crosses import cross
 from tests.support.sparse_models import inputs, random_model
-from tests.support.tiny_models import CONFIGS, tiny_model, tiny_tokenizer
+from tests.support.tiny_models import CONFIGS, tiny_config, tiny_model, tiny_tokenizer
 
 CAUSAL = [name for name, family in COMPILED.items() if family.causal]
 CACHE = cache_name(LlamaForCausalLM.forward)
@@ -129,18 +128,10 @@ def test_a_cache_that_the_model_filled_is_taken_over(models: dict) -> None:
     "config",
     [
         GPT2Config(n_embd=36, n_head=3, n_layer=2, vocab_size=256, n_inner=50),
-        OPTConfig(
-            hidden_size=32,
-            num_attention_heads=4,
-            ffn_dim=64,
-            num_hidden_layers=2,
-            vocab_size=256,
-            word_embed_proj_dim=16,
-            do_layer_norm_before=False,
-        ),
-        type(CONFIGS["mistral"])(**{**CONFIGS["mistral"].to_dict(), "sliding_window": 7}),
-        type(CONFIGS["albert"])(**{**CONFIGS["albert"].to_dict(), "inner_group_num": 2}),
-        type(CONFIGS["bert"])(**{**CONFIGS["bert"].to_dict(), "hidden_act": "relu"}),
+        tiny_config("opt", word_embed_proj_dim=16, do_layer_norm_before=False),
+        tiny_config("mistral", sliding_window=7),
+        tiny_config("albert", inner_group_num=2),
+        tiny_config("bert", hidden_act="relu"),
     ],
     ids=["odd-sizes", "norms-behind", "window", "groups", "relu"],
 )
@@ -473,7 +464,7 @@ def test_what_a_hook_makes_of_the_last_block_is_used(models: dict) -> None:
 
 
 def test_attention_in_both_directions_with_a_cache() -> None:
-    config = type(CONFIGS["llama"])(**{**CONFIGS["llama"].to_dict(), "is_causal": False})
+    config = tiny_config("llama", is_causal=False)
     model = random_model(config)
     compiled = hf_sparse.compile(model)
     ids = inputs(2, 40)["input_ids"]
@@ -487,7 +478,7 @@ def test_attention_in_both_directions_with_a_cache() -> None:
     for wanted, found in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted, **TOLERANCE)
     windows = {"is_causal": False, "sliding_window": 7}
-    config = type(CONFIGS["mistral"])(**{**CONFIGS["mistral"].to_dict(), **windows})
+    config = tiny_config("mistral", **windows)
     assert "is_causal=False" in hf_sparse.compile(random_model(config)).explain().reason
 
 
