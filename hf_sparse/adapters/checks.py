@@ -112,6 +112,24 @@ def check_trainable(config: Any) -> None:
         )
 
 
+def check_tokens(model: Any, config: Any) -> None:
+    """Refuse tokens that an embedding does not have among `trainable_token_indices`."""
+    wanted = getattr(config, "trainable_token_indices", None) or {}
+    if not isinstance(wanted, dict):
+        embedding = model.get_input_embeddings()
+        wanted = {name: wanted for name, part in model.named_modules() if part is embedding}
+    for ending, tokens in wanted.items():
+        highest = max(tokens, default=0)
+        for name, part in model.named_modules():
+            named = isinstance(part, nn.Embedding) and f".{name}".endswith(f".{ending}")
+            if named and highest >= part.num_embeddings:
+                raise ValueError(
+                    f"trainable_token_indices names token {highest}; {name} has "
+                    f"{part.num_embeddings}: wanted numbers from 0 to {part.num_embeddings - 1}. "
+                    "After resize_token_embeddings there are more."
+                )
+
+
 def check_mergeable(model: Any, adapter_name: str) -> None:
     """Refuse an adapter that can be trained and never merged, or whose update is always zero."""
     for name, layer in adapted_layers(model, adapter_name):

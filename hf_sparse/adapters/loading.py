@@ -28,6 +28,7 @@ from hf_sparse.adapters.checks import (
     check_plain,
     check_saved_modules,
     check_targets,
+    check_tokens,
     check_trainable,
     zeros_of,
 )
@@ -93,6 +94,7 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default") -> An
     check_not_quantized(model)
     check_targets(model, config)
     check_saved_modules(model, config)
+    check_tokens(model, config)
     with _undone_on_error(model, adapter_name), _without_deprecations():
         if isinstance(model, peft.PeftModel):
             model.add_adapter(adapter_name, config)

@@ -120,7 +120,13 @@ class SparseModelMixin:
 
         Raises:
             FormatError: a compressed tensor is damaged, or of another shape than the model's.
+            TypeError: no mapping.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"state_dict is a {type(state_dict).__name__}; wanted tensors by their names, as "
+                "state_dict() gives them."
+            )
         own: Any = super().state_dict()  # type: ignore[misc]
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
         restored = restore_state_dict(state_dict, shapes)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_sparse.arguments import check_kinds
 from hf_sparse.optim.settings import SETTINGS, check_group
@@ -127,4 +127,10 @@ def _shrinkage_of(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_numbers(kind: type[SparseMixin], values: Mapping[str, Any]) -> None:
     """Check the kinds of an optimizer's settings; a tensor, which torch allows, passes as a number."""
+    if isinstance(params := values["params"], nn.Module | Mapping):
+        raise TypeError(
+            f"{kind.__name__} got a {type(params).__name__}; wanted its parameters. Use "
+            f"{kind.__name__}(hf_sparse.sparse_param_groups(model, config), lr=...), which shrinks the "
+            "target weights alone, or model.parameters()."
+        )
     check_kinds(kind, {k: value for k, value in values.items() if not isinstance(value, Tensor)})

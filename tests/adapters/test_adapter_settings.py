@@ -227,6 +227,14 @@ def test_every_setting_is_in_the_tables() -> None:
         assert set(config.__dataclass_fields__) == tried | known
 
 
+@pytest.mark.parametrize("tokens", [[3, 256], {"embed_tokens": [256]}])
+def test_tokens_that_the_vocabulary_lacks_are_refused(tokens: Any) -> None:
+    model = base("llama")
+    with pytest.raises(ValueError, match="names token 256; model"):
+        hf_sparse.get_peft_model(model, lora("llama", {"trainable_token_indices": tokens}))
+    assert not has_adapters(model)
+
+
 def test_a_layer_without_bias_among_others_is_found() -> None:
     model = tiny_model("qwen2")  # its queries have biases, what follows attention has none
     hf_sparse.prune_(model, hf_sparse.SparsityConfig("2:4"), "magnitude")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -183,3 +184,9 @@ def test_an_adapter_is_saved_without_the_base_model(
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()
     assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("given", [[1], 3, None])
+def test_a_state_that_is_no_mapping_is_refused(given: Any) -> None:
+    with pytest.raises(TypeError, match="wanted tensors by their names"):
+        hf_sparse.SparseBertModel(CONFIGS["bert"]).load_state_dict(given)  # type: ignore[arg-type]
