@@ -36,7 +36,7 @@ from hf_sparse.structure.layers import (
     find_stacks,
     target_layers,
 )
-from hf_sparse.structure.orientation import is_transposed
+from hf_sparse.structure.orientation import transposed_weights
 from hf_sparse.upstream.transformers.models import (
     not_expected_in_files,
     not_required_in_files,
@@ -177,12 +177,7 @@ class Promised:
 
     def _transposed(self) -> dict[str, bool]:
         """Whether a weight is stored `(in_features, out_features)`, by its name."""
-        modules = dict(self.model.named_modules())
-        return {
-            self.local(name): is_transposed(modules[name.rpartition(".")[0]], attribute)
-            for name, _ in self.model.named_parameters(remove_duplicate=False)
-            for attribute in [name.rpartition(".")[2]]
-        }
+        return {self.local(name): own for name, own in transposed_weights(self.model).items()}
 
 
 def promised_by(
@@ -287,7 +282,7 @@ def check_shapes(
                 if tensor.file != file or name not in wanted:
                     continue
                 values = reader.get_slice(tensor.name)
-                shape, flipped = tuple(values.get_shape()), None
+                shape = tuple(values.get_shape())
                 if wanted[name].is_floating_point() and not values.get_dtype().startswith(
                     ("F", "BF")
                 ):
@@ -299,17 +294,13 @@ def check_shapes(
                     layout = reader.get_tensor(join(tensor.name, "layout"))
                     with locate(tensor.place):
                         known = FORMATS[tensor.format].read_layout(layout)
-                    shape, flipped = known.shape, known.transposed
+                    shape = known.shape
                 if shape != (meant := tuple(wanted[name].shape)):
                     raise FormatError(
                         f"{tensor.place}: shape mismatch: {shape} is stored, the model of "
                         f"{CONFIG_NAME} wants {meant}. Its block_sizes tell the sizes of a "
                         "shrunk model's blocks: config and weights are of different checkpoints."
                     )
-                own = (transposed or {}).get(name, flipped)
-                if FORMATS[tensor.format].structured and flipped != own:
-                    raise FormatError(
-                        f"{tensor.place}: the layout has transposed={int(bool(flipped))}, its layer "
-                        f"wants {int(bool(own))}: '{tensor.format}' is stored as (out_features, "
-                        "in_features). The file is damaged: copy or download it again."
-                    )
+                if tensor.compressed and transposed is not None:
+                    with locate(tensor.place):
+                        FORMATS[tensor.format].check_direction(known, transposed.get(name, False))
