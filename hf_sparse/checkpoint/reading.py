@@ -48,7 +48,8 @@ def restore_state_dict(
             layouts must agree with. None: nothing is compared.
 
     Raises:
-        FormatError: a compressed tensor is damaged, or of another shape or direction; the message names it.
+        FormatError: a compressed tensor is damaged, or of another shape or direction; the message
+            names it.
     """
     restored = {}
     for name, parts in group_parts(state_dict).items():

@@ -201,7 +201,7 @@ class Format:
         return found
 
     def check_direction(self, layout: Layout, transposed: bool) -> None:
-        """Compare the direction of a layout with that of the layer; of square weights no shape tells it.
+        """Refuse a layout of another direction than the layer: of square weights no shape tells it.
 
         Args:
             layout: of a weight in this format.
