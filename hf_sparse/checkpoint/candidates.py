@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from hf_sparse.checkpoint.described import bounded, describing
+from hf_sparse.checkpoint.bounds import Size, bounded
+from hf_sparse.checkpoint.described import describing
 from hf_sparse.checkpoint.model_classes import first_class_of, model_class_named
 from hf_sparse.structure.layers import Stack, find_stacks, is_matrix, layers_of, num_parameters
 from hf_sparse.upstream.transformers.models import build
@@ -70,12 +71,12 @@ class Candidates:
         return "\n".join(lines)
 
 
-def candidates_in(folder: Path, stored: int) -> Candidates:
+def candidates_in(folder: Path, stored: Size) -> Candidates:
     """The default targets of a dense checkpoint, from its config.json alone.
 
     Args:
         folder: of the checkpoint.
-        stored: how many tensors it has.
+        stored: what it has.
 
     Raises:
         FormatError: the config describes no model that transformers can make.

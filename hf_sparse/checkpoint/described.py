@@ -7,29 +7,33 @@ made.
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING
 
+from hf_sparse.checkpoint.bounds import AGAIN, Size, bounded
 from hf_sparse.checkpoint.model_classes import (
     all_classes_of,
     first_class_of,
     model_class_named,
 )
 from hf_sparse.checkpoint.reading import StoredTensor
-from hf_sparse.checkpoint.sparse_configs import base_config_class, sparse_config_class
+from hf_sparse.checkpoint.sparse_configs import (
+    NOT_MADE,
+    UNKNOWN_TYPE,
+    base_config_class,
+    sparse_config_class,
+)
 from hf_sparse.formats import FormatError
+from hf_sparse.structure.experts import ExpertStack
 from hf_sparse.structure.families import base_type
 from hf_sparse.structure.parts import PARTS, sizes_in
 from hf_sparse.structure.units import resize_
-from hf_sparse.upstream.torch import on_parameters
 from hf_sparse.upstream.transformers.configs import with_special_floats
 from hf_sparse.upstream.transformers.models import build
 
@@ -45,9 +49,10 @@ _COUNTED = {
         "inner_group_num": r"encoder\.albert_layer_groups\.\d+\.albert_layers",
     }
 }
-AGAIN = (
-    "Config and weights are of different checkpoints, or incomplete: copy or download them again."
-)
+
+
+# What modules call the number of experts that a token is sent to.
+_CHOICES = ("top_k", "num_experts_per_tok")
 
 
 def check_counts(
@@ -89,12 +94,8 @@ def class_named(values: Mapping[str, Any], file: Path) -> tuple[str, Any, bool]:
         FormatError: AutoConfig does not know the family, or the class is one of another family.
     """
     family = base_type(str(values.get("model_type")))
-    if family not in CONFIG_MAPPING:
-        raise FormatError(
-            f"{file}: model_type is {values.get('model_type')!r}; wanted 'sparse_' and a type that "
-            "AutoConfig knows, such as 'sparse_bert'. Update transformers, or import the code of the "
-            "model and register it with AutoConfig.register and AutoModel.register."
-        )
+    if family not in CONFIG_MAPPING or family != base_type(family):
+        raise FormatError(f"{file}: {UNKNOWN_TYPE.format(values.get('model_type'))}")
     config_class = base_config_class(family)
     names = values.get("architectures")
     name = str(names[0]).removeprefix("Sparse") if isinstance(names, list) and names else ""
@@ -122,7 +123,7 @@ def _serves(kind: Any, config_class: Any) -> bool:
 
 
 def describe(
-    values: Mapping[str, Any], kind: Any, family: str, file: Path, stored: int
+    values: Mapping[str, Any], kind: Any, family: str, file: Path, stored: Size
 ) -> PreTrainedModel:
     """The model of a class that a config describes.
 
@@ -130,7 +131,11 @@ def describe(
         values: of the config.
         kind, family: see `class_named`.
         file: the config's, for errors.
-        stored: how many tensors there are for the model.
+        stored: what there is for the model.
+
+    Raises:
+        FormatError: it describes none, one that is far larger than what is stored, or one that
+            chooses more experts than it has.
     """
     ours = ("quantization_config", "auto_map")
     values = {key: value for key, value in values.items() if key not in ours}
@@ -143,33 +148,22 @@ def describe(
             model: PreTrainedModel = build(kind, config)
             if sizes is not None:
                 resize_(model, sizes)
+        _check_choices(model)
     return model
 
 
-@contextmanager
-def bounded(stored: int) -> Iterator[None]:
-    """Stop the making of a model that has far more parameters than there are tensors for it.
-
-    Args:
-        stored: the number of tensors. Ties, and loading, make several parameters for each.
-    """
-    most, thread = 20 * stored + 10_000, threading.get_ident()
-    count = 0
-
-    def check(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal count
-        count += parameter is not None and threading.get_ident() == thread
-        if count > most:
-            raise FormatError(
-                f"the config describes a model of more than {most} parameters, and {stored} tensors "
-                f"are stored. {AGAIN}"
-            )
-
-    hook = on_parameters(check)
-    try:
-        yield
-    finally:
-        hook.remove()
+def _check_choices(model: nn.Module) -> None:
+    """Raise a FormatError if tokens are to be sent to more experts than there are, or to none."""
+    for parent in model.modules():
+        for stack in filter(None, map(ExpertStack.of, parent.children())):
+            for module in (parent, *parent.children()):
+                for name in _CHOICES:
+                    count = vars(module).get(name)
+                    if isinstance(count, int) and not 1 <= count <= stack.number:
+                        raise FormatError(
+                            f"the config sends each token to {count} experts ({name} of "
+                            f"{type(module).__name__}), and there are {stack.number}. {AGAIN}"
+                        )
 
 
 @contextmanager
@@ -177,8 +171,7 @@ def describing(file: Path) -> Iterator[None]:
     """Turn the errors of building a model from a config into FormatErrors."""
     try:
         yield
-    except (
-        *(StrictDataclassError, ArithmeticError, AssertionError, AttributeError, LookupError),
-        *(RuntimeError, TypeError, ValueError),
-    ) as error:
+    except FormatError as error:
+        raise FormatError(f"{file}: {error}") from error
+    except NOT_MADE as error:
         raise FormatError(f"{file} describes no model of transformers: {error!r}") from error

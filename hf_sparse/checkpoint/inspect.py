@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hf_sparse.arguments import check_path
+from hf_sparse.checkpoint.bounds import Size
 from hf_sparse.checkpoint.candidates import Candidates, candidates_in
 from hf_sparse.checkpoint.index import read_object
 from hf_sparse.checkpoint.promised import CONFIG_NAME, QUANT_METHOD, promised_by
@@ -146,7 +147,7 @@ def _targets(
 
 def _candidates(folder: Path, stored: Sequence[StoredTensor]) -> Candidates | None:
     try:
-        return candidates_in(folder, len(stored))
+        return candidates_in(folder, Size.of(stored))
     except FormatError:  # a model of code that is not here, or none: its tensors are told
         return None
 

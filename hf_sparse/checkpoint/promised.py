@@ -18,9 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_sparse.checkpoint.bounds import AGAIN, Size, bounded, check_widths
 from hf_sparse.checkpoint.described import (
-    AGAIN,
-    bounded,
     check_counts,
     class_named,
     describe,
@@ -28,6 +27,7 @@ from hf_sparse.checkpoint.described import (
 )
 from hf_sparse.checkpoint.index import read_index, read_object
 from hf_sparse.checkpoint.reading import StoredTensor, open_file, read_headers
+from hf_sparse.checkpoint.sparse_configs import NOT_MADE
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FORMATS, FormatError, join, locate
 from hf_sparse.structure.layers import (
@@ -36,7 +36,8 @@ from hf_sparse.structure.layers import (
     find_stacks,
     target_layers,
 )
-from hf_sparse.structure.orientation import is_transposed
+from hf_sparse.structure.orientation import transposed_weights
+from hf_sparse.structure.parts import parts_of
 from hf_sparse.upstream.transformers.models import (
     not_expected_in_files,
     not_required_in_files,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "config.json"
 QUANT_METHOD = "hf_sparse"
+_SHRUNK = "Of a shrunk model, block_sizes in the config tell the sizes of its blocks. "
 # What TensorFlow called the parameters of a norm; transformers still loads them.
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
@@ -80,7 +82,8 @@ class Promised:
             found[self.local(tensor.name)] = tensor
         self._check_missing(found)
         self._check_known(found)
-        check_shapes(found, self.tensors(), self._transposed())
+        shrunk = _SHRUNK if parts_of(self.model.config) is not None else ""
+        check_shapes(found, self.tensors(), self._transposed(), shrunk)
 
     def targets(self, config: SparsityConfig) -> dict[str, tuple[TargetLayer, ...]]:
         """The layers that `config` promises a pattern of, by the names of their parameters.
@@ -177,12 +180,7 @@ class Promised:
 
     def _transposed(self) -> dict[str, bool]:
         """Whether a weight is stored `(in_features, out_features)`, by its name."""
-        modules = dict(self.model.named_modules())
-        return {
-            self.local(name): is_transposed(modules[name.rpartition(".")[0]], attribute)
-            for name, _ in self.model.named_parameters(remove_duplicate=False)
-            for attribute in [name.rpartition(".")[2]]
-        }
+        return {self.local(name): own for name, own in transposed_weights(self.model).items()}
 
 
 def promised_by(
@@ -207,25 +205,36 @@ def promised_by(
         values = read_object(file)
     family, kind, exact = class_named(values, file)
     check_counts(values, family, kind, stored, file)
-    return Promised(describe(values, kind, family, file, len(stored)), file, exact)
+    check_widths(values, size := Size.of(stored), file)
+    return Promised(describe(values, kind, family, file, size), file, exact)
 
 
 @contextmanager
 def checked_to_load(
     source: str | os.PathLike[str] | None, subfolder: str | None = None, variant: str | None = None
 ) -> Iterator[None]:
-    """A folder from which a model is made and loaded inside: its size is that of what is stored."""
+    """A folder from which a model is made and loaded inside: its size is that of what is stored.
+
+    Raises:
+        FormatError: the model cannot be made, because of what its config.json says.
+    """
     stored = check_to_load(source, subfolder, variant)
     if not stored:
         yield
         return
-    with bounded(stored):
-        yield
+    try:
+        with bounded(Size.of(stored)):
+            yield
+    except FormatError:
+        raise
+    except NOT_MADE:
+        promised_by(stored[0].file.parent, stored)  # if the file is the reason, it says so
+        raise
 
 
 def check_to_load(
     source: str | os.PathLike[str] | None, subfolder: str | None = None, variant: str | None = None
-) -> int:
+) -> list[StoredTensor]:
     """Check what transformers would follow before it calls the loader: index and number of blocks.
 
     Args:
@@ -233,7 +242,7 @@ def check_to_load(
         subfolder, variant: as in `PreTrainedModel.from_pretrained`.
 
     Returns:
-        How many tensors are stored; 0 if that is not known, or the folder holds a dense model.
+        The tensors that are stored; none if they are not known, or the folder holds a dense model.
 
     Raises:
         FormatError: they are damaged, or not of the tensors in the files.
@@ -242,7 +251,7 @@ def check_to_load(
     folder = Path(source or "") / (subfolder or "")
     file, infix = folder / CONFIG_NAME, f".{variant}" if variant else ""
     if not source or not file.is_file():
-        return 0
+        return []
     values = read_object(file)
     files = [folder / f"model{infix}.safetensors"]
     index = folder / f"model.safetensors.index{infix}.json"
@@ -266,20 +275,28 @@ def check_to_load(
             )
         stored = read_headers(files)
         check_counts(values, family, kind, stored, file)
-        return len(stored)
-    return 0
+        check_widths(values, Size.of(stored), file)
+        return stored
+    return []
 
 
 def check_shapes(
     found: Mapping[str, StoredTensor],
     wanted: Mapping[str, Tensor],
     transposed: Mapping[str, bool] | None = None,
+    hint: str = "",
 ) -> None:
     """Raise a FormatError if stored tensors have other shapes than the model's, or another direction.
 
     What the model has as floats must be floats: transformers would make others its parameters.
 
     Of weights only headers and layouts are read.
+
+    Args:
+        found: the tensors by name.
+        wanted: the model's, by the same names.
+        transposed: whether a weight of the model is `(in_features, out_features)`; None: not compared.
+        hint: a sentence on shapes for errors.
     """
     for file in dict.fromkeys(tensor.file for tensor in found.values()):
         with open_file(file) as reader:
@@ -287,7 +304,7 @@ def check_shapes(
                 if tensor.file != file or name not in wanted:
                     continue
                 values = reader.get_slice(tensor.name)
-                shape, flipped = tuple(values.get_shape()), None
+                shape = tuple(values.get_shape())
                 if wanted[name].is_floating_point() and not values.get_dtype().startswith(
                     ("F", "BF")
                 ):
@@ -299,17 +316,12 @@ def check_shapes(
                     layout = reader.get_tensor(join(tensor.name, "layout"))
                     with locate(tensor.place):
                         known = FORMATS[tensor.format].read_layout(layout)
-                    shape, flipped = known.shape, known.transposed
+                    shape = known.shape
                 if shape != (meant := tuple(wanted[name].shape)):
                     raise FormatError(
                         f"{tensor.place}: shape mismatch: {shape} is stored, the model of "
-                        f"{CONFIG_NAME} wants {meant}. Its block_sizes tell the sizes of a "
-                        "shrunk model's blocks: config and weights are of different checkpoints."
+                        f"{CONFIG_NAME} wants {meant}. {hint}{AGAIN}"
                     )
-                own = (transposed or {}).get(name, flipped)
-                if FORMATS[tensor.format].structured and flipped != own:
-                    raise FormatError(
-                        f"{tensor.place}: the layout has transposed={int(bool(flipped))}, its layer "
-                        f"wants {int(bool(own))}: '{tensor.format}' is stored as (out_features, "
-                        "in_features). The file is damaged: copy or download it again."
-                    )
+                if tensor.compressed and transposed is not None:
+                    with locate(tensor.place):
+                        FORMATS[tensor.format].check_direction(known, transposed.get(name, False))

@@ -177,11 +177,12 @@ class SparseHfQuantizer(Restorer):
                         f"shape mismatch: {layout.shape} is stored, the model of config.json wants "
                         f"{wanted}"
                     )
+                FORMATS[layout.format].check_direction(layout, transposed)
                 weight = decompress(parts)
                 promised = local in self._targets or is_target(
                     stored.name if stored else name, True, config
                 )
-                if FORMATS[layout.format].proves(pattern) and layout.transposed == transposed:
+                if FORMATS[layout.format].proves(pattern):
                     known = pattern.parameters(layout.rows, layout.columns)
                     follows = layout.parameters == known
             if promised and not follows:

@@ -16,6 +16,7 @@ from hf_sparse.checkpoint.index import DIGEST, INDEX_NAME, index_of, read_index
 from hf_sparse.checkpoint.writing import COMPILED_DESCRIPTION
 from hf_sparse.configuration_sparse import SparsityConfig, matches
 from hf_sparse.formats import (
+    FORMATS,
     FormatError,
     decompress,
     format_of,
@@ -32,7 +33,9 @@ WEIGHTS_NAME = "model.safetensors"
 
 
 def restore_state_dict(
-    state_dict: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None
+    state_dict: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    transposed: Mapping[str, bool] | None = None,
 ) -> dict[str, Tensor]:
     """Decompress every compressed tensor of a state dict; the others pass as they are.
 
@@ -41,9 +44,12 @@ def restore_state_dict(
         shapes: of the model's tensors, with which the layouts are compared before any work. Tensors
             that are not among them stay without values, on the meta device. None: nothing is
             compared.
+        transposed: whether the model's weights are `(in_features, out_features)`, by name, which
+            layouts must agree with. None: nothing is compared.
 
     Raises:
-        FormatError: a compressed tensor is damaged, or of another shape; the message names it.
+        FormatError: a compressed tensor is damaged, or of another shape or direction; the message
+            names it.
     """
     restored = {}
     for name, parts in group_parts(state_dict).items():
@@ -52,7 +58,8 @@ def restore_state_dict(
             continue
         own = {part: state_dict[join(name, part)] for part in parts}
         with locate(name):
-            shape = read_layout(own).shape
+            layout = read_layout(own)
+            shape = layout.shape
             if shapes is not None and name not in shapes:
                 restored[name] = torch.empty(shape, device="meta")
                 continue
@@ -61,6 +68,8 @@ def restore_state_dict(
                     f"shape mismatch: {shape} is stored, the model wants {shapes[name]}. Load it into "
                     "a model that is made from the checkpoint's own config."
                 )
+            if transposed is not None:
+                FORMATS[layout.format].check_direction(layout, transposed.get(name, False))
             restored[name] = decompress(own)
     return restored
 

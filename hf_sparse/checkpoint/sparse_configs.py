@@ -7,18 +7,33 @@ installed: a config of type `bert` would load there with randomly initialised we
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from hf_sparse.formats import FormatError
 from hf_sparse.structure.families import base_type, sparse_type
 
 # transformers makes lists of as many things before anybody can compare them with the weights.
 _COUNTS = (
-    (re.compile(r"((num|n)_)?(.+_)?(layers?|blocks|depth|experts)"), 10_000),
-    (re.compile(r"num_labels"), 1_000_000),
+    (re.compile(r"((num|n)_)?(.+_)?(layers?|blocks|depth)"), -math.inf, 10_000),
+    (re.compile(r"((num|n)_)?(.+_)?(experts|heads?)"), 0, 10_000),
+    (re.compile(r"num_labels"), 0, 1_000_000),
+)
+# What comes of configs and models that cannot be made of their values.
+NOT_MADE = (
+    *(StrictDataclassError, ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
+# What is told of a type whose family AutoConfig does not know.
+UNKNOWN_TYPE = (
+    "model_type is {!r}; wanted 'sparse_' and a type that AutoConfig knows, such as 'sparse_bert'. "
+    "Update transformers, or import the code of the model and register it with AutoConfig.register and "
+    "AutoModel.register."
 )
 
 
@@ -49,6 +64,24 @@ class SparseConfigMixin:
             if name not in vars(self):  # a family may have a field of this name
                 setattr(self, name, kwargs.pop(name, None))
         super().__post_init__(**kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As the family's.
+
+        Raises:
+            FormatError: the family makes no config of the values.
+        """
+        try:
+            return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        except FormatError:
+            raise
+        except NOT_MADE as error:
+            raise FormatError(
+                f"a config of type '{cls.model_type}' with these values describes no model of "
+                f"transformers: {error!r}. Its file is damaged, or was changed by hand: copy or "
+                "download it again."
+            ) from error
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -85,19 +118,20 @@ class SparseConfigMixin:
 
 
 def _check_counts(values: Mapping[str, Any]) -> None:
-    """Raise a ValueError if a config, or one of its parts, wants too many things."""
+    """Raise a FormatError if a config, or one of its parts, has impossible counts."""
     for name, value in values.items():
         if isinstance(value, PreTrainedConfig):
             _check_counts(vars(value))
         elif isinstance(value, Mapping):
             _check_counts({key: item for key, item in value.items() if isinstance(key, str)})
-        elif isinstance(value, int | float):
-            most = next((most for pattern, most in _COUNTS if pattern.fullmatch(name)), None)
-            if most is not None and not value <= most:
-                raise ValueError(
-                    f"the config has {name}={value!r:.40}; wanted {most} at most. It is damaged: "
-                    "copy or download the checkpoint again."
-                )
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            for pattern, least, most in _COUNTS:
+                if pattern.fullmatch(name) and not least <= value <= most:
+                    between = f"{most} at most" if value > most else f"{least} at least"
+                    raise FormatError(
+                        f"the config has {name}={value!r:.40}; wanted {between}. It is damaged: copy "
+                        "or download the checkpoint again."
+                    )
 
 
 def base_config_class(model_type: str) -> type[PreTrainedConfig]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_sparse.checkpoint.bounds import Size
 from hf_sparse.checkpoint.described import class_named, describe
 from hf_sparse.checkpoint.model_classes import first_class_of
 from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
@@ -85,7 +86,7 @@ def check_rebuilds(model: PreTrainedModel) -> None:
     values = json.loads(sparse_config(model, SparsityConfig("unstructured", 0.0)).to_json_string())
     try:
         family, named, exact = class_named(values, place)
-        again = describe(values, named, family, place, len(model.state_dict())) if exact else None
+        again = describe(values, named, family, place, Size.of_model(model)) if exact else None
     except FormatError as error:
         raise ValueError(
             f"the config of this {kind} cannot be read again, so that a compressed checkpoint would "

@@ -200,6 +200,24 @@ class Format:
             )
         return found
 
+    def check_direction(self, layout: Layout, transposed: bool) -> None:
+        """Refuse a layout of another direction than the layer: of square weights no shape tells it.
+
+        Args:
+            layout: of a weight in this format.
+            transposed: whether the layer holds its weight as `(in_features, out_features)`.
+
+        Raises:
+            FormatError: the weight would come back transposed.
+        """
+        wanted = self.structured and transposed
+        if layout.transposed != wanted:
+            stored = "(out_features, in_features)" if self.structured else "the weight as it stands"
+            raise FormatError(
+                f"the layout has transposed={int(layout.transposed)}, its layer wants {int(wanted)}: "
+                f"'{self.name}' stores {stored}. The file is damaged: copy or download it again."
+            )
+
 
 def by_mask(name: str, weight: Weight, positions: NDArray[np.uint8]) -> Encoded:
     """A weight as its nonzeros and their positions, for formats of any pattern."""

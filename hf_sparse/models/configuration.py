@@ -8,10 +8,12 @@ import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from hf_sparse.checkpoint.sparse_configs import (
+    UNKNOWN_TYPE,
     SparseConfigMixin,
     sparse_config_class,
     type_of,
 )
+from hf_sparse.formats import FormatError
 from hf_sparse.structure.families import base_type, sparse_type
 from hf_sparse.upstream.transformers.configs import extend_types_, registered_configs
 from hf_sparse.upstream.transformers.models import is_from_transformers
@@ -40,18 +42,36 @@ class _SparseTypes(dict[str, type[PreTrainedConfig]]):
     def __contains__(self, key: object) -> bool:
         if super().__contains__(key):
             return True
-        if not isinstance(key, str) or key == base_type(key):
-            return False
-        family = base_type(key)
-        return (
-            sparse_type(family) == key and family == base_type(family) and family in CONFIG_MAPPING
-        )
+        return isinstance(key, str) and sparse_type(base_type(key)) == key
 
     def __missing__(self, key: str) -> type[PreTrainedConfig]:
         if key not in self:
             raise KeyError(key)
-        made = self[key] = _define(CONFIG_MAPPING[base_type(key)], key)
-        return made
+        family = base_type(key)
+        if family == base_type(family) and family in CONFIG_MAPPING:
+            made = self[key] = _define(CONFIG_MAPPING[family], key)
+            return made
+        return _Unknown  # which may be known later
+
+
+class _Unknown(PreTrainedConfig):
+    """Stands for the configs of families that are not known here: files of theirs are refused.
+
+    Without it transformers would ask whether to run the code beside a checkpoint, which can only import
+    this package.
+    """
+
+    # Of a class of other modules, transformers ignores that code may be run, where it may.
+    __module__ = "transformers.hf_sparse"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Refuse the values.
+
+        Raises:
+            FormatError: always.
+        """
+        raise FormatError(UNKNOWN_TYPE.format(config_dict.get("model_type")))
 
 
 def _define(base: type[PreTrainedConfig], model_type: str) -> type[PreTrainedConfig]:

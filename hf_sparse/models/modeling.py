@@ -31,6 +31,7 @@ from hf_sparse.checkpoint.sparse_configs import (
     type_of,
 )
 from hf_sparse.hub import push_to_hub as push
+from hf_sparse.structure.orientation import transposed_weights
 from hf_sparse.structure.parts import sizes_in
 from hf_sparse.structure.units import resize_
 from hf_sparse.upstream.transformers.auto import auto_classes, register_classes_, tokenizers_of
@@ -119,7 +120,8 @@ class SparseModelMixin:
         Trainer resumes from checkpoints through this method.
 
         Raises:
-            FormatError: a compressed tensor is damaged, or of another shape than the model's.
+            FormatError: a compressed tensor is damaged, or of another shape or direction than the
+                model's.
             TypeError: no mapping.
         """
         if not isinstance(state_dict, Mapping):
@@ -129,7 +131,7 @@ class SparseModelMixin:
             )
         own: Any = super().state_dict()  # type: ignore[misc]
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-        restored = restore_state_dict(state_dict, shapes)
+        restored = restore_state_dict(state_dict, shapes, transposed_weights(self))
         return super().load_state_dict(restored, strict, assign)  # type: ignore[misc]
 
 

@@ -16,6 +16,16 @@ def is_transposed(module: nn.Module, attribute: str) -> bool:
     return attribute == "weight" and is_conv1d(module)
 
 
+def transposed_weights(model: nn.Module) -> dict[str, bool]:
+    """Whether each parameter is stored `(in_features, out_features)`, by its name."""
+    modules = dict(model.named_modules())
+    return {
+        name: is_transposed(modules[path], attribute)
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        for path, _, attribute in [name.rpartition(".")]
+    }
+
+
 def oriented(weight: Tensor, transposed: bool) -> list[Tensor]:
     """The matrices of a stored weight, one or a stack, as `(out_features, in_features)`: views."""
     turned = weight.mT if transposed else weight

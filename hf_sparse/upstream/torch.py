@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules_of_torch
+from torch.nn.modules.module import register_module_buffer_registration_hook as on_buffers
 from torch.nn.modules.module import register_module_parameter_registration_hook as on_parameters
 from torch.optim.adamw import adamw as adamw_step
 from torch.optim.optimizer import ParamsT, register_optimizer_step_post_hook
@@ -37,6 +38,7 @@ __all__ = [
     "has_hooks",
     "is_compiled",
     "is_layer_of_torch",
+    "on_buffers",
     "on_parameters",
     "onednn",
     "parameters_of",
