@@ -27,10 +27,10 @@ if __name__ == "__main__":  # help and wrong usage need no slow import
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5])
-    parser.add_argument("--windows", type=int, default=16, help="to score on, of 512 tokens")
+    parser.add_argument("--windows", type=int, default=8, help="to score on, of 512 tokens")
     parser.add_argument("--router-windows", type=int, default=8, help="for the routers' first fit")
-    parser.add_argument("--steps", type=int, default=120, help="to train routers, 256 tokens each")
-    parser.add_argument("--held-out", type=int, default=16, help="windows to measure on")
+    parser.add_argument("--steps", type=int, default=64, help="to train routers, 256 tokens each")
+    parser.add_argument("--held-out", type=int, default=8, help="windows to measure on")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -45,8 +45,8 @@ import hf_sparse
 from hf_sparse.report import format_table
 
 # The spread of a token's router scores before training, and steps of training as a share of the rows.
-_SPREAD = 0.5
-_RATE = 0.03
+_SPREAD = 0.1
+_RATE = 0.05
 WAYS: dict[str, dict[str, Any]] = {
     "reap": {"by": "reap"},
     "frequency": {"by": "frequency"},
