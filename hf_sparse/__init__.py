@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from hf_sparse.distillation import Distillation as Distillation
     from hf_sparse.dropping import DropReport as DropReport
     from hf_sparse.dropping import drop_blocks_ as drop_blocks_
+    from hf_sparse.dropping_experts import ExpertReport as ExpertReport
+    from hf_sparse.dropping_experts import drop_experts_ as drop_experts_
     from hf_sparse.evaluation import accuracy as accuracy
     from hf_sparse.evaluation import perplexity as perplexity
     from hf_sparse.exporters.onnx_export import export_onnx as export_onnx
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Distillation": "hf_sparse.distillation",
     "DropReport": "hf_sparse.dropping",
+    "ExpertReport": "hf_sparse.dropping_experts",
     "FormatError": "hf_sparse.formats",
     "KeepZeros": "hf_sparse.optim.keep_zeros_callback",
     "Metric": "hf_sparse.provenance.values",
@@ -86,6 +89,7 @@ _PUBLIC = {
     "compile": "hf_sparse.runtime.model.compiled",
     "convert_legacy": "hf_sparse.checkpoint.legacy",
     "drop_blocks_": "hf_sparse.dropping",
+    "drop_experts_": "hf_sparse.dropping_experts",
     "export_onnx": "hf_sparse.exporters.onnx_export",
     "freeze_zeros_": "hf_sparse.optim.shrinkage",
     "get_peft_model": "hf_sparse.adapters.loading",

@@ -23,11 +23,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from hf_sparse.arguments import check_has_values, check_kinds, check_model
+from hf_sparse.arguments import check_kinds, check_model
 from hf_sparse.calibration.block_scores import Batches, Influence, mean_loss, skipping
 from hf_sparse.calibration.losses import check_labels
 from hf_sparse.calibration.modes import switched
@@ -35,13 +34,11 @@ from hf_sparse.calibration.windows import checked_batches, fingerprint
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.report import format_table
+from hf_sparse.structure.changeable import check_changeable
 from hf_sparse.structure.depth import Depth
-from hf_sparse.structure.layers import check_has_weights, num_parameters
+from hf_sparse.structure.layers import num_parameters
 from hf_sparse.structure.targets import promised_layers, renew_promise_
 from hf_sparse.suggestions import check_name
-from hf_sparse.upstream.peft_by_name import has_adapters
-from hf_sparse.upstream.torch import is_compiled
-from hf_sparse.upstream.transformers.models import has_own_adapters, quantized_by
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,8 @@ def drop_blocks_(
     """
     check_model(model, "drop_blocks_", PreTrainedModel)
     check_kinds(drop_blocks_, locals())
-    _check(model, by)
+    check_name(by, METHODS, "by", "ways to choose")
+    check_changeable(model, "drop_blocks_", "drop blocks")
     depth = Depth.of(model)
     total = len(depth.blocks)
     wanted = number_of_blocks(count, total)
@@ -199,32 +197,6 @@ def number_of_blocks(count: int | float, total: int) -> int:
     if found >= total:
         raise ValueError(f"count is {count}, which is every block of {total}; wanted {most}.")
     return found
-
-
-def _check(model: PreTrainedModel, by: str) -> None:
-    """Refuse what cannot lose its blocks, before anything is computed."""
-    check_name(by, METHODS, "by", "ways to choose")
-    check_has_weights(model)
-    if is_compiled(model):
-        raise ValueError(
-            "the model is compiled by torch.compile. Drop blocks first, then compile it."
-        )
-    if has_own_adapters(model) or has_adapters(model):
-        raise ValueError(
-            "the model has adapters, whose places in it would be others. Merge them first "
-            "(hf_sparse.merge_adapters_), or remove them."
-        )
-    check_has_values(model, "drop_blocks_")
-    if (method := quantized_by(model)) not in (None, "gguf"):
-        raise ValueError(
-            f"the model is quantized with {method}, and what is left could not be trained. Load it "
-            "without quantization, or call model.dequantize() first; quantize it afterwards."
-        )
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise ValueError(
-                f"{name} is cut into shards by FSDP. Drop blocks before the model is sharded."
-            )
 
 
 @dataclass(frozen=True)

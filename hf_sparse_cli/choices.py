@@ -88,6 +88,12 @@ BLOCK_CHOICES = {
     "loss": "the block without which the loss rises least, one after another",
     "similarity": "the blocks that change their input least, in one pass",
 }
+# How `hf_sparse.drop_experts_` chooses.
+EXPERT_CHOICES = {
+    "reap": "least router's weight x norm of the output, mean over an expert's tokens",
+    "frequency": "fewest tokens",
+    "magnitude": "smallest weights: looks at no data",
+}
 FORMATS = {
     "auto": "the smallest of the others",
     "dense": "the weight as it is, zeros included",

@@ -90,7 +90,7 @@ def number_or_fraction(text: str) -> int | float:
         return float(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no number; wanted a number of blocks, as 4, or a fraction of them, as 0.25."
+            f"{text!r} is no number; wanted a number of them, as 4, or a fraction, as 0.25."
         ) from error
 
 

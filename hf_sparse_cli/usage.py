@@ -12,8 +12,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from hf_sparse_cli.choices import COMPOSITION, METHODS, PATTERNS, SCOPES
+from hf_sparse_cli.choices import (
+    COMPOSITION,
+    METHODS,
+    PATTERNS,
+    SCOPES,
+)
 from hf_sparse_cli.names import did_you_mean, suggestions
+from hf_sparse_cli.shrinking import check_parts
 
 _SIZED = (r"\d{1,4}:\d{1,4}", r"block:\d{1,6}x\d{1,6}", r"head(?:_in)?:\d{1,6}")
 # Flags whose values are counts, and the least of them.
@@ -88,21 +94,7 @@ def _check_recover(options: argparse.Namespace) -> None:
 
 
 def _check_shrink(options: argparse.Namespace) -> None:
-    given = [name for name in ("by", "calibration", "labels") if getattr(options, name)]
-    if options.blocks is None and given:
-        raise ValueError(f"--{given[0]} is for --blocks N: give that too, or leave it out.")
-    if options.blocks is not None:
-        if options.uniform:
-            raise ValueError("--uniform is for heads and neurons: leave it out with --blocks.")
-        if not options.calibration and not options.labels:
-            raise ValueError(
-                "--blocks looks at data: --calibration FILE, or of a classifier --labels FILE"
-            )
-        if options.blocks <= 0 or not (isinstance(options.blocks, int) or options.blocks < 1):
-            raise ValueError(
-                f"--blocks is {options.blocks}; wanted a number of blocks, as 4, or a fraction of them "
-                "in (0, 1), as 0.25."
-            )
+    check_parts(options)
     _check_output(options, "model", "the larger model")
 
 

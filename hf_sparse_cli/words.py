@@ -12,7 +12,10 @@ from collections.abc import Callable
 _VALUE = r"(?:torch\.)?(?P<quote>['\"]?)(?P<value>[\w.:*{}-]*[\w*}])(?P=quote)"
 _START, _END = r"(?<![\w./-])", r"(?![\w/])"
 # Arguments of calls that are flags of the same name.
-_FLAGS = ("sparsity", "method", "allocation", "refine", "scope", "r", "quantize", "dtype", "format")
+_FLAGS = (
+    *("sparsity", "method", "allocation", "refine", "scope", "r", "quantize", "dtype", "format"),
+    "by",
+)
 _LISTS = ("targets", "ignore")
 _CONFIG = (
     r"(?:config=)?SparsityConfig\(['\"](?P<pattern>[^'\"]+)['\"]"
@@ -59,9 +62,11 @@ _PHRASES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"hf_sparse\.recover_", "hf-sparse recover"),
     (r"hf_sparse\.shrink_\(model, uniform=True\)", "hf-sparse shrink --uniform"),
     (r"hf_sparse\.shrink_", "hf-sparse shrink"),
+    (r"hf_sparse\.drop_blocks_", "hf-sparse shrink --blocks"),
+    (r"^count is(?=.* experts? )", "--experts is"),
     (r"^count is", "--blocks is"),
     (r"hf_sparse\.export_onnx", "hf-sparse export"),
-    (rf"{_START}(?:resume|overwrite|uniform)=True", lambda match: f"--{match[0][:-5]}"),
+    (rf"{_START}(?:resume|overwrite|uniform|merge)=True", lambda match: f"--{match[0][:-5]}"),
     (rf"{_START}num_samples{_END}", "--num-samples"),
     (rf"{_START}batch_size{_END}", "--batch-size"),
     (rf"{_START}(?P<flag>{'|'.join(_LISTS)})=\[(?P<names>[^\]]*)\]", _list_flag),

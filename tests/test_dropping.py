@@ -277,7 +277,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for arguments, message in (
         (["--blocks", "4", *data], "every block of 4"),
         (["--blocks", "1"], "--calibration FILE"),
-        (["--by", "loss"], "--by is for --blocks"),
+        (["--by", "loss"], "--by is for --blocks N and --experts N"),
         (["--blocks", "1.5", *data], "wanted a number of blocks"),
         (["--blocks", "1", "--uniform", *data], "--uniform is for heads and neurons"),
     ):

@@ -116,6 +116,17 @@ def routed_tokens(
     Raises:
         ValueError: they are called otherwise, or the experts are spread over processes.
     """
+    found = routed(stack, args, kwargs, masks)
+    return lambda expert: found(expert)[0]
+
+
+def routed(
+    stack: ExpertStack, args: tuple[Any, ...], kwargs: dict[str, Any], masks: TokenMasks
+) -> Callable[[int], tuple[Tensor, Tensor | None]]:
+    """As `routed_tokens`, with what each expert's outputs are multiplied by, `(tokens,)`.
+
+    None in its place: they are not multiplied, as the inputs are.
+    """
     module = stack.module
     if is_spread(module):
         raise ValueError(
@@ -127,9 +138,9 @@ def routed_tokens(
     if len(given) == 1 and len(hidden) % stack.number == 0:
         own = hidden.view(stack.number, -1, hidden.shape[-1])
 
-        def nonzero(expert: int) -> Tensor:
+        def nonzero(expert: int) -> tuple[Tensor, None]:
             tokens = masks.counted(own[expert])
-            return tokens[(tokens != 0).any(dim=1)]
+            return tokens[(tokens != 0).any(dim=1)], None
 
         return nonzero
     chosen = given[1] if len(given) > 1 else None
@@ -137,15 +148,21 @@ def routed_tokens(
         raise ValueError(
             f"{type(module).__name__} is not called with hidden states (tokens, hidden) and the "
             "numbers of the experts (tokens, top_k): which tokens an expert gets is not known. Use "
-            "method='magnitude', or leave the experts out: ignore=['experts.*']."
+            "'magnitude', which needs no data, or leave the experts out: ignore=['experts.*']."
         )
+    weights = given[2] if len(given) > 2 else None
+    multiplied = isinstance(weights, Tensor) and weights.shape == chosen.shape
     counts = masks.of(hidden)
 
-    def routed(expert: int) -> Tensor:
-        gets = (chosen == expert).any(dim=1)
-        return hidden[gets if counts is None else gets & counts.to(gets.device)]
+    def chosen_by(expert: int) -> tuple[Tensor, Tensor | None]:
+        own = chosen == expert
+        gets = own.any(dim=1)
+        gets = gets if counts is None else gets & counts.to(gets.device)
+        if not multiplied:
+            return hidden[gets], None
+        return hidden[gets], (weights.detach() * own).sum(dim=1)[gets]  # type: ignore[union-attr]
 
-    return routed
+    return chosen_by
 
 
 def inner_activations(stack: ExpertStack, expert: int, tokens: Tensor) -> Tensor:
@@ -160,3 +177,15 @@ def inner_activations(stack: ExpertStack, expert: int, tokens: Tensor) -> Tensor
         inner: Tensor = module.act_fn(first)
         return inner
     return gated(module, first)
+
+
+def expert_outputs(stack: ExpertStack, expert: int, tokens: Tensor) -> Tensor:
+    """What an expert makes of its tokens `(tokens, hidden)`, before it is multiplied, of that shape."""
+    module: Any = stack.module
+    _, name = stack.parameters
+    weight, bias = getattr(module, name)[expert], getattr(module, f"{name}_bias", None)
+    return nn.functional.linear(
+        inner_activations(stack, expert, tokens),
+        weight.T if stack.transposed else weight,
+        None if bias is None else bias[expert],
+    )

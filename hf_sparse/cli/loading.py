@@ -181,6 +181,16 @@ def measurement(options: argparse.Namespace) -> Callable[[Any, Any], float]:
     )
 
 
+def batches_of(options: argparse.Namespace, bones: Any, tokenizer: Any) -> list[Any]:
+    """The data that --calibration or --labels name."""
+    if not options.labels:
+        return windows(tokenizer, read_documents(options.calibration), options)
+    texts, labels = (column[: options.num_samples] for column in labelled_texts(options))
+    return hf_sparse.labelledbatches_of(
+        bones, tokenizer, texts, labels, window=options.window, batch_size=options.batch_size
+    )
+
+
 def labelled_texts(options: argparse.Namespace) -> tuple[Any, list[Any]]:
     """The texts, or tuples of texts, of --labels, and their labels."""
     fields = text_fields(options)

@@ -8,25 +8,18 @@ one, without values, and compared block by block.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_sparse.structure.built import BUILD_ERRORS, Described, built, described
 from hf_sparse.structure.layers import find_stacks
-from hf_sparse.upstream.transformers.models import build
 
 # Words in the names of a config's lists that have an entry for each block, or numbers of blocks.
 _OF_BLOCKS = ("layer", "block")
-_SCALARS = (bool, int, float, str, type(None))
-_ERRORS = (
-    *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError),
-    *(StrictDataclassError, TypeError, ValueError),
-)
 
 
 @dataclass(frozen=True)
@@ -74,9 +67,9 @@ class Depth:
                 "(per_layer_config); wanted one that tells them by lists, or blocks of one size."
             )
         try:
-            whole = _built(model, config)
+            whole = built(model, config)
             listed: Any = whole.get_submodule(stack.name)
-        except _ERRORS as error:
+        except BUILD_ERRORS as error:
             raise ValueError(
                 f"transformers builds no {kind} with the blocks of this one from its config: {error}. "
                 "Save and load the model anew, or put back what was changed in its config."
@@ -98,9 +91,9 @@ class Depth:
     def all_alike(self) -> bool:
         """Whether all blocks are of one kind, so that any of them can go if the last can."""
         blocks: Any = self.whole.get_submodule(self.name)
-        first = dict(_described(blocks[0]))
+        first = dict(described(blocks[0]))
         return all(
-            _places(dict(_described(block)), number, first, 0) is not None
+            _places(dict(described(block)), number, first, 0) is not None
             for number, block in enumerate(blocks)
         )
 
@@ -137,9 +130,9 @@ class Depth:
         None: the config makes other blocks, or other modules beside them.
         """
         try:
-            short = _built(self.model, _shortened(self.model.config, kept))
+            short = built(self.model, _shortened(self.model.config, kept))
             blocks: Any = short.get_submodule(self.name)
-        except _ERRORS:
+        except BUILD_ERRORS:
             return None
         if len(blocks) != len(kept):
             return None
@@ -148,7 +141,7 @@ class Depth:
         mine = self.blocks
         for place, number in enumerate(kept):
             found = _places(
-                dict(_described(whole[number])), number, dict(_described(blocks[place])), place
+                dict(described(whole[number])), number, dict(described(blocks[place])), place
             )
             if found is None:
                 return None
@@ -158,8 +151,8 @@ class Depth:
 
     def _around(self, short: nn.Module) -> list[tuple[nn.Module, str, Any]] | None:
         """What tells the number of blocks in the modules around them; None: they have other tensors."""
-        before = dict(_described(self.whole, skip=self.name))
-        after = dict(_described(short, skip=self.name))
+        before = dict(described(self.whole, skip=self.name))
+        after = dict(described(short, skip=self.name))
         if before.keys() != after.keys():
             return None
         changes: list[tuple[nn.Module, str, Any]] = []
@@ -176,31 +169,8 @@ class Depth:
         return changes
 
 
-_Described = tuple[dict[str, Any], dict[str, Any]]
-
-
-def _described(module: nn.Module, skip: str | None = None) -> Iterator[tuple[str, _Described]]:
-    """For each module in a module, by its path: its class and the shapes of its tensors; its values.
-
-    Args:
-        module: the module.
-        skip: a path that is left out, with all that is below it.
-    """
-    for path, part in module.named_modules():
-        if skip is not None and f"{path}.".startswith(f"{skip}."):
-            continue
-        tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
-        values = {
-            name: value
-            for name, value in vars(part).items()
-            if not name.startswith("_") and name != "training" and type(value) in _SCALARS
-        }
-        yield path, ({"": type(part).__qualname__, **shapes}, values)
-
-
 def _places(
-    one: dict[str, _Described], number: int, other: dict[str, _Described], place: int
+    one: dict[str, Described], number: int, other: dict[str, Described], place: int
 ) -> list[tuple[str, str]] | None:
     """The attributes that tell the place of a block, by path and name.
 
@@ -225,13 +195,6 @@ def _places(
             elif value != others[name]:
                 return None
     return found
-
-
-def _built(model: PreTrainedModel, config: Any) -> nn.Module:
-    """A model of the same class without values."""
-    with torch.device("meta"):
-        built: nn.Module = build(type(model), config)
-    return built
 
 
 def _shortened(config: Any, kept: Sequence[int]) -> Any:

@@ -27,7 +27,7 @@ IMPOSSIBLE = ("batches is ", "a batch is ", "there are no gradients inside")
 def flags_of_calls() -> set[str]:
     """The keyword arguments that the commands give to calls of the package."""
     names = set()
-    for file in ("commands", "loading"):
+    for file in ("commands", "loading", "shrinking"):
         for node in ast.walk(ast.parse((PACKAGE / "cli" / f"{file}.py").read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("hf_sparse."):
                 names |= {keyword.arg for keyword in node.keywords if keyword.arg}

@@ -9,6 +9,7 @@ import pytest
 
 import hf_sparse
 from hf_sparse.dropping import METHODS as WAYS_TO_CHOOSE
+from hf_sparse.dropping_experts import METHODS as EXPERT_METHODS
 from hf_sparse.formats import FORMATS
 from hf_sparse.optim.methods import TRAINING_METHODS
 from hf_sparse.optim.penalties import PENALTIES, SCALES
@@ -52,6 +53,7 @@ def test_prune_tells_what_is_composed() -> None:
         (hf_sparse.SparsityConfig, FORMATS),
         (hf_sparse.recover_, RECOVERIES),
         (hf_sparse.drop_blocks_, WAYS_TO_CHOOSE),
+        (hf_sparse.drop_experts_, EXPERT_METHODS),
         (hf_sparse.SparseAdamW, (*PENALTIES, *SCALES)),
         (hf_sparse.Schedule, SHAPES),
         (hf_sparse.SparsityCallback, TRAINING_METHODS),

@@ -1,0 +1,119 @@
+"""The flags of `hf-sparse shrink`, and what is refused of them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hf_sparse_cli.choices import BLOCK_CHOICES, EXPERT_CHOICES
+from hf_sparse_cli.flags import (
+    TEXT,
+    add_labels,
+    add_loading,
+    add_printing,
+    add_saving,
+    add_windows,
+    command_parser,
+    named_list,
+    output_group,
+)
+from hf_sparse_cli.names import number_or_fraction
+
+# The ways to choose among the parts that go whole.
+CHOICES = {"blocks": BLOCK_CHOICES, "experts": EXPERT_CHOICES}
+
+
+def add_shrink(commands: Any) -> None:
+    """Add the command to the parser."""
+    command = command_parser(
+        commands,
+        "shrink",
+        "remove zero heads and neurons, whole blocks or experts, and save the smaller model",
+        "MODEL OUTPUT [--blocks|--experts N|FRACTION --calibration FILE ...]",
+        [
+            "SPARSE SMALLER --uniform",
+            "MODEL SMALLER --blocks 0.25 --calibration text.jsonl",
+            "MIXTURE SMALLER --experts 0.25 --by reap --calibration text.jsonl",
+        ],
+    )
+    what = command.add_argument_group("what to shrink")
+    what.add_argument("model", metavar="MODEL", help="folder or Hub name")
+    add_loading(what)
+    units = command.add_argument_group(
+        "heads and neurons", "Those that are zero, without --blocks and --experts."
+    )
+    units.add_argument(
+        "--uniform", action="store_true", help="blocks of one size: loads without hf_sparse"
+    )
+    whole = command.add_argument_group(
+        "blocks or experts",
+        f"{named_list('of blocks by', BLOCK_CHOICES)}\n{named_list('of experts by', EXPERT_CHOICES)}",
+    )
+    parts = whole.add_mutually_exclusive_group()
+    for flag, help in (
+        ("--blocks", "how many blocks go instead: a number, or a fraction of them"),
+        ("--experts", "how many experts of each block go instead, likewise"),
+    ):
+        parts.add_argument(flag, type=number_or_fraction, metavar="N", help=help)
+    whole.add_argument(
+        "--by",
+        choices=[*BLOCK_CHOICES, *EXPERT_CHOICES],
+        metavar="NAME",
+        help="see above (default loss, or reap)",
+    )
+    whole.add_argument(
+        "--merge", action="store_true", help="average experts that go into those that stay"
+    )
+    calibration = command.add_argument_group(
+        "calibration", "Texts that --blocks and --experts look at."
+    )
+    data = calibration.add_mutually_exclusive_group()
+    data.add_argument("--calibration", nargs="+", metavar="FILE", help=TEXT)
+    add_labels(calibration, data)
+    calibration.add_argument(
+        "--num-samples", type=int, default=32, help="windows, or rows at most (default 32)"
+    )
+    add_windows(calibration)
+    output = output_group(command, "folder to save the smaller model in")
+    add_saving(output)
+    add_printing(output)
+
+
+def check_parts(options: argparse.Namespace) -> None:
+    """Refuse flags of `shrink` that do not go together.
+
+    Raises:
+        ValueError: which, and what was wanted.
+    """
+    parts = [name for name in ("blocks", "experts") if getattr(options, name) is not None]
+    given = [name for name in ("by", "calibration", "labels", "merge") if getattr(options, name)]
+    if not parts and given:
+        raise ValueError(
+            f"--{given[0]} is for --blocks N and --experts N: give one of them too, or leave it out."
+        )
+    for part in parts:
+        _check_part(options, part)
+
+
+def _check_part(options: argparse.Namespace, part: str) -> None:
+    """Refuse flags that do not belong to whole blocks or experts, or that these lack."""
+    count, choices = getattr(options, part), CHOICES[part]
+    if options.uniform:
+        raise ValueError(f"--uniform is for heads and neurons: leave it out with --{part}.")
+    if options.by is not None and options.by not in choices:
+        raise ValueError(f"--by {options.by} is not for --{part}; wanted {', '.join(choices)}.")
+    if options.merge and part != "experts":
+        raise ValueError("--merge is for --experts alone: leave it out.")
+    looks = options.by != "magnitude" or options.merge
+    data = options.calibration or options.labels
+    if looks and not data:
+        raise ValueError(
+            f"--{part} looks at data: --calibration FILE, or of a classifier --labels FILE"
+        )
+    if data and not looks:
+        raise ValueError("--by magnitude looks at no data: leave --calibration and --labels out.")
+    if count <= 0 or not (isinstance(count, int) or count < 1):
+        raise ValueError(
+            f"--{part} is {count}; wanted a number of {part}, as 4, or a fraction of them in (0, 1), "
+            "as 0.25."
+        )
