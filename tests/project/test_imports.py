@@ -32,7 +32,7 @@ FLOORS = [
     ["adapters"],
     ["runtime"],
     ["exporters"],
-    ["distillation", "evaluation", "shrinking", "dropping", "budget", "benchmark"],
+    ["distillation", "evaluation", "recovery", "shrinking", "dropping", "budget", "benchmark"],
     ["recover"],
     ["saving"],
     ["hub"],
