@@ -24,6 +24,7 @@ FLOORS = [
     ["configuration_sparse"],
     ["structure"],
     ["report", "provenance"],
+    ["drop_report"],
     ["calibration"],
     ["files"],
     ["optim"],
