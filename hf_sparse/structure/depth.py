@@ -149,7 +149,7 @@ class Depth:
                 configs = [getattr(module, "config", None) for module in self.model.modules()]
                 for config in {id(config): config for config in configs}.values():
                     if getattr(config, "num_hidden_layers", None) == count:
-                        _shorten_(config, {"num_hidden_layers": numbers})
+                        shorten_(config, {"num_hidden_layers": numbers})
 
     def _by_list(self, kept: Sequence[int]) -> dict[str, list[int]]:
         """The numbers of blocks in each list, of their numbers over all."""
@@ -276,11 +276,11 @@ def _built(model: PreTrainedModel, config: Any) -> nn.Module:
 def _shortened(config: Any, kept: Mapping[str, Sequence[int]]) -> Any:
     """The config of a model with some of the blocks, as a file of it is read."""
     short = copy.deepcopy(config)
-    _shorten_(short, kept)
+    shorten_(short, kept)
     return type(config).from_dict(short.to_dict())
 
 
-def _shorten_(config: Any, kept: Mapping[str, Sequence[int]]) -> None:
+def shorten_(config: Any, kept: Mapping[str, Sequence[int]]) -> None:
     """Let a config tell some of its blocks: their number, lists with an entry for each, indices.
 
     Args:
