@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hf_sparse.compiled_files.files import save_compiled as save_compiled
     from hf_sparse.configuration_sparse import SparsityConfig as SparsityConfig
     from hf_sparse.distillation import Distillation as Distillation
-    from hf_sparse.dropping import DropReport as DropReport
+    from hf_sparse.drop_report import DropReport as DropReport
     from hf_sparse.dropping import drop_blocks_ as drop_blocks_
     from hf_sparse.dropping_experts import ExpertReport as ExpertReport
     from hf_sparse.dropping_experts import drop_experts_ as drop_experts_
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "Distillation": "hf_sparse.distillation",
-    "DropReport": "hf_sparse.dropping",
+    "DropReport": "hf_sparse.drop_report",
     "ExpertReport": "hf_sparse.dropping_experts",
     "FormatError": "hf_sparse.formats",
     "KeepZeros": "hf_sparse.optim.keep_zeros_callback",

@@ -9,16 +9,18 @@ Sources: Men et al., "ShortGPT: Layers in Large Language Models are More Redunda
 https://arxiv.org/abs/2403.03853, whose block influence is `similarity`: measured once, on the whole
 model. Kim et al., "Shortened LLaMA", https://arxiv.org/abs/2402.02834, remove by the loss, measured
 once; here it is measured anew after each block: of two that do the same only one can go.
-Departures: padding does not count; blocks without which the family's config could not tell the model
-are not chosen.
+Departures: padding does not count; the blocks of encoder and decoder compete; blocks without which the
+family's config could not tell the model are not chosen.
+
+Only a block's attention cannot go: no config of transformers tells a block without it. Where attention
+and feed-forward network are blocks of their own (Nemotron-H), each can.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,87 +33,14 @@ from hf_sparse.calibration.block_scores import Batches, Influence, mean_loss, sk
 from hf_sparse.calibration.losses import check_labels
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.windows import checked_batches, fingerprint
+from hf_sparse.drop_report import DropReport
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
-from hf_sparse.report import format_table
 from hf_sparse.structure.changeable import check_changeable
 from hf_sparse.structure.depth import Depth
 from hf_sparse.structure.layers import num_parameters
 from hf_sparse.structure.targets import promised_layers, renew_promise_
 from hf_sparse.suggestions import check_name
-
-
-@dataclass(frozen=True)
-class DropReport:
-    """Which blocks `drop_blocks_` removed.
-
-    Attributes:
-        name: of the list of blocks.
-        by: how they were chosen.
-        removed: their numbers in the model as it was, in the order in which they were chosen.
-        scores: what each of them was chosen by: the loss without it and those before it, or its
-            influence.
-        blocks: before and after.
-        parameters: weights in the whole model, before and after.
-        loss: on the calibration data, before and after; None where it was not measured.
-        all_scores: of all blocks of the whole model; None: the block could not go.
-    """
-
-    name: str
-    by: str
-    removed: tuple[int, ...]
-    scores: tuple[float, ...]
-    blocks: tuple[int, int]
-    parameters: tuple[int, int]
-    loss: tuple[float, float] | None
-    all_scores: tuple[float | None, ...]
-
-    @property
-    def method(self) -> str:
-        """The name of the step on the model card."""
-        return "drop_blocks"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the card tells of it."""
-        return {"by": self.by, "removed": ", ".join(map(str, self.removed))}
-
-    def to_json(self) -> str:
-        """All of it as JSON text."""
-        return json.dumps(asdict(self), indent=2)
-
-    def summary(self) -> str:
-        """The totals in a few lines."""
-        lines = [
-            f"{self.blocks[1]} of {self.blocks[0]} blocks are left of {self.name}: "
-            f"{', '.join(map(str, sorted(self.removed)))} went, by {self.by}",
-            f"whole model: {self.parameters[1]:,} of {self.parameters[0]:,} weights",
-        ]
-        if self.loss is not None:
-            lines.append(
-                f"loss on the calibration data: {self.loss[0]:.4f} before, {self.loss[1]:.4f} after"
-            )
-        return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        return f"<DropReport: {' '.join(self.summary().splitlines()[:2])}>"
-
-    def __str__(self) -> str:
-        return self.table()
-
-    def table(self) -> str:
-        """A row for each block of the whole model, and the totals."""
-        turns = {number: turn for turn, number in enumerate(self.removed, start=1)}
-        title = "loss without it" if self.by == "loss" else "influence"
-        rows = [
-            (
-                f"{self.name}.{number}",
-                "has to stay" if score is None else f"{score:.4f}",
-                f"removed ({turns[number]})" if number in turns else "",
-            )
-            for number, score in enumerate(self.all_scores)
-        ]
-        return f"{format_table(('block', title, ''), rows)}\n{self.summary()}"
 
 
 @torch.no_grad()
@@ -129,8 +58,9 @@ def drop_blocks_(
     best with the whole model as teacher (`hf_sparse.Distillation`). Make optimizers after this.
 
     Args:
-        model: an encoder or a decoder, with one list of blocks.
-        count: how many go: a number of blocks, or a fraction of them, in `(0, 1)`, which is rounded.
+        model: an encoder or a decoder, with one list of blocks, or an encoder-decoder with two, whose
+            blocks compete: each list keeps one.
+        count: how many go: a number of blocks, or a fraction of all, in `(0, 1)`, which is rounded.
         batches: calibration inputs, as for `hf_sparse.prune_`. For `"loss"` with `labels`, but for
             causal language models.
         by: `"loss"`: after each removal, the loss without each of the others is measured: about
@@ -142,8 +72,8 @@ def drop_blocks_(
     Memory: the model, and the activations of one batch.
 
     Raises:
-        ValueError: another `by` or count; an encoder-decoder; blocks that share weights; a model that
-            is compiled, quantized or sharded, or has adapters or weights without values; no
+        ValueError: another `by` or count; other lists of blocks; blocks that share weights; a model
+            that is compiled, quantized or sharded, or has adapters or weights without values; no
             calibration data; a config that cannot tell fewer blocks; a loss that is not finite. Nothing
             has changed then.
     """
@@ -152,7 +82,8 @@ def drop_blocks_(
     check_name(by, METHODS, "by", "ways to choose")
     check_changeable(model, "drop_blocks_", "drop blocks")
     depth = Depth.of(model)
-    total = len(depth.blocks)
+    names = tuple(f"{name}.{number}" for name, number in depth.places)
+    total = len(names)
     wanted = number_of_blocks(count, total)
     inputs: Batches = checked_batches(batches, model, by)
     if by == "loss":
@@ -173,6 +104,7 @@ def drop_blocks_(
         (before, num_parameters(model)),
         loss,
         tuple(every),
+        names,
     )
     data = Calibration.of(inputs, fingerprint(inputs))
     record_(model, Step.of(report.method, report.options, calibration=data))
@@ -205,11 +137,11 @@ class _Choice:
 
     Attributes:
         depth: the model.
-        free: whether any of them can.
+        free: the lists any block of which can go.
     """
 
     depth: Depth
-    free: bool
+    free: frozenset[str]
 
     @classmethod
     def of(cls, depth: Depth, wanted: int) -> _Choice:
@@ -218,9 +150,16 @@ class _Choice:
         Raises:
             ValueError: it cannot.
         """
-        total = len(depth.blocks)
-        choice = cls(depth, depth.all_alike and depth.allows(range(total - wanted)))
-        if not choice.free and not choice.candidates(range(total)):
+        places = depth.places
+        free = set()
+        for name in depth.lists:
+            numbers = [number for number, place in enumerate(places) if place[0] == name]
+            last = set(numbers[1:][-wanted:])
+            rest = [number for number in range(len(places)) if number not in last]
+            if last and depth.is_alike(name) and depth.allows(rest):
+                free.add(name)
+        choice = cls(depth, frozenset(free))
+        if not choice.candidates(range(len(places))):
             raise ValueError(
                 f"a config of type '{depth.model.config.model_type}' cannot tell a model without one "
                 "of these blocks: transformers would build blocks of other kinds, or other weights "
@@ -231,10 +170,12 @@ class _Choice:
     def candidates(self, kept: Iterable[int]) -> list[int]:
         """Those of the blocks, any one of which can go."""
         numbers = list(kept)
-        if self.free:
-            return numbers
+        lists = [self.depth.places[number][0] for number in numbers]
         return [
-            number for number in numbers if self.depth.allows([o for o in numbers if o != number])
+            number
+            for number, name in zip(numbers, lists, strict=True)
+            if lists.count(name) > 1
+            and (name in self.free or self.depth.allows([o for o in numbers if o != number]))
         ]
 
 
@@ -284,8 +225,9 @@ def _by_similarity(choice: _Choice, wanted: int, batches: Batches) -> _Chosen:
     influence = Influence(blocks)
     with influence.measuring():
         for batch in tqdm(batches, desc="Measuring the influence of blocks"):
-            influence.mask = batch.get("attention_mask")
-            model(**{name: value for name, value in batch.items() if name != "labels"})
+            influence.masks = _masks(batch, choice.depth)
+            needs_none = len(choice.depth.lists) == 1  # a decoder's inputs are made of labels
+            model(**{k: v for k, v in batch.items() if not needs_none or k != "labels"})
     found = influence.values()
     if not all(map(math.isfinite, found)):
         raise ValueError(
@@ -305,6 +247,15 @@ def _by_similarity(choice: _Choice, wanted: int, batches: Batches) -> _Chosen:
         removed.append(min(candidates, key=lambda number: (found[number], number)))
     every = [value if number in able else None for number, value in enumerate(found)]
     return removed, [found[number] for number in removed], every, None
+
+
+def _masks(batch: Mapping[str, Any], depth: Depth) -> list[Tensor | None]:
+    """Which tokens count, for each block: a decoder behind an encoder has its own."""
+    first = next(iter(depth.lists))
+    labels = batch.get("labels")
+    of_decoder = batch.get("decoder_attention_mask", None if labels is None else labels != -100)
+    mask = batch.get("attention_mask")
+    return [mask if name == first else of_decoder for name, _ in depth.places]
 
 
 METHODS = {"loss": _by_loss, "similarity": _by_similarity}

@@ -1,7 +1,7 @@
 """Recovery in one call: a pruned language model is trained on text, and its zeros stay.
 
-A plain loop for causal language models: AdamW without decay, a warm-up and a cosine, gradients
-clipped to norm 1. Trainer does the same with `KeepZeros`, or on what `get_peft_model` returns.
+A model that lost blocks, heads or neurons has no zeros: it is trained as it is. The loop stands in
+`recovery.py`; Trainer does the same with `KeepZeros`, or on what `get_peft_model` returns.
 """
 
 from __future__ import annotations
@@ -10,176 +10,43 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.logging import tqdm
 
-from hf_sparse.adapters.loading import get_peft_model, import_peft
-from hf_sparse.adapters.merging import merge_
-from hf_sparse.adapters.on_layers import adaptable, adapter_on, left_alone, shira_rank
+from hf_sparse.adapters.loading import import_peft
+from hf_sparse.adapters.on_layers import adaptable, left_alone
 from hf_sparse.arguments import check_gradients, check_has_values, check_kinds, check_model
 from hf_sparse.calibration.losses import (
     check_labels,
     check_predicts,
-    fast_autocast,
     with_labels,
 )
-from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.windows import checked_batches, fingerprint
 from hf_sparse.distillation import Distillation
-from hf_sparse.optim.keep_zeros import FrozenMask
 from hf_sparse.optim.zeros import is_sparse, sparse_layers, zeros_hash
-from hf_sparse.provenance.record import forget_teaching_, record_, record_training_
+from hf_sparse.provenance.record import (
+    forget_teaching_,
+    provenance_of,
+    record_,
+    record_training_,
+)
 from hf_sparse.provenance.values import Calibration, Step, pairs
+from hf_sparse.recovery import RECOVERIES, Recovery
 from hf_sparse.report import SparsityReport, measure_sparsity
-from hf_sparse.structure.layers import TargetLayer, parameters_of, promised_config
+from hf_sparse.structure.layers import (
+    TargetLayer,
+    num_parameters,
+    parameters_of,
+    promised_config,
+)
 from hf_sparse.suggestions import check_name
 from hf_sparse.upstream.peft_by_name import has_adapters, is_peft_model
 
-_WARM_UP = 0.1
-_CLIP = 1.0
-
-
-@dataclass(frozen=True)
-class RecoveryMethod:
-    """A way to recover.
-
-    Attributes:
-        summary: what is trained.
-        lr: the peak learning rate, unless given.
-        r: the rank, or ShiRA's measure of as many weights; None: all weights are trained.
-    """
-
-    summary: str
-    lr: float
-    r: int | None = None
-
-
-RECOVERIES = {
-    "finetune": RecoveryMethod("all weights, the zeros frozen", 3e-4),
-    "lora": RecoveryMethod("masked LoRA, merged at the end", 2e-3, 16),
-    "shira": RecoveryMethod("single kept weights (ShiRA), merged at the end", 5e-3, 16),
-}
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """A method and its settings, with nothing left open.
-
-    Attributes:
-        method: a key of `RECOVERIES`.
-        lr: the peak learning rate.
-        r: the rank of the adapter; None: all weights are trained.
-        epochs: passes over the batches.
-        accumulate: batches in an optimizer step.
-        seed: of the order of the batches and the start of adapters.
-    """
-
-    method: str
-    lr: float
-    r: int | None
-    epochs: int
-    accumulate: int
-    seed: int
-
-    @classmethod
-    def of(
-        cls,
-        method: str,
-        layers: Sequence[TargetLayer],
-        lr: float | None,
-        r: int | None,
-        **settings: int,
-    ) -> Recovery:
-        """The recovery of a model's sparse layers; None stands for the method's own value."""
-        default = RECOVERIES[method]
-        if r is None and default.r is not None:
-            r = shira_rank(default.r, layers) if method == "shira" else default.r
-        return cls(method, lr or default.lr, r, **settings)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The settings that the report and the model card name."""
-        rank = {} if self.r is None else {"r": self.r}
-        return {"epochs": self.epochs, "lr": self.lr, **rank}
-
-    @contextmanager
-    def prepared(self, model: Any, layers: Sequence[TargetLayer]) -> Iterator[nn.Module]:
-        """What is to be trained in a model: the model itself, or the model with an adapter.
-
-        The adapter is merged at the end. Behind an error it is taken off, and the model is as before.
-        """
-        if self.r is None:
-            with switched(model, trained=list(model.parameters())):
-                yield model
-            return
-        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        trained = get_peft_model(model, adapter_on(self.method, self.r, layers, self.seed))
-        try:
-            with switched(model):
-                yield trained
-            merge_(trained)
-        finally:
-            if has_adapters(model):
-                trained.unload()
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-
-    def run(
-        self, trained: nn.Module, batches: Sequence[dict[str, Any]], *, freeze: bool
-    ) -> list[float]:
-        """Train what has gradients in what `prepared` gave.
-
-        Args:
-            trained: the model, or the model with an adapter.
-            batches: with labels.
-            freeze: whether a mask keeps the zeros; an adapter keeps them by itself.
-
-        Returns:
-            The mean loss of each step.
-        """
-        parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
-        frozen = FrozenMask(optimizer, trained) if freeze else None
-        groups = self._order(len(batches))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: _share(step, len(groups))
-        )
-        trained.train()
-        losses: list[float] = []
-        for group in tqdm(groups, desc="Recovering"):
-            total = 0.0
-            for index in group:
-                with fast_autocast(next(trained.parameters())):
-                    loss = trained(**batches[index]).loss
-                (loss / len(group)).backward()
-                total += float(loss.detach()) / len(group)
-            if not math.isfinite(total):
-                raise ValueError(
-                    f"the loss is {total} after {len(losses)} steps. Load the model again, and take a "
-                    f"lower learning rate than {self.lr}."
-                )
-            nn.utils.clip_grad_norm_(parameters, _CLIP)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(total)
-        if frozen is not None:
-            frozen.check()
-        return losses
-
-    def _order(self, count: int) -> list[list[int]]:
-        """The batches of each optimizer step, in a random order in each epoch."""
-        generator = torch.Generator().manual_seed(self.seed)
-        order = [
-            index
-            for _ in range(self.epochs)
-            for index in torch.randperm(count, generator=generator).tolist()
-        ]
-        return [order[i : i + self.accumulate] for i in range(0, len(order), self.accumulate)]
+# Steps of a model's history that leave it without zeros, and with less to know.
+_SMALLER = ("shrink", "drop_blocks", "slim")
 
 
 def recover_(
@@ -195,7 +62,7 @@ def recover_(
     logits: float = 0.5,
     seed: int = 0,
 ) -> SparsityReport:
-    """Train a sparse causal language model on text, in place; every zero stays, and no other comes.
+    """Train a sparse or smaller causal language model on text, in place; zeros stay, no other comes.
 
     Layers that the model's config does not target count as sparse from 0.5 % zeros on; fewer are
     taken for chance and not kept.
@@ -203,11 +70,11 @@ def recover_(
     On CPUs where bfloat16 is faster the products of a float32 model are taken in it.
 
     Args:
-        model: the sparse model, without adapters.
+        model: the sparse model, or one that lost blocks, heads or neurons; without adapters.
         batches: as from `hf_sparse.calibration_batches`; their `labels`, if they have any, or else
             the tokens themselves.
         method: a key of `RECOVERIES`: `"finetune"`, `"lora"` or `"shira"`.
-        teacher: the dense model; its logits are learned from too.
+        teacher: the dense model, of any number of blocks; its logits are learned from too.
         epochs: passes over the batches.
         accumulate: batches in an optimizer step.
         lr: peak learning rate; None: the method's.
@@ -223,9 +90,9 @@ def recover_(
     weights; the base model may be bfloat16.
 
     Raises:
-        ValueError: no zeros to keep, an unknown method, values outside what is allowed, fine-tuning
-            of a model that is not float32, or the loss is no longer finite: without
-            adapters the model is damaged then.
+        ValueError: no zeros to keep in a model that was not made smaller, an unknown method, values
+            outside what is allowed, fine-tuning of a model that is not float32, or the loss is no
+            longer finite: without adapters the model is damaged then.
         ImportError: adapters without PEFT installed.
     """
     check_name(method, RECOVERIES, "method", "methods")
@@ -245,14 +112,14 @@ def recover_(
     given = checked_batches(batches, model, method)
     inputs = _labelled(given, model, method)
     layers = sparse_layers(model)
-    _check_model(model, layers, method)
+    _check_model(model, layers, method, teacher)
     zeros = zeros_hash(map(torch.Tensor.detach, parameters_of(layers)))
     start = time.perf_counter()
     distillation = None if teacher is None else Distillation(teacher, logits=logits)
     torch.manual_seed(seed)
     recovery = Recovery.of(method, layers, lr, r, epochs=epochs, accumulate=accumulate, seed=seed)
     with recovery.prepared(model, layers) as trained, _taught(model, distillation):
-        losses = recovery.run(trained, inputs, freeze=recovery.r is None)
+        losses = recovery.run(trained, inputs, freeze=recovery.r is None and bool(layers))
     if zeros_hash(map(torch.Tensor.detach, parameters_of(sparse_layers(model)))) != zeros:
         raise ValueError("the zeros of the model have changed while it was trained. Load it again.")
     report = replace(
@@ -297,12 +164,22 @@ def _labelled(
     return labelled
 
 
-def _check_model(model: nn.Module, layers: Sequence[TargetLayer], method: str) -> None:
-    """Raise a ValueError unless the model has zeros to keep, and a type that can be trained."""
+def _check_model(
+    model: nn.Module, layers: Sequence[TargetLayer], method: str, teacher: nn.Module | None
+) -> None:
+    """Raise a ValueError unless there is something to recover, and a type that can be trained."""
     if not any(is_sparse(layer.parameter.detach()) for layer in layers):
-        raise ValueError(
-            f"{type(model).__name__} has no zeros to keep. Prune it first: hf_sparse.prune_."
-        )
+        if not _is_smaller(model, teacher):
+            raise ValueError(
+                f"{type(model).__name__} has no zeros to keep, and is not known to have been made "
+                "smaller. Prune it first: hf_sparse.prune_. Of a smaller model give the whole one as "
+                "teacher."
+            )
+        if RECOVERIES[method].r is not None:
+            raise ValueError(
+                f"{type(model).__name__} has no zeros, which method '{method}' is for: what was made "
+                "smaller needs all its weights to recover. Take method='finetune'."
+            )
     if RECOVERIES[method].r is not None and not adaptable(layers):
         raise ValueError(
             f"the sparse weights of {type(model).__name__} are experts in 3-D parameters, which no "
@@ -313,6 +190,13 @@ def _check_model(model: nn.Module, layers: Sequence[TargetLayer], method: str) -
             "fine-tuning all weights of a model in half precision loses small updates. Load it with "
             "dtype=torch.float32, or recover by 'lora', whose base model may be bfloat16."
         )
+
+
+def _is_smaller(model: nn.Module, teacher: nn.Module | None) -> bool:
+    """Whether blocks or parts of them were removed, as its provenance or its teacher's size tells."""
+    if any(step.method in _SMALLER for step in provenance_of(model).steps):
+        return True
+    return teacher is not None and num_parameters(model) < num_parameters(teacher)
 
 
 @contextmanager
@@ -327,11 +211,3 @@ def _taught(model: nn.Module, distillation: Distillation | None) -> Iterator[Non
         yield
     finally:
         distillation.remove()
-
-
-def _share(step: int, steps: int) -> float:
-    """Share of the peak rate in a step: a warm-up, then a cosine down to nothing."""
-    warm = max(1, round(_WARM_UP * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))

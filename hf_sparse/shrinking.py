@@ -18,8 +18,13 @@ from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Step
 from hf_sparse.report import format_table
 from hf_sparse.structure.layers import PRUNED_WITH, num_parameters, promised_config
-from hf_sparse.structure.own_config import check_expressible, is_expressible, set_size_
-from hf_sparse.structure.parts import BlockSize
+from hf_sparse.structure.own_config import (
+    check_expressible,
+    is_expressible,
+    set_size_,
+    tell_modules_,
+)
+from hf_sparse.structure.parts import BlockSize, parts_of
 from hf_sparse.structure.removal import plans_of
 from hf_sparse.structure.units import BlockUnits, check_whole, find_units
 from hf_sparse.suggestions import deprecated_name
@@ -119,8 +124,9 @@ def shrink_(model: PreTrainedModel, *, uniform: bool = False) -> ShrinkReport:
     `AutoModel*.from_pretrained` makes them after `import hf_sparse`. Make optimizers after this.
 
     Args:
-        model: of a family in `hf_sparse.structure.parts.PARTS`, pruned by whole heads (`head`), neurons
-            (`column`, `row`), or trained to have such zeros.
+        model: of a family in `hf_sparse.structure.parts.PARTS` or `anatomy.FAMILIES`, pruned by whole
+            heads (`head`), neurons (`column`, `row`), or trained to have such zeros. Blocks of the
+            latter are always left with one size.
         uniform: leave all blocks with one size, that of the block which can lose the fewest, though
             other blocks keep zeros; refuse if the family's config cannot tell it. What was pruned to a
             `SparsityConfig` with `uniform=True` is shrunk so without asking.
@@ -143,7 +149,8 @@ def shrink_(model: PreTrainedModel, *, uniform: bool = False) -> ShrinkReport:
     for units in blocks:
         check_whole(units.layers)
     promised = promised_config(model)
-    uniform = uniform or (promised is not None and promised.uniform)
+    listed = parts_of(model.config) is not None
+    uniform = uniform or (promised is not None and promised.uniform) or not listed
     plans = plans_of(blocks, uniform)
     before = tuple(units.size for units in blocks)
     after = tuple(plan.size for plan in plans)
@@ -159,8 +166,10 @@ def shrink_(model: PreTrainedModel, *, uniform: bool = False) -> ShrinkReport:
     weights, parameters = _weights(blocks), num_parameters(model)
     for plan in plans:
         plan.apply()
-    if plain:
+    if plain and listed:
         set_size_(model.config, after[0])
+    elif plain:
+        tell_modules_(model, after[0])
     else:
         model.config.block_sizes = [asdict(size) for size in after]
     # What was promised of the zeros was promised of weights that are gone.

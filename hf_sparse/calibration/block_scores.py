@@ -41,12 +41,13 @@ class Influence:
 
     Attributes:
         blocks: of a model, in order.
-        mask: of the batch that runs, `(sequences, tokens)`; None: there is no padding.
+        masks: for each block, which tokens of the batch that runs count, `(sequences, tokens)`; None:
+            all do.
     """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.blocks = blocks
-        self.mask: Tensor | None = None
+        self.masks: Sequence[Tensor | None] = [None] * len(blocks)
         self._sums = [0.0] * len(blocks)
         self._tokens = [0] * len(blocks)
 
@@ -72,8 +73,9 @@ class Influence:
 
     def _add(self, number: int, before: Tensor, after: Tensor) -> None:
         cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
-        if self.mask is not None and self.mask.shape == cosine.shape:
-            cosine = cosine[self.mask.to(cosine.device).bool()]
+        mask = self.masks[number]
+        if mask is not None and mask.shape == cosine.shape:
+            cosine = cosine[mask.to(cosine.device).bool()]
         self._sums[number] += float(cosine.double().sum())
         self._tokens[number] += cosine.numel()
 

@@ -1,4 +1,4 @@
-"""What transformers builds from a config, without values, and how two such models are compared."""
+"""What transformers builds from a config, without values, and the configs that a model holds."""
 
 from __future__ import annotations
 
@@ -17,10 +17,6 @@ BUILD_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError),
     *(StrictDataclassError, TypeError, ValueError),
 )
-_SCALARS = (bool, int, float, str, type(None))
-
-# Of a module: its class and the shapes of its tensors, by name; its values.
-Described = tuple[dict[str, Any], dict[str, Any]]
 
 
 def built(model: PreTrainedModel, config: Any) -> nn.Module:
@@ -28,26 +24,6 @@ def built(model: PreTrainedModel, config: Any) -> nn.Module:
     with torch.device("meta"):
         found: nn.Module = build(type(model), config)
     return found
-
-
-def described(module: nn.Module, skip: str | None = None) -> Iterator[tuple[str, Described]]:
-    """For each module in a module, by its path: its class and the shapes of its tensors; its values.
-
-    Args:
-        module: the module.
-        skip: a path that is left out, with all that is below it.
-    """
-    for path, part in module.named_modules():
-        if skip is not None and f"{path}.".startswith(f"{skip}."):
-            continue
-        tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
-        values = {
-            name: value
-            for name, value in vars(part).items()
-            if not name.startswith("_") and name != "training" and type(value) in _SCALARS
-        }
-        yield path, ({"": type(part).__qualname__, **shapes}, values)
 
 
 def configs_in(config: Any) -> Iterator[Any]:

@@ -8,15 +8,16 @@ one, without values, and compared block by block.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_sparse.structure.built import BUILD_ERRORS, Described, built, described
+from hf_sparse.structure.built import BUILD_ERRORS, built
 from hf_sparse.structure.layers import find_stacks
+from hf_sparse.structure.modules_described import described, places_told
 
 # Words in the names of a config's lists that have an entry for each block, or numbers of blocks.
 _OF_BLOCKS = ("layer", "block")
@@ -26,14 +27,16 @@ _OF_BLOCKS = ("layer", "block")
 class Depth:
     """A model whose blocks can go.
 
+    Blocks are numbered over all lists: an encoder's first, then a decoder's.
+
     Attributes:
         model: the model.
-        name: of its list of blocks.
+        lists: the names of its lists of blocks, and what its config calls the number of blocks in each.
         whole: what transformers builds from its config, without values.
     """
 
     model: PreTrainedModel
-    name: str
+    lists: Mapping[str, str]
     whole: nn.Module
 
     @classmethod
@@ -41,26 +44,30 @@ class Depth:
         """Find the blocks of a model.
 
         Raises:
-            ValueError: it has no list of blocks or several, they share weights, or the model is not
-                the one that its config describes.
+            ValueError: it has no list of blocks, or several but is no encoder-decoder; they share
+                weights, or the model is not the one that its config describes.
         """
         kind, config = type(model).__name__, model.config
         stacks = find_stacks(model)
-        if getattr(config, "is_encoder_decoder", False) or len(stacks) != 1:
+        both = bool(getattr(config, "is_encoder_decoder", False))
+        if len(stacks) != 1 + both:
             found = ", ".join(stack.name for stack in stacks) or "none"
             raise ValueError(
                 f"the lists of blocks in this {kind} are: {found}; wanted an encoder or a decoder with "
-                "one list: of several, blocks would have to be chosen together."
+                "one list, or an encoder-decoder with one each: of others, blocks would have to be "
+                "chosen together."
             )
-        [stack] = stacks
+        counts = {stack.name: len(stack.blocks) for stack in stacks}
         count = getattr(config, "num_hidden_layers", None)
-        if count != len(stack.blocks):
+        if not both and count != len(stacks[0].blocks):
             raise ValueError(
-                f"num_hidden_layers of this {kind} is {count}, and {stack.name} has "
-                f"{len(stack.blocks)} blocks: they run several times with the same weights, or the "
-                "config is of another model. Wanted blocks with weights of their own."
+                f"num_hidden_layers of this {kind} is {count}, and "
+                f"{stacks[0].name} has {len(stacks[0].blocks)} blocks: they run several times with the "
+                "same weights, or the config is of another model. Wanted blocks with weights of their "
+                "own."
             )
-        _check_own(stack.name, stack.blocks)
+        for stack in stacks:
+            _check_own(stack.name, stack.blocks)
         if getattr(config, "is_heterogeneous", False):
             raise ValueError(
                 f"the config of this {kind} gives blocks sizes of their own by number "
@@ -68,38 +75,48 @@ class Depth:
             )
         try:
             whole = built(model, config)
-            listed: Any = whole.get_submodule(stack.name)
+            made = {name: len(list(_list(whole, name))) for name in counts}
         except BUILD_ERRORS as error:
             raise ValueError(
                 f"transformers builds no {kind} with the blocks of this one from its config: {error}. "
                 "Save and load the model anew, or put back what was changed in its config."
             ) from error
-        if len(listed) != count:
+        if made != counts:
             raise ValueError(
-                f"the config of this {kind} makes {len(listed)} blocks, and it has {count}: it is not "
-                "the model that its config describes."
+                f"the config of this {kind} makes {_told(made)} blocks, and it has {_told(counts)}: it "
+                "is not the model that its config describes."
             )
-        return cls(model, stack.name, whole)
+        names = _names_of_counts(model, counts) if both else {stacks[0].name: "num_hidden_layers"}
+        return cls(model, names, whole)
+
+    @property
+    def name(self) -> str:
+        """Of the list of blocks, or of both lists."""
+        return " and ".join(self.lists)
 
     @property
     def blocks(self) -> list[nn.Module]:
         """The model's blocks, in order."""
-        listed: Any = self.model.get_submodule(self.name)
-        return list(listed)
+        return [block for name in self.lists for block in _list(self.model, name)]
 
     @property
-    def all_alike(self) -> bool:
-        """Whether all blocks are of one kind, so that any of them can go if the last can."""
-        blocks: Any = self.whole.get_submodule(self.name)
+    def places(self) -> list[tuple[str, int]]:
+        """For each block its list, and its number there."""
+        counted = ((name, len(_list(self.model, name))) for name in self.lists)
+        return [(name, number) for name, count in counted for number in range(count)]
+
+    def is_alike(self, name: str) -> bool:
+        """Whether all blocks of a list are of one kind, so that any of them can go if the last can."""
+        blocks = _list(self.whole, name)
         first = dict(described(blocks[0]))
         return all(
-            _places(dict(described(block)), number, first, 0) is not None
+            places_told(dict(described(block)), number, first, 0) is not None
             for number, block in enumerate(blocks)
         )
 
     def allows(self, kept: Sequence[int]) -> bool:
         """Whether transformers builds the model that has these blocks alone."""
-        return self._changes(kept) is not None
+        return self._changes(self._by_list(kept)) is not None
 
     def keep_(self, kept: Sequence[int]) -> None:
         """Remove all blocks but those of these numbers, in ascending order.
@@ -107,52 +124,88 @@ class Depth:
         Raises:
             ValueError: the config cannot tell the model that is left. Nothing has changed then.
         """
-        changes = self._changes(kept)
+        by_list = self._by_list(kept)
+        changes = self._changes(by_list)
         if changes is None:
             raise ValueError(
                 f"transformers builds no {type(self.model).__name__} of blocks {list(kept)} from a "
                 "config with fewer blocks: they would be of other kinds. Remove other blocks."
             )
+        if len(by_list) > 1:
+            self._tell_parts_(by_list)
         for module, name, value in changes:
             setattr(module, name, value)
-        listed: Any = self.model.get_submodule(self.name)
-        count = len(listed)
-        for number in sorted(set(range(count)) - set(kept), reverse=True):
-            del listed[number]
-        configs = [getattr(module, "config", None) for module in self.model.modules()]
-        for config in {id(config): config for config in configs}.values():
-            if getattr(config, "num_hidden_layers", None) == count:
-                _shorten_(config, kept)
+        for name, numbers in by_list.items():
+            listed, count = _list(self.model, name), len(_list(self.model, name))
+            for number in sorted(set(range(count)) - set(numbers), reverse=True):
+                del listed[number]
+            if len(by_list) == 1:
+                configs = [getattr(module, "config", None) for module in self.model.modules()]
+                for config in {id(config): config for config in configs}.values():
+                    if getattr(config, "num_hidden_layers", None) == count:
+                        shorten_(config, {"num_hidden_layers": numbers})
 
-    def _changes(self, kept: Sequence[int]) -> list[tuple[nn.Module, str, Any]] | None:
+    def _by_list(self, kept: Sequence[int]) -> dict[str, list[int]]:
+        """The numbers of blocks in each list, of their numbers over all."""
+        found: dict[str, list[int]] = {name: [] for name in self.lists}
+        places = self.places
+        for number in kept:
+            name, place = places[number]
+            found[name].append(place)
+        return found
+
+    def _short(self, by_list: Mapping[str, Sequence[int]]) -> nn.Module:
+        """What transformers builds from the config that tells some of the blocks."""
+        counts = {self.lists[name]: numbers for name, numbers in by_list.items()}
+        return built(self.model, _shortened(self.model.config, counts))
+
+    def _tell_parts_(self, by_list: Mapping[str, Sequence[int]]) -> None:
+        """Let the configs of an encoder-decoder and of its halves tell the blocks that are left."""
+        short = self._short(by_list)
+        done: set[int] = set()
+        for path, module in short.named_modules():
+            if any(path.startswith(f"{name}.") for name in self.lists):
+                continue
+            mine, theirs = self.model.get_submodule(path), getattr(module, "config", None)
+            config: Any = getattr(mine, "config", None)
+            if config is None or theirs is None or id(config) in done:
+                continue
+            done.add(id(config))
+            for name in self.lists.values():
+                setattr(config, name, getattr(theirs, name))
+
+    def _changes(
+        self, by_list: Mapping[str, Sequence[int]]
+    ) -> list[tuple[nn.Module, str, Any]] | None:
         """The attributes of the model's modules that tell places, and their new values.
 
         None: the config makes other blocks, or other modules beside them.
         """
         try:
-            short = built(self.model, _shortened(self.model.config, kept))
-            blocks: Any = short.get_submodule(self.name)
+            short = self._short(by_list)
+            blocks = {name: list(_list(short, name)) for name in by_list}
         except BUILD_ERRORS:
             return None
-        if len(blocks) != len(kept):
-            return None
         changes: list[tuple[nn.Module, str, Any]] = []
-        whole: Any = self.whole.get_submodule(self.name)
-        mine = self.blocks
-        for place, number in enumerate(kept):
-            found = _places(
-                dict(described(whole[number])), number, dict(described(blocks[place])), place
-            )
-            if found is None:
+        for list_name, kept in by_list.items():
+            whole, mine = _list(self.whole, list_name), _list(self.model, list_name)
+            if not kept or len(blocks[list_name]) != len(kept):
                 return None
-            changes += [(mine[number].get_submodule(path), name, place) for path, name in found]
+            for place, number in enumerate(kept):
+                block = blocks[list_name][place]
+                found = places_told(
+                    dict(described(whole[number])), number, dict(described(block)), place
+                )
+                if found is None:
+                    return None
+                changes += [(mine[number].get_submodule(path), name, place) for path, name in found]
         around = self._around(short)
         return None if around is None else changes + around
 
     def _around(self, short: nn.Module) -> list[tuple[nn.Module, str, Any]] | None:
         """What tells the number of blocks in the modules around them; None: they have other tensors."""
-        before = dict(described(self.whole, skip=self.name))
-        after = dict(described(short, skip=self.name))
+        before = dict(described(self.whole, skip=tuple(self.lists)))
+        after = dict(described(short, skip=tuple(self.lists)))
         if before.keys() != after.keys():
             return None
         changes: list[tuple[nn.Module, str, Any]] = []
@@ -169,44 +222,67 @@ class Depth:
         return changes
 
 
-def _places(
-    one: dict[str, Described], number: int, other: dict[str, Described], place: int
-) -> list[tuple[str, str]] | None:
-    """The attributes that tell the place of a block, by path and name.
+def _list(model: nn.Module, name: str) -> Any:
+    return model.get_submodule(name)
 
-    Args:
-        one, other: the same block where it is, and where it is to be, described.
-        number, place: of both.
 
-    Returns:
-        None if they differ in anything else.
+def _told(counts: Mapping[str, int]) -> str:
+    return " and ".join(map(str, counts.values()))
+
+
+def _names_of_counts(model: PreTrainedModel, counts: Mapping[str, int]) -> dict[str, str]:
+    """What the config of an encoder-decoder calls the number of blocks of each list: it is tried.
+
+    Raises:
+        ValueError: no number of the config changes one list alone.
     """
-    if one.keys() != other.keys():
-        return None
-    found = []
-    for path, (shapes, values) in one.items():
-        other_shapes, others = other[path]
-        if shapes != other_shapes or values.keys() != others.keys():
-            return None
-        for name, value in values.items():
-            told = type(value) is int and (value, others[name]) == (number, place)
-            if told and number != place:
-                found.append((path, name))
-            elif value != others[name]:
-                return None
-    return found
+    found: dict[str, str] = {}
+    for name, value in vars(model.config).items():
+        if type(value) is not int or not any(word in name for word in _OF_BLOCKS):
+            continue
+        try:
+            longer = copy.deepcopy(model.config)
+            setattr(longer, name, value + 1)
+            long = built(model, type(model.config).from_dict(longer.to_dict()))
+            made = {each: len(_list(long, each)) for each in counts}
+        except BUILD_ERRORS:
+            continue
+        changed = [each for each in counts if made[each] != counts[each]]
+        if len(changed) == 1 and made[changed[0]] == counts[changed[0]] + 1:
+            found.setdefault(changed[0], name)
+    if found.keys() != counts.keys():
+        missing = ", ".join(name for name in counts if name not in found)
+        raise ValueError(
+            f"which number in the config of this {type(model).__name__} tells the blocks of {missing} "
+            "is not known: none changes that list alone. Heads and neurons can go from it: "
+            "hf_sparse.shrink_."
+        )
+    return {name: found[name] for name in counts}
 
 
-def _shortened(config: Any, kept: Sequence[int]) -> Any:
+def _shortened(config: Any, kept: Mapping[str, Sequence[int]]) -> Any:
     """The config of a model with some of the blocks, as a file of it is read."""
     short = copy.deepcopy(config)
-    _shorten_(short, kept)
+    shorten_(short, kept)
     return type(config).from_dict(short.to_dict())
 
 
-def _shorten_(config: Any, kept: Sequence[int]) -> None:
-    """Let a config tell some of its blocks: their number, lists with an entry for each, indices."""
-    count = config.num_hidden_layers
+def shorten_(config: Any, kept: Mapping[str, Sequence[int]]) -> None:
+    """Let a config tell some of its blocks: their number, lists with an entry for each, indices.
+
+    Args:
+        config: of the model.
+        kept: the blocks of each list, by what the config calls their number. Lists of entries are cut
+            where there is one list of blocks; of several it is not known which one they are about.
+    """
+    if len(kept) == 1:
+        [(count_name, numbers)] = kept.items()
+        _cut_lists_(config, getattr(config, count_name), numbers)
+    for count_name, numbers in kept.items():
+        setattr(config, count_name, len(numbers))
+
+
+def _cut_lists_(config: Any, count: int, kept: Sequence[int]) -> None:
     for name, value in list(vars(config).items()):
         of_blocks = not name.startswith("_") and any(word in name for word in _OF_BLOCKS)
         if not of_blocks or not isinstance(value, list | tuple):
@@ -215,7 +291,6 @@ def _shorten_(config: Any, kept: Sequence[int]) -> None:
             setattr(config, name, type(value)(value[number] for number in kept))
         elif all(type(item) is int and 0 <= item < count for item in value):
             setattr(config, name, type(value)(kept.index(item) for item in value if item in kept))
-    config.num_hidden_layers = len(kept)
 
 
 def _check_own(name: str, blocks: Sequence[nn.Module]) -> None:

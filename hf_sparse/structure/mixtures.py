@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_sparse.structure.built import BUILD_ERRORS, built, configs_in, described, own_configs
+from hf_sparse.structure.built import BUILD_ERRORS, built, configs_in, own_configs
 from hf_sparse.structure.experts import ExpertStack
 from hf_sparse.structure.layers import find_stacks
 from hf_sparse.structure.mixture_config import Routing, routing_of, told_counts
+from hf_sparse.structure.modules_described import described
 
 # The change of a tensor: the path of its module, its name, and the dimension that experts are in.
 Place = tuple[str, str, int]

@@ -22,6 +22,9 @@ class Parts:
         up, down: the feed-forward network's layers.
         gate: the layer whose activation multiplies `up`, if the family has one.
         act: the network's activation.
+        layout: of one projection for all: "parts", or "heads" if it has three parts for each head.
+        joined: whether `up` holds the rows of a gate, before its own.
+        fixed: why no head can go; None: they can.
     """
 
     stack: str
@@ -31,6 +34,9 @@ class Parts:
     down: str
     gate: str | None = None
     act: str
+    layout: str = "parts"
+    joined: bool = False
+    fixed: str | None = None
 
 
 _LLAMA = Parts(
@@ -98,7 +104,7 @@ class BlockSize:
 
 
 # What the families' configs call the number of neurons.
-NEURONS = ("intermediate_size", "ffn_dim", "n_inner")
+NEURONS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim", "hidden_dim")
 
 
 def full_size(config: Any) -> BlockSize:

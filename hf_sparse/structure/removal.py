@@ -60,6 +60,8 @@ class Removable:
         of_heads, constant_heads = _head_constants(units)
         folded = _foldable(units.out, of_heads, constant_heads, units.head_dim)
         heads = unused_heads(units) | folded
+        if units.parts.fixed:
+            heads = torch.zeros_like(heads)
         of_neurons, constant = _neuron_constants(units)
         neurons = unused_neurons(units) | _foldable(units.down, of_neurons, constant, 1)
         return cls(
@@ -204,11 +206,11 @@ def _told(size: BlockSize) -> str:
 
 def _head_constants(units: BlockUnits) -> tuple[Tensor, Tensor]:
     """What each head gives if its values are constant, `(heads * head_dim,)`, and which are."""
-    size, last = units.size, units.projections[-1]
-    count = size.key_heads * units.head_dim
-    zero = (last.weight[-count:] == 0).all(dim=1).view(size.key_heads, -1).all(dim=1).cpu()
+    size, last, rows = units.size, units.projections[-1], units.value_rows()
+    chosen = last.weight[rows.to(last.weight.device)]
+    zero = (chosen == 0).all(dim=1).view(size.key_heads, -1).all(dim=1).cpu()
     bias: Any = last.module.bias
-    values = torch.zeros(count) if bias is None else bias[-count:].float().cpu()
+    values = torch.zeros(len(rows)) if bias is None else bias[rows.to(bias.device)].float().cpu()
     queries = size.heads // size.key_heads
     shared = values.view(size.key_heads, -1).repeat_interleave(queries, dim=0)
     return shared.flatten(), zero.repeat_interleave(queries)
@@ -216,11 +218,16 @@ def _head_constants(units: BlockUnits) -> tuple[Tensor, Tensor]:
 
 def _neuron_constants(units: BlockUnits) -> tuple[Tensor, Tensor]:
     """What each neuron gives if it is constant, `(neurons,)`, and which are."""
-    zeros, biases = [], []
+    zeros: list[Tensor] = []
+    biases: list[Tensor] = []
     for layer in units.entries:
         bias: Any = layer.module.bias
-        zeros.append((layer.weight == 0).all(dim=1).cpu())
-        biases.append(torch.zeros(len(layer.weight)) if bias is None else bias.float().cpu())
+        none = (layer.weight == 0).all(dim=1).cpu()
+        values = torch.zeros(len(none)) if bias is None else bias.float().cpu()
+        # A gate's rows come first where both are one layer.
+        parts = 2 if units.parts.joined else 1
+        zeros += reversed(none.chunk(parts))
+        biases += reversed(values.chunk(parts))
     if len(zeros) == 1:
         return units.activation(biases[0]), zeros[0]
     (up_zero, gate_zero), up, gate = zeros, biases[0], units.activation(biases[1])

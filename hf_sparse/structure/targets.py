@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.patterns import Head, Pattern
+from hf_sparse.structure.anatomy import FAMILIES, derived_parts, is_derived
 from hf_sparse.structure.layers import (
     PRUNED_WITH,
     Stack,
@@ -61,7 +62,8 @@ class Targets:
         Raises:
             ValueError: nothing matches the config's targets; it has none and the model has no
                 repeated blocks; the model's config tells no head size; whole units are meant and the
-                model's family is not in `hf_sparse.structure.parts.PARTS`; the model is compiled.
+                model's family is not known (`hf_sparse.structure.parts.PARTS`, `anatomy.FAMILIES`), or
+                is one whose heads have to stay; the model is compiled.
         """
         check_config(config)
         whole = config.targets is None and config.pattern.unit_layer is not None
@@ -119,20 +121,39 @@ def _with_units(config: SparsityConfig, model: nn.Module) -> SparsityConfig:
             f"pattern '{pattern}' needs targets: name the layers whose rows are heads, such as "
             "targets=['q_proj', 'k_proj', 'v_proj']. Or take 'head', for whole attention heads."
         )
-    parts: Parts | None = parts_of(described)
-    if parts is None:
+    known = _known_parts(model)
+    if not known:
         raise ValueError(
             f"pattern '{pattern}' needs targets for a {type(model).__name__}: where its heads and "
-            f"neurons are is known of {', '.join(PARTS)}. Name the layers, such as "
+            f"neurons are is known of {', '.join((*PARTS, *FAMILIES))}. Name the layers, such as "
             "targets=['down_proj'] for 'column'."
         )
-    assert pattern.unit_layer is not None
-    path = getattr(parts, pattern.unit_layer)
+    unit_layer = str(pattern.unit_layer)
+    if unit_layer == "out" and known[0].fixed:
+        raise ValueError(
+            f"no head of this {type(model).__name__} can go: {known[0].fixed}. Take neurons, pattern "
+            "'column', or whole blocks: hf_sparse.drop_blocks_."
+        )
+    if unit_layer == "up" and known[0].joined:
+        raise ValueError(
+            f"a row of {known[0].up} is half of a neuron of {type(model).__name__}, whose gate is in "
+            "the same layer. Take pattern 'column', for whole neurons."
+        )
     if isinstance(pattern, Head):
         pattern = Head(pattern.head_dim or head_size(described) * _queries(described), True)
     # The number before the path keeps out what ends alike inside the block.
-    targets = [f"*[0-9].{path}"]
+    targets = {f"*[0-9].{getattr(parts, unit_layer)}": None for parts in known}
     return replace(config, pattern=pattern, targets=tuple(targets))
+
+
+def _known_parts(model: nn.Module) -> list[Parts]:
+    """Where the parts of blocks are, an entry for each kind of block; none if that is not known."""
+    listed = parts_of(getattr(model, "config", None))
+    if listed is not None:
+        return [listed]
+    if not is_derived(getattr(model, "config", None)):
+        return []
+    return list(dict.fromkeys(parts for _, _, parts in derived_parts(model)))
 
 
 def _with_size(config: SparsityConfig, model: nn.Module) -> SparsityConfig:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_sparse.arguments import check_finite, check_has_value
+from hf_sparse.structure.anatomy import FAMILIES, derived_parts, is_derived
 from hf_sparse.structure.layers import (
     TargetLayer,
     check_has_weights,
@@ -84,7 +85,9 @@ class BlockUnits:
         """How many units there are now."""
         heads = _shape(self.out)[1] // self.head_dim
         projections = self.projections
-        if len(projections) > 1:
+        if self.parts.layout == "heads":
+            key_heads = heads
+        elif len(projections) > 1:
             key_heads = _shape(projections[1])[0] // self.head_dim
         else:
             key_heads = (_shape(projections[0])[0] // self.head_dim - heads) // 2
@@ -92,6 +95,9 @@ class BlockUnits:
 
     def rows(self, heads: Tensor, key_heads: Tensor) -> list[Tensor]:
         """The rows that belong to some heads, for each of the projections."""
+        if self.parts.layout == "heads":
+            width = 3 * self.head_dim
+            return [(heads[:, None] * width + torch.arange(width)).flatten()]
         queries, keys = self.features(heads), self.features(key_heads)
         if len(self.parts.qkv) > 1:
             return [queries, keys, keys]
@@ -99,6 +105,20 @@ class BlockUnits:
         behind = size.heads * self.head_dim
         parts = [queries, behind + keys, behind + size.key_heads * self.head_dim + keys]
         return [torch.cat(parts)]
+
+    def entry_rows(self, neurons: Tensor) -> Tensor:
+        """The rows that belong to some neurons, in each of the entries."""
+        if not self.parts.joined:
+            return neurons
+        return torch.cat([neurons, _shape(self.down)[1] + neurons])
+
+    def value_rows(self) -> Tensor:
+        """The rows of the last projection that give values, in the order of the heads of keys."""
+        heads, size = torch.arange(self.size.key_heads), self.head_dim
+        if self.parts.layout == "heads":
+            return ((3 * heads[:, None] + 2) * size + torch.arange(size)).flatten()
+        values = self.features(heads)
+        return values + _shape(self.projections[-1])[0] - len(values)
 
     def features(self, heads: Tensor) -> Tensor:
         """The features of some heads, in order."""
@@ -110,7 +130,7 @@ class BlockUnits:
             _select_(layer, rows=rows)
         _select_(self.out, columns=self.features(heads))
         for layer in self.entries:
-            _select_(layer, rows=neurons)
+            _select_(layer, rows=self.entry_rows(neurons))
         _select_(self.down, columns=neurons)
         self._set_sizes_(len(heads), len(key_heads), len(neurons))
 
@@ -135,14 +155,21 @@ def find_units(model: Any) -> list[BlockUnits]:
     """The blocks of a model of a known family, shared ones once.
 
     Raises:
-        ValueError: the family is not in `PARTS`, or a layer is no plain Linear or Conv1D.
+        ValueError: the family is in neither `PARTS` nor `FAMILIES`, or a layer is no plain Linear or
+            Conv1D.
     """
     check_has_weights(model)
+    if is_derived(getattr(model, "config", None)):
+        head_dim = head_size(model.config)
+        derived = [BlockUnits(*placed, head_dim) for placed in derived_parts(model)]
+        for units in derived:
+            _check_plain(model, units)
+        return derived
     parts = parts_of(getattr(model, "config", None))
     if parts is None or getattr(model, "base_model", None) is None:
         raise ValueError(
             f"where the heads and neurons of a {type(model).__name__} are is not known. Known "
-            f"families: {', '.join(PARTS)}."
+            f"families: {', '.join((*PARTS, *FAMILIES))}."
         )
     prefix = next((f"{n}." for n, m in model.named_modules() if m is model.base_model and n), "")
     found: list[BlockUnits] = []
@@ -167,9 +194,16 @@ def sizes_of(model: Any) -> list[BlockSize] | None:
 
 
 def shrunk_sizes(model: Any) -> list[BlockSize] | None:
-    """The sizes of a model's blocks, if units were removed from any of them."""
+    """The sizes of a model's blocks, if units were removed from any of them.
+
+    Of families that are not in `PARTS` the config tells the sizes always.
+    """
     sizes = sizes_of(model)
-    if sizes is None or all(size == full_size(model.config) for size in sizes):
+    if (
+        sizes is None
+        or parts_of(model.config) is None
+        or all(size == full_size(model.config) for size in sizes)
+    ):
         return None
     return sizes
 
@@ -201,7 +235,7 @@ def clear_unused_(blocks: Iterable[BlockUnits]) -> None:
         size, unused = units.size, unused_heads(units)
         groups = unused.view(size.key_heads, -1)
         rows = units.rows(unused.nonzero()[:, 0], groups.all(dim=1).nonzero()[:, 0])
-        neurons = unused_neurons(units).nonzero()[:, 0]
+        neurons = units.entry_rows(unused_neurons(units).nonzero()[:, 0])
         pairs = [*zip(units.projections, rows, strict=True), *((e, neurons) for e in units.entries)]
         for layer, chosen in pairs:
             bias: Any = layer.module.bias

@@ -22,7 +22,7 @@ from hf_sparse.pruning import on_disk, streaming
 from hf_sparse.pruning.allocation import ALLOCATIONS
 from hf_sparse.pruning.methods import METHODS, REFINEMENTS, Composition
 from hf_sparse.pruning.options import SCOPES
-from hf_sparse.recover import RECOVERIES
+from hf_sparse.recovery import RECOVERIES
 from hf_sparse_cli import choices, main
 from hf_sparse_cli.parser import make_parser
 from hf_sparse_cli.usage import implied_sparsity, unfinished

@@ -24,6 +24,7 @@ FLOORS = [
     ["configuration_sparse"],
     ["structure"],
     ["report", "provenance"],
+    ["drop_report"],
     ["calibration"],
     ["files"],
     ["optim"],
@@ -35,6 +36,7 @@ FLOORS = [
     [
         "distillation",
         "evaluation",
+        "recovery",
         "shrinking",
         "dropping",
         "dropping_experts",

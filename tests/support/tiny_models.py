@@ -68,7 +68,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "qwen3": Qwen3Config(**_GROUPED, head_dim=16),
 }
-# Families that the package does not know.
+# Families that `hf_sparse.structure.parts.PARTS` does not list.
 UNKNOWN: dict[str, PreTrainedConfig] = {
     "gpt_neox": GPTNeoXConfig(**_DECODER),
     "gemma": GemmaConfig(**_GROUPED, head_dim=8),
