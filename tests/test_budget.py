@@ -18,7 +18,7 @@ from tests.support.tiny_models import tiny_batches, tiny_model
 @pytest.fixture(autouse=True)
 def nominal_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Choices that do not depend on what else the machine does."""
-    monkeypatch.setattr(budget, "calibrate", lambda target, cache: NOMINAL)
+    monkeypatch.setattr(budget, "calibrate", lambda target, cache: NOMINAL["avx512"])
 
 
 @pytest.mark.parametrize("fraction", [0.2, 0.5, 0.9, 1.0])

@@ -15,6 +15,7 @@ from hf_sparse.runtime.model.single_layers import CompiledHead, CompiledLinear
 from hf_sparse.runtime.programs.pool import Pool
 from hf_sparse.runtime.weights.linear import pack_linear
 from hf_sparse.runtime.weights.memory import Shelf
+from hf_sparse.runtime.weights.rates import NOMINAL
 from tests.support.crosses import pairwise
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
@@ -107,7 +108,7 @@ def test_nan_stays_in_its_token_of_a_single_layer(shape: tuple[int, int], name: 
     weight = torch.randn(shape, generator=generator)
     weight[torch.rand(shape, generator=generator) < 0.6] = 0
     bias = torch.randn(shape[0], generator=generator)
-    packed = pack_linear("layer", weight, bias, shelf=Shelf())
+    packed = pack_linear("layer", weight, bias, shelf=Shelf(), rates=NOMINAL["avx512"])
     layer = CompiledLinear(packed, target.targets()[name], DEFAULT_CACHE, Pool(1 << 20)).eval()
     x = torch.randn(5, shape[1], generator=generator)
     poisoned = x.clone()

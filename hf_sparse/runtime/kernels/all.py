@@ -11,6 +11,7 @@ from hf_sparse.runtime.kernels import (
     attention,
     dense,
     normalisation,
+    shuffled_rows,
     single_token,
     spmm,
     tiles,
@@ -27,6 +28,7 @@ def kernel_functions(target: Target, weight_type: WeightType = FLOAT32) -> list[
     functions = [worker.worker(target, parallel=parallel) for parallel in (True, False)]
     functions += [tiles.append(), tiles.copy(target)]
     functions += single_token.decode_functions(target, weight_type)
+    functions += shuffled_rows.shuffled_functions(target, weight_type)
     for name in activation.ACTIVATIONS:
         functions += [activation.activation(target, name, gated=gated) for gated in (False, True)]
     for vectors in (1, 2, 4):

@@ -69,8 +69,14 @@ class _Attention:
         self.size = 4 * target.lanes
         self.row_bytes = self.size * vectors
         self.kind, self.whole = vector(target.lanes), vector(target.lanes, "i32")
+        # Sums that fit the registers, with room for queries and a key.
+        most = max(8, target.registers // 2)
         # Keys whose scores are summed at a time: enough sums to hide a multiply-add's latency.
-        self.keys = 4 if vectors == 4 else min(8, target.lanes)
+        self.keys = max(4, min(8, target.lanes, most // vectors))
+        # Vectors of a tile's row that are summed at a time.
+        self.width = vectors
+        while max(self.keys, _FEATURES) * self.width > most:
+            self.width //= 2
         self.scores = function.scratch(target.widths[0] * self.row_bytes)
 
     def write(self) -> None:
@@ -88,12 +94,22 @@ class _Attention:
             offset = head * self.head_dim * self.row_bytes
             self._head(q.at(offset), out.at(offset), k_first + shared, v_first + shared)
 
-    def _constants(self, number: float) -> list[Variable]:
-        return [self.f.variable(self.f.constant(number, self.kind)) for _ in range(self.vectors)]
+    def _constants(self, number: float, count: int) -> list[Variable]:
+        return [self.f.variable(self.f.constant(number, self.kind)) for _ in range(count)]
+
+    @property
+    def _passes(self) -> range:
+        """The first vector of each part of a row that is summed at a time."""
+        return range(0, self.vectors, self.width)
+
+    def _row(self, place: Value, first: int, align: int) -> list[Value]:
+        """The vectors of a part of a row."""
+        return [place.at((first + v) * self.size).load(self.kind, align) for v in range(self.width)]
 
     def _head(self, q: Value, out: Value, k_first: Value, v_first: Value) -> None:
         f = self.f
-        largest, total = self._constants(2 * UNSEEN), self._constants(0.0)
+        largest = self._constants(2 * UNSEEN, self.vectors)
+        total = self._constants(0.0, self.vectors)
         done = f.variable(f.constant(0, "i64"))
         with f.range(self.key_tiles) as tile, f.when(done.get().compare("lt", self.key_count)):
             described = self.table.at(tile * 24)
@@ -130,30 +146,44 @@ class _Attention:
         """Scores of one key tile, and their running maximum."""
         f = self.f
         with f.range(wanted, step=self.keys) as j:
-            sums = [self._constants(0.0) for _ in range(self.keys)]
-            with f.range(self.head_dim) as d:
-                row = q.at(d * self.row_bytes)
-                queries = [row.at(v * self.size).load(self.kind, 4) for v in range(self.vectors)]
-                column = k.at(d * stride + j * 4)
-                for key in range(self.keys):
-                    weight = column.at(4 * key).load("float").splat(self.lanes)
-                    for query, total in zip(queries, sums[key], strict=True):
-                        total.set(f.fma(weight, query, total.get()))
-            for key in range(self.keys):
-                number = done + j + key
-                added = self.mask.at(number * 4).load("float")
-                exists = number.compare("lt", self.key_count)
-                unseen = f.constant(UNSEEN, "float")
-                masked = exists.select(added, unseen).splat(self.lanes)
-                position = number.cast("trunc", "i32").splat(self.lanes)
-                place = self.scores.at((j + key) * self.row_bytes)
-                for v in range(self.vectors):
-                    score = f.fma(sums[key][v].get(), self.scale, masked)
-                    past = position.compare("le", self.last[v])
-                    near = position.compare("gt", self.before[v])
-                    score = (past & near).select(score, f.constant(UNSEEN, self.kind))
-                    place.at(v * self.size).store(score, self.size)
-                    largest[v].set(f.maximum(score, largest[v].get()))
+            for first in self._passes:
+                sums = [self._constants(0.0, self.width) for _ in range(self.keys)]
+                column = f.variable(k.at(j * 4))
+                with f.range(self.head_dim) as d:
+                    queries = self._row(q.at(d * self.row_bytes), first, 4)
+                    place = column.get()
+                    for key in range(self.keys):
+                        weight = place.at(4 * key).load("float").splat(self.lanes)
+                        for query, total in zip(queries, sums[key], strict=True):
+                            total.set(f.fma(weight, query, total.get()))
+                    column.set(place.at(stride))
+                self._mask(j, done, first, sums, largest)
+
+    def _mask(
+        self,
+        j: Value,
+        done: Value,
+        first: int,
+        sums: list[list[Variable]],
+        largest: list[Variable],
+    ) -> None:
+        """Store the scores of some keys of a tile from key `j` on, which begins at key `done`."""
+        f = self.f
+        for key in range(self.keys):
+            number = done + j + key
+            added = self.mask.at(number * 4).load("float")
+            exists = number.compare("lt", self.key_count)
+            unseen = f.constant(UNSEEN, "float")
+            masked = exists.select(added, unseen).splat(self.lanes)
+            position = number.cast("trunc", "i32").splat(self.lanes)
+            place = self.scores.at((j + key) * self.row_bytes)
+            for v, total in enumerate(sums[key], first):
+                score = f.fma(total.get(), self.scale, masked)
+                past = position.compare("le", self.last[v])
+                near = position.compare("gt", self.before[v])
+                score = (past & near).select(score, f.constant(UNSEEN, self.kind))
+                place.at(v * self.size).store(score, self.size)
+                largest[v].set(f.maximum(score, largest[v].get()))
 
     def _exponentials(self, wanted: Value, largest: list[Variable], total: list[Variable]) -> None:
         """Scores become weights; a row at once, so that its vectors hide each other's latency."""
@@ -175,30 +205,27 @@ class _Attention:
         """Add one key tile's share to what is there, which counts `shrink` of what it did."""
         f = self.f
         with f.range(self.head_dim, step=_FEATURES) as d:
-            place = out.at(d * self.row_bytes)
-            sums = [self._constants(0.0) for _ in range(_FEATURES)]
-            with f.when(done.compare("gt", 0)):
-                for feature in range(_FEATURES):
-                    for number, total in enumerate(sums[feature]):
-                        old = place.at(feature * self.row_bytes + number * self.size)
-                        total.set(old.load(self.kind, 4) * shrink[number])
-            row = v.at(d * stride)
-            rows = [row]
+            rows = [v.at(d * stride)]
             for _ in range(_FEATURES - 1):
                 rows.append(rows[-1].at(stride))
-            with f.range(wanted) as j:
-                scores = self.scores.at(j * self.row_bytes)
-                weights = [
-                    scores.at(number * self.size).load(self.kind, self.size)
-                    for number in range(self.vectors)
-                ]
+            for first in self._passes:
+                place = out.at(d * self.row_bytes + first * self.size)
+                sums = [self._constants(0.0, self.width) for _ in range(_FEATURES)]
+                with f.when(done.compare("gt", 0)):
+                    for feature in range(_FEATURES):
+                        for number, total in enumerate(sums[feature]):
+                            old = place.at(feature * self.row_bytes + number * self.size)
+                            total.set(old.load(self.kind, 4) * shrink[first + number])
+                with f.range(wanted) as j:
+                    weights = self._row(self.scores.at(j * self.row_bytes), first, self.size)
+                    for feature in range(_FEATURES):
+                        value = rows[feature].at(j * 4).load("float").splat(self.lanes)
+                        for weight, total in zip(weights, sums[feature], strict=True):
+                            total.set(f.fma(value, weight, total.get()))
                 for feature in range(_FEATURES):
-                    value = rows[feature].at(j * 4).load("float").splat(self.lanes)
-                    for weight, total in zip(weights, sums[feature], strict=True):
-                        total.set(f.fma(value, weight, total.get()))
-            for feature in range(_FEATURES):
-                for number, total in enumerate(sums[feature]):
-                    place.at(feature * self.row_bytes + number * self.size).store(total.get(), 4)
+                    for number, total in enumerate(sums[feature]):
+                        goal = place.at(feature * self.row_bytes + number * self.size)
+                        goal.store(total.get(), 4)
 
     def _divide(self, out: Value, total: list[Variable]) -> None:
         f = self.f

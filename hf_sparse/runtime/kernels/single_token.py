@@ -84,14 +84,18 @@ def _finish(
     f: Function, y: Value, bias: Value, add: Value, sums: list[Variable], group: Value
 ) -> None:
     """Write a group's four results."""
-    place = y.at(group * (4 * GROUP))
-    kind = vector(GROUP)
-    result = f.constant(0.0, kind)
+    result = f.constant(0.0, vector(GROUP))
     for row, total in enumerate(sums):
-        result = f.emit(kind, f"insertelement {result}, {f.total(total.get())}, i64 {row}")
+        result = f.emit(result.kind, f"insertelement {result}, {f.total(total.get())}, i64 {row}")
+    write_rows(f, y, bias, add, result, group * GROUP)
+
+
+def write_rows(f: Function, y: Value, bias: Value, add: Value, result: Value, row: Value) -> None:
+    """Write the results of four rows, from `row` on, with the bias and what is there."""
+    place, kind = y.at(row * 4), vector(GROUP)
     results = f.variable(result)
     with f.when(bias.cast("ptrtoint", "i64").compare("ne", 0)):
-        results.set(results.get() + bias.at(group * (4 * GROUP)).load(kind, 4))
+        results.set(results.get() + bias.at(row * 4).load(kind, 4))
     with f.when(add.compare("ne", 0)):
         results.set(results.get() + place.load(kind, 4))
     place.store(results.get(), 4)

@@ -20,6 +20,8 @@ class Instructions:
         deposit: spreads the bits of an i32 over the bits that a mask names.
         scale: multiplies by a power of two. Masked, as `Function.in_registers` calls it.
         reciprocal: 14 bits of 1 / x. Masked as well.
+        permute: a register of floats, each lane of which takes the one that a register of i32 names;
+            bits beyond the number of lanes do not count.
     """
 
     shuffle: str
@@ -29,6 +31,7 @@ class Instructions:
     deposit: str = ""
     scale: str = ""
     reciprocal: str = ""
+    permute: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ INSTRUCTION_SETS = (
             deposit="llvm.x86.bmi.pdep.32",
             scale="llvm.x86.avx512.mask.scalef.ps.512",
             reciprocal="llvm.x86.avx512.rcp14.ps.512",
+            permute="llvm.x86.avx512.permvar.sf.512",
         ),
         # Full 512-bit vectors, or half of the registers' width is lost.
         features=("-prefer-256-bit",),
@@ -87,7 +91,7 @@ INSTRUCTION_SETS = (
         lanes=8,
         registers=16,
         needs=("avx2", "fma", "f16c", "bmi2"),
-        has=Instructions(_PSHUFB, _PAUSE, half=True),
+        has=Instructions(_PSHUFB, _PAUSE, half=True, permute="llvm.x86.avx2.permps"),
         cpu="x86-64-v3",
         without=("avx512", "avx10"),
     ),

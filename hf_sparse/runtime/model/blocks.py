@@ -16,7 +16,7 @@ from hf_sparse.runtime.weights.damage import require
 from hf_sparse.runtime.weights.linear import Linear, pack_linear
 from hf_sparse.runtime.weights.memory import Shelf
 from hf_sparse.runtime.weights.panels import CHUNK_ROWS
-from hf_sparse.runtime.weights.rates import NOMINAL, Rates
+from hf_sparse.runtime.weights.rates import Rates
 from hf_sparse.runtime.weights.stack import NO_WINDOW, Block, Norm, Stack
 from hf_sparse.structure.families import base_type
 from hf_sparse.structure.layers import is_conv1d
@@ -59,7 +59,7 @@ def find_blocks(base: PreTrainedModel, family: Blocks) -> tuple[nn.Module, str, 
 
 
 def pack_blocks(
-    config: Any, family: Blocks, modules: list[nn.Module], prefix: str, rates: Rates = NOMINAL
+    config: Any, family: Blocks, modules: list[nn.Module], prefix: str, rates: Rates
 ) -> Stack:
     """Pack the weights of all blocks. The modules are read, not kept."""
     packed: dict[int, Block] = {}

@@ -21,6 +21,7 @@ from hf_sparse.runtime.programs.program import Program
 from hf_sparse.runtime.weights.linear import Linear
 from hf_sparse.runtime.weights.memory import aligned
 from hf_sparse.runtime.weights.rates import calibrate
+from hf_sparse.runtime.weights.single_rows import kernel_of
 
 _REPEATS = 7
 
@@ -36,7 +37,8 @@ class LayerExplanation:
         kernel: what multiplies it.
         sparsity: the fraction of zeros.
         nbytes: packed.
-        predicted, measured: microseconds for the tokens of the explanation.
+        predicted, measured: microseconds for the tokens of the explanation, by `kernel`.
+        one_token: what multiplies it with a single token, empty if it never is.
     """
 
     name: str
@@ -47,6 +49,7 @@ class LayerExplanation:
     nbytes: int
     predicted: float
     measured: float
+    one_token: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,14 @@ class Explanation:
         )
 
     def __str__(self) -> str:
-        head = ("layer", "shape", "pattern", "kernel", "zeros", "MB", "predicted us", "measured us")
+        head = ("layer", "shape", "pattern", "kernel", "one token", "zeros", "MB", "predicted us")
         rows = [
             (
                 layer.name,
                 f"{layer.shape[0]} x {layer.shape[1]}",
                 layer.pattern,
                 layer.kernel,
+                layer.one_token,
                 f"{layer.sparsity:.3f}",
                 f"{layer.nbytes / 1e6:.2f}",
                 f"{layer.predicted:.0f}",
@@ -101,13 +105,14 @@ class Explanation:
             "",
             "",
             "",
+            "",
             f"{sum(layer.nbytes for layer in self.layers) / 1e6:.2f}",
             f"{sum(layer.predicted for layer in self.layers):.0f}",
             f"{sum(layer.measured for layer in self.layers):.0f}",
         )
         lines = [
             f"{self.tokens} tokens, {self.threads} threads, target {self.target}; matrix products only",
-            format_table(head, [*rows, total]),
+            format_table((*head, "measured us"), [*rows, total]),
         ]
         if self.reason is not None:
             lines.append(
@@ -158,6 +163,7 @@ def explain_layers(
                 linear.nbytes,
                 predicted,
                 _measure(linear, code, width) * rounds * 1e6,
+                "" if linear.single is None else kernel_of(linear.single),
             )
         )
     left = tuple(name for name, module in model.named_modules() if type(module) is nn.Linear)

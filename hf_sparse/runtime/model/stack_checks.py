@@ -6,10 +6,13 @@
                       that they name
     sparse_rows       words of all groups of rows, a value for each     rows.check_decode
                       bit, and up to 64 bytes behind them
+    shuffled_rows     values and words of all groups and windows; x at  shuffled.check_shuffled
+                      places within a window
     dense             rows in groups of 4, a part's columns             check_linear
     dense_rows        rows in groups of 4, columns in groups of 16      check_linear
     spmm, dense       a bias for each row                               check_linear
     sparse_rows,      a bias for each group of 4 rows                   check_linear
+    shuffled_rows,
     dense_rows
     norms             weight and bias for each feature                  blocks.check_stack
     all               x, y: buffers by the sizes of the stack           blocks.check_stack
@@ -31,6 +34,7 @@ from hf_sparse.runtime.weights.dense_weight import DenseWeight
 from hf_sparse.runtime.weights.linear import Linear
 from hf_sparse.runtime.weights.panel_checks import check
 from hf_sparse.runtime.weights.rows import check_decode
+from hf_sparse.runtime.weights.shuffled import ShuffledWeight, check_shuffled
 from hf_sparse.runtime.weights.stack import Stack
 
 
@@ -99,7 +103,10 @@ def check_linear(linear: Linear, place: str) -> None:
     elif linear.single is not None:
         same = (linear.single.rows, linear.single.columns) == (rows, columns)
         require(same, place, "its weight for single tokens has another shape")
-        check_decode(linear.single, weight_type)
+        if isinstance(linear.single, ShuffledWeight):
+            check_shuffled(linear.single, weight_type)
+        else:
+            check_decode(linear.single, weight_type)
 
 
 def require_matrix(tensor: Tensor, dtype: torch.dtype, place: str) -> None:

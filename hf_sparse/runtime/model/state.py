@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_sparse.runtime.kernels.shuffled_rows import Window
 from hf_sparse.runtime.kernels.spmm import INDEX_BYTES, SIDE_BY_SIDE, UNROLL
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
 from hf_sparse.runtime.model.stack_checks import check_restored
@@ -21,10 +22,12 @@ from hf_sparse.runtime.weights.dense_weight import DenseWeight
 from hf_sparse.runtime.weights.linear import Linear
 from hf_sparse.runtime.weights.panels import CHUNK_ROWS, PANEL_COLUMNS, PackedWeight
 from hf_sparse.runtime.weights.rows import DECODE_ROWS, DecodeWeight
+from hf_sparse.runtime.weights.shuffled import ShuffledWeight
+from hf_sparse.runtime.weights.single_rows import SingleWeight
 from hf_sparse.runtime.weights.stack import Block, Norm, Stack
 
 # Files of another layout are not read: compiling again is quick.
-LAYOUT = [4, CHUNK_ROWS, PANEL_COLUMNS, DECODE_ROWS]
+LAYOUT = [5, CHUNK_ROWS, PANEL_COLUMNS, DECODE_ROWS]
 LAYOUT += [each[height] for each in (UNROLL, SIDE_BY_SIDE, INDEX_BYTES) for height in sorted(each)]
 
 _LINEARS = ("qkv", "out", "up", "down", "gate")
@@ -110,6 +113,11 @@ def _block_state(block: Block, prefix: str, tensors: dict[str, Tensor]) -> dict[
             tensors[f"{place}.words"] = torch.from_numpy(linear.single.words)
             tensors[f"{place}.single_values"] = torch.from_numpy(linear.single.values)
             tensors[f"{place}.starts"] = torch.from_numpy(linear.single.starts)
+        elif isinstance(linear.single, ShuffledWeight):
+            tensors[f"{place}.places"] = torch.from_numpy(linear.single.words)
+            tensors[f"{place}.single_values"] = torch.from_numpy(linear.single.values)
+            window = linear.single.window
+            described["linears"][name]["window"] = [window.columns, window.kept]
         elif linear.single is not None and not linear.shares:
             tensors[f"{place}.single"] = linear.single
         described["linears"][name]["shared"] = linear.shares
@@ -171,13 +179,19 @@ def _restore_linear(
 
     parts = tuple(tuple(part(numbers) for numbers in summands) for summands in described["parts"])
     edges = tuple(described["edges"])
-    single: DecodeWeight | Tensor | None = tensors.get(f"{place}.single")
+    single: SingleWeight | None = tensors.get(f"{place}.single")
     if described["shared"]:
         single = dense
     if f"{place}.words" in tensors:
         names = ("words", "single_values", "starts")
         words, values, starts = (tensors[f"{place}.{name}"].numpy() for name in names)
         single = DecodeWeight(parts[0][0].rows, edges[-1], words, values, starts)
+    elif "window" in described:
+        words, values = (tensors[f"{place}.{name}"].numpy() for name in ("places", "single_values"))
+        sizes = described["window"]
+        pair = isinstance(sizes, list) and len(sizes) == 2
+        require(pair, place, f"its window is {sizes!r}, not two numbers")
+        single = ShuffledWeight(parts[0][0].rows, edges[-1], Window(*sizes), values, words)
     return Linear(
         described["name"],
         described["pattern"],

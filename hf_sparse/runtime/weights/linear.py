@@ -14,17 +14,21 @@ from hf_sparse.arguments import check_finite
 from hf_sparse.runtime.kernels import spmm
 from hf_sparse.runtime.kernels.call import Argument, Operation
 from hf_sparse.runtime.kernels.dense import ROWS
-from hf_sparse.runtime.kernels.single_token import COLUMNS, DENSE_ROWS, GROUP, SPARSE_ROWS
-from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES, WeightType
+from hf_sparse.runtime.kernels.shuffled_rows import Window
+from hf_sparse.runtime.kernels.single_token import GROUP
+from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
 from hf_sparse.runtime.weights.dense_weight import DenseWeight
 from hf_sparse.runtime.weights.found import find_pattern
 from hf_sparse.runtime.weights.memory import Shelf, aligned
 from hf_sparse.runtime.weights.panels import PackedWeight, pack_many
-from hf_sparse.runtime.weights.rates import NOMINAL, Rates
-from hf_sparse.runtime.weights.rows import DECODE_ROWS, DecodeWeight, pack_decode
-
-# Below this fraction of zeros reading the bitmask costs more than the zeros save.
-MIN_DECODE_SPARSITY = 0.2
+from hf_sparse.runtime.weights.rates import DENSE, Rates
+from hf_sparse.runtime.weights.single_rows import (
+    SingleWeight,
+    can_share,
+    choose_kernel,
+    pack_single,
+    row_operation,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +55,7 @@ class Linear:
     bias: Tensor | None
     zeros: int
     dtype: torch.dtype
-    single: DecodeWeight | Tensor | None = None
+    single: SingleWeight | None = None
 
     @property
     def rows(self) -> int:
@@ -146,37 +150,9 @@ class Linear:
             first, last: which rows.
             add: onto what is in `y`.
         """
-        bias = 0 if self.bias is None else self.bias.data_ptr() + 4 * first
-        weight_type, single = WEIGHT_TYPES[self.dtype], self.single
-        groups = -(-(last - first) // GROUP)
-        if isinstance(single, Tensor):
-            columns = single.shape[1]
-            stride = weight_type.size * columns
-            return DENSE_ROWS.operation(
-                f"dense_rows{weight_type.suffix}",
-                weight=single.data_ptr() + first * stride,
-                row_bytes=stride,
-                columns=columns,
-                x=x,
-                y=y + 4 * first,
-                bias=bias,
-                groups=groups,
-                add=int(add),
-            )
-        assert single is not None
-        row_words = single.words.shape[1]
-        start = int(single.starts[first // DECODE_ROWS])
-        return SPARSE_ROWS.operation(
-            f"sparse_rows{weight_type.suffix}",
-            words=single.words.ctypes.data + first // GROUP * row_words * 8,
-            values=single.values.ctypes.data + weight_type.size * start,
-            row_words=row_words,
-            x=x,
-            y=y + 4 * first,
-            bias=bias,
-            groups=groups,
-            add=int(add),
-        )
+        assert self.single is not None
+        bias = 0 if self.bias is None else self.bias.data_ptr()
+        return row_operation(self.single, x, y, bias, first, last, add=add)
 
     @property
     def chunk_rows(self) -> list[tuple[int, int]]:
@@ -189,7 +165,7 @@ def _no_bias(rows: int) -> Tensor:
     return aligned(rows)
 
 
-def split_by_kernel(weight: np.ndarray, rates: Rates = NOMINAL) -> list[tuple[int, np.ndarray]]:
+def split_by_kernel(weight: np.ndarray, rates: Rates) -> list[tuple[int, np.ndarray]]:
     """Cut a weight into a sum of weights, each for a kernel.
 
     Either one kernel takes all of it, or the pairs of rows that happen to be nonzero in the same
@@ -236,7 +212,7 @@ def pack_linear(
     column_chunk: int | None = None,
     rows_shelf: Shelf | None = None,
     shelf: Shelf,
-    rates: Rates = NOMINAL,
+    rates: Rates,
 ) -> Linear:
     """Pack a weight `(out_features, in_features)`.
 
@@ -263,11 +239,14 @@ def pack_linear(
     edges = tuple(range(0, columns, column_chunk or columns)) + (columns,)
     zeros = array.size - int(np.count_nonzero(array))
     summands = split_by_kernel(array, rates)
+    kernel: str | Window = ""
+    if rows_shelf is not None:
+        kernel = choose_kernel(array, zeros, weight_type, rates.rows)
     columns_of = list(pairwise(edges))
     parts: tuple[tuple[PackedWeight | DenseWeight, ...], ...]
     if summands[0][0] == 0:
         parts = tuple((DenseWeight(weight, start, stop - start),) for start, stop in columns_of)
-        if rows_shelf is not None and zeros < MIN_DECODE_SPARSITY * array.size and _fits(array):
+        if kernel == DENSE and can_share(array):
             return Linear(
                 name, _label(weight), parts, edges, _padded(bias), zeros, weight_type.dtype, weight
             )
@@ -280,7 +259,7 @@ def pack_linear(
         parts = tuple(tuple(packed[i : i + each]) for i in range(0, len(packed), each))
     rows_weight = None
     if rows_shelf is not None:
-        rows_weight = _rows_weight(array, zeros, weight_type, rows_shelf)
+        rows_weight = pack_single(array, kernel, weight_type, rows_shelf)
     return Linear(
         name, _label(weight), parts, edges, _padded(bias), zeros, weight_type.dtype, rows_weight
     )
@@ -291,11 +270,6 @@ def _label(weight: Tensor) -> str:
     return "dense" if pattern is None else str(pattern)
 
 
-def _fits(array: np.ndarray) -> bool:
-    """Whether the kernel for single tokens can read a weight as it is."""
-    return not (array.shape[0] % GROUP or array.shape[1] % COLUMNS)
-
-
 def _padded(bias: Tensor | None) -> Tensor | None:
     """A bias with zeros up to a whole group of rows, which the kernels read at once."""
     if bias is None:
@@ -303,17 +277,3 @@ def _padded(bias: Tensor | None) -> Tensor | None:
     padded = aligned(-(-len(bias) // GROUP) * GROUP)
     padded[: len(bias)] = bias.detach()
     return padded
-
-
-def _rows_weight(
-    array: np.ndarray, zeros: int, weight_type: WeightType, shelf: Shelf
-) -> DecodeWeight | Tensor:
-    """The weight for single tokens: packed if that is fewer bytes by a margin, else padded."""
-    if zeros >= MIN_DECODE_SPARSITY * array.size:
-        return pack_decode(array, weight_type).on(shelf)
-    rows, columns = (
-        -(-size // unit) * unit for size, unit in zip(array.shape, (GROUP, COLUMNS), strict=True)
-    )
-    padded = np.zeros((rows, columns), np.float32)
-    padded[: array.shape[0], : array.shape[1]] = array
-    return torch.from_numpy(shelf.place(weight_type.narrow(padded))).view(weight_type.dtype)

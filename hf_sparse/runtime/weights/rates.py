@@ -1,11 +1,11 @@
-"""How long the kernels take: measured once on this machine, or nominal figures."""
+"""How long the kernels take: measured once on this machine, or nominal figures of a target."""
 
 from __future__ import annotations
 
 import functools
-import statistics
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from hf_sparse.runtime.kernels import spmm
 from hf_sparse.runtime.kernels.all import kernels
 from hf_sparse.runtime.kernels.call import run
+from hf_sparse.runtime.kernels.weight_types import WeightType
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.weights.memory import aligned
 from hf_sparse.runtime.weights.panels import pack
@@ -21,45 +22,129 @@ from hf_sparse.runtime.weights.panels import pack
 _ROWS, _COLUMNS, _REPEATS = 768, 768, 9
 
 
+# Kernels for single tokens: all weights, or those whose bits are set; others have a window's name.
+DENSE, MASK = "dense", "mask"
+
+
+@dataclass(frozen=True)
+class RowRates:
+    """How fast a core multiplies weights with single tokens.
+
+    Attributes:
+        bandwidth: bytes that it reads from memory in a nanosecond, while others read, too.
+        speeds: by kernel, the nanoseconds for 1000 weights that are in its cache, zeros counted: of
+            four bytes, and of two.
+    """
+
+    bandwidth: float
+    speeds: dict[str, tuple[float, float]]
+
+    def nanoseconds(
+        self, kernel: str, nbytes: float, weights: int, weight_type: WeightType
+    ) -> float:
+        """The time for a weight that comes from memory, which overlaps in part with computing."""
+        computing = self.speeds[kernel][weight_type.size == 2] * weights / 1000
+        return math.hypot(nbytes / self.bandwidth, computing)
+
+
 @dataclass(frozen=True)
 class Rates:
     """Effective speed of the `spmm` kernels, in GF/s per core, over the density of blocks.
 
     Attributes:
+        rows: speed of the kernels for single tokens.
         densities: fractions of blocks that are not zero, ascending.
         speeds: for each height of a block, a speed at each density.
     """
 
     densities: tuple[float, ...]
     speeds: dict[int, tuple[float, ...]]
+    rows: RowRates
 
     def rate(self, height: int, density: float) -> float:
         """GF/s of stored weights, interpolated."""
         return float(np.interp(density, self.densities, self.speeds[height]))
 
 
-# Of the machine in docs/results.md; only their proportions matter for choosing a kernel.
-NOMINAL = Rates(
-    (0.05, 0.1, 0.2, 0.5, 1.0),
-    {
-        1: (117.0, 149.0, 166.0, 177.0, 177.0),
-        2: (180.0, 206.0, 230.0, 242.0, 242.0),
-        4: (230.0, 250.0, 250.0, 250.0, 250.0),
-    },
-)
+_DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+# By the target's name. For tiles: AVX-512 of the machine in docs/results.md, AVX2 of a Zen 3, portable
+# of a Sapphire Rapids' SSE, as all of those for single tokens (`benchmarks/one_token.py`). Only their
+# proportions matter for choosing a kernel.
+NOMINAL = {
+    "avx512": Rates(
+        _DENSITIES,
+        {
+            1: (117.0, 149.0, 166.0, 177.0, 177.0),
+            2: (180.0, 206.0, 230.0, 242.0, 242.0),
+            4: (230.0, 250.0, 250.0, 250.0, 250.0),
+        },
+        RowRates(
+            14.0,
+            {
+                DENSE: (40.0, 40.0),
+                MASK: (80.0, 75.0),
+                "2 of 8": (15.0, 16.0),
+                "4 of 8": (38.0, 36.0),
+                "8 of 16": (39.0, 33.0),
+            },
+        ),
+    ),
+    "avx2": Rates(
+        _DENSITIES,
+        {
+            1: (48.0, 55.0, 61.0, 65.0, 65.0),
+            2: (57.0, 66.0, 72.0, 78.0, 78.0),
+            4: (72.0, 77.0, 81.0, 87.0, 90.0),
+        },
+        RowRates(
+            12.0,
+            {
+                DENSE: (60.0, 60.0),
+                MASK: (160.0, 110.0),
+                "2 of 8": (20.0, 20.0),
+                "4 of 8": (46.0, 50.0),
+                "8 of 16": (60.0, 62.0),
+            },
+        ),
+    ),
+    "portable": Rates(
+        _DENSITIES,
+        {
+            1: (28.0, 28.0, 31.0, 31.0, 31.0),
+            2: (26.0, 29.0, 31.0, 32.0, 32.0),
+            4: (29.0, 29.0, 31.0, 32.0, 32.0),
+        },
+        RowRates(
+            12.0,
+            {
+                DENSE: (80.0, 105.0),
+                MASK: (180.0, 140.0),
+                "2 of 8": (132.0, 140.0),
+                "4 of 8": (280.0, 280.0),
+                "8 of 16": (450.0, 450.0),
+            },
+        ),
+    ),
+}
 
 
 @functools.cache
 def calibrate(target: Target, cache: Path | None) -> Rates:
-    """Measure the rates of this machine, on one thread: about a second, once per process."""
+    """Measure the rates of this machine, on one thread: about a second, once per process.
+
+    Times are the least of a few: other programs only add to them. Rates for single tokens, which
+    depend on the memory that all cores share, are nominal.
+    """
     code = kernels(target, cache)
     random = np.random.default_rng(0)
     width = target.widths[0]
     x, y = aligned(_COLUMNS, width).fill_(1.0), aligned(_ROWS, width)
     speeds: dict[int, tuple[float, ...]] = {}
-    for height in NOMINAL.speeds:
+    nominal = NOMINAL[target.name]
+    for height in nominal.speeds:
         found = []
-        for density in NOMINAL.densities:
+        for density in nominal.densities:
             kept = random.random((_ROWS // height, _COLUMNS)) < density
             weight = np.repeat(kept, height, axis=0).astype(np.float32)
             packed = pack(weight, height)
@@ -69,6 +154,6 @@ def calibrate(target: Target, cache: Path | None) -> Rates:
                 start = time.perf_counter()
                 run(code, operation)
                 times.append(time.perf_counter() - start)
-            found.append(2 * packed.stored * width / statistics.median(times) / 1e9)
+            found.append(2 * packed.stored * width / min(times) / 1e9)
         speeds[height] = tuple(found)
-    return Rates(NOMINAL.densities, speeds)
+    return replace(nominal, speeds=speeds)

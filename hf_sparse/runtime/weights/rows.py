@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from hf_sparse.runtime.kernels.single_token import COLUMNS, GROUP
+from hf_sparse.runtime.kernels.call import Operation
+from hf_sparse.runtime.kernels.single_token import COLUMNS, GROUP, SPARSE_ROWS
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType
 from hf_sparse.runtime.weights.damage import require
 from hf_sparse.runtime.weights.memory import Shelf
@@ -49,6 +50,30 @@ class DecodeWeight:
     def nbytes(self) -> int:
         """Bytes of all streams."""
         return self.words.nbytes + self.values.nbytes
+
+    def operation(
+        self, x: int, y: int, bias: int, first: int, last: int, *, add: bool
+    ) -> Operation:
+        """Multiply rows `first` (a multiple of `DECODE_ROWS`) to `last` with one token.
+
+        Args:
+            x, y, bias: addresses of all features; no bias is 0.
+            first, last: which rows.
+            add: onto what is in `y`.
+        """
+        weight_type, row_words = type_of(self.values), self.words.shape[1]
+        start = int(self.starts[first // DECODE_ROWS])
+        return SPARSE_ROWS.operation(
+            f"sparse_rows{weight_type.suffix}",
+            words=self.words.ctypes.data + first // GROUP * row_words * 8,
+            values=self.values.ctypes.data + weight_type.size * start,
+            row_words=row_words,
+            x=x,
+            y=y + 4 * first,
+            bias=bias and bias + 4 * first,
+            groups=-(-(last - first) // GROUP),
+            add=int(add),
+        )
 
 
 def pack_decode(weight: Array, weight_type: WeightType = FLOAT32) -> DecodeWeight:
