@@ -191,9 +191,7 @@ class _Scored:
             place.store(found, self.size)
             largest.set(f.maximum(found, largest.get()))
 
-    def _values(
-        self, v: Value, stride: Value, wanted: Value, shrink: Value, done: Value
-    ) -> None:
+    def _values(self, v: Value, stride: Value, wanted: Value, shrink: Value, done: Value) -> None:
         """Add one key tile's share to what is there, which counts `shrink` of what it did."""
         f = self.f
         parts = [f.part(shrink, v * self.lanes, self.lanes) for v in range(self.vectors)]
