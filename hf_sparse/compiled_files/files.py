@@ -39,8 +39,8 @@ from hf_sparse.files.disk import disk_errors
 from hf_sparse.formats import FormatError
 from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE
 from hf_sparse.runtime.llvm.target import named
-from hf_sparse.runtime.model.blocks import check_config
 from hf_sparse.runtime.model.compiled import assemble, stack_of
+from hf_sparse.runtime.model.configured import check_config
 from hf_sparse.runtime.model.single_layers import CompiledLinear
 from hf_sparse.runtime.model.state import LAYOUT, restore_stack, stack_state
 from hf_sparse.runtime.weights.memory import Shelf

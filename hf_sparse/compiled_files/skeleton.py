@@ -18,8 +18,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from hf_sparse import models
 from hf_sparse.arguments import check_finite
-from hf_sparse.runtime.model.blocks import check_config, why_not_compiled
 from hf_sparse.runtime.model.compiled import check_parameters, check_types
+from hf_sparse.runtime.model.configured import check_config, why_not_compiled
 from hf_sparse.runtime.model.families import COMPILED
 from hf_sparse.runtime.weights.stack import Stack
 from hf_sparse.structure.families import base_type

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from hf_sparse.runtime.kernels import (
     activation,
+    addition,
     attention,
     dense,
     normalisation,
+    scored_attention,
     shuffled_rows,
     single_token,
     spmm,
@@ -26,7 +28,8 @@ from hf_sparse.runtime.llvm.target import Target
 def kernel_functions(target: Target, weight_type: WeightType = FLOAT32) -> list[Function]:
     """Every kernel that a program may name whose weights are of type `weight_type`."""
     functions = [worker.worker(target, parallel=parallel) for parallel in (True, False)]
-    functions += [tiles.append(), tiles.copy(target)]
+    functions += [tiles.append(), tiles.copy(target), addition.add(target)]
+    functions += scored_attention.functions(target)
     functions += single_token.decode_functions(target, weight_type)
     functions += shuffled_rows.shuffled_functions(target, weight_type)
     for name in activation.ACTIVATIONS:

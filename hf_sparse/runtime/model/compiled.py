@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from hf_sparse.arguments import check_finite, check_kinds
 from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE
 from hf_sparse.runtime.llvm.target import Target, named
-from hf_sparse.runtime.model.blocks import find_blocks, pack_blocks, why_not_compiled
+from hf_sparse.runtime.model.blocks import find_blocks, pack_blocks
+from hf_sparse.runtime.model.configured import why_not_compiled
 from hf_sparse.runtime.model.copying import with_modules
 from hf_sparse.runtime.model.explain import Explanation, explain_layers
 from hf_sparse.runtime.model.faithful import check_blocks, check_parents, why_other_attention
@@ -31,6 +32,7 @@ from hf_sparse.runtime.model.layers import (
     compiled_class,
     enter,
     leave,
+    record_rotation,
 )
 from hf_sparse.runtime.model.plain import (
     check_dropout,
@@ -136,11 +138,13 @@ def assemble(
         )
     path, _, name = family.stack.rpartition(".")
     owner: Any = model.base_model.get_submodule(path)
-    layer_class = compiled_class(block_class(model.base_model))
+    layer_class = compiled_class(block_class(model.base_model, family.block_class), family)
     runner = Runner(stack, target, cache)
     layers = [layer_class(runner, index, model.config) for index in range(len(stack.blocks))]
     setattr(owner, name, CompiledBlocks(layers))
-    owner.register_forward_pre_hook(functools.partial(enter, name=name))
+    owner.register_forward_pre_hook(functools.partial(enter, name=name), with_kwargs=True)
+    if family.rotary_kinds:
+        owner.rotary_emb.register_forward_hook(record_rotation, with_kwargs=True)
     owner.register_forward_hook(functools.partial(leave, name=name), always_call=True)
     for module in {model.base_model, owner}:  # heads call either
         module.register_forward_pre_hook(_refuse_attentions, with_kwargs=True)
@@ -261,7 +265,7 @@ def linears_of(model: nn.Module) -> list[Linear]:
 
 
 def _refuse_attentions(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    config: Any = base.config
+    config: Any = getattr(base, "config", None)  # the owner of the blocks may have none
     if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
         raise ValueError(
             "output_attentions: a compiled model never forms the attention weights. Ask the "

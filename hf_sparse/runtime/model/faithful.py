@@ -21,19 +21,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.runtime.kernels.activation import activation_ref
+from hf_sparse.runtime.model.description import ACTIVATION_NAMES, Blocks
 from hf_sparse.runtime.model.exchanged import is_known, why_not_own, why_not_own_function
-from hf_sparse.runtime.model.families import ACTIVATION_NAMES, Blocks
 from hf_sparse.runtime.model.plain import foreign_forward, why_instance_not_plain, why_not_plain
-from hf_sparse.structure.families import base_type
-from hf_sparse.structure.parts import head_size
+from hf_sparse.runtime.model.references import References, named, own_class
+from hf_sparse.structure.parts import head_size, parts_of
 from hf_sparse.structure.units import BlockUnits
-from hf_sparse.upstream.torch import buffers_of, children_of, is_layer_of_torch, parameters_of
+from hf_sparse.upstream.torch import buffers_of, children_of, parameters_of
 from hf_sparse.upstream.transformers.attention import attention_function, mask_function
 from hf_sparse.upstream.transformers.models import (
     KEPT_ON_MODULES,
     attention_of,
-    modeling_name,
-    set_attention_,
 )
 
 # Attributes that change no output of a model in eval mode, whatever they are.
@@ -67,12 +65,12 @@ def check_blocks(model: PreTrainedModel, family: Blocks) -> None:
     """
     base: Any = model.base_model
     path, _, name = family.stack.rpartition(".")
-    own = _own_class(base)
+    own = own_class(base)
     owner = _submodule(base, path)
     blocks = getattr(owner, name, None)
     config = model.config
-    references = {kind: _reference(own, config, kind) for kind in set(_kinds(config))}
-    wanted = next(iter(references.values()))
+    references = References(own, config, family)
+    wanted = references.model(0)
     prefix = "".join(f"{n}." for n, m in model.named_modules() if m is owner and n)
     _check_owner(owner, own if owner is base else type(wanted.get_submodule(path)), prefix)
     for part in (base, owner):
@@ -83,16 +81,13 @@ def check_blocks(model: PreTrainedModel, family: Blocks) -> None:
             )
     if type(blocks) is not nn.ModuleList or not len(blocks):
         raise ValueError(
-            f"{prefix}{name} is a {_named(type(blocks))}; wanted a ModuleList of blocks."
+            f"{prefix}{name} is a {named(type(blocks))}; wanted a ModuleList of blocks."
         )
-    first = _blocks_in(wanted.get_submodule(path).get_submodule(name)[0])[0]
+    first = _blocks_in(references.block(0))[0]
     _check_activation(BlockUnits("", first, family, head_size(config)).activation, family, config)
-    kinds, classes = _kinds(config), dict[type, str | None]()
+    classes = dict[type, str | None]()
     for index, block in enumerate(blocks):
-        # Config and list may differ in length, which is told elsewhere.
-        reference = references[kinds[min(index, len(kinds) - 1)]]
-        first = reference.get_submodule(path).get_submodule(name)[0]
-        sized = _sized(first, block, family, config)
+        sized = _sized(references.block(index), block, family, config)
         _check_part(block, sized, f"{prefix}{name}.{index}", config, classes)
     if family.causal:
         _check_places(list(blocks), f"{prefix}{name}")
@@ -134,19 +129,6 @@ def check_parents(model: nn.Module, replaced: list[nn.Module]) -> None:
     visit(model, "")
 
 
-def _own_class(base: nn.Module) -> type[nn.Module]:
-    """The class of transformers that a base model's class is, or is made from."""
-    family = base_type(base.config.model_type)  # type: ignore[union-attr, arg-type]
-    module = modeling_name(family)
-    for one in type(base).__mro__:
-        if one.__module__ == module:
-            return one
-    raise ValueError(
-        f"{_named(type(base))} is not transformers' own model of family '{family}', nor a subclass of "
-        "it: what its blocks compute is not known."
-    )
-
-
 def _submodule(base: nn.Module, path: str) -> nn.Module:
     try:
         return base.get_submodule(path)
@@ -154,37 +136,18 @@ def _submodule(base: nn.Module, path: str) -> nn.Module:
         raise ValueError(f"this {type(base).__name__} has no {path}: it was replaced.") from error
 
 
-def _kinds(config: Any) -> list[str]:
-    """The kind of attention of each block; one for all where the family has one."""
-    kinds: list[str] | None = getattr(config, "layer_types", None)
-    return kinds or [""]
-
-
-def _reference(own: Any, config: Any, kind: str) -> Any:
-    """A base model with a single block, or group of blocks, without values."""
-    small = copy.deepcopy(config)
-    small.num_hidden_layers, small.block_sizes = 1, None
-    set_attention_(small, "eager")
-    if kind:
-        small.layer_types = [kind]
-    if hasattr(small, "num_hidden_groups"):
-        small.num_hidden_groups = 1
-    with torch.device("meta"):
-        return own(small)
-
-
 def _check_owner(owner: nn.Module, own: type[nn.Module], prefix: str) -> None:
     """What runs the blocks one after the other does it as the family does."""
     kind = type(owner)
     if kind.forward is not own.forward or not issubclass(kind, own):
         raise ValueError(
-            f"{prefix.rstrip('.') or kind.__name__} is a {_named(kind)} whose forward is not that of "
+            f"{prefix.rstrip('.') or kind.__name__} is a {named(kind)} whose forward is not that of "
             f"{own.__name__}: it may run the blocks in another way. Compile a model of transformers' "
             "own class."
         )
     if (found := why_not_own_function(own.forward)) is not None:
         raise ValueError(
-            f"{prefix.rstrip('.') or kind.__name__} is a {_named(kind)}, whose forward was exchanged: "
+            f"{prefix.rstrip('.') or kind.__name__} is a {named(kind)}, whose forward was exchanged: "
             f"{found}. It may run the blocks in another way. {_RESTORE}"
         )
 
@@ -198,7 +161,7 @@ def _check_activation(activation: Any, family: Blocks, config: Any) -> None:
     wanted = torch.from_numpy(activation_ref(ACTIVATION_NAMES[name], x.numpy()))
     if not torch.allclose(found, wanted, atol=1e-5):
         raise ValueError(
-            f"transformers' activation '{name}' is a {_named(type(activation))} here, which computes "
+            f"transformers' activation '{name}' is a {named(type(activation))} here, which computes "
             "something else: it was registered anew."
         )
 
@@ -206,6 +169,8 @@ def _check_activation(activation: Any, family: Blocks, config: Any) -> None:
 def _sized(reference: Any, block: Any, family: Blocks, config: Any) -> Any:
     """The reference, as small as a block from which `hf_sparse.shrink_` removed heads or neurons."""
     smaller = None
+    if parts_of(config) is None:  # of this family nothing is removed whole
+        return reference
     for number, one in enumerate(_blocks_in(block)):
         try:
             units = BlockUnits("", one, family, head_size(config))
@@ -241,11 +206,11 @@ def _check_part(
     if own is nn.Dropout and kind is nn.Identity and why_not_plain(found) is None:
         return
     if kind is not own:
-        plain = "a plain Linear" if own in (nn.Linear, Conv1D) else _named(own)
-        raise ValueError(f"{place} is a {_named(kind)}; wanted {plain}. {_MERGE}")
+        plain = "a plain Linear" if own in (nn.Linear, Conv1D) else named(own)
+        raise ValueError(f"{place} is a {named(kind)}; wanted {plain}. {_MERGE}")
     if not is_known(kind):
         raise ValueError(
-            f"{place} is a {_named(kind)}, which was put in place of transformers' own class: what it "
+            f"{place} is a {named(kind)}, which was put in place of transformers' own class: what it "
             "computes is not known."
         )
     if kind not in classes:
@@ -333,11 +298,6 @@ def _check_places(blocks: list[nn.Module], name: str) -> None:
                     f"{name}.{index} and {name}.{seen[place]} have the same layer_idx, {place}: they "
                     "share a place in the cache. Give each block a module and a number of its own."
                 )
-
-
-def _named(kind: type) -> str:
-    """A class's name, with its module where that is not torch's."""
-    return kind.__name__ if is_layer_of_torch(kind) else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _short(value: object) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.runtime.model.description import Blocks
 from hf_sparse.runtime.programs.cache import alone_with
 from hf_sparse.runtime.programs.runner import Runner
 from hf_sparse.upstream.torch import (
@@ -35,8 +37,11 @@ BUILT_IN = {
     "sliding_window": None,
     "layer_types": None,
     "is_decoder": False,
+    "use_bidirectional_attention": None,
     ATTENTION_SETTING: None,
 }
+# The rotations of the call that runs, by kind of attention: of each calling thread.
+_ROTATIONS = threading.local()
 # Arguments of a call that reach transformers' attention functions, and change what they compute.
 NOT_COMPILED = ("position_bias", "softcap", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
@@ -83,12 +88,15 @@ class CompiledLayer(nn.Module):
     """One block of a compiled model. Also an instance of the family's own class of blocks."""
 
     arguments: tuple[str, ...] = ()
+    family: Blocks
     all: list[CompiledLayer]
 
     def __init__(self, runner: Runner, index: int, config: Any) -> None:
         nn.Module.__init__(self)
         self.runner, self.index = runner, index
         self._config, self._built_in = config, _built_in(config)
+        if kinds := getattr(config, "layer_types", None):  # some models ask their blocks
+            self.attention_type = kinds[min(index, len(kinds) - 1)]
         # A state dict without the blocks would be saved, and no one would miss them.
         self.register_state_dict_pre_hook(_refuse_state_dict)
 
@@ -105,11 +113,16 @@ class CompiledLayer(nn.Module):
 
     @property
     def is_watched(self) -> bool:
-        """Whether someone has hooked a block, and wants to see what it is given or gives."""
-        return any(map(has_forward_hooks, self.all))
+        """Whether someone has hooked a block, or the model collects what each of them gives."""
+        collects = getattr(self.runner.results, "collects", False)
+        return collects or any(map(has_forward_hooks, self.all))
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run all blocks if this is the first one, and give this one's hidden states."""
+        found = self._found(hidden_states, args, kwargs)
+        return found if self.family.block_class is None else (found,)
+
+    def _found(self, hidden_states: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
         results = self.runner.results
         if self.index == 0 and getattr(results, "entered", False):
             results.entered = False
@@ -171,7 +184,8 @@ class CompiledLayer(nn.Module):
         if given.get("encoder_hidden_states") is not None:
             raise ValueError("encoder_hidden_states: cross-attention is not compiled.")
         for name in NOT_COMPILED:
-            if given.get(name) is not None:
+            compiled = name == "position_bias" and self.family.biased
+            if given.get(name) is not None and not compiled:
                 raise ValueError(f"{name}: what it changes in attention is not compiled.")
         causal = self.runner.stack.causal
         asked = given.get("is_causal", getattr(self._config, "is_causal", None))
@@ -201,11 +215,50 @@ class CompiledLayer(nn.Module):
             output = self.runner(
                 hidden.detach().float(),
                 given.get("attention_mask"),
-                given.get("position_embeddings"),
+                self._rotations(given),
                 cache,
                 states=self.is_watched,
+                bias=by_distance(given.get("position_bias")) if self.family.biased else None,
             )
         return output.to(hidden.dtype)
+
+    def _rotations(self, given: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """Cosines and sines of the positions, of each rotation that the blocks have."""
+        if not self.family.rotary:
+            return []
+        kinds = self.family.kinds(self._config)
+        found = [getattr(_ROTATIONS, "found", {}).get(kind) for kind in kinds[1:]]
+        # This is the first block: it was given its own.
+        every = [given.get("position_embeddings"), *found]
+        return [rotation for rotation in every if rotation is not None]
+
+
+def by_distance(position_bias: Tensor | None) -> Tensor | None:
+    """A bias `(batch, heads, tokens, tokens)` of queries and keys as `(heads, 2 * tokens - 1)`.
+
+    In the order of distances: that of the first query to the last key comes first.
+
+    Raises:
+        ValueError: pairs of tokens of the same distance, or sequences, have different biases.
+    """
+    if position_bias is None:  # the runner tells that it is missing
+        return None
+    first = position_bias[0]
+    same = torch.equal(position_bias, first.expand_as(position_bias))
+    if not same or not torch.equal(first[:, 1:, 1:], first[:, :-1, :-1]):
+        raise ValueError(
+            "position_bias differs between tokens of the same distance, or between sequences; wanted "
+            "one that depends on the distance alone, as the model computes it."
+        )
+    return torch.cat([first[:, 0, 1:].flip(-1), first[:, :, 0]], dim=1).detach().float()
+
+
+def record_rotation(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Keep what a model's rotary embedding gives for one kind of attention."""
+    kind = kwargs["layer_type"] if "layer_type" in kwargs else args[2]
+    _ROTATIONS.found[kind] = output
 
 
 def _built_in(config: Any) -> dict[str, Any]:
@@ -220,7 +273,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return alike and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def enter(owner: nn.Module, args: tuple[Any, ...], *, name: str) -> None:
+def enter(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str) -> None:
     """Let the first block run, if the blocks are those that were compiled."""
     blocks = getattr(owner, name)
     if not isinstance(blocks, CompiledBlocks) or not blocks.is_whole:
@@ -231,6 +284,9 @@ def enter(owner: nn.Module, args: tuple[Any, ...], *, name: str) -> None:
         )
     results: Any = blocks[0].runner.results
     results.entered, results.states = True, None
+    own_loop = blocks[0].family.block_class is not None
+    results.collects = own_loop and bool(kwargs.get("output_hidden_states"))
+    _ROTATIONS.found = {}
 
 
 def leave(owner: nn.Module, args: tuple[Any, ...], output: Any, *, name: str) -> None:
@@ -238,12 +294,12 @@ def leave(owner: nn.Module, args: tuple[Any, ...], output: Any, *, name: str) ->
     blocks = getattr(owner, name)
     if isinstance(blocks, CompiledBlocks) and blocks.is_whole:
         results: Any = blocks[0].runner.results
-        results.entered, results.states = False, None
+        results.entered, results.states, results.collects = False, None, False
+        _ROTATIONS.found = {}
 
 
-def compiled_class(layer_class: type[nn.Module]) -> type[CompiledLayer]:
+def compiled_class(layer_class: type[nn.Module], family: Blocks) -> type[CompiledLayer]:
     """CompiledLayer as a subclass of a family's block, by which transformers finds its outputs."""
     names = tuple(inspect.signature(layer_class.forward).parameters)[2:]
-    return type(
-        f"Compiled{layer_class.__name__}", (CompiledLayer, layer_class), {"arguments": names}
-    )
+    known = {"arguments": names, "family": family}
+    return type(f"Compiled{layer_class.__name__}", (CompiledLayer, layer_class), known)

@@ -14,8 +14,8 @@
     sparse_rows,      a bias for each group of 4 rows                   check_linear
     shuffled_rows,
     dense_rows
-    norms             weight and bias for each feature                  blocks.check_stack
-    all               x, y: buffers by the sizes of the stack           blocks.check_stack
+    norms             weight and bias for each feature                  stack_shapes
+    all               x, y: buffers by the sizes of the stack           stack_shapes
 
 All of these are compared with the memory that is handed over.
 """
@@ -28,7 +28,7 @@ from torch import Tensor
 from hf_sparse.arguments import check_finite
 from hf_sparse.runtime.kernels.single_token import COLUMNS, GROUP
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
-from hf_sparse.runtime.model.blocks import check_stack, require_floats
+from hf_sparse.runtime.model.stack_shapes import check_stack, norm_sizes, require_floats
 from hf_sparse.runtime.weights.damage import require
 from hf_sparse.runtime.weights.dense_weight import DenseWeight
 from hf_sparse.runtime.weights.linear import Linear
@@ -54,9 +54,9 @@ def check_restored(stack: Stack) -> None:
                 require(one, place, f"it is cut into {len(linear.parts)} parts")
                 single = linear.single is not None or not stack.causal
                 require(single, place, "its weight for single tokens is missing")
-        for norms, size in ((block.norms, stack.hidden), (block.head_norms or (), stack.head_dim)):
-            found = [len(each) for norm in norms for each in (norm.weight, norm.bias)]
-            require({*found} <= {size}, f"blocks.{number}.norms", f"{found} numbers, not {size}")
+        for norm, size in norm_sizes(stack, block):
+            found = {len(norm.weight), len(norm.bias)}
+            require(found == {size}, f"blocks.{number}.norms", f"{found} numbers, not {size}")
     check_stack(stack)
     most = max(block.up.rows for block in stack.blocks)
     require(stack.intermediate == most, "stack", f"{stack.intermediate} neurons, and {most}")

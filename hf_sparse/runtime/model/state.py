@@ -42,7 +42,7 @@ def stack_state(stack: Stack) -> tuple[dict[str, Tensor], dict[str, Any]]:
     numbers = {
         field.name: getattr(stack, field.name)
         for field in dataclasses.fields(stack)
-        if field.name != "blocks"
+        if field.name != "blocks" and getattr(stack, field.name) != field.default
     }
     described = [
         _block_state(block, f"blocks.{number}", tensors) for number, block in enumerate(unique)
@@ -121,9 +121,19 @@ def _block_state(block: Block, prefix: str, tensors: dict[str, Tensor]) -> dict[
         elif linear.single is not None and not linear.shares:
             tensors[f"{place}.single"] = linear.single
         described["linears"][name]["shared"] = linear.shares
-    for name, norms in (("norms", block.norms), ("head_norms", block.head_norms or ())):
-        described["epsilons"][name] = [norm.epsilon for norm in norms]
-        for number, norm in enumerate(norms):
+    if block.rotation != 0:
+        described["rotation"] = block.rotation
+    norms: dict[str, tuple[Norm | None, ...]] = {
+        "norms": block.norms,
+        "head_norms": block.head_norms or (),
+    }
+    if block.added_norms is not None:
+        norms["added_norms"] = block.added_norms
+    for name, some in norms.items():
+        described["epsilons"][name] = [norm and norm.epsilon for norm in some]
+        for number, norm in enumerate(some):
+            if norm is None:
+                continue
             tensors[f"{prefix}.{name}.{number}.weight"] = norm.weight
             tensors[f"{prefix}.{name}.{number}.bias"] = norm.bias
     return described
@@ -144,7 +154,9 @@ def _restore_block(
     }
     norms = {
         name: tuple(
-            Norm(
+            None
+            if epsilon is None
+            else Norm(
                 tensors[f"{prefix}.{name}.{number}.weight"],
                 tensors[f"{prefix}.{name}.{number}.bias"],
                 float(epsilon),
@@ -154,13 +166,21 @@ def _restore_block(
         for name, epsilons in described["epsilons"].items()
     }
     attention, perceptron = norms["norms"]
-    heads = norms["head_norms"]
     return Block(
         **{"gate": None} | linears,
         norms=(attention, perceptron),
-        head_norms=(heads[0], heads[1]) if heads else None,
+        head_norms=_pair(norms["head_norms"], prefix),
         window=int(described["window"]),
+        added_norms=_pair(norms.get("added_norms", ()), prefix),
+        rotation=described.get("rotation", 0),
     )
+
+
+def _pair(norms: tuple[Norm | None, ...], place: str) -> tuple[Norm, Norm] | None:
+    """Two norms, or none of them."""
+    found = [norm for norm in norms if norm is not None]
+    require(len(found) == len(norms) and len(norms) in (0, 2), place, "a norm is missing")
+    return (found[0], found[1]) if found else None
 
 
 def _restore_linear(

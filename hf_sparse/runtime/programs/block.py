@@ -7,7 +7,8 @@ memory, follows from what the steps say that they read and write (`dependences.p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from hf_sparse.runtime.weights.linear import Linear
@@ -91,6 +92,26 @@ class Multiply(Uses):
 
 
 @dataclass(frozen=True, eq=False)
+class Add(Uses):
+    """`y += x`."""
+
+    x: Buffer
+    y: Buffer
+    READS = ("x", "y")
+
+
+@dataclass(frozen=True, eq=False)
+class WidthNorms(Uses):
+    """Norm all queries in `x` together, and all keys, in place."""
+
+    heads: Heads
+    x: Buffer
+    queries: Norm
+    keys: Norm
+    WRITES = ("x",)
+
+
+@dataclass(frozen=True, eq=False)
 class HeadNorms(Uses):
     """Norm each head of the queries in `x`, and each of the keys, in place."""
 
@@ -103,7 +124,10 @@ class HeadNorms(Uses):
 
 @dataclass(frozen=True, eq=False)
 class Rotate(Uses):
-    """Rotate queries and keys in `x` by the angles of their positions, in place."""
+    """Rotate queries and keys in `x` by the angles of their positions, in place.
+
+    The angles have a number for each feature of a head, or for the first ones, which alone are turned.
+    """
 
     heads: Heads
     x: Buffer
@@ -123,13 +147,15 @@ class Append(Uses):
 
 @dataclass(frozen=True, eq=False)
 class Attend(Uses):
-    """`y = softmax(scale q k + mask) v`.
+    """`y = softmax(cap(scale q k) + bias + mask) v`.
 
     The queries are in `x`; keys and values are those of the cache, or of all tokens' `x`.
 
     Attributes:
         causal: a token sees those before it and itself.
-        window: how far back it sees.
+        window: how far back it sees, and ahead if not causal: itself and `window - 1` others.
+        softcap: the largest score, 0 for none.
+        biased: a bias by distance is added to scores.
     """
 
     heads: Heads
@@ -138,6 +164,19 @@ class Attend(Uses):
     scale: float
     causal: bool
     window: int
+    softcap: float = 0.0
+    biased: bool = False
+
+    @property
+    def ahead(self) -> int:
+        """How many tokens ahead a token sees."""
+        return 0 if self.causal else self.window - 1
+
+    @property
+    def plain(self) -> bool:
+        """Whether scores are softmax's as they are, and no window is on both sides."""
+        local = not self.causal and self.window != NO_WINDOW
+        return not (self.softcap or self.biased or local)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +221,7 @@ class FeedForward(Uses):
 
 
 HeadStep = HeadNorms | Rotate | Append | Attend
-Step = Normalise | Multiply | HeadStep | FeedForward
+Step = Normalise | Multiply | Add | WidthNorms | HeadStep | FeedForward
 
 
 def residual(stack: Stack) -> Buffer:
@@ -190,27 +229,80 @@ def residual(stack: Stack) -> Buffer:
     return Buffer("residual", stack.hidden)
 
 
-def angles(stack: Stack) -> tuple[Buffer, ...]:
-    """The cosines and sines of the positions, if the stack is rotary."""
-    return tuple(Buffer(name, stack.head_dim) for name in ("cos", "sin") if stack.rotary)
+def angles(stack: Stack, rotation: int) -> tuple[Buffer, Buffer]:
+    """The cosines and sines of the positions, of one of the rotations that a call brings."""
+    suffix = str(rotation or "")
+    cos, sin = (Buffer(f"{name}{suffix}", stack.rotary_dim) for name in ("cos", "sin"))
+    return cos, sin
+
+
+def all_angles(stack: Stack) -> list[Buffer]:
+    """Those of all rotations."""
+    return [buffer for number in range(stack.rotations) for buffer in angles(stack, number)]
+
+
+def rotated_at_once(heads: int, dim: int, cos: Buffer) -> Iterator[tuple[int, int]]:
+    """A kernel turns whole heads, so it takes all of them, or the first features of each by itself.
+
+    Yields:
+        The first head of each call, and how many it turns.
+    """
+    if cos.features == dim:
+        yield 0, heads
+    else:
+        yield from ((head, 1) for head in range(heads))
 
 
 def steps(stack: Stack, block: Block) -> list[Step]:
     """The steps of one block, in order."""
     x = residual(stack)
-    # Norms come before attention and perceptron, or behind their sum with the residual.
-    source = Buffer("normed", stack.hidden) if stack.norm_first else x
-    norms = [Normalise(stack.norm, norm, x, source) for norm in block.norms]
-    before = norms if stack.norm_first else []
-    behind = [] if stack.norm_first else norms
-    return [
-        *before[:1],
-        *_attention(stack, block, source, x),
-        *behind[:1],
-        *before[1:],
-        _feed_forward(stack, block, source, x),
-        *behind[1:],
-    ]
+    first, second = block.norms
+    if not stack.norm_first:
+        behind = [[Normalise(stack.norm, norm, x, x)] for norm in (first, second) if norm]
+        attention, perceptron = behind
+        return [
+            *_attention(stack, block, x, x),
+            *attention,
+            _feed_forward(stack, block, x, x),
+            *perceptron,
+        ]
+    before, source = _normed(stack, first, x)
+    if not stack.parallel:
+        again, other = _normed(stack, second, x)
+        attended = _added(stack, block, 0, _attention(stack, block, source, x))
+        return [
+            *before,
+            *attended,
+            *again,
+            *_added(stack, block, 1, [_feed_forward(stack, block, other, x)]),
+        ]
+    # Nothing is added before both have read what they need of the residual.
+    *attended, out = _attention(stack, block, source, x)
+    again, other = ([], source) if second is None else _normed(stack, second, x)
+    return [*before, *attended, *again, _feed_forward(stack, block, other, x), out]
+
+
+def _normed(stack: Stack, norm: Norm | None, x: Buffer) -> tuple[list[Step], Buffer]:
+    """What norms the residual, and where the result is."""
+    if norm is None:
+        return [], x
+    normed = Buffer("normed", stack.hidden)
+    return [Normalise(stack.norm, norm, x, normed)], normed
+
+
+def _added(stack: Stack, block: Block, which: int, found: list[Step]) -> list[Step]:
+    """Steps that add to the residual at last; with a norm before that, if the block has one."""
+    if block.added_norms is None:
+        return found
+    x, given, normed = (Buffer(name, stack.hidden) for name in ("residual", "given", "normed"))
+    *others, last = found
+    match last:
+        case Multiply():
+            last = replace(last, y=given, add=False)
+        case FeedForward():
+            last = replace(last, down=replace(last.down, y=given, add=False))
+    norm = Normalise(stack.norm, block.added_norms[which], given, normed)
+    return [*others, last, norm, Add(normed, x)]
 
 
 def _attention(stack: Stack, block: Block, source: Buffer, goal: Buffer) -> list[Step]:
@@ -219,16 +311,22 @@ def _attention(stack: Stack, block: Block, source: Buffer, goal: Buffer) -> list
     qkv, context = Buffer("qkv", block.qkv.rows), Buffer("context", heads.query_rows)
     found: list[Step] = [Multiply(block.qkv, source, qkv)]
     if block.head_norms is not None:
-        found.append(HeadNorms(heads, qkv, *block.head_norms))
-    if stack.rotary:
-        found.append(Rotate(heads, qkv, *angles(stack)))
-    window = block.window if stack.causal else NO_WINDOW
-    return [
-        *found,
-        Append(heads, qkv),
-        Attend(heads, qkv, context, stack.scale, stack.causal, window),
-        Multiply(block.out, context, goal, add=True),
-    ]
+        whole = len(block.head_norms[0].weight) == heads.query_rows != heads.dim
+        kind = WidthNorms if whole else HeadNorms
+        found.append(kind(heads, qkv, *block.head_norms))
+    if stack.rotary and block.rotation is not None:
+        found.append(Rotate(heads, qkv, *angles(stack, block.rotation)))
+    attend = Attend(
+        heads,
+        qkv,
+        context,
+        stack.scale,
+        stack.causal,
+        block.window,
+        stack.softcap,
+        stack.biased,
+    )
+    return [*found, Append(heads, qkv), attend, Multiply(block.out, context, goal, add=True)]
 
 
 def _feed_forward(stack: Stack, block: Block, source: Buffer, goal: Buffer) -> FeedForward:

@@ -10,10 +10,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from hf_sparse.runtime.kernels import activation, attention, normalisation, tiles
-from hf_sparse.runtime.kernels.call import Argument, Operation, Slot
+from hf_sparse.runtime.kernels import activation, addition, normalisation, tiles
+from hf_sparse.runtime.kernels.call import Operation, Slot
 from hf_sparse.runtime.llvm.jit import Code
+from hf_sparse.runtime.programs.attending import Attending
 from hf_sparse.runtime.programs.block import (
+    Add,
     Append,
     Attend,
     Buffer,
@@ -24,8 +26,10 @@ from hf_sparse.runtime.programs.block import (
     Rotate,
     Step,
     Uses,
-    angles,
+    WidthNorms,
+    all_angles,
     residual,
+    rotated_at_once,
     steps,
 )
 from hf_sparse.runtime.programs.dependences import ALL, Use, sections
@@ -36,9 +40,6 @@ from hf_sparse.runtime.programs.tile_buffers import TURNS, TileBuffers
 from hf_sparse.runtime.programs.tiling import Tile, cut, share
 from hf_sparse.runtime.weights.memory import aligned
 from hf_sparse.runtime.weights.stack import Stack
-
-# A position that no query is before, for attention that is not causal.
-_EVERYWHERE = 1 << 29
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +81,8 @@ class TileProgram:
     Attributes:
         masks: `(batch, capacity)`, added to the scores of keys.
         tables: `(blocks, batch, capacity / width, 3)`, the key tiles of the cache, if there is one.
+        biases: `(heads, distances)`, added to scores, if the stack is biased; distance 0 is in the
+            middle, and those of tokens before it behind.
     """
 
     def __init__(self, stack: Stack, code: Code, widths: Sequence[int], shape: Shape) -> None:
@@ -92,6 +95,8 @@ class TileProgram:
         plain = [[step for _, step in section] for section in found]
         self._buffers = TileBuffers(plain, lists, widths[0], keys)
         self.masks = aligned(shape.batch, shape.capacity)
+        distances = 2 * (shape.capacity + self._width)
+        self.biases = aligned(stack.heads if stack.biased else 0, distances)
         self._find_keys(len(stack.blocks), [tile for part in lists for tile in part], keys)
         phases = [
             [
@@ -105,13 +110,13 @@ class TileProgram:
             ]
             for section in found
         ]
-        memory = [stack, self._buffers.memory, self.masks, self.tables]
+        memory = [stack, self._buffers.memory, self.masks, self.tables, self.biases]
         self.program = Program(code, phases, memory)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, the tables and the operations."""
-        own = self.tables.nbytes + self.masks.nbytes + self.program.nbytes
+        own = self.tables.nbytes + self.masks.nbytes + self.biases.nbytes + self.program.nbytes
         return int(self._buffers.nbytes + own)
 
     def _find_keys(self, blocks: int, every: Sequence[Tile], keys: set[str]) -> None:
@@ -140,14 +145,17 @@ class TileProgram:
             case Multiply():
                 x, y = at[step.x.name], at[step.y.name]
                 return step.linear.operations(x, y, tile.vectors, add=step.add)
-            case HeadNorms():
+            case Add():
+                x, y, vectors = at[step.x.name], at[step.y.name], step.x.features * tile.vectors
+                return [addition.SIGNATURE.operation("add", x=x, y=y, vectors=vectors)]
+            case HeadNorms() | WidthNorms():
                 return _norm_heads(step, tile, at)
             case Rotate():
-                return [_rotate(step, tile, at)]
+                return _rotate(step, tile, at)
             case Append():
                 return [self._append(step, index, tile, at)] if self.shape.cached else []
             case Attend():
-                return [self._attend(step, index, tile, at)]
+                return self._attend(step, index, tile, at)
             case FeedForward():
                 return _feed_forward(step, tile, at)
             case Load():
@@ -196,42 +204,37 @@ class TileProgram:
             width=self._width,
         )
 
-    def _attend(self, step: Attend, index: int, tile: Tile, at: Places) -> Operation:
+    def _attend(self, step: Attend, index: int, tile: Tile, at: Places) -> list[Operation]:
         heads, shape = step.heads, self.shape
         last = tile.start + tile.tokens if step.causal else shape.tokens
-        count: Argument
-        first: Argument
         if shape.cached:
-            table, entries = self._table_at[index][tile.sequence], self.tables.shape[2]
-            count, first, k_first = Slot("past", last), Slot("past", tile.start), 0
+            attending = Attending(
+                table=self._table_at[index][tile.sequence],
+                key_tiles=self.tables.shape[2],
+                key_count=Slot("past", last),
+                first_query=Slot("past", tile.start),
+                k_first=0,
+                mask=self.masks[tile.sequence].data_ptr(),
+                biases=self.biases,
+            )
         else:
-            table = self._table_at[index % TURNS][self._first[tile.sequence]]
-            entries = self._counts[tile.sequence]
-            count, first, k_first = last, tile.start, heads.query_rows
-        return attention.SIGNATURE.operation(
-            attention.name(tile.vectors),
-            q=at[step.x.name],
-            out=at[step.y.name],
-            heads=heads.queries,
-            head_dim=heads.dim,
-            k_first=k_first,
-            v_first=k_first + heads.key_rows,
-            group=heads.group,
-            table=table,
-            key_tiles=entries,
-            mask=self.masks[tile.sequence].data_ptr(),
-            key_count=count,
-            first_query=first if step.causal else _EVERYWHERE,
-            window=step.window,
-            scale=step.scale,
-        )
+            attending = Attending(
+                table=self._table_at[index % TURNS][self._first[tile.sequence]],
+                key_tiles=self._counts[tile.sequence],
+                key_count=last,
+                first_query=tile.start,
+                k_first=heads.query_rows,
+                mask=self.masks[tile.sequence].data_ptr(),
+                biases=self.biases,
+            )
+        return attending.operations(step, tile, at[step.x.name], at[step.y.name])
 
 
 def _numbered(stack: Stack, shape: Shape) -> Iterator[Numbered]:
     """All steps, from the input to the output, with their blocks' numbers."""
     x = residual(stack)
     yield 0, Load("hidden", x)
-    for angle in angles(stack):
+    for angle in all_angles(stack):
         yield 0, Load(angle.name, angle)
     for index, block in enumerate(stack.blocks):
         for step in steps(stack, block):
@@ -267,25 +270,34 @@ def _uses(index: int, step: TileStep, keys: set[str], cached: bool) -> Iterator[
         yield Use(("cache", index) if cached else memory(step.x), ALL, False)
 
 
-def _norm_heads(step: HeadNorms, tile: Tile, at: Places) -> list[Operation]:
+def _norm_heads(step: HeadNorms | WidthNorms, tile: Tile, at: Places) -> list[Operation]:
     heads, name = step.heads, normalisation.name("rms", tile.vectors)
     queries = at[step.x.name]
     keys = queries + 4 * tile.width * heads.query_rows
+    if isinstance(step, WidthNorms):
+        return [
+            step.queries.operation(name, queries, queries, heads.query_rows),
+            step.keys.operation(name, keys, keys, heads.key_rows),
+        ]
     return [
         step.queries.operation(name, queries, queries, heads.dim, heads.queries),
         step.keys.operation(name, keys, keys, heads.dim, heads.keys),
     ]
 
 
-def _rotate(step: Rotate, tile: Tile, at: Places) -> Operation:
-    return tiles.ROTARY.operation(
-        f"rotary{tile.vectors}",
-        x=at[step.x.name],
-        heads=step.heads.queries + step.heads.keys,
-        head_dim=step.heads.dim,
-        cos=at[step.cos.name],
-        sin=at[step.sin.name],
-    )
+def _rotate(step: Rotate, tile: Tile, at: Places) -> list[Operation]:
+    heads, first = step.heads, at[step.x.name]
+    return [
+        tiles.ROTARY.operation(
+            f"rotary{tile.vectors}",
+            x=first + 4 * tile.width * heads.dim * head,
+            heads=count,
+            head_dim=step.cos.features,
+            cos=at[step.cos.name],
+            sin=at[step.sin.name],
+        )
+        for head, count in rotated_at_once(heads.queries + heads.keys, heads.dim, step.cos)
+    ]
 
 
 def _feed_forward(step: FeedForward, tile: Tile, at: Places) -> list[Operation]:

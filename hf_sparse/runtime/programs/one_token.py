@@ -11,11 +11,12 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from hf_sparse.runtime.kernels import activation, single_token, tiles
+from hf_sparse.runtime.kernels import activation, addition, scored_attention, single_token, tiles
 from hf_sparse.runtime.kernels.call import Operation, Slot
 from hf_sparse.runtime.llvm.jit import Code
 from hf_sparse.runtime.programs.block import (
     Activate,
+    Add,
     Append,
     Attend,
     Buffer,
@@ -26,8 +27,10 @@ from hf_sparse.runtime.programs.block import (
     Multiply,
     Normalise,
     Rotate,
-    angles,
+    WidthNorms,
+    all_angles,
     residual,
+    rotated_at_once,
     steps,
 )
 from hf_sparse.runtime.programs.dependences import ALL, Use, sections
@@ -39,7 +42,7 @@ from hf_sparse.runtime.weights.memory import aligned
 from hf_sparse.runtime.weights.rows import DECODE_ROWS, share_rows
 from hf_sparse.runtime.weights.stack import Stack
 
-RowStep = Normalise | Multiply | HeadStep | Activate
+RowStep = Normalise | Multiply | Add | WidthNorms | HeadStep | Activate
 # A step, and the number of its block.
 Numbered = tuple[int, RowStep]
 
@@ -49,7 +52,8 @@ def fits(stack: Stack) -> bool:
     every = [step for _, step in _numbered(stack)]
     own = _own(every)
     alone = all(own.isdisjoint(step.writes) for step in every if not isinstance(step, Normalise))
-    return alone and all(step.causal for step in every if isinstance(step, Attend))
+    attending = [step for step in every if isinstance(step, Attend)]
+    return alone and all(step.causal and not step.biased for step in attending)
 
 
 class RowProgram:
@@ -66,7 +70,7 @@ class RowProgram:
         every = [step for _, step in numbered]
         own = _own(every)
         used = dict.fromkeys(buffer for step in every for buffer in (*step.reads, *step.writes))
-        given = angles(stack)
+        given = all_angles(stack)
         buffers = [buffer for buffer in used if buffer not in given]
         self._buffers = RowBuffers(buffers, own, shape.batch, shape.threads)
         self.residual = self._buffers.memory[residual(stack)][0, :, : stack.hidden]
@@ -110,6 +114,10 @@ class RowProgram:
                 return self._multiply(step, thread)
             case Activate():
                 return self._activate(step, thread)
+            case Add():
+                return self._add(step, thread)
+            case WidthNorms():
+                return self._norm_widths(step, thread)
         part = _HeadPart.of(step.heads, thread, self.shape.threads, self._at(step.x, thread)[b])
         if not part.keys:
             return []
@@ -121,7 +129,8 @@ class RowProgram:
             case Append():
                 return self._append(step, part, self._table_at[index][b])
             case Attend():
-                return [self._attend(step, part, index, thread, b)]
+                attend = self._attend if step.plain else self._attend_capped
+                return attend(step, part, index, thread, b)
 
     def _at(self, buffer: Buffer, thread: int) -> list[int]:
         return self._buffers.of(buffer, thread)
@@ -153,6 +162,28 @@ class RowProgram:
             for x, other in places
         ]
 
+    def _add(self, step: Add, thread: int) -> list[Operation]:
+        first, last = share_rows(step.y.features, self.shape.threads)[thread]
+        if first >= last:
+            return []
+        places = zip(self._at(step.x, thread), self._at(step.y, thread), strict=True)
+        vectors = -(-(last - first) // self._lanes)
+        return [
+            addition.SIGNATURE.operation("add", x=x + 4 * first, y=y + 4 * first, vectors=vectors)
+            for x, y in places
+        ]
+
+    def _norm_widths(self, step: WidthNorms, thread: int) -> list[Operation]:
+        """The first thread norms the queries, the last one the keys."""
+        heads, found = step.heads, []
+        for place in self._at(step.x, thread):
+            keys = place + 4 * heads.query_rows
+            if thread == 0:
+                found.append(step.queries.operation("rms_norm_row", place, place, heads.query_rows))
+            if thread == self.shape.threads - 1:
+                found.append(step.keys.operation("rms_norm_row", keys, keys, heads.key_rows))
+        return found
+
     def _append(self, step: Append, part: _HeadPart, table: int) -> list[Operation]:
         dim, key_rows = step.heads.dim, step.heads.key_rows
         return [
@@ -170,10 +201,12 @@ class RowProgram:
             for place, first in ((part.keys_at, 0), (part.values_at, key_rows))
         ]
 
-    def _attend(self, step: Attend, part: _HeadPart, index: int, thread: int, b: int) -> Operation:
+    def _attend(
+        self, step: Attend, part: _HeadPart, index: int, thread: int, b: int
+    ) -> list[Operation]:
         heads = step.heads
         first = part.first * heads.dim
-        return single_token.ATTENTION.operation(
+        operation = single_token.ATTENTION.operation(
             "attention_row",
             q=part.queries_at,
             out=self._at(step.y, thread)[b] + 4 * first * heads.group,
@@ -190,6 +223,35 @@ class RowProgram:
             scores=self._scores[thread].data_ptr(),
             scale=step.scale,
         )
+        return [operation]
+
+    def _attend_capped(
+        self, step: Attend, part: _HeadPart, index: int, thread: int, b: int
+    ) -> list[Operation]:
+        heads = step.heads
+        out = self._at(step.y, thread)[b]
+        found = []
+        for query in range(part.queries):
+            number = part.first * heads.group + query
+            k_first = number // heads.group * heads.dim
+            operation = scored_attention.ROW.operation(
+                "capped_row",
+                q=part.queries_at + 4 * query * heads.dim,
+                out=out + 4 * number * heads.dim,
+                head_dim=heads.dim,
+                k_first=k_first,
+                v_first=heads.key_rows + k_first,
+                table=self._table_at[index][b],
+                width=self._width,
+                mask=self.masks[b].data_ptr(),
+                key_count=Slot("past", 1),
+                window=step.window,
+                scores=self._scores[thread].data_ptr(),
+                scale=step.scale,
+                cap=step.softcap,
+            )
+            found.append(operation)
+        return found
 
 
 @dataclass(frozen=True)
@@ -232,11 +294,14 @@ def _norm_heads(step: HeadNorms, part: _HeadPart) -> list[Operation]:
 
 
 def _rotate(step: Rotate, part: _HeadPart, b: int) -> list[Operation]:
-    dim = step.heads.dim
-    cos, sin = (Slot(buffer.name, 4 * b * dim) for buffer in (step.cos, step.sin))
+    dim, turned = step.heads.dim, step.cos.features
+    cos, sin = (Slot(buffer.name, 4 * b * turned) for buffer in (step.cos, step.sin))
     return [
-        tiles.ROTARY.operation("rotary_row", x=at, heads=count, head_dim=dim, cos=cos, sin=sin)
+        tiles.ROTARY.operation(
+            "rotary_row", x=at + 4 * dim * head, heads=some, head_dim=turned, cos=cos, sin=sin
+        )
         for at, count in part.turned
+        for head, some in rotated_at_once(count, dim, step.cos)
     ]
 
 
@@ -259,10 +324,12 @@ def _uses(step: RowStep, own: set[Buffer]) -> Iterator[Use]:
     match step:
         case Multiply():
             part = step.linear.rows
-        case Activate():
+        case Activate() | Add():
             part = step.x.features
         case Normalise():
             part = ALL
+        case WidthNorms():
+            part = "the first and the last thread"
         case _:
             part = step.heads
     whole = (step.x,) if isinstance(step, Multiply) else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hf_sparse.runtime.kernels.all import kernels
 from hf_sparse.runtime.kernels.attention import UNSEEN
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.programs import one_token
+from hf_sparse.runtime.programs.block import all_angles
 from hf_sparse.runtime.programs.cache import TileLayer, tile_layers
 from hf_sparse.runtime.programs.many_tokens import TileProgram
 from hf_sparse.runtime.programs.one_token import RowProgram
@@ -41,18 +43,22 @@ class Runner:
         self,
         hidden: Tensor,
         mask: Tensor | None,
-        rotation: tuple[Tensor, Tensor] | None = None,
+        rotations: Sequence[tuple[Tensor, Tensor]] = (),
         cache: Cache | None = None,
         states: bool = False,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Run all blocks.
 
         Args:
             hidden: `(batch, tokens, hidden)` float32.
             mask: `(batch, past + tokens)`, true for the keys that are seen, or None for all.
-            rotation: cos and sin, `(batch or 1, tokens, head_dim)`, if the stack is rotary.
+            rotations: cos and sin, `(batch or 1, tokens, rotated features)`, if the stack is rotary:
+                as many as its blocks have.
             cache: receives keys and values, and has those of the past.
             states: return what each block gives, not only the last.
+            bias: `(heads, 2 * tokens - 1)`, added to scores, by how far a query is behind a key, if
+                the stack is biased.
 
         Returns:
             `(batch, tokens, hidden)`, with `states` `(blocks, batch, tokens, hidden)`.
@@ -69,10 +75,7 @@ class Runner:
             rows = [2 * self.stack.rows_of(block)[1] for block in self.stack.blocks]
             layers = tile_layers(cache, rows, self.target.widths[0])
             past = layers[0].length
-        if self.stack.rotary and rotation is None:
-            raise ValueError(
-                "position_embeddings are missing: wanted cos and sin of the positions."
-            )
+        self._check_positions(rotations, bias, tokens)
         if past + tokens > MAX_TOKENS:
             raise ValueError(
                 f"the sequences have {past + tokens} tokens; a compiled model takes {MAX_TOKENS}."
@@ -89,17 +92,41 @@ class Runner:
         threads = torch.get_num_threads()
         shape = Shape(batch, tokens, threads, cache is not None, capacity, states)
         with self._programs.borrow(shape, lambda: self._make(shape)) as program:
-            output = self._run(program, hidden, mask, rotation, layers, past)
+            if bias is not None and isinstance(program, TileProgram):
+                middle = program.biases.shape[1] // 2
+                program.biases[:, middle - tokens + 1 : middle + tokens] = bias
+            hidden = hidden / self.stack.multiplier if self.stack.multiplier != 1 else hidden
+            output = self._run(program, hidden, mask, rotations, layers, past)
+            output = output * self.stack.multiplier if self.stack.multiplier != 1 else output
         for layer in layers:
             layer.length += tokens
         return output
+
+    def _check_positions(
+        self, rotations: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None, tokens: int
+    ) -> None:
+        """Refuse a call whose positions are others than the blocks were compiled for."""
+        if len(rotations) != self.stack.rotations:
+            raise ValueError(
+                f"position_embeddings are missing: {len(rotations)} are given; wanted cos and sin of "
+                f"the positions, {self.stack.rotations} times."
+            )
+        widths = {one.shape[-1] for pair in rotations for one in pair}
+        if rotations and widths != {self.stack.rotary_dim}:
+            raise ValueError(
+                f"position_embeddings have {sorted(widths)} features; wanted {self.stack.rotary_dim}."
+            )
+        wanted = (self.stack.heads, 2 * tokens - 1) if self.stack.biased else None
+        found = None if bias is None else tuple(bias.shape)
+        if found != wanted:
+            raise ValueError(f"the bias by distance has the shape {found}; wanted {wanted}.")
 
     def _run(
         self,
         program: TileProgram | RowProgram,
         hidden: Tensor,
         mask: Tensor | None,
-        rotation: tuple[Tensor, Tensor] | None,
+        rotations: Sequence[tuple[Tensor, Tensor]],
         layers: list[TileLayer],
         past: int,
     ) -> Tensor:
@@ -109,10 +136,10 @@ class Runner:
         else:
             program.masks[:, : mask.shape[1]].copy_(mask == 0).mul_(UNSEEN)
         addresses = {"past": past}
-        if rotation is not None:
-            shaped = (shape.batch, shape.tokens, self.stack.head_dim)
-            cos, sin = (angles.float().expand(shaped).contiguous() for angles in rotation)
-            addresses |= {"cos": cos.data_ptr(), "sin": sin.data_ptr()}
+        shaped = (shape.batch, shape.tokens, self.stack.rotary_dim)
+        angles = [one.float().expand(shaped).contiguous() for pair in rotations for one in pair]
+        for buffer, one in zip(all_angles(self.stack), angles, strict=True):
+            addresses[buffer.name] = one.data_ptr()
         if layers:
             _fill(program.tables, layers)
         if isinstance(program, RowProgram):

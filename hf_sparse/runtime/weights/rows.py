@@ -9,7 +9,7 @@ import numpy as np
 
 from hf_sparse.runtime.kernels.call import Operation
 from hf_sparse.runtime.kernels.single_token import COLUMNS, GROUP, SPARSE_ROWS
-from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType
+from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType, type_of
 from hf_sparse.runtime.weights.damage import require
 from hf_sparse.runtime.weights.memory import Shelf
 from hf_sparse.runtime.weights.panel_checks import check_values

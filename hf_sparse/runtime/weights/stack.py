@@ -39,16 +39,28 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One block. `gate` and `head_norms` are None where the family has none."""
+    """One block. Parts are None where the family has none.
+
+    Attributes:
+        norms: of what attention and the perceptron read, or behind the sum with the residual
+            (`Stack.norm_first`); where a second one is None, the perceptron reads what is there: the
+            residual, or, side by side with attention (`Stack.parallel`), the same as attention.
+        added_norms: of what attention and the perceptron give, before that is added.
+        head_norms: of queries and keys: of each head, or of all heads together if they are so long.
+        window: how many tokens back a token sees; if attention is not causal, as many ahead.
+        rotation: which of a call's rotations turns queries and keys; None for none.
+    """
 
     qkv: Linear
     out: Linear
     up: Linear
     down: Linear
     gate: Linear | None
-    norms: tuple[Norm, Norm]
+    norms: tuple[Norm | None, Norm | None]
     head_norms: tuple[Norm, Norm] | None
     window: int
+    added_norms: tuple[Norm, Norm] | None = None
+    rotation: int | None = 0
 
     @property
     def linears(self) -> list[Linear]:
@@ -66,7 +78,13 @@ class Stack:
         hidden, heads, key_heads, head_dim, intermediate: sizes; heads, key_heads and intermediate are
             the most of any block: `hf_sparse.shrink_` leaves some blocks fewer.
         scale: what scores are multiplied by.
-        norm, norm_first, causal, rotary, activation: see `families.Blocks`.
+        norm, norm_first, causal, rotary, activation, parallel: see `families.Blocks`.
+        rotated: the first features of each head, which are rotated; 0 for all.
+        softcap: the largest score, by a tanh; 0 for no such limit.
+        biased: a call brings what is added to scores by distance.
+        multiplier: of what blocks add to the residual. The residual is divided by it on the way in
+            and multiplied on the way out, so that blocks add what they have; norms take no notice,
+            since their epsilons are divided by its square.
     """
 
     blocks: tuple[Block, ...]
@@ -81,6 +99,11 @@ class Stack:
     causal: bool
     rotary: bool
     activation: str
+    parallel: bool = False
+    rotated: int = 0
+    softcap: float = 0.0
+    biased: bool = False
+    multiplier: float = 1.0
 
     @property
     def query_rows(self) -> int:
@@ -101,6 +124,17 @@ class Stack:
         """Rows of a block's queries, and of its keys."""
         heads, key_heads = self.heads_of(block)
         return heads * self.head_dim, key_heads * self.head_dim
+
+    @property
+    def rotations(self) -> int:
+        """How many rotations a call brings: cosines and sines of the positions, each."""
+        turned = [block.rotation for block in self.blocks if block.rotation is not None]
+        return 1 + max(turned, default=-1) if self.rotary else 0
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features of a head that are rotated."""
+        return self.rotated or self.head_dim
 
     @property
     def linears(self) -> list[Linear]:

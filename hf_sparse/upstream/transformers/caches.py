@@ -26,6 +26,8 @@ __all__ = [
 # The argument of a model's forward, and the field of its outputs, that hold keys and values:
 # `cache` since transformers 5.24, which takes the older name with a warning until 5.40.
 CACHE_NAMES = ("cache", "past_key_values")
+# What some families' blocks call it.
+_OF_BLOCKS = "layer_past"
 
 
 def cache_name(forward: Callable[..., Any]) -> str:
@@ -36,5 +38,6 @@ def cache_name(forward: Callable[..., Any]) -> str:
 
 def cache_in(values: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a model or a block, or among its outputs; None without one."""
-    caches = (values[name] for name in CACHE_NAMES if values.get(name) is not None)
+    names = (*CACHE_NAMES, _OF_BLOCKS)
+    caches = (values[name] for name in names if values.get(name) is not None)
     return next(caches, None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,9 +100,20 @@ def set_attention_(config: Any, name: str) -> None:
     setattr(config, ATTENTION_SETTING, name)
 
 
-def block_class(base: Any) -> type[nn.Module]:
-    """The class of a base model's blocks, by which transformers collects hidden states."""
-    found: type[nn.Module] = base._can_record_outputs["hidden_states"]
+def block_class(base: Any, name: str | None = None) -> type[nn.Module]:
+    """The class of a base model's blocks, by which transformers collects hidden states.
+
+    Args:
+        base: the model.
+        name: of the class, where the model's own loop collects them, and tells nothing.
+    """
+    recorded: dict[str, type[nn.Module]] = getattr(base, "_can_record_outputs", None) or {}
+    if name is None:
+        return recorded["hidden_states"]
+    modules = [sys.modules[kind.__module__] for kind in type(base).__mro__]
+    found: type[nn.Module] = next(
+        getattr(module, name) for module in modules if hasattr(module, name)
+    )
     return found
 
 
@@ -122,7 +135,7 @@ def is_from_transformers(item: Any) -> bool:
 
 def modeling_name(family: str) -> str:
     """The name of the module that has the model classes of a family."""
-    return f"transformers.models.{family}.modeling_{family}"
+    return CONFIG_MAPPING[family].__module__.replace(".configuration_", ".modeling_")
 
 
 def import_modeling(config_class: type) -> ModuleType:

@@ -1,0 +1,105 @@
+"""The sizes of a stack's weights and norms: those that programs rely on."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from hf_sparse.arguments import check_finite
+from hf_sparse.runtime.weights.damage import require
+from hf_sparse.runtime.weights.linear import Linear
+from hf_sparse.runtime.weights.panels import CHUNK_ROWS
+from hf_sparse.runtime.weights.stack import Block, Norm, Stack
+
+
+def check_stack(stack: Stack) -> None:
+    """The sizes of all weights and norms against those that programs rely on.
+
+    Raises:
+        ValueError: one does not fit; the message names it.
+    """
+    hidden = stack.hidden
+    require(bool(stack.blocks), "stack", "it has no blocks")
+    positive = (hidden, stack.heads, stack.key_heads, stack.head_dim, stack.intermediate)
+    require(all(isinstance(size, int) and size > 0 for size in positive), "stack", "a size")
+    require(not stack.head_dim % 4 and not stack.heads % stack.key_heads, "stack", "its heads")
+    turned = stack.rotated
+    fits = type(turned) is int and 0 <= turned < stack.head_dim and not turned % 2
+    require(fits, "stack", f"{turned} features of a head are rotated")
+    require(stack.norm_first or not stack.parallel, "stack", "its norms behind parallel parts")
+    limits = stack.softcap >= 0 and 0 < stack.multiplier < float("inf")
+    require(limits and stack.softcap < float("inf"), "stack", "its softcap or multiplier")
+    for number, block in enumerate(stack.blocks):
+        place = f"blocks.{number}"
+        _check_sizes(stack, block, place)
+        first = stack.blocks[0]
+        alike = all(
+            (getattr(block, part) is None) == (getattr(first, part) is None)
+            for part in ("gate", "head_norms", "added_norms")
+        )
+        require(alike, place, "it has other parts than the first block")
+        whole = stack.norm_first or None not in block.norms
+        require(whole, place, "a norm behind the residual is missing")
+        lone = block.added_norms is None or (stack.norm_first and not stack.parallel)
+        require(lone, place, "it norms what it adds, and the residual")
+        which = block.rotation
+        fits = which is None or (type(which) is int and 0 <= which < len(stack.blocks))
+        require(fits, place, f"the rotation {which}")
+        for norm, size in norm_sizes(stack, block):
+            require(0 <= norm.epsilon < 1, f"{place}.norms", f"epsilon {norm.epsilon}")
+            require_floats(norm.weight, f"{place}.norms", size)
+            require_floats(norm.bias, f"{place}.norms", size)
+
+
+def _check_sizes(stack: Stack, block: Block, place: str) -> None:
+    """The shapes of a block's weights, and the chunks of its perceptron."""
+    hidden = stack.hidden
+    heads, key_heads = stack.heads_of(block)
+    fits = 1 <= heads <= stack.heads and 1 <= key_heads <= stack.key_heads
+    require(fits, place, f"{heads} heads, {key_heads} of keys")
+    require(heads == stack.heads or not stack.biased, place, f"{heads} heads with biases")
+    require(1 <= block.up.rows <= stack.intermediate, place, f"{block.up.rows} neurons")
+    queries, keys = stack.rows_of(block)
+    wanted = {
+        "qkv": (queries + 2 * keys, hidden),
+        "out": (hidden, queries),
+        "up": (block.up.rows, hidden),
+        "gate": (block.up.rows, hidden),
+        "down": (hidden, block.up.rows),
+    }
+    for name, shape in wanted.items():
+        linear: Linear | None = getattr(block, name)
+        if linear is None:
+            continue
+        same = linear.dtype == stack.weight_type.dtype
+        require(same, f"{place}.{name}", f"its weight is {linear.dtype}")
+        found = (linear.rows, linear.columns)
+        require(found == shape, f"{place}.{name}", f"its shape is {found}, not {shape}")
+    require(not heads % key_heads, place, f"{heads} heads, {key_heads} of keys")
+    opening = block.gate or block.up
+    chunks = [last - first for first, last in opening.chunk_rows]
+    fits = max(chunks) <= CHUNK_ROWS and block.up.chunk_rows == opening.chunk_rows
+    require(fits, place, "the chunks of its perceptron")
+    edges = [first for first, _ in opening.chunk_rows] + [opening.rows]
+    require(list(block.down.edges) == edges, place, "the parts of its perceptron")
+
+
+def norm_sizes(stack: Stack, block: Block) -> list[tuple[Norm, int]]:
+    """A block's norms, and how many features each of them is for."""
+    wide = [norm for norm in chain(block.norms, block.added_norms or ()) if norm is not None]
+    found = [(norm, stack.hidden) for norm in wide]
+    if block.head_norms is None:
+        return found
+    sizes = (stack.head_dim, stack.head_dim)
+    if len(block.head_norms[0].weight) != stack.head_dim:
+        sizes = stack.rows_of(block)
+    return [*found, *zip(block.head_norms, sizes, strict=True)]
+
+
+def require_floats(tensor: Tensor, place: str, size: int) -> None:
+    """Raise a ValueError unless a tensor has `size` float32 numbers, all finite."""
+    fits = tensor.dtype == torch.float32 and tensor.ndim == 1 and len(tensor) >= size
+    require(fits and tensor.is_contiguous(), place, f"{tensor.dtype} {tuple(tensor.shape)}")
+    check_finite(place, tensor)
