@@ -130,8 +130,10 @@ class SparseModelMixin:
                 "state_dict() gives them."
             )
         own: Any = super().state_dict()  # type: ignore[misc]
+        model: Any = self
+        own: Any = super().state_dict()  # type: ignore[misc]
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-        restored = restore_state_dict(state_dict, shapes, transposed_weights(self))
+        restored = restore_state_dict(state_dict, shapes, transposed_weights(model))
         return super().load_state_dict(restored, strict, assign)  # type: ignore[misc]
 
 
