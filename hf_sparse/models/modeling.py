@@ -129,7 +129,6 @@ class SparseModelMixin:
                 f"state_dict is a {type(state_dict).__name__}; wanted tensors by their names, as "
                 "state_dict() gives them."
             )
-        own: Any = super().state_dict()  # type: ignore[misc]
         model: Any = self
         own: Any = super().state_dict()  # type: ignore[misc]
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
