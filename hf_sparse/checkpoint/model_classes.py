@@ -34,7 +34,8 @@ def model_class_named(name: str, config_class: type[PreTrainedConfig] | None = N
     """The dense class of models of this name; None if there is none.
 
     Args:
-        name: of a class of transformers, or of one that an Auto class has for the config.
+        name: of a class of transformers, or of one that an Auto class has for the config; or of a part
+            of the family's models.
         config_class: the family's own.
     """
     found = getattr(transformers, name, None) if name.isidentifier() else None
@@ -42,8 +43,20 @@ def model_class_named(name: str, config_class: type[PreTrainedConfig] | None = N
         return found
     if config_class is None:
         return None
+    part = _part_named(name, config_class)
     known = all_classes_of(config_class)
-    return next((each for each in known if each.__name__ == name), None)
+    return next((each for each in known if each.__name__ == name), part)
+
+
+def _part_named(name: str, config_class: type[PreTrainedConfig]) -> Any:
+    """A public class for configs of this class beside its family's models; None if there is none."""
+    from hf_sparse.upstream.transformers.models import import_modeling
+
+    try:
+        found = getattr(import_modeling(config_class), name, None)
+    except ImportError:
+        return None
+    return found if is_model_class(found) and found.config_class is config_class else None
 
 
 def first_class_of(config_class: type[PreTrainedConfig]) -> Any:
