@@ -38,6 +38,7 @@ FLOORS = [
         "shrinking",
         "dropping",
         "dropping_experts",
+        "dropping_hidden",
         "budget",
         "benchmark",
     ],
