@@ -200,7 +200,7 @@ def _check_promise(model: nn.Module) -> None:
 def _use(plan: HiddenPlan, batches: Sequence[Mapping[str, Any]]) -> HiddenUse:
     """What the norms give hidden features, and the heads, if some go."""
     model: Any = plan.model
-    norms = norms_of(model, plan.size)
+    norms = [norm for norm in norms_of(model, plan.size) if plan.cuts(norm.name)]
     if not norms:
         raise ValueError(
             f"no norm over the {plan.size} hidden features of this {type(model).__name__} was found, "

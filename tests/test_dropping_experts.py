@@ -237,7 +237,7 @@ FAMILIES += ["ernie4_5_moe", "minimax_m2", "llama4_text", "nemotron_h", "afmoe"]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_belongs_to_experts_is_found_from_the_structure(family: str) -> None:
-    config = tiny_config(family)
+    config = copy.deepcopy(tiny_config(family))
     if family == "deepseek_v2":
         config.num_experts_per_tok, config.num_key_value_heads = 2, config.num_attention_heads
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -328,7 +328,7 @@ def test_it_is_refused_before_work(make: Any, changes: dict[str, Any], message: 
 
 
 def test_tables_of_experts_by_number_are_refused() -> None:
-    model = AutoModelForCausalLM.from_config(tiny_config("deepseek_v4"))
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(tiny_config("deepseek_v4")))
     with pytest.raises(ValueError, match="tid2eid is a table of whole numbers"):
         Mixtures.of(model)
 
@@ -365,7 +365,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--experts", "1", "--by", "loss", *data], "--by loss is not for --experts"),
         (["--blocks", "1", "--merge", *data], "--merge is for --experts"),
         (["--experts", "1", "--uniform", *data], "--uniform is for heads and neurons"),
-        (["--merge"], "--merge is for --blocks N and --experts N"),
+        (["--merge"], "--merge is for --blocks N, --experts N"),
     ):
         assert main(["shrink", names[0], str(tmp_path / "none"), *arguments]) == 1
         assert message in capsys.readouterr().err

@@ -136,9 +136,10 @@ class HiddenPlan:
                 for name, value in self.settings.items():
                     setattr(config, name, value)
 
-    def is_hidden(self, path: str, name: str, tensor: Tensor) -> bool:
-        """Whether a tensor of one dimension has a value for each hidden feature."""
-        return tensor.shape == (self.size,) and self.shapes[path].get(name) == (self.left,)
+    def cuts(self, path: str) -> bool:
+        """Whether a module's tensors of one dimension lose hidden features, if it has any."""
+        vectors = [shape for shape in self.shapes[path].values() if isinstance(shape, tuple)]
+        return all(shape == (self.left,) for shape in vectors if len(shape) == 1)
 
     def _keep_heads_(self, model: Any, heads: Sequence[Tensor]) -> None:
         for units, numbers in zip(find_units(model), heads, strict=True):
