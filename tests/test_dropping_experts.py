@@ -19,6 +19,7 @@ from hf_sparse import SparsityConfig, drop_experts_
 from hf_sparse.cli import main
 from hf_sparse.dropping_experts import METHODS
 from hf_sparse.provenance.record import provenance_of
+from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.mixtures import Mixtures
 from hf_sparse_cli.choices import EXPERT_CHOICES
 from tests.support.any_models import tiny_config
@@ -157,6 +158,24 @@ def test_zeros_and_their_promise_stay(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-4)
     assert drop_experts_(loaded, 1, by="magnitude").experts == (3, 2)
+
+
+def test_a_promise_that_names_experts_by_number_is_forgotten() -> None:
+    model = tiny_mixture("mixtral")
+    names = [f"experts.*_proj.{number}" for number in (0, 2)]
+    hf_sparse.prune_(model, SparsityConfig("unstructured", 0.5, names), "magnitude")
+    # Of the others all weights are larger.
+    with torch.no_grad():
+        for mlp in blocks_of(model):
+            for matrices in (mlp.experts.gate_up_proj, mlp.experts.down_proj):
+                matrices[2:] *= 3
+    every = copy.deepcopy(model)
+    report = drop_experts_(model, 2, by="magnitude")
+    assert report.removed == ((0, 1), (0, 1))
+    assert promised_config(model) is None  # what was expert 2 is 0 now, and 3 is 1
+    hf_sparse.prune_(every, SparsityConfig("2:4"), "magnitude")
+    drop_experts_(every, 2, by="magnitude")
+    assert promised_config(every) is not None
 
 
 @torch.no_grad()

@@ -186,7 +186,7 @@ def batches_of(options: argparse.Namespace, bones: Any, tokenizer: Any) -> list[
     if not options.labels:
         return windows(tokenizer, read_documents(options.calibration), options)
     texts, labels = (column[: options.num_samples] for column in labelled_texts(options))
-    return hf_sparse.labelledbatches_of(
+    return hf_sparse.labelled_batches(
         bones, tokenizer, texts, labels, window=options.window, batch_size=options.batch_size
     )
 

@@ -56,10 +56,12 @@ class HiddenPlan:
                 nearest that it can.
         """
         kind, size = type(model).__name__, getattr(model.config, "hidden_size", None)
-        if not isinstance(size, int):
+        heads = getattr(model.config, "num_attention_heads", None)
+        if not isinstance(size, int) or not isinstance(heads, int):
             raise ValueError(
-                f"the config of this {kind} tells no hidden_size; wanted a model with one residual "
-                "stream, whose width the config tells."
+                f"the config of this {kind} tells hidden_size={size!r} and "
+                f"num_attention_heads={heads!r}; wanted numbers: a model with one residual stream, "
+                "whose width the config tells, and blocks with as many heads each."
             )
         if getattr(model.config, "block_sizes", None) is not None:
             raise ValueError(
