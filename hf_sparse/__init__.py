@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from hf_sparse.dropping import drop_blocks_ as drop_blocks_
     from hf_sparse.dropping_experts import ExpertReport as ExpertReport
     from hf_sparse.dropping_experts import drop_experts_ as drop_experts_
+    from hf_sparse.dropping_hidden import HiddenReport as HiddenReport
+    from hf_sparse.dropping_hidden import drop_hidden_ as drop_hidden_
     from hf_sparse.evaluation import accuracy as accuracy
     from hf_sparse.evaluation import perplexity as perplexity
     from hf_sparse.exporters.onnx_export import export_onnx as export_onnx
@@ -70,6 +72,7 @@ _PUBLIC = {
     "DropReport": "hf_sparse.drop_report",
     "ExpertReport": "hf_sparse.dropping_experts",
     "FormatError": "hf_sparse.formats",
+    "HiddenReport": "hf_sparse.dropping_hidden",
     "KeepZeros": "hf_sparse.optim.keep_zeros_callback",
     "Metric": "hf_sparse.provenance.values",
     "Pattern": "hf_sparse.patterns",
@@ -90,6 +93,7 @@ _PUBLIC = {
     "convert_legacy": "hf_sparse.checkpoint.legacy",
     "drop_blocks_": "hf_sparse.dropping",
     "drop_experts_": "hf_sparse.dropping_experts",
+    "drop_hidden_": "hf_sparse.dropping_hidden",
     "export_onnx": "hf_sparse.exporters.onnx_export",
     "freeze_zeros_": "hf_sparse.optim.shrinkage",
     "get_peft_model": "hf_sparse.adapters.loading",

@@ -73,6 +73,11 @@ CALLS: dict[str, Callable[[Path], dict[str, Any]]] = {
         "count": 1,
         "batches": tiny_batches("llama"),
     },
+    "drop_hidden_": lambda _: {
+        "model": tiny_model("llama"),
+        "count": 1,
+        "batches": tiny_batches("llama"),
+    },
     "export_onnx": lambda folder: {"model": tiny_model("llama"), "folder": folder},
     "get_peft_model": lambda _: {"model": tiny_model("llama"), "config": None},
     "inspect_checkpoint": lambda folder: {"folder": folder},
@@ -107,16 +112,9 @@ CALLS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 # Calls without a parameter of a kind that is checked, and values that calls return.
 WITHOUT = {
-    *(
-        "DropReport",
-        "ExpertReport",
-        "FormatError",
-        "KeepZeros",
-        "Pattern",
-        "ShrinkReport",
-        "SparsityConfig",
-    ),
-    *("SparsityReport", "add_shrinkage_", "freeze_zeros_", "keep_zeros_", "measure_sparsity"),
+    *("DropReport", "ExpertReport", "FormatError", "HiddenReport", "KeepZeros", "Pattern"),
+    *("ShrinkReport", "SparsityConfig", "SparsityReport"),
+    *("add_shrinkage_", "freeze_zeros_", "keep_zeros_", "measure_sparsity"),
 }
 # The arguments of `save_pretrained` and `push_to_hub` that their signatures hold in `**kwargs`.
 SAVING = {

@@ -54,6 +54,7 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "save_pretrained": lambda model, folder: hf_sparse.save_pretrained(model, folder, CONFIG),
     "drop_blocks_": lambda model, _: hf_sparse.drop_blocks_(model, 1, tiny_batches("llama")),
     "drop_experts_": lambda model, _: hf_sparse.drop_experts_(model, 1, tiny_batches("llama")),
+    "drop_hidden_": lambda model, _: hf_sparse.drop_hidden_(model, 1, tiny_batches("llama")),
     "shrink_": lambda model, _: hf_sparse.shrink_(model),
     "benchmark": lambda model, _: hf_sparse.benchmark(model),
     "export_onnx": lambda model, folder: hf_sparse.export_onnx(model, folder),

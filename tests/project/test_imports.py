@@ -40,6 +40,7 @@ FLOORS = [
         "shrinking",
         "dropping",
         "dropping_experts",
+        "dropping_hidden",
         "budget",
         "benchmark",
     ],
