@@ -82,7 +82,8 @@ def drop_blocks_(
     """
     check_model(model, "drop_blocks_", PreTrainedModel)
     check_kinds(drop_blocks_, locals())
-    _check(model, by)
+    check_name(by, METHODS, "by", "ways to choose")
+    check_can_lose_blocks(model, "drop_blocks_")
     depth = Depth.of(model)
     names = tuple(f"{name}.{number}" for name, number in depth.places)
     total = len(names)
@@ -90,7 +91,7 @@ def drop_blocks_(
     inputs: Batches = checked_batches(batches, model, by)
     if by == "loss":
         check_labels(by, None, model, inputs)
-    choice = _Choice.of(depth, wanted)
+    choice = Choice.of(depth, wanted)
     before = num_parameters(model)
     with switched(model, training=False, use_cache=False):
         removed, scores, every, loss = METHODS[by](choice, wanted, inputs)
@@ -133,20 +134,24 @@ def number_of_blocks(count: int | float, total: int) -> int:
     return found
 
 
-def _check(model: PreTrainedModel, by: str) -> None:
-    """Refuse what cannot lose its blocks, before anything is computed."""
-    check_name(by, METHODS, "by", "ways to choose")
+def check_can_lose_blocks(model: PreTrainedModel, call: str) -> None:
+    """Refuse what cannot lose its blocks, before anything is computed.
+
+    Raises:
+        ValueError: the model is compiled, quantized or sharded, or has adapters or weights without
+            values.
+    """
     check_has_weights(model)
     if is_compiled(model):
         raise ValueError(
-            "the model is compiled by torch.compile. Drop blocks first, then compile it."
+            f"the model is compiled by torch.compile. Call {call} first, then compile it."
         )
     if has_own_adapters(model) or has_adapters(model):
         raise ValueError(
             "the model has adapters, whose places in it would be others. Merge them first "
             "(hf_sparse.merge_adapters_), or remove them."
         )
-    check_has_values(model, "drop_blocks_")
+    check_has_values(model, call)
     if (method := quantized_by(model)) not in (None, "gguf"):
         raise ValueError(
             f"the model is quantized with {method}, and what is left could not be trained. Load it "
@@ -155,12 +160,12 @@ def _check(model: PreTrainedModel, by: str) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise ValueError(
-                f"{name} is cut into shards by FSDP. Drop blocks before the model is sharded."
+                f"{name} is cut into shards by FSDP. Call {call} before the model is sharded."
             )
 
 
 @dataclass(frozen=True)
-class _Choice:
+class Choice:
     """Which blocks can go.
 
     Attributes:
@@ -172,7 +177,7 @@ class _Choice:
     free: frozenset[str]
 
     @classmethod
-    def of(cls, depth: Depth, wanted: int) -> _Choice:
+    def of(cls, depth: Depth, wanted: int) -> Choice:
         """Look whether the config can tell fewer blocks, before any work.
 
         Raises:
@@ -211,7 +216,7 @@ class _Choice:
 _Chosen = tuple[list[int], list[float], list[float | None], tuple[float, float] | None]
 
 
-def _by_loss(choice: _Choice, wanted: int, batches: Batches) -> _Chosen:
+def by_loss(choice: Choice, wanted: int, batches: Batches) -> _Chosen:
     """Remove the block without which the loss is lowest, and again."""
     model, blocks = choice.depth.model, choice.depth.blocks
     before = mean_loss(model, batches)
@@ -247,7 +252,7 @@ def _by_loss(choice: _Choice, wanted: int, batches: Batches) -> _Chosen:
     return removed, chosen_by, every, (before, chosen_by[-1])
 
 
-def _by_similarity(choice: _Choice, wanted: int, batches: Batches) -> _Chosen:
+def _by_similarity(choice: Choice, wanted: int, batches: Batches) -> _Chosen:
     """Remove the blocks of least influence, measured once."""
     model, blocks = choice.depth.model, choice.depth.blocks
     influence = Influence(blocks)
@@ -286,4 +291,4 @@ def _masks(batch: Mapping[str, Any], depth: Depth) -> list[Tensor | None]:
     return [mask if name == first else of_decoder for name, _ in depth.places]
 
 
-METHODS = {"loss": _by_loss, "similarity": _by_similarity}
+METHODS = {"loss": by_loss, "similarity": _by_similarity}

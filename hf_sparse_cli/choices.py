@@ -88,6 +88,11 @@ BLOCK_CHOICES = {
     "loss": "the block without which the loss rises least, one after another",
     "similarity": "the blocks that change their input least, in one pass",
 }
+# What `hf_sparse.slim_` may cut.
+SLIM_AXES = {
+    "depth": "whole blocks",
+    "width": "heads and neurons, as many in each block",
+}
 FORMATS = {
     "auto": "the smallest of the others",
     "dense": "the weight as it is, zeros included",

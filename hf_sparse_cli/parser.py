@@ -8,7 +8,6 @@ from typing import Any
 
 from hf_sparse_cli.choices import (
     ALLOCATIONS,
-    BLOCK_CHOICES,
     DTYPES,
     FORMATS,
     METHODS,
@@ -30,7 +29,8 @@ from hf_sparse_cli.flags import (
     named_list,
     output_group,
 )
-from hf_sparse_cli.names import Parser, fraction, number_or_fraction
+from hf_sparse_cli.names import Parser, fraction
+from hf_sparse_cli.smaller import add_shrink, add_slim
 
 
 def make_parser() -> Parser:
@@ -49,7 +49,8 @@ def make_parser() -> Parser:
     _add_eval(commands)
     _add_inspect(commands)
     _add_bench(commands)
-    _add_shrink(commands)
+    add_shrink(commands)
+    add_slim(commands)
     _add_export(commands)
     _add_push(commands)
     _add_convert(commands)
@@ -239,46 +240,6 @@ def _add_bench(commands: Any) -> None:
     output.add_argument(
         "--explain", action="store_true", help="also print what became of each layer"
     )
-    add_printing(output)
-
-
-def _add_shrink(commands: Any) -> None:
-    command = command_parser(
-        commands,
-        "shrink",
-        "remove heads and neurons that are zero, or whole blocks, and save the smaller model",
-        "MODEL OUTPUT [--blocks N|FRACTION --calibration FILE ...]",
-        ["SPARSE SMALLER --uniform", "MODEL SMALLER --blocks 0.25 --calibration text.jsonl"],
-    )
-    what = command.add_argument_group("what to shrink")
-    what.add_argument("model", metavar="MODEL", help="folder or Hub name")
-    add_loading(what)
-    units = command.add_argument_group(
-        "heads and neurons", "Those that are zero, without --blocks."
-    )
-    units.add_argument(
-        "--uniform", action="store_true", help="blocks of one size: loads without hf_sparse"
-    )
-    blocks = command.add_argument_group("blocks", named_list("by", BLOCK_CHOICES))
-    blocks.add_argument(
-        "--blocks",
-        type=number_or_fraction,
-        metavar="N",
-        help="how many blocks go instead: a number, or a fraction of them",
-    )
-    blocks.add_argument(
-        "--by", choices=BLOCK_CHOICES, metavar="NAME", help="see above (default loss)"
-    )
-    calibration = command.add_argument_group("calibration", "Texts that --blocks looks at.")
-    data = calibration.add_mutually_exclusive_group()
-    data.add_argument("--calibration", nargs="+", metavar="FILE", help=TEXT)
-    add_labels(calibration, data)
-    calibration.add_argument(
-        "--num-samples", type=int, default=32, help="windows, or rows at most (default 32)"
-    )
-    add_windows(calibration)
-    output = output_group(command, "folder to save the smaller model in")
-    add_saving(output)
     add_printing(output)
 
 

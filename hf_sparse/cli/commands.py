@@ -18,25 +18,24 @@ from hf_sparse.calibration.documents import read_documents
 from hf_sparse.calibration.windows import token_windows
 from hf_sparse.checkpoint.can_save import check_can_save, check_not_quantized
 from hf_sparse.cli.loading import (
-    labelled_texts,
     load,
     load_tokenizer,
     measurement,
     model_config,
+    named_batches,
     optional_tokenizer,
     skeleton,
     windows,
 )
-from hf_sparse.cli.printing import print_json, print_saved, without
+from hf_sparse.cli.printing import print_saved, without
 from hf_sparse.cli.pushing import push
+from hf_sparse.cli.smaller import shrink, slim
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY
-from hf_sparse.dropping import number_of_blocks
 from hf_sparse.exporters.can_export import check_can_export
 from hf_sparse.pruning.methods import Recipe
 from hf_sparse.pruning.streaming import check_run
 from hf_sparse.pruning.uniform import check_uniform
 from hf_sparse.report import format_table
-from hf_sparse.structure.depth import Depth
 from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.targets import Targets
 from hf_sparse_cli.usage import method_options, needs_calibration
@@ -102,17 +101,7 @@ def _calibration(options: argparse.Namespace, bones: Any) -> tuple[Any, list[Any
     """
     needed = needs_calibration(options)
     tokenizer = optional_tokenizer(options, bones.config, needed=needed)
-    return tokenizer, _batches(options, bones, tokenizer) if needed else None
-
-
-def _batches(options: argparse.Namespace, bones: Any, tokenizer: Any) -> list[Any]:
-    """The data that --calibration or --labels name."""
-    if not options.labels:
-        return windows(tokenizer, read_documents(options.calibration), options)
-    texts, labels = (column[: options.num_samples] for column in labelled_texts(options))
-    return hf_sparse.labelled_batches(
-        bones, tokenizer, texts, labels, window=options.window, batch_size=options.batch_size
-    )
+    return tokenizer, named_batches(options, bones, tokenizer) if needed else None
 
 
 def _streamed(
@@ -267,32 +256,6 @@ def bench(options: argparse.Namespace) -> int:
     return 0
 
 
-def shrink(options: argparse.Namespace) -> int:
-    """Remove useless heads and neurons, or whole blocks, and save the smaller model."""
-    bones = skeleton(options.model, options)
-    check_can_save(bones, options.output)
-    drops = options.blocks is not None
-    if drops:
-        number_of_blocks(options.blocks, len(Depth.of(bones).blocks))
-    tokenizer = optional_tokenizer(options, bones.config, needed=drops)
-    batches = _batches(options, bones, tokenizer) if drops else []
-    model, _ = load(options.model, options, needs_tokenizer=False)
-    report: Any
-    if drops:
-        report = hf_sparse.drop_blocks_(model, options.blocks, batches, by=options.by or "loss")
-    else:
-        report = hf_sparse.shrink_(model, uniform=options.uniform)
-    hf_sparse.save_pretrained(
-        model, options.output, tokenizer=tokenizer, base_model=options.base_model
-    )
-    if options.json:
-        print_json(report, options)
-    else:
-        print(report)
-        print(f"saved to {options.output}{without(tokenizer)}")
-    return 0
-
-
 def export(options: argparse.Namespace) -> int:
     """Export a model as an ONNX graph."""
     bones = skeleton(options.model, options)
@@ -330,6 +293,7 @@ COMMANDS = {
     "inspect": inspect,
     "bench": bench,
     "shrink": shrink,
+    "slim": slim,
     "export": export,
     "push": push,
     "convert": convert,

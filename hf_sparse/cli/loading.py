@@ -187,3 +187,13 @@ def labelled_texts(options: argparse.Namespace) -> tuple[Any, list[Any]]:
     rows = [row for file in options.labels for row in read_rows(Path(file), [*fields, "label"])]
     texts = [row[fields[0]] if len(fields) == 1 else tuple(row[f] for f in fields) for row in rows]
     return texts, [row["label"] for row in rows]
+
+
+def named_batches(options: argparse.Namespace, bones: Any, tokenizer: Any) -> list[Any]:
+    """The data that --calibration or --labels name."""
+    if not options.labels:
+        return windows(tokenizer, read_documents(options.calibration), options)
+    texts, labels = (column[: options.num_samples] for column in labelled_texts(options))
+    return hf_sparse.labelled_batches(
+        bones, tokenizer, texts, labels, window=options.window, batch_size=options.batch_size
+    )

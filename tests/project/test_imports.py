@@ -34,7 +34,7 @@ FLOORS = [
     ["runtime"],
     ["exporters"],
     ["distillation", "evaluation", "recovery", "shrinking", "dropping", "budget", "benchmark"],
-    ["recover"],
+    ["recover", "slimming"],
     ["saving"],
     ["hub"],
     ["models"],
