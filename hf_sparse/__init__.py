@@ -66,6 +66,10 @@ if TYPE_CHECKING:
     from hf_sparse.shrinking import ShrinkReport as ShrinkReport
     from hf_sparse.shrinking import shrink as shrink
     from hf_sparse.shrinking import shrink_ as shrink_
+    from hf_sparse.slimming.plan import SlimPlan as SlimPlan
+    from hf_sparse.slimming.plan import SlimReport as SlimReport
+    from hf_sparse.slimming.search import plan_slim as plan_slim
+    from hf_sparse.slimming.search import slim_ as slim_
 
 _PUBLIC = {
     "Distillation": "hf_sparse.distillation",
@@ -78,6 +82,8 @@ _PUBLIC = {
     "Pattern": "hf_sparse.patterns",
     "Schedule": "hf_sparse.optim.schedules",
     "ShrinkReport": "hf_sparse.shrinking",
+    "SlimPlan": "hf_sparse.slimming.plan",
+    "SlimReport": "hf_sparse.slimming.plan",
     "SparseAdamW": "hf_sparse.optim.sparse_optimizers",
     "SparseSGD": "hf_sparse.optim.sparse_optimizers",
     "Sparsifier": "hf_sparse.optim.sparsifier",
@@ -105,6 +111,7 @@ _PUBLIC = {
     "measure_sparsity": "hf_sparse.report",
     "merge_adapters_": "hf_sparse.adapters.merging",
     "perplexity": "hf_sparse.evaluation",
+    "plan_slim": "hf_sparse.slimming.search",
     "prune_": "hf_sparse.pruning.oneshot",
     "prune_checkpoint": "hf_sparse.pruning.streaming",
     "push_to_hub": "hf_sparse.hub",
@@ -112,6 +119,7 @@ _PUBLIC = {
     "save_compiled": "hf_sparse.compiled_files.files",
     "save_pretrained": "hf_sparse.saving",
     "shrink_": "hf_sparse.shrinking",
+    "slim_": "hf_sparse.slimming.search",
     "sparse_param_groups": "hf_sparse.optim.groups",
     "sparsity_for": "hf_sparse.budget",
     "trainer_optimizer": "hf_sparse.optim.trainer",

@@ -31,6 +31,7 @@ from hf_sparse_cli.flags import (
 )
 from hf_sparse_cli.names import Parser, fraction
 from hf_sparse_cli.shrinking import add_shrink
+from hf_sparse_cli.slimming import add_slim
 
 
 def make_parser() -> Parser:
@@ -50,6 +51,7 @@ def make_parser() -> Parser:
     _add_inspect(commands)
     _add_bench(commands)
     add_shrink(commands)
+    add_slim(commands)
     _add_export(commands)
     _add_push(commands)
     _add_convert(commands)

@@ -8,12 +8,10 @@ from typing import Any
 
 from hf_sparse_cli.choices import BLOCK_CHOICES, EXPERT_CHOICES
 from hf_sparse_cli.flags import (
-    TEXT,
-    add_labels,
+    add_calibration,
     add_loading,
     add_printing,
     add_saving,
-    add_windows,
     command_parser,
     named_list,
     output_group,
@@ -70,16 +68,7 @@ def add_shrink(commands: Any) -> None:
     whole.add_argument(
         "--merge", action="store_true", help="average experts that go into those that stay"
     )
-    calibration = command.add_argument_group(
-        "calibration", "Texts that --blocks, --experts and --hidden look at."
-    )
-    data = calibration.add_mutually_exclusive_group()
-    data.add_argument("--calibration", nargs="+", metavar="FILE", help=TEXT)
-    add_labels(calibration, data)
-    calibration.add_argument(
-        "--num-samples", type=int, default=32, help="windows, or rows at most (default 32)"
-    )
-    add_windows(calibration)
+    add_calibration(command, "Texts that --blocks, --experts and --hidden look at.", required=False)
     output = output_group(command, "folder to save the smaller model in")
     add_saving(output)
     add_printing(output)

@@ -30,6 +30,7 @@ from hf_sparse.cli.loading import (
 from hf_sparse.cli.printing import print_saved, without
 from hf_sparse.cli.pushing import push
 from hf_sparse.cli.shrinking import shrink
+from hf_sparse.cli.slimming import slim
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY
 from hf_sparse.exporters.can_export import check_can_export
 from hf_sparse.pruning.methods import Recipe
@@ -293,6 +294,7 @@ COMMANDS = {
     "inspect": inspect,
     "bench": bench,
     "shrink": shrink,
+    "slim": slim,
     "export": export,
     "push": push,
     "convert": convert,

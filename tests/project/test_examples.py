@@ -148,7 +148,7 @@ def test_the_commands_of_the_reference(exported: bool, dense: Path, tmp_path: Pa
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("hf-sparse")]
     names = [command[0] for command in commands]
     tried = ["prune", "prune", "recover", "eval", "inspect", "bench", "prune", "shrink"]
-    tried += ["shrink", "export"]
+    tried += ["shrink", "slim", "export"]
     assert names == [*tried, "push", "convert"]
     instead = {
         "MODEL": str(dense),
@@ -157,6 +157,7 @@ def test_the_commands_of_the_reference(exported: bool, dense: Path, tmp_path: Pa
         "OUTPUT-3": str(tmp_path / "sparse-3"),
         "SMALLER": str(tmp_path / "smaller"),
         "SHALLOWER": str(tmp_path / "shallower"),
+        "SLIMMER": str(tmp_path / "slimmer"),
         "GRAPH": str(tmp_path / "graph"),
         "RECOVERED": str(tmp_path / "recovered"),
         "text.jsonl": str(tmp_path / "text.txt"),

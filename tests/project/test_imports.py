@@ -44,7 +44,7 @@ FLOORS = [
         "budget",
         "benchmark",
     ],
-    ["recover"],
+    ["recover", "slimming"],
     ["saving"],
     ["hub"],
     ["models"],

@@ -42,9 +42,9 @@ ATTENTION_SETTING = "_attn_implementation"
 KEPT_ON_MODULES = ("_gradient_checkpointing_func", "_is_hf_initialized")
 
 
-def build(model_class: Any, config: Any) -> Any:
+def build(model_class: Any, config: Any, attention: str = "eager") -> Any:
     """A model of a class from a config, with the attention that is written in torch alone."""
-    return model_class._from_config(config, attn_implementation="eager")
+    return model_class._from_config(config, attn_implementation=attention)
 
 
 def has_own_adapters(model: Any) -> bool:
