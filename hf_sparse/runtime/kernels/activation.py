@@ -9,7 +9,7 @@ All are `x * sigmoid(t(x))`, with t a polynomial, and differ in t alone:
 The fit (`benchmarks/fit_polynomials.py` prints it) is within 6e-7 of the exact GELU, which is the
 order of float32's own rounding there. `relu` is the exception.
 
-Arguments: x, y, vectors, both aligned to a vector; `UNROLL` vectors at a time are faster. `x = act(x)`; `gate`
+Arguments: x, y, vectors (faster by whole `UNROLL`), both aligned to a vector. `x = act(x)`; `gate`
 kernels: `x = act(x) * y`.
 """
 
