@@ -1,4 +1,4 @@
-"""What sharing the work among threads can give at best: predicted speed-up and imbalance, by arithmetic.
+"""What sharing the work among threads can give at best: speed-up and imbalance, by arithmetic.
 
     python benchmarks/schedule.py                  this CPU's best target
     python benchmarks/schedule.py --target avx2
