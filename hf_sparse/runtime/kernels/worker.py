@@ -1,8 +1,8 @@
 """What each thread of a program runs: its lists of operations, phase by phase.
 
 Between phases the threads meet at a spinning barrier, which gives the core away after a while,
-should another thread need it. If OpenMP gives fewer threads than asked for, each of them takes
-several lists.
+should another thread need it. There are no more threads than cores (`programs/threads.py`), and OpenMP
+may give fewer: with more lists than threads, each of them takes several.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ class RowProgram:
         first, last = share_rows(step.x.features, self.shape.threads)[thread]
         if first >= last:
             return []
-        count = -(-(last - first) // (activation.UNROLL * self._lanes)) * activation.UNROLL
+        count = -(-(last - first) // self._lanes)
         places = zip(self._at(step.x, thread), self._at(step.other, thread), strict=True)
         return [
             activation.SIGNATURE.operation(

@@ -94,7 +94,8 @@ class Program:
             self._alone(self._argument.ctypes.data)
             return
         self._barrier[0] = 0
-        _gomp_parallel(self._parallel)(self._worker, self._argument.ctypes.data, self.lists, 0)
+        team = threads.team(self.lists)
+        _gomp_parallel(self._parallel)(self._worker, self._argument.ctypes.data, team, 0)
 
 
 def _gomp_parallel(openmp: threads.OpenMP):  # type: ignore[no-untyped-def]
