@@ -283,9 +283,9 @@ def test_transformers_tells_whether_it_has_added_adapters() -> None:
 def test_layers_inside_of_masked_adapters_are_left_to_torch() -> None:
     peft = pytest.importorskip("peft")
     pytest.importorskip("llvmlite")
-    model = tiny_model("gemma")
+    model = tiny_model("stablelm")
     hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", 0.6), "magnitude")
     hf_sparse.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     compiled = hf_sparse.compile(model.eval())
-    batch = tiny_batches("gemma")[0]
+    batch = tiny_batches("stablelm")[0]
     assert same(compiled(**batch).logits, model(**batch).logits)

@@ -11,6 +11,7 @@ from hf_sparse.runtime.kernels import (
     addition,
     attention,
     dense,
+    experts,
     normalisation,
     scored_attention,
     shuffled_rows,
@@ -29,7 +30,7 @@ def kernel_functions(target: Target, weight_type: WeightType = FLOAT32) -> list[
     """Every kernel that a program may name whose weights are of type `weight_type`."""
     functions = [worker.worker(target, parallel=parallel) for parallel in (True, False)]
     functions += [tiles.append(), tiles.copy(target), addition.add(target)]
-    functions += scored_attention.functions(target)
+    functions += scored_attention.functions(target) + experts.functions(target)
     functions += single_token.decode_functions(target, weight_type)
     functions += shuffled_rows.shuffled_functions(target, weight_type)
     for name in activation.ACTIVATIONS:

@@ -45,15 +45,13 @@ def check_restored(stack: Stack) -> None:
         ValueError: something does not fit; the message names it.
     """
     for number, block in enumerate(stack.blocks):
-        for name in ("qkv", "out", "gate", "up", "down"):
-            linear: Linear | None = getattr(block, name)
-            if linear is not None:
-                place = f"blocks.{number}.{name}"
-                check_linear(linear, place)
-                one = name == "down" or len(linear.parts) == 1
-                require(one, place, f"it is cut into {len(linear.parts)} parts")
-                single = linear.single is not None or not stack.causal
-                require(single, place, "its weight for single tokens is missing")
+        for name, linear in block.named_linears.items():
+            place = f"blocks.{number}.{name}"
+            check_linear(linear, place)
+            one = name.endswith("down") or len(linear.parts) == 1
+            require(one, place, f"it is cut into {len(linear.parts)} parts")
+            single = linear.single is not None or not stack.causal
+            require(single, place, "its weight for single tokens is missing")
         for norm, size in norm_sizes(stack, block):
             found = {len(norm.weight), len(norm.bias)}
             require(found == {size}, f"blocks.{number}.norms", f"{found} numbers, not {size}")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ATTENTION_SETTING",
     "KEPT_ON_MODULES",
+    "PUT_BY_DECORATORS",
     "attention_of",
     "block_class",
     "build",
@@ -38,6 +39,8 @@ __all__ = [
 
 # The setting of a config that names the function of attention.
 ATTENTION_SETTING = "_attn_implementation"
+# Functions of its own that transformers' decorators put on classes, by the names that they have there.
+PUT_BY_DECORATORS = {"_apply_gate": ("transformers.integrations.moe", "_default_apply_gate")}
 # Attributes that transformers puts on modules, and that change no output of a model in eval mode.
 KEPT_ON_MODULES = ("_gradient_checkpointing_func", "_is_hf_initialized")
 
