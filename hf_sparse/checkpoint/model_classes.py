@@ -53,7 +53,7 @@ def _part_named(name: str, config_class: type[PreTrainedConfig]) -> Any:
     from hf_sparse.upstream.transformers.models import import_modeling
 
     try:
-        found = getattr(import_modeling(config_class), name, None)
+        found: Any = getattr(import_modeling(config_class), name, None)
     except ImportError:
         return None
     return found if is_model_class(found) and found.config_class is config_class else None

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_sparse.structure.built import BUILD_ERRORS, built, described, own_configs
+from hf_sparse.structure.built import BUILD_ERRORS, built, own_configs
+from hf_sparse.structure.modules_described import described
 from hf_sparse.structure.parts import NEURONS, full_size, head_size
 from hf_sparse.structure.units import find_units
 
