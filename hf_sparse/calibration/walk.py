@@ -138,6 +138,11 @@ class Residence:
         """The model while data enters it, on its way to the blocks."""
         yield
 
+    @contextmanager
+    def running(self, block: nn.Module) -> Iterator[None]:
+        """A block while the whole model runs, before the turns."""
+        yield
+
     def restore(self, step: BlockStep) -> bool:
         """Give a block the weights that an earlier run pruned; False if it has not."""
         return False
@@ -177,7 +182,7 @@ def walk(
     """
     for stack in stacks:
         with residence.entered(model):
-            samples = record(model, stack, batches, store)
+            samples = record(model, stack, batches, store, residence.running)
         order = [call.block for call in samples[0].calls]
         position = 0
         for block_index, repeats in tqdm(

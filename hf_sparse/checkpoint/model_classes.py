@@ -43,20 +43,30 @@ def model_class_named(name: str, config_class: type[PreTrainedConfig] | None = N
         return found
     if config_class is None:
         return None
-    part = _part_named(name, config_class)
+    parts = {part.__name__: part for part in part_classes(config_class)}
     known = all_classes_of(config_class)
-    return next((each for each in known if each.__name__ == name), part)
+    return next((each for each in known if each.__name__ == name), parts.get(name))
 
 
-def _part_named(name: str, config_class: type[PreTrainedConfig]) -> Any:
-    """A public class for configs of this class beside its family's models; None if there is none."""
+def part_classes(config_class: type[PreTrainedConfig]) -> list[Any]:
+    """The classes for configs of this class that stand beside its family's models.
+
+    Of a config of a part, such as the tower of a model of images and text, no Auto class may have any.
+    """
     from hf_sparse.upstream.transformers.models import import_modeling
 
     try:
-        found: Any = getattr(import_modeling(config_class), name, None)
+        module: Any = import_modeling(config_class)
     except ImportError:
-        return None
-    return found if is_model_class(found) and found.config_class is config_class else None
+        return []
+    return [
+        each
+        for each in vars(module).values()
+        if is_model_class(each)
+        and each.config_class is config_class
+        and each.__module__ == module.__name__
+        and not each.__name__.endswith("PreTrainedModel")
+    ]
 
 
 def first_class_of(config_class: type[PreTrainedConfig]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,14 @@ class OnDisk(Residence):
             yield
             return
         with self._in_memory(embeddings):
+            yield
+
+    @contextmanager
+    def running(self, block: nn.Module) -> Iterator[None]:
+        """Some families call methods of modules other than forward, which bring no weights in."""
+        with ExitStack() as parts:
+            for part in block.children():  # the block's own forward is being recorded
+                parts.enter_context(self._in_memory(part))
             yield
 
     @contextmanager
