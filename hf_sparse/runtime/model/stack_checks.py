@@ -12,6 +12,10 @@
     sparse_rows,      a bias for each group of 4 rows                   check_linear
     dense_rows
     norms             weight and bias for each feature                  stack_shapes
+    route, when       logits and tokens of each expert; no more are     stack_shapes
+                      chosen than there are
+    scored_attention  a bias for each head and distance: memory of the  stack_shapes
+                      program, by heads and tokens
     all               x, y: buffers by the sizes of the stack           stack_shapes
 
 All of these are compared with the memory that is handed over.
