@@ -15,6 +15,10 @@
     shuffled_rows,
     dense_rows
     norms             weight and bias for each feature                  stack_shapes
+    route, when       logits and tokens of each expert; no more are     stack_shapes
+                      chosen than there are
+    scored_attention  a bias for each head and distance: memory of the  stack_shapes
+                      program, by heads and tokens
     all               x, y: buffers by the sizes of the stack           stack_shapes
 
 All of these are compared with the memory that is handed over.

@@ -69,15 +69,22 @@ def run_experts(
                 y_row_bytes=wide_rows,
                 **moves,
             )
-            operations = [gather, *feed_forward(expert, narrow, at), scatter]
-            guarded = WHEN.operation(
-                "when",
-                count=at[step.route.counts.name] + 8 * number,
-                above=0 if vectors == 1 else narrow.width // 2,
-                most=narrow.width,
-                operations=nested.place(operations),
-                number=len(operations),
+            # All tiles of a thread compute in the same buffers, and share these operations.
+            buffers = tuple(at[buffer.name] for buffer in (*step.inner, step.packed, step.result))
+            middle = nested.shared(
+                (id(expert), vectors, *buffers),
+                lambda expert=expert, narrow=narrow: feed_forward(expert, narrow, at),
             )
-            found.append(guarded)
+            count = at[step.route.counts.name] + 8 * number
+            above, most = (0 if vectors == 1 else narrow.width // 2), narrow.width
+            compute = _when(count, above, most, *middle)
+            operations = [gather, compute, scatter]
+            found.append(_when(count, above, most, nested.place(operations), len(operations)))
             vectors *= 2
     return found
+
+
+def _when(count: int, above: int, most: int, operations: int, number: int) -> Operation:
+    return WHEN.operation(
+        "when", count=count, above=above, most=most, operations=operations, number=number
+    )

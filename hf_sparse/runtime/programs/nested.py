@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,19 @@ class Nested:
     def __init__(self, code: Code) -> None:
         self._code = code
         self.memory: list[NDArray[np.int64]] = []
+        self._shared: dict[Hashable, tuple[int, int]] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all lists."""
         return sum(memory.nbytes for memory in self.memory)
+
+    def shared(self, key: Hashable, make: Callable[[], Sequence[Operation]]) -> tuple[int, int]:
+        """Address and length of the list for a key, which is made when it is first asked for."""
+        if key not in self._shared:
+            operations = make()
+            self._shared[key] = self.place(operations), len(operations)
+        return self._shared[key]
 
     def place(self, operations: Sequence[Operation]) -> int:
         """The address of a list of operations, none of which has slots.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ATTENTION_SETTING",
+    "EXPERTS_SETTING",
     "KEPT_ON_MODULES",
     "PUT_BY_DECORATORS",
     "attention_of",
@@ -39,6 +40,8 @@ __all__ = [
 
 # The setting of a config that names the function of attention.
 ATTENTION_SETTING = "_attn_implementation"
+# The setting of a config that names the function of a mixture's experts.
+EXPERTS_SETTING = "_experts_implementation"
 # Functions of its own that transformers' decorators put on classes, by the names that they have there.
 PUT_BY_DECORATORS = {"_apply_gate": ("transformers.integrations.moe", "_default_apply_gate")}
 # Attributes that transformers puts on modules, and that change no output of a model in eval mode.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from tests.support.compiled_families import (
     DECODERS,
     ENCODERS,
     FAMILIES,
+    config_of,
     inputs_of,
     model_of,
     seen,
@@ -61,18 +63,18 @@ def pair(family: str, head: Any = AutoModel) -> tuple[PreTrainedModel, PreTraine
 
 
 def heads_of(family: str) -> list[str]:
-    config = type(model_config(family))
+    config = type(config_of(family))
     return [name for name, head in HEADS.items() if config in head._model_mapping]
-
-
-def model_config(family: str) -> Any:
-    from tests.support.compiled_families import config_of
-
-    return config_of(family)
 
 
 def test_every_family_is_tried() -> None:
     assert {*FAMILIES, *CONFIGS} == set(COMPILED)
+
+
+def test_the_reference_lists_every_family() -> None:
+    text = (Path(hf_sparse.__file__).parents[1] / "docs/reference.md").read_text()
+    table = text.partition("Compiled as a whole:")[2].partition("\n\nIt works")[0]
+    assert {*re.findall("`([^`]+)`", table)} == set(COMPILED)
 
 
 @cross("batch, tokens, family", [(1, 1), (1, 5), (3, 37), (2, 100)], FAMILIES)
@@ -95,9 +97,9 @@ def test_hidden_states(family: str, batch: int, tokens: int) -> None:
 PAIRS = [(family, head) for family in FAMILIES for head in heads_of(family)]
 
 
-@cross("padding, pair", ["left", "right"], [(one,) for one in PAIRS])
-def test_every_head(pair: tuple[str, str], padding: str) -> None:
-    family, head = pair
+@cross("padding, which", ["left", "right"], [(one,) for one in PAIRS])
+def test_every_head(which: tuple[str, str], padding: str) -> None:
+    family, head = which
     model = model_of(family, HEADS[head], sparsity=0.5)
     compiled = hf_sparse.compile(model)
     given = inputs_of(family, 2, 21, **{padding: 4})
