@@ -174,7 +174,7 @@ def routed(
 
 def _in_order(
     stack: ExpertStack, hidden: Tensor, counts: list[int], masks: TokenMasks
-) -> Callable[[int], Tensor]:
+) -> Callable[[int], tuple[Tensor, None]]:
     """The inputs of each expert, from those of all of them and how many each has."""
     if masks.tokens is not None and not masks.tokens.all():
         raise ValueError(
@@ -183,7 +183,7 @@ def _in_order(
             "hf_sparse.calibration_batches, or use method='magnitude'."
         )
     own = hidden.split(counts)
-    return lambda expert: own[expert]
+    return lambda expert: (own[expert], None)
 
 
 def inner_activations(stack: ExpertStack, expert: int, tokens: Tensor) -> Tensor:

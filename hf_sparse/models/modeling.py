@@ -132,7 +132,6 @@ class SparseModelMixin:
             )
         model: Any = self
         own: Any = super().state_dict()  # type: ignore[misc]
-        model: Any = self
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
         restored = restore_state_dict(state_dict, shapes, transposed_weights(model))
         return super().load_state_dict(restored, strict, assign)  # type: ignore[misc]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from hf_sparse.runtime.kernels.call import Operation
 from hf_sparse.runtime.kernels.experts import MOVE, ROUTE, WHEN
@@ -73,7 +74,7 @@ def run_experts(
             buffers = tuple(at[buffer.name] for buffer in (*step.inner, step.packed, step.result))
             middle = nested.shared(
                 (id(expert), vectors, *buffers),
-                lambda expert=expert, narrow=narrow: feed_forward(expert, narrow, at),
+                partial(feed_forward, expert, narrow, at),
             )
             count = at[step.route.counts.name] + 8 * number
             above, most = (0 if vectors == 1 else narrow.width // 2), narrow.width
