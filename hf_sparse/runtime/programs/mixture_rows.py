@@ -64,7 +64,7 @@ def open_experts(
     first, last = share_rows(step.experts[0].inner[0].features, threads)[thread]
     if first >= last:
         return []
-    count = -(-(last - first) // (activation.UNROLL * lanes)) * activation.UNROLL
+    count = -(-(last - first) // lanes)
     found: list[Operation] = []
     for number, expert in enumerate(step.experts):
         gate, up = expert.opening
