@@ -219,7 +219,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: model_of("llama"), {"count": 1.5}, r"count is 1\.5; wanted at most 31"),
     (lambda: model_of("llama"), {"count": "2"}, "count is '2'"),
     (lambda: model_of("llama"), {"batches": []}, "needs calibration data"),
-    (lambda: model_of("gptj"), {}, "config of type 'gptj'"),
+    (lambda: model_of("bloom"), {}, "config of type 'bloom'"),
     (adapted, {}, "has adapters"),
     (pruned, {}, "promises zeros of pattern '2:4'"),
     (shrunk, {}, "sizes of their own"),
