@@ -123,7 +123,7 @@ def record(
     stack: Stack,
     batches: Sequence[Batch],
     store: Store,
-    running: Running = nullcontext,
+    running: Running = lambda block: nullcontext(),
 ) -> list[Sample]:
     """Record the calls of a stack for all batches.
 
