@@ -79,7 +79,9 @@ class TileProgram:
 
     Attributes:
         masks: `(batch, capacity)`, added to the scores of keys.
+        masked: they are not all 0.
         tables: `(blocks, batch, capacity / width, 3)`, the key tiles of the cache, if there is one.
+        filled: address and shape of the tiles that they tell of.
     """
 
     def __init__(self, stack: Stack, code: Code, widths: Sequence[int], shape: Shape) -> None:
@@ -92,6 +94,8 @@ class TileProgram:
         plain = [[step for _, step in section] for section in found]
         self._buffers = TileBuffers(plain, lists, widths[0], keys)
         self.masks = aligned(shape.batch, shape.capacity)
+        self.masked = False
+        self.filled: tuple[object, ...] = ()
         self._find_keys(len(stack.blocks), [tile for part in lists for tile in part], keys)
         phases = [
             [
