@@ -116,6 +116,34 @@ INSTRUCTION_SETS = (
 
 
 @dataclass(frozen=True)
+class Capability:
+    """What some CPUs have beyond the rows of `INSTRUCTION_SETS`, and no kernel uses.
+
+    Attributes:
+        name: for people.
+        machines: as `InstructionSet`'s.
+        needs: LLVM's features.
+    """
+
+    name: str
+    machines: tuple[str, ...]
+    needs: tuple[str, ...]
+
+
+CAPABILITIES = (
+    Capability("AVX-512", _X86, ("avx512f",)),
+    Capability("AVX-512 VBMI2", _X86, ("avx512vbmi2",)),
+    Capability("AVX-512 VNNI", _X86, ("avx512vnni",)),
+    Capability("AVX-512 BF16", _X86, ("avx512bf16",)),
+    Capability("AVX-VNNI", _X86, ("avxvnni",)),
+    Capability("AMX int8", _X86, ("amx-tile", "amx-int8")),
+    Capability("AMX bf16", _X86, ("amx-tile", "amx-bf16")),
+    Capability("dot products", _ARM, ("dotprod",)),
+    Capability("SVE", _ARM, ("sve",)),
+)
+
+
+@dataclass(frozen=True)
 class Target:
     """What a kernel is generated for. Everything that changes the code is a field.
 
@@ -181,6 +209,16 @@ def targets() -> dict[str, Target]:
         ValueError: there are no kernels for this architecture.
     """
     return {row.name: _target(row) for row in _rows()}
+
+
+def capabilities() -> tuple[str, ...]:
+    """The names of `CAPABILITIES` that this CPU has."""
+    has, machine = llvm().get_host_cpu_features(), platform.machine().lower()
+    return tuple(
+        row.name
+        for row in CAPABILITIES
+        if machine in row.machines and all(has.get(feature) for feature in row.needs)
+    )
 
 
 def _rows() -> list[InstructionSet]:

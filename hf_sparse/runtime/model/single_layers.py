@@ -214,9 +214,10 @@ class CompiledHead(_Layer):
         tokens = x.numel() // self.in_features
         if not self._as_compiled() or tokens > _FEW or not tokens or x.dtype != self._dtype:
             return nn.functional.linear(x, self.weight, self.bias)
-        result: Tensor = torch.ops.hf_sparse.linear(
-            self._checked(x), self._number, self.out_features
-        )
+        x = self._checked(x)
+        if type(x) is Tensor and not torch.compiler.is_compiling():
+            return self.multiply(x)  # a custom operation costs more than the rest of this call
+        result: Tensor = torch.ops.hf_sparse.linear(x, self._number, self.out_features)
         return result
 
     def _as_compiled(self) -> bool:

@@ -82,7 +82,9 @@ class TileProgram:
 
     Attributes:
         masks: `(batch, capacity)`, added to the scores of keys.
+        masked: they are not all 0.
         tables: `(blocks, batch, capacity / width, 3)`, the key tiles of the cache, if there is one.
+        filled: address and shape of the tiles that they tell of.
         biases: `(heads, distances)`, added to scores, if the stack is biased; distance 0 is in the
             middle, and those of tokens before it behind.
     """
@@ -97,6 +99,8 @@ class TileProgram:
         plain = [[step for _, step in section] for section in found]
         self._buffers = TileBuffers(plain, lists, widths[0], keys)
         self.masks = aligned(shape.batch, shape.capacity)
+        self.masked = False
+        self.filled: tuple[object, ...] = ()
         self._nested = Nested(code)
         distances = 2 * (shape.capacity + self._width)
         self.biases = aligned(stack.heads if stack.biased else 0, distances)

@@ -66,7 +66,7 @@ class RowProgram:
 
     Attributes:
         residual: `(batch, hidden)`: the input before a run, the output behind it.
-        masks, tables: as `TileProgram`'s.
+        masks, masked, tables, filled: as `TileProgram`'s.
     """
 
     def __init__(self, stack: Stack, code: Code, lanes: int, width: int, shape: Shape) -> None:
@@ -81,6 +81,8 @@ class RowProgram:
         self.residual = self._buffers.memory[residual(stack)][0, :, : stack.hidden]
         self._nested = Nested(code)
         self.masks = aligned(shape.batch, shape.capacity)
+        self.masked = False
+        self.filled: tuple[object, ...] = ()
         self._scores = aligned(shape.threads, shape.capacity)
         entries = shape.capacity // width
         self.tables = cache_tables(len(stack.blocks), shape.batch, entries, width)
