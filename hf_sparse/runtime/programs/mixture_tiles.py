@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -73,7 +74,7 @@ def run_experts(
             buffers = tuple(at[buffer.name] for buffer in (*step.inner, step.packed, step.result))
             middle = nested.shared(
                 (id(expert), vectors, *buffers),
-                lambda expert=expert, narrow=narrow: feed_forward(expert, narrow, at),
+                functools.partial(feed_forward, expert, narrow, at),
             )
             count = at[step.route.counts.name] + 8 * number
             above, most = (0 if vectors == 1 else narrow.width // 2), narrow.width
