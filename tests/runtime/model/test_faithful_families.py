@@ -11,7 +11,7 @@ from torch import nn
 import hf_sparse
 from hf_sparse.runtime.model.families import COMPILED
 from tests.runtime.model.test_faithful import Double, changed
-from tests.support.compiled_families import FAMILIES, inputs_of, model_of
+from tests.support.compiled_families import DECODERS, FAMILIES, inputs_of, model_of
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-3}
 # What runs in the fast suite: blocks that differ by their place, and those with most parts.
@@ -25,6 +25,7 @@ EACH = [
 def test_an_attribute_of_any_module_is_refused_or_makes_no_difference(family: str) -> None:
     model, seen = model_of(family), {*vars(nn.Module()), "config"}
     given, refused = inputs_of(family, 1, 12), 0
+    given |= {"use_cache": False} if family in DECODERS else {}
     for module in model.get_submodule(COMPILED[family].stack)[-1].modules():
         for name, value in list(vars(module).items()):
             if name in seen or (type(module), name) in seen:

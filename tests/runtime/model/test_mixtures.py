@@ -39,15 +39,21 @@ def check(model: Any, tokens: int = 75) -> Any:
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_experts_that_get_no_token_or_all(family: str) -> None:
-    """A router that always prefers the same experts: the others' buffers are never written."""
-    model = model_of(family, AutoModelForCausalLM)
+    """Logits that are multiples of the sum of a token's features: two orders of experts, no more."""
+    chosen = 1 if family == "mixtral" else 2
+    model = model_of(family, AutoModelForCausalLM, num_experts_per_tok=chosen)
+    factors = torch.tensor([1.0, 30.0, -30.0, 2.0, 3.0, -2.0])
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.mlp.gate.weight.mul_(0)
-            layer.post_attention_layernorm.weight.fill_(1)
-            # Logits that are equal but for the sum of features: one expert has all tokens, or none.
-            layer.mlp.gate.weight[1] = 30
-            layer.mlp.gate.weight[2] = -30
+            weight = layer.mlp.gate.weight
+            weight.copy_(factors[: len(weight), None].expand_as(weight))
+    used: set[int] = set()
+    router = model.model.layers[0].mlp.gate
+    hook = router.register_forward_hook(lambda *given: used.update(given[-1][2].flatten().tolist()))
+    with torch.no_grad():
+        model(**inputs_of(family, 2, 75))
+    hook.remove()
+    assert used == ({1, 2} if chosen == 1 else {1, 2, 4, 5})
     check(model)
 
 
