@@ -412,7 +412,10 @@ def in_torch(pair: list[Path], options: argparse.Namespace) -> dict[str, Times]:
 
 def in_onnx(pair: list[Path], options: argparse.Namespace) -> Times:
     """The same in ONNX Runtime, both models in turns."""
-    import onnxruntime
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise SystemExit("onnxruntime is needed: pip install 'hf_sparse[onnx]'") from error
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = options.threads

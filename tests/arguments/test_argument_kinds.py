@@ -95,6 +95,7 @@ CALLS: dict[str, Callable[[Path], dict[str, Any]]] = {
         "tokenizer": tiny_tokenizer(),
         "text": prose()[:2000],
     },
+    "plan_slim": lambda _: {"model": tiny_model("llama"), "batches": tiny_batches("llama")},
     "prune_": lambda _: {"model": tiny_model("llama"), "config": CONFIG},
     "prune_checkpoint": lambda folder: {
         "source": folder / "dense",
@@ -106,6 +107,7 @@ CALLS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "save_compiled": lambda folder: {"model": tiny_model("llama"), "folder": folder},
     "save_pretrained": lambda folder: {"model": tiny_model("llama"), "folder": folder},
     "shrink_": lambda _: {"model": tiny_model("llama")},
+    "slim_": lambda _: {"model": tiny_model("llama"), "batches": tiny_batches("llama")},
     "sparse_param_groups": lambda _: {"model": tiny_model("llama"), "config": CONFIG},
     "sparsity_for": lambda _: {"budget": 0.5, "pattern": "unstructured"},
     "trainer_optimizer": lambda _: {"config": CONFIG, "lr": 1e-3},
@@ -113,6 +115,7 @@ CALLS: dict[str, Callable[[Path], dict[str, Any]]] = {
 # Calls without a parameter of a kind that is checked, and values that calls return.
 WITHOUT = {
     *("DropReport", "ExpertReport", "FormatError", "HiddenReport", "KeepZeros", "Pattern"),
+    *("SlimPlan", "SlimReport"),
     *("ShrinkReport", "SparsityConfig", "SparsityReport"),
     *("add_shrinkage_", "freeze_zeros_", "keep_zeros_", "measure_sparsity"),
 }

@@ -44,6 +44,8 @@ TRANSFORMERS_ONLY: dict[str, Callable[[Any, Path], Any]] = {
     "drop_blocks_": lambda model, _: hf_sparse.drop_blocks_(model, 1, tiny_batches("llama")),
     "drop_experts_": lambda model, _: hf_sparse.drop_experts_(model, 1, tiny_batches("llama")),
     "drop_hidden_": lambda model, _: hf_sparse.drop_hidden_(model, 1, tiny_batches("llama")),
+    "plan_slim": lambda model, _: hf_sparse.plan_slim(model, tiny_batches("llama"), params=0.7),
+    "slim_": lambda model, _: hf_sparse.slim_(model, tiny_batches("llama"), params=0.7),
     "shrink_": lambda model, _: hf_sparse.shrink_(model),
     "benchmark": lambda model, _: hf_sparse.benchmark(model),
     "export_onnx": lambda model, folder: hf_sparse.export_onnx(model, folder),
