@@ -179,8 +179,7 @@ def _in_order(
     if masks.tokens is not None and not masks.tokens.all():
         raise ValueError(
             f"{type(stack.module).__name__} is called with tokens in another order, so that padding "
-            "cannot be told from them. Give batches without padding, as from "
-            "hf_sparse.calibration_batches, or use method='magnitude'."
+            "cannot be told from them. Give batches without padding."
         )
     own = hidden.split(counts)
     return lambda expert: (own[expert], None)
