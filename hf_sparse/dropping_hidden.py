@@ -38,7 +38,7 @@ from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.report import format_table
 from hf_sparse.structure.changeable import check_changeable
 from hf_sparse.structure.gains import norms_of
-from hf_sparse.structure.hidden import HiddenPlan
+from hf_sparse.structure.hidden import HiddenPlan, hidden_size_of
 from hf_sparse.structure.layers import find_stacks, num_parameters, promised_config
 from hf_sparse.structure.parts import head_size
 from hf_sparse.structure.units import find_units
@@ -134,7 +134,7 @@ def drop_hidden_(
     check_kinds(drop_hidden_, locals())
     check_changeable(model, "drop_hidden_", "drop hidden features")
     _check_promise(model)
-    size = getattr(model.config, "hidden_size", 0)
+    size = hidden_size_of(model)
     left = size - number_of_features(count, size)
     plan = HiddenPlan.of(model, left)
     inputs = checked_batches(batches, model, "drop_hidden_")

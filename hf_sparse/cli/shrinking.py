@@ -13,7 +13,7 @@ from hf_sparse.dropping import number_of_blocks
 from hf_sparse.dropping_experts import number_of_experts
 from hf_sparse.dropping_hidden import number_of_features
 from hf_sparse.structure.depth import Depth
-from hf_sparse.structure.hidden import HiddenPlan
+from hf_sparse.structure.hidden import HiddenPlan, hidden_size_of
 from hf_sparse.structure.mixtures import Mixtures
 
 
@@ -46,7 +46,7 @@ def _check(options: argparse.Namespace, bones: Any) -> None:
         mixtures = Mixtures.of(bones)
         mixtures.check(mixtures.number - number_of_experts(options.experts, mixtures))
     if options.hidden is not None:
-        size = getattr(bones.config, "hidden_size", 0)
+        size = hidden_size_of(bones)
         HiddenPlan.of(bones, size - number_of_features(options.hidden, size))
 
 

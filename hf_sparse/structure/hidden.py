@@ -53,21 +53,10 @@ class HiddenPlan:
         """Find out how a model can be left with some of its hidden features, before any work.
 
         Raises:
-            ValueError: its config tells no hidden size, or cannot tell this one; the message tells the
+            ValueError: as `hidden_size_of`; or the config cannot tell this size: the message tells the
                 nearest that it can.
         """
-        kind, size = type(model).__name__, getattr(model.config, "hidden_size", None)
-        heads = getattr(model.config, "num_attention_heads", None)
-        if not isinstance(size, int) or not isinstance(heads, int):
-            raise ValueError(
-                f"the config of this {kind} tells hidden_size={size!r} and "
-                f"num_attention_heads={heads!r}; wanted numbers: a model with one residual stream, "
-                "whose width the config tells, and blocks with as many heads each."
-            )
-        if getattr(model.config, "block_sizes", None) is not None:
-            raise ValueError(
-                f"the blocks of this {kind} have sizes of their own. Shrink the hidden size first."
-            )
+        size = hidden_size_of(model)
         found = cls._possible(model, size, left)
         if isinstance(found, HiddenPlan):
             return found
@@ -121,12 +110,15 @@ class HiddenPlan:
         try:
             trial: Any = built(model, model.config)
             plan._check_values(trial)
+            ran = _runs(trial)
             if heads is not None:
                 numbers = [torch.arange(heads)] * len(find_units(trial))
                 plan._keep_heads_(trial, numbers)
             plan._cut_(trial, torch.arange(left))
         except BUILD_ERRORS as error:
             return str(error).rstrip(".")
+        if ran and not _runs(trial):
+            return "what its layers give and take would have different sizes"
         return plan
 
     def apply_(self, features: Tensor, heads: Sequence[Tensor] | None) -> None:
@@ -224,6 +216,44 @@ class HiddenPlan:
                     continue
                 if not isinstance(module, nn.Embedding):
                     raise ValueError(f"{path}.{name} would be {value} instead of {old}")
+
+
+def hidden_size_of(model: PreTrainedModel) -> int:
+    """The hidden size of a model that can have a smaller one.
+
+    Raises:
+        ValueError: its config tells none, or its blocks have sizes of their own.
+    """
+    kind = type(model).__name__
+    if getattr(model.config, "is_heterogeneous", False):
+        raise ValueError(
+            f"the config of this {kind} gives blocks sizes of their own by number "
+            "(per_layer_config); wanted one that tells the same of all blocks."
+        )
+    size = getattr(model.config, "hidden_size", None)
+    heads = getattr(model.config, "num_attention_heads", None)
+    if not isinstance(size, int) or not isinstance(heads, int):
+        raise ValueError(
+            f"the config of this {kind} tells hidden_size={size!r} and "
+            f"num_attention_heads={heads!r}; wanted numbers: a model with one residual stream, "
+            "whose width the config tells, and blocks with as many heads each."
+        )
+    if getattr(model.config, "block_sizes", None) is not None:
+        raise ValueError(
+            f"the blocks of this {kind} have sizes of their own. Shrink the hidden size first."
+        )
+    return size
+
+
+@torch.no_grad()
+def _runs(model: nn.Module) -> bool:
+    """Whether a model without values takes token ids: its layers fit together."""
+    try:
+        with torch.device("meta"):
+            model.eval()(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+    except BUILD_ERRORS:
+        return False
+    return True
 
 
 def _cut(tensor: Tensor, dims: Sequence[int], features: Tensor) -> Tensor:
