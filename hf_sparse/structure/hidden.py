@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_sparse.structure.built import BUILD_ERRORS, built, described, own_configs
+from hf_sparse.structure.layers import find_stacks
 from hf_sparse.structure.parts import NEURONS, full_size, head_size
 from hf_sparse.structure.units import find_units
 
@@ -154,6 +155,7 @@ class HiddenPlan:
         if modules.keys() != self.shapes.keys():
             raise ValueError("transformers builds other modules then")
         plans = []
+        inside = tuple(f"{stack.name}." for stack in find_stacks(model))
         for path, module in modules.items():
             tensors = [
                 *module.named_parameters(recurse=False),
@@ -168,6 +170,8 @@ class HiddenPlan:
                     raise ValueError(
                         f"{path}.{name} would be {wanted} instead of {tuple(tensor.shape)}"
                     )
+                if len(dims) > 1 and self.heads is None and path.startswith(inside):
+                    raise ValueError(f"{path}.{name} would lose heads, or parts of them")
                 plans.append((module, name, tensor, dims))
         made: dict[int, Any] = {}
         for module, name, tensor, dims in plans:
