@@ -170,7 +170,8 @@ class HiddenPlan:
                     raise ValueError(
                         f"{path}.{name} would be {wanted} instead of {tuple(tensor.shape)}"
                     )
-                if len(dims) > 1 and self.heads is None and path.startswith(inside):
+                of_heads = len(dims) > 1 or (bool(dims) and _is_beside_projections(modules, path))
+                if of_heads and self.heads is None and path.startswith(inside):
                     raise ValueError(f"{path}.{name} would lose heads, or parts of them")
                 plans.append((module, name, tensor, dims))
         made: dict[int, Any] = {}
@@ -257,6 +258,14 @@ def _runs(model: nn.Module) -> bool:
     except BUILD_ERRORS:
         return False
     return True
+
+
+def _is_beside_projections(modules: Mapping[str, nn.Module], path: str) -> bool:
+    """Whether a module is a norm inside attention, between its projections: what it takes is heads."""
+    if "Norm" not in type(modules[path]).__name__:
+        return False
+    beside = modules[path.rpartition(".")[0]].children()
+    return sum(isinstance(module, nn.Linear) for module in beside) > 2
 
 
 def _cut(tensor: Tensor, dims: Sequence[int], features: Tensor) -> Tensor:
