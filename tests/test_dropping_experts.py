@@ -119,6 +119,7 @@ def test_what_is_left_is_what_the_router_chooses_among_those_that_stay() -> None
         )
 
 
+@pytest.mark.slow
 def test_what_is_left_loads_and_generates_without_the_package(tmp_path: Path) -> None:
     ids, models, generated = mixture_batches(1)[0], {}, {}
     for family in MIXTURES:

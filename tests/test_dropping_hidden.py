@@ -157,6 +157,7 @@ def test_heads_go_along_where_their_size_follows_from_the_hidden_size() -> None:
             drop_hidden_(was, head + 1, [ids()])
 
 
+@pytest.mark.slow
 def test_what_is_left_loads_and_generates_without_the_package(tmp_path: Path) -> None:
     models: dict[str, Any] = {
         "llama": model_of("llama"),

@@ -17,8 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+<<<<<<< HEAD
 from hf_sparse.structure.built import BUILD_ERRORS, built, own_configs
 from hf_sparse.structure.modules_described import described
+=======
+from hf_sparse.structure.built import BUILD_ERRORS, built, described, own_configs
+from hf_sparse.structure.layers import find_stacks
+>>>>>>> experts18
 from hf_sparse.structure.parts import NEURONS, full_size, head_size
 from hf_sparse.structure.units import find_units
 
@@ -155,6 +160,7 @@ class HiddenPlan:
         if modules.keys() != self.shapes.keys():
             raise ValueError("transformers builds other modules then")
         plans = []
+        inside = tuple(f"{stack.name}." for stack in find_stacks(model))
         for path, module in modules.items():
             tensors = [
                 *module.named_parameters(recurse=False),
@@ -169,6 +175,9 @@ class HiddenPlan:
                     raise ValueError(
                         f"{path}.{name} would be {wanted} instead of {tuple(tensor.shape)}"
                     )
+                of_heads = len(dims) > 1 or (bool(dims) and _is_beside_projections(modules, path))
+                if of_heads and self.heads is None and path.startswith(inside):
+                    raise ValueError(f"{path}.{name} would lose heads, or parts of them")
                 plans.append((module, name, tensor, dims))
         made: dict[int, Any] = {}
         for module, name, tensor, dims in plans:
@@ -254,6 +263,14 @@ def _runs(model: nn.Module) -> bool:
     except BUILD_ERRORS:
         return False
     return True
+
+
+def _is_beside_projections(modules: Mapping[str, nn.Module], path: str) -> bool:
+    """Whether a module is a norm inside attention, between its projections: what it takes is heads."""
+    if "Norm" not in type(modules[path]).__name__:
+        return False
+    beside = modules[path.rpartition(".")[0]].children()
+    return sum(isinstance(module, nn.Linear) for module in beside) > 2
 
 
 def _cut(tensor: Tensor, dims: Sequence[int], features: Tensor) -> Tensor:

@@ -90,20 +90,6 @@ def test_prune_llm(dense: Path, tmp_path: Path) -> None:
     assert hf_sparse.measure_sparsity(model).sparsity == pytest.approx(0.5, abs=1e-3)
 
 
-@pytest.mark.slow
-def test_slim_llm(dense: Path, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    arguments = [dense, tmp_path / "out", "--data", text, "--held-out", text, "--params", 0.8]
-    small = ["--num-samples", 4, "--search", 2, "--window", 32, "--max-windows", 4]
-    command = [sys.executable, ROOT / "examples/slim_llm.py", *arguments, *small]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "perplexity, trained:" in done.stdout
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    whole = AutoModelForCausalLM.from_pretrained(dense)
-    assert model.num_parameters() <= 0.8 * whole.num_parameters()
-
-
 @pytest.mark.parametrize(
     ("script", "own"),
     [
