@@ -17,13 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-<<<<<<< HEAD
 from hf_sparse.structure.built import BUILD_ERRORS, built, own_configs
-from hf_sparse.structure.modules_described import described
-=======
-from hf_sparse.structure.built import BUILD_ERRORS, built, described, own_configs
 from hf_sparse.structure.layers import find_stacks
->>>>>>> experts18
+from hf_sparse.structure.modules_described import described
 from hf_sparse.structure.parts import NEURONS, full_size, head_size
 from hf_sparse.structure.units import find_units
 
