@@ -241,6 +241,8 @@ def _add_bench(commands: Any) -> None:
     output.add_argument(
         "--explain", action="store_true", help="also print what became of each layer"
     )
+    profile = "print each kernel's time in a call instead, by threads"
+    output.add_argument("--profile", action="store_true", help=profile)
     add_printing(output)
 
 

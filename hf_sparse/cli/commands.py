@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
 import hf_sparse
+from hf_sparse.benchmark import profile
 from hf_sparse.calibration.documents import read_documents
 from hf_sparse.calibration.windows import token_windows
 from hf_sparse.checkpoint.can_save import check_can_save, check_not_quantized
@@ -246,7 +247,15 @@ def bench(options: argparse.Namespace) -> int:
     model, _ = load(options.model, options, needs_tokenizer=False)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    found = hf_sparse.benchmark(model, options.batch, options.tokens, options.repeats)
+    shape = options.batch, options.tokens, options.repeats
+    if options.profile:
+        profiles = profile(model, *shape)
+        if options.json:
+            print(json.dumps({kind: dataclasses.asdict(found) for kind, found in profiles.items()}))
+            return 0
+        print("\n\n".join(f"{kind}: {found}" for kind, found in profiles.items()))
+        return 0
+    found = hf_sparse.benchmark(model, *shape)
     if options.json:
         print(json.dumps(found.to_dict()))
         return 0

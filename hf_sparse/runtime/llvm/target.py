@@ -14,6 +14,7 @@ class Instructions:
 
     Attributes:
         shuffle: 16 bytes, each of which takes the byte that a table names, or 0 for 128 and above.
+        clock: ticks since some time, the same on all cores and at an even rate.
         pause: tells the core that it waits in a loop.
         half: there is one that turns float16 into float32; LLVM finds it by itself.
         expand: spreads packed values over the lanes that a mask names; of `{lanes}` and `{lane}`.
@@ -25,6 +26,7 @@ class Instructions:
     """
 
     shuffle: str
+    clock: str
     pause: str = ""
     half: bool = False
     expand: str = ""
@@ -63,6 +65,7 @@ class InstructionSet:
 
 _X86, _ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
 _PSHUFB, _PAUSE = "llvm.x86.ssse3.pshuf.b.128", "llvm.x86.sse2.pause"
+_TSC, _STEADY = "llvm.readcyclecounter", "llvm.readsteadycounter"
 
 # Of a machine, the best first: a CPU that runs one also runs those below it.
 INSTRUCTION_SETS = (
@@ -74,6 +77,7 @@ INSTRUCTION_SETS = (
         needs=("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi2", "bmi2", "fma"),
         has=Instructions(
             _PSHUFB,
+            _TSC,
             _PAUSE,
             half=True,
             expand="llvm.x86.avx512.mask.expand.v{lanes}{lane}",
@@ -91,7 +95,7 @@ INSTRUCTION_SETS = (
         lanes=8,
         registers=16,
         needs=("avx2", "fma", "f16c", "bmi2"),
-        has=Instructions(_PSHUFB, _PAUSE, half=True, permute="llvm.x86.avx2.permps"),
+        has=Instructions(_PSHUFB, _TSC, _PAUSE, half=True, permute="llvm.x86.avx2.permps"),
         cpu="x86-64-v3",
         without=("avx512", "avx10"),
     ),
@@ -101,7 +105,7 @@ INSTRUCTION_SETS = (
         lanes=4,
         registers=16,
         needs=("ssse3", "sse4.1", "sse4.2"),
-        has=Instructions(_PSHUFB, _PAUSE),
+        has=Instructions(_PSHUFB, _TSC, _PAUSE),
         cpu="x86-64-v2",
     ),
     InstructionSet(
@@ -110,7 +114,7 @@ INSTRUCTION_SETS = (
         lanes=4,
         registers=32,
         needs=(),  # NEON is in every CPU of this architecture
-        has=Instructions("llvm.aarch64.neon.tbl1.v16i8", half=True),
+        has=Instructions("llvm.aarch64.neon.tbl1.v16i8", _STEADY, half=True),
     ),
 )
 

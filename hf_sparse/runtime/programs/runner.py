@@ -34,7 +34,7 @@ class Runner:
 
     def __init__(self, stack: Stack, target: Target, cache: Path | None) -> None:
         self.stack, self.target = stack, target
-        self._code = kernels(target, cache, stack.weight_type)
+        self.code = kernels(target, cache, stack.weight_type)
         self._key_rows = [2 * stack.rows_of(block)[1] for block in stack.blocks]
         # What the first block computed, for the others: of each calling thread.
         self.results = threading.local()
@@ -159,8 +159,8 @@ class Runner:
         single = shape.tokens == 1 and shape.cached and not shape.states
         widths = self.target.widths
         if single and one_token.fits(self.stack):
-            return RowProgram(self.stack, self._code, self.target.lanes, widths[0], shape)
-        return TileProgram(self.stack, self._code, widths, shape)
+            return RowProgram(self.stack, self.code, self.target.lanes, widths[0], shape)
+        return TileProgram(self.stack, self.code, widths, shape)
 
 
 def _fill(program: TileProgram | RowProgram, layers: list[TileLayer]) -> None:
