@@ -20,11 +20,8 @@ from hf_sparse.calibration.modes import switched
 from hf_sparse.report import format_table
 from hf_sparse.runtime.llvm.target import host
 from hf_sparse.runtime.model.compiled import compile as compile_model
-<<<<<<< HEAD
 from hf_sparse.runtime.model.configured import why_not_compiled
-=======
 from hf_sparse.runtime.model.profile import Profile, profile_call
->>>>>>> avx19
 from hf_sparse.structure.layers import target_layers
 from hf_sparse.upstream.transformers.caches import cache_name
 

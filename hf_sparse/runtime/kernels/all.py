@@ -13,11 +13,8 @@ from hf_sparse.runtime.kernels import (
     dense,
     experts,
     normalisation,
-<<<<<<< HEAD
-    scored_attention,
-=======
     peaks,
->>>>>>> avx19
+    scored_attention,
     shuffled_rows,
     single_token,
     spmm,
@@ -32,19 +29,14 @@ from hf_sparse.runtime.llvm.target import Target
 
 def kernel_functions(target: Target, weight_type: WeightType = FLOAT32) -> list[Function]:
     """Every kernel that a program may name whose weights are of type `weight_type`."""
-<<<<<<< HEAD
-    functions = [worker.worker(target, parallel=parallel) for parallel in (True, False)]
-    functions += [tiles.append(), tiles.copy(target), addition.add(target)]
-    functions += scored_attention.functions(target) + experts.functions(target)
-=======
     functions = [
         worker.worker(target, parallel=parallel, timed=timed)
         for parallel in (True, False)
         for timed in (False, True)
     ]
     functions += [peaks.multiply_adds(target), peaks.reads(target)]
-    functions += [tiles.append(), tiles.copy(target)]
->>>>>>> avx19
+    functions += [tiles.append(), tiles.copy(target), addition.add(target)]
+    functions += scored_attention.functions(target) + experts.functions(target)
     functions += single_token.decode_functions(target, weight_type)
     functions += shuffled_rows.shuffled_functions(target, weight_type)
     for name in activation.ACTIVATIONS:
