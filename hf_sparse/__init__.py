@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from hf_sparse.adapters.loading import load_adapter as load_adapter
     from hf_sparse.adapters.merging import merge_adapters as merge_adapters
     from hf_sparse.adapters.merging import merge_adapters_ as merge_adapters_
-    from hf_sparse.benchmark import benchmark as benchmark
     from hf_sparse.budget import allocate as allocate
     from hf_sparse.budget import sparsity_for as sparsity_for
     from hf_sparse.calibration.labels import labelled_batches as labelled_batches
@@ -70,6 +69,7 @@ if TYPE_CHECKING:
     from hf_sparse.slimming.plan import SlimReport as SlimReport
     from hf_sparse.slimming.search import plan_slim as plan_slim
     from hf_sparse.slimming.search import slim_ as slim_
+    from hf_sparse.timing import benchmark as benchmark
 
 _PUBLIC = {
     "Distillation": "hf_sparse.distillation",
@@ -93,7 +93,7 @@ _PUBLIC = {
     "accuracy": "hf_sparse.evaluation",
     "add_shrinkage_": "hf_sparse.optim.shrinkage",
     "allocate": "hf_sparse.budget",
-    "benchmark": "hf_sparse.benchmark",
+    "benchmark": "hf_sparse.timing",
     "calibration_batches": "hf_sparse.calibration.windows",
     "compile": "hf_sparse.runtime.model.compiled",
     "convert_legacy": "hf_sparse.checkpoint.legacy",

@@ -14,7 +14,6 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
 import hf_sparse
-from hf_sparse.benchmark import profile
 from hf_sparse.calibration.documents import read_documents
 from hf_sparse.calibration.windows import token_windows
 from hf_sparse.checkpoint.can_save import check_can_save, check_not_quantized
@@ -40,6 +39,7 @@ from hf_sparse.pruning.uniform import check_uniform
 from hf_sparse.report import format_table
 from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.targets import Targets
+from hf_sparse.timing import profile
 from hf_sparse_cli.usage import method_options, needs_calibration
 
 
