@@ -14,8 +14,8 @@ from tests.runtime.model.test_faithful import Double, changed
 from tests.support.compiled_families import DECODERS, FAMILIES, inputs_of, model_of
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-3}
-# What runs in the fast suite: blocks that differ by their place, and those with most parts.
-FAST = ("modernbert", "mixtral")
+# What runs in the fast suite: blocks that differ by their place.
+FAST = ("modernbert",)
 EACH = [
     pytest.param(family, marks=() if family in FAST else pytest.mark.slow) for family in FAMILIES
 ]

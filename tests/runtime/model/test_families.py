@@ -110,7 +110,7 @@ FIRST += [("distilbert", "masked"), ("modernbert", "sequence"), ("gemma2", "caus
 FIRST += [("phi3", "tokens"), ("gpt_neox", "question"), ("granite", "causal")]
 
 
-@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("padding", some(["left", "right"], ["left"]))
 @pytest.mark.parametrize("which", some(PAIRS, FIRST))
 def test_every_head(which: tuple[str, str], padding: str) -> None:
     family, head = which
@@ -123,8 +123,8 @@ def test_every_head(which: tuple[str, str], padding: str) -> None:
         wanted, found = (list(tensors_of(one(**given))) for one in (model, compiled))
     assert len(found) == len(wanted) > 0
     for one, other in zip(found, wanted, strict=True):
-        tokens = one.shape[:2] == (2, 21)  # what stands at padding nobody reads
-        parts = (seen(each, given) if tokens else each for each in (one, other))
+        by_token = tuple(one.shape[:2]) == (2, 21)  # those of padding may be anything
+        parts = (seen(each, given) if by_token else each for each in (one, other))
         torch.testing.assert_close(*parts, **TOLERANCE)
 
 
