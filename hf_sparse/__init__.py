@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from hf_sparse.compiled_files.files import save_compiled as save_compiled
     from hf_sparse.configuration_sparse import SparsityConfig as SparsityConfig
     from hf_sparse.distillation import Distillation as Distillation
-    from hf_sparse.drop_report import DropReport as DropReport
-    from hf_sparse.dropping import drop_blocks_ as drop_blocks_
-    from hf_sparse.dropping_experts import ExpertReport as ExpertReport
-    from hf_sparse.dropping_experts import drop_experts_ as drop_experts_
-    from hf_sparse.dropping_hidden import HiddenReport as HiddenReport
-    from hf_sparse.dropping_hidden import drop_hidden_ as drop_hidden_
+    from hf_sparse.dropping.blocks import drop_blocks_ as drop_blocks_
+    from hf_sparse.dropping.experts import ExpertReport as ExpertReport
+    from hf_sparse.dropping.experts import drop_experts_ as drop_experts_
+    from hf_sparse.dropping.hidden import HiddenReport as HiddenReport
+    from hf_sparse.dropping.hidden import drop_hidden_ as drop_hidden_
+    from hf_sparse.dropping.report import DropReport as DropReport
     from hf_sparse.evaluation import accuracy as accuracy
     from hf_sparse.evaluation import perplexity as perplexity
     from hf_sparse.exporters.onnx_export import export_onnx as export_onnx
@@ -73,10 +73,10 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "Distillation": "hf_sparse.distillation",
-    "DropReport": "hf_sparse.drop_report",
-    "ExpertReport": "hf_sparse.dropping_experts",
+    "DropReport": "hf_sparse.dropping.report",
+    "ExpertReport": "hf_sparse.dropping.experts",
     "FormatError": "hf_sparse.formats",
-    "HiddenReport": "hf_sparse.dropping_hidden",
+    "HiddenReport": "hf_sparse.dropping.hidden",
     "KeepZeros": "hf_sparse.optim.keep_zeros_callback",
     "Metric": "hf_sparse.provenance.values",
     "Pattern": "hf_sparse.patterns",
@@ -97,9 +97,9 @@ _PUBLIC = {
     "calibration_batches": "hf_sparse.calibration.windows",
     "compile": "hf_sparse.runtime.model.compiled",
     "convert_legacy": "hf_sparse.checkpoint.legacy",
-    "drop_blocks_": "hf_sparse.dropping",
-    "drop_experts_": "hf_sparse.dropping_experts",
-    "drop_hidden_": "hf_sparse.dropping_hidden",
+    "drop_blocks_": "hf_sparse.dropping.blocks",
+    "drop_experts_": "hf_sparse.dropping.experts",
+    "drop_hidden_": "hf_sparse.dropping.hidden",
     "export_onnx": "hf_sparse.exporters.onnx_export",
     "freeze_zeros_": "hf_sparse.optim.shrinkage",
     "get_peft_model": "hf_sparse.adapters.loading",

@@ -9,9 +9,9 @@ import hf_sparse
 from hf_sparse.checkpoint.can_save import check_can_save
 from hf_sparse.cli.loading import batches_of, load, optional_tokenizer, skeleton
 from hf_sparse.cli.printing import print_json, without
-from hf_sparse.dropping import number_of_blocks
-from hf_sparse.dropping_experts import number_of_experts
-from hf_sparse.dropping_hidden import number_of_features
+from hf_sparse.dropping.blocks import number_of_blocks
+from hf_sparse.dropping.experts import number_of_experts
+from hf_sparse.dropping.hidden import number_of_features
 from hf_sparse.structure.depth import Depth
 from hf_sparse.structure.hidden import HiddenPlan, hidden_size_of
 from hf_sparse.structure.mixtures import Mixtures

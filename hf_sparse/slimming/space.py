@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from hf_sparse.calibration.block_scores import Batches, mean_loss, skipping
-from hf_sparse.dropping import Choice, by_loss
+from hf_sparse.dropping.blocks import Choice, by_loss
 from hf_sparse.slimming.budget import Budget
 from hf_sparse.slimming.costs import Costs, Weights, times_of
 from hf_sparse.slimming.plan import SlimChoice, SlimPlan

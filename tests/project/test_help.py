@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import hf_sparse
-from hf_sparse.dropping import METHODS as WAYS_TO_CHOOSE
-from hf_sparse.dropping_experts import METHODS as EXPERT_METHODS
+from hf_sparse.dropping.blocks import METHODS as WAYS_TO_CHOOSE
+from hf_sparse.dropping.experts import METHODS as EXPERT_METHODS
 from hf_sparse.formats import FORMATS
 from hf_sparse.optim.methods import TRAINING_METHODS
 from hf_sparse.optim.penalties import PENALTIES, SCALES

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 import hf_sparse
 from hf_sparse import SparsityConfig, drop_hidden_
 from hf_sparse.cli import main
-from hf_sparse.dropping_hidden import number_of_features
+from hf_sparse.dropping.hidden import number_of_features
 from hf_sparse.provenance.record import provenance_of
 from hf_sparse.structure.gains import norms_of
 from hf_sparse.structure.units import find_units

@@ -33,7 +33,7 @@ from hf_sparse.calibration.block_scores import Batches, Influence, mean_loss, sk
 from hf_sparse.calibration.losses import check_labels
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.windows import checked_batches, fingerprint
-from hf_sparse.drop_report import DropReport
+from hf_sparse.dropping.report import DropReport
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.structure.changeable import check_changeable

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import hf_sparse
 from hf_sparse import SparsityConfig, drop_blocks_
 from hf_sparse.cli import main
-from hf_sparse.dropping import METHODS, number_of_blocks
+from hf_sparse.dropping.blocks import METHODS, number_of_blocks
 from hf_sparse.provenance.record import provenance_of
 from hf_sparse.structure.depth import Depth
 from hf_sparse.structure.layers import promised_config

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedModel
 import hf_sparse
 from hf_sparse import SparsityConfig, drop_experts_
 from hf_sparse.cli import main
-from hf_sparse.dropping_experts import METHODS
+from hf_sparse.dropping.experts import METHODS
 from hf_sparse.provenance.record import provenance_of
 from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.mixtures import Mixtures

@@ -1,0 +1,1 @@
+"""Whole parts leave a model: blocks, experts, features of the hidden size."""
