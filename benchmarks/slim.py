@@ -38,7 +38,7 @@ from typing import Any
 if __name__ == "__main__":  # help and wrong usage need no slow import
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", type=Path, help="folder with WikiText-2 and C4 texts")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/slim.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("bench_output/slim.jsonl"))
     parser.add_argument("--work", type=Path, default=Path("bench_output/slim"))
     parser.add_argument("--table", action="store_true", help="print what is there and stop")
     parser.add_argument("--latency", action="store_true", help="times; nothing else is done")
