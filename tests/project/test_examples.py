@@ -90,15 +90,14 @@ def test_prune_llm(dense: Path, tmp_path: Path) -> None:
     assert hf_sparse.measure_sparsity(model).sparsity == pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "own"),
     [
-        pytest.param("recover_finetune.py", ["--teacher", "DENSE"], marks=pytest.mark.slow),
+        ("recover_finetune.py", ["--teacher", "DENSE"]),
         ("recover_lora.py", ["--kind", "shira", "--r", "2", "--teacher", "DENSE"]),
-        pytest.param("recover_lora.py", ["--r", "4"], marks=pytest.mark.slow),
-        pytest.param(
-            "recover_lora.py", ["--r", "4", "--dtype", "bfloat16"], marks=pytest.mark.slow
-        ),
+        ("recover_lora.py", ["--r", "4"]),
+        ("recover_lora.py", ["--r", "4", "--dtype", "bfloat16"]),
     ],
 )
 def test_recovery(script: str, own: list[str], dense: Path, tmp_path: Path) -> None:
