@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WEIGHT_TYPES
-from hf_sparse.runtime.kernels.worker import THREAD_COUNT, THREAD_NUMBER, YIELD
+from hf_sparse.runtime.kernels.worker import (
+    LISTS,
+    OPERATION_WORDS,
+    OPERATIONS,
+    PHASES,
+    STARTS,
+    THREAD_COUNT,
+    THREAD_NUMBER,
+    YIELD,
+)
 from hf_sparse.runtime.llvm import jit, target
 from hf_sparse.runtime.llvm.ir import Function
 from tests.support.memory_in_sight import Block, Image, blocks_in_sight, reached
@@ -162,6 +171,7 @@ class EmulatedCode:
             name: ctypes.cast(callback, ctypes.c_void_p).value or 0
             for name, callback in self._callbacks.items()
         }
+        self._names = {address: name for name, address in self.addresses.items()}
 
     def _guarded(self, kernel: str, arguments: int) -> None:
         """What goes wrong in a function that C calls would be lost: the test finds it in a list."""
@@ -181,16 +191,13 @@ class EmulatedCode:
             helpers, number, threads = self._threads(int(words[0]))
             if number:
                 return  # the first one starts as many there
-        pointers = {
-            name: word
-            for (kind, name), word in zip(map(str.split, parameters), words.tolist(), strict=True)
-            if kind == "ptr" and word
-        }
         seen = blocks_in_sight(sys._getframe(1))
-        for name, pointer in pointers.items():
-            if not reached(seen, [pointer]):
-                raise LookupError(f"no array in sight has the memory at {name}={pointer:#x}")
-        found = [block for block in reached(seen, pointers.values()) if not _within(block, place)]
+        pointers = list(self._pointers(seen, kernel, words))
+        if kernel.startswith("worker"):
+            for operation in _operations(int(words[0])):
+                name = self._names[int(operation[0])]
+                list(self._pointers(seen, name, operation[1:]))
+        found = [block for block in reached(seen, pointers) if not _within(block, place)]
         blocks = sorted([*found, arguments], key=lambda block: block.start)
         functions = {
             self.addresses[name]: entry for name, entry in self._emulated.entries.items()
@@ -205,6 +212,21 @@ class EmulatedCode:
         if twin is not None:
             _compare(image, twin, ordered=self._is_ordered(kernel, blocks))
         image.take_back()
+
+    def _pointers(
+        self, seen: Sequence[Block], kernel: str, words: NDArray[np.int64]
+    ) -> Iterator[int]:
+        """The addresses among a kernel's arguments.
+
+        Raises:
+            LookupError: no array is there.
+        """
+        for parameter, word in zip(self.parameters[kernel], words.tolist(), strict=False):
+            kind, name = parameter.split()
+            if kind == "ptr" and word:
+                if not reached(seen, [word]):
+                    raise LookupError(f"no array in sight has the memory at {name} of {kernel}")
+                yield word
 
     def _threads(self, program: int) -> tuple[dict[int, int], int, int]:
         """The functions by which a worker asks for its thread, this one's number, and their count."""
@@ -255,6 +277,15 @@ class EmulatedCode:
             start = address - memory.ctypes.data
             page[:] = memory[start : start + len(page)]
         return image
+
+
+def _operations(program: int) -> NDArray[np.int64]:
+    """The operations of a program, whose words are at an address."""
+    words = Block(program, 64, words=True).memory().view(np.int64)
+    starts = Block(int(words[STARTS]), 8 * int(words[PHASES] * words[LISTS] + 1), words=True)
+    count = int(starts.memory().view(np.int64)[-1])
+    block = Block(int(words[OPERATIONS]), 8 * OPERATION_WORDS * count, words=True)
+    return block.memory().view(np.int64).reshape(count, OPERATION_WORDS)
 
 
 def _within(block: Block, place: int) -> bool:

@@ -2,15 +2,17 @@
 
 Operations hold bare addresses. To run one in another process, the memory behind them must be found:
 it belongs to an array or tensor that a function on the stack still holds, by itself or through its
-objects, or else nothing keeps it alive.
+objects, or that a cached function keeps.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import gc
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import FrameType, MethodType
 from typing import Any
 
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 _PAGE, _LINE = 4096, 64
 # Around each block: as floats NaN, as indices far beyond anything.
 _PATTERN = np.frombuffer((0x7FC05AA5).to_bytes(4, "little") * (_PAGE // 4), np.uint8)
+_CACHED = type(functools.cache(lambda: None))
 _OURS = ("hf_sparse.", "tests.")
 
 
@@ -50,6 +53,10 @@ class Block:
 def blocks_in_sight(frame: FrameType | None) -> list[Block]:
     """All memory of arrays that this package's and the tests' functions on the stack know."""
     pending: list[Any] = []
+    for name in [name for name in sys.modules if name.startswith("hf_sparse.runtime.weights.")]:
+        for one in vars(sys.modules[name]).values():
+            if isinstance(one, _CACHED):
+                pending.extend(gc.get_referents(one))
     while frame is not None:
         if str(frame.f_globals.get("__name__", "")).startswith(_OURS):
             pending.extend(frame.f_locals.values())
@@ -75,7 +82,7 @@ def _parts(one: object) -> Iterator[Any]:
         yield from one.values()
     elif isinstance(one, list | tuple | set):
         yield from one
-    elif isinstance(one, partial):
+    elif isinstance(one, functools.partial):
         yield from (one.func, *one.args, *one.keywords.values())
     elif isinstance(one, MethodType):
         yield one.__self__
