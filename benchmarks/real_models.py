@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
 from hf_sparse import SparsityConfig
-from hf_sparse.benchmark import processor_name
+from hf_sparse.timing import processor_name
 
 PLAIN = SparsityConfig("unstructured", sparsity=0.0, format="dense")
 

@@ -6,8 +6,10 @@
 The dense model is fine-tuned for an epoch and saved in OUT/dense; a run that finds it there takes it.
 Then, in each of some rounds, heads and neurons of least Taylor score over all blocks go, what is left
 of their layers is refitted, the model is shrunk, and fine-tuned for an epoch with the dense model as
-teacher. Each round removes the same share of what the last one left. OUT/shrunk is what comes out:
-a checkpoint with its tokenizer and a model card. Embeddings stay frozen.
+teacher. Each round removes the same share of what the last one left. With --uniform blocks keep all
+heads and as many neurons each (BERT's config tells no more), and whole blocks go, without which the
+loss is lowest: the checkpoint is a plain BertForSequenceClassification. OUT/shrunk is what comes out: a
+checkpoint with its tokenizer and a model card. Embeddings stay frozen.
 
 Printed: accuracy on the validation set, weights and products of the blocks, and torch's latency. What
 ONNX Runtime makes of the two folders is for whoever exports them.
@@ -31,6 +33,8 @@ if __name__ == "__main__":  # help and wrong usage need no slow import
     parser.add_argument("--start", type=Path, help="a shrunk checkpoint to go on from")
     parser.add_argument("--heads", type=float, default=1 / 3, help="share that stays")
     parser.add_argument("--neurons", type=float, default=0.4, help="share that stays")
+    parser.add_argument("--uniform", action="store_true", help="a plain model: blocks, not heads")
+    parser.add_argument("--blocks", type=float, default=0.5, help="share that stays, if uniform")
     parser.add_argument("--rounds", type=int, default=3, help="of removing and fine-tuning")
     parser.add_argument(
         "--epochs", type=int, default=1, help="of each round (the last has one more)"
@@ -120,6 +124,19 @@ def remove(model: Any, heads: int, neurons: int, batches: list[Any]) -> ShrinkRe
     return hf_sparse.shrink_(model)
 
 
+def remove_uniformly(model: Any, blocks: int, neurons: int, batches: list[Any]) -> Any:
+    """Take a model to so many blocks of so many neurons each, and leave a plain one."""
+    there = find_units(model)
+    report: Any = None
+    if len(there) > blocks:
+        report = hf_sparse.drop_blocks_(model, len(there) - blocks, batches[:8])
+    if there[0].size.neurons > neurons:
+        config = SparsityConfig("column", 1 - neurons / there[0].size.neurons, uniform=True)
+        hf_sparse.prune_(model, config, "taylor", batches, refine="refit")
+        report = hf_sparse.shrink_(model)
+    return report
+
+
 def products(model: Any, tokens: int) -> int:
     """Multiplications in the blocks for one sequence: of weights, and of queries, keys, values."""
     found = 0
@@ -164,21 +181,27 @@ def main(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     chooser = random.Random(args.seed)
     batches = list(training.batches(BATCH, chooser))[: max(1, args.calibration // BATCH)]
-    report: ShrinkReport | None = None
+    report: Any = None
     for number in range(1, args.rounds + 1):
         shares = [share ** (number / args.rounds) for share in (args.heads, args.neurons)]
         heads = round(shares[0] * sum(units.size.heads for units in full))
         neurons = round(shares[1] * sum(units.size.neurons for units in full))
-        report = remove(model, heads, neurons, batches)
+        if args.uniform:
+            left = round(args.blocks ** (number / args.rounds) * len(full))
+            report = remove_uniformly(model, left, neurons // len(full), batches)
+        else:
+            report = remove(model, heads, neurons, batches)
         before = evaluate(model, validation, task.metric)
-        teaching = hf_sparse.Distillation(dense, logits=0.5, hidden=1.0, temperature=2.0)
+        hidden = 0.0 if args.uniform else 1.0  # other numbers of blocks have no states to compare
+        teaching = hf_sparse.Distillation(dense, logits=0.5, hidden=hidden, temperature=2.0)
         teaching.attach(model)
         last = number == args.rounds
         seconds = fine_tune(model, training, args.epochs + last, args)
         teaching.remove()
         after = evaluate(model, validation, task.metric)
         print(
-            f"round {number}: {report.summary()}\naccuracy {before:.2f}, fine-tuned {after:.2f}, "
+            f"round {number}: {report.summary() if report else 'nothing went'}\naccuracy "
+            f"{before:.2f}, fine-tuned {after:.2f}, "
             f"{seconds:.0f} s",
             flush=True,
         )

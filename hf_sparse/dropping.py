@@ -88,7 +88,7 @@ def drop_blocks_(
     inputs: Batches = checked_batches(batches, model, by)
     if by == "loss":
         check_labels(by, None, model, inputs)
-    choice = _Choice.of(depth, wanted)
+    choice = Choice.of(depth, wanted)
     before = num_parameters(model)
     with switched(model, training=False, use_cache=False):
         removed, scores, every, loss = METHODS[by](choice, wanted, inputs)
@@ -132,7 +132,7 @@ def number_of_blocks(count: int | float, total: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Choice:
+class Choice:
     """Which blocks can go.
 
     Attributes:
@@ -144,7 +144,7 @@ class _Choice:
     free: frozenset[str]
 
     @classmethod
-    def of(cls, depth: Depth, wanted: int) -> _Choice:
+    def of(cls, depth: Depth, wanted: int) -> Choice:
         """Look whether the config can tell fewer blocks, before any work.
 
         Raises:
@@ -183,7 +183,7 @@ class _Choice:
 _Chosen = tuple[list[int], list[float], list[float | None], tuple[float, float] | None]
 
 
-def _by_loss(choice: _Choice, wanted: int, batches: Batches) -> _Chosen:
+def by_loss(choice: Choice, wanted: int, batches: Batches) -> _Chosen:
     """Remove the block without which the loss is lowest, and again."""
     model, blocks = choice.depth.model, choice.depth.blocks
     before = mean_loss(model, batches)
@@ -219,7 +219,7 @@ def _by_loss(choice: _Choice, wanted: int, batches: Batches) -> _Chosen:
     return removed, chosen_by, every, (before, chosen_by[-1])
 
 
-def _by_similarity(choice: _Choice, wanted: int, batches: Batches) -> _Chosen:
+def _by_similarity(choice: Choice, wanted: int, batches: Batches) -> _Chosen:
     """Remove the blocks of least influence, measured once."""
     model, blocks = choice.depth.model, choice.depth.blocks
     influence = Influence(blocks)
@@ -258,4 +258,4 @@ def _masks(batch: Mapping[str, Any], depth: Depth) -> list[Tensor | None]:
     return [mask if name == first else of_decoder for name, _ in depth.places]
 
 
-METHODS = {"loss": _by_loss, "similarity": _by_similarity}
+METHODS = {"loss": by_loss, "similarity": _by_similarity}

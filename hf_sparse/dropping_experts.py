@@ -36,7 +36,7 @@ from hf_sparse.structure.changeable import check_changeable
 from hf_sparse.structure.expert_merging import merge_, nearest
 from hf_sparse.structure.layers import num_parameters, promised_config
 from hf_sparse.structure.mixtures import Mixture, Mixtures
-from hf_sparse.structure.targets import promised_layers, renew_promise_
+from hf_sparse.structure.targets import Targets, renew_promise_
 from hf_sparse.suggestions import check_name
 
 # Whether a way to choose looks at data.
@@ -159,12 +159,12 @@ def drop_experts_(
     inputs = _data(model, batches, by, merge)
     scores, use = _scores(mixtures, inputs, by)
     kept = [_kept(own, left, mixtures.routing.groups) for own in scores]
-    targets, before = promised_layers(model), num_parameters(model)
+    promised, before = _promised(model), num_parameters(model)
     if routers is not None and use is not None:
         for mixture, rows, own, seen in zip(mixtures.mixtures, routers, kept, use, strict=True):
             merge_(mixture.stack, nearest(rows, own), seen.tokens)
     mixtures.keep_(kept)
-    renew_promise_(model, targets)
+    _renew_promise_(mixtures, promised, kept)
     every = range(mixtures.number)
     report = ExpertReport(
         tuple(mixture.name for mixture in mixtures.mixtures),
@@ -215,6 +215,41 @@ def _data(model: PreTrainedModel, batches: Any, by: str, merge: bool) -> list[di
             f"merging; leave them out. by='{by}' looks at weights alone."
         )
     return []
+
+
+# The matrices that a promise of zeros is about: the module, the parameter, the number of the expert.
+_Promised = set[tuple[int, str, int]]
+
+
+def _promised(model: PreTrainedModel) -> _Promised | None:
+    """What a model's promise of zeros is about; None: it has none."""
+    config = promised_config(model)
+    if config is None:
+        return None
+    try:
+        layers = Targets.of(model, config).layers
+    except ValueError:  # of layers that are gone
+        return set()
+    return {(id(layer.module), layer.attribute, layer.expert) for layer in layers}
+
+
+def _renew_promise_(
+    mixtures: Mixtures, before: _Promised | None, kept: Sequence[Sequence[int]]
+) -> None:
+    """Forget a promise that names experts by number, where it names others now."""
+    if before is None:
+        return
+    places = {
+        id(mixture.stack.module): {number: place for place, number in enumerate(own)}
+        for mixture, own in zip(mixtures.mixtures, kept, strict=True)
+    }
+    wanted = {
+        (module, name, places[module][expert] if module in places else expert)
+        for module, name, expert in before
+        if module not in places or expert in places[module]
+    }
+    if _promised(mixtures.model) != wanted:
+        renew_promise_(mixtures.model, set())
 
 
 def _routers(model: PreTrainedModel, mixtures: Mixtures) -> list[Tensor]:

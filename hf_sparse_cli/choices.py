@@ -94,6 +94,11 @@ EXPERT_CHOICES = {
     "frequency": "fewest tokens",
     "magnitude": "smallest weights: looks at no data",
 }
+# What `hf_sparse.slim_` may cut.
+SLIM_AXES = {
+    "depth": "whole blocks",
+    "width": "heads and neurons, as many in each block",
+}
 FORMATS = {
     "auto": "the smallest of the others",
     "dense": "the weight as it is, zeros included",

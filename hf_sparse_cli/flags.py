@@ -84,3 +84,15 @@ def add_loading(group: Any, tokenizer: bool = True) -> None:
         "--dtype", default="auto", choices=DTYPES, help="of the weights (default auto: as stored)"
     )
     group.add_argument("--gguf-file", help="GGUF file in the dense model's folder")
+
+
+def add_calibration(command: Any, told: str, *, required: bool) -> None:
+    """Add the group of flags that name calibration data: texts, or rows with labels."""
+    calibration = command.add_argument_group("calibration", told)
+    data = calibration.add_mutually_exclusive_group(required=required)
+    data.add_argument("--calibration", nargs="+", metavar="FILE", help=TEXT)
+    add_labels(calibration, data)
+    calibration.add_argument(
+        "--num-samples", type=int, default=32, help="windows, or rows at most (default 32)"
+    )
+    add_windows(calibration)

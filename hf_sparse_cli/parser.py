@@ -31,6 +31,7 @@ from hf_sparse_cli.flags import (
 )
 from hf_sparse_cli.names import Parser, fraction
 from hf_sparse_cli.shrinking import add_shrink
+from hf_sparse_cli.slimming import add_slim
 
 
 def make_parser() -> Parser:
@@ -50,6 +51,7 @@ def make_parser() -> Parser:
     _add_inspect(commands)
     _add_bench(commands)
     add_shrink(commands)
+    add_slim(commands)
     _add_export(commands)
     _add_push(commands)
     _add_convert(commands)
@@ -239,6 +241,8 @@ def _add_bench(commands: Any) -> None:
     output.add_argument(
         "--explain", action="store_true", help="also print what became of each layer"
     )
+    profile = "print each kernel's time in a call instead, by threads"
+    output.add_argument("--profile", action="store_true", help=profile)
     add_printing(output)
 
 

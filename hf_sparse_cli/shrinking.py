@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from hf_sparse_cli.choices import BLOCK_CHOICES, EXPERT_CHOICES
 from hf_sparse_cli.flags import (
-    TEXT,
-    add_labels,
+    add_calibration,
     add_loading,
     add_printing,
     add_saving,
-    add_windows,
     command_parser,
     named_list,
     output_group,
@@ -20,7 +19,11 @@ from hf_sparse_cli.flags import (
 from hf_sparse_cli.names import number_or_fraction
 
 # The ways to choose among the parts that go whole.
-CHOICES = {"blocks": BLOCK_CHOICES, "experts": EXPERT_CHOICES}
+CHOICES: dict[str, Mapping[str, str]] = {
+    "blocks": BLOCK_CHOICES,
+    "experts": EXPERT_CHOICES,
+    "hidden": {},
+}
 
 
 def add_shrink(commands: Any) -> None:
@@ -28,8 +31,8 @@ def add_shrink(commands: Any) -> None:
     command = command_parser(
         commands,
         "shrink",
-        "remove zero heads and neurons, whole blocks or experts, and save the smaller model",
-        "MODEL OUTPUT [--blocks|--experts N|FRACTION --calibration FILE ...]",
+        "remove zero heads and neurons, blocks, experts or hidden features, and save what is left",
+        "MODEL OUTPUT [--blocks|--experts|--hidden N|FRACTION --calibration FILE ...]",
         [
             "SPARSE SMALLER --uniform",
             "MODEL SMALLER --blocks 0.25 --calibration text.jsonl",
@@ -40,19 +43,20 @@ def add_shrink(commands: Any) -> None:
     what.add_argument("model", metavar="MODEL", help="folder or Hub name")
     add_loading(what)
     units = command.add_argument_group(
-        "heads and neurons", "Those that are zero, without --blocks and --experts."
+        "heads and neurons", "Those that are zero, without the flags below."
     )
     units.add_argument(
         "--uniform", action="store_true", help="blocks of one size: loads without hf_sparse"
     )
     whole = command.add_argument_group(
-        "blocks or experts",
+        "blocks, experts, hidden features",
         f"{named_list('of blocks by', BLOCK_CHOICES)}\n{named_list('of experts by', EXPERT_CHOICES)}",
     )
     parts = whole.add_mutually_exclusive_group()
     for flag, help in (
         ("--blocks", "how many blocks go instead: a number, or a fraction of them"),
         ("--experts", "how many experts of each block go instead, likewise"),
+        ("--hidden", "how many features of the hidden size go instead, likewise"),
     ):
         parts.add_argument(flag, type=number_or_fraction, metavar="N", help=help)
     whole.add_argument(
@@ -64,16 +68,7 @@ def add_shrink(commands: Any) -> None:
     whole.add_argument(
         "--merge", action="store_true", help="average experts that go into those that stay"
     )
-    calibration = command.add_argument_group(
-        "calibration", "Texts that --blocks and --experts look at."
-    )
-    data = calibration.add_mutually_exclusive_group()
-    data.add_argument("--calibration", nargs="+", metavar="FILE", help=TEXT)
-    add_labels(calibration, data)
-    calibration.add_argument(
-        "--num-samples", type=int, default=32, help="windows, or rows at most (default 32)"
-    )
-    add_windows(calibration)
+    add_calibration(command, "Texts that --blocks, --experts and --hidden look at.", required=False)
     output = output_group(command, "folder to save the smaller model in")
     add_saving(output)
     add_printing(output)
@@ -85,11 +80,12 @@ def check_parts(options: argparse.Namespace) -> None:
     Raises:
         ValueError: which, and what was wanted.
     """
-    parts = [name for name in ("blocks", "experts") if getattr(options, name) is not None]
+    parts = [name for name in CHOICES if getattr(options, name) is not None]
     given = [name for name in ("by", "calibration", "labels", "merge") if getattr(options, name)]
     if not parts and given:
         raise ValueError(
-            f"--{given[0]} is for --blocks N and --experts N: give one of them too, or leave it out."
+            f"--{given[0]} is for --blocks N, --experts N and --hidden N: give one of them too, or "
+            "leave it out."
         )
     for part in parts:
         _check_part(options, part)
@@ -100,6 +96,8 @@ def _check_part(options: argparse.Namespace, part: str) -> None:
     count, choices = getattr(options, part), CHOICES[part]
     if options.uniform:
         raise ValueError(f"--uniform is for heads and neurons: leave it out with --{part}.")
+    if options.by is not None and not choices:
+        raise ValueError(f"--by is for blocks and experts: leave it out with --{part}.")
     if options.by is not None and options.by not in choices:
         raise ValueError(f"--by {options.by} is not for --{part}; wanted {', '.join(choices)}.")
     if options.merge and part != "experts":
@@ -114,6 +112,6 @@ def _check_part(options: argparse.Namespace, part: str) -> None:
         raise ValueError("--by magnitude looks at no data: leave --calibration and --labels out.")
     if count <= 0 or not (isinstance(count, int) or count < 1):
         raise ValueError(
-            f"--{part} is {count}; wanted a number of {part}, as 4, or a fraction of them in (0, 1), "
+            f"--{part} is {count}; wanted how many go: a number, as 4, or a fraction in (0, 1), "
             "as 0.25."
         )

@@ -98,6 +98,10 @@ def _check_shrink(options: argparse.Namespace) -> None:
     _check_output(options, "model", "the larger model")
 
 
+def _check_slim(options: argparse.Namespace) -> None:
+    _check_output(options, "model", "the larger model")
+
+
 def _check_convert(options: argparse.Namespace) -> None:
     _check_output(options, "folder", "the old checkpoint")
 
@@ -114,6 +118,7 @@ _CHECKS: dict[str, Callable[[argparse.Namespace], None]] = {
     "prune": _check_prune,
     "recover": _check_recover,
     "shrink": _check_shrink,
+    "slim": _check_slim,
     "convert": _check_convert,
     "export": _check_export,
 }

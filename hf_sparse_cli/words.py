@@ -64,6 +64,7 @@ _PHRASES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"hf_sparse\.shrink_", "hf-sparse shrink"),
     (r"hf_sparse\.drop_blocks_", "hf-sparse shrink --blocks"),
     (r"^count is(?=.* experts? )", "--experts is"),
+    (r"^count is(?=.* hidden features?)", "--hidden is"),
     (r"^count is", "--blocks is"),
     (r"hf_sparse\.export_onnx", "hf-sparse export"),
     (rf"{_START}(?:resume|overwrite|uniform|merge)=True", lambda match: f"--{match[0][:-5]}"),

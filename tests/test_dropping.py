@@ -277,8 +277,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for arguments, message in (
         (["--blocks", "4", *data], "every block of 4"),
         (["--blocks", "1"], "--calibration FILE"),
-        (["--by", "loss"], "--by is for --blocks N and --experts N"),
-        (["--blocks", "1.5", *data], "wanted a number of blocks"),
+        (["--by", "loss"], "--by is for --blocks N, --experts N"),
+        (["--blocks", "1.5", *data], "wanted how many go"),
         (["--blocks", "1", "--uniform", *data], "--uniform is for heads and neurons"),
     ):
         assert main(["shrink", names[0], str(tmp_path / "none"), *arguments]) == 1

@@ -19,6 +19,7 @@ from hf_sparse import SparsityConfig, drop_experts_
 from hf_sparse.cli import main
 from hf_sparse.dropping_experts import METHODS
 from hf_sparse.provenance.record import provenance_of
+from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.mixtures import Mixtures
 from hf_sparse_cli.choices import EXPERT_CHOICES
 from tests.support.any_models import tiny_config
@@ -118,6 +119,7 @@ def test_what_is_left_is_what_the_router_chooses_among_those_that_stay() -> None
         )
 
 
+@pytest.mark.slow
 def test_what_is_left_loads_and_generates_without_the_package(tmp_path: Path) -> None:
     ids, models, generated = mixture_batches(1)[0], {}, {}
     for family in MIXTURES:
@@ -157,6 +159,24 @@ def test_zeros_and_their_promise_stay(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-4)
     assert drop_experts_(loaded, 1, by="magnitude").experts == (3, 2)
+
+
+def test_a_promise_that_names_experts_by_number_is_forgotten() -> None:
+    model = tiny_mixture("mixtral")
+    names = [f"experts.*_proj.{number}" for number in (0, 2)]
+    hf_sparse.prune_(model, SparsityConfig("unstructured", 0.5, names), "magnitude")
+    # Of the others all weights are larger.
+    with torch.no_grad():
+        for mlp in blocks_of(model):
+            for matrices in (mlp.experts.gate_up_proj, mlp.experts.down_proj):
+                matrices[2:] *= 3
+    every = copy.deepcopy(model)
+    report = drop_experts_(model, 2, by="magnitude")
+    assert report.removed == ((0, 1), (0, 1))
+    assert promised_config(model) is None  # what was expert 2 is 0 now, and 3 is 1
+    hf_sparse.prune_(every, SparsityConfig("2:4"), "magnitude")
+    drop_experts_(every, 2, by="magnitude")
+    assert promised_config(every) is not None
 
 
 @torch.no_grad()
@@ -237,7 +257,7 @@ FAMILIES += ["ernie4_5_moe", "minimax_m2", "llama4_text", "nemotron_h", "afmoe"]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_belongs_to_experts_is_found_from_the_structure(family: str) -> None:
-    config = tiny_config(family)
+    config = copy.deepcopy(tiny_config(family))
     if family == "deepseek_v2":
         config.num_experts_per_tok, config.num_key_value_heads = 2, config.num_attention_heads
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -328,7 +348,7 @@ def test_it_is_refused_before_work(make: Any, changes: dict[str, Any], message: 
 
 
 def test_tables_of_experts_by_number_are_refused() -> None:
-    model = AutoModelForCausalLM.from_config(tiny_config("deepseek_v4"))
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(tiny_config("deepseek_v4")))
     with pytest.raises(ValueError, match="tid2eid is a table of whole numbers"):
         Mixtures.of(model)
 
@@ -365,7 +385,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--experts", "1", "--by", "loss", *data], "--by loss is not for --experts"),
         (["--blocks", "1", "--merge", *data], "--merge is for --experts"),
         (["--experts", "1", "--uniform", *data], "--uniform is for heads and neurons"),
-        (["--merge"], "--merge is for --blocks N and --experts N"),
+        (["--merge"], "--merge is for --blocks N, --experts N"),
     ):
         assert main(["shrink", names[0], str(tmp_path / "none"), *arguments]) == 1
         assert message in capsys.readouterr().err

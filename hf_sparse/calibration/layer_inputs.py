@@ -90,14 +90,15 @@ class _Experts:
         wanted: dict[int, dict[str, TargetLayer]] = {}
         for layer in self.layers:
             wanted.setdefault(layer.expert, {})[layer.attribute] = layer
-        entry, inner = self._stack.parameters
+        entry, *behind = self._stack.parameters
         for expert, layers in wanted.items():
             tokens = routed(expert)
             if entry in layers:
                 self._see(layers[entry].name, object(), partial(_itself, tokens))
-            if inner in layers:
-                activations = partial(inner_activations, self._stack, expert, tokens)
-                self._see(layers[inner].name, object(), activations)
+            for inner in behind:
+                if inner in layers:
+                    activations = partial(inner_activations, self._stack, expert, tokens)
+                    self._see(layers[inner].name, object(), activations)
 
 
 def _itself(tokens: Tensor) -> Tensor:
@@ -113,8 +114,12 @@ def routed_tokens(
     does, with the hidden states of each expert below those of the one before it, where tokens that it
     does not get are zero.
 
+    Modules of one product alone are called with the tokens of each expert below those of the one before
+    it, and how many each gets.
+
     Raises:
-        ValueError: they are called otherwise, or the experts are spread over processes.
+        ValueError: they are called otherwise, or the experts are spread over processes; or a batch has
+            padding that is among the tokens of a module of one product.
     """
     found = routed(stack, args, kwargs, masks)
     return lambda expert: found(expert)[0]
@@ -135,6 +140,8 @@ def routed(
         )
     given = list(inspect.signature(module.forward).bind(*args, **kwargs).arguments.values())
     hidden: Tensor = given[0].detach()
+    if stack.alone:
+        return _in_order(stack, hidden, given[1], masks)
     if len(given) == 1 and len(hidden) % stack.number == 0:
         own = hidden.view(stack.number, -1, hidden.shape[-1])
 
@@ -163,6 +170,19 @@ def routed(
         return hidden[gets], (weights.detach() * own).sum(dim=1)[gets]  # type: ignore[union-attr]
 
     return chosen_by
+
+
+def _in_order(
+    stack: ExpertStack, hidden: Tensor, counts: list[int], masks: TokenMasks
+) -> Callable[[int], tuple[Tensor, None]]:
+    """The inputs of each expert, from those of all of them and how many each has."""
+    if masks.tokens is not None and not masks.tokens.all():
+        raise ValueError(
+            f"{type(stack.module).__name__} is called with tokens in another order, so that padding "
+            "cannot be told from them. Give batches without padding."
+        )
+    own = hidden.split(counts)
+    return lambda expert: (own[expert], None)
 
 
 def inner_activations(stack: ExpertStack, expert: int, tokens: Tensor) -> Tensor:

@@ -50,8 +50,20 @@ def check_labels(
         way_out = f", or use method='{other}', which needs none." if other else "."
         raise ValueError(
             f"method '{method}' needs the loss of {type(model).__name__}, and the batches have no "
-            f"labels. Put labels into them (see hf_sparse.labelled_batches){way_out}"
+            f"labels. Put labels into them ({_how(model)}){way_out}"
         )
+
+
+def _how(model: nn.Module) -> str:
+    """What gives the labels of a kind of models."""
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return "see hf_sparse.labelled_batches"
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return (
+            "of a model with encoder and decoder the tokens of the target text: "
+            "batch['labels'] = tokenizer(text_target=..., return_tensors='pt')['input_ids']"
+        )
+    return "batch['labels'], as the model's forward takes them"
 
 
 def with_labels(batch: Batch) -> dict[str, Any]:

@@ -10,7 +10,7 @@ output of each call is the input of the next.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,12 @@ from hf_sparse.structure.layers import Stack
 from hf_sparse.upstream.torch import tree_flatten, tree_unflatten
 
 Batch = Mapping[str, Tensor]
+Running = Callable[[nn.Module], AbstractContextManager[None]]
+
+
+def _as_it_is(block: nn.Module) -> AbstractContextManager[None]:
+    """Nothing holds while a block runs."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,13 @@ class _RecordedError(Exception):
     """All calls of the stack are recorded; the rest of the model need not run."""
 
 
-def record(model: nn.Module, stack: Stack, batches: Sequence[Batch], store: Store) -> list[Sample]:
+def record(
+    model: nn.Module,
+    stack: Stack,
+    batches: Sequence[Batch],
+    store: Store,
+    running: Running = _as_it_is,
+) -> list[Sample]:
     """Record the calls of a stack for all batches.
 
     Args:
@@ -125,14 +137,18 @@ def record(model: nn.Module, stack: Stack, batches: Sequence[Batch], store: Stor
         stack: its blocks.
         batches: model inputs.
         store: where hidden states wait.
+        running: called with a block, what holds while it runs.
 
     Raises:
         ValueError: the blocks are not a chain, or not called in the same order for every batch.
     """
-    first, beside = _record_real(model, stack, batches[0], store)
+    first, beside = _record_real(model, stack, batches[0], store, running)
     if any(item is not None for item in beside or ()):
         # Blocks hand more than hidden states to each other: only real calls show it.
-        return [first, *(_record_real(model, stack, batch, store)[0] for batch in batches[1:])]
+        return [
+            first,
+            *(_record_real(model, stack, batch, store, running)[0] for batch in batches[1:]),
+        ]
     rest = [
         _record_passing(model, stack, batch, first.calls, beside, store) for batch in batches[1:]
     ]
@@ -146,7 +162,7 @@ def record(model: nn.Module, stack: Stack, batches: Sequence[Batch], store: Stor
 
 
 def _record_real(
-    model: nn.Module, stack: Stack, batch: Batch, store: Store
+    model: nn.Module, stack: Stack, batch: Batch, store: Store, running: Running
 ) -> tuple[Sample, tuple[Any, ...] | None]:
     """Run one batch for real and record the calls.
 
@@ -169,7 +185,8 @@ def _record_real(
             )
         calls.append(call)
         entered.append(hidden)
-        output = forward(*args, **kwargs)
+        with running(stack.blocks[index]):
+            output = forward(*args, **kwargs)
         left.append(_hidden_of(output))
         if isinstance(output, tuple | list) and all(item is None for item in beside or ()):
             beside = tuple(output[1:])

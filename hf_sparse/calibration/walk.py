@@ -133,6 +133,16 @@ class Residence:
         finally:
             block.to(home)
 
+    @contextmanager
+    def entered(self, model: nn.Module) -> Iterator[None]:
+        """The model while data enters it, on its way to the blocks."""
+        yield
+
+    @contextmanager
+    def running(self, block: nn.Module) -> Iterator[None]:
+        """A block while the whole model runs, before the turns."""
+        yield
+
     def restore(self, step: BlockStep) -> bool:
         """Give a block the weights that an earlier run pruned; False if it has not."""
         return False
@@ -171,7 +181,8 @@ def walk(
         ValueError: the model's blocks are not a chain.
     """
     for stack in stacks:
-        samples = record(model, stack, batches, store)
+        with residence.entered(model):
+            samples = record(model, stack, batches, store, residence.running)
         order = [call.block for call in samples[0].calls]
         position = 0
         for block_index, repeats in tqdm(

@@ -71,8 +71,8 @@ class Candidates:
         return "\n".join(lines)
 
 
-def candidates_in(folder: Path, stored: Size) -> Candidates:
-    """The default targets of a dense checkpoint, from its config.json alone.
+def dense_model_in(folder: Path, stored: Size) -> PreTrainedModel:
+    """The model that the config.json of a dense checkpoint describes, on the meta device.
 
     Args:
         folder: of the checkpoint.
@@ -88,8 +88,8 @@ def candidates_in(folder: Path, stored: Size) -> Candidates:
         if kind is None:
             raise ValueError(f"no Auto class has a model for {type(config).__name__}")
         with torch.device("meta"), bounded(stored):
-            model = build(kind, config)
-    return candidates_of(model)
+            model: PreTrainedModel = build(kind, config)
+    return model
 
 
 def candidates_of(model: PreTrainedModel) -> Candidates:

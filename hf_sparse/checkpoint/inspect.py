@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
 from hf_sparse.arguments import check_path
 from hf_sparse.checkpoint.bounds import Size
-from hf_sparse.checkpoint.candidates import Candidates, candidates_in
+from hf_sparse.checkpoint.candidates import Candidates, candidates_of, dense_model_in
 from hf_sparse.checkpoint.index import read_object
-from hf_sparse.checkpoint.promised import CONFIG_NAME, QUANT_METHOD, promised_by
+from hf_sparse.checkpoint.promised import CONFIG_NAME, QUANT_METHOD, Promised, promised_by
 from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
 from hf_sparse.checkpoint.reading import (
     StoredTensor,
@@ -29,8 +29,9 @@ from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FormatError, decompress, locate, num_bytes, read_layout
 from hf_sparse.patterns import Pattern, Unstructured
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
-from hf_sparse.structure.layers import TargetLayer
+from hf_sparse.structure.layers import TargetLayer, block_layers, by_identity
 from hf_sparse.structure.orientation import oriented
+from hf_sparse.upstream.transformers.models import tied_names
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class CheckpointSparsity:
 
     Attributes:
         config: the `SparsityConfig` in `config.json`; None for a dense checkpoint.
-        report: exact counts of the tensors that the config names (all matrices in numbered blocks,
-            without targets), and the zeros of the others.
+        report: exact counts of the tensors that the config names (the default targets, if it names
+            none or the checkpoint is dense; where no model can be made, all matrices in numbered
+            blocks), and the zeros of the others.
         formats: the format of each of those tensors, and of all others that are stored compressed.
         stored_bytes: bytes of each of them in the files, headers aside.
         file_bytes: size of all weight files.
@@ -72,7 +74,7 @@ class CheckpointSparsity:
         """The lines that tell how it is stored, and what its config promises."""
         formats = Counter(self.formats.values())
         stored = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(formats.items()))
-        lines = [f"{self.file_bytes:,} bytes in weight files; {stored}"]
+        lines = [f"{self.file_bytes:,} bytes in weight files" + (f"; {stored}" if stored else "")]
         if self.config is None:
             lines.append("a dense checkpoint: config.json promises nothing")
             return lines if self.candidates is None else [*lines, str(self.candidates)]
@@ -106,7 +108,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
     files = checkpoint_files(folder)
     check_unchanged = watch(files)
     stored = read_headers(files)
-    layers_of = _targets(folder, stored, config)
+    known = _Known.of(folder, stored, config)
     counts, formats, sizes, parameters, other_zeros = [], {}, {}, 0, 0
     for tensor in stored:
         parts = read_parts(tensor)
@@ -117,10 +119,11 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
             )
         with locate(tensor.place):
             weight = decompress(parts) if tensor.compressed else parts[""]
-        parameters += weight.numel()
-        found = _counts(tensor, parts, weight, pattern, layers_of(tensor))
+        found = _counts(tensor, parts, weight, pattern, known.targets(tensor))
         counts += found
-        if weight.is_floating_point():
+        if known.is_counted(tensor):
+            parameters += weight.numel()
+        if known.is_counted(tensor) and weight.is_floating_point():
             other_zeros += int((weight == 0).sum()) - sum(count.zeros for count in found)
         if found or tensor.compressed:
             formats[tensor.name] = tensor.format
@@ -128,28 +131,89 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
     check_unchanged()
     report = SparsityReport(tuple(counts), str(pattern), parameters, other_zeros=other_zeros)
     total = sum(file.stat().st_size for file in files)
-    candidates = _candidates(folder, stored) if config is None else None
-    return CheckpointSparsity(config, report, formats, sizes, total, candidates)
+    return CheckpointSparsity(config, report, formats, sizes, total, known.candidates)
 
 
-def _targets(
-    folder: Path, stored: Sequence[StoredTensor], config: SparsityConfig | None
-) -> Callable[[StoredTensor], Sequence[TargetLayer] | None]:
-    """The targets of the config in a tensor; None: its name tells that it is one, and no more."""
-    if config is not None:
+@dataclass(frozen=True)
+class _Known:
+    """What the model of a checkpoint tells of its tensors.
+
+    Attributes:
+        config: of the checkpoint; None: it is dense.
+        promised: the model; None: no model can be made, and names tell.
+        layers: the targets by the names of their parameters, without the base model's prefix.
+        uncounted: so named are tensors that are no weights of the model, or once more the same.
+        routers: the names, of tensors that are not called as in the model, of what chooses experts.
+        candidates: of a dense checkpoint.
+    """
+
+    config: SparsityConfig | None
+    promised: Promised | None = None
+    layers: Mapping[str, Sequence[TargetLayer]] = field(default_factory=dict)
+    uncounted: Collection[str] = ()
+    routers: Collection[str] = ()
+    candidates: Candidates | None = None
+
+    @classmethod
+    def of(
+        cls, folder: Path, stored: Sequence[StoredTensor], config: SparsityConfig | None
+    ) -> _Known:
+        """Find the model of a folder, and compare it with what is stored if that is compressed."""
+        if config is None:
+            return cls._of_dense(folder, stored)
         promised = promised_by(folder, stored)
         promised.check(stored)
-        if promised.exact:
-            known = promised.targets(config)
-            return lambda tensor: known.get(promised.local(tensor.name), ())
-    return lambda tensor: None if is_target(tensor.name, tensor.compressed, config) else ()
+        uncounted = _uncounted(promised, stored)
+        return cls(config, promised, promised.targets(config), uncounted)
+
+    @classmethod
+    def _of_dense(cls, folder: Path, stored: Sequence[StoredTensor]) -> _Known:
+        try:
+            model = dense_model_in(folder, Size.of(stored))
+        except FormatError:  # a model of code that is not here, or none
+            return cls(None, routers=_routers(stored))
+        promised = Promised(model, folder / CONFIG_NAME, True)
+        held = by_identity(block_layers(model))
+        layers = {promised.local(held[key][0].parameter_name): held[key] for key in held}
+        uncounted = _uncounted(promised, stored)
+        return cls(None, promised, layers, uncounted, _routers(stored), candidates_of(model))
+
+    def targets(self, tensor: StoredTensor) -> Sequence[TargetLayer] | None:
+        """The targets in a tensor; None: its name tells that it is one, and no more."""
+        if self.promised is not None and self.promised.exact:
+            local = self.promised.local(tensor.name)
+            # Dense checkpoints of some families have each expert by itself, under another name.
+            if self.config is not None or local in self.promised.tensors():
+                return self.layers.get(local, ())
+        named = is_target(tensor.name, tensor.compressed, self.config)
+        return None if named and tensor.name not in self.routers else ()
+
+    def is_counted(self, tensor: StoredTensor) -> bool:
+        """Whether its numbers are weights of the model."""
+        return tensor.name not in self.uncounted
 
 
-def _candidates(folder: Path, stored: Sequence[StoredTensor]) -> Candidates | None:
-    try:
-        return candidates_in(folder, Size.of(stored))
-    except FormatError:  # a model of code that is not here, or none: its tensors are told
-        return None
+def _routers(stored: Sequence[StoredTensor]) -> set[str]:
+    """The names of tensors called `gate` beside `experts`, or `router`."""
+    beside = {tensor.name.partition(".experts.")[0] for tensor in stored}
+    return {
+        tensor.name
+        for tensor in stored
+        if "router" in tensor.name
+        or (tensor.name.endswith(".gate.weight") and tensor.name.rsplit(".", 2)[0] in beside)
+    }
+
+
+def _uncounted(promised: Promised, stored: Sequence[StoredTensor]) -> set[str]:
+    """The names of stored buffers, and of tied weights that are stored under two names."""
+    buffers = {promised.local(name) for name, _ in promised.model.named_buffers()}
+    there = {promised.local(tensor.name) for tensor in stored}
+    again = {
+        promised.local(name)
+        for name, source in tied_names(promised.model).items()
+        if promised.local(source) in there and name != source
+    }
+    return {tensor.name for tensor in stored if promised.local(tensor.name) in buffers | again}
 
 
 def _counts(
@@ -159,7 +223,7 @@ def _counts(
     pattern: Pattern,
     layers: Sequence[TargetLayer] | None,
 ) -> list[TensorSparsity]:
-    """The counts of the targets in a tensor: a matrix, or some of a stack; see `_targets`."""
+    """The counts of the targets in a tensor: a matrix, or some of a stack; see `_Known.targets`."""
     if layers is not None:
         return [count_zeros(layer.weight_name, layer.part(weight), pattern) for layer in layers]
     if weight.ndim not in (2, 3):

@@ -34,7 +34,8 @@ def model_class_named(name: str, config_class: type[PreTrainedConfig] | None = N
     """The dense class of models of this name; None if there is none.
 
     Args:
-        name: of a class of transformers, or of one that an Auto class has for the config.
+        name: of a class of transformers, or of one that an Auto class has for the config; or of a part
+            of the family's models.
         config_class: the family's own.
     """
     found = getattr(transformers, name, None) if name.isidentifier() else None
@@ -42,8 +43,30 @@ def model_class_named(name: str, config_class: type[PreTrainedConfig] | None = N
         return found
     if config_class is None:
         return None
+    parts = {part.__name__: part for part in part_classes(config_class)}
     known = all_classes_of(config_class)
-    return next((each for each in known if each.__name__ == name), None)
+    return next((each for each in known if each.__name__ == name), parts.get(name))
+
+
+def part_classes(config_class: type[PreTrainedConfig]) -> list[Any]:
+    """The classes for configs of this class that stand beside its family's models.
+
+    Of a config of a part, such as the tower of a model of images and text, no Auto class may have any.
+    """
+    from hf_sparse.upstream.transformers.models import import_modeling
+
+    try:
+        module: Any = import_modeling(config_class)
+    except ImportError:
+        return []
+    return [
+        each
+        for each in vars(module).values()
+        if is_model_class(each)
+        and each.config_class is config_class
+        and each.__module__ == module.__name__
+        and not each.__name__.endswith("PreTrainedModel")
+    ]
 
 
 def first_class_of(config_class: type[PreTrainedConfig]) -> Any:

@@ -258,7 +258,15 @@ def tensors_to_store(
     for name, source in tied_names(model).items():
         if {name, source} <= own.keys() and own[name].device.type == "meta":
             del own[name]  # weights on the disk share no memory by which ties would show
-    own = without_ties(own, model)
+    try:
+        own = without_ties(own, model)
+    except RuntimeError as error:  # transformers' own, of weights that the class does not tie
+        shared = ", ".join(_shared(own)) or str(error)
+        raise ValueError(
+            f"weights of this {type(model).__name__} are one in memory, and its class does not tie "
+            f"them: {shared}. A checkpoint cannot tell that. Give each its own memory, such as "
+            "layer.weight = nn.Parameter(layer.weight.clone()), and prune again."
+        ) from error
     if state_dict is None:
         return own
     if missing := sorted(own.keys() - state_dict.keys()):
@@ -268,3 +276,12 @@ def tensors_to_store(
             "put before the names, and give all weights."
         )
     return without_ties(state_dict, model)
+
+
+def _shared(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors of which others share the memory."""
+    places: dict[tuple[str, int], list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.device.type != "meta" and tensor.numel():
+            places.setdefault((str(tensor.device), tensor.data_ptr()), []).append(name)
+    return [name for names in places.values() if len(names) > 1 for name in names]

@@ -106,5 +106,6 @@ def check_rebuilds(model: PreTrainedModel) -> None:
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model's parameters, by their names."""
-    return {name: tuple(value.shape) for name, value in model.named_parameters()}
+    """The shapes of a model's parameters, by all names: on the disk, tied ones are several objects."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: tuple(value.shape) for name, value in named}

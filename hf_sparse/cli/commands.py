@@ -30,6 +30,7 @@ from hf_sparse.cli.loading import (
 from hf_sparse.cli.printing import print_saved, without
 from hf_sparse.cli.pushing import push
 from hf_sparse.cli.shrinking import shrink
+from hf_sparse.cli.slimming import slim
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY
 from hf_sparse.exporters.can_export import check_can_export
 from hf_sparse.pruning.methods import Recipe
@@ -38,6 +39,7 @@ from hf_sparse.pruning.uniform import check_uniform
 from hf_sparse.report import format_table
 from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.targets import Targets
+from hf_sparse.timing import profile
 from hf_sparse_cli.usage import method_options, needs_calibration
 
 
@@ -245,7 +247,15 @@ def bench(options: argparse.Namespace) -> int:
     model, _ = load(options.model, options, needs_tokenizer=False)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    found = hf_sparse.benchmark(model, options.batch, options.tokens, options.repeats)
+    shape = options.batch, options.tokens, options.repeats
+    if options.profile:
+        profiles = profile(model, *shape)
+        if options.json:
+            print(json.dumps({kind: dataclasses.asdict(found) for kind, found in profiles.items()}))
+            return 0
+        print("\n\n".join(f"{kind}: {found}" for kind, found in profiles.items()))
+        return 0
+    found = hf_sparse.benchmark(model, *shape)
     if options.json:
         print(json.dumps(found.to_dict()))
         return 0
@@ -293,6 +303,7 @@ COMMANDS = {
     "inspect": inspect,
     "bench": bench,
     "shrink": shrink,
+    "slim": slim,
     "export": export,
     "push": push,
     "convert": convert,

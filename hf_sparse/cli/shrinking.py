@@ -1,4 +1,4 @@
-"""The command that makes models smaller: heads and neurons that are zero, blocks, or experts."""
+"""The command that makes models smaller: zero heads and neurons, blocks, experts, hidden features."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from hf_sparse.cli.loading import batches_of, load, optional_tokenizer, skeleton
 from hf_sparse.cli.printing import print_json, without
 from hf_sparse.dropping import number_of_blocks
 from hf_sparse.dropping_experts import number_of_experts
+from hf_sparse.dropping_hidden import number_of_features
 from hf_sparse.structure.depth import Depth
+from hf_sparse.structure.hidden import HiddenPlan, hidden_size_of
 from hf_sparse.structure.mixtures import Mixtures
 
 
 def shrink(options: argparse.Namespace) -> int:
-    """Remove useless heads and neurons, or whole blocks or experts, and save the smaller model."""
+    """Remove what is useless, or what the flags name, and save the smaller model."""
     bones = skeleton(options.model, options)
     check_can_save(bones, options.output)
     _check(options, bones)
@@ -43,6 +45,9 @@ def _check(options: argparse.Namespace, bones: Any) -> None:
     if options.experts is not None:
         mixtures = Mixtures.of(bones)
         mixtures.check(mixtures.number - number_of_experts(options.experts, mixtures))
+    if options.hidden is not None:
+        size = hidden_size_of(bones)
+        HiddenPlan.of(bones, size - number_of_features(options.hidden, size))
 
 
 def _shrunk(options: argparse.Namespace, model: Any, batches: list[Any] | None) -> Any:
@@ -53,4 +58,6 @@ def _shrunk(options: argparse.Namespace, model: Any, batches: list[Any] | None) 
         return hf_sparse.drop_experts_(
             model, options.experts, batches, by=options.by or "reap", merge=options.merge
         )
+    if options.hidden is not None:
+        return hf_sparse.drop_hidden_(model, options.hidden, batches or [])
     return hf_sparse.shrink_(model, uniform=options.uniform)

@@ -72,7 +72,7 @@ def _check_counts(described: Mapping[str, Any], blocks: int) -> None:
     family = base_type(described["model_type"])
     if family not in COMPILED:
         raise ValueError(f"family {family!r} is not one of {', '.join(COMPILED)}")
-    for name in ("num_hidden_layers", "n_layer", "inner_group_num"):
+    for name in ("num_hidden_layers", "n_layer", "n_layers", "inner_group_num"):
         count = described.get(name, 1)
         if type(count) is not int or not 0 < count <= blocks:
             raise ValueError(f"config.{name} is {count!r}, and there are {blocks} blocks")
@@ -82,14 +82,16 @@ def _check_counts(described: Mapping[str, Any], blocks: int) -> None:
 
 
 def _with_one_block(config: Any) -> Any:
+    """A config for one block of each kind of attention."""
     small = copy.deepcopy(config)
-    small.num_hidden_layers = 1
+    kinds = list(dict.fromkeys(getattr(small, "layer_types", None) or [""]))
+    small.num_hidden_layers = len(kinds)  # what is around the blocks may be made for each kind
     small.block_sizes = None
     for name in ("num_hidden_groups", "inner_group_num"):
         if hasattr(small, name):
             setattr(small, name, 1)
     if getattr(small, "layer_types", None):
-        small.layer_types = small.layer_types[:1]
+        small.layer_types = kinds
     return small
 
 

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from hf_sparse.checkpoint.model_classes import (
     all_classes_of,
     classes_of,
     is_model_class,
     model_class_named,
+    part_classes,
 )
 from hf_sparse.checkpoint.promised import checked_to_load
 from hf_sparse.checkpoint.reading import restore_state_dict
@@ -197,8 +198,10 @@ def register_models(model_type: str) -> None:
     if is_from_transformers(base_config):  # other code may register more later
         _REGISTERED.add(config_class)
     parts = set(base_config.sub_configs.values())
-    for auto_class in auto_classes():
-        bases = classes_of(auto_class, base_config)
+    known = {auto_class: classes_of(auto_class, base_config) for auto_class in auto_classes()}
+    if not any(known.values()):  # of a part of larger models
+        known[AutoModel] = tuple(part_classes(base_config)[:1])
+    for auto_class, bases in known.items():
         # A class of a part of the model, such as its language model, is made from the part's config.
         classes = [
             sparse_class(base, type_of(base.config_class) or model_type)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,16 +72,43 @@ class OnDisk(Residence):
 
     @contextmanager
     def placed(self, block: nn.Module) -> Iterator[None]:
-        modules = list(block.modules())
+        with self._in_memory(block):
+            for layer in layers_in(block, self._layers):
+                check_finite(layer.weight_name, layer.weight)
+            yield
+
+    @contextmanager
+    def entered(self, model: nn.Module) -> Iterator[None]:
+        """Some families send tokens to the device of the embeddings, which must not be `meta` then."""
+        try:
+            embeddings = model.get_input_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):  # of a model of other inputs than tokens
+            embeddings = None
+        if embeddings is None or id(embeddings) not in self._names:
+            yield
+            return
+        with self._in_memory(embeddings):
+            yield
+
+    @contextmanager
+    def running(self, block: nn.Module) -> Iterator[None]:
+        """Some families call methods of modules other than forward, which bring no weights in."""
+        with ExitStack() as parts:
+            for part in block.children():  # the block's own forward is being recorded
+                parts.enter_context(self._in_memory(part))
+            yield
+
+    @contextmanager
+    def _in_memory(self, part: nn.Module) -> Iterator[None]:
+        """A part of the model with its weights, which are freed at the end."""
+        modules = list(part.modules())
         hooks = {module: hook for module in modules if (hook := hook_of(module)) is not None}
-        remove_hook_from_module(block, recurse=True)
-        prefix = self._names[id(block)]
-        for name, parameter in list(block.named_parameters()):
+        remove_hook_from_module(part, recurse=True)
+        prefix = self._names[id(part)]
+        for name, parameter in list(part.named_parameters()):
             if parameter.device.type == "meta":
                 value = self._weights.source[f"{prefix}.{name}"]
-                set_module_tensor_to_device(block, name, "cpu", value, dtype=parameter.dtype)
-        for layer in layers_in(block, self._layers):
-            check_finite(layer.weight_name, layer.weight)
+                set_module_tensor_to_device(part, name, "cpu", value, dtype=parameter.dtype)
         try:
             yield
         finally:

@@ -5,6 +5,8 @@
 | `gate_up_proj`, or `up_proj`  | `(experts, 2 * intermediate, hidden)`    | hidden, intermediate      |
 | `down_proj`                   | `(experts, hidden, intermediate)`        | intermediate, hidden      |
 
+JetMoE has a module for each product, with a `weight` of `(experts, out_features, in_features)`.
+
 Some families (GPT-OSS, Llama 4) hold each matrix the other way round, `(experts, in_features,
 out_features)`. Which way it is, modules tell that transformers runs by its `ExpertsInterface`; of
 others with a gate the shapes do. A module of another kind has no stack that is known here.
@@ -22,6 +24,8 @@ from hf_sparse.upstream.torch import children_of
 # The parameter that tokens enter: of gated experts, of plain ones.
 _ENTRIES = ("gate_up_proj", "up_proj")
 _EXIT = "down_proj"
+# The parameter of a module that has one product alone.
+_ALONE = "weight"
 # What chooses among experts: never sparse unless it is named. Other modules are called gates, too.
 _ROUTER = "router"
 _GATES = ("gate", "shared_expert_gate")
@@ -40,17 +44,21 @@ class ExpertStack:
         entry: the name of the parameter that tokens enter.
         gated: whether half of what leaves it is a gate.
         transposed: whether each matrix is `(in_features, out_features)`.
+        alone: whether the module multiplies by that parameter and no more.
     """
 
     module: nn.Module
     entry: str
     gated: bool
     transposed: bool
+    alone: bool = False
 
     @classmethod
     def of(cls, module: nn.Module) -> ExpertStack | None:
         """The experts in a module; None if it has no stack of a known kind."""
         own = dict(module.named_parameters(recurse=False))
+        if _multiplies_alone(module, own):
+            return cls(module, _ALONE, gated=False, transposed=False, alone=True)
         entry = next((name for name in _ENTRIES if name in own), None)
         if entry is None or _EXIT not in own or own[entry].ndim != 3 or own[_EXIT].ndim != 3:
             return None
@@ -61,14 +69,22 @@ class ExpertStack:
         return cls(module, entry, gated, known[0]) if len(known) == 1 else None
 
     @property
-    def parameters(self) -> tuple[str, str]:
+    def parameters(self) -> tuple[str, ...]:
         """The names of the parameters, in the order in which tokens go through them."""
-        return self.entry, _EXIT
+        return (self.entry,) if self.alone else (self.entry, _EXIT)
 
     @property
     def number(self) -> int:
         """How many experts there are."""
         return len(getattr(self.module, self.entry))
+
+
+def _multiplies_alone(module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
+    """Whether a module holds one matrix for each expert, and tells their number and size."""
+    sizes = tuple(
+        getattr(module, name, None) for name in ("num_experts", "output_size", "input_size")
+    )
+    return own.keys() == {_ALONE} and tuple(own[_ALONE].shape) == sizes
 
 
 def _fit(entry: Any, down: Any, gated: bool, transposed: bool) -> bool:

@@ -73,6 +73,11 @@ CALLS: dict[str, Callable[[Path], dict[str, Any]]] = {
         "count": 1,
         "batches": tiny_batches("llama"),
     },
+    "drop_hidden_": lambda _: {
+        "model": tiny_model("llama"),
+        "count": 1,
+        "batches": tiny_batches("llama"),
+    },
     "export_onnx": lambda folder: {"model": tiny_model("llama"), "folder": folder},
     "get_peft_model": lambda _: {"model": tiny_model("llama"), "config": None},
     "inspect_checkpoint": lambda folder: {"folder": folder},
@@ -90,6 +95,7 @@ CALLS: dict[str, Callable[[Path], dict[str, Any]]] = {
         "tokenizer": tiny_tokenizer(),
         "text": prose()[:2000],
     },
+    "plan_slim": lambda _: {"model": tiny_model("llama"), "batches": tiny_batches("llama")},
     "prune_": lambda _: {"model": tiny_model("llama"), "config": CONFIG},
     "prune_checkpoint": lambda folder: {
         "source": folder / "dense",
@@ -101,22 +107,17 @@ CALLS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "save_compiled": lambda folder: {"model": tiny_model("llama"), "folder": folder},
     "save_pretrained": lambda folder: {"model": tiny_model("llama"), "folder": folder},
     "shrink_": lambda _: {"model": tiny_model("llama")},
+    "slim_": lambda _: {"model": tiny_model("llama"), "batches": tiny_batches("llama")},
     "sparse_param_groups": lambda _: {"model": tiny_model("llama"), "config": CONFIG},
     "sparsity_for": lambda _: {"budget": 0.5, "pattern": "unstructured"},
     "trainer_optimizer": lambda _: {"config": CONFIG, "lr": 1e-3},
 }
 # Calls without a parameter of a kind that is checked, and values that calls return.
 WITHOUT = {
-    *(
-        "DropReport",
-        "ExpertReport",
-        "FormatError",
-        "KeepZeros",
-        "Pattern",
-        "ShrinkReport",
-        "SparsityConfig",
-    ),
-    *("SparsityReport", "add_shrinkage_", "freeze_zeros_", "keep_zeros_", "measure_sparsity"),
+    *("DropReport", "ExpertReport", "FormatError", "HiddenReport", "KeepZeros", "Pattern"),
+    *("SlimPlan", "SlimReport"),
+    *("ShrinkReport", "SparsityConfig", "SparsityReport"),
+    *("add_shrinkage_", "freeze_zeros_", "keep_zeros_", "measure_sparsity"),
 }
 # The arguments of `save_pretrained` and `push_to_hub` that their signatures hold in `**kwargs`.
 SAVING = {

@@ -18,7 +18,7 @@ from tests.support.closeness import same
 from tests.support.sparse_models import inputs, random_model
 from tests.support.tiny_models import CONFIGS
 
-FAMILIES = list(COMPILED)
+FAMILIES = list(CONFIGS)
 
 
 def compiled_model(family: str) -> PreTrainedModel:

@@ -51,7 +51,9 @@ def test_prune_and_reload(dense: Path, tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "examples/prune_and_reload.py", *arguments, *small]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"compiled for (avx512|avx2|portable|neon); seed 0$", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"compiled for (avx512|avx2|portable|neon); seed 0$", done.stdout, re.MULTILINE
+    )
     # Perplexity, sparsity, megabytes, milliseconds a token compiled; of the dense model in torch, too.
     number = r" +(\d+\.\d+)"
     (dense_row,) = re.findall(rf"^dense{number * 5}$", done.stdout, re.MULTILINE)
@@ -147,8 +149,8 @@ def test_the_commands_of_the_reference(exported: bool, dense: Path, tmp_path: Pa
     assert {line for line in short if line.startswith("hf-sparse")} <= set(lines)
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("hf-sparse")]
     names = [command[0] for command in commands]
-    tried = ["prune", "prune", "recover", "eval", "inspect", "bench", "prune", "shrink"]
-    tried += ["shrink", "export"]
+    tried = ["prune", "prune", "recover", "eval", "inspect", "bench", "bench", "prune", "shrink"]
+    tried += ["shrink", "slim", "export"]
     assert names == [*tried, "push", "convert"]
     instead = {
         "MODEL": str(dense),
@@ -157,6 +159,7 @@ def test_the_commands_of_the_reference(exported: bool, dense: Path, tmp_path: Pa
         "OUTPUT-3": str(tmp_path / "sparse-3"),
         "SMALLER": str(tmp_path / "smaller"),
         "SHALLOWER": str(tmp_path / "shallower"),
+        "SLIMMER": str(tmp_path / "slimmer"),
         "GRAPH": str(tmp_path / "graph"),
         "RECOVERED": str(tmp_path / "recovered"),
         "text.jsonl": str(tmp_path / "text.txt"),

@@ -40,10 +40,11 @@ FLOORS = [
         "shrinking",
         "dropping",
         "dropping_experts",
+        "dropping_hidden",
         "budget",
-        "benchmark",
+        "timing",
     ],
-    ["recover"],
+    ["recover", "slimming"],
     ["saving"],
     ["hub"],
     ["models"],
@@ -168,3 +169,9 @@ def test_the_public_page_is_complete() -> None:
     for name in hf_sparse.__all__:
         assert getattr(hf_sparse, name) is not None
     assert set(hf_sparse.__all__) <= set(dir(hf_sparse))
+
+
+def test_no_module_has_the_name_of_a_public_function() -> None:
+    """Importing a module sets the package's attribute of its name, which would hide the function."""
+    modules = {path.stem for path in Path(hf_sparse.__file__).parent.iterdir()}
+    assert not modules & hf_sparse._PUBLIC.keys()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import hf_sparse
@@ -16,6 +18,7 @@ from hf_sparse.structure.anatomy import FAMILIES
 from hf_sparse.structure.parts import PARTS
 from hf_sparse.structure.units import clear_unused_, find_units
 from tests.support.any_models import build, classes_of, dummy_inputs, outputs_of, tiny_config
+from tests.support.processes import run
 
 FAST = ("bart", "gptj", "modernbert", "phi3", "roberta", "starcoder2", "t5")
 # Those whose configs tell the size of a head beside the number of heads, and that use it.
@@ -146,3 +149,24 @@ def test_many_families_are_known_each_in_one_table() -> None:
     assert len(FAMILIES) + len(PARTS) >= 25
     assert not set(FAMILIES) & set(PARTS)
     assert WITH_HEADS | set(FIXED) <= set(FAMILIES)
+
+
+@pytest.mark.slow
+def test_transformers_alone_loads_what_is_left(tmp_path: Path) -> None:
+    ids = torch.randint(4, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    folders = []
+    for model_type, pattern in (("roberta", "column"), ("phi3", "head"), ("gpt_neox", "column")):
+        model, folder = model_of(model_type), tmp_path / model_type
+        prune_(model, SparsityConfig(pattern, 0.5, uniform=True), "magnitude")
+        shrink_(model)
+        hf_sparse.save_pretrained(model, folder)
+        with torch.no_grad():
+            expected = {"input_ids": ids, "output": model(input_ids=ids)[0]}
+        save_file(expected, folder.with_suffix(".safetensors"))
+        folders.append(folder)
+    done = run("load_plain_models", *folders)
+    assert done.returncode == 0, done.stderr
+    for folder, line in zip(folders, done.stdout.splitlines(), strict=True):
+        answer = json.loads(line)
+        assert (answer["type"], answer["errors"]) == (folder.name, 0)
+        assert answer["difference"] < 1e-4

@@ -26,17 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_sparse.runtime.kernels import worker
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WEIGHT_TYPES
-from hf_sparse.runtime.kernels.worker import (
-    LISTS,
-    OPERATION_WORDS,
-    OPERATIONS,
-    PHASES,
-    STARTS,
-    THREAD_COUNT,
-    THREAD_NUMBER,
-    YIELD,
-)
 from hf_sparse.runtime.llvm import jit, target
 from hf_sparse.runtime.llvm.ir import Function
 from tests.support.memory_in_sight import Block, Image, blocks_in_sight, reached
@@ -48,8 +39,15 @@ RUNNER = Path(__file__).parents[1] / "programs/run_kernels.c"
 _BASE = 0x20_0000_0000
 
 # Kernels that add up the lanes of a vector: no bits are compared.
-UNORDERED = ("sparse_rows", "dense_rows", "norm_row", "attention_row")
-_TOLERANCE = 1e-4
+UNORDERED = ("sparse_rows", "dense_rows", "norm_row", "attention_row", "capped_row")
+# Of the largest number; programs carry differences on.
+_TOLERANCE, _OF_PROGRAMS = 1e-5, 1e-4
+
+_PARALLEL = {
+    worker.name(parallel=True, timed=timed): worker.name(parallel=False, timed=timed)
+    for timed in (False, True)
+}
+_WORKERS = {*_PARALLEL, *_PARALLEL.values()}
 
 failures: list[str] = []
 counted: Counter[str] = Counter()
@@ -100,11 +98,9 @@ class Emulated:
             f"const uint64_t kernel_count = {len(names)};\n"
         )
         self._program = folder / "run"
-        subprocess.run(
-            [COMPILER, "-O2", "-Wall", "-Werror", "-static", "-pthread", "-o", self._program]
-            + [RUNNER, folder / "table.c", folder / "kernels.o"],
-            check=True,
-        )
+        command = [COMPILER, "-O2", "-Wall", "-Werror", "-static", "-pthread"]
+        files = [RUNNER, folder / "table.c", folder / "kernels.o"]
+        subprocess.run([*command, *files, "-o", self._program], check=True)
         self._names = list(names)
         self._start()
 
@@ -187,13 +183,13 @@ class EmulatedCode:
         words = arguments.memory().view(np.int64)
         helpers: dict[int, int] = {}
         threads = 0
-        if kernel == "worker":
+        if kernel in _PARALLEL:
             helpers, number, threads = self._threads(int(words[0]))
             if number:
                 return  # the first one starts as many there
         seen = blocks_in_sight(sys._getframe(1))
         pointers = list(self._pointers(seen, kernel, words))
-        if kernel.startswith("worker"):
+        if kernel in _WORKERS:
             for operation in _operations(int(words[0])):
                 name = self._names[int(operation[0])]
                 list(self._pointers(seen, name, operation[1:]))
@@ -210,7 +206,9 @@ class EmulatedCode:
         if damage := image.damaged():
             raise ValueError("; ".join(damage))
         if twin is not None:
-            _compare(image, twin, ordered=self._is_ordered(kernel, blocks))
+            tolerance = _OF_PROGRAMS if kernel in _WORKERS else _TOLERANCE
+            ordered = self._is_ordered(kernel, blocks)
+            _compare(image, twin, 0.0 if ordered else tolerance, words=kernel not in _WORKERS)
         image.take_back()
 
     def _pointers(
@@ -230,7 +228,7 @@ class EmulatedCode:
 
     def _threads(self, program: int) -> tuple[dict[int, int], int, int]:
         """The functions by which a worker asks for its thread, this one's number, and their count."""
-        places = (THREAD_NUMBER, THREAD_COUNT, YIELD)
+        places = (worker.THREAD_NUMBER, worker.THREAD_COUNT, worker.YIELD)
         here = [ctypes.c_int64.from_address(program + 8 * place).value for place in places]
         ask = ctypes.CFUNCTYPE(ctypes.c_int)
         number, count = (ask(function)() for function in here[:2])
@@ -271,7 +269,7 @@ class EmulatedCode:
         for address, page in image.pieces:
             start = address - memory.ctypes.data
             memory[start : start + len(page)] = page
-        entry = self._twin.addresses["worker_alone" if kernel == "worker" else kernel]
+        entry = self._twin.addresses[_PARALLEL.get(kernel, kernel)]
         _Entry(entry)(int(image.translated(np.array([place]))[0]))
         for address, page in image.pieces:
             start = address - memory.ctypes.data
@@ -281,43 +279,50 @@ class EmulatedCode:
 
 def _operations(program: int) -> NDArray[np.int64]:
     """The operations of a program, whose words are at an address."""
-    words = Block(program, 64, words=True).memory().view(np.int64)
-    starts = Block(int(words[STARTS]), 8 * int(words[PHASES] * words[LISTS] + 1), words=True)
+    words = Block(program, 8 * 4, words=True).memory().view(np.int64)
+    starts = Block(
+        int(words[worker.STARTS]),
+        8 * int(words[worker.PHASES] * words[worker.LISTS] + 1),
+        words=True,
+    )
     count = int(starts.memory().view(np.int64)[-1])
-    block = Block(int(words[OPERATIONS]), 8 * OPERATION_WORDS * count, words=True)
-    return block.memory().view(np.int64).reshape(count, OPERATION_WORDS)
+    block = Block(int(words[worker.OPERATIONS]), 8 * worker.OPERATION_WORDS * count, words=True)
+    return block.memory().view(np.int64).reshape(count, worker.OPERATION_WORDS)
 
 
 def _within(block: Block, place: int) -> bool:
     return block.start <= place < block.end
 
 
-def _compare(image: Image, twin: Image, *, ordered: bool) -> None:
-    """Compare the memory behind a call with that of another machine's code."""
-    counted["bit for bit" if ordered else "within a tolerance"] += 1
+def _compare(image: Image, twin: Image, tolerance: float, *, words: bool) -> None:
+    """Compare the memory behind a call with that of another machine's code.
+
+    Raises:
+        ValueError: floats differ by more than `tolerance` of the largest; or integers do, if `words`.
+    """
+    counted["within a tolerance" if tolerance else "bit for bit"] += 1
     for number, block in enumerate(image.blocks):
         here, there = twin.content(number), image.content(number)
-        if block.words or np.array_equal(here, there):
-            continue
-        if block.nbytes % 4 or block.start % 4:
-            raise ValueError(f"{block} has other bytes than after x86 code")
-        wanted, found = here.view(np.float32), there.view(np.float32)
-        with np.errstate(invalid="ignore"):
-            _compare_floats(wanted, found, ordered=ordered)
+        if block.words:
+            if words and not np.array_equal(twin.written(number), image.written(number)):
+                raise ValueError(f"{block} has other integers than after x86 code")
+        elif not np.array_equal(here, there):
+            if block.nbytes % 4:
+                raise ValueError(f"{block} has other bytes than after x86 code")
+            _compare_floats(here.view(np.float32), there.view(np.float32), tolerance)
 
 
 def _compare_floats(
-    wanted: NDArray[np.float32], found: NDArray[np.float32], *, ordered: bool
+    wanted: NDArray[np.float32], found: NDArray[np.float32], tolerance: float
 ) -> None:
     nan = np.isnan(wanted) & np.isnan(found)
-    wrong = (wanted != found) & ~nan
-    if not ordered:
-        finite = wanted[np.isfinite(wanted)]
-        limit = _TOLERANCE * max(float(np.abs(finite).max(initial=0)), 1e-3)
-        wrong &= ~(np.abs(wanted - found) <= limit)
-    if wrong.any():
-        at = int(np.flatnonzero(wrong)[0])
+    limit = tolerance * float(np.abs(wanted[np.isfinite(wanted)]).max(initial=0))
+    with np.errstate(invalid="ignore"):
+        close = (wanted == found) | (np.abs(wanted - found) <= limit)
+    wrong = np.flatnonzero(~close & ~nan)
+    if len(wrong):
+        at = int(wrong[0])
         raise ValueError(
-            f"{int(wrong.sum())} of {wrong.size} floats differ from those of x86 code; the first is "
-            f"number {at}: {found[at]!r}, not {wanted[at]!r}"
+            f"{len(wrong)} of {wanted.size} floats differ from those of x86 code; the first is number "
+            f"{at}: {found[at]!r}, not {wanted[at]!r}"
         )

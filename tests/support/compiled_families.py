@@ -92,6 +92,20 @@ DECODERS: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
     },
     "starcoder2": {**_GROUPED, **_LOCAL},
+    "mixtral": {
+        **_GROUPED,
+        **_LOCAL,
+        "intermediate_size": 48,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        **_GROUPED,
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+    },
 }
 FAMILIES = {**ENCODERS, **DECODERS}
 

@@ -47,7 +47,8 @@ class Block:
 
     def memory(self) -> NDArray[np.uint8]:
         """What is there, to be read and written."""
-        return np.frombuffer((ctypes.c_uint8 * self.nbytes).from_address(self.start), np.uint8)
+        room = (ctypes.c_uint8 * self.nbytes).from_address(self.start)
+        return np.frombuffer(memoryview(room), np.uint8)
 
 
 def blocks_in_sight(frame: FrameType | None) -> list[Block]:
@@ -202,13 +203,18 @@ class Image:
                 found.append(f"byte {at} of the {block.nbytes} at {block.start:#x} was written")
         return found
 
+    def written(self, number: int) -> NDArray[np.int64]:
+        """Places and values of the words of a block that are others than before."""
+        before = self.translated(self.blocks[number].memory().view(np.int64))
+        now = self.content(number).view(np.int64)
+        (places,) = np.nonzero(now != before)
+        return np.stack([places, now[places]])
+
     def take_back(self) -> None:
         """Write the copies where they came from, without the words that stayed the same."""
         for number, block in enumerate(self.blocks):
-            memory, content = block.memory(), self.content(number)
             if block.words:
-                before, now = memory.view(np.int64), content.view(np.int64)
-                changed = now != self.translated(before)
-                before[changed] = now[changed]
+                places, values = self.written(number)
+                block.memory().view(np.int64)[places] = values
             else:
-                memory[:] = content
+                block.memory()[:] = self.content(number)

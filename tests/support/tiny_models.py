@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
     T5Config,
 )
 
@@ -68,10 +69,11 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "qwen3": Qwen3Config(**_GROUPED, head_dim=16),
 }
-# Families that `hf_sparse.structure.parts.PARTS` does not list.
+# Families that `PARTS` does not list; the last two are compiled layer by layer.
 UNKNOWN: dict[str, PreTrainedConfig] = {
     "gpt_neox": GPTNeoXConfig(**_DECODER),
     "gemma": GemmaConfig(**_GROUPED, head_dim=8),
+    "stablelm": StableLmConfig(**_GROUPED, use_qkv_bias=True),
     "t5": T5Config(  # type: ignore[call-arg] # its start token is one of any config's settings
         d_model=32,
         d_kv=8,

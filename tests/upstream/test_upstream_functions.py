@@ -146,6 +146,17 @@ def test_torch_tells_of_parameters_as_they_are_registered() -> None:
     assert names == ["weight", "bias"]
 
 
+def test_torch_tells_of_buffers_as_they_are_registered() -> None:
+    sizes: list[tuple[str, int]] = []
+    hook = of_torch.on_buffers(
+        lambda module, name, buffer: sizes.append((name, 0 if buffer is None else buffer.numel()))
+    )
+    nn.BatchNorm1d(3)
+    hook.remove()
+    nn.BatchNorm1d(3)
+    assert sizes == [("running_mean", 3), ("running_var", 3), ("num_batches_tracked", 1)]
+
+
 def test_torch_tells_the_hooks_of_a_module() -> None:
     plain, module = small(), small()
     assert not of_torch.has_hooks(plain)

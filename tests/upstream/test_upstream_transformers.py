@@ -19,6 +19,8 @@ from transformers import (
     BertModel,
     GPT2Config,
     LlamaModel,
+    MPNetConfig,
+    MPNetModel,
     PreTrainedModel,
     ViTConfig,
 )
@@ -101,6 +103,25 @@ def test_transformers_names_its_attention_and_the_masks_of_it() -> None:
     assert attention.attention_function("no such") is None
     attention.register_mask("hf_sparse_tried", noting)
     assert attention.mask_function("hf_sparse_tried") is noting
+
+
+def test_transformers_names_the_function_of_experts_and_puts_one_on_their_classes() -> None:
+    assert callable(attention.experts_function("grouped_mm"))
+    assert attention.experts_function("no such") is None
+    model: Any = tiny_mixture("mixtral")
+    assert hasattr(model.config, models.EXPERTS_SETTING)
+    kind = type(model.model.layers[0].mlp.experts)
+    for name, origin in models.PUT_BY_DECORATORS.items():
+        function = getattr(kind, name)
+        assert (function.__module__, function.__qualname__) == origin
+    assert models.modeling_name("gemma3_text") == "transformers.models.gemma3.modeling_gemma3"
+
+
+def test_a_family_whose_own_loop_collects_hidden_states_has_a_class_of_blocks() -> None:
+    base: Any = MPNetModel(
+        MPNetConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    )
+    assert models.block_class(base, "MPNetLayer") is type(base.encoder.layer[0])
 
 
 def test_transformers_tells_who_quantized_a_model() -> None:
@@ -283,9 +304,9 @@ def test_transformers_tells_whether_it_has_added_adapters() -> None:
 def test_layers_inside_of_masked_adapters_are_left_to_torch() -> None:
     peft = pytest.importorskip("peft")
     pytest.importorskip("llvmlite")
-    model = tiny_model("gemma")
+    model = tiny_model("stablelm")
     hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", 0.6), "magnitude")
     hf_sparse.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     compiled = hf_sparse.compile(model.eval())
-    batch = tiny_batches("gemma")[0]
+    batch = tiny_batches("stablelm")[0]
     assert same(compiled(**batch).logits, model(**batch).logits)

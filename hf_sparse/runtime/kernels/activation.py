@@ -9,7 +9,7 @@ All are `x * sigmoid(t(x))`, with t a polynomial, and differ in t alone:
 The fit (`benchmarks/fit_polynomials.py` prints it) is within 6e-7 of the exact GELU, which is the
 order of float32's own rounding there. `relu` is the exception.
 
-Arguments: x, y, vectors (a multiple of `UNROLL`), both aligned to a vector. `x = act(x)`; `gate`
+Arguments: x, y, vectors (faster by whole `UNROLL`), both aligned to a vector. `x = act(x)`; `gate`
 kernels: `x = act(x) * y`.
 """
 
@@ -117,13 +117,15 @@ def activation(target: Target, name: str, *, gated: bool) -> Function:
     function = SIGNATURE.function(f"{name}_gate" if gated else name)
     x, y, vectors = function.parameters
     # One value of several registers: their instructions take turns, and hide each other's latency.
-    size, kind = 4 * target.lanes, vector(UNROLL * target.lanes)
-    with function.range(vectors, step=UNROLL) as i:
-        place = x.at(i * size)
-        result = activate(function, target, name, place.load(kind, size))
-        if gated:
-            result = result * y.at(i * size).load(kind, size)
-        place.store(result, size)
+    size, whole = 4 * target.lanes, vectors / UNROLL * UNROLL
+    for first, stop, count in ((0, whole, UNROLL), (whole, vectors, 1)):
+        kind = vector(count * target.lanes)
+        with function.range(stop, start=first, step=count) as i:
+            place = x.at(i * size)
+            result = activate(function, target, name, place.load(kind, size))
+            if gated:
+                result = result * y.at(i * size).load(kind, size)
+            place.store(result, size)
     return function
 
 

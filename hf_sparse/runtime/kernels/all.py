@@ -11,7 +11,9 @@ from hf_sparse.runtime.kernels import (
     addition,
     attention,
     dense,
+    experts,
     normalisation,
+    peaks,
     scored_attention,
     shuffled_rows,
     single_token,
@@ -27,9 +29,14 @@ from hf_sparse.runtime.llvm.target import Target
 
 def kernel_functions(target: Target, weight_type: WeightType = FLOAT32) -> list[Function]:
     """Every kernel that a program may name whose weights are of type `weight_type`."""
-    functions = [worker.worker(target, parallel=parallel) for parallel in (True, False)]
+    functions = [
+        worker.worker(target, parallel=parallel, timed=timed)
+        for parallel in (True, False)
+        for timed in (False, True)
+    ]
+    functions += [peaks.multiply_adds(target), peaks.reads(target)]
     functions += [tiles.append(), tiles.copy(target), addition.add(target)]
-    functions += scored_attention.functions(target)
+    functions += scored_attention.functions(target) + experts.functions(target)
     functions += single_token.decode_functions(target, weight_type)
     functions += shuffled_rows.shuffled_functions(target, weight_type)
     for name in activation.ACTIVATIONS:

@@ -159,7 +159,9 @@ def _by_bytes(f: Function, target: Target, window: Window, source: Value, places
     for first in range(0, lanes_of(places.kind), 4):
         own = f.part(places, first, 4)
         if target.has.lookup:
-            index = ((own & (window.columns - 1)) * 0x04040404 + 0x03020100).cast("bitcast", bytes_kind)
+            index = ((own & (window.columns - 1)) * 0x04040404 + 0x03020100).cast(
+                "bitcast", bytes_kind
+            )
             name = target.has.lookup.format(tables=quarters)
             parts.append(f.call(bytes_kind, name, *tables, index).cast("bitcast", vector(4)))
             continue

@@ -14,6 +14,7 @@ class Instructions:
 
     Attributes:
         shuffle: 16 bytes, each of which takes the byte that a table names, or 0 for 128 and above.
+        clock: ticks since some time, the same on all cores and at an even rate.
         pause: tells the core that it waits in a loop.
         half: there is one that turns float16 into float32; LLVM finds it by itself.
         expand: spreads packed values over the lanes that a mask names; of `{lanes}` and `{lane}`.
@@ -26,6 +27,7 @@ class Instructions:
     """
 
     shuffle: str
+    clock: str
     pause: str = ""
     half: bool = False
     expand: str = ""
@@ -66,6 +68,7 @@ class InstructionSet:
 _X86, _ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
 _PSHUFB, _PAUSE = "llvm.x86.ssse3.pshuf.b.128", "llvm.x86.sse2.pause"
 _TBL = "llvm.aarch64.neon.tbl{tables}.v16i8"
+_TSC, _STEADY = "llvm.readcyclecounter", "llvm.readsteadycounter"
 
 # Of a machine, the best first: a CPU that runs one also runs those below it.
 INSTRUCTION_SETS = (
@@ -77,6 +80,7 @@ INSTRUCTION_SETS = (
         needs=("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi2", "bmi2", "fma"),
         has=Instructions(
             _PSHUFB,
+            _TSC,
             _PAUSE,
             half=True,
             expand="llvm.x86.avx512.mask.expand.v{lanes}{lane}",
@@ -94,7 +98,7 @@ INSTRUCTION_SETS = (
         lanes=8,
         registers=16,
         needs=("avx2", "fma", "f16c", "bmi2"),
-        has=Instructions(_PSHUFB, _PAUSE, half=True, permute="llvm.x86.avx2.permps"),
+        has=Instructions(_PSHUFB, _TSC, _PAUSE, half=True, permute="llvm.x86.avx2.permps"),
         cpu="x86-64-v3",
         without=("avx512", "avx10"),
     ),
@@ -104,7 +108,7 @@ INSTRUCTION_SETS = (
         lanes=4,
         registers=16,
         needs=("ssse3", "sse4.1", "sse4.2"),
-        has=Instructions(_PSHUFB, _PAUSE),
+        has=Instructions(_PSHUFB, _TSC, _PAUSE),
         cpu="x86-64-v2",
     ),
     InstructionSet(
@@ -113,8 +117,36 @@ INSTRUCTION_SETS = (
         lanes=4,
         registers=32,
         needs=(),  # NEON is in every CPU of this architecture
-        has=Instructions(_TBL.format(tables=1), half=True, lookup=_TBL),
+        has=Instructions(_TBL.format(tables=1), _STEADY, half=True, lookup=_TBL),
     ),
+)
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What some CPUs have beyond the rows of `INSTRUCTION_SETS`, and no kernel uses.
+
+    Attributes:
+        name: for people.
+        machines: as `InstructionSet`'s.
+        needs: LLVM's features.
+    """
+
+    name: str
+    machines: tuple[str, ...]
+    needs: tuple[str, ...]
+
+
+CAPABILITIES = (
+    Capability("AVX-512", _X86, ("avx512f",)),
+    Capability("AVX-512 VBMI2", _X86, ("avx512vbmi2",)),
+    Capability("AVX-512 VNNI", _X86, ("avx512vnni",)),
+    Capability("AVX-512 BF16", _X86, ("avx512bf16",)),
+    Capability("AVX-VNNI", _X86, ("avxvnni",)),
+    Capability("AMX int8", _X86, ("amx-tile", "amx-int8")),
+    Capability("AMX bf16", _X86, ("amx-tile", "amx-bf16")),
+    Capability("dot products", _ARM, ("dotprod",)),
+    Capability("SVE", _ARM, ("sve",)),
 )
 
 
@@ -186,6 +218,16 @@ def targets() -> dict[str, Target]:
         ValueError: there are no kernels for this architecture.
     """
     return {row.name: _target(row) for row in _rows()}
+
+
+def capabilities() -> tuple[str, ...]:
+    """The names of `CAPABILITIES` that this CPU has."""
+    has, machine = llvm().get_host_cpu_features(), platform.machine().lower()
+    return tuple(
+        row.name
+        for row in CAPABILITIES
+        if machine in row.machines and all(has.get(feature) for feature in row.needs)
+    )
 
 
 def _rows() -> list[InstructionSet]:

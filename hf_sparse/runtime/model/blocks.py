@@ -11,14 +11,20 @@ from transformers import PreTrainedModel
 
 from hf_sparse.arguments import check_finite
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
-from hf_sparse.runtime.model.configured import multiplier_of, numbers_of, sizes_of, window_of
+from hf_sparse.runtime.model.configured import (
+    multiplier_of,
+    numbers_of,
+    routing_of,
+    sizes_of,
+    window_of,
+)
 from hf_sparse.runtime.model.description import Blocks
 from hf_sparse.runtime.model.stack_shapes import check_stack
 from hf_sparse.runtime.weights.linear import Linear, pack_linear
 from hf_sparse.runtime.weights.memory import Shelf
 from hf_sparse.runtime.weights.panels import CHUNK_ROWS
 from hf_sparse.runtime.weights.rates import Rates
-from hf_sparse.runtime.weights.stack import Block, Norm, Stack
+from hf_sparse.runtime.weights.stack import Block, Expert, Mixture, Norm, Stack
 from hf_sparse.structure.layers import is_conv1d
 
 
@@ -48,6 +54,7 @@ def pack_blocks(
         rates,
         sizes_of(config)[2],
         multiplier_of(config, family),
+        *routing_of(config, family),
     )
     blocks = []
     for index, module in enumerate(modules):
@@ -83,6 +90,7 @@ class _Packer:
         rows_shelf: where those for single tokens are put, if there are any.
         rates: speed of the kernels.
         head_dim: features of a head.
+        chosen, normalised: of a mixture's experts.
         multiplier: by which the residual that norms see is divided.
     """
 
@@ -93,26 +101,66 @@ class _Packer:
     rates: Rates
     head_dim: int
     multiplier: float
+    chosen: int
+    normalised: bool
 
     def block(
         self, module: nn.Module, name: str, index: int, window: int, rotation: int | None
     ) -> Block:
         """Pack one block, which is called `name`."""
         family = self.family
-        gate, up = self._opening(module, name)
+        mixture = None if family.router is None else self._mixture(module, name, family.router)
+        gate, up, down = self._perceptron(module, name, mixture)
         first, second = family.norm_paths(index)
         heads, added = family.head_norms, family.added_norms
         return Block(
             qkv=self._joined(module, name, family.qkv),
             out=self._linear(module, name, family.out),
             up=up,
-            down=self._linear(module, name, family.down, CHUNK_ROWS),
+            down=down,
             gate=gate,
             norms=(self._norm(module, name, first), self._norm(module, name, second)),
             head_norms=None if heads is None else self._norms(module, name, heads),
             window=window,
             added_norms=None if added is None else self._norms(module, name, added),
             rotation=rotation,
+            mixture=mixture,
+        )
+
+    def _perceptron(
+        self, module: nn.Module, name: str, mixture: Mixture | None
+    ) -> tuple[Linear | None, Linear, Linear]:
+        """Gate, `up` and `down`; those of the first expert, if there are several."""
+        if mixture is not None:
+            first = mixture.experts[0]
+            return first.gate, first.up, first.down
+        gate, up = self._opening(module, name)
+        return gate, up, self._linear(module, name, self.family.down, CHUNK_ROWS)
+
+    def _mixture(self, module: nn.Module, name: str, router: str) -> Mixture:
+        """The router, and each expert's own layers."""
+        family = self.family
+        path, _, last = family.down.rpartition(".")
+        experts: Any = module.get_submodule(path)
+        entry = getattr(experts, family.up.rpartition(".")[2]).detach().to(self.dtype)
+        ending = getattr(experts, last).detach().to(self.dtype)
+        found = []
+        for number, (both, down) in enumerate(zip(entry, ending, strict=True)):
+            place = f"{name}.{path}.{number}"
+            gate, up = both.chunk(2)
+            found.append(
+                Expert(
+                    self._pack(f"{place}.gate", gate, None),
+                    self._pack(f"{place}.up", up, None),
+                    self._pack(f"{place}.down", down, None, CHUNK_ROWS),
+                )
+            )
+        weight: Any = module.get_submodule(router).weight
+        return Mixture(
+            self._pack(f"{name}.{router}", weight.detach().to(self.dtype), None),
+            tuple(found),
+            self.chosen,
+            self.normalised,
         )
 
     def _opening(self, module: nn.Module, name: str) -> tuple[Linear | None, Linear]:

@@ -266,6 +266,11 @@ def linears_of(model: nn.Module) -> list[Linear]:
 
 def _refuse_attentions(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     config: Any = getattr(base, "config", None)  # the owner of the blocks may have none
+    if kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):
+        raise ValueError(
+            "output_router_logits: the routers of a compiled model are in its blocks. Ask the model "
+            "that was compiled."
+        )
     if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
         raise ValueError(
             "output_attentions: a compiled model never forms the attention weights. Ask the "

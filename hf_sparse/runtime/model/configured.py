@@ -110,6 +110,13 @@ def multiplier_of(config: Any, family: Blocks) -> float:
     return float(getattr(config, family.multiplier)) if family.multiplier else 1.0
 
 
+def routing_of(config: Any, family: Blocks) -> tuple[int, bool]:
+    """How many experts a token has, and whether their weights sum up to 1; 0 without experts."""
+    if family.router is None:
+        return 0, False
+    return getattr(config, family.chosen), _told(config, family.normalised)
+
+
 def epsilon_of(config: Any, family: Blocks) -> float:
     """The epsilon of a stack's norms: as the config's, of a residual divided by the multiplier."""
     value = family.epsilon
@@ -160,6 +167,10 @@ def _check_block(block: Block, index: int, config: Any, family: Blocks) -> None:
     ):
         if getattr(block, name) != value:
             raise ValueError(f"block {index} has {name}={getattr(block, name)}, the config {value}")
+    mixture = block.mixture
+    found = (0, False) if mixture is None else (mixture.chosen, mixture.normalised)
+    if found != (wanted := routing_of(config, family)):
+        raise ValueError(f"block {index} routes by {found}, the config by {wanted}")
     epsilon = epsilon_of(config, family)
     for norm in (*block.norms, *(block.head_norms or ()), *(block.added_norms or ())):
         if norm is not None and norm.epsilon != epsilon:

@@ -40,6 +40,18 @@ def _gemma_of_four_norms(**described: Any) -> Blocks:
     )
 
 
+def _mixture(**described: Any) -> Blocks:
+    """Llama's, with experts in place of the perceptron."""
+    return _llama(
+        router="mlp.gate",
+        gate="mlp.experts.gate_up_proj",
+        up="mlp.experts.gate_up_proj",
+        down="mlp.experts.down_proj",
+        act="mlp.experts.act_fn",
+        **described,
+    )
+
+
 DECODERS = {
     "gpt2": Blocks(
         **vars(PARTS["gpt2"]),
@@ -110,6 +122,17 @@ DECODERS = {
     ),
     "granite": _llama(
         scale=lambda config: config.attention_multiplier, multiplier="residual_multiplier"
+    ),
+    "mixtral": _mixture(windows=True, supported={"layer_types": (None,)}),
+    "qwen3_moe": _mixture(
+        head_norms=_HEAD_NORMS,
+        windows=True,
+        normalised="norm_topk_prob",
+        supported={
+            "layer_types": (None,),
+            "mlp_only_layers": ([], None),
+            "decoder_sparse_step": (1,),
+        },
     ),
     "starcoder2": Blocks(
         stack="layers",

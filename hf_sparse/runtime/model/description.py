@@ -59,6 +59,10 @@ class Blocks(Parts):
         multiplier: the config's attribute by which is multiplied what is added to the residual.
         activation: the config's attribute that names the activation.
         epsilon: of all norms: the config's attribute that tells, or a number.
+        router: the module whose weight gives a logit for each expert, in place of one perceptron; then
+            `gate` and `up` are a parameter with the halves for each expert, and `down` is another.
+        chosen: the config's attribute with the experts of a token.
+        normalised: the weights of a token's experts sum up to 1; or the config's attribute.
         varied: blocks differ by their place, beside their kind of attention.
         block_class: the class of blocks, where transformers does not tell by which it collects hidden
             states: there the model's own loop does, and blocks give tuples.
@@ -86,6 +90,9 @@ class Blocks(Parts):
     multiplier: str | None = None
     activation: str = "hidden_act"
     epsilon: str | float = "layer_norm_eps"
+    router: str | None = None
+    chosen: str = "num_experts_per_tok"
+    normalised: bool | str = True
     varied: bool = False
     block_class: str | None = None
     supported: dict[str, tuple[object, ...]] = field(default_factory=dict)

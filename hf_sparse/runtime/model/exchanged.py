@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from hf_sparse.upstream.torch import AROUND_FORWARD
-from hf_sparse.upstream.transformers.models import is_from_transformers
+from hf_sparse.upstream.transformers.models import PUT_BY_DECORATORS, is_from_transformers
 
 _PACKAGES = ("transformers", "torch", "typing_extensions", *sys.stdlib_module_names)
 
@@ -68,7 +68,8 @@ def _exchanged(owner: type, name: str, function: Any) -> str | None:
     """Whether an attribute of a class is another function than the one that its class has by name."""
     place = owner.__module__, f"{owner.__qualname__}.{name}"
     origin = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
-    found = _foreign(function) or (None if origin == place else ".".join(map(str, origin)))
+    own = origin in (place, PUT_BY_DECORATORS.get(name))
+    found = _foreign(function) or (None if own else ".".join(map(str, origin)))
     return None if found is None else f"{name} was exchanged for {found}"
 
 

@@ -28,8 +28,13 @@ from hf_sparse.runtime.model.references import References, named, own_class
 from hf_sparse.structure.parts import head_size, parts_of
 from hf_sparse.structure.units import BlockUnits
 from hf_sparse.upstream.torch import buffers_of, children_of, parameters_of
-from hf_sparse.upstream.transformers.attention import attention_function, mask_function
+from hf_sparse.upstream.transformers.attention import (
+    attention_function,
+    experts_function,
+    mask_function,
+)
 from hf_sparse.upstream.transformers.models import (
+    EXPERTS_SETTING,
     KEPT_ON_MODULES,
     attention_of,
 )
@@ -94,11 +99,12 @@ def check_blocks(model: PreTrainedModel, family: Blocks) -> None:
 
 
 def why_other_attention(config: Any) -> str | None:
-    """Why attention is not the usual one, if a function of the user's own computes it, or its mask."""
-    name = attention_of(config)
-    for what, function in (
-        ("attention", attention_function(name)),
-        ("mask of attention", mask_function(name)),
+    """Why attention or experts are not the usual ones, if the user's own function computes them."""
+    attention, experts = attention_of(config), getattr(config, EXPERTS_SETTING, None)
+    for what, name, function in (
+        ("attention", attention, attention_function(attention)),
+        ("mask of attention", attention, mask_function(attention)),
+        ("function of experts", experts, experts_function(experts)),
     ):
         found = None if function is None else why_not_own_function(function)
         if found is not None:

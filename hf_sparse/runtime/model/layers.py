@@ -25,7 +25,7 @@ from hf_sparse.upstream.torch import (
     set_children_,
 )
 from hf_sparse.upstream.transformers.caches import cache_in
-from hf_sparse.upstream.transformers.models import ATTENTION_SETTING
+from hf_sparse.upstream.transformers.models import ATTENTION_SETTING, EXPERTS_SETTING
 
 NOT_STORED = (
     "a compiled model has packed weights, which checkpoints, state dicts and pickles cannot hold: save "
@@ -39,6 +39,7 @@ BUILT_IN = {
     "is_decoder": False,
     "use_bidirectional_attention": None,
     ATTENTION_SETTING: None,
+    EXPERTS_SETTING: None,
 }
 # The rotations of the call that runs, by kind of attention: of each calling thread.
 _ROTATIONS = threading.local()

@@ -66,8 +66,8 @@ class _Layer(nn.Module):
     def _register(self, dtype: torch.dtype, target: Target, cache: Path | None) -> None:
         self._number = next(_NUMBERS)
         _LAYERS[self._number] = self  # type: ignore[assignment]
-        self._target, self._cache = target, cache
-        self._code = kernels(target, cache, WEIGHT_TYPES[dtype])
+        self.target, self._cache = target, cache
+        self.code = kernels(target, cache, WEIGHT_TYPES[dtype])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Layer:
         """Nothing in it changes: copies of a model share it."""
@@ -131,7 +131,7 @@ class CompiledLinear(_Layer):
         output = torch.empty(len(flat), self.out_features, dtype=torch.float32, device="cpu")
         if len(flat):
             tokens, threads = len(flat), torch.get_num_threads()
-            shape = (threads, self.in_features + self.out_features, self._target.widths[0])
+            shape = (threads, self.in_features + self.out_features, self.target.widths[0])
             made: Any = self._pool.borrow(
                 ("program", self._number, tokens, threads), lambda: self._program(tokens, threads)
             )
@@ -143,17 +143,17 @@ class CompiledLinear(_Layer):
 
     def _program(self, tokens: int, threads: int) -> Program:
         """Multiplies `tokens` tokens, in a buffer of a tile's input and output for each thread."""
-        lists = share(cut(0, tokens, self._target.widths), threads)
-        size = 4 * (self.in_features + self.out_features) * self._target.widths[0]
+        lists = share(cut(0, tokens, self.target.widths), threads)
+        size = 4 * (self.in_features + self.out_features) * self.target.widths[0]
         operations = [
             [op for tile in part for op in self._operations(tile, Slot("tiles", thread * size))]
             for thread, part in enumerate(lists)
         ]
-        return Program(self._code, [operations], [self.packed])
+        return Program(self.code, [operations], [self.packed])
 
     def _operations(self, tile: Tile, x: Slot) -> list[Operation]:
         columns, rows = self.in_features, self.out_features
-        y = x + 4 * columns * self._target.widths[0]
+        y = x + 4 * columns * self.target.widths[0]
         source, goal = Slot("x", 4 * columns * tile.start), Slot("y", 4 * rows * tile.start)
         return [
             TRANSPOSE.operation(
@@ -214,9 +214,10 @@ class CompiledHead(_Layer):
         tokens = x.numel() // self.in_features
         if not self._as_compiled() or tokens > _FEW or not tokens or x.dtype != self._dtype:
             return nn.functional.linear(x, self.weight, self.bias)
-        result: Tensor = torch.ops.hf_sparse.linear(
-            self._checked(x), self._number, self.out_features
-        )
+        x = self._checked(x)
+        if type(x) is Tensor and not torch.compiler.is_compiling():
+            return self.multiply(x)  # a custom operation costs more than the rest of this call
+        result: Tensor = torch.ops.hf_sparse.linear(x, self._number, self.out_features)
         return result
 
     def _as_compiled(self) -> bool:
@@ -230,7 +231,7 @@ class CompiledHead(_Layer):
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = copy.deepcopy(self.weight, memo)
         linear.bias = copy.deepcopy(self.bias, memo)
-        twin = CompiledHead(linear, self._target, self._cache).train(self.training)
+        twin = CompiledHead(linear, self.target, self._cache).train(self.training)
         copy_forward_hooks_(self, twin)
         return twin
 
@@ -271,4 +272,4 @@ class CompiledHead(_Layer):
                             add=0,
                         )
                     )
-        return Program(self._code, [lists], [self.weight, self.bias])
+        return Program(self.code, [lists], [self.weight, self.bias])

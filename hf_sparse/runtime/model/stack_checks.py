@@ -15,6 +15,10 @@
     shuffled_rows,
     dense_rows
     norms             weight and bias for each feature                  stack_shapes
+    route, when       logits and tokens of each expert; no more are     stack_shapes
+                      chosen than there are
+    scored_attention  a bias for each head and distance: memory of the  stack_shapes
+                      program, by heads and tokens
     all               x, y: buffers by the sizes of the stack           stack_shapes
 
 All of these are compared with the memory that is handed over.
@@ -45,15 +49,13 @@ def check_restored(stack: Stack) -> None:
         ValueError: something does not fit; the message names it.
     """
     for number, block in enumerate(stack.blocks):
-        for name in ("qkv", "out", "gate", "up", "down"):
-            linear: Linear | None = getattr(block, name)
-            if linear is not None:
-                place = f"blocks.{number}.{name}"
-                check_linear(linear, place)
-                one = name == "down" or len(linear.parts) == 1
-                require(one, place, f"it is cut into {len(linear.parts)} parts")
-                single = linear.single is not None or not stack.causal
-                require(single, place, "its weight for single tokens is missing")
+        for name, linear in block.named_linears.items():
+            place = f"blocks.{number}.{name}"
+            check_linear(linear, place)
+            one = name.endswith("down") or len(linear.parts) == 1
+            require(one, place, f"it is cut into {len(linear.parts)} parts")
+            single = linear.single is not None or not stack.causal
+            require(single, place, "its weight for single tokens is missing")
         for norm, size in norm_sizes(stack, block):
             found = {len(norm.weight), len(norm.bias)}
             require(found == {size}, f"blocks.{number}.norms", f"{found} numbers, not {size}")

@@ -11,7 +11,7 @@ from hf_sparse.arguments import check_finite
 from hf_sparse.runtime.weights.damage import require
 from hf_sparse.runtime.weights.linear import Linear
 from hf_sparse.runtime.weights.panels import CHUNK_ROWS
-from hf_sparse.runtime.weights.stack import Block, Norm, Stack
+from hf_sparse.runtime.weights.stack import Block, Expert, Mixture, Norm, Stack
 
 
 def check_stack(stack: Stack) -> None:
@@ -37,7 +37,7 @@ def check_stack(stack: Stack) -> None:
         first = stack.blocks[0]
         alike = all(
             (getattr(block, part) is None) == (getattr(first, part) is None)
-            for part in ("gate", "head_norms", "added_norms")
+            for part in ("gate", "head_norms", "added_norms", "mixture")
         )
         require(alike, place, "it has other parts than the first block")
         whole = stack.norm_first or None not in block.norms
@@ -62,28 +62,52 @@ def _check_sizes(stack: Stack, block: Block, place: str) -> None:
     require(heads == stack.heads or not stack.biased, place, f"{heads} heads with biases")
     require(1 <= block.up.rows <= stack.intermediate, place, f"{block.up.rows} neurons")
     queries, keys = stack.rows_of(block)
-    wanted = {
-        "qkv": (queries + 2 * keys, hidden),
-        "out": (hidden, queries),
-        "up": (block.up.rows, hidden),
-        "gate": (block.up.rows, hidden),
-        "down": (hidden, block.up.rows),
-    }
-    for name, shape in wanted.items():
-        linear: Linear | None = getattr(block, name)
-        if linear is None:
-            continue
-        same = linear.dtype == stack.weight_type.dtype
-        require(same, f"{place}.{name}", f"its weight is {linear.dtype}")
-        found = (linear.rows, linear.columns)
-        require(found == shape, f"{place}.{name}", f"its shape is {found}, not {shape}")
+    _check_linear(stack, block.qkv, (queries + 2 * keys, hidden), f"{place}.qkv")
+    _check_linear(stack, block.out, (hidden, queries), f"{place}.out")
     require(not heads % key_heads, place, f"{heads} heads, {key_heads} of keys")
-    opening = block.gate or block.up
+    if block.mixture is None:
+        _check_perceptron(stack, block, block, place)
+    else:
+        _check_mixture(stack, block, block.mixture, place)
+
+
+def _check_mixture(stack: Stack, block: Block, mixture: Mixture, place: str) -> None:
+    """The shapes of all experts and of the router, and what programs rely on beside them."""
+    count = len(mixture.experts)
+    require(1 <= mixture.chosen <= count, place, f"{mixture.chosen} of {count} experts")
+    _check_linear(stack, mixture.router, (count, stack.hidden), f"{place}.router")
+    for number, expert in enumerate(mixture.experts):
+        _check_perceptron(stack, block, expert, f"{place}.experts.{number}")
+    first = vars(mixture.experts[0])
+    own = all(getattr(block, name) is one for name, one in first.items())
+    require(own and type(mixture.normalised) is bool, place, "its first expert")
+    alone = stack.norm_first and not stack.parallel and block.added_norms is None
+    require(alone and block.norms[1] is not None, place, "norms of a mixture")
+
+
+def _check_perceptron(stack: Stack, block: Block, layers: Block | Expert, place: str) -> None:
+    """The shapes of a perceptron's weights, which all experts have, and its chunks."""
+    rows, hidden = block.up.rows, stack.hidden
+    for name, linear, shape in (
+        ("gate", layers.gate, (rows, hidden)),
+        ("up", layers.up, (rows, hidden)),
+        ("down", layers.down, (hidden, rows)),
+    ):
+        if linear is not None:
+            _check_linear(stack, linear, shape, f"{place}.{name}")
+    opening = layers.gate or layers.up
     chunks = [last - first for first, last in opening.chunk_rows]
-    fits = max(chunks) <= CHUNK_ROWS and block.up.chunk_rows == opening.chunk_rows
+    fits = max(chunks) <= CHUNK_ROWS and layers.up.chunk_rows == opening.chunk_rows
     require(fits, place, "the chunks of its perceptron")
     edges = [first for first, _ in opening.chunk_rows] + [opening.rows]
-    require(list(block.down.edges) == edges, place, "the parts of its perceptron")
+    require(list(layers.down.edges) == edges, place, "the parts of its perceptron")
+
+
+def _check_linear(stack: Stack, linear: Linear, shape: tuple[int, int], place: str) -> None:
+    same = linear.dtype == stack.weight_type.dtype
+    require(same, place, f"its weight is {linear.dtype}")
+    found = (linear.rows, linear.columns)
+    require(found == shape, place, f"its shape is {found}, not {shape}")
 
 
 def norm_sizes(stack: Stack, block: Block) -> list[tuple[Norm, int]]:

@@ -24,13 +24,12 @@ from hf_sparse.runtime.weights.panels import CHUNK_ROWS, PANEL_COLUMNS, PackedWe
 from hf_sparse.runtime.weights.rows import DECODE_ROWS, DecodeWeight
 from hf_sparse.runtime.weights.shuffled import ShuffledWeight
 from hf_sparse.runtime.weights.single_rows import SingleWeight
-from hf_sparse.runtime.weights.stack import Block, Norm, Stack
+from hf_sparse.runtime.weights.stack import Block, Expert, Mixture, Norm, Stack
 
 # Files of another layout are not read: compiling again is quick.
 LAYOUT = [5, CHUNK_ROWS, PANEL_COLUMNS, DECODE_ROWS]
 LAYOUT += [each[height] for each in (UNROLL, SIDE_BY_SIDE, INDEX_BYTES) for height in sorted(each)]
 
-_LINEARS = ("qkv", "out", "up", "down", "gate")
 _NUMBERS = ("rows", "columns", "height", "nonzeros")
 _STREAMS = ("panels", "groups", "values", "indices", "order", "chunks", "chunk_rows")
 
@@ -88,10 +87,7 @@ def restore_stack(tensors: Mapping[str, Tensor], description: Mapping[str, Any])
 
 def _block_state(block: Block, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     described: dict[str, Any] = {"window": block.window, "linears": {}, "epsilons": {}}
-    for name in _LINEARS:
-        linear: Linear | None = getattr(block, name)
-        if linear is None:
-            continue
+    for name, linear in block.named_linears.items():
         place = f"{prefix}.{name}"
         described["linears"][name] = {
             "name": linear.name,
@@ -121,6 +117,10 @@ def _block_state(block: Block, prefix: str, tensors: dict[str, Tensor]) -> dict[
         elif linear.single is not None and not linear.shares:
             tensors[f"{place}.single"] = linear.single
         described["linears"][name]["shared"] = linear.shares
+    if block.mixture is not None:
+        described["experts"] = len(block.mixture.experts)
+        described["chosen"] = block.mixture.chosen
+        described["normalised"] = block.mixture.normalised
     if block.rotation != 0:
         described["rotation"] = block.rotation
     norms: dict[str, tuple[Norm | None, ...]] = {
@@ -165,6 +165,9 @@ def _restore_block(
         )
         for name, epsilons in described["epsilons"].items()
     }
+    mixture = _restore_mixture(described, linears) if "experts" in described else None
+    if mixture is not None:
+        linears |= vars(mixture.experts[0])
     attention, perceptron = norms["norms"]
     return Block(
         **{"gate": None} | linears,
@@ -173,7 +176,18 @@ def _restore_block(
         window=int(described["window"]),
         added_norms=_pair(norms.get("added_norms", ()), prefix),
         rotation=described.get("rotation", 0),
+        mixture=mixture,
     )
+
+
+def _restore_mixture(described: Mapping[str, Any], linears: dict[str, Linear]) -> Mixture:
+    """The experts among a block's weights, which are taken out of them."""
+    experts = tuple(
+        Expert(*(linears.pop(f"experts.{number}.{name}") for name in ("gate", "up", "down")))
+        for number in range(min(described["experts"], len(linears)))
+    )
+    router = linears.pop("router")
+    return Mixture(router, experts, described["chosen"], described["normalised"])
 
 
 def _pair(norms: tuple[Norm | None, ...], place: str) -> tuple[Norm, Norm] | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_sparse.runtime.kernels import attention, scored_attention
 from hf_sparse.runtime.kernels.call import Argument, Operation
-from hf_sparse.runtime.programs.block import Attend
+from hf_sparse.runtime.programs.step import Attend
 from hf_sparse.runtime.programs.tiling import Tile
 
 # A position that no query is before, for attention that is not causal.

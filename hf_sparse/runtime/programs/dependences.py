@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
-from hf_sparse.runtime.programs.block import Uses
+from hf_sparse.runtime.programs.step import Uses
 
 # The part of a thread that reads what all threads have written.
 ALL = "all"

@@ -13,29 +13,31 @@ from dataclasses import dataclass, replace
 from hf_sparse.runtime.kernels import activation, addition, normalisation, tiles
 from hf_sparse.runtime.kernels.call import Operation, Slot
 from hf_sparse.runtime.llvm.jit import Code
+from hf_sparse.runtime.programs import mixture_tiles
 from hf_sparse.runtime.programs.attending import Attending
-from hf_sparse.runtime.programs.block import (
+from hf_sparse.runtime.programs.block import all_angles, residual, steps
+from hf_sparse.runtime.programs.dependences import ALL, Use, sections
+from hf_sparse.runtime.programs.key_tables import cache_tables, table_addresses, tile_tables
+from hf_sparse.runtime.programs.nested import Nested
+from hf_sparse.runtime.programs.program import Program
+from hf_sparse.runtime.programs.shape import Shape
+from hf_sparse.runtime.programs.step import (
     Add,
     Append,
     Attend,
     Buffer,
+    Experts,
     FeedForward,
     HeadNorms,
     Multiply,
     Normalise,
     Rotate,
+    Route,
     Step,
     Uses,
     WidthNorms,
-    all_angles,
-    residual,
     rotated_at_once,
-    steps,
 )
-from hf_sparse.runtime.programs.dependences import ALL, Use, sections
-from hf_sparse.runtime.programs.key_tables import cache_tables, table_addresses, tile_tables
-from hf_sparse.runtime.programs.program import Program
-from hf_sparse.runtime.programs.shape import Shape
 from hf_sparse.runtime.programs.tile_buffers import TURNS, TileBuffers
 from hf_sparse.runtime.programs.tiling import Tile, cut, share
 from hf_sparse.runtime.weights.memory import aligned
@@ -80,7 +82,9 @@ class TileProgram:
 
     Attributes:
         masks: `(batch, capacity)`, added to the scores of keys.
+        masked: they are not all 0.
         tables: `(blocks, batch, capacity / width, 3)`, the key tiles of the cache, if there is one.
+        filled: address and shape of the tiles that they tell of.
         biases: `(heads, distances)`, added to scores, if the stack is biased; distance 0 is in the
             middle, and those of tokens before it behind.
     """
@@ -95,6 +99,9 @@ class TileProgram:
         plain = [[step for _, step in section] for section in found]
         self._buffers = TileBuffers(plain, lists, widths[0], keys)
         self.masks = aligned(shape.batch, shape.capacity)
+        self.masked = False
+        self.filled: tuple[object, ...] = ()
+        self._nested = Nested(code)
         distances = 2 * (shape.capacity + self._width)
         self.biases = aligned(stack.heads if stack.biased else 0, distances)
         self._find_keys(len(stack.blocks), [tile for part in lists for tile in part], keys)
@@ -111,13 +118,14 @@ class TileProgram:
             for section in found
         ]
         memory = [stack, self._buffers.memory, self.masks, self.tables, self.biases]
+        memory.append(self._nested.memory)
         self.program = Program(code, phases, memory)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, the tables and the operations."""
         own = self.tables.nbytes + self.masks.nbytes + self.biases.nbytes + self.program.nbytes
-        return int(self._buffers.nbytes + own)
+        return int(self._buffers.nbytes + self._nested.nbytes + own)
 
     def _find_keys(self, blocks: int, every: Sequence[Tile], keys: set[str]) -> None:
         """Make the tables of key tiles: those of the cache, or the input's own."""
@@ -158,6 +166,10 @@ class TileProgram:
                 return self._attend(step, index, tile, at)
             case FeedForward():
                 return _feed_forward(step, tile, at)
+            case Route():
+                return [mixture_tiles.route(step, tile, at)]
+            case Experts():
+                return mixture_tiles.run_experts(step, tile, at, self._nested, _feed_forward)
             case Load():
                 return [self._load(step, tile, at)]
             case Store():

@@ -8,41 +8,45 @@ has a group of heads rotates, stores and attends for them alone.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 from hf_sparse.runtime.kernels import activation, addition, scored_attention, single_token, tiles
 from hf_sparse.runtime.kernels.call import Operation, Slot
 from hf_sparse.runtime.llvm.jit import Code
-from hf_sparse.runtime.programs.block import (
+from hf_sparse.runtime.programs import mixture_rows
+from hf_sparse.runtime.programs.block import all_angles, residual, steps
+from hf_sparse.runtime.programs.dependences import ALL, Use, sections
+from hf_sparse.runtime.programs.head_parts import HeadPart
+from hf_sparse.runtime.programs.key_tables import cache_tables, table_addresses
+from hf_sparse.runtime.programs.nested import Nested
+from hf_sparse.runtime.programs.program import Program
+from hf_sparse.runtime.programs.row_buffers import RowBuffers
+from hf_sparse.runtime.programs.shape import Shape
+from hf_sparse.runtime.programs.step import (
     Activate,
     Add,
     Append,
     Attend,
     Buffer,
+    CloseExperts,
+    Experts,
     FeedForward,
     HeadNorms,
-    Heads,
     HeadStep,
     Multiply,
     Normalise,
+    OpenExperts,
     Rotate,
+    Route,
     WidthNorms,
-    all_angles,
-    residual,
     rotated_at_once,
-    steps,
 )
-from hf_sparse.runtime.programs.dependences import ALL, Use, sections
-from hf_sparse.runtime.programs.key_tables import cache_tables, table_addresses
-from hf_sparse.runtime.programs.program import Program
-from hf_sparse.runtime.programs.row_buffers import RowBuffers
-from hf_sparse.runtime.programs.shape import Shape
 from hf_sparse.runtime.weights.memory import aligned
 from hf_sparse.runtime.weights.rows import DECODE_ROWS, share_rows
 from hf_sparse.runtime.weights.stack import Stack
 
-RowStep = Normalise | Multiply | Add | WidthNorms | HeadStep | Activate
+Mixing = Route | OpenExperts | CloseExperts
+RowStep = Normalise | Multiply | Add | WidthNorms | HeadStep | Activate | Mixing
 # A step, and the number of its block.
 Numbered = tuple[int, RowStep]
 
@@ -51,7 +55,8 @@ def fits(stack: Stack) -> bool:
     """Whether a stack's single tokens can be computed by rows: else they go as narrow tiles."""
     every = [step for _, step in _numbered(stack)]
     own = _own(every)
-    alone = all(own.isdisjoint(step.writes) for step in every if not isinstance(step, Normalise))
+    others = [step for step in every if not isinstance(step, Normalise | Route)]
+    alone = all(own.isdisjoint(step.writes) for step in others)
     attending = [step for step in every if isinstance(step, Attend)]
     return alone and all(step.causal and not step.biased for step in attending)
 
@@ -61,7 +66,7 @@ class RowProgram:
 
     Attributes:
         residual: `(batch, hidden)`: the input before a run, the output behind it.
-        masks, tables: as `TileProgram`'s.
+        masks, masked, tables, filled: as `TileProgram`'s.
     """
 
     def __init__(self, stack: Stack, code: Code, lanes: int, width: int, shape: Shape) -> None:
@@ -74,7 +79,10 @@ class RowProgram:
         buffers = [buffer for buffer in used if buffer not in given]
         self._buffers = RowBuffers(buffers, own, shape.batch, shape.threads)
         self.residual = self._buffers.memory[residual(stack)][0, :, : stack.hidden]
+        self._nested = Nested(code)
         self.masks = aligned(shape.batch, shape.capacity)
+        self.masked = False
+        self.filled: tuple[object, ...] = ()
         self._scores = aligned(shape.threads, shape.capacity)
         entries = shape.capacity // width
         self.tables = cache_tables(len(stack.blocks), shape.batch, entries, width)
@@ -84,13 +92,14 @@ class RowProgram:
             for section in sections(numbered, lambda item: _uses(item[1], own))
         ]
         memory = [stack, self._buffers.memory, self.masks, self._scores, self.tables]
+        memory.append(self._nested.memory)
         self.program = Program(code, phases, memory)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, the tables and the operations."""
         own = self.masks.nbytes + self._scores.nbytes + self.tables.nbytes + self.program.nbytes
-        return int(self._buffers.nbytes + own)
+        return int(self._buffers.nbytes + self._nested.nbytes + own)
 
     def _lower(self, section: Sequence[Numbered], thread: int) -> list[Operation]:
         """A thread's operations of the steps between two waits."""
@@ -118,7 +127,9 @@ class RowProgram:
                 return self._add(step, thread)
             case WidthNorms():
                 return self._norm_widths(step, thread)
-        part = _HeadPart.of(step.heads, thread, self.shape.threads, self._at(step.x, thread)[b])
+            case Route() | OpenExperts() | CloseExperts():
+                return self._mix(step, thread)
+        part = HeadPart.of(step.heads, thread, self.shape.threads, self._at(step.x, thread)[b])
         if not part.keys:
             return []
         match step:
@@ -153,7 +164,7 @@ class RowProgram:
         first, last = share_rows(step.x.features, self.shape.threads)[thread]
         if first >= last:
             return []
-        count = -(-(last - first) // (activation.UNROLL * self._lanes)) * activation.UNROLL
+        count = -(-(last - first) // self._lanes)
         places = zip(self._at(step.x, thread), self._at(step.other, thread), strict=True)
         return [
             activation.SIGNATURE.operation(
@@ -173,6 +184,23 @@ class RowProgram:
             for x, y in places
         ]
 
+    def _mix(self, step: Mixing, thread: int) -> list[Operation]:
+        """A thread's part of a mixture's steps: every thread routes, then each has its rows."""
+        part = thread, self.shape.threads
+        match step:
+            case Route():
+                routed = (step.logits, step.weights, step.counts)
+                return mixture_rows.route(step, *(self._at(buffer, thread) for buffer in routed))
+            case OpenExperts():
+                reads = (step.source, step.route.weights, step.route.counts)
+                each = [self._at(buffer, thread) for buffer in (*reads, step.gates, step.ups)]
+                opened = list(zip(*each, strict=True))
+                return mixture_rows.open_experts(step, part, self._lanes, self._nested, opened)
+            case CloseExperts():
+                used = (step.route.counts, step.gates, step.goal)
+                closed = list(zip(*(self._at(buffer, thread) for buffer in used), strict=True))
+                return mixture_rows.close_experts(step, part, self._nested, closed)
+
     def _norm_widths(self, step: WidthNorms, thread: int) -> list[Operation]:
         """The first thread norms the queries, the last one the keys."""
         heads, found = step.heads, []
@@ -184,7 +212,7 @@ class RowProgram:
                 found.append(step.keys.operation("rms_norm_row", keys, keys, heads.key_rows))
         return found
 
-    def _append(self, step: Append, part: _HeadPart, table: int) -> list[Operation]:
+    def _append(self, step: Append, part: HeadPart, table: int) -> list[Operation]:
         dim, key_rows = step.heads.dim, step.heads.key_rows
         return [
             tiles.APPEND.operation(
@@ -202,7 +230,7 @@ class RowProgram:
         ]
 
     def _attend(
-        self, step: Attend, part: _HeadPart, index: int, thread: int, b: int
+        self, step: Attend, part: HeadPart, index: int, thread: int, b: int
     ) -> list[Operation]:
         heads = step.heads
         first = part.first * heads.dim
@@ -226,7 +254,7 @@ class RowProgram:
         return [operation]
 
     def _attend_capped(
-        self, step: Attend, part: _HeadPart, index: int, thread: int, b: int
+        self, step: Attend, part: HeadPart, index: int, thread: int, b: int
     ) -> list[Operation]:
         heads = step.heads
         out = self._at(step.y, thread)[b]
@@ -254,46 +282,14 @@ class RowProgram:
         return found
 
 
-@dataclass(frozen=True)
-class _HeadPart:
-    """A thread's heads of keys, and the queries that share them.
-
-    Attributes:
-        first, keys: the first of its heads of keys, and how many it has.
-        queries: heads of queries.
-        queries_at, keys_at, values_at: addresses.
-    """
-
-    first: int
-    keys: int
-    queries: int
-    queries_at: int
-    keys_at: int
-    values_at: int
-
-    @classmethod
-    def of(cls, heads: Heads, thread: int, threads: int, at: int) -> _HeadPart:
-        """The part of `thread` in a vector at the address `at`."""
-        first, last = (round(heads.keys * number / threads) for number in (thread, thread + 1))
-        queries_at = at + 4 * first * heads.group * heads.dim
-        keys_at = at + 4 * (heads.query_rows + first * heads.dim)
-        keys, values_at = last - first, keys_at + 4 * heads.key_rows
-        return cls(first, keys, keys * heads.group, queries_at, keys_at, values_at)
-
-    @property
-    def turned(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Where queries and keys are, and how many heads of each."""
-        return (self.queries_at, self.queries), (self.keys_at, self.keys)
-
-
-def _norm_heads(step: HeadNorms, part: _HeadPart) -> list[Operation]:
+def _norm_heads(step: HeadNorms, part: HeadPart) -> list[Operation]:
     return [
         norm.operation("rms_norm_row", at, at, step.heads.dim, count)
         for norm, (at, count) in zip((step.queries, step.keys), part.turned, strict=True)
     ]
 
 
-def _rotate(step: Rotate, part: _HeadPart, b: int) -> list[Operation]:
+def _rotate(step: Rotate, part: HeadPart, b: int) -> list[Operation]:
     dim, turned = step.heads.dim, step.cos.features
     cos, sin = (Slot(buffer.name, 4 * b * turned) for buffer in (step.cos, step.sin))
     return [
@@ -309,13 +305,14 @@ def _numbered(stack: Stack) -> Iterator[Numbered]:
     """All steps with their blocks' numbers."""
     for index, block in enumerate(stack.blocks):
         for step in steps(stack, block):
-            for one in step.parts if isinstance(step, FeedForward) else (step,):
+            for one in step.parts if isinstance(step, FeedForward | Experts) else (step,):
                 yield index, one
 
 
 def _own(every: Sequence[RowStep]) -> set[Buffer]:
     """The buffers that each thread has for itself: every thread norms all features."""
-    return {step.y for step in every if isinstance(step, Normalise)}
+    normed = {step.y for step in every if isinstance(step, Normalise)}
+    return normed.union(*(step.writes for step in every if isinstance(step, Route)))
 
 
 def _uses(step: RowStep, own: set[Buffer]) -> Iterator[Use]:
@@ -328,11 +325,19 @@ def _uses(step: RowStep, own: set[Buffer]) -> Iterator[Use]:
             part = step.x.features
         case Normalise():
             part = ALL
+        case Route():
+            part = ALL
+        case OpenExperts():
+            part = "rows of each expert"
+        case CloseExperts():
+            part = step.goal.features
         case WidthNorms():
             part = "the first and the last thread"
         case _:
             part = step.heads
-    whole = (step.x,) if isinstance(step, Multiply) else ()
+    whole: tuple[Buffer, ...] = ()
+    if isinstance(step, Multiply | CloseExperts):
+        whole = (step.x,) if isinstance(step, Multiply) else (step.gates,)
     for buffer in step.reads:
         if buffer not in own:
             yield Use(buffer, ALL if buffer in whole else part, False)

@@ -7,15 +7,17 @@ lists of the one before are done. `run` fills in the slots.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from hf_sparse.runtime.kernels.call import Operation, write
-from hf_sparse.runtime.kernels.worker import OPERATION_WORDS
+from hf_sparse.runtime.kernels.worker import OPERATION_WORDS, TICKS, WAITS, name
 from hf_sparse.runtime.llvm.jit import Code
 from hf_sparse.runtime.programs import threads
+from hf_sparse.runtime.programs.clocks import LISTENING, Clocks
 
 # Bytes of the objects of a program, about.
 _OBJECTS = 3 << 10
@@ -37,6 +39,7 @@ class Program:
         self.lists = len(phases[0])
         flat = [operation for phase in phases for part in phase for operation in part]
         counts = [len(part) for phase in phases for part in phase]
+        self._kernels = [operation.kernel for operation in flat]
         self._operations = np.zeros((len(flat), OPERATION_WORDS), np.int64)
         slots: dict[str, list[tuple[int, int, int]]] = {}
         for row, operation in enumerate(flat):
@@ -58,6 +61,8 @@ class Program:
             self._starts.ctypes.data,
             self._operations.ctypes.data,
             self._barrier.ctypes.data,
+            0,  # these two are for the timed worker
+            0,
         ]
         if self._parallel:
             told += [
@@ -67,15 +72,12 @@ class Program:
             ]
         self._words = np.array(told, np.int64)
         self._argument = np.array([self._words.ctypes.data], np.int64)
-        name = "worker" if self._parallel else "worker_alone"
-        self._worker = code.addresses[name]
-        self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._worker)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the operations, of what tells where the slots are, and of Python's objects."""
         slots = sum(column.nbytes for columns in self._slots.values() for column in columns)
-        return self._operations.nbytes + slots + _OBJECTS
+        return self._operations.nbytes + slots + 8 * len(self._kernels) + _OBJECTS
 
     def run(self, **addresses: int) -> None:
         """Run all phases.
@@ -86,15 +88,40 @@ class Program:
         Raises:
             TypeError: a slot is not filled.
         """
-        for name, (rows, places, offsets) in self._slots.items():
-            if name not in addresses:
-                raise TypeError(f"nothing fills the slot {name}; given {', '.join(addresses)}.")
-            self._operations[rows, places] = addresses[name] + offsets
+        for slot, (rows, places, offsets) in self._slots.items():
+            if slot not in addresses:
+                raise TypeError(f"nothing fills the slot {slot}; given {', '.join(addresses)}.")
+            self._operations[rows, places] = addresses[slot] + offsets
+        clocks = LISTENING.get()
+        if clocks is None:
+            self._start(timed=False)
+        else:
+            self._run_timed(clocks)
+
+    def _start(self, *, timed: bool) -> None:
+        """Run the worker on all threads, and wait for them."""
+        worker = self._code.addresses[name(parallel=self._parallel is not None, timed=timed)]
+        argument = self._argument.ctypes.data
         if self._parallel is None:
-            self._alone(self._argument.ctypes.data)
+            _ALONE(worker)(argument)
             return
         self._barrier[0] = 0
-        _gomp_parallel(self._parallel)(self._worker, self._argument.ctypes.data, self.lists, 0)
+        team = threads.team(self.lists)
+        _gomp_parallel(self._parallel)(worker, argument, team, 0)
+
+    def _run_timed(self, clocks: Clocks) -> None:
+        """Run, and tell how long each operation and each thread's waits took."""
+        team = threads.team(self.lists)
+        ticks, waits = np.zeros(len(self._kernels), np.int64), np.zeros((team, 8), np.int64)
+        self._words[[TICKS, WAITS]] = ticks.ctypes.data, waits.ctypes.data
+        start = time.perf_counter()
+        self._start(timed=True)
+        seconds = time.perf_counter() - start
+        lists = np.repeat(np.arange(len(self._starts) - 1) % self.lists, np.diff(self._starts))
+        clocks.add(self._kernels, lists % team, ticks, waits[:, 0], seconds)
+
+
+_ALONE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def _gomp_parallel(openmp: threads.OpenMP):  # type: ignore[no-untyped-def]

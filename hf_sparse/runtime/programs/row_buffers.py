@@ -6,7 +6,7 @@ from collections.abc import Iterable, Set
 
 from torch import Tensor
 
-from hf_sparse.runtime.programs.block import Buffer
+from hf_sparse.runtime.programs.step import Buffer
 from hf_sparse.runtime.weights.memory import aligned
 from hf_sparse.runtime.weights.rows import DECODE_ROWS
 

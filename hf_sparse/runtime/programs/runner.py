@@ -34,7 +34,8 @@ class Runner:
 
     def __init__(self, stack: Stack, target: Target, cache: Path | None) -> None:
         self.stack, self.target = stack, target
-        self._code = kernels(target, cache, stack.weight_type)
+        self.code = kernels(target, cache, stack.weight_type)
+        self._key_rows = [2 * stack.rows_of(block)[1] for block in stack.blocks]
         # What the first block computed, for the others: of each calling thread.
         self.results = threading.local()
         self._programs: Pool[TileProgram | RowProgram] = Pool(KEPT_BYTES)
@@ -72,8 +73,7 @@ class Runner:
         layers: list[TileLayer] = []
         past = 0
         if cache is not None:
-            rows = [2 * self.stack.rows_of(block)[1] for block in self.stack.blocks]
-            layers = tile_layers(cache, rows, self.target.widths[0])
+            layers = tile_layers(cache, self._key_rows, self.target.widths[0])
             past = layers[0].length
         self._check_positions(rotations, bias, tokens)
         if past + tokens > MAX_TOKENS:
@@ -132,8 +132,11 @@ class Runner:
     ) -> Tensor:
         shape = program.shape
         if mask is None:
-            program.masks.zero_()
+            if program.masked:
+                program.masks.zero_()
+            program.masked = False
         else:
+            program.masked = True
             program.masks[:, : mask.shape[1]].copy_(mask == 0).mul_(UNSEEN)
         addresses = {"past": past}
         shaped = (shape.batch, shape.tokens, self.stack.rotary_dim)
@@ -141,7 +144,7 @@ class Runner:
         for buffer, one in zip(all_angles(self.stack), angles, strict=True):
             addresses[buffer.name] = one.data_ptr()
         if layers:
-            _fill(program.tables, layers)
+            _fill(program, layers)
         if isinstance(program, RowProgram):
             program.residual.copy_(hidden[:, 0])
             program.program.run(**addresses)
@@ -156,12 +159,17 @@ class Runner:
         single = shape.tokens == 1 and shape.cached and not shape.states
         widths = self.target.widths
         if single and one_token.fits(self.stack):
-            return RowProgram(self.stack, self._code, self.target.lanes, widths[0], shape)
-        return TileProgram(self.stack, self._code, widths, shape)
+            return RowProgram(self.stack, self.code, self.target.lanes, widths[0], shape)
+        return TileProgram(self.stack, self.code, widths, shape)
 
 
-def _fill(tables: np.ndarray, layers: list[TileLayer]) -> None:
-    """Write the addresses of the cache's tiles."""
+def _fill(program: TileProgram | RowProgram, layers: list[TileLayer]) -> None:
+    """Write the addresses of the cache's tiles, unless they are there."""
+    places = tuple((layer.tiles.data_ptr(), layer.tiles.shape) for layer in layers)
+    if places == program.filled:
+        return
+    program.filled = places
+    tables = program.tables
     batch, entries, _, width = layers[0].tiles.shape
     entries = min(entries, tables.shape[2])
     for table, layer in zip(tables, layers, strict=True):

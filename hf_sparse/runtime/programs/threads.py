@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 import warnings
 from dataclasses import dataclass
@@ -45,6 +46,15 @@ def openmp() -> OpenMP | None:
         address(library, "omp_get_num_threads"),
         address(process, "sched_yield"),
     )
+
+
+def team(lists: int) -> int:
+    """How many threads run `lists` lists: one each, but no more than there are cores for them.
+
+    Threads that wait at a barrier while the one that they wait for has no core make every phase as
+    long as a turn of the scheduler: 150 phases of 8 threads took 1.2 s on two busy cores.
+    """
+    return min(lists, len(os.sched_getaffinity(0)))
 
 
 def _loaded_runtime() -> str | None:

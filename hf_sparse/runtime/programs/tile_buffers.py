@@ -7,8 +7,8 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from hf_sparse.runtime.programs.block import FeedForward, Uses
 from hf_sparse.runtime.programs.dependences import apart, needed_behind
+from hf_sparse.runtime.programs.step import Experts, FeedForward, Uses
 from hf_sparse.runtime.programs.tiling import Tile
 from hf_sparse.runtime.weights.memory import aligned
 from hf_sparse.runtime.weights.panels import CHUNK_ROWS
@@ -52,7 +52,10 @@ class TileBuffers:
         ]
         lasting = _read_behind_waits(sections)
         chunked = {
-            buffer.name for step in steps if isinstance(step, FeedForward) for buffer in step.inner
+            buffer.name
+            for step in steps
+            if isinstance(step, FeedForward | Experts)
+            for buffer in step.inner
         }
         for name in self._features:
             if name in lasting:

@@ -73,9 +73,10 @@ def share(tiles: list[Tile], threads: int) -> list[list[Tile]]:
         where = tiles.index(chosen)
         tiles = [*tiles[:where], *chosen.halves(), *tiles[where + 1 :]]
         divided = _divide(tiles, threads)
-        if _time(divided) >= 0.98 * _time(best):
+        if _time(divided) < 0.98 * _time(best):
+            best = divided
+        elif len(tiles) >= threads:  # with fewer, the time only falls when all long ones are halved
             return best
-        best = divided
 
 
 def _time(lists: list[list[Tile]]) -> float:

@@ -142,7 +142,7 @@ class Linear:
     def row_operation(
         self, x: int, y: int, first: int, last: int, *, add: bool = False
     ) -> Operation:
-        """Multiply rows `first` to `last` (a multiple of `DECODE_ROWS`, or all) with one token.
+        """Multiply rows `first` to `last` (multiples of `SHARED_ROWS`, or all) with one token.
 
         Args:
             x: address of the token's features, in whole vectors.

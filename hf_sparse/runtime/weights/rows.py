@@ -15,14 +15,16 @@ from hf_sparse.runtime.weights.memory import Shelf
 from hf_sparse.runtime.weights.panel_checks import check_values
 from hf_sparse.runtime.weights.panels import PADDING, Array
 
-# Rows after which the streams of a DecodeWeight can be entered: threads share rows at these.
+# Rows after which a DecodeWeight tells where its streams go on.
 DECODE_ROWS = 64
+# Threads share rows in units of these: whole groups of all kernels, and whole vectors.
+SHARED_ROWS = 16
 
 
 def share_rows(rows: int, threads: int) -> list[tuple[int, int]]:
-    """First and last (exclusive) row of each thread, whole units of `DECODE_ROWS`; some have none."""
-    units = -(-rows // DECODE_ROWS)
-    edges = [min(round(units * t / threads) * DECODE_ROWS, rows) for t in range(threads + 1)]
+    """First and last (exclusive) row of each thread, whole units of `SHARED_ROWS`; some have none."""
+    units = -(-rows // SHARED_ROWS)
+    edges = [min(round(units * t / threads) * SHARED_ROWS, rows) for t in range(threads + 1)]
     return list(pairwise(edges))
 
 
@@ -54,7 +56,7 @@ class DecodeWeight:
     def operation(
         self, x: int, y: int, bias: int, first: int, last: int, *, add: bool
     ) -> Operation:
-        """Multiply rows `first` (a multiple of `DECODE_ROWS`) to `last` with one token.
+        """Multiply rows `first` (a multiple of `SHARED_ROWS`) to `last` with one token.
 
         Args:
             x, y, bias: addresses of all features; no bias is 0.
@@ -62,7 +64,9 @@ class DecodeWeight:
             add: onto what is in `y`.
         """
         weight_type, row_words = type_of(self.values), self.words.shape[1]
-        start = int(self.starts[first // DECODE_ROWS])
+        unit = first // DECODE_ROWS
+        before = self.words[unit * DECODE_ROWS // GROUP : first // GROUP]
+        start = int(self.starts[unit]) + int(np.bitwise_count(before).sum(dtype=np.int64))
         return SPARSE_ROWS.operation(
             f"sparse_rows{weight_type.suffix}",
             words=self.words.ctypes.data + first // GROUP * row_words * 8,

@@ -38,6 +38,32 @@ class Norm:
 
 
 @dataclass(frozen=True, eq=False)
+class Expert:
+    """The layers of one expert."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Experts, of which every token uses some.
+
+    Attributes:
+        router: gives a logit for each expert.
+        experts: all of one size.
+        chosen: experts of a token: those with the largest logits.
+        normalised: their weights, the softmax of all logits, are divided by their sum.
+    """
+
+    router: Linear
+    experts: tuple[Expert, ...]
+    chosen: int
+    normalised: bool
+
+
+@dataclass(frozen=True, eq=False)
 class Block:
     """One block. Parts are None where the family has none.
 
@@ -49,6 +75,7 @@ class Block:
         head_norms: of queries and keys: of each head, or of all heads together if they are so long.
         window: how many tokens back a token sees; if attention is not causal, as many ahead.
         rotation: which of a call's rotations turns queries and keys; None for none.
+        mixture: experts in place of one perceptron; `gate`, `up` and `down` are the first one's.
     """
 
     qkv: Linear
@@ -61,12 +88,24 @@ class Block:
     window: int
     added_norms: tuple[Norm, Norm] | None = None
     rotation: int | None = 0
+    mixture: Mixture | None = None
+
+    @property
+    def named_linears(self) -> dict[str, Linear]:
+        """The packed weights by their places in the block, in the order of their use."""
+        named: dict[str, Linear | None] = {"qkv": self.qkv, "out": self.out}
+        if self.mixture is None:
+            named |= {"gate": self.gate, "up": self.up, "down": self.down}
+        else:
+            named["router"] = self.mixture.router
+            for number, expert in enumerate(self.mixture.experts):
+                named |= {f"experts.{number}.{name}": one for name, one in vars(expert).items()}
+        return {name: linear for name, linear in named.items() if linear is not None}
 
     @property
     def linears(self) -> list[Linear]:
         """The packed weights, in the order of their use."""
-        gate = [] if self.gate is None else [self.gate]
-        return [self.qkv, self.out, *gate, self.up, self.down]
+        return list(self.named_linears.values())
 
 
 @dataclass(frozen=True, eq=False)

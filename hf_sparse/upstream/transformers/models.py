@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ATTENTION_SETTING",
+    "EXPERTS_SETTING",
     "KEPT_ON_MODULES",
+    "PUT_BY_DECORATORS",
     "attention_of",
     "block_class",
     "build",
@@ -38,13 +40,17 @@ __all__ = [
 
 # The setting of a config that names the function of attention.
 ATTENTION_SETTING = "_attn_implementation"
+# The setting of a config that names the function of a mixture's experts.
+EXPERTS_SETTING = "_experts_implementation"
+# Functions of its own that transformers' decorators put on classes, by the names that they have there.
+PUT_BY_DECORATORS = {"_apply_gate": ("transformers.integrations.moe", "_default_apply_gate")}
 # Attributes that transformers puts on modules, and that change no output of a model in eval mode.
 KEPT_ON_MODULES = ("_gradient_checkpointing_func", "_is_hf_initialized")
 
 
-def build(model_class: Any, config: Any) -> Any:
+def build(model_class: Any, config: Any, attention: str = "eager") -> Any:
     """A model of a class from a config, with the attention that is written in torch alone."""
-    return model_class._from_config(config, attn_implementation="eager")
+    return model_class._from_config(config, attn_implementation=attention)
 
 
 def has_own_adapters(model: Any) -> bool:

@@ -33,7 +33,7 @@ from hf_sparse.runtime.weights.shuffled import (
 from hf_sparse.runtime.weights.single_rows import choose_kernel
 from tests.support.closeness import same
 from tests.support.compiled_folders import DECODER, logits
-from tests.support.crosses import pairwise
+from tests.support.crosses import cross
 from tests.support.sparse_models import random_model
 
 TYPES = list(WEIGHT_TYPES.values())
@@ -54,7 +54,7 @@ def windowed(
     return torch.from_numpy(weight).to(kept.dtype).float().numpy()
 
 
-@pairwise("rows, columns, window, kept, name", SIZES, WINDOWS, TYPES, list(target.targets()))
+@cross("rows, columns, window, kept, name", SIZES, WINDOWS, TYPES, list(target.targets()))
 def test_shuffled_rows(
     rows: int, columns: int, window: Window, kept: WeightType, name: str, tmp_path_factory
 ) -> None:

@@ -17,9 +17,10 @@ import hf_sparse
 from hf_sparse.runtime.kernels.worker import PHASES
 from hf_sparse.runtime.model.compiled import CompiledLayer
 from hf_sparse.runtime.programs import block, many_tokens, one_token
-from hf_sparse.runtime.programs.block import Buffer, FeedForward, Multiply, Normalise, Uses
 from hf_sparse.runtime.programs.dependences import Use, apart, needed_behind, sections
 from hf_sparse.runtime.programs.shape import Shape
+from hf_sparse.runtime.programs.step import Buffer, FeedForward, Multiply, Normalise, Uses
+from hf_sparse.runtime.programs.step import Step as AnyStep
 from hf_sparse.runtime.weights.stack import Block, Stack
 from tests.support.tiny_models import tiny_model
 
@@ -105,7 +106,7 @@ def test_threads_wait_where_they_need_others_and_nowhere_else(seed: int) -> None
         assert any(collide(section[0], earlier) for earlier in before)
 
 
-def parallel_steps(stack: Stack, one: Block) -> list[block.Step]:
+def parallel_steps(stack: Stack, one: Block) -> list[AnyStep]:
     """Attention and perceptron of the same hidden states, side by side."""
     found = block.steps(stack, one)
     norms = [step for step in found if isinstance(step, Normalise)]

@@ -33,7 +33,7 @@ def test_benchmark_times_every_way(family: str) -> None:
 
 
 def test_models_that_are_compiled_layer_by_layer_are_timed(tmp_path: Path) -> None:
-    model = tiny_model("gpt_neox")
+    model = tiny_model("stablelm")
     hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", 0.8), "magnitude")
     found = hf_sparse.benchmark(model, tokens=9, repeats=1)
     assert [one.name for one in found.forward] == ["torch", "compiled"]

@@ -21,6 +21,7 @@ from hf_sparse.report import format_table
 from hf_sparse.runtime.llvm.target import host
 from hf_sparse.runtime.model.compiled import compile as compile_model
 from hf_sparse.runtime.model.configured import why_not_compiled
+from hf_sparse.runtime.model.profile import Profile, profile_call
 from hf_sparse.structure.layers import target_layers
 from hf_sparse.upstream.transformers.caches import cache_name
 
@@ -127,15 +128,7 @@ def benchmark(
         ValueError: the model cannot be compiled, or a size is not positive or beyond the model's
             positions.
     """
-    check_model(model, "benchmark", PreTrainedModel)
-    for name, value in (("batch", batch), ("tokens", tokens), ("repeats", repeats)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} is {value!r}; wanted a whole number, at least 1.")
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and tokens > limit:
-        raise ValueError(f"tokens is {tokens}, but the model has {limit} positions.")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError("models with an encoder and a decoder are not timed; wanted one stack.")
+    _check(model, batch, tokens, repeats)
     ids = torch.randint(0, model.config.vocab_size, (batch, tokens))
     with switched(model, training=False):
         ways = {"torch": model}
@@ -150,6 +143,48 @@ def benchmark(
     return Benchmark(
         batch, tokens, torch.get_num_threads(), forward, decode, processor_name(), host().name
     )
+
+
+def _check(model: PreTrainedModel, batch: int, tokens: int, repeats: int) -> None:
+    """Raise a ValueError unless a model can be timed with such an input."""
+    check_model(model, "benchmark", PreTrainedModel)
+    for name, value in (("batch", batch), ("tokens", tokens), ("repeats", repeats)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} is {value!r}; wanted a whole number, at least 1.")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise ValueError(f"tokens is {tokens}, but the model has {limit} positions.")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError("models with an encoder and a decoder are not timed; wanted one stack.")
+
+
+def profile(
+    model: PreTrainedModel, batch: int = 1, tokens: int = 128, repeats: int = 10
+) -> dict[str, Profile]:
+    """Compile a model, and tell the time of each kernel inside real calls.
+
+    Args:
+        model: as `benchmark`'s.
+        batch, tokens: shape of the input.
+        repeats: calls, of which the means are told.
+
+    Returns:
+        `forward`: of a call with all tokens; `new token`: of one with the last, the others in the
+        cache, if the model generates.
+
+    Raises:
+        ValueError: as `benchmark`.
+    """
+    _check(model, batch, tokens, repeats)
+    ids = torch.randint(0, model.config.vocab_size, (batch, tokens))
+    with switched(model, training=False), torch.inference_mode():
+        compiled = compile_model(model)
+        count = batch * tokens
+        found = {"forward": profile_call(compiled, _forward(compiled, ids), count, False, repeats)}
+        if model.can_generate() and tokens > 1 and why_not_compiled(model.config) is None:
+            step = _decode(compiled, ids)
+            found["new token"] = profile_call(compiled, step, batch, True, repeats)
+    return found
 
 
 def _filled(model: PreTrainedModel) -> PreTrainedModel:

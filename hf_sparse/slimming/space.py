@@ -1,0 +1,236 @@
+"""What of a model can go for a budget, and the mixes of it that are tried."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
+
+from hf_sparse.calibration.block_scores import Batches, mean_loss, skipping
+from hf_sparse.dropping import Choice, by_loss
+from hf_sparse.slimming.budget import Budget
+from hf_sparse.slimming.costs import Costs, Weights, times_of
+from hf_sparse.slimming.plan import SlimChoice, SlimPlan
+from hf_sparse.slimming.width import Ranking, without_units
+from hf_sparse.structure.depth import Depth
+from hf_sparse.structure.layers import PRUNED_WITH
+from hf_sparse.structure.own_config import is_expressible, set_size_, tell_modules_
+from hf_sparse.structure.parts import BlockSize, parts_of
+from hf_sparse.structure.targets import promised_layers, renew_promise_
+from hf_sparse.structure.units import BlockUnits, check_whole, find_units
+
+# Of blocks, of heads of keys and of neurons at least this share stays.
+LEAST = 0.25
+# Numbers of blocks that are tried, from none to as many as keep to the budget alone.
+_DEPTHS = 5
+# Neurons come in such numbers, which kernels like.
+_STEP = 16
+
+
+@dataclass(frozen=True)
+class Space:
+    """A model and what of it can go.
+
+    Attributes:
+        model: the model.
+        depth: its blocks; None: they stay.
+        choice: which of them can go.
+        units: the units of each block; empty: they stay.
+    """
+
+    model: PreTrainedModel
+    depth: Depth | None
+    choice: Choice | None
+    units: tuple[BlockUnits, ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, axes: Sequence[str]) -> Space:
+        """Look what can go.
+
+        Raises:
+            ValueError: the model lacks an axis.
+        """
+        depth = Depth.of(model) if "depth" in axes else None
+        choice = None if depth is None else Choice.of(depth, 1)
+        units = tuple(find_units(model)) if "width" in axes else ()
+        for one in units:
+            check_whole(one.layers)
+        sizes = list({one.size for one in units})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"the blocks of this {type(model).__name__} have {len(sizes)} different sizes, and "
+                "axis 'width' takes as many units of each. Take axes=('depth',), or the model before "
+                "hf_sparse.shrink_."
+            )
+        if sizes and not is_expressible(model, _smaller(sizes[0])):
+            raise ValueError(
+                f"a config of type '{model.config.model_type}' tells no number of neurons but "
+                f"{sizes[0].neurons}, so that axis 'width' is not open. Take axes=('depth',)."
+            )
+        return cls(model, depth, choice, units)
+
+    @property
+    def size(self) -> BlockSize | None:
+        """Of each block; None: it is not looked at."""
+        return self.units[0].size if self.units else None
+
+    @property
+    def count(self) -> int:
+        """How many blocks there are."""
+        return len(self.units) if self.depth is None else len(self.depth.blocks)
+
+    @property
+    def most(self) -> int:
+        """How many blocks may go."""
+        if self.depth is None:
+            return 0
+        return min(self.count - math.ceil(LEAST * self.count), self.count - len(self.depth.lists))
+
+    def sizes(self) -> list[BlockSize | None]:
+        """The numbers of heads that blocks may have, each with all neurons."""
+        size = self.size
+        if size is None:
+            return [None]
+        queries, fixed = size.heads // size.key_heads, self.units[0].parts.fixed
+        least = size.key_heads if fixed else math.ceil(LEAST * size.key_heads)
+        found = [
+            BlockSize(groups * queries, groups, size.neurons)
+            for groups in _spread(least, size.key_heads, _DEPTHS)
+        ]
+        return [one for one in found if one == size or is_expressible(self.model, one)]
+
+    def costs(self, unit: str, batches: Batches) -> Costs:
+        """What smaller models cost."""
+        if unit == "ms":
+            return times_of(self.model, self.depth, self.units, batches[0])
+        modules = [one.block for one in self.units] if self.depth is None else self.depth.blocks
+        return Weights.in_model(self.model, modules, self.units, unit)
+
+    def check_possible(self, budget: Budget, limit: float, costs: Costs) -> None:
+        """Refuse a budget that is met already, or cannot be kept, before losses are measured."""
+        whole = costs.of((), self.size)
+        if limit >= whole:
+            raise ValueError(
+                f"{budget.told} is met already: this {type(self.model).__name__} has {whole:,.6g} "
+                f"{budget.unit}. Ask for less."
+            )
+        least = costs.of(range(self.most), _with(self.sizes()[0], self._least_neurons()))
+        if limit < least:
+            raise ValueError(
+                f"{budget.told} cannot be kept: with a quarter of its blocks, heads and neurons, as "
+                f"far as the axes {', '.join(self._axes())} reach, this {type(self.model).__name__} "
+                f"has {least:,.6g} of {whole:,.6g} {budget.unit}. The nearest is "
+                f"{budget.nearest(least, whole)}."
+            )
+
+    def run(
+        self, limit: float, costs: Costs, batches: Batches
+    ) -> tuple[float, Ranking | None, list[SlimChoice]]:
+        """Measure the loss of the model, rank its units, and measure the mixes."""
+        ranking = Ranking.of(self.model, self.units, batches) if self.units else None
+        order: list[int] = []
+        if self.choice is not None:
+            wanted = next(
+                (n for n in range(1, self.most + 1) if costs.of(range(n), self.size) <= limit),
+                self.most,
+            )
+            order, _, _, _ = by_loss(self.choice, wanted, batches)
+        loss = mean_loss(self.model, batches)
+        mixes = list(self._mixes(order, limit, costs))
+        found = []
+        for removed, size in tqdm(mixes, desc="Measuring mixes"):
+            found.append(
+                SlimChoice(
+                    removed,
+                    size,
+                    costs.of(removed, size),
+                    self._loss(removed, size, ranking, batches),
+                )
+            )
+        finite = [choice for choice in found if math.isfinite(choice.loss)]
+        if not finite:
+            raise ValueError(
+                f"no mix of {', '.join(self._axes())} keeps to the budget with a finite loss. Allow "
+                "more, or look at the data."
+            )
+        return loss, ranking, finite
+
+    def _axes(self) -> list[str]:
+        return [name for name, there in (("depth", self.depth), ("width", self.units)) if there]
+
+    def _least_neurons(self) -> int:
+        return math.ceil(LEAST * self.size.neurons) if self.size is not None else 0
+
+    def _mixes(
+        self, order: Sequence[int], limit: float, costs: Costs
+    ) -> Iterator[tuple[tuple[int, ...], BlockSize | None]]:
+        """The mixes that keep to the budget, with as many neurons as it allows."""
+        for count in _spread(0, len(order), _DEPTHS):
+            removed = tuple(order[:count])
+            for size in reversed(self.sizes()):
+                if costs.of(removed, size) <= limit:
+                    yield removed, size
+                    break  # fewer heads would only be less
+                if size is not None and (fits := self._neurons(removed, size, limit, costs)):
+                    yield removed, fits
+
+    def _neurons(
+        self, removed: Sequence[int], size: BlockSize, limit: float, costs: Costs
+    ) -> BlockSize | None:
+        """The size with as many neurons as the budget allows; None: fewer than may stay."""
+        step = _STEP if size.neurons >= 4 * _STEP else 1
+        counts = range(size.neurons // step * step, self._least_neurons() - 1, -step)
+        sizes = (BlockSize(size.heads, size.key_heads, count) for count in counts)
+        return next((one for one in sizes if costs.of(removed, one) <= limit), None)
+
+    def _loss(
+        self,
+        removed: Sequence[int],
+        size: BlockSize | None,
+        ranking: Ranking | None,
+        batches: Batches,
+    ) -> float:
+        """The loss without what goes."""
+        blocks = [] if self.depth is None else [self.depth.blocks[number] for number in removed]
+        with skipping(blocks):
+            if size is None or ranking is None:
+                return mean_loss(self.model, batches)
+            with without_units(self.units, ranking, size):
+                return mean_loss(self.model, batches)
+
+    def apply(self, plan: SlimPlan) -> None:
+        """Remove from the model what the plan says."""
+        best, targets = plan.best, promised_layers(self.model)
+        kept = [number for number in range(self.count) if number not in best.removed]
+        if self.depth is not None and best.removed:
+            self.depth.keep_(kept)
+            renew_promise_(self.model, targets)
+        if best.size is None or best.size == self.size or plan.ranking is None:
+            return
+        for number in kept:
+            self.units[number].keep_(*plan.ranking.kept(number, best.size))
+        if parts_of(self.model.config) is not None:
+            set_size_(self.model.config, best.size)
+        else:
+            tell_modules_(self.model, best.size)
+        # What was promised of zeros was promised of weights that are gone.
+        vars(self.model).pop(PRUNED_WITH, None)
+        if getattr(self.model.config, "sparsity_config", None) is not None:
+            self.model.config.sparsity_config = None
+
+
+def _spread(first: int, last: int, most: int) -> list[int]:
+    """At most so many whole numbers from the first to the last."""
+    count = min(most, last - first + 1)
+    return sorted({round(first + n * (last - first) / max(count - 1, 1)) for n in range(count)})
+
+
+def _smaller(size: BlockSize) -> BlockSize:
+    return BlockSize(size.heads, size.key_heads, size.neurons - 1)
+
+
+def _with(size: BlockSize | None, neurons: int) -> BlockSize | None:
+    return None if size is None else BlockSize(size.heads, size.key_heads, neurons)

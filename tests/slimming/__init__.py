@@ -1,0 +1,1 @@
+"""Tests of one budget over depth and width."""
