@@ -21,8 +21,6 @@ import torch
 from numpy.typing import NDArray
 
 _PAGE, _LINE = 4096, 64
-# Around each block: as floats NaN, as indices far beyond anything.
-_PATTERN = np.frombuffer((0x7FC05AA5).to_bytes(4, "little") * (_PAGE // 4), np.uint8)
 _CACHED = type(functools.cache(lambda: None))
 _OURS = ("hf_sparse.", "tests.")
 
@@ -146,6 +144,13 @@ def _located(
     return numbers, (numbers >= 0) & (words <= ends[numbers])
 
 
+def _pattern(number: int, pages: int) -> NDArray[np.uint8]:
+    """What is around a copy: signalling NaN, which sums, and copies from elsewhere, do not leave."""
+    random = np.random.default_rng(number)
+    words = random.integers(0x7F800001, 0x7FBFFFFF, pages * _PAGE // 4, np.uint32)
+    return words.view(np.uint8)
+
+
 class Image:
     """Copies of blocks for other addresses, each in pages of its own, close to the end of the last.
 
@@ -164,7 +169,7 @@ class Image:
             pages = -(-(block.nbytes + _LINE) // _PAGE)
             room = pages * _PAGE - block.nbytes
             self._places.append(room - (room - block.start) % _LINE)
-            self.pieces.append((base, np.tile(_PATTERN, pages)))
+            self.pieces.append((base, _pattern(len(self.pieces), pages)))
             base += pages * _PAGE
         self.end = base
         self._starts = np.array([block.start for block in blocks], np.int64)
@@ -198,7 +203,7 @@ class Image:
         found = []
         for number, (block, place) in enumerate(zip(self.blocks, self._places, strict=True)):
             page = self.pieces[number][1]
-            wrong = np.flatnonzero(page != np.resize(_PATTERN, len(page))) - place
+            wrong = np.flatnonzero(page != _pattern(number, len(page) // _PAGE)) - place
             for at in wrong[(wrong < 0) | (wrong >= block.nbytes)].tolist()[:1]:
                 found.append(f"byte {at} of the {block.nbytes} at {block.start:#x} was written")
         return found
