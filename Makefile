@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 INSTALL := $(PIP) install -q -c constraints.txt
 
-.PHONY: demo test test-slow test-optimum test-newest test-oldest test-other-cpu quality style bench \
-	bench-pruning bench-peers sst2 clean
+.PHONY: demo test test-slow test-optimum test-newest test-oldest test-other-cpu test-arm quality style \
+	bench bench-pruning bench-peers sst2 clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/prune_and_reload.py
@@ -34,6 +34,22 @@ test-oldest: .oldest/ready
 # As on a CPU with AVX2 and no AVX-512, and with the last bits of torch's products disturbed.
 test-other-cpu: $(VENV)/dev
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -n 2 --target avx2 --jitter
+
+# Compiles the kernels for ARM and runs them under qemu. Installs it and a cross compiler where apt-get does.
+test-arm: $(VENV)/dev
+	@command -v qemu-aarch64 > /dev/null && command -v aarch64-linux-gnu-gcc > /dev/null || $(MAKE) arm-tools
+	$(BIN)/python -m pytest --arm $(ARM_TESTS)
+
+ARM_TESTS := tests/runtime/kernels tests/runtime/programs tests/runtime/model/test_compile.py
+
+arm-tools:
+	@command -v apt-get > /dev/null || { echo "test-arm needs qemu-aarch64 and aarch64-linux-gnu-gcc with its" \
+		"C library, and knows how to install them by apt-get alone: install them, and run it again." >&2; exit 1; }
+	$(AS_ROOT) apt-get update -q
+	$(AS_ROOT) apt-get install -q -y --no-install-recommends \
+		qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross
+
+AS_ROOT = $(if $(filter-out 0,$(shell id -u)),sudo)
 
 quality: $(VENV)/dev
 	$(BIN)/ruff check .

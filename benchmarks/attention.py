@@ -14,7 +14,7 @@ import time
 
 if __name__ == "__main__":  # help and wrong usage need no slow import
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--target", help="avx512, avx2 or portable")
+    parser.add_argument("--target", help="avx512, avx2 or portable; on ARM neon")
     args = parser.parse_args()
 
 import numpy as np

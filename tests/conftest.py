@@ -1,4 +1,4 @@
-"""Settings that hold for all tests, and two ways to run them as another machine would."""
+"""Settings that hold for all tests, and three ways to run them as another machine would."""
 
 from __future__ import annotations
 
@@ -22,9 +22,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="disturb the last bits of torch's products, as other CPUs and memory alignments do",
     )
+    parser.addoption(
+        "--arm", action="store_true", help="compile kernels for ARM, and run them under qemu"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--arm"):
+        from tests.support import arm
+
+        if missing := arm.missing():
+            raise pytest.UsageError(
+                f"--arm needs {' and '.join(missing)}: `make test-arm` installs them on Debian."
+            )
+        arm.install()
     if name := config.getoption("--target"):
         from hf_sparse.runtime.llvm import target
 
@@ -83,3 +94,24 @@ def _other_machine(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with Jitter():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _arm_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What goes wrong in the emulated process is known to the test alone."""
+    yield
+    if request.config.getoption("--arm"):
+        from tests.support import arm
+
+        found, arm.failures[:] = arm.failures[:3], []
+        assert not found, found
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if config.getoption("--arm"):
+        from tests.support import arm
+
+        counts = ", ".join(f"{count} {name}" for name, count in arm.counted.items())
+        terminalreporter.write_line(f"ARM kernels under qemu: {counts} compared with x86 code")

@@ -51,7 +51,9 @@ def test_prune_and_reload(dense: Path, tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "examples/prune_and_reload.py", *arguments, *small]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"compiled for (avx512|avx2|portable); seed 0$", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"compiled for (avx512|avx2|portable|neon); seed 0$", done.stdout, re.MULTILINE
+    )
     # Perplexity, sparsity, megabytes, milliseconds a token compiled; of the dense model in torch, too.
     number = r" +(\d+\.\d+)"
     (dense_row,) = re.findall(rf"^dense{number * 5}$", done.stdout, re.MULTILINE)

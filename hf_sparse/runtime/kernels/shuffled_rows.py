@@ -152,12 +152,19 @@ def _chosen(f: Function, target: Target, window: Window, source: Value, places: 
 
 
 def _by_bytes(f: Function, target: Target, window: Window, source: Value, places: Value) -> Value:
-    """The same by shuffles of 16 bytes, for each four features of the window."""
+    """The same by shuffles of 16 bytes, for each four features of the window, or for all at once."""
     bytes_kind, quarters = vector(16, "i8"), window.columns // 4
     tables = [f.part(source, 4 * q, 4).cast("bitcast", bytes_kind) for q in range(quarters)]
     parts = []
     for first in range(0, lanes_of(places.kind), 4):
         own = f.part(places, first, 4)
+        if target.has.lookup:
+            index = ((own & (window.columns - 1)) * 0x04040404 + 0x03020100).cast(
+                "bitcast", bytes_kind
+            )
+            name = target.has.lookup.format(tables=quarters)
+            parts.append(f.call(bytes_kind, name, *tables, index).cast("bitcast", vector(4)))
+            continue
         order = (own & 3) * 0x04040404 + 0x03020100
         quarter = (own >> 2) & (quarters - 1)
         nothing = f.constant(-0x7F7F7F80, order.kind)

@@ -54,8 +54,7 @@ def compile_kernels(
         target: what the code is for.
         cache: folder of the object code, or None to keep none; `~` is the home folder.
     """
-    declared = sorted(set().union(*(function.declarations for function in functions)))
-    text = "\n".join([*declared, *(function.text() for function in functions)])
+    text = _text(functions)
     version = ".".join(map(str, llvm().llvm_version_info))
     key = hashlib.sha256(f"{version}\n{target}\n{text}".encode()).hexdigest()
     with _LOCK:
@@ -67,12 +66,29 @@ def compile_kernels(
         return Code(target, stored, functions)
 
 
+def object_code(functions: Sequence[Function], target: Target) -> bytes:
+    """An object file with `functions`, for this machine or another (`target.elsewhere`)."""
+    with _LOCK:
+        return _compile(_text(functions), target)
+
+
+def _text(functions: Sequence[Function]) -> str:
+    """The IR of a module."""
+    declared = sorted(set().union(*(function.declarations for function in functions)))
+    return "\n".join([*declared, *(function.text() for function in functions)])
+
+
 def _machine(target: Target) -> Any:
     """A new one for each use: an engine frees the one that it was made with."""
     binding = llvm()
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    return binding.Target.from_triple(binding.get_process_triple()).create_target_machine(
+    if target.triple:
+        binding.initialize_all_targets()
+        binding.initialize_all_asmprinters()
+    else:
+        binding.initialize_native_target()
+        binding.initialize_native_asmprinter()
+    triple = target.triple or binding.get_process_triple()
+    return binding.Target.from_triple(triple).create_target_machine(
         cpu=target.cpu, features=target.features, opt=3
     )
 

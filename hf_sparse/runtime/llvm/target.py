@@ -23,6 +23,7 @@ class Instructions:
         reciprocal: 14 bits of 1 / x. Masked as well.
         permute: a register of floats, each lane of which takes the one that a register of i32 names;
             bits beyond the number of lanes do not count.
+        lookup: as `shuffle`, from `{tables}` registers, up to 4, that stand behind one another.
     """
 
     shuffle: str
@@ -34,6 +35,7 @@ class Instructions:
     scale: str = ""
     reciprocal: str = ""
     permute: str = ""
+    lookup: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class InstructionSet:
 
 _X86, _ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
 _PSHUFB, _PAUSE = "llvm.x86.ssse3.pshuf.b.128", "llvm.x86.sse2.pause"
+_TBL = "llvm.aarch64.neon.tbl{tables}.v16i8"
 _TSC, _STEADY = "llvm.readcyclecounter", "llvm.readsteadycounter"
 
 # Of a machine, the best first: a CPU that runs one also runs those below it.
@@ -109,12 +112,12 @@ INSTRUCTION_SETS = (
         cpu="x86-64-v2",
     ),
     InstructionSet(
-        "portable",
+        "neon",
         _ARM,
         lanes=4,
         registers=32,
         needs=(),  # NEON is in every CPU of this architecture
-        has=Instructions("llvm.aarch64.neon.tbl1.v16i8", _STEADY, half=True),
+        has=Instructions(_TBL.format(tables=1), _STEADY, half=True, lookup=_TBL),
     ),
 )
 
@@ -155,6 +158,7 @@ class Target:
         name: of its row in `INSTRUCTION_SETS`.
         lanes, registers, has: of the row.
         cpu, features: for LLVM.
+        triple: LLVM's name of another machine, for which code is made but not run; empty for this one.
     """
 
     name: str
@@ -163,6 +167,7 @@ class Target:
     has: Instructions
     cpu: str
     features: str
+    triple: str = ""
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -247,6 +252,18 @@ def _target(row: InstructionSet) -> Target:
     features += [f"-{flag}" for flag in flags if flag.startswith(row.without)]
     cpu = row.cpu or binding.get_host_cpu_name()
     return Target(row.name, row.lanes, row.registers, row.has, cpu, ",".join(features))
+
+
+def elsewhere(row: InstructionSet) -> Target:
+    """The target of a row on any machine with Linux: of a CPU that has what the row needs, and no more.
+
+    Kernels for it are made by `jit.object_code`; this process does not run them.
+    """
+    features = ",".join([*(f"+{feature}" for feature in row.needs), *row.features])
+    triple = f"{row.machines[0]}-unknown-linux-gnu"
+    return Target(
+        row.name, row.lanes, row.registers, row.has, row.cpu or "generic", features, triple
+    )
 
 
 def named(name: str | None) -> Target:

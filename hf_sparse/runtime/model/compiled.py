@@ -83,7 +83,7 @@ def compile(
 
     Args:
         model: a transformers model on the CPU.
-        target: `avx512`, `avx2` or `portable`; what the CPU can do best by default.
+        target: `avx512`, `avx2` or `portable`, on ARM `neon`; what the CPU can do best by default.
         cache: folder that keeps the machine code, or None to keep none.
 
     Returns:

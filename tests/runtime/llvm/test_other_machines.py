@@ -1,0 +1,73 @@
+"""Code for machines that this is not: every row of the table makes it, and it says for what it is."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_sparse.runtime.kernels import activation, single_token, tiles, worker
+from hf_sparse.runtime.kernels.all import kernel_functions
+from hf_sparse.runtime.kernels.shuffled_rows import WINDOWS, shuffled_rows
+from hf_sparse.runtime.kernels.weight_types import BFLOAT16, FLOAT16, WEIGHT_TYPES, WeightType
+from hf_sparse.runtime.llvm import target
+from hf_sparse.runtime.llvm.ir import Function
+from hf_sparse.runtime.llvm.jit import object_code
+
+ROWS = [pytest.param(row, id=row.name) for row in target.INSTRUCTION_SETS]
+# What files for Linux call the machines.
+MACHINES = {"x86_64": 62, "aarch64": 183}
+
+
+def check(row: target.InstructionSet, functions: list[Function]) -> None:
+    code = object_code(functions, target.elsewhere(row))
+    assert code[:5] == b"\x7fELF\x02"
+    assert int.from_bytes(code[18:20], "little") == MACHINES[row.machines[0]]
+    for function in functions:
+        assert f"\0{function.name}\0".encode() in code
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_instruction_of_the_table_compiles(
+    row: target.InstructionSet, capfd: pytest.CaptureFixture[str]
+) -> None:
+    chosen = target.elsewhere(row)
+    check(
+        row,
+        [
+            worker.worker(chosen, parallel=True, timed=True),
+            activation.activation(chosen, "silu", gated=False),
+            single_token.sparse_rows(chosen, BFLOAT16),
+            *(shuffled_rows(chosen, window, FLOAT16) for window in WINDOWS),
+        ],
+    )
+    assert (
+        not capfd.readouterr().err
+    )  # LLVM complains about features and CPUs that it does not know
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", WEIGHT_TYPES.values(), ids=lambda kept: str(kept.dtype)[6:])
+@pytest.mark.parametrize("row", ROWS)
+def test_every_kernel_compiles(row: target.InstructionSet, kept: WeightType) -> None:
+    check(row, kernel_functions(target.elsewhere(row), kept))
+
+
+def test_features_of_capabilities_are_known_to_llvm(capfd: pytest.CaptureFixture[str]) -> None:
+    for row in target.CAPABILITIES:
+        made = target.InstructionSet(
+            row.name, row.machines, 4, 16, row.needs, target.Instructions("", "")
+        )
+        chosen = target.elsewhere(made)
+        object_code([tiles.copy(chosen)], chosen)
+    assert not capfd.readouterr().err
+    unknown = target.InstructionSet(
+        "", ("aarch64",), 4, 16, ("dotprods",), target.Instructions("", "")
+    )
+    object_code([tiles.copy(target.elsewhere(unknown))], target.elsewhere(unknown))
+    assert "dotprods" in capfd.readouterr().err
+
+
+def test_a_name_stands_for_one_row_of_a_machine() -> None:
+    for machine in MACHINES:
+        names = [row.name for row in target.INSTRUCTION_SETS if machine in row.machines]
+        assert names
+        assert len(set(names)) == len(names)
