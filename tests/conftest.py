@@ -114,4 +114,4 @@ def pytest_terminal_summary(
         from tests.support import arm
 
         counts = ", ".join(f"{count} {name}" for name, count in arm.counted.items())
-        terminalreporter.write_line(f"ARM kernels under qemu: {counts} compared with x86 code")
+        terminalreporter.write_line(f"ARM kernels under qemu, compared with x86 code: {counts}")

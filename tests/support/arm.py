@@ -30,7 +30,7 @@ from hf_sparse.runtime.kernels import worker
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WEIGHT_TYPES
 from hf_sparse.runtime.llvm import jit, target
 from hf_sparse.runtime.llvm.ir import Function
-from tests.support.memory_in_sight import Block, Image, blocks_in_sight, reached
+from tests.support.memory_in_sight import Block, Image, Sight, blocks_in_sight
 
 # A CPU of the first version of the architecture: what it lacks is an illegal instruction.
 QEMU, CPU, COMPILER = "qemu-aarch64", "cortex-a53", "aarch64-linux-gnu-gcc"
@@ -193,7 +193,7 @@ class EmulatedCode:
             for operation in _operations(int(words[0])):
                 name = self._names[int(operation[0])]
                 list(self._pointers(seen, name, operation[1:]))
-        found = [block for block in reached(seen, pointers) if not _within(block, place)]
+        found = [block for block in seen.reached(pointers) if not _within(block, place)]
         blocks = sorted([*found, arguments], key=lambda block: block.start)
         functions = {
             self.addresses[name]: entry for name, entry in self._emulated.entries.items()
@@ -211,9 +211,7 @@ class EmulatedCode:
             _compare(image, twin, 0.0 if ordered else tolerance, words=kernel not in _WORKERS)
         image.take_back()
 
-    def _pointers(
-        self, seen: Sequence[Block], kernel: str, words: NDArray[np.int64]
-    ) -> Iterator[int]:
+    def _pointers(self, seen: Sight, kernel: str, words: NDArray[np.int64]) -> Iterator[int]:
         """The addresses among a kernel's arguments.
 
         Raises:
@@ -222,7 +220,7 @@ class EmulatedCode:
         for parameter, word in zip(self.parameters[kernel], words.tolist(), strict=False):
             kind, name = parameter.split()
             if kind == "ptr" and word:
-                if not reached(seen, [word]):
+                if not seen.knows(word):
                     raise LookupError(f"no array in sight has the memory at {name} of {kernel}")
                 yield word
 

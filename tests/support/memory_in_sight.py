@@ -49,7 +49,7 @@ class Block:
         return np.frombuffer(memoryview(room), np.uint8)
 
 
-def blocks_in_sight(frame: FrameType | None) -> list[Block]:
+def blocks_in_sight(frame: FrameType | None) -> Sight:
     """All memory of arrays that this package's and the tests' functions on the stack know."""
     pending: list[Any] = []
     for name in [name for name in sys.modules if name.startswith("hf_sparse.runtime.weights.")]:
@@ -73,7 +73,7 @@ def blocks_in_sight(frame: FrameType | None) -> list[Block]:
             found.append(_block(one))
         else:
             pending.extend(_parts(one))
-    return _merged(block for block in found if block is not None)
+    return Sight(_merged(block for block in found if block is not None))
 
 
 def _parts(one: object) -> Iterator[Any]:
@@ -120,20 +120,30 @@ def _merged(blocks: Iterable[Block]) -> list[Block]:
     return found
 
 
-def reached(blocks: Sequence[Block], pointers: Iterable[int]) -> list[Block]:
-    """The blocks in which these addresses lie, or those that are written in them."""
-    starts = np.array([block.start for block in blocks], np.int64)
-    ends = np.array([block.end for block in blocks], np.int64)
-    pending, found = list(pointers), set[int]()
-    while pending:
-        numbers, inside = _located(starts, ends, np.array(pending, np.int64))
-        fresh = set(numbers[inside].tolist()) - found
-        found |= fresh
-        pending = []
-        for number in fresh:
-            if blocks[number].words:
-                pending += blocks[number].memory().view(np.int64).tolist()
-    return [blocks[number] for number in sorted(found)]
+class Sight:
+    """Blocks that do not overlap, in order."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = blocks
+        self._starts = np.array([block.start for block in blocks], np.int64)
+        self._ends = np.array([block.end for block in blocks], np.int64)
+
+    def knows(self, pointer: int) -> bool:
+        """Whether an address lies in a block, or right behind it."""
+        return bool(_located(self._starts, self._ends, np.array([pointer]))[1][0])
+
+    def reached(self, pointers: Iterable[int]) -> list[Block]:
+        """The blocks in which these addresses lie, or those that are written in them."""
+        pending, found = list(pointers), set[int]()
+        while pending:
+            numbers, inside = _located(self._starts, self._ends, np.array(pending, np.int64))
+            fresh = set(numbers[inside].tolist()) - found
+            found |= fresh
+            pending = []
+            for number in fresh:
+                if self.blocks[number].words:
+                    pending += self.blocks[number].memory().view(np.int64).tolist()
+        return [self.blocks[number] for number in sorted(found)]
 
 
 def _located(

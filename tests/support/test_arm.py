@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def code() -> EmulatedCode:
+def code() -> Any:
     chosen = arm.arm_target()
     functions = [addition.add(chosen)]
     return EmulatedCode(chosen, object_code(functions, chosen), functions)
@@ -33,7 +34,7 @@ def failures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return arm.failures
 
 
-def test_a_kernel_runs_on_arm(code: EmulatedCode, failures: list[str]) -> None:
+def test_a_kernel_runs_on_arm(code: Any, failures: list[str]) -> None:
     x, y = aligned(8).fill_(2.5), aligned(8).fill_(1.0)
     run(code, addition.SIGNATURE.operation("add", x=x.data_ptr(), y=y.data_ptr(), vectors=2))
     assert not failures
@@ -45,7 +46,7 @@ def test_a_kernel_runs_on_arm(code: EmulatedCode, failures: list[str]) -> None:
     ("vectors", "message"), [(3, r"byte 3\d of the 32 at .* was written"), (4096, "signal 11")]
 )
 def test_a_kernel_that_goes_too_far_is_found(
-    code: EmulatedCode, failures: list[str], vectors: int, message: str
+    code: Any, failures: list[str], vectors: int, message: str
 ) -> None:
     x, y = aligned(8), aligned(8)
     for count in (vectors, 2):
@@ -56,7 +57,7 @@ def test_a_kernel_that_goes_too_far_is_found(
     assert re.search(message, found)
 
 
-def test_memory_that_nobody_holds_is_named(code: EmulatedCode, failures: list[str]) -> None:
+def test_memory_that_nobody_holds_is_named(code: Any, failures: list[str]) -> None:
     x = aligned(8)
     run(code, addition.SIGNATURE.operation("add", x=x.data_ptr(), y=64, vectors=2))
     assert failures == ["add: no array in sight has the memory at y of add"]

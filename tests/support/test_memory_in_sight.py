@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_sparse.runtime.weights.memory import Shelf
-from tests.support.memory_in_sight import Block, Image, blocks_in_sight, reached
+from tests.support.memory_in_sight import Block, Image, blocks_in_sight
 
 BASE = 1 << 33
 
@@ -31,10 +31,10 @@ def test_arrays_are_found_through_what_functions_hold(holder: Holder) -> None:
     bound = functools.partial(print, np.zeros(3))
     found = blocks_in_sight(sys._getframe())
     for array in (holder.array, holder.inner["x"][0].numpy(), bound.args[0]):
-        (block,) = reached(found, [array.ctypes.data])
+        (block,) = found.reached([array.ctypes.data])
         assert (block.start, block.nbytes) == (array.ctypes.data, array.nbytes)
         assert not block.words
-    assert not reached(found, [8])
+    assert not found.reached([8])
 
 
 def test_neighbours_on_a_shelf_are_blocks_of_their_own_and_views_are_not() -> None:
@@ -44,7 +44,7 @@ def test_neighbours_on_a_shelf_are_blocks_of_their_own_and_views_are_not() -> No
     del shelf
     found = blocks_in_sight(sys._getframe())
     for array in (one, other):
-        (block,) = reached(found, [array.ctypes.data + 4])
+        (block,) = found.reached([array.ctypes.data + 4])
         assert (block.start, block.nbytes) == (array.ctypes.data, 64)
     assert view.base is not None
 
@@ -52,7 +52,7 @@ def test_neighbours_on_a_shelf_are_blocks_of_their_own_and_views_are_not() -> No
 def test_addresses_in_words_lead_further_and_are_translated() -> None:
     data = np.arange(10, dtype=np.float32)
     table = np.array([data.ctypes.data + 8, 4, 77], np.int64)
-    blocks = reached(blocks_in_sight(sys._getframe()), [table.ctypes.data])
+    blocks = blocks_in_sight(sys._getframe()).reached([table.ctypes.data])
     assert len(blocks) == 2
     image = Image(blocks, BASE, {77: 99})
     number = next(n for n, block in enumerate(blocks) if block.words)
