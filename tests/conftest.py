@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -40,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
         from hf_sparse.runtime.llvm import target
 
         target.named(name)  # which refuses what this CPU cannot run
-        target.host = functools.cache(lambda: target.targets()[name])
+        target.host = lambda: target.targets()[name]
 
 
 class Jitter(TorchFunctionMode):

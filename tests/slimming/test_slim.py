@@ -131,7 +131,9 @@ def test_milliseconds_are_of_smaller_models_of_the_family(monkeypatch: pytest.Mo
         one = 1 + 0.5 * choice.size.key_heads + choice.size.neurons / 64
         assert choice.cost == pytest.approx(3 + (4 - len(choice.removed)) * one)
         assert choice.cost <= 0.7 * 15 + 1e-6
-    assert plan_slim(model, batches, ms=10.5).best == plan.best
+    again = plan_slim(model, batches, ms=10.5).best
+    assert (again.removed, again.size) == (plan.best.removed, plan.best.size)
+    assert again.loss == pytest.approx(plan.best.loss, rel=1e-4)
 
 
 def test_milliseconds_are_measured() -> None:

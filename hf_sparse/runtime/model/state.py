@@ -77,7 +77,11 @@ def restore_stack(tensors: Mapping[str, Tensor], description: Mapping[str, Any])
         )
         check_restored(stack)
         names, again = stack_state(stack)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except KeyError as error:
+        raise ValueError(
+            f"a compiled model is damaged: {error.args[0]} is missing. Compile it again."
+        ) from error
+    except (TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"a compiled model is damaged: {error!r}. Compile it again.") from error
     extra = sorted(names.keys() ^ tensors.keys())
     require(not extra, "stack", f"the tensors {extra[:3]}, which it does not need")
