@@ -30,6 +30,7 @@ from hf_sparse.runtime.kernels import worker
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WEIGHT_TYPES
 from hf_sparse.runtime.llvm import jit, target
 from hf_sparse.runtime.llvm.ir import Function
+from hf_sparse.runtime.weights import rates
 from tests.support.memory_in_sight import Block, Image, Sight, blocks_in_sight
 
 # A CPU of the first version of the architecture: what it lacks is an illegal instruction.
@@ -72,6 +73,8 @@ def install() -> None:
     target.targets = functools.cache(lambda: {chosen.name: chosen})
     target.host = functools.cache(lambda: chosen)
     jit.Code = _code  # type: ignore[assignment, misc]
+    # The times of an emulator tell nothing.
+    rates.calibrate = lambda chosen, cache: rates.NOMINAL[chosen.name]  # type: ignore[assignment]
 
 
 def _code(chosen: target.Target, objects: bytes, functions: Sequence[Function]) -> Any:
@@ -121,8 +124,7 @@ class Emulated:
         assert self._process.stdout is not None
         data = self._process.stdout.read(nbytes)
         if len(data) < nbytes:
-            _, errors = self._process.communicate()
-            raise ChildProcessError(f"exit code {self._process.returncode}: {errors.decode()}")
+            raise BrokenPipeError
         return data
 
     def run(self, entry: int, argument: int, threads: int, image: Image) -> None:
@@ -142,9 +144,11 @@ class Emulated:
             self._process.stdin.flush()
             for _, page in image.pieces:
                 page[:] = np.frombuffer(self._read(len(page)), np.uint8)
-        except OSError:
+        except BrokenPipeError:
+            assert self._process.stderr is not None
+            errors = self._process.stderr.read().decode()
             self._start()
-            raise
+            raise ChildProcessError(f"the emulated process ended: {errors.strip()}") from None
 
 
 class EmulatedCode:
