@@ -14,6 +14,7 @@ from torch import nn
 import hf_sparse
 from hf_sparse import Metric, SparsityConfig
 from hf_sparse.arguments import _KINDS
+from tests.support.exporting import skip_unless_exports
 from tests.support.tiny_models import (
     prose,
     tiny_batches,
@@ -139,6 +140,7 @@ def checked(call: str) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_values_of_a_wrong_kind_are_refused(call: str, tmp_path: Path) -> None:
+    skip_unless_exports(call)
     given, function = CALLS[call](tmp_path / "new"), getattr(hf_sparse, call)
     for name, kinds in checked(call).items():
         for kind in kinds:
@@ -178,6 +180,7 @@ def test_saving_tells_what_it_wants(values: dict[str, Any], message: str, tmp_pa
 
 @pytest.mark.parametrize("call", ["push_to_hub", "export_onnx", "prune_checkpoint"])
 def test_a_name_is_no_tokenizer(call: str, tmp_path: Path) -> None:
+    skip_unless_exports(call)
     with pytest.raises(ValueError, match="tokenizer is 'gpt2'; wanted a tokenizer"):
         getattr(hf_sparse, call)(**CALLS[call](tmp_path / "new"), tokenizer="gpt2")
 

@@ -14,6 +14,7 @@ from torch import nn
 
 import hf_sparse
 from hf_sparse import SparsityConfig
+from tests.support.exporting import skip_unless_exports
 from tests.support.tiny_models import (
     prose,
     tiny_batches,
@@ -70,6 +71,7 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
 @pytest.mark.parametrize("part", ["", "model.layers.1"])
 @pytest.mark.parametrize("call", CALLS)
 def test_what_has_no_values_is_refused(call: str, part: str, tmp_path: Path) -> None:
+    skip_unless_exports(call)
     model = sparse_model()
     model.get_submodule(part).to("meta")
     message = r"weight (is on the meta device|has no values)"

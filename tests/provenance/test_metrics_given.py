@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import hf_sparse
+from tests.support.exporting import skip_unless_exports
 from tests.support.tiny_models import tiny_model
 
 CALLS: dict[str, Callable[..., Any]] = {
@@ -21,6 +22,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("metrics", [None, [None], "perplexity", {}])
 @pytest.mark.parametrize("call", CALLS)
 def test_what_is_no_list_of_metrics_is_refused(call: str, metrics: Any, tmp_path: Path) -> None:
+    skip_unless_exports(call)
     folder = tmp_path / "user" / "model"
     place = "user/model" if call == "push_to_hub" else folder
     with pytest.raises(ValueError, match=rf"{call}: metrics is .*; wanted a list of hf_sparse\.M"):

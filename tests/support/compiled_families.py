@@ -122,6 +122,8 @@ def model_of(
     torch.manual_seed(0)
     model: PreTrainedModel = auto.from_config(config_of(family, **changes))
     model.eval()
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # transformers 5.20 leaves the cap out otherwise
     with torch.no_grad():
         for parameter in model.parameters():
             noise = 0.1 * torch.randn_like(parameter)

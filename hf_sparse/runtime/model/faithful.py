@@ -109,6 +109,11 @@ def why_other_attention(config: Any) -> str | None:
         found = None if function is None else why_not_own_function(function)
         if found is not None:
             return f"its {what} is '{name}', the function {found}"
+    if attention == "sdpa" and getattr(config, "attn_logit_softcapping", None):
+        # transformers 5.20 does so in silence; 5.24 runs such models by 'eager'.
+        return (
+            "its attention is 'sdpa', which leaves out the cap of the scores that its config tells"
+        )
     return None
 
 
