@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +44,10 @@ def model_class_named(name: str, config_class: type[PreTrainedConfig] | None = N
         return found
     if config_class is None:
         return None
-    parts = {part.__name__: part for part in part_classes(config_class)}
-    known = all_classes_of(config_class)
-    return next((each for each in known if each.__name__ == name), parts.get(name))
+    known = itertools.chain.from_iterable(
+        classes(config_class) for classes in (all_classes_of, part_classes)
+    )
+    return next((each for each in known if each.__name__ == name), None)
 
 
 def part_classes(config_class: type[PreTrainedConfig]) -> list[Any]:

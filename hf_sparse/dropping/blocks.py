@@ -33,6 +33,7 @@ from hf_sparse.calibration.block_scores import Batches, Influence, mean_loss, sk
 from hf_sparse.calibration.losses import check_labels
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.windows import checked_batches, fingerprint
+from hf_sparse.dropping.counts import number_of
 from hf_sparse.dropping.report import DropReport
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
@@ -118,9 +119,7 @@ def number_of_blocks(count: int | float, total: int) -> int:
         ValueError: none of them, or all.
     """
     most = f"at most {total - 1} of the {total} blocks, or a fraction of them in (0, 1)"
-    if isinstance(count, float) and not 0 < count < 1:
-        raise ValueError(f"count is {count}; wanted {most}. A number of blocks is a whole one.")
-    found = round(count * total) if isinstance(count, float) else count
+    found = number_of(count, total, "blocks", most)
     if found < 1:
         raise ValueError(
             f"count is {count}, which is no block of {total}; wanted {most}. The smallest "

@@ -29,6 +29,7 @@ from hf_sparse.arguments import check_finite, check_kinds, check_model
 from hf_sparse.calibration.expert_scores import ExpertUse, expert_use
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.windows import checked_batches, fingerprint
+from hf_sparse.dropping.counts import number_of
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.report import format_table
@@ -192,9 +193,7 @@ def number_of_experts(count: int | float, mixtures: Mixtures) -> int:
         f"at most {total - needed} of the {total} experts of a block, or a fraction of them in (0, 1): "
         f"each token is given {needed}"
     )
-    if isinstance(count, float) and not 0 < count < 1:
-        raise ValueError(f"count is {count}; wanted {most}. A number of experts is a whole one.")
-    found = round(count * total) if isinstance(count, float) else count
+    found = number_of(count, total, "experts", most)
     if found < 1:
         raise ValueError(
             f"count is {count}, which is no expert of {total}; wanted {most}. The smallest fraction "

@@ -33,6 +33,7 @@ from hf_sparse.calibration.block_scores import hidden_in
 from hf_sparse.calibration.hidden_scores import HiddenUse
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.windows import checked_batches, fingerprint
+from hf_sparse.dropping.counts import number_of
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.report import format_table
@@ -179,9 +180,7 @@ def number_of_features(count: int | float, total: int) -> int:
         ValueError: none of them, or all.
     """
     most = f"at most {total - 1} of the {total} hidden features, or a fraction of them in (0, 1)"
-    if isinstance(count, float) and not 0 < count < 1:
-        raise ValueError(f"count is {count}; wanted {most}. A number of features is a whole one.")
-    found = round(count * total) if isinstance(count, float) else count
+    found = number_of(count, total, "features", most)
     if not 1 <= found < total:
         which = "no hidden feature" if found < 1 else "every hidden feature"
         raise ValueError(f"count is {count}, which is {which} of {total}; wanted {most}.")

@@ -140,14 +140,3 @@ def when() -> Function:
 def functions(target: Target) -> list[Function]:
     """All kernels of this file."""
     return [route(target), _move("gather"), _move("scatter"), weigh(target), when()]
-
-
-def route_ref(logits: np.ndarray, chosen: int, *, normalised: bool) -> np.ndarray:
-    """The weights in float64, `(experts, tokens)`, of logits of this shape."""
-    logits = logits.astype(np.float64)
-    weights = np.exp(logits - logits.max(axis=0))
-    weights /= weights.sum(axis=0)
-    largest = np.argsort(-logits, axis=0, kind="stable")[:chosen]
-    found = np.zeros_like(weights)
-    np.put_along_axis(found, largest, np.take_along_axis(weights, largest, 0), 0)
-    return np.asarray(found / found.sum(axis=0) if normalised else found)

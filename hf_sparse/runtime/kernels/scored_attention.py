@@ -20,11 +20,10 @@ tiles of queries and keys.
 
 from __future__ import annotations
 
-import numpy as np
-
 from hf_sparse.runtime.kernels.activation import exponential
 from hf_sparse.runtime.kernels.attention import UNSEEN
 from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.weighted_values import weighted_values
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.llvm.values import Value, Variable, vector
@@ -253,53 +252,11 @@ def capped_row(target: Target) -> Function:
             score = exists.select(score + mask.at(number * 4).load(kind, 4), unseen)
             scores.at(number * 4).store(score, 4)
             largest.set(f.maximum(score, largest.get()))
-    top = f.largest(largest.get()).splat(lanes)
-    weights = f.variable(zero)
-    with f.range(key_tiles * width, step=lanes) as j:
-        place = scores.at(j * 4)
-        weight = exponential(f, target, place.load(kind, 4) - top)
-        place.store(weight, 4)
-        weights.set(weights.get() + weight)
-    inverse = f.constant(1.0, "float") / f.total(weights.get())
-    with f.range(head_dim) as d:
-        total = f.variable(zero)
-        with f.range(key_tiles) as tile:
-            described = table.at(tile * 24)
-            stride = described.at(8).load("i64")
-            row = described.load("ptr").at((v_first + d) * stride)
-            with f.range(width, step=lanes) as j:
-                weight = scores.at((tile * width + j) * 4).load(kind, 4)
-                total.set(f.fma(weight, row.at(j * 4).load(kind, 4), total.get()))
-        out.at(d * 4).store(f.total(total.get()) * inverse)
+    values = (v_first, head_dim)
+    weighted_values(f, target, scores, largest, (table, key_tiles, width), values, out)
     return f
 
 
 def functions(target: Target) -> list[Function]:
     """All kernels of this file."""
     return [*(scored_attention(target, vectors) for vectors in (1, 2, 4)), capped_row(target)]
-
-
-def scored_attention_ref(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    added: np.ndarray,
-    scale: float,
-    cap: float,
-    seen: np.ndarray,
-) -> np.ndarray:
-    """The same in float64, of one head.
-
-    Args:
-        q: `(queries, head_dim)`.
-        k, v: `(keys, head_dim)`.
-        added: mask and bias, `(queries, keys)`.
-        scale, cap: as the kernel's.
-        seen: which keys a query sees, `(queries, keys)`.
-    """
-    q, k, v = (array.astype(np.float64) for array in (q, k, v))
-    scores = scale * q @ k.T
-    scores = cap * np.tanh(scores / cap) if cap else scores
-    scores = np.where(seen, scores + added, UNSEEN)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return np.asarray(weights / weights.sum(axis=-1, keepdims=True) @ v)

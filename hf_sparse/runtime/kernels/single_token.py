@@ -21,10 +21,10 @@ multiple of 16), add.
 from __future__ import annotations
 
 from hf_sparse.runtime.kernels import normalisation, tiles
-from hf_sparse.runtime.kernels.activation import exponential
 from hf_sparse.runtime.kernels.attention import UNSEEN
 from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.kernels.weight_types import BFLOAT16, WeightType
+from hf_sparse.runtime.kernels.weighted_values import weighted_values
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.llvm.values import Value, Variable, vector
@@ -313,24 +313,8 @@ def row_attention(target: Target) -> Function:
                 score = exists.select(f.fma(total.get(), factor, added), unseen)
                 scores.at(number * 4).store(score, 4)
                 largest.set(f.maximum(score, largest.get()))
-        top = f.largest(largest.get()).splat(lanes)
-        weights = f.variable(zero)
-        with f.range(key_tiles * width, step=lanes) as j:
-            place = scores.at(j * 4)
-            weight = exponential(f, target, place.load(kind, 4) - top)
-            place.store(weight, 4)
-            weights.set(weights.get() + weight)
-        inverse = f.constant(1.0, "float") / f.total(weights.get())
-        with f.range(head_dim) as d:
-            total = f.variable(zero)
-            with f.range(key_tiles) as tile:
-                described = table.at(tile * 24)
-                stride = described.at(8).load("i64")
-                row = described.load("ptr").at((v_first + shared + d) * stride)
-                with f.range(width, step=lanes) as j:
-                    weight = scores.at((tile * width + j) * 4).load(kind, 4)
-                    total.set(f.fma(weight, row.at(j * 4).load(kind, 4), total.get()))
-            result.at(d * 4).store(f.total(total.get()) * inverse)
+        values = (v_first + shared, head_dim)
+        weighted_values(f, target, scores, largest, (table, key_tiles, width), values, result)
     return f
 
 

@@ -131,29 +131,11 @@ def _places(window: Window) -> Array:
     return table
 
 
-def _lane_places(packed: ShuffledWeight) -> Array:
+def lane_places(packed: ShuffledWeight) -> Array:
     """The place of each lane in its window, `(groups, windows, UNITS, 8)`."""
     shifts = np.uint32(packed.window.bits) * np.arange(LANES, dtype=np.uint32)
     places: Array = packed.words[..., None] >> shifts & np.uint32(packed.window.columns - 1)
     return places
-
-
-def unpack_shuffled(packed: ShuffledWeight) -> Array:
-    """The weight that was packed, `(rows, columns)` float32."""
-    window, (groups, windows, _, _) = packed.window, packed.values.shape
-
-    def rows(array: Array) -> Array:
-        ordered = array.reshape(groups, windows, UNITS, window.unit_rows, window.kept)
-        return ordered.transpose(0, 2, 3, 1, 4).reshape(-1, windows, window.kept)
-
-    values = rows(type_of(packed.values).widen(packed.values))
-    places = rows(_lane_places(packed)).astype(np.intp)
-    weight = np.zeros((len(values), windows, window.columns), np.float32)
-    for lane in range(window.kept):  # lanes without a weight add 0 to the first column
-        place = places[..., lane, None]
-        added = np.take_along_axis(weight, place, -1) + values[..., lane, None]
-        np.put_along_axis(weight, place, added, -1)
-    return weight.reshape(len(values), -1)[: packed.rows, : packed.columns]
 
 
 def check_shuffled(packed: ShuffledWeight, weight_type: WeightType) -> None:
@@ -183,7 +165,7 @@ def check_shuffled(packed: ShuffledWeight, weight_type: WeightType) -> None:
     require(not beyond.any(), "some words have more bits than places")
     last = replace(packed, words=packed.words[:, -1:])
     left = columns - window.columns * (shape[1] - 1)
-    require(bool((_lane_places(last) < left).all()), "some places are beyond the last column")
+    require(bool((lane_places(last) < left).all()), "some places are beyond the last column")
     # Row `r` of the last group is in unit `r // unit_rows`, lanes from `r % unit_rows * kept` on.
     lanes = packed.values[-1].reshape(shape[1], -1)
     empty = lanes[:, (rows - window.rows * (shape[0] - 1)) * window.kept :]

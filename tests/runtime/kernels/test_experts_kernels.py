@@ -12,15 +12,7 @@ from hf_sparse.runtime.llvm import target
 from hf_sparse.runtime.llvm.jit import Code, compile_kernels
 from hf_sparse.runtime.programs.nested import Nested
 from hf_sparse.runtime.weights.memory import aligned
-
-TARGETS = list(target.targets())
-
-
-@pytest.fixture(scope="module", params=TARGETS)
-def chosen(request: pytest.FixtureRequest) -> target.Target:
-    if TARGETS.index(request.param) < TARGETS.index(target.host().name):
-        pytest.skip("this CPU has not the instructions, or another target was asked for")
-    return target.named(request.param)
+from tests.support.kernel_references import route_ref
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +50,7 @@ def test_route(
 ) -> None:
     logits = 3 * torch.randn(count, width, generator=torch.Generator().manual_seed(count))
     weights, counts = routed(code, logits, tokens, most, normalised=normalised)
-    wanted = experts.route_ref(logits[:, :tokens].numpy(), most, normalised=normalised)
+    wanted = route_ref(logits[:, :tokens].numpy(), most, normalised=normalised)
     np.testing.assert_allclose(weights[:, :tokens].numpy(), wanted, rtol=1e-5, atol=1e-8)
     assert (weights[:, tokens:] == 9).all()
     assert counts.sum() == most * tokens

@@ -31,14 +31,6 @@ TARGETS = list(target.targets())
 SIZES = [(4, 1), (12, 7), (36, 129), (772, 256), (768, 768)]
 
 
-@pytest.fixture(params=TARGETS)
-def chosen(request: pytest.FixtureRequest) -> target.Target:
-    order = list(target.targets())
-    if order.index(request.param) < order.index(target.host().name):
-        pytest.skip(f"this CPU cannot run {request.param}")
-    return target.named(request.param)
-
-
 @pytest.fixture
 def codes(
     chosen: target.Target, tmp_path_factory: pytest.TempPathFactory

@@ -14,15 +14,7 @@ from hf_sparse.runtime.llvm.jit import Code, compile_kernels
 from hf_sparse.runtime.weights.memory import aligned
 from tests.runtime.kernels.test_kernels import key_tiles
 from tests.support.crosses import cross
-
-TARGETS = list(target.targets())
-
-
-@pytest.fixture(scope="module", params=TARGETS)
-def chosen(request: pytest.FixtureRequest) -> target.Target:
-    if TARGETS.index(request.param) < TARGETS.index(target.host().name):
-        pytest.skip("this CPU has not the instructions, or another target was asked for")
-    return target.named(request.param)
+from tests.support.kernel_references import scored_attention_ref
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +46,7 @@ def expected(
     query, key = first + np.arange(len(q))[:, None], np.arange(tokens)
     seen = (key <= query + ahead) & (key > query - window)
     added = mask[:tokens] + (bias[query - key + len(bias) // 2] if biased else 0)
-    return scored_attention.scored_attention_ref(q, keys[0], values[0], added, dim**-0.5, cap, seen)
+    return scored_attention_ref(q, keys[0], values[0], added, dim**-0.5, cap, seen)
 
 
 @cross("vectors, case", [1, 2, 4], [(case,) for case in CASES])

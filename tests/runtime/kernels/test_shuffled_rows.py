@@ -28,12 +28,12 @@ from hf_sparse.runtime.weights.shuffled import (
     check_shuffled,
     find_window,
     pack_shuffled,
-    unpack_shuffled,
 )
 from hf_sparse.runtime.weights.single_rows import choose_kernel
 from tests.support.closeness import same
 from tests.support.compiled_folders import DECODER, logits
 from tests.support.crosses import cross
+from tests.support.kernel_references import unpack_shuffled
 from tests.support.sparse_models import random_model
 
 TYPES = list(WEIGHT_TYPES.values())
