@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from hf_sparse.runtime.model.copying import with_modules
 from hf_sparse.runtime.model.explain import Explanation, explain_layers
 from hf_sparse.runtime.model.faithful import check_blocks, check_parents, why_other_attention
 from hf_sparse.runtime.model.families import COMPILED
+from hf_sparse.runtime.model.generation import generate
 from hf_sparse.runtime.model.layers import (
     NOT_STORED,
     CompiledBlocks,
@@ -155,6 +157,8 @@ def assemble(
     head = model.get_output_embeddings()
     if stack.causal and CompiledHead.suits(head) and why_not_plain(head) is None:
         model.set_output_embeddings(CompiledHead(head, target, cache))
+    if family.last_norm is not None and head is not None and model.can_generate():
+        model.__dict__["generate"] = types.MethodType(generate, model)
     return _finished(model, None, target, cache)
 
 
