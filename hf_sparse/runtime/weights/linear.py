@@ -254,7 +254,8 @@ def pack_linear(
         wanted = [
             (part[:, start:stop], height) for start, stop in columns_of for height, part in summands
         ]
-        packed = [one.on(shelf) for one in pack_many(wanted, torch.get_num_threads(), weight_type)]
+        threads, panel = torch.get_num_threads(), rates.panel_columns
+        packed = [one.on(shelf) for one in pack_many(wanted, threads, weight_type, panel)]
         each = len(summands)
         parts = tuple(tuple(packed[i : i + each]) for i in range(0, len(packed), each))
     rows_weight = None

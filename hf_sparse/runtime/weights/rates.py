@@ -16,7 +16,7 @@ from hf_sparse.runtime.kernels.call import run
 from hf_sparse.runtime.kernels.weight_types import WeightType
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.weights.memory import aligned
-from hf_sparse.runtime.weights.panels import pack
+from hf_sparse.runtime.weights.panels import PANEL_COLUMNS, pack_many
 
 # A layer of BERT-base's size, tokens of one tile.
 _ROWS, _COLUMNS, _REPEATS = 768, 768, 9
@@ -55,11 +55,13 @@ class Rates:
         rows: speed of the kernels for single tokens.
         densities: fractions of blocks that are not zero, ascending.
         speeds: for each height of a block, a speed at each density.
+        panel_columns: of a weight, whose rows of a tile stay in L1 together with the sums.
     """
 
     densities: tuple[float, ...]
     speeds: dict[int, tuple[float, ...]]
     rows: RowRates
+    panel_columns: int = PANEL_COLUMNS
 
     def rate(self, height: int, density: float) -> float:
         """GF/s of stored weights, interpolated."""
@@ -107,6 +109,7 @@ NOMINAL = {
                 "8 of 16": (60.0, 62.0),
             },
         ),
+        panel_columns=192,
     ),
     "portable": Rates(
         _DENSITIES,
@@ -149,7 +152,7 @@ def calibrate(target: Target, cache: Path | None) -> Rates:
         for density in nominal.densities:
             kept = random.random((_ROWS // height, _COLUMNS)) < density
             weight = np.repeat(kept, height, axis=0).astype(np.float32)
-            packed = pack(weight, height)
+            (packed,) = pack_many([(weight, height)], panel_columns=nominal.panel_columns)
             operation = packed.operation(0, 4, x.data_ptr(), y.data_ptr(), 0, spmm.START_SUM)
             times = []
             for _ in range(_REPEATS):
