@@ -23,8 +23,8 @@ SCRIPTS = [
 # Their flags are the fields of transformers' TrainingArguments, which need torch.
 SLOW = [ROOT / "examples" / f"run_{task}.py" for task in ("clm", "glue", "multiple_choice", "qa")]
 QUICK = [script for script in SCRIPTS if script not in SLOW]
-# What may be imported before the arguments are parsed; the last one has flags of the examples.
-LIGHT = {*sys.stdlib_module_names, "hf_sparse_cli", "language_models"}
+# What may be imported before the arguments are parsed; the last two have flags that scripts share.
+LIGHT = {*sys.stdlib_module_names, "hf_sparse_cli", "language_models", "cells"}
 
 
 def name(script: Path) -> str:
