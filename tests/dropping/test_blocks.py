@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import hf_sparse
 from hf_sparse import SparsityConfig, drop_blocks_
 from hf_sparse.cli import main
-from hf_sparse.dropping.blocks import METHODS, number_of_blocks
+from hf_sparse.dropping.blocks import METHODS
+from hf_sparse.dropping.counts import number_of_some
 from hf_sparse.provenance.record import provenance_of
 from hf_sparse.structure.depth import Depth
 from hf_sparse.structure.layers import promised_config
@@ -255,7 +256,7 @@ def test_a_loss_that_is_not_finite_is_refused_and_nothing_is_lost() -> None:
 
 
 def test_a_number_or_a_fraction_of_blocks() -> None:
-    assert [number_of_blocks(count, 30) for count in (1, 29, 0.25, 0.125, 0.375)] == [
+    assert [number_of_some(count, 30, "block") for count in (1, 29, 0.25, 0.125, 0.375)] == [
         1,
         29,
         8,

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 import hf_sparse
 from hf_sparse import SparsityConfig, drop_hidden_
 from hf_sparse.cli import main
-from hf_sparse.dropping.hidden import number_of_features
+from hf_sparse.dropping.counts import number_of_some
 from hf_sparse.provenance.record import provenance_of
 from hf_sparse.structure.gains import norms_of
 from hf_sparse.structure.units import find_units
@@ -242,7 +242,7 @@ def test_it_is_refused_before_work(make: Any, changes: dict[str, Any], message: 
 
 
 def test_encoders_and_numbers_of_features() -> None:
-    assert [number_of_features(count, 576) for count in (1, 64, 0.25)] == [1, 64, 144]
+    assert [number_of_some(count, 576, "hidden feature") for count in (1, 64, 0.25)] == [1, 64, 144]
     torch.manual_seed(0)
     model = AutoModel.from_config(copy.deepcopy(tiny_config("modernbert"))).eval()
     hidden = model.config.hidden_size
