@@ -61,6 +61,15 @@ def measured(cell: Any, *arguments: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+def answer(kind: Any, options: argparse.Namespace, machine: str, measure: Any) -> bool:
+    """Print what a cell of a kind measures, if `--cell` asks for one."""
+    if not options.cell:
+        return False
+    cell = kind(**json.loads(options.cell))
+    print(json.dumps({"cell": asdict(cell), "machine": machine, **measure(cell, options)}))
+    return True
+
+
 def append(file: Path, row: dict[str, Any]) -> None:
     """Add a line to the results."""
     file.parent.mkdir(parents=True, exist_ok=True)

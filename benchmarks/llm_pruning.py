@@ -16,17 +16,16 @@ body over the calibration windows, batch 1, in the same process, taken on 8 of t
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cells import Keyed, add_flags, append, chosen, measured, read
+from cells import Keyed, add_flags, answer, append, chosen, measured, read
 
 if __name__ == "__main__":  # help and wrong usage need no slow import
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -124,10 +123,7 @@ def cells() -> Iterator[Cell]:
 def main(options: argparse.Namespace) -> None:
     """Fill the table, print it, or with --cell measure one line in this process."""
     disable_progress_bar()
-    if options.cell:
-        cell = Cell(**json.loads(options.cell))
-        row = {"cell": asdict(cell), "machine": machine(options.device), **measure(cell, options)}
-        print(json.dumps(row))
+    if answer(Cell, options, machine(options.device), measure):
         return
     if not options.table:
         fill(options)

@@ -19,15 +19,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cells import Keyed, add_flags, append, chosen, measured, read
+from cells import Keyed, add_flags, answer, append, chosen, measured, read
 
 if __name__ == "__main__":  # help and wrong usage need no slow import
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -108,9 +107,7 @@ def main(options: argparse.Namespace) -> None:
     """Fill the table, print it, or with --cell measure one line in this process."""
     disable_progress_bar()
     torch.set_num_threads(options.threads)
-    if options.cell:
-        cell = Cell(**json.loads(options.cell))
-        print(json.dumps({"cell": asdict(cell), "machine": machine(), **measure(cell, options)}))
+    if answer(Cell, options, machine(), measure):
         return
     if options.cost:
         print(f"{machine()}\n")

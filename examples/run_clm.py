@@ -69,13 +69,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         loss = trainer.evaluate()["eval_loss"]
         return {"perplexity": math.exp(loss) if loss < 700 else math.inf}
 
-    task = sparsity.Task(
-        AutoModelForCausalLM,
-        lambda path: sparsity.load(AutoModelForCausalLM, path),
-        make_trainer,
-        evaluate,
-        tokenizer,
-    )
+    task = sparsity.Task(AutoModelForCausalLM, make_trainer, evaluate, tokenizer)
     return sparsity.compare(arguments, training, task)
 
 

@@ -113,10 +113,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
 
     task = sparsity.Task(
         AutoModelForSequenceClassification,
-        lambda path: sparsity.load(AutoModelForSequenceClassification, path, num_labels=labels),
         make_trainer,
         evaluate,
         tokenizer,
+        {"num_labels": labels},
     )
     return sparsity.compare(arguments, training, task)
 

@@ -79,13 +79,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             **{"args": training, **arguments},
         )
 
-    task = sparsity.Task(
-        AutoModelForMultipleChoice,
-        lambda path: sparsity.load(AutoModelForMultipleChoice, path),
-        make_trainer,
-        lambda trainer: {"accuracy": float(trainer.evaluate()["eval_accuracy"])},
-        tokenizer,
-    )
+    def evaluate(trainer: Trainer) -> dict[str, float]:
+        return {"accuracy": float(trainer.evaluate()["eval_accuracy"])}
+
+    task = sparsity.Task(AutoModelForMultipleChoice, make_trainer, evaluate, tokenizer)
     return sparsity.compare(arguments, training, task)
 
 

@@ -191,13 +191,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         found = best_answers(list(validation), questions, starts, ends)
         return squad_scores(found, [row["text"] for row in validation["answers"]])
 
-    task = sparsity.Task(
-        AutoModelForQuestionAnswering,
-        lambda path: sparsity.load(AutoModelForQuestionAnswering, path),
-        make_trainer,
-        evaluate,
-        tokenizer,
-    )
+    task = sparsity.Task(AutoModelForQuestionAnswering, make_trainer, evaluate, tokenizer)
     return sparsity.compare(arguments, training, task)
 
 

@@ -45,6 +45,9 @@ class ShrinkReport(StepReport):
             with transformers alone.
     """
 
+    # The name of the step on the model card.
+    method = "shrink"
+
     names: tuple[str, ...]
     before: tuple[BlockSize, ...]
     after: tuple[BlockSize, ...]
@@ -53,11 +56,6 @@ class ShrinkReport(StepReport):
     notes: tuple[str, ...] = ()
     uniform: bool = False
     plain: bool = False
-
-    @property
-    def method(self) -> str:
-        """The name of the step on the model card."""
-        return "shrink"
 
     @property
     def options(self) -> dict[str, Any]:

@@ -58,6 +58,9 @@ class ExpertReport(StepReport):
         parameters: weights in the whole model, before and after.
     """
 
+    # The name of the step on the model card.
+    method = "drop_experts"
+
     names: tuple[str, ...]
     by: str
     merged: bool
@@ -66,11 +69,6 @@ class ExpertReport(StepReport):
     tokens: tuple[tuple[int, ...], ...] | None
     experts: tuple[int, int]
     parameters: tuple[int, int]
-
-    @property
-    def method(self) -> str:
-        """The name of the step on the model card."""
-        return "drop_experts"
 
     @property
     def options(self) -> dict[str, Any]:

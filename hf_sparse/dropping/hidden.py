@@ -58,17 +58,15 @@ class HiddenReport(StepReport):
             their own are left out.
     """
 
+    # The name of the step on the model card.
+    method = "drop_hidden"
+
     size: tuple[int, int]
     heads: tuple[int, int]
     parameters: tuple[int, int]
     removed: tuple[int, ...]
     scores: tuple[float, ...]
     gains: dict[str, float]
-
-    @property
-    def method(self) -> str:
-        """The name of the step on the model card."""
-        return "drop_hidden"
 
     @property
     def options(self) -> dict[str, Any]:

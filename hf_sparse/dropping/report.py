@@ -27,6 +27,9 @@ class DropReport(StepReport):
         names: of all blocks of the whole model.
     """
 
+    # The name of the step on the model card.
+    method = "drop_blocks"
+
     name: str
     by: str
     removed: tuple[int, ...]
@@ -36,11 +39,6 @@ class DropReport(StepReport):
     loss: tuple[float, float] | None
     all_scores: tuple[float | None, ...]
     names: tuple[str, ...]
-
-    @property
-    def method(self) -> str:
-        """The name of the step on the model card."""
-        return "drop_blocks"
 
     @property
     def options(self) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -22,6 +21,7 @@ from hf_sparse.provenance.record import provenance_of
 from hf_sparse.structure.gains import norms_of
 from hf_sparse.structure.units import find_units
 from tests.support.any_models import tiny_config
+from tests.support.deep_models import adapted
 from tests.support.mixtures import tiny_mixture
 from tests.support.processes import run
 from tests.support.tiny_models import (
@@ -31,6 +31,7 @@ from tests.support.tiny_models import (
     tiny_model,
     tiny_tokenizer,
 )
+from tests.support.unchanged import unchanged
 
 # Of the 32 hidden features of the small models.
 GONE = [1, 4, 5, 11, 17, 20, 30, 31]
@@ -194,12 +195,6 @@ def test_what_is_left_loads_and_generates_without_the_package(tmp_path: Path) ->
     assert "24 of 32" in card
 
 
-def adapted() -> PreTrainedModel:
-    model = model_of("llama")
-    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
-    return model
-
-
 def pruned() -> PreTrainedModel:
     model = model_of("llama")
     hf_sparse.prune_(model, SparsityConfig("2:4"), "magnitude")
@@ -221,7 +216,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: model_of("llama"), {"count": "2"}, "count is '2'"),
     (lambda: model_of("llama"), {"batches": []}, "needs calibration data"),
     (lambda: model_of("bloom"), {}, "config of type 'bloom'"),
-    (adapted, {}, "has adapters"),
+    (lambda: adapted(model_of("llama")), {}, "has adapters"),
     (pruned, {}, "promises zeros of pattern '2:4'"),
     (shrunk, {}, "sizes of their own"),
     (lambda: model_of("llama").to("meta"), {}, "meta device"),
@@ -232,13 +227,9 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("make", "changes", "message"), REFUSED, ids=[row[2] for row in REFUSED])
 def test_it_is_refused_before_work(make: Any, changes: dict[str, Any], message: str) -> None:
     model = make()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
     arguments = {"count": 8, "batches": [ids()], **changes}
-    with pytest.raises(ValueError, match=message):
+    with unchanged(model), pytest.raises(ValueError, match=message):
         drop_hidden_(model, **arguments)
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(value.is_meta or torch.equal(value, before[name]) for name, value in after.items())
 
 
 def test_encoders_and_numbers_of_features() -> None:

@@ -164,6 +164,18 @@ def test_two_bytes_give_what_float32_gives(
         assert torch.equal(one, other)
 
 
+def results_of_starts(
+    weight: np.ndarray, x: torch.Tensor, before: torch.Tensor, bias: np.ndarray
+) -> dict[int, np.ndarray]:
+    """What a product gives that starts with what is there, with the bias, or with both."""
+    product = weight.astype(np.float64) @ x.double().numpy()
+    return {
+        spmm.START_SUM: before.numpy() + product,
+        spmm.START_BIAS: bias[:, None] + product,
+        spmm.START_SUM_BIAS: before.numpy() + bias[:, None] + product,
+    }
+
+
 @pairwise("rows, columns, vectors, height", SIZES, [1, 2, 4], spmm.UNROLL)
 def test_spmm(
     code: Code, chosen: target.Target, rows: int, columns: int, vectors: int, height: int
@@ -173,12 +185,7 @@ def test_spmm(
     x = random_tile(columns, vectors * chosen.lanes)
     before = random_tile(rows, vectors * chosen.lanes, seed=1)
     bias = np.random.default_rng(0).standard_normal(rows).astype(np.float32)
-    product = weight.astype(np.float64) @ x.double().numpy()
-    wanted = {
-        spmm.START_SUM: before.numpy() + product,
-        spmm.START_BIAS: bias[:, None] + product,
-        spmm.START_SUM_BIAS: before.numpy() + bias[:, None] + product,
-    }
+    wanted = results_of_starts(weight, x, before, bias)
     for start, reference in wanted.items():
         y = aligned(*before.shape).copy_(before)
         call_spmm(code, packed, vectors, x, y, bias, start)
@@ -192,12 +199,7 @@ def test_dense(code: Code, chosen: target.Target, rows: int, columns: int, vecto
     x = random_tile(columns, vectors * chosen.lanes)
     before = random_tile(rows, vectors * chosen.lanes, seed=1)
     bias = np.random.default_rng(0).standard_normal(rows).astype(np.float32)
-    product = weight.astype(np.float64) @ x.double().numpy()
-    wanted = {
-        spmm.START_SUM: before.numpy() + product,
-        spmm.START_BIAS: bias[:, None] + product,
-        spmm.START_SUM_BIAS: before.numpy() + bias[:, None] + product,
-    }
+    wanted = results_of_starts(weight, x, before, bias)
     packed = DenseWeight(torch.from_numpy(whole), 2, columns)
     for start, reference in wanted.items():
         y = aligned(*before.shape).copy_(before)
