@@ -52,6 +52,12 @@ def chosen(cells: Iterable[AnyCell], names: list[str] | None) -> list[AnyCell]:
     return [cell for name, cell in by_name.items() if names is None or name in names]
 
 
+def missing(kind: Any, cells: Iterable[Any], options: argparse.Namespace) -> list[Any]:
+    """The cells that `--only` names, or all, but for those that the results have."""
+    done = {kind(**row["cell"]).key for row in read(options.out)}
+    return [cell for cell in chosen(cells, options.only) if cell.key not in done]
+
+
 def measured(cell: Any, *arguments: str) -> dict[str, Any]:
     """What this script prints of a cell, started anew for it alone."""
     command = [sys.executable, sys.argv[0], *sys.argv[1:], "--cell", cell.key, *arguments]

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cells import Keyed, add_flags, answer, append, chosen, measured, read
+from cells import Keyed, add_flags, answer, append, measured, missing, read
 
 if __name__ == "__main__":  # help and wrong usage need no slow import
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -132,8 +132,7 @@ def main(options: argparse.Namespace) -> None:
 
 def fill(options: argparse.Namespace) -> None:
     """Measure the cells that are missing."""
-    done = {Cell(**row["cell"]).key for row in read(options.out)}
-    todo = [cell for cell in chosen(cells(), options.only) if cell.key not in done]
+    todo = missing(Cell, cells(), options)
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.jobs) as pool:
         dense_smollm2(Path(temporary) / "SmolLM2")
         dense_minilm(Path(temporary) / "MiniLM")

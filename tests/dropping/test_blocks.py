@@ -23,7 +23,7 @@ from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.units import find_units
 from hf_sparse_cli.choices import BLOCK_CHOICES
 from tests.support.deep_models import adapted, deep_model, loss_of, quantized
-from tests.support.processes import run
+from tests.support.plain_models import check_plain
 from tests.support.tiny_models import (
     prose,
     tiny_batches,
@@ -108,14 +108,7 @@ def test_what_is_left_loads_and_generates_without_the_package(tmp_path: Path) ->
         hf_sparse.save_pretrained(model, tmp_path / family)
         if family != "bert":
             generated[family] = model.generate(ids, **SETTINGS).tolist()
-    done = run("load_plain_models", *(tmp_path / family for family in models))
-    assert done.returncode == 0, done.stderr
-    for family, line in zip(models, done.stdout.splitlines(), strict=True):
-        answer = json.loads(line)
-        assert (answer["type"], answer["errors"]) == (family, 0)
-        assert answer["class"] == type(models[family]).__name__
-        assert answer["difference"] < 1e-4
-        assert answer.get("generated") == generated.get(family)
+    check_plain(tmp_path, models, generated)
     config = json.loads((tmp_path / "qwen2" / "config.json").read_text())
     assert config["num_hidden_layers"] == len(config["layer_types"]) == 2
 

@@ -24,7 +24,7 @@ from hf_sparse_cli.choices import EXPERT_CHOICES
 from tests.support.any_models import tiny_config
 from tests.support.deep_models import adapted, quantized
 from tests.support.mixtures import MIXTURES, SeparateExperts, mixture_batches, tiny_mixture
-from tests.support.processes import run
+from tests.support.plain_models import check_plain
 from tests.support.tiny_models import prose, tiny_model, tiny_tokenizer
 from tests.support.unchanged import unchanged
 
@@ -134,13 +134,7 @@ def test_what_is_left_loads_and_generates_without_the_package(tmp_path: Path) ->
         settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
         generated[family] = model.generate(ids, **settings).tolist()
         models[family] = model
-    done = run("load_plain_models", *(tmp_path / family for family in models))
-    assert done.returncode == 0, done.stderr
-    for family, line in zip(models, done.stdout.splitlines(), strict=True):
-        answer = json.loads(line)
-        assert (answer["type"], answer["errors"]) == (family, 0)
-        assert answer["difference"] < 1e-4
-        assert answer["generated"] == generated[family]
+    check_plain(tmp_path, models, generated)
     card = (tmp_path / "mixtral" / "README.md").read_text()
     assert "drop_experts" in card
     assert "3 of 4" in card

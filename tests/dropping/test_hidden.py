@@ -23,7 +23,7 @@ from hf_sparse.structure.units import find_units
 from tests.support.any_models import tiny_config
 from tests.support.deep_models import adapted
 from tests.support.mixtures import tiny_mixture
-from tests.support.processes import run
+from tests.support.plain_models import check_plain
 from tests.support.tiny_models import (
     prose,
     tiny_batches,
@@ -182,13 +182,7 @@ def test_what_is_left_loads_and_generates_without_the_package(tmp_path: Path) ->
         settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
         if family != "bert":
             generated[family] = model.generate(ids(), **settings).tolist()
-    done = run("load_plain_models", *(tmp_path / family for family in models))
-    assert done.returncode == 0, done.stderr
-    for family, line in zip(models, done.stdout.splitlines(), strict=True):
-        answer = json.loads(line)
-        assert (answer["type"], answer["errors"]) == (family, 0)
-        assert answer["difference"] < 1e-4
-        assert answer.get("generated") == generated.get(family)
+    check_plain(tmp_path, models, generated)
     assert provenance_of(models["llama"]).steps[-1].method == "drop_hidden"
     card = (tmp_path / "llama" / "README.md").read_text()
     assert "drop_hidden" in card

@@ -117,6 +117,24 @@ class Double(nn.Module):
         return (2 * found[0], *found[1:]) if isinstance(found, tuple) else 2 * found
 
 
+def part_that_does_more(model: PreTrainedModel, part: nn.Module, how: str) -> nn.Module:
+    """A copy of a part of a model that may compute something else."""
+    copied = copy.deepcopy(part, {id(model.config): model.config})
+    if how == "subclass":
+        copied.__class__ = type("Mine", (type(part),), {})
+    elif how == "wrapped":
+        return Double(copied)
+    elif how == "hook":
+        copied.register_forward_hook(lambda *given: None, with_kwargs=True)
+    elif how == "pre-hook":
+        copied.register_forward_pre_hook(lambda *given: None)
+    elif how == "forward":
+        vars(copied)["forward"] = copied.forward.__func__.__get__(part)
+    else:
+        vars(copied)["extra_repr"] = str
+    return copied
+
+
 @pytest.mark.parametrize("how", ["subclass", "wrapped", "hook", "pre-hook", "forward", "hidden"])
 @pytest.mark.parametrize("family", ["bert", "albert", "gpt2", "opt", "qwen3"])
 def test_any_module_that_is_changed_is_refused(family: str, how: str) -> None:
@@ -126,20 +144,7 @@ def test_any_module_that_is_changed_is_refused(family: str, how: str) -> None:
     names = [name for name, _ in block.named_modules() if name]
     for name in names:
         before = block.get_submodule(name)
-        part = copy.deepcopy(before, {id(model.config): model.config})
-        if how == "subclass":
-            part.__class__ = type("Mine", (type(part),), {})
-        elif how == "wrapped":
-            part = Double(part)
-        elif how == "hook":
-            part.register_forward_hook(lambda *given: None, with_kwargs=True)
-        elif how == "pre-hook":
-            part.register_forward_pre_hook(lambda *given: None)
-        elif how == "forward":
-            vars(part)["forward"] = part.forward.__func__.__get__(before)
-        else:
-            vars(part)["extra_repr"] = str
-        block.set_submodule(name, part)
+        block.set_submodule(name, part_that_does_more(model, before, how))
         check(model, rf"\.{name} (is|has)|\.{name}\.extra_repr is")
         block.set_submodule(name, before)
     check_same(model)

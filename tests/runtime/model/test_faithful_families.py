@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 import hf_sparse
 from hf_sparse.runtime.model.families import COMPILED
-from tests.runtime.model.test_faithful import Double, change_each_attribute
+from tests.runtime.model.test_faithful import change_each_attribute, part_that_does_more
 from tests.support.compiled_families import DECODERS, FAMILIES, inputs_of, model_of
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-3}
@@ -44,16 +42,7 @@ def test_any_module_that_is_changed_is_refused(family: str, how: str) -> None:
     block = model.get_submodule(COMPILED[family].stack)[-1]
     for name in [name for name, _ in block.named_modules() if name]:
         before = block.get_submodule(name)
-        part = copy.deepcopy(before, {id(model.config): model.config})
-        if how == "subclass":
-            part.__class__ = type("Mine", (type(part),), {})
-        elif how == "wrapped":
-            part = Double(part)
-        elif how == "hook":
-            part.register_forward_hook(lambda *given: None, with_kwargs=True)
-        else:
-            vars(part)["forward"] = part.forward.__func__.__get__(before)
-        block.set_submodule(name, part)
+        block.set_submodule(name, part_that_does_more(model, before, how))
         with pytest.raises(ValueError, match=rf"\.{name} (is|has)"):
             hf_sparse.compile(model)
         block.set_submodule(name, before)
