@@ -1,4 +1,4 @@
-"""Files that can be read in one sitting, and functions that fit on a screen."""
+"""Files for one sitting, functions for one screen, and patterns that know themselves."""
 
 from __future__ import annotations
 

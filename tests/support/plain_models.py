@@ -16,7 +16,7 @@ def check_plain(folder: Path, models: Mapping[str, Any], generated: Mapping[str,
     Args:
         folder: with `FAMILY.safetensors`, too: `input_ids` and `output`.
         models: by family.
-        generated: what some of them generate.
+        generated: what some of them generate, by family.
     """
     done = run("load_plain_models", *(folder / family for family in models))
     assert done.returncode == 0, done.stderr
@@ -25,4 +25,4 @@ def check_plain(folder: Path, models: Mapping[str, Any], generated: Mapping[str,
         assert (answer["type"], answer["errors"]) == (family, 0)
         assert answer["class"] == type(models[family]).__name__
         assert answer["difference"] < 1e-4
-        assert answer.get("generated") == generated.get(family), family
+        assert family not in generated or answer["generated"] == generated[family], family
