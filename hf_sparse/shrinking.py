@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hf_sparse.arguments import check_has_values, check_kinds, check_model
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Step
-from hf_sparse.report import format_table
+from hf_sparse.report import StepReport, format_table
 from hf_sparse.structure.layers import PRUNED_WITH, num_parameters, promised_config
 from hf_sparse.structure.own_config import (
     check_expressible,
@@ -30,8 +30,8 @@ from hf_sparse.structure.units import BlockUnits, check_whole, find_units
 from hf_sparse.suggestions import deprecated_name
 
 
-@dataclass(frozen=True)
-class ShrinkReport:
+@dataclass(frozen=True, repr=False)
+class ShrinkReport(StepReport):
     """What `shrink_` removed.
 
     Attributes:
@@ -45,6 +45,9 @@ class ShrinkReport:
             with transformers alone.
     """
 
+    # The name of the step on the model card.
+    method = "shrink"
+
     names: tuple[str, ...]
     before: tuple[BlockSize, ...]
     after: tuple[BlockSize, ...]
@@ -53,11 +56,6 @@ class ShrinkReport:
     notes: tuple[str, ...] = ()
     uniform: bool = False
     plain: bool = False
-
-    @property
-    def method(self) -> str:
-        """The name of the step on the model card."""
-        return "shrink"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -91,12 +89,6 @@ class ShrinkReport:
                 *self.notes,
             ]
         )
-
-    def __repr__(self) -> str:
-        return f"<ShrinkReport: {' '.join(self.summary().splitlines()[:2])}>"
-
-    def __str__(self) -> str:
-        return self.table()
 
     def table(self) -> str:
         """A row for each block, and the totals."""

@@ -7,7 +7,7 @@ from typing import Any
 from hf_sparse_cli.choices import SLIM_AXES
 from hf_sparse_cli.flags import (
     add_calibration,
-    add_loading,
+    add_model,
     add_printing,
     add_saving,
     command_parser,
@@ -29,9 +29,7 @@ def add_slim(commands: Any) -> None:
             "MODEL SMALLER --ms 0.6x --axes depth --calibration text.jsonl",
         ],
     )
-    what = command.add_argument_group("what to slim")
-    what.add_argument("model", metavar="MODEL", help="folder or Hub name")
-    add_loading(what)
+    add_model(command, "what to slim")
     wanted = command.add_argument_group("budget", named_list("axes", SLIM_AXES))
     one = wanted.add_mutually_exclusive_group(required=True)
     one.add_argument(

@@ -33,7 +33,7 @@ from hf_sparse.calibration.block_scores import Batches, Influence, mean_loss, sk
 from hf_sparse.calibration.losses import check_labels
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.windows import checked_batches, fingerprint
-from hf_sparse.dropping.counts import number_of
+from hf_sparse.dropping.counts import number_of_some
 from hf_sparse.dropping.report import DropReport
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
@@ -85,7 +85,7 @@ def drop_blocks_(
     depth = Depth.of(model)
     names = tuple(f"{name}.{number}" for name, number in depth.places)
     total = len(names)
-    wanted = number_of_blocks(count, total)
+    wanted = number_of_some(count, total, "block")
     inputs: Batches = checked_batches(batches, model, by)
     if by == "loss":
         check_labels(by, None, model, inputs)
@@ -110,24 +110,6 @@ def drop_blocks_(
     data = Calibration.of(inputs, fingerprint(inputs))
     record_(model, Step.of(report.method, report.options, calibration=data))
     return report
-
-
-def number_of_blocks(count: int | float, total: int) -> int:
-    """How many blocks a number or a fraction of them means.
-
-    Raises:
-        ValueError: none of them, or all.
-    """
-    most = f"at most {total - 1} of the {total} blocks, or a fraction of them in (0, 1)"
-    found = number_of(count, total, "blocks", most)
-    if found < 1:
-        raise ValueError(
-            f"count is {count}, which is no block of {total}; wanted {most}. The smallest "
-            f"fraction that is a block is {1 / total:.4g}."
-        )
-    if found >= total:
-        raise ValueError(f"count is {count}, which is every block of {total}; wanted {most}.")
-    return found
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ score 0; a router whose families put experts into groups loses as many of each g
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from hf_sparse.calibration.windows import checked_batches, fingerprint
 from hf_sparse.dropping.counts import number_of
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
-from hf_sparse.report import format_table
+from hf_sparse.report import StepReport, format_table
 from hf_sparse.structure.changeable import check_changeable
 from hf_sparse.structure.expert_merging import merge_, nearest
 from hf_sparse.structure.layers import num_parameters, promised_config
@@ -44,8 +43,8 @@ from hf_sparse.suggestions import check_name
 METHODS = {"reap": True, "frequency": True, "magnitude": False}
 
 
-@dataclass(frozen=True)
-class ExpertReport:
+@dataclass(frozen=True, repr=False)
+class ExpertReport(StepReport):
     """Which experts `drop_experts_` removed.
 
     Attributes:
@@ -59,6 +58,9 @@ class ExpertReport:
         parameters: weights in the whole model, before and after.
     """
 
+    # The name of the step on the model card.
+    method = "drop_experts"
+
     names: tuple[str, ...]
     by: str
     merged: bool
@@ -69,19 +71,10 @@ class ExpertReport:
     parameters: tuple[int, int]
 
     @property
-    def method(self) -> str:
-        """The name of the step on the model card."""
-        return "drop_experts"
-
-    @property
     def options(self) -> dict[str, Any]:
         """What the card tells of it."""
         kept = {"by": self.by, "experts": f"{self.experts[1]} of {self.experts[0]}"}
         return {**kept, "merge": True} if self.merged else kept
-
-    def to_json(self) -> str:
-        """All of it as JSON text."""
-        return json.dumps(asdict(self), indent=2)
 
     def summary(self) -> str:
         """The totals in a few lines."""
@@ -93,12 +86,6 @@ class ExpertReport:
                 f"whole model: {self.parameters[1]:,} of {self.parameters[0]:,} weights",
             ]
         )
-
-    def __repr__(self) -> str:
-        return f"<ExpertReport: {' '.join(self.summary().splitlines())}>"
-
-    def __str__(self) -> str:
-        return self.table()
 
     def table(self) -> str:
         """A row for each mixture, and the totals."""

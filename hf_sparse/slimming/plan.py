@@ -131,13 +131,11 @@ class SlimReport:
         parameters: weights in the whole model, before and after.
     """
 
+    # The name of the step on the model card.
+    method = "slim"
+
     plan: SlimPlan
     parameters: tuple[int, int]
-
-    @property
-    def method(self) -> str:
-        """The name of the step on the model card."""
-        return "slim"
 
     @property
     def options(self) -> dict[str, Any]:

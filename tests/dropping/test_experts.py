@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -23,9 +22,11 @@ from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.mixtures import Mixtures
 from hf_sparse_cli.choices import EXPERT_CHOICES
 from tests.support.any_models import tiny_config
+from tests.support.deep_models import adapted, quantized
 from tests.support.mixtures import MIXTURES, SeparateExperts, mixture_batches, tiny_mixture
-from tests.support.processes import run
+from tests.support.plain_models import check_plain
 from tests.support.tiny_models import prose, tiny_model, tiny_tokenizer
+from tests.support.unchanged import unchanged
 
 
 def blocks_of(model: Any) -> list[Any]:
@@ -133,13 +134,7 @@ def test_what_is_left_loads_and_generates_without_the_package(tmp_path: Path) ->
         settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
         generated[family] = model.generate(ids, **settings).tolist()
         models[family] = model
-    done = run("load_plain_models", *(tmp_path / family for family in models))
-    assert done.returncode == 0, done.stderr
-    for family, line in zip(models, done.stdout.splitlines(), strict=True):
-        answer = json.loads(line)
-        assert (answer["type"], answer["errors"]) == (family, 0)
-        assert answer["difference"] < 1e-4
-        assert answer["generated"] == generated[family]
+    check_plain(tmp_path, models, generated)
     card = (tmp_path / "mixtral" / "README.md").read_text()
     assert "drop_experts" in card
     assert "3 of 4" in card
@@ -275,16 +270,8 @@ def test_what_belongs_to_experts_is_found_from_the_structure(family: str) -> Non
     assert report.experts == (4, 3)
 
 
-def adapted() -> PreTrainedModel:
-    model = tiny_mixture("mixtral")
-    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
-    return model
-
-
-def quantized() -> PreTrainedModel:
-    model: Any = tiny_mixture("mixtral")
-    model.hf_quantizer = type("Quantizer", (), {"quantization_config": None})()
-    return model
+def mixtral() -> PreTrainedModel:
+    return tiny_mixture("mixtral")
 
 
 def of_two_sizes() -> PreTrainedModel:
@@ -307,10 +294,6 @@ def pruned() -> PreTrainedModel:
     return model
 
 
-def mixtral() -> PreTrainedModel:
-    return tiny_mixture("mixtral")
-
-
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (mixtral, {"count": 4}, "leaves 0 experts; wanted at most 2 of the 4"),
     (mixtral, {"count": 3}, "leaves 1 experts; .* each token is given 2"),
@@ -328,8 +311,8 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: tiny_model("llama"), {}, "no experts were found"),
     (of_two_sizes, {}, r"have \[3, 4\] experts"),
     (sharing, {}, "shares a weight"),
-    (adapted, {}, "has adapters"),
-    (quantized, {}, "is quantized"),
+    (lambda: adapted(mixtral()), {}, "has adapters"),
+    (lambda: quantized(mixtral()), {}, "is quantized"),
     (lambda: mixtral().to("meta"), {}, "meta device"),
     (lambda: nn.Linear(2, 2), {}, "takes a transformers model"),
 ]
@@ -338,13 +321,9 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("make", "changes", "message"), REFUSED, ids=[row[2] for row in REFUSED])
 def test_it_is_refused_before_work(make: Any, changes: dict[str, Any], message: str) -> None:
     model = make()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
     arguments = {"count": 1, "batches": mixture_batches(1), **changes}
-    with pytest.raises(ValueError, match=message):
+    with unchanged(model), pytest.raises(ValueError, match=message):
         drop_experts_(model, **arguments)
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(value.is_meta or torch.equal(value, before[name]) for name, value in after.items())
 
 
 def test_tables_of_experts_by_number_are_refused() -> None:

@@ -17,21 +17,13 @@ from transformers import (
 )
 
 from hf_sparse.structure.experts import ExpertStack
+from tests.support.tiny_models import SIZES
 
 EXPERTS = 4
 _SHAPE: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 256,
-    "max_position_embeddings": 128,
-    "num_local_experts": EXPERTS,
-    "num_experts_per_tok": 2,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 1,
+    **SIZES,
+    **{"intermediate_size": 48, "num_hidden_layers": 2, "num_key_value_heads": 2},
+    **{"num_local_experts": EXPERTS, "num_experts_per_tok": 2},
 }
 _OF_QWEN: dict[str, Any] = {
     **{name: size for name, size in _SHAPE.items() if name != "num_local_experts"},

@@ -21,7 +21,7 @@ multiple of 16), add.
 from __future__ import annotations
 
 from hf_sparse.runtime.kernels import normalisation, tiles
-from hf_sparse.runtime.kernels.attention import UNSEEN
+from hf_sparse.runtime.kernels.attention import HEADS, SEEN_BY_ONE, UNSEEN
 from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.kernels.weight_types import BFLOAT16, WeightType
 from hf_sparse.runtime.kernels.weighted_values import weighted_values
@@ -59,25 +59,7 @@ DENSE_ROWS = Signature(
     ),
     ("x", "y"),
 )
-ATTENTION = Signature(
-    (
-        "ptr q",
-        "ptr out",
-        "i64 heads",
-        "i64 head_dim",
-        "i64 k_first",
-        "i64 v_first",
-        "i64 group",
-        "ptr table",
-        "i64 width",
-        "ptr mask",
-        "i64 key_count",
-        "i64 window",
-        "ptr scores",
-        "float scale",
-    ),
-    ("q", "out"),
-)
+ATTENTION = Signature((*HEADS, *SEEN_BY_ONE), ("q", "out"))
 
 
 def _finish(

@@ -49,7 +49,7 @@ from hf_sparse.runtime.programs.program import Program
 from hf_sparse.runtime.programs.runner import Runner
 from hf_sparse.runtime.weights.linear import Linear, pack_linear
 from hf_sparse.runtime.weights.memory import Shelf
-from hf_sparse.runtime.weights.rates import NOMINAL
+from hf_sparse.runtime.weights.rates import nominal
 from hf_sparse.runtime.weights.stack import Stack
 from hf_sparse.structure.families import base_type
 from hf_sparse.structure.layers import PACKED, target_layers
@@ -119,7 +119,7 @@ def compile(
     owner, name, modules = find_blocks(base, family)
     blocks = getattr(owner, name)
     check_parents(model, [blocks])
-    stack = pack_blocks(model.config, family, modules, family.stack, NOMINAL[chosen.name])
+    stack = pack_blocks(model.config, family, modules, family.stack, nominal(chosen))
     rest = with_modules(model, {blocks: nn.ModuleList()})
     check_parameters(rest)
     return assemble(rest, stack, chosen, folder)
@@ -178,7 +178,7 @@ def _compile_layers(
             left = f" {layer.name} is left to torch: it is no plain Linear, or it has hooks."
         elif zeros >= MIN_SPARSITY:
             bias: Any = layer.module.bias
-            packed = pack_linear(layer.name, weight, bias, shelf=shelf, rates=NOMINAL[target.name])
+            packed = pack_linear(layer.name, weight, bias, shelf=shelf, rates=nominal(target))
             replaced[layer.module] = CompiledLinear(packed, target, cache, pool)
     if not replaced:
         raise ValueError(

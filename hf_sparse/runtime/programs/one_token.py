@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from itertools import groupby
 
 from hf_sparse.runtime.kernels import activation, addition, scored_attention, single_token, tiles
-from hf_sparse.runtime.kernels.call import Operation, Slot
+from hf_sparse.runtime.kernels.call import Argument, Operation, Slot
 from hf_sparse.runtime.llvm.jit import Code
 from hf_sparse.runtime.programs import mixture_rows
 from hf_sparse.runtime.programs.block import all_angles, residual, steps
@@ -140,8 +140,7 @@ class RowProgram:
             case Append():
                 return self._append(step, part, self._table_at[index][b])
             case Attend():
-                attend = self._attend if step.plain else self._attend_capped
-                return attend(step, part, index, thread, b)
+                return self._attend(step, part, index, thread, b)
 
     def _at(self, buffer: Buffer, thread: int) -> list[int]:
         return self._buffers.of(buffer, thread)
@@ -232,54 +231,45 @@ class RowProgram:
     def _attend(
         self, step: Attend, part: HeadPart, index: int, thread: int, b: int
     ) -> list[Operation]:
-        heads = step.heads
-        first = part.first * heads.dim
-        operation = single_token.ATTENTION.operation(
-            "attention_row",
-            q=part.queries_at,
-            out=self._at(step.y, thread)[b] + 4 * first * heads.group,
-            heads=part.keys * heads.group,
-            head_dim=heads.dim,
-            k_first=first,
-            v_first=heads.key_rows + first,
-            group=heads.group,
-            table=self._table_at[index][b],
-            width=self._width,
-            mask=self.masks[b].data_ptr(),
-            key_count=Slot("past", 1),
-            window=step.window,
-            scores=self._scores[thread].data_ptr(),
-            scale=step.scale,
-        )
-        return [operation]
+        """All heads of a part at once; with a cap, one after the other."""
+        heads, out = step.heads, self._at(step.y, thread)[b]
+        shared: dict[str, Argument] = {
+            "head_dim": heads.dim,
+            "table": self._table_at[index][b],
+            "width": self._width,
+            "mask": self.masks[b].data_ptr(),
+            "key_count": Slot("past", 1),
+            "window": step.window,
+            "scores": self._scores[thread].data_ptr(),
+            "scale": step.scale,
+        }
 
-    def _attend_capped(
-        self, step: Attend, part: HeadPart, index: int, thread: int, b: int
-    ) -> list[Operation]:
-        heads = step.heads
-        out = self._at(step.y, thread)[b]
-        found = []
-        for query in range(part.queries):
-            number = part.first * heads.group + query
-            k_first = number // heads.group * heads.dim
-            operation = scored_attention.ROW.operation(
+        def rows(keys: int) -> dict[str, Argument]:
+            return {"k_first": keys * heads.dim, "v_first": heads.key_rows + keys * heads.dim}
+
+        if step.plain:
+            operation = single_token.ATTENTION.operation(
+                "attention_row",
+                q=part.queries_at,
+                out=out + 4 * part.first * heads.dim * heads.group,
+                heads=part.keys * heads.group,
+                group=heads.group,
+                **rows(part.first),
+                **shared,
+            )
+            return [operation]
+        first = part.first * heads.group
+        return [
+            scored_attention.ROW.operation(
                 "capped_row",
                 q=part.queries_at + 4 * query * heads.dim,
-                out=out + 4 * number * heads.dim,
-                head_dim=heads.dim,
-                k_first=k_first,
-                v_first=heads.key_rows + k_first,
-                table=self._table_at[index][b],
-                width=self._width,
-                mask=self.masks[b].data_ptr(),
-                key_count=Slot("past", 1),
-                window=step.window,
-                scores=self._scores[thread].data_ptr(),
-                scale=step.scale,
+                out=out + 4 * (first + query) * heads.dim,
                 cap=step.softcap,
+                **rows((first + query) // heads.group),
+                **shared,
             )
-            found.append(operation)
-        return found
+            for query in range(part.queries)
+        ]
 
 
 def _norm_heads(step: HeadNorms, part: HeadPart) -> list[Operation]:

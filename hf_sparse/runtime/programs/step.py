@@ -100,8 +100,8 @@ class Add(Uses):
 
 
 @dataclass(frozen=True, eq=False)
-class WidthNorms(Uses):
-    """Norm all queries in `x` together, and all keys, in place."""
+class QueryKeyNorms(Uses):
+    """Norm queries and keys in `x`, in place."""
 
     heads: Heads
     x: Buffer
@@ -110,15 +110,12 @@ class WidthNorms(Uses):
     WRITES = ("x",)
 
 
-@dataclass(frozen=True, eq=False)
-class HeadNorms(Uses):
-    """Norm each head of the queries in `x`, and each of the keys, in place."""
+class WidthNorms(QueryKeyNorms):
+    """All queries of a token together, and all keys."""
 
-    heads: Heads
-    x: Buffer
-    queries: Norm
-    keys: Norm
-    WRITES = ("x",)
+
+class HeadNorms(QueryKeyNorms):
+    """Each head of the queries, and each of the keys."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -130,8 +130,14 @@ NOMINAL = {
         ),
     ),
 }
-# Not measured: vectors and dense kernels are of the same shape.
-NOMINAL["neon"] = NOMINAL["portable"]
+# The lanes of what was measured.
+_LANES = {"avx512": 16, "avx2": 8, "portable": 4}
+
+
+def nominal(target: Target) -> Rates:
+    """The rates of a target, or where it was not measured those of vectors like its own."""
+    alike = min(_LANES, key=lambda name: abs(_LANES[name] - target.lanes))
+    return NOMINAL.get(target.name, NOMINAL[alike])
 
 
 @functools.cache
@@ -146,10 +152,10 @@ def calibrate(target: Target, cache: Path | None) -> Rates:
     width = target.widths[0]
     x, y = aligned(_COLUMNS, width).fill_(1.0), aligned(_ROWS, width)
     speeds: dict[int, tuple[float, ...]] = {}
-    nominal = NOMINAL[target.name]
-    for height in nominal.speeds:
+    usual = nominal(target)
+    for height in usual.speeds:
         found = []
-        for density in nominal.densities:
+        for density in usual.densities:
             kept = random.random((_ROWS // height, _COLUMNS)) < density
             weight = np.repeat(kept, height, axis=0).astype(np.float32)
             (packed,) = pack_many([(weight, height)], panel_columns=nominal.panel_columns)
@@ -161,4 +167,4 @@ def calibrate(target: Target, cache: Path | None) -> Rates:
                 times.append(time.perf_counter() - start)
             found.append(2 * packed.stored * width / min(times) / 1e9)
         speeds[height] = tuple(found)
-    return replace(nominal, speeds=speeds)
+    return replace(usual, speeds=speeds)
