@@ -44,6 +44,17 @@ class Mixture:
         """The name of the module that routes to them."""
         return self.name.rpartition(".")[0]
 
+    @property
+    def zero(self) -> Tensor:
+        """Which experts give nothing, all their weights and biases being zero, `(experts,)`."""
+        zero = torch.ones(self.stack.number, dtype=torch.bool)
+        for name in self.stack.parameters:
+            for held in (name, f"{name}_bias"):
+                tensor = getattr(self.stack.module, held, None)
+                if tensor is not None:
+                    zero &= (tensor.detach() == 0).flatten(1).all(dim=1).cpu()
+        return zero
+
 
 @dataclass(frozen=True)
 class Mixtures:
