@@ -111,6 +111,7 @@ EXPERT_CHOICES = {
 SLIM_AXES = {
     "depth": "whole blocks",
     "width": "heads and neurons, as many in each block",
+    "experts": "experts of a mixture, as many in each block",
 }
 FORMATS = {
     "auto": "the smallest of the others",
