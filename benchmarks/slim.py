@@ -10,10 +10,12 @@
 blocks as depth alone; "slim" is the best of all. Baselines, from the papers' formulas:
 
 ShortGPT (https://arxiv.org/abs/2403.03853): the blocks of least influence 1 - E[cos(x_i, x_{i+1})] go,
-as many as depth takes. 2SSP (https://arxiv.org/abs/2501.17771): of B blocks
+as many as depth takes. 2SSP (https://arxiv.org/abs/2501.17771, equation 5, which the authors' code,
+github.com/FabrizioSandri/2SSP at 88ab660, writes the same): of B blocks
 round(B * sparsity^((|FFN| / |attention|) / 1.5)) lose their attention, one after another, without which
 the perplexity of one sample is lowest; before that the neurons of least mean L2 norm over each
-sample's tokens go, as many in each block as the rest of the weights asks for. No config of transformers
+sample's tokens go, as many in each block as the rest of the weights asks for. Theirs are samples of
+2,048 tokens; all rows here look at the same, shorter ones. No config of transformers
 tells a block without attention: 2SSP's models are made anew in memory.
 
 Then each is trained on 131,072 tokens with the whole model as teacher. Results go into a file of JSON

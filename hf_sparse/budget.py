@@ -146,7 +146,7 @@ def allocate(
     check_has_values(model, "allocate")
     check_kinds(allocate, {key: value for key, value in locals().items() if key != "budget"})
     wanted = parse_budget(budget)
-    parsed = [Pattern.parse(pattern) for pattern in patterns]
+    parsed = [_of_weights(pattern) for pattern in patterns]
     if not all(0 <= level < 1 for level in levels):
         raise ValueError(f"levels are {list(levels)}; wanted sparsities in [0, 1).")
     if not parsed or not levels:
@@ -201,7 +201,7 @@ def sparsity_for(
     """
     wanted = parse_budget(budget)
     check_kinds(sparsity_for, locals())
-    parsed = Pattern.parse(pattern)
+    parsed = _of_weights(pattern)
     if parsed.implied_sparsity is not None:
         raise ValueError(f"pattern '{pattern}' fixes its sparsity at {parsed.implied_sparsity}.")
     rates = calibrate(named(target), None if cache is None else Path(cache))
@@ -210,6 +210,21 @@ def sparsity_for(
         if _seconds(parsed, percent / 100, rates) <= wanted * dense:
             return percent / 100
     raise ValueError(f"no sparsity of pattern '{pattern}' keeps to a budget of {wanted:.3f}.")
+
+
+def _of_weights(notation: str) -> Pattern:
+    """A pattern that a kernel can make use of.
+
+    Raises:
+        ValueError: it is of whole matrices.
+    """
+    pattern = Pattern.parse(notation)
+    if pattern.whole_matrices:
+        raise ValueError(
+            f"pattern '{pattern}' takes whole experts, and no layer's time falls with it. For a "
+            "smaller mixture take hf_sparse.slim_, or hf_sparse.drop_experts_."
+        )
+    return pattern
 
 
 def parse_budget(budget: str | float) -> float:

@@ -46,7 +46,7 @@ from hf_sparse.suggestions import check_name
 from hf_sparse.upstream.peft_by_name import has_adapters, is_peft_model
 
 # Steps of a model's history that leave it without zeros, and with less to know.
-_SMALLER = ("shrink", "drop_blocks", "slim")
+_SMALLER = ("shrink", "drop_blocks", "drop_experts", "drop_hidden", "slim")
 
 
 def recover_(

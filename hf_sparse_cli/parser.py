@@ -9,6 +9,7 @@ from typing import Any
 from hf_sparse_cli.choices import (
     ALLOCATIONS,
     DTYPES,
+    EXPERT_METHODS,
     FORMATS,
     METHODS,
     PATTERNS,
@@ -116,16 +117,22 @@ def _add_targets(command: argparse.ArgumentParser) -> None:
 
 def _add_method(command: argparse.ArgumentParser) -> None:
     summaries = {name: method.summary for name, method in METHODS.items()}
-    how = command.add_argument_group("how to prune", named_list("methods", summaries))
+    of_experts = {name: method.summary for name, method in EXPERT_METHODS.items()}
+    how = command.add_argument_group(
+        "how to prune",
+        f"{named_list('methods', summaries)}\n{named_list('methods of pattern expert', of_experts)}",
+    )
     how.add_argument(
         "--method",
         default="wanda",
-        choices=METHODS,
+        choices=list(dict.fromkeys((*METHODS, *EXPERT_METHODS))),
         metavar="NAME",
         help="see above (default wanda)",
     )
     how.add_argument(
-        "--scope", choices=SCOPES, help="magnitude, taylor: where weights compete (default layer)"
+        "--scope",
+        choices=SCOPES,
+        help="magnitude, taylor, of experts: where weights compete (default layer)",
     )
     how.add_argument(
         "--allocation", choices=ALLOCATIONS, help="sparsity of the blocks (default uniform)"

@@ -31,7 +31,7 @@ def add_shrink(commands: Any) -> None:
     command = command_parser(
         commands,
         "shrink",
-        "remove zero heads and neurons, blocks, experts or hidden features, and save what is left",
+        "remove zero heads, neurons and experts, blocks or hidden features, and save what is left",
         "MODEL OUTPUT [--blocks|--experts|--hidden N|FRACTION --calibration FILE ...]",
         [
             "SPARSE SMALLER --uniform",
@@ -41,7 +41,7 @@ def add_shrink(commands: Any) -> None:
     )
     add_model(command, "what to shrink")
     units = command.add_argument_group(
-        "heads and neurons", "Those that are zero, without the flags below."
+        "heads, neurons, zero experts", "Those that are zero, without the flags below."
     )
     units.add_argument(
         "--uniform", action="store_true", help="blocks of one size: loads without hf_sparse"

@@ -22,7 +22,7 @@ def add_slim(commands: Any) -> None:
     command = command_parser(
         commands,
         "slim",
-        "make a smaller model for one budget, of fewer and smaller blocks, and save it",
+        "make a smaller model for one budget, of fewer and smaller blocks or experts, and save it",
         "MODEL OUTPUT --params SHARE|--ms TIME|--mb SIZE --calibration FILE ...",
         [
             "MODEL SMALLER --params 0.7 --calibration text.jsonl",
@@ -41,7 +41,11 @@ def add_slim(commands: Any) -> None:
     one.add_argument("--ms", metavar="TIME", help="of a forward pass: milliseconds, or 0.6x")
     one.add_argument("--mb", type=float, metavar="SIZE", help="megabytes of weights")
     wanted.add_argument(
-        "--axes", nargs="+", choices=SLIM_AXES, metavar="NAME", help="see above (default all)"
+        "--axes",
+        nargs="+",
+        choices=SLIM_AXES,
+        metavar="NAME",
+        help="see above (default depth and width, of a mixture depth and experts)",
     )
     add_calibration(command, "Texts that losses are measured on.", required=True)
     output = output_group(command, "folder to save the smaller model in")

@@ -33,6 +33,7 @@ from hf_sparse.cli.shrinking import shrink
 from hf_sparse.cli.slimming import slim
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY
 from hf_sparse.exporters.can_export import check_can_export
+from hf_sparse.pruning.experts import check_experts
 from hf_sparse.pruning.methods import Recipe
 from hf_sparse.pruning.streaming import check_run
 from hf_sparse.pruning.uniform import check_uniform
@@ -90,6 +91,8 @@ def _checked(options: argparse.Namespace) -> tuple[hf_sparse.SparsityConfig, Any
     bones = skeleton(options.model, options)
     if config.uniform:
         check_uniform(bones, Targets.of(bones, config), recipe)
+    if config.pattern.whole_matrices:
+        check_experts(bones, Targets.of(bones, config), recipe.all_options["scope"])
     check_can_save(bones, options.output, config)
     if options.stream:
         check_run(options.model, options.output, config, options.method, own, options.resume)
@@ -142,7 +145,7 @@ def _in_memory(
     hf_sparse.save_pretrained(
         model,
         options.output,
-        config,
+        None if config.pattern.whole_matrices else config,  # a share of few experts is rounded
         tokenizer=tokenizer,
         report=report,
         base_model=options.base_model,

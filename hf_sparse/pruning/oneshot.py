@@ -19,6 +19,7 @@ from hf_sparse.checkpoint.can_save import check_not_quantized
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
+from hf_sparse.pruning.experts import check_experts, clear_biases_, notes_on_experts
 from hf_sparse.pruning.methods import Recipe
 from hf_sparse.pruning.task import Task
 from hf_sparse.pruning.uniform import check_uniform
@@ -51,7 +52,8 @@ def prune_(
         model: any transformers model. Shared weights (ALBERT's layers) are pruned once; tied
             weights stay tied.
         config: pattern, sparsity and targets. With `head` or `column` and no targets whole heads or
-            neurons go: the columns that they enter, and also the rows and biases that feed those.
+            neurons go: the columns that they enter, and also the rows and biases that feed those. With
+            `expert` whole experts of a mixture go.
         method: one of the table below.
         batches: calibration inputs of the model, dicts or `input_ids` `(batch, tokens)`: see
             `hf_sparse.calibration_batches`. Needed by every method but magnitude.
@@ -75,6 +77,8 @@ def prune_(
 `iterations=60`, `damping=0.01` |
     | `proxsparse` | N:M masks learned from the loss | `lam=0.01`, `relative_lr=0.01`, \
 `preserve=0.0`, `epochs=1`, `accumulate=2`, `gradient_checkpointing=False`, `state=None` |
+    | `reap`, `frequency`, `magnitude` | of pattern `expert` alone: the experts that add least, that \
+get the fewest tokens, of the smallest weights | `scope="layer"` (or `"global"`) |
 
     docs/pruning.md tells which to take when.
 
@@ -109,6 +113,8 @@ def prune_(
         check_whole(units.layers)
     if targets.whole_units and options.get("scope") != "global":
         _check_units(targets)
+    if whole_experts := targets.pattern.whole_matrices:
+        check_experts(model, targets, recipe.all_options["scope"])
     check_uniform(model, targets, recipe)
     start = time.perf_counter()
     inputs = checked_batches(batches, model, method) if recipe.needs_calibration else []
@@ -122,6 +128,8 @@ def prune_(
     with switched(model, training=False, use_cache=False):
         recipe.prune(task)
     clear_unused_(blocks)  # what fed the heads or neurons that went goes too
+    if whole_experts:
+        clear_biases_(targets.layers)
     held = Held.by(targets.config, targets.layers)
     vars(model)[PRUNED_WITH] = held.promise
     data = Calibration.of(inputs, fingerprint(inputs)) if inputs else None
@@ -131,7 +139,11 @@ def prune_(
         method=method,
         options=recipe.all_options,
         seconds=time.perf_counter() - start,
-        notes=(*task.notes.lines(), *notes_on(targets), *held.notes()),
+        notes=(
+            *task.notes.lines(),
+            *notes_on(targets),
+            *(notes_on_experts(targets) if whole_experts else held.notes()),
+        ),
     )
 
 

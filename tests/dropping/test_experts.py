@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_sparse
 from hf_sparse import SparsityConfig, drop_experts_
@@ -23,7 +23,13 @@ from hf_sparse.structure.mixtures import Mixtures
 from hf_sparse_cli.choices import EXPERT_CHOICES
 from tests.support.any_models import tiny_config
 from tests.support.deep_models import adapted, quantized
-from tests.support.mixtures import MIXTURES, SeparateExperts, mixture_batches, tiny_mixture
+from tests.support.mixtures import (
+    MIXTURES,
+    SeparateExperts,
+    grouped_mixture,
+    mixture_batches,
+    tiny_mixture,
+)
 from tests.support.plain_models import check_plain
 from tests.support.tiny_models import prose, tiny_model, tiny_tokenizer
 from tests.support.unchanged import unchanged
@@ -207,22 +213,8 @@ def test_merging_equal_experts_changes_nothing_where_their_router_rows_are_equal
     torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=1e-5, rtol=1e-4)
 
 
-def grouped(**changes: Any) -> PreTrainedModel:
-    """DeepSeek-V3 with 8 experts in 2 groups, of which a token gets 2 from 1 group."""
-    config = {**tiny_config("deepseek_v3").to_dict(), "n_routed_experts": 8, "n_group": 2}
-    config |= {"topk_group": 1, "num_experts_per_tok": 2, "num_key_value_heads": 4}
-    config |= {"first_k_dense_replace": 1, **changes}
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(DeepseekV3Config(**config)).eval()
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "gate.weight" in name or "correction_bias" in name:
-                tensor.copy_(0.3 * torch.randn_like(tensor))
-    return model
-
-
 def test_as_many_of_each_group_go_and_corrections_with_them(tmp_path: Path) -> None:
-    model: Any = grouped()
+    model: Any = grouped_mixture()
     was = copy.deepcopy(model)
     report = drop_experts_(model, 4, mixture_batches())
     for gone in report.removed:
@@ -243,7 +235,7 @@ def test_as_many_of_each_group_go_and_corrections_with_them(tmp_path: Path) -> N
         (6, "2 best|two best"),
     ):
         with pytest.raises(ValueError, match=message):
-            drop_experts_(grouped(), count, mixture_batches())
+            drop_experts_(grouped_mixture(), count, mixture_batches())
 
 
 FAMILIES = ["deepseek_v2", "qwen2_moe", "olmoe", "granitemoe", "phimoe", "glm4_moe", "jamba"]

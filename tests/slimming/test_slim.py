@@ -146,7 +146,11 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (deep, {"params": 0.7, "axes": "depth"}, "axes"),
     (deep, {"params": 0.7, "axes": ("depth", "depth")}, "named twice"),
     (lambda: tiny_model("albert"), {"params": 0.7}, "run several times with the same weights"),
-    (lambda: build(tiny_config("mixtral"), _causal("mixtral")), {"params": 0.9}, "Known families"),
+    (
+        lambda: build(tiny_config("mixtral"), _causal("mixtral")),
+        {"params": 0.9, "axes": ("width",)},
+        "Known families",
+    ),
     (tiny_classifier, {"params": 0.7}, "the batches have no labels"),
     (lambda: deep().to("meta"), {"params": 0.7}, "meta device"),
     (lambda: adapted(deep()), {"params": 0.7}, "has adapters"),
@@ -205,7 +209,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(command) == 1
     assert "is not empty" in capsys.readouterr().err
     assert main([*command[:2], str(tmp_path / "other"), "--params", "0.05", *command[5:]]) == 1
-    assert "The nearest is params=" in capsys.readouterr().err
+    assert "The nearest is --params 0." in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 

@@ -158,7 +158,7 @@ def calibrate(target: Target, cache: Path | None) -> Rates:
         for density in usual.densities:
             kept = random.random((_ROWS // height, _COLUMNS)) < density
             weight = np.repeat(kept, height, axis=0).astype(np.float32)
-            (packed,) = pack_many([(weight, height)], panel_columns=nominal.panel_columns)
+            (packed,) = pack_many([(weight, height)], panel_columns=usual.panel_columns)
             operation = packed.operation(0, 4, x.data_ptr(), y.data_ptr(), 0, spmm.START_SUM)
             times = []
             for _ in range(_REPEATS):
