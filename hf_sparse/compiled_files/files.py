@@ -173,8 +173,9 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _is_known(layout: Any) -> bool:
-    # That of 4 knew no windows (`weights/shuffled.py`), and is the same for the rest.
-    return layout in (LAYOUT, [4, *LAYOUT[1:]]) or is_old(layout)
+    # That of 4 knew no windows (`weights/shuffled.py`), those of 4 and 5 no codes of few bits; what
+    # they knew is the same.
+    return layout in ([number, *LAYOUT[1:]] for number in (4, 5, LAYOUT[0])) or is_old(layout)
 
 
 def _instead(folder: Path) -> str:

@@ -164,7 +164,7 @@ def unit_codes(
     """The codes of a unit for vector `number` of the rows, as they are stored, in bytes."""
     bits = form.bits
     place = unit * bits // 8 * ROWS * UNIT + number * lanes * UNIT
-    loaded = codes.at(place).load(vector(lanes * UNIT, "i8"), 4 * lanes)
+    loaded = codes.at(place).load(vector(lanes * UNIT, "i8"), 1)
     return loaded if bits == 8 else _field(loaded, unit % 2 * 4, 15)
 
 
@@ -175,7 +175,7 @@ def unit_places(
     bits = form.place_bits
     shared = 8 // bits
     place = unit // shared * ROWS * UNIT + number * lanes * UNIT
-    loaded = places.at(place).load(vector(lanes * UNIT, "i8"), 4 * lanes)
+    loaded = places.at(place).load(vector(lanes * UNIT, "i8"), 1)
     found = _field(loaded, unit % shared * bits, (1 << bits) - 1)
     if form.sweep == form.window:
         return found

@@ -6,8 +6,8 @@
 So there is one copy of a weight in memory, and nothing is rounded that was not. Zeros are multiplied.
 The floats of a block are `(16, 16, 4)`: four columns of every row, then the next four.
 
-Arguments of `code_tiles`: number of the format in `FORMATS`, codes, places, scales (of the first row and
-the first column), blocks of a whole row, columns, rows, X, Y (of the first row), bias (as well), start
+Arguments of `code_tiles`: number of the format in `FORMATS`, codes, places, scales (of row 0 and the
+first column), blocks of a whole row, columns, first row (of a group) and last one, X, Y, bias, start
 (`START_*` of `spmm.py`).
 """
 
@@ -33,7 +33,8 @@ CODE_TILES = Signature(
         "ptr scales",
         "i64 row_blocks",
         "i64 columns",
-        "i64 rows",
+        "i64 first",
+        "i64 last",
         "ptr x",
         "ptr y",
         "ptr bias",
@@ -119,7 +120,7 @@ class _Kernel:
     def __init__(self, f: Function, target: Target, vectors: int) -> None:
         self.f, self.target, self.vectors = f, target, vectors
         self.format, self.codes, self.places, self.scales, self.row_blocks, *rest = f.parameters
-        self.columns, self.rows, self.x, self.y, self.bias, self.start = rest
+        self.columns, self.first, self.last, self.x, self.y, self.bias, self.start = rest
         self.size, self.kind = 4 * target.lanes, vector(target.lanes)
         self.tile_row = self.size * vectors
         # Sums that fit the registers, with room for a row of X and a weight.
@@ -130,9 +131,10 @@ class _Kernel:
 
     def write(self) -> None:
         f = self.f
-        with f.range(self.rows, step=ROWS) as row, f.range(self.columns, step=BLOCK) as begun:
+        rows = f.range(self.last, start=self.first, step=ROWS)
+        with rows as row, f.range(self.columns, step=BLOCK) as begun:
             self._unpack(row / ROWS * self.row_blocks + begun / BLOCK)
-            left = f.minimum_integer(self.rows - row, f.constant(ROWS, "i64"))
+            left = f.minimum_integer(self.last - row, f.constant(ROWS, "i64"))
             whole = left / _SIDE_BY_SIDE * _SIDE_BY_SIDE
             with f.range(whole, step=_SIDE_BY_SIDE) as r:
                 self._multiply(row, r, begun, _SIDE_BY_SIDE)

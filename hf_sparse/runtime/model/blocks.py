@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_sparse.arguments import check_finite
+from hf_sparse.quantization import Grid
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
 from hf_sparse.runtime.model.configured import (
     multiplier_of,
@@ -41,9 +42,14 @@ def find_blocks(base: PreTrainedModel, family: Blocks) -> tuple[nn.Module, str, 
 
 
 def pack_blocks(
-    config: Any, family: Blocks, modules: list[nn.Module], prefix: str, rates: Rates
+    config: Any,
+    family: Blocks,
+    modules: list[nn.Module],
+    prefix: str,
+    rates: Rates,
+    grid: Grid | None = None,
 ) -> Stack:
-    """Pack the weights of all blocks. The modules are read, not kept."""
+    """Pack the weights of all blocks, as codes of a grid if there is one. The modules are not kept."""
     packed: dict[int, Block] = {}
     rows_shelf = Shelf() if family.causal else None
     packer = _Packer(
@@ -55,6 +61,7 @@ def pack_blocks(
         sizes_of(config)[2],
         multiplier_of(config, family),
         *routing_of(config, family),
+        grid,
     )
     blocks = []
     for index, module in enumerate(modules):
@@ -92,6 +99,7 @@ class _Packer:
         head_dim: features of a head.
         chosen, normalised: of a mixture's experts.
         multiplier: by which the residual that norms see is divided.
+        grid: of codes that are kept in place of weights; routers keep theirs.
     """
 
     family: Blocks
@@ -103,6 +111,7 @@ class _Packer:
     multiplier: float
     chosen: int
     normalised: bool
+    grid: Grid | None = None
 
     def block(
         self, module: nn.Module, name: str, index: int, window: int, rotation: int | None
@@ -157,7 +166,9 @@ class _Packer:
             )
         weight: Any = module.get_submodule(router).weight
         return Mixture(
-            self._pack(f"{name}.{router}", weight.detach().to(self.dtype), None),
+            replace(self, grid=None)._pack(
+                f"{name}.{router}", weight.detach().to(self.dtype), None
+            ),
             tuple(found),
             self.chosen,
             self.normalised,
@@ -235,6 +246,7 @@ class _Packer:
             rows_shelf=self.rows_shelf,
             shelf=self.shelf,
             rates=self.rates,
+            grid=self.grid,
         )
 
 

@@ -91,6 +91,14 @@ class Multiply(Uses):
 
 
 @dataclass(frozen=True, eq=False)
+class Quantise(Uses):
+    """`y = x` in eight bits, for weights of few bits; one token's alone."""
+
+    x: Buffer
+    y: Buffer
+
+
+@dataclass(frozen=True, eq=False)
 class Add(Uses):
     """`y += x`."""
 
@@ -301,13 +309,14 @@ class OpenExperts(Uses):
 
 @dataclass(frozen=True, eq=False)
 class CloseExperts(Uses):
-    """`goal +=` what `down` of the experts makes of their features."""
+    """`goal +=` what `down` of the experts makes of their features, by way of `room` if in eight bits."""
 
     route: Route
     goal: Buffer
     experts: tuple[FeedForward, ...]
     gates: Buffer
     width: int
+    room: Buffer | None = None
 
     @property
     def reads(self) -> tuple[Buffer, ...]:
@@ -315,7 +324,7 @@ class CloseExperts(Uses):
 
     @property
     def writes(self) -> tuple[Buffer, ...]:
-        return (self.goal,)
+        return (self.goal,) if self.room is None else (self.goal, self.room)
 
 
 HeadStep = HeadNorms | Rotate | Append | Attend

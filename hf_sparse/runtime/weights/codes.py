@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_sparse.runtime.kernels.call import Operation
+from hf_sparse.runtime.kernels.call import Operation, Slot
 from hf_sparse.runtime.kernels.code_formats import (
     BLOCK,
     FORMATS,
@@ -76,7 +76,7 @@ class CodeWeight:
         }
 
     def operation(
-        self, x: int, y: int, bias: int, first: int, last: int, *, add: bool
+        self, x: int, y: int | Slot, bias: int, first: int, last: int, *, add: bool
     ) -> Operation:
         """Multiply rows `first` (of whole groups) to `last` with one token.
 
@@ -296,8 +296,8 @@ def check_codes(packed: CodeWeight) -> None:
     for (key, (kind, shape)), stream in zip(wanted.items(), packed.streams, strict=True):
         require(stream.dtype == kind, f"{key} are {stream.dtype}")
         require(stream.shape == shape, f"{key} have the shape {stream.shape}, not {shape}")
-        begins = stream.ctypes.data % 64 == 0 or not stream.size
-        require(stream.flags.c_contiguous and begins, f"{key} are {stream.strides}, not aligned")
+        straight = stream.flags.c_contiguous and stream.flags.aligned
+        require(straight, f"{key} are {stream.strides}")
     step = max(1, _TOGETHER // (ROWS * BLOCK * blocks))
     for first in range(0, groups, step):
         _check_groups(packed, slice(first, first + step))
