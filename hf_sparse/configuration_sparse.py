@@ -16,6 +16,7 @@ from typing import Any
 
 from hf_sparse.formats import FORMATS, FormatError
 from hf_sparse.patterns import Pattern
+from hf_sparse.quantization import Grid
 from hf_sparse.suggestions import check_name, did_you_mean, shortened
 
 # Raised when the meaning of a stored config or format changes; older readers then refuse it.
@@ -26,7 +27,7 @@ HIGHEST_SPARSITY = 0.999999
 
 @dataclass(frozen=True, init=False)
 class SparsityConfig:
-    """The pattern, sparsity, place and storage of a model's zeros.
+    """The pattern, sparsity, place and storage of a model's zeros, and the bits of what is left.
 
     Args:
         pattern: `"unstructured"`, `"2:4"` or any N:M, `"block:RxC"`, `"row"`, `"column"`, `"head"`.
@@ -42,6 +43,11 @@ class SparsityConfig:
         uniform: of whole neurons and heads: every block loses the same number, so that what
             `hf_sparse.shrink_` leaves is a plain model of the family. `hf_sparse.prune_` refuses sizes
             that the family's config cannot tell.
+        bits: 8 or 4: the targets lie on a grid of so many bits, zeros on code 0. None: any values.
+        group_size: consecutive inputs of a row that share a scale: 128, 64 or 32; None: the whole row.
+        symmetric: codes lie around zero; False: each group has a zero point.
+        embedding_bits: 8 or 4: the input embeddings and the output head lie on such a grid, too, with
+            the same groups. None: they hold any values.
 
     A glob matches the whole dotted name of a layer, or the end of it from a dot on: `"q_proj"`
     matches `model.layers.0.self_attn.q_proj`. An expert's matrix has the name of its parameter and the
@@ -58,6 +64,10 @@ class SparsityConfig:
     ignore: tuple[str, ...]
     format: str
     uniform: bool
+    bits: int | None
+    group_size: int | None
+    symmetric: bool
+    embedding_bits: int | None
 
     def __init__(
         self,
@@ -67,6 +77,10 @@ class SparsityConfig:
         ignore: str | Sequence[str] | None = None,
         format: str = "auto",
         uniform: bool = False,
+        bits: int | None = None,
+        group_size: int | None = None,
+        symmetric: bool = True,
+        embedding_bits: int | None = None,
     ) -> None:
         parsed = Pattern.parse(pattern)
         check_name(format, FORMATS, "format", "formats")
@@ -76,6 +90,11 @@ class SparsityConfig:
         object.__setattr__(self, "ignore", _globs("ignore", ignore) or ())
         object.__setattr__(self, "format", format)
         object.__setattr__(self, "uniform", _checked_uniform(parsed, uniform))
+        _check_grids(bits, group_size, symmetric, embedding_bits)
+        object.__setattr__(self, "bits", bits)
+        object.__setattr__(self, "group_size", group_size)
+        object.__setattr__(self, "symmetric", symmetric)
+        object.__setattr__(self, "embedding_bits", embedding_bits)
 
     def __repr__(self) -> str:
         """The call that makes it, with what is not the default."""
@@ -90,7 +109,25 @@ class SparsityConfig:
             parts.append(f"format={self.format!r}")
         if self.uniform:
             parts.append("uniform=True")
+        parts += [f"{name}={value!r}" for name, value in self._grid_values().items()]
         return f"SparsityConfig({', '.join(parts)})"
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid of the targets; None: they hold any values."""
+        return None if self.bits is None else Grid(self.bits, self.group_size, self.symmetric)
+
+    @property
+    def embedding_grid(self) -> Grid | None:
+        """The grid of the input embeddings and of the output head; None: they hold any values."""
+        bits = self.embedding_bits
+        return None if bits is None else Grid(bits, self.group_size, self.symmetric)
+
+    def _grid_values(self) -> dict[str, Any]:
+        """What of bits, groups, zero points and embeddings is not the default."""
+        names = ("bits", "group_size", "symmetric", "embedding_bits")
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value not in (None, True)}
 
     def ignores(self, layer: str) -> bool:
         """Whether `ignore` names the layer."""
@@ -106,6 +143,7 @@ class SparsityConfig:
             "ignore": list(self.ignore),
             "format": self.format,
             **({"uniform": True} if self.uniform else {}),  # older readers know no such key
+            **self._grid_values(),
         }
 
     @classmethod
@@ -201,6 +239,21 @@ def _checked_uniform(pattern: Pattern, uniform: bool) -> bool:
             f"has no such units. Leave uniform out, or take one of {units}."
         )
     return uniform
+
+
+def _check_grids(
+    bits: int | None, group_size: int | None, symmetric: bool, embedding_bits: int | None
+) -> None:
+    if bits is None and embedding_bits is None:
+        if group_size is not None or symmetric is not True:
+            raise ValueError(
+                f"group_size={group_size!r} and symmetric={symmetric!r} tell of a grid, and no bits "
+                "are given: add bits=8 or bits=4."
+            )
+        return
+    for number in (bits, embedding_bits):
+        if number is not None:
+            Grid(number, group_size, symmetric)
 
 
 def _meant_share(sparsity: Any) -> str:

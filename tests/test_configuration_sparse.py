@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hf_sparse.configuration_sparse import CONFIG_VERSION, SparsityConfig, matches
 from hf_sparse.formats import FORMATS, FormatError
 from hf_sparse.patterns import NM, Head
+from hf_sparse.quantization import Grid
 
 globs = st.lists(st.text("abc.*?0_", min_size=1, max_size=8), min_size=1, max_size=3)
 
@@ -179,3 +180,43 @@ def test_ignores_any_of_several_globs():
     assert config.ignores("lm_head")
     assert not config.ignores("model.layers.1.mlp")
     assert not SparsityConfig("2:4").ignores("lm_head")
+
+
+@given(
+    bits=st.sampled_from([4, 8]),
+    group_size=st.sampled_from([None, 32, 64, 128]),
+    symmetric=st.booleans(),
+    embedding_bits=st.none() | st.sampled_from([4, 8]),
+)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_a_grid_survives_json_and_stands_in_its_repr(bits, group_size, symmetric, embedding_bits):
+    config = SparsityConfig(
+        "2:4",
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        embedding_bits=embedding_bits,
+    )
+    assert SparsityConfig.from_json(config.to_json()) == config
+    assert eval(repr(config)) == config
+    assert config.grid == Grid(bits, group_size, symmetric)
+    assert (config.embedding_grid is None) == (embedding_bits is None)
+
+
+def test_older_readers_meet_no_new_key_where_there_is_no_grid():
+    assert not {"bits", "group_size", "symmetric"} & set(SparsityConfig("2:4").to_dict())
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"bits": 3}, "bits is 3; wanted 8 or 4"),
+        ({"embedding_bits": 16}, "bits is 16; wanted 8 or 4"),
+        ({"bits": 4, "group_size": 100}, "group_size is 100"),
+        ({"group_size": 32}, "no bits are given"),
+        ({"symmetric": False}, "no bits are given"),
+    ],
+)
+def test_what_is_no_grid_is_refused(values, words):
+    with pytest.raises(ValueError, match=words):
+        SparsityConfig("2:4", **values)

@@ -18,7 +18,7 @@ PACKAGE = Path(hf_sparse.__file__).parent
 FLOORS = [
     ["suggestions", "version", "upstream"],
     ["arguments"],
-    ["patterns"],
+    ["patterns", "quantization"],
     ["selection"],
     ["formats"],
     ["configuration_sparse"],

@@ -1,0 +1,87 @@
+"""Rounding to a grid: the scales of a weight's groups, and the nearest codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_sparse.quantization.codes import Codes
+from hf_sparse.quantization.grid import Grid
+
+# The shares of the widest scale that a search tries: 1, 0.97, ..., down to 0.7 of it.
+_SHARES = tuple(1 - 0.03 * step for step in range(11))
+# The smallest scale: a normal float16, so that files for other runtimes can hold it too.
+SMALLEST_SCALE = 2.0**-14
+
+
+def fitted_scales(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Tensor:
+    """The scales with the least squared error after rounding to the nearest code.
+
+    Tries the scale that holds a group's largest weight, and smaller ones that clip it.
+
+    Args:
+        weight: `(out_features, in_features)`, finite.
+        grid: what to round to.
+        importance: `(in_features,)`: the weight of each input's squared error, such as the mean square
+            of its activations; None: all alike.
+
+    Returns:
+        `(out_features, groups)`, float32, each a bfloat16 of at least `SMALLEST_SCALE`.
+
+    Raises:
+        ValueError: the group size does not divide the inputs.
+    """
+    rows, columns = weight.shape
+    size = grid.columns_per_scale(columns)
+    grouped = weight.float().reshape(rows, -1, size)
+    inputs = 1.0 if importance is None else importance.float().reshape(-1, size)
+    widest = _widest(grouped, grid)
+    best, least = widest, torch.full_like(widest, torch.inf)
+    for share in _SHARES:
+        scales = _rounded_up(widest * share)
+        missed = _nearest(grouped, scales, grid).mul_(scales[..., None]).sub_(grouped)
+        error = missed.square_().mul_(inputs).sum(-1)
+        best = torch.where(error < least, scales, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+def nearest_codes(weight: Tensor, scales: Tensor, grid: Grid) -> Codes:
+    """The code nearest to each weight: `(out_features, in_features)`, with scales of its groups."""
+    rows, groups = scales.shape
+    codes = _nearest(weight.float().reshape(rows, groups, -1), scales, grid)
+    dtype = torch.int8 if grid.symmetric else torch.int16
+    return Codes(codes.reshape(weight.shape).to(dtype), scales)
+
+
+def rounded(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Tensor:
+    """The weight rounded to the grid, in its dtype. Zeros stay zeros. Memory: some copies of it."""
+    scales = fitted_scales(weight, grid, importance)
+    return nearest_codes(weight, scales, grid).weight(weight.dtype)
+
+
+def _widest(grouped: Tensor, grid: Grid) -> Tensor:
+    """The scales that hold the largest weight of each group; of zeros 1."""
+    highest, lowest = grouped.amax(-1).clamp_min(0), grouped.amin(-1).clamp_max(0)
+    if grid.symmetric:
+        scales = torch.maximum(highest, -lowest) / grid.highest_code
+    else:
+        scales = (highest - lowest) / (2**grid.bits - 1)
+    return _rounded_up(torch.where(scales == 0, torch.ones_like(scales), scales))
+
+
+def _rounded_up(scales: Tensor) -> Tensor:
+    """The next bfloat16 at or above each scale."""
+    bits = scales.clamp_min(SMALLEST_SCALE).float().contiguous().view(torch.int32)
+    return ((bits + 0xFFFF) & -0x10000).view(torch.float32)
+
+
+def _nearest(grouped: Tensor, scales: Tensor, grid: Grid) -> Tensor:
+    """The codes `(rows, groups, size)`, as floats."""
+    codes = (grouped / scales[..., None]).round_()
+    if grid.symmetric:
+        return codes.clamp_(grid.lowest_code, grid.highest_code)
+    zeros = (
+        (-grouped.amin(-1, keepdim=True) / scales[..., None]).round_().clamp_(0, 2**grid.bits - 1)
+    )
+    return torch.clamp(codes, -zeros, 2**grid.bits - 1 - zeros)
