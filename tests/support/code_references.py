@@ -12,11 +12,11 @@ Codes = tuple[np.ndarray, np.ndarray]
 
 def quantise_ref(x: np.ndarray) -> Codes:
     """Features `(n,)` in eight bits, and their scales, one for 64: as the kernel rounds them."""
-    blocks = np.zeros(-(-len(x) // 64) * 64, np.float32)
-    blocks[: len(x)] = x
-    blocks = blocks.reshape(-1, 64)
+    padded = np.zeros(-(-len(x) // 64) * 64, np.float32)
+    padded[: len(x)] = x
+    blocks = padded.reshape(-1, 64)
     largest = np.abs(blocks).max(axis=1, keepdims=True)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         inverse = np.where(largest > 0, np.float32(127) / largest, np.float32(0))
     codes = np.clip(np.rint(blocks * inverse), -127, 127).astype(np.int64)
     return codes, (largest / np.float32(127))[:, 0]

@@ -1,9 +1,9 @@
 """How the codes of weights of few bits lie in memory, and one token's features in eight bits.
 
 A weight is `code * scale`: an integer of 8 or 4 bits, and a bfloat16 for `group` columns of a row.
-Rows go in groups of `ROWS`, columns in blocks of `BLOCK`. A unit has four codes of each of the 16 rows:
-four bytes are one lane of 32 bits, which a product of bytes fills with the sum of four. So lanes are rows,
-and what vectors have (16, 8 or 4 lanes) makes no difference for the bytes in memory.
+Rows go in groups of `ROWS`, columns in blocks of `BLOCK`. A unit has four codes of each of the 16
+rows: four bytes are one lane of 32 bits, which a product of bytes fills with the sum of four. So lanes
+are rows, and what vectors have (16, 8 or 4 lanes) makes no difference for the bytes in memory.
 
     pattern     a unit is                                     places
     4 of 4      4 columns                                     none: all weights are there

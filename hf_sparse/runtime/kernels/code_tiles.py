@@ -1,6 +1,6 @@
 """Tiles times weights of few bits: Y (+)= W X, whose codes become floats a few at a time.
 
-    unpack...     16 rows and 64 columns of codes as floats, `code * scale`, into memory that stays in L1
+    unpack...     16 rows and 64 columns of codes as floats, `code * scale`, which stay in L1
     code_tiles    the product, 4 rows at a time; it unpacks what it needs, whatever the format
 
 So there is one copy of a weight in memory, and nothing is rounded that was not. Zeros are multiplied.
@@ -83,22 +83,23 @@ def _columns(
         return [signed(unit) for unit in range(form.units)]
     found = []
     for begun in range(0, BLOCK, form.sweep):
-        kept = []  # each code and its column, four times
+        kept: list[tuple[int, Value, Value]] = []  # window, and codes and columns, each four times
         for unit in range(form.units):
             if form.first_column(unit) != begun:
                 continue
-            both = signed(unit), unit_places(f, form, places, unit, number, lanes)
+            own, columns = signed(unit), unit_places(f, form, places, unit, number, lanes)
             for code in range(UNIT):
                 order = [lane // UNIT * UNIT + code for lane in range(UNIT * lanes)]
                 window = code // form.kept * form.window if form.sweep > form.window else 0
-                kept.append((window, *(f.shuffle(one, one, order) for one in both)))
+                four = f.shuffle(own, own, order), f.shuffle(columns, columns, order)
+                kept.append((window, *four))
         for first in range(0, form.sweep, UNIT):
-            own = [pair for window, *pair in kept if form.sweep == form.window or window == first]
-            found.append(_spread(f, own, first))
+            inside = [one[1:] for one in kept if form.sweep == form.window or one[0] == first]
+            found.append(_spread(f, inside, first))
     return found
 
 
-def _spread(f: Function, kept: list[list[Value]], first: int) -> Value:
+def _spread(f: Function, kept: list[tuple[Value, Value]], first: int) -> Value:
     """The codes that are of the columns `first` to `first + 3`, at their places."""
     kind = kept[0][0].kind
     names = ", ".join(f"i8 {first + lane % UNIT}" for lane in range(lanes_of(kind)))

@@ -1,4 +1,4 @@
-"""An output head in eight bits, for a few tokens; the weight itself stays, for embeddings and more tokens."""
+"""An output head in eight bits for a few tokens. The weight stays, for embeddings and more tokens."""
 
 from __future__ import annotations
 

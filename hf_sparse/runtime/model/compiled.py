@@ -104,8 +104,9 @@ def compile(
         ImportError: llvmlite is not installed.
         ValueError: the model is not on the CPU, one of its parameters is not finite or of a type
             that torch cannot compute with, or it is not compiled as a whole and no layer of its
-            blocks has enough zeros, or `bits` are asked for; or its blocks do something else than what transformers makes
-            of its config: modules that were exchanged or changed, hooks, adapters.
+            blocks has enough zeros, or `bits` are asked for; or its blocks do something else than
+            what transformers makes of its config: modules that were exchanged or changed, hooks,
+            adapters.
     """
     check_kinds(compile, locals())
     grid = None if bits is None else grid_for(bits)

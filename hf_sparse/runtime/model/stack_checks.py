@@ -34,8 +34,9 @@ from hf_sparse.runtime.kernels.code_formats import BLOCK
 from hf_sparse.runtime.kernels.single_token import COLUMNS, GROUP
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
 from hf_sparse.runtime.model.stack_shapes import check_stack, norm_sizes, require_floats
+from hf_sparse.runtime.weights.code_checks import check_codes
 from hf_sparse.runtime.weights.code_part import CodePart
-from hf_sparse.runtime.weights.codes import CodeWeight, check_codes
+from hf_sparse.runtime.weights.codes import CodeWeight
 from hf_sparse.runtime.weights.damage import require
 from hf_sparse.runtime.weights.dense_weight import DenseWeight
 from hf_sparse.runtime.weights.linear import Linear

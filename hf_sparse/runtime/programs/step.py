@@ -309,7 +309,7 @@ class OpenExperts(Uses):
 
 @dataclass(frozen=True, eq=False)
 class CloseExperts(Uses):
-    """`goal +=` what `down` of the experts makes of their features, by way of `room` if in eight bits."""
+    """`goal +=` what `down` of the experts makes of their features; these in eight bits in `room`."""
 
     route: Route
     goal: Buffer

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from hf_sparse.runtime.kernels.call import Operation, Slot
 from hf_sparse.runtime.kernels.code_formats import (
     BLOCK,
-    FORMATS,
     GROUPS,
     PATTERNS,
     ROWS,
@@ -24,14 +23,13 @@ from hf_sparse.runtime.kernels.code_formats import (
     CodeFormat,
 )
 from hf_sparse.runtime.kernels.code_rows import CODE_ROWS, name
-from hf_sparse.runtime.weights.damage import require
 from hf_sparse.runtime.weights.memory import Shelf
 
 Array = NDArray
 
 # Weights that are packed, or checked, together: bounds what is needed beside the result to about
 # 20 MB (some 16 bytes for each of them).
-_TOGETHER = 1 << 20
+TOGETHER = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,12 +59,12 @@ class CodeWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of all streams."""
-        return sum(stream.nbytes for stream in self.streams)
+        return sum(int(stream.nbytes) for stream in self.streams)
 
     @property
     def blocks(self) -> int:
         """Blocks of columns."""
-        return self.codes.shape[1]
+        return int(self.codes.shape[1])
 
     def at(self, group: int, block: int = 0) -> dict[str, int]:
         """The addresses of the streams from a group of rows and a block of columns on."""
@@ -139,23 +137,20 @@ def pack_codes(
     _check_given(codes, scales, group_size, form)
     groups, blocks = -(-rows // ROWS), -(-columns // BLOCK)
     room = (shelf or Shelf(0)).room
-    kinds = ((form.code_bytes, np.uint8), (form.place_bytes, np.uint8))
-    streams = [
-        room(groups * blocks * size).view(kind).reshape(groups, blocks, size)
-        for size, kind in kinds
-    ]
-    stored = room(groups * blocks * form.scale_bytes).view(np.uint16)
-    streams.append(stored.reshape(groups, blocks, BLOCK // form.group, ROWS))
+    shape = groups, blocks
+    own = room(groups * blocks * form.code_bytes).reshape(*shape, form.code_bytes)
+    places = room(groups * blocks * form.place_bytes).reshape(*shape, form.place_bytes)
+    stored = room(groups * blocks * form.scale_bytes).view(np.uint16).reshape(*shape, -1, ROWS)
     begins = np.arange(blocks * BLOCK // form.group) * form.group // group_size
     begins = np.minimum(begins, scales.shape[1] - 1)
     for first, part in _in_parts(codes):
         here = slice(first // ROWS, -(-(first + len(part)) // ROWS))
-        streams[0][here], streams[1][here] = _pack_rows(_padded(part, ROWS), form)
-        bits = np.zeros((len(streams[2][here]) * ROWS, len(begins)), np.uint16)
+        own[here], places[here] = _pack_rows(_padded(part, ROWS), form)
+        bits = np.zeros((len(own[here]) * ROWS, len(begins)), np.uint16)
         bits[: len(part)] = _bits(scales[first : first + len(part)])[:, begins]
-        bits = bits.reshape(-1, ROWS, blocks, BLOCK // form.group)
-        streams[2][here] = bits.transpose(0, 2, 3, 1)
-    return CodeWeight(rows, columns, form, *streams)
+        by_groups = bits.reshape(-1, ROWS, blocks, BLOCK // form.group)
+        stored[here] = by_groups.transpose(0, 2, 3, 1)
+    return CodeWeight(rows, columns, form, own, places, stored)
 
 
 def _check_given(codes: Array, scales: Array, group_size: int, form: CodeFormat) -> None:
@@ -190,14 +185,14 @@ def _bits(scales: Array) -> Array:
 
 def _in_parts(codes: Array) -> Iterator[tuple[int, Array]]:
     """Whole groups of rows, some at a time, and the first row of each."""
-    step = max(ROWS, _TOGETHER // max(codes.shape[1], 1) // ROWS * ROWS)
+    step = max(ROWS, TOGETHER // max(codes.shape[1], 1) // ROWS * ROWS)
     for first in range(0, len(codes), step):
         yield first, codes[first : first + step]
 
 
 def _padded(codes: Array, rows: int) -> Array:
     """Codes with zeros up to whole groups of rows and blocks."""
-    shape = tuple(-(-size // unit) * unit for size, unit in zip(codes.shape, (rows, BLOCK)))
+    shape = -(-codes.shape[0] // rows) * rows, -(-codes.shape[1] // BLOCK) * BLOCK
     if shape == codes.shape:
         return codes
     padded = np.zeros(shape, np.int8)
@@ -253,78 +248,6 @@ def _shared(units: Array, bits: int, form: CodeFormat | None) -> Array:
     for place in range(1, each):
         found |= numbers[:, :, place::each] << np.uint8(bits * place)
     return found.reshape(*found.shape[:2], -1)
-
-
-def unit_numbers(stream: Array, bits: int) -> Array:
-    """Undo `_shared`: `(groups, blocks, units, 16, 4)` uint8."""
-    numbers = stream.reshape(*stream.shape[:2], -1, 1, ROWS, UNIT)
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None, None]
-    apart: Array = numbers >> shifts & np.uint8((1 << bits) - 1)
-    return apart.reshape(*stream.shape[:2], -1, ROWS, UNIT)
-
-
-def codes_in(packed: CodeWeight, groups: slice) -> tuple[Array, Array]:
-    """Codes of some groups, int8, and the column of each in its block, `(groups, blocks, units, 16, 4)`."""
-    form = packed.form
-    stored = unit_numbers(packed.codes[groups], form.bits)
-    codes = stored.view(np.int8) if form.bits == 8 else stored.view(np.int8) - np.int8(8)
-    number = np.arange(form.units * UNIT).reshape(form.units, 1, UNIT)
-    starts = number // form.kept * form.window
-    if form.is_dense:
-        return codes, np.broadcast_to(number, codes.shape)
-    return codes, starts + unit_numbers(packed.places[groups], form.place_bits)
-
-
-def check_codes(packed: CodeWeight) -> None:
-    """Check that a weight from a file leads kernels nowhere but into its streams and features.
-
-    A place cannot leave its window, since it has no more bits. Of the codes of a window, those that are
-    not zero are of different columns, in order; none stands for a row or a column that there is not.
-
-    Raises:
-        ValueError: a stream is of another type or shape, or a code or scale is none.
-    """
-    rows, columns, form = packed.rows, packed.columns, packed.form
-    require(form in FORMATS, f"{form} is none of the formats that there are")
-    require(rows > 0 and columns > 0, f"{rows} rows, {columns} columns")
-    groups, blocks = -(-rows // ROWS), -(-columns // BLOCK)
-    wanted = {
-        "codes": (np.uint8, (groups, blocks, form.code_bytes)),
-        "places": (np.uint8, (groups, blocks, form.place_bytes)),
-        "scales": (np.uint16, (groups, blocks, BLOCK // form.group, ROWS)),
-    }
-    for (key, (kind, shape)), stream in zip(wanted.items(), packed.streams, strict=True):
-        require(stream.dtype == kind, f"{key} are {stream.dtype}")
-        require(stream.shape == shape, f"{key} have the shape {stream.shape}, not {shape}")
-        straight = stream.flags.c_contiguous and stream.flags.aligned
-        require(straight, f"{key} are {stream.strides}")
-    step = max(1, _TOGETHER // (ROWS * BLOCK * blocks))
-    for first in range(0, groups, step):
-        _check_groups(packed, slice(first, first + step))
-
-
-def _check_groups(packed: CodeWeight, groups: slice) -> None:
-    form = packed.form
-    codes, columns = codes_in(packed, groups)
-    require(int(codes.min()) > -128, "a code is -128")
-    nonzero = codes != 0
-    left = packed.columns - BLOCK * (packed.blocks - 1)
-    inside = columns[:, -1] < left
-    require(not (nonzero[:, -1] & ~inside).any(), "some codes stand for no column")
-    rows = packed.rows - ROWS * (groups.start + np.arange(len(codes)))
-    there = np.arange(ROWS) < rows[:, None]
-    beyond = nonzero & ~there[:, None, None, :, None]
-    require(not beyond.any(), "some codes stand for no row")
-    scales = packed.scales[groups].astype(np.int64)
-    fits = np.where(there[:, None, None], (scales > 0) & (scales < 0x7F80), scales == 0)
-    require(bool(fits.all()), "some scales are not positive, or not finite")
-    if form.is_dense:
-        return
-    # Of a window: its codes in order, wherever its units are.
-    ordered = columns.transpose(0, 1, 3, 2, 4).reshape(-1, form.kept)
-    filled = nonzero.transpose(0, 1, 3, 2, 4).reshape(-1, form.kept)
-    later = ordered[:, 1:] > ordered[:, :-1]
-    require(not (filled[:, 1:] & ~(later & filled[:, :-1])).any(), "codes of a window are mixed up")
 
 
 def on(packed: CodeWeight, shelf: Shelf) -> CodeWeight:

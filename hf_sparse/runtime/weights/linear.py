@@ -34,7 +34,6 @@ from hf_sparse.runtime.weights.single_rows import (
     row_operation,
 )
 
-
 # What multiplies tiles.
 TileWeight = PackedWeight | DenseWeight | CodePart
 

@@ -75,8 +75,8 @@ class Rates:
 _DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 # By the target's name. For tiles: AVX-512 of the machine in docs/results.md, AVX2 of a Zen 3, portable
-# of a Sapphire Rapids' SSE, as all of those for single tokens (`benchmarks/one_token.py`); those of codes
-# are of a Zen 5. Only their proportions matter for choosing a kernel.
+# of a Sapphire Rapids' SSE, as all of those for single tokens (`benchmarks/one_token.py`); those of
+# codes are of a Zen 5. Only their proportions matter for choosing a kernel.
 NOMINAL = {
     "avx512": Rates(
         _DENSITIES,

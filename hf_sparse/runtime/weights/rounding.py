@@ -22,7 +22,7 @@ def nearest(weight: Tensor, grid: Grid) -> Codes:
     Memory:
         Codes and scales, and about 40 MB.
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     size = grid.group_size or max(columns, 1)
     step = max(1, _TOGETHER // max(columns, 1))
     found = []
@@ -57,7 +57,9 @@ def pack_nearest(codes: Codes, grid: Grid, rates: RowRates, shelf: Shelf) -> Cod
     seconds = {}
     for pattern in find_patterns(numbers, bits):
         form = format_for(bits, pattern, size)
-        seconds[form] = rates.code_nanoseconds(form.name, form.bytes_for * numbers.size, numbers.size)
+        seconds[form] = rates.code_nanoseconds(
+            form.name, form.bytes_for * numbers.size, numbers.size
+        )
     best = min(seconds, key=lambda form: seconds[form])
     dense = next(form for form in seconds if form.is_dense)
     chosen = best if seconds[best] < (1 - MIN_GAIN) * seconds[dense] else dense
