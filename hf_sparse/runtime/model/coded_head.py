@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.quantization import Grid
 from hf_sparse.runtime.kernels.call import Operation, Slot
 from hf_sparse.runtime.kernels.code_formats import BLOCK, RECORD
 from hf_sparse.runtime.kernels.code_rows import QUANTISE_ROW
 from hf_sparse.runtime.kernels.single_token import GROUP
 from hf_sparse.runtime.llvm.target import Target
+from hf_sparse.runtime.model.plain import why_not_plain
 from hf_sparse.runtime.model.single_layers import CompiledHead
 from hf_sparse.runtime.programs.program import Program
 from hf_sparse.runtime.weights.codes import CodeWeight
 from hf_sparse.runtime.weights.memory import Shelf, aligned
 from hf_sparse.runtime.weights.rates import NOMINAL
-from hf_sparse.runtime.weights.rounding import nearest, pack_nearest
+from hf_sparse.runtime.weights.rounding import Coding, pack_nearest
 from hf_sparse.runtime.weights.rows import DECODE_ROWS, share_rows
-
-_GRID = Grid(8, BLOCK)
 
 
 class CodedHead(CompiledHead):
@@ -34,7 +33,8 @@ class CodedHead(CompiledHead):
         linear: the head; its weight may be shared with the embeddings.
         target: what the code is for.
         cache: folder of the machine code, or None.
-        codes: of this weight, if they are there.
+        coding: how the codes were made.
+        codes: of this weight.
     """
 
     CODES = True
@@ -44,14 +44,26 @@ class CodedHead(CompiledHead):
         linear: nn.Linear,
         target: Target,
         cache: Path | None,
-        codes: CodeWeight | None = None,
+        coding: Coding,
+        codes: CodeWeight,
     ) -> None:
         super().__init__(linear, target, cache)
-        if codes is None:
-            found = nearest(linear.weight, _GRID)
-            codes = pack_nearest(found, _GRID, NOMINAL[target.name].rows, Shelf(0))
-        assert codes is not None  # none of this grid is too large
-        self.codes, self._made_of = codes, _state(linear.weight)
+        self.coding, self.codes, self._made_of = coding, codes, _state(linear.weight)
+
+    @classmethod
+    def of(
+        cls, linear: Any, target: Target, cache: Path | None, coding: Coding
+    ) -> CodedHead | None:
+        """A head as codes; None if it is no plain layer, or kernels have no room for its codes.
+
+        Raises:
+            OffGridError: its weight should lie on a grid, and does not.
+        """
+        if not cls.suits(linear) or why_not_plain(linear) is not None:
+            return None
+        rates = NOMINAL[target.name].rows
+        codes = pack_nearest(coding.codes(linear.weight), coding.grid, rates, Shelf(0))
+        return None if codes is None else cls(linear, target, cache, coding, codes)
 
     @classmethod
     def suits(cls, linear: nn.Module | None) -> bool:
@@ -70,8 +82,10 @@ class CodedHead(CompiledHead):
         return super()._as_compiled() and _state(self.weight) == self._made_of
 
     def _with(self, linear: nn.Linear) -> CompiledHead:
-        same = self.codes if _state(self.weight) == self._made_of else None
-        return CodedHead(linear, self.target, self._cache, same)
+        twin = CodedHead(linear, self.target, self._cache, self.coding, self.codes)
+        if _state(self.weight) != self._made_of:  # the codes are of another weight, also there
+            twin._made_of = (0, 0)
+        return twin
 
     def multiply(self, x: Tensor) -> Tensor:
         """The operation itself."""

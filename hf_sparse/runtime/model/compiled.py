@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_sparse.arguments import check_finite, check_kinds
-from hf_sparse.quantization import Grid
 from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE
 from hf_sparse.runtime.llvm.target import Target, named
 from hf_sparse.runtime.model.blocks import find_blocks, pack_blocks
 from hf_sparse.runtime.model.coded_head import CodedHead
+from hf_sparse.runtime.model.coding import coding_of
 from hf_sparse.runtime.model.configured import why_not_compiled
 from hf_sparse.runtime.model.copying import with_modules
 from hf_sparse.runtime.model.explain import Explanation, explain_layers
 from hf_sparse.runtime.model.faithful import check_blocks, check_parents, why_other_attention
 from hf_sparse.runtime.model.families import COMPILED
+from hf_sparse.runtime.model.generation import generate
 from hf_sparse.runtime.model.layers import (
     NOT_STORED,
     CompiledBlocks,
@@ -50,6 +52,7 @@ from hf_sparse.runtime.programs.runner import Runner
 from hf_sparse.runtime.weights.linear import Linear, pack_linear
 from hf_sparse.runtime.weights.memory import Shelf
 from hf_sparse.runtime.weights.rates import NOMINAL
+from hf_sparse.runtime.weights.rounding import Coding
 from hf_sparse.runtime.weights.stack import Stack
 from hf_sparse.structure.families import base_type
 from hf_sparse.structure.layers import PACKED, target_layers
@@ -88,12 +91,13 @@ def compile(
     that was found, the kernel, bytes, and predicted and measured time.
 
     With `bits`, the weights of the blocks are kept as codes of 8 or 4 bits, the nearest to what they
-    are, with a scale for every 64 or 32 inputs; a token that is computed alone is multiplied in 8 bits,
-    too, and the output head has 8 bits for it. Zeros stay zeros.
+    are, with a scale for every 64 or 32 inputs; zeros stay zeros. A token that is computed alone is
+    rounded to 8 bits as well, 64 features at a time, and the output head has 8 bits for it. Where the
+    model was quantised already, its own codes are used, whatever `bits` is.
 
     Args:
         model: a transformers model on the CPU.
-        bits: 8 or 4; None leaves the weights as they are.
+        bits: 8 or 4; None leaves weights as they are.
         target: `avx512`, `avx2` or `portable`, on ARM `neon`; what the CPU can do best by default.
         cache: folder that keeps the machine code, or None to keep none.
 
@@ -109,7 +113,6 @@ def compile(
             adapters.
     """
     check_kinds(compile, locals())
-    grid = None if bits is None else grid_for(bits)
     chosen = named(target)
     folder = None if cache is None else Path(cache)
     if not isinstance(model, PreTrainedModel):
@@ -122,7 +125,7 @@ def compile(
     check_no_global_hooks()
     check_dropout(model)
     reason = why_not_compiled(model.config) or why_other_attention(model.config)
-    if reason is not None and grid is not None:
+    if reason is not None and bits is not None:
         raise ValueError(
             f"bits is {bits}, and {type(model).__name__} is not compiled as a whole: {reason}. Wanted "
             "a model whose blocks are; leave `bits` out."
@@ -135,27 +138,27 @@ def compile(
     owner, name, modules = find_blocks(base, family)
     blocks = getattr(owner, name)
     check_parents(model, [blocks])
-    rates = NOMINAL[chosen.name]
-    stack = pack_blocks(model.config, family, modules, family.stack, rates, grid)
+    coding, rates = coding_of(model, bits), NOMINAL[chosen.name]
+    stack = pack_blocks(model.config, family, modules, family.stack, rates, coding)
     rest = with_modules(model, {blocks: nn.ModuleList()})
     check_parameters(rest)
-    return assemble(rest, stack, chosen, folder)
-
-
-def grid_for(bits: int) -> Grid:
-    """The grid to which weights are rounded where they are packed.
-
-    Raises:
-        ValueError: there is none of so many bits.
-    """
-    # Scales for 64 inputs of 8 bits are 3 % of the bytes, those for 32 of 4 bits 11 %.
-    return Grid(bits, 32 if bits == 4 else 64)
+    return assemble(rest, stack, chosen, folder, coding.head)
 
 
 def assemble(
-    model: PreTrainedModel, stack: Stack, target: Target, cache: Path | None
+    model: PreTrainedModel,
+    stack: Stack,
+    target: Target,
+    cache: Path | None,
+    head_coding: Coding | None = None,
 ) -> PreTrainedModel:
-    """Put a packed stack into a model that has an empty list of blocks."""
+    """Put a packed stack into a model that has an empty list of blocks.
+
+    Args:
+        model, stack: which.
+        target, cache: as `compile`'s.
+        head_coding: how the output head becomes codes; None: not at all.
+    """
     set_attention_(model.config, ATTENTION)
     register_mask(ATTENTION, _as_given)
     family = COMPILED[base_type(model.config.model_type)]
@@ -182,9 +185,16 @@ def assemble(
         owner.config = copy.copy(owner.config)
         owner.config.num_hidden_layers = owner.config.num_hidden_groups = len(layers)
     head = model.get_output_embeddings()
-    head_class = CodedHead if stack.has_codes else CompiledHead
-    if stack.causal and head_class.suits(head) and why_not_plain(head) is None:
-        model.set_output_embeddings(head_class(head, target, cache))
+    if stack.causal:
+        made: CompiledHead | None = None
+        if head_coding is not None:
+            made = CodedHead.of(head, target, cache, head_coding)
+        if made is None and CompiledHead.suits(head) and why_not_plain(head) is None:
+            made = CompiledHead(head, target, cache)
+        if made is not None:
+            model.set_output_embeddings(made)
+    if family.last_norm is not None and head is not None and model.can_generate():
+        model.__dict__["generate"] = types.MethodType(generate, model)
     return _finished(model, None, target, cache)
 
 

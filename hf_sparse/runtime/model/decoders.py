@@ -18,6 +18,7 @@ def _llama(**described: Any) -> Blocks:
         "norm": "rms",
         "epsilon": "rms_norm_eps",
         "rotary": True,
+        "last_norm": "norm",
     }
     return Blocks(**{**_LLAMA, **usual, **described})
 
@@ -36,6 +37,7 @@ def _gemma_of_four_norms(**described: Any) -> Blocks:
         activation="hidden_activation",
         windows=True,
         scale=lambda config: config.query_pre_attn_scalar**-0.5,
+        last_norm=None,  # logits may be capped
         **described,
     )
 
@@ -88,6 +90,7 @@ DECODERS = {
         parallel="use_parallel_residual",
         rotary=True,
         partial_rotary=True,
+        last_norm="final_layer_norm",
     ),
     "phi": Blocks(
         stack="layers",
@@ -100,6 +103,7 @@ DECODERS = {
         parallel=True,
         rotary=True,
         partial_rotary=True,
+        last_norm="final_layernorm",
         supported={"qk_layernorm": (False,)},
     ),
     "phi3": _llama(
@@ -121,7 +125,9 @@ DECODERS = {
         head_norms=_HEAD_NORMS,
     ),
     "granite": _llama(
-        scale=lambda config: config.attention_multiplier, multiplier="residual_multiplier"
+        scale=lambda config: config.attention_multiplier,
+        multiplier="residual_multiplier",
+        last_norm=None,  # embeddings and logits are multiplied
     ),
     "mixtral": _mixture(windows=True, supported={"layer_types": (None,)}),
     "qwen3_moe": _mixture(
@@ -144,6 +150,7 @@ DECODERS = {
         norms=("input_layernorm", "post_attention_layernorm"),
         rotary=True,
         windows=True,
+        last_norm="norm",
         epsilon="norm_epsilon",
         supported={"layer_types": (None,)},
     ),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.arguments import check_finite
-from hf_sparse.quantization import Grid
+from hf_sparse.quantization import OffGridError
 from hf_sparse.runtime.kernels import spmm
 from hf_sparse.runtime.kernels.call import Argument, Operation
 from hf_sparse.runtime.kernels.dense import ROWS
@@ -25,7 +25,7 @@ from hf_sparse.runtime.weights.found import find_pattern
 from hf_sparse.runtime.weights.memory import Shelf, aligned
 from hf_sparse.runtime.weights.panels import PackedWeight, pack_many
 from hf_sparse.runtime.weights.rates import DENSE, Rates
-from hf_sparse.runtime.weights.rounding import nearest, pack_nearest
+from hf_sparse.runtime.weights.rounding import Coding, pack_nearest
 from hf_sparse.runtime.weights.single_rows import (
     SingleWeight,
     can_share,
@@ -229,7 +229,7 @@ def pack_linear(
     rows_shelf: Shelf | None = None,
     shelf: Shelf,
     rates: Rates,
-    grid: Grid | None = None,
+    coding: Coding | None = None,
 ) -> Linear:
     """Pack a weight `(out_features, in_features)`.
 
@@ -241,9 +241,10 @@ def pack_linear(
         rows_shelf: also pack it for single tokens, on this shelf.
         shelf: where the packed weight is put.
         rates: speed of the kernels, by which the one to use is chosen.
-        grid: keep codes of this grid in place of the weight: those nearest to it.
+        coding: keep codes in place of the weight.
 
     Raises:
+        OffGridError: the weight is not on the grid on which it should be.
         ValueError: the weight or the bias has values that are not finite.
     """
     if weight.dtype not in WEIGHT_TYPES:
@@ -254,8 +255,8 @@ def pack_linear(
             check_finite(f"{name}: its {part}", tensor)
     columns = weight.shape[1]
     edges = tuple(range(0, columns, column_chunk or columns)) + (columns,)
-    if grid is not None:
-        coded = _coded(name, weight, bias, edges, grid, rates, rows_shelf or shelf)
+    if coding is not None:
+        coded = _coded(name, weight, bias, edges, coding, rates, rows_shelf or shelf)
         if coded is not None:
             return coded if rows_shelf is not None else replace(coded, single=None)
     array = weight.float().numpy()
@@ -292,12 +293,16 @@ def _coded(
     weight: Tensor,
     bias: Tensor | None,
     edges: tuple[int, ...],
-    grid: Grid,
+    coding: Coding,
     rates: Rates,
     shelf: Shelf,
 ) -> Linear | None:
     """A weight as codes of a grid; None if kernels have no room for them."""
-    codes = pack_nearest(nearest(weight, grid), grid, rates.rows, shelf)
+    try:
+        found = coding.codes(weight)
+    except OffGridError as error:
+        raise OffGridError(f"{name}: {error}") from error
+    codes = pack_nearest(found, coding.grid, rates.rows, shelf)
     if codes is None:
         return None
     parts = tuple((CodePart(codes, first, last - first),) for first, last in pairwise(edges))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_sparse.quantization import Codes, Grid, fitted_scales, nearest_codes
+from hf_sparse.quantization import Codes, Grid, codes_of, fitted_scales, nearest_codes
 from hf_sparse.runtime.weights.codes import CodeWeight, find_patterns, format_for, pack_codes
 from hf_sparse.runtime.weights.memory import Shelf
 from hf_sparse.runtime.weights.rates import RowRates
@@ -14,6 +16,28 @@ from hf_sparse.runtime.weights.single_rows import MIN_GAIN
 
 # Weights that are rounded together: bounds the working memory to about 40 MB.
 _TOGETHER = 1 << 20
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How a weight becomes codes.
+
+    Attributes:
+        grid: what the codes are of.
+        exact: the weight lies on it, and its codes are found; else the nearest ones are taken.
+    """
+
+    grid: Grid
+    exact: bool = False
+
+    def codes(self, weight: Tensor) -> Codes:
+        """The codes of a weight `(rows, columns)`.
+
+        Raises:
+            OffGridError: it should lie on the grid, and does not.
+        """
+        weight = weight.detach()
+        return codes_of(weight, self.grid) if self.exact else nearest(weight, self.grid)
 
 
 def nearest(weight: Tensor, grid: Grid) -> Codes:
