@@ -13,7 +13,7 @@ from hf_sparse.structure.targets import Targets
 
 # The grid to which weights are rounded where they are packed. Scales for 64 inputs of 8 bits are 3 % of
 # the bytes, those for 32 of 4 bits 11 %. An output head always has 8 bits.
-_GRIDS = {8: Grid(8, 64), 4: Grid(4, 32)}
+GRIDS = {8: Grid(8, 64), 4: Grid(4, 32)}
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ def coding_of(model: nn.Module, bits: int | None) -> ModelCoding:
     Raises:
         ValueError: there are no grids of so many bits, or the model is on a grid of others.
     """
-    if bits is not None and bits not in _GRIDS:
+    if bits is not None and bits not in GRIDS:
         raise ValueError(f"bits is {bits}; wanted 8 or 4, or None for weights as they are.")
-    rounded = None if bits is None else Coding(_GRIDS[8])
+    rounded = None if bits is None else Coding(GRIDS[8])
     promised = promised_config(model)
     if promised is None or promised.grid is None:
-        return ModelCoding(None if bits is None else Coding(_GRIDS[bits]), rounded)
+        return ModelCoding(None if bits is None else Coding(GRIDS[bits]), rounded)
     if bits not in (None, promised.bits):
         raise ValueError(
             f"bits is {bits}, and the weights of this {type(model).__name__} have {promised.bits} "
