@@ -142,10 +142,12 @@ def explain_layers(
         raise ValueError(f"tokens is {tokens}; wanted at least 1.")
     threads = torch.get_num_threads()
     width, rates = target.widths[0], calibrate(target, cache)
-    found = []
-    for linear in linears:
+    found, every = [], list(linears)
+    for linear in every:
         # Tiles go to threads whole; time is that of the thread with the most.
-        code = kernels(target, cache, WEIGHT_TYPES[linear.dtype])
+        code = kernels(
+            target, cache, WEIGHT_TYPES[linear.dtype], any(one.codes is not None for one in every)
+        )
         tiles = math.ceil(tokens / width)
         rounds = math.ceil(tiles / threads)
         size = linear.rows * linear.columns

@@ -91,6 +91,14 @@ class Multiply(Uses):
 
 
 @dataclass(frozen=True, eq=False)
+class Quantise(Uses):
+    """`y = x` in eight bits, for weights of few bits; one token's alone."""
+
+    x: Buffer
+    y: Buffer
+
+
+@dataclass(frozen=True, eq=False)
 class Add(Uses):
     """`y += x`."""
 
@@ -298,13 +306,14 @@ class OpenExperts(Uses):
 
 @dataclass(frozen=True, eq=False)
 class CloseExperts(Uses):
-    """`goal +=` what `down` of the experts makes of their features."""
+    """`goal +=` what `down` of the experts makes of their features; these in eight bits in `room`."""
 
     route: Route
     goal: Buffer
     experts: tuple[FeedForward, ...]
     gates: Buffer
     width: int
+    room: Buffer | None = None
 
     @property
     def reads(self) -> tuple[Buffer, ...]:
@@ -312,7 +321,7 @@ class CloseExperts(Uses):
 
     @property
     def writes(self) -> tuple[Buffer, ...]:
-        return (self.goal,)
+        return (self.goal,) if self.room is None else (self.goal, self.room)
 
 
 HeadStep = HeadNorms | Rotate | Append | Attend

@@ -34,10 +34,12 @@ class RowRates:
         bandwidth: bytes that it reads from memory in a nanosecond, while others read, too.
         speeds: by kernel, the nanoseconds for 1000 weights that are in its cache, zeros counted: of
             four bytes, and of two.
+        codes: the same for codes of few bits, by the names of their formats.
     """
 
     bandwidth: float
     speeds: dict[str, tuple[float, float]]
+    codes: dict[str, float]
 
     def nanoseconds(
         self, kernel: str, nbytes: float, weights: int, weight_type: WeightType
@@ -45,6 +47,10 @@ class RowRates:
         """The time for a weight that comes from memory, which overlaps in part with computing."""
         computing = self.speeds[kernel][weight_type.size == 2] * weights / 1000
         return math.hypot(nbytes / self.bandwidth, computing)
+
+    def code_nanoseconds(self, name: str, nbytes: float, weights: int) -> float:
+        """The same for codes of a format."""
+        return math.hypot(nbytes / self.bandwidth, self.codes[name] * weights / 1000)
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,8 @@ class Rates:
 _DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 # By the target's name. For tiles: AVX-512 of the machine in docs/results.md, AVX2 of a Zen 3, portable
-# of a Sapphire Rapids' SSE, as all of those for single tokens (`benchmarks/one_token.py`). Only their
-# proportions matter for choosing a kernel.
+# of a Sapphire Rapids' SSE, as all of those for single tokens (`benchmarks/one_token.py`); those of
+# codes are of a Zen 5. Only their proportions matter for choosing a kernel.
 NOMINAL = {
     "avx512": Rates(
         _DENSITIES,
@@ -89,6 +95,15 @@ NOMINAL = {
                 "2 of 8": (15.0, 16.0),
                 "4 of 8": (38.0, 36.0),
                 "8 of 16": (39.0, 33.0),
+            },
+            {
+                "int8 dense": 6.2,
+                "int8 2 of 4": 3.6,
+                "int8 8 of 16": 4.2,
+                "int8 4 of 16": 2.3,
+                "int4 dense": 3.9,
+                "int4 2 of 4": 4.1,
+                "int4 4 of 16": 3.1,
             },
         ),
     ),
@@ -108,6 +123,15 @@ NOMINAL = {
                 "4 of 8": (46.0, 50.0),
                 "8 of 16": (60.0, 62.0),
             },
+            {
+                "int8 dense": 10.2,
+                "int8 2 of 4": 10.1,
+                "int8 8 of 16": 8.6,
+                "int8 4 of 16": 4.7,
+                "int4 dense": 8.3,
+                "int4 2 of 4": 11.0,
+                "int4 4 of 16": 4.9,
+            },
         ),
         panel_columns=192,
     ),
@@ -126,6 +150,15 @@ NOMINAL = {
                 "2 of 8": (132.0, 140.0),
                 "4 of 8": (280.0, 280.0),
                 "8 of 16": (450.0, 450.0),
+            },
+            {
+                "int8 dense": 21.7,
+                "int8 2 of 4": 21.1,
+                "int8 8 of 16": 17.5,
+                "int8 4 of 16": 9.9,
+                "int4 dense": 17.5,
+                "int4 2 of 4": 25.4,
+                "int4 4 of 16": 11.2,
             },
         ),
     ),
