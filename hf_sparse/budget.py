@@ -195,6 +195,15 @@ def sparsity_for(
     `SparsityCallback` and `Sparsifier` let all layers compete for one number of zeros; this is the
     number that a budget asks for.
 
+    Args:
+        budget: time of the layers' matrix products, as a fraction of the dense ones: `"0.25x"` or
+            0.25.
+        pattern: one that does not fix its sparsity.
+        target, cache: as for `hf_sparse.compile`.
+
+    Returns:
+        The fraction of zeros, in `[0, 0.99]`.
+
     Raises:
         ValueError: the budget is not a fraction, the pattern fixes its sparsity, or no sparsity up
             to 0.99 keeps to the budget.
