@@ -249,7 +249,7 @@ def _candidates(
 ) -> list[Choice]:
     """What a layer could be; the first one is dense."""
     size = scores.numel()
-    found = [Choice(name, None, 0.0, size * _seconds(None, 0.0, rates), 0.0)]
+    choices = [Choice(name, None, 0.0, size * _seconds(None, 0.0, rates), 0.0)]
     for pattern in patterns:
         try:
             pattern.check_shape(*scores.shape)
@@ -259,8 +259,8 @@ def _candidates(
         for sparsity in levels if fixed is None else [fixed]:
             error = sensitivity * lost_energy(scores, pattern.keep(scores, sparsity))
             time = size * _seconds(pattern, sparsity, rates)
-            found.append(Choice(name, pattern, sparsity, time, error))
-    return found
+            choices.append(Choice(name, pattern, sparsity, time, error))
+    return choices
 
 
 def _seconds(pattern: Pattern | None, sparsity: float, rates: Rates) -> float:

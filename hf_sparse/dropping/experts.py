@@ -180,15 +180,15 @@ def number_of_experts(count: int | float, mixtures: Mixtures) -> int:
         f"at most {total - needed} of the {total} experts of a block, or a fraction of them in (0, 1): "
         f"each token is given {needed}"
     )
-    found = number_of(count, total, "experts", most)
-    if found < 1:
+    number = number_of(count, total, "experts", most)
+    if number < 1:
         raise ValueError(
             f"count is {count}, which is no expert of {total}; wanted {most}. The smallest fraction "
             f"that is an expert is {1 / total:.4g}."
         )
-    if found > total - needed:
-        raise ValueError(f"count is {count}, which leaves {total - found} experts; wanted {most}.")
-    return found
+    if number > total - needed:
+        raise ValueError(f"count is {count}, which leaves {total - number} experts; wanted {most}.")
+    return number
 
 
 def _data(model: PreTrainedModel, batches: Any, by: str, merge: bool) -> list[dict[str, Any]]:
@@ -274,8 +274,8 @@ def _scores(
     if by == "magnitude":
         return [_magnitudes(mixture) for mixture in mixtures.mixtures], use
     assert use is not None
-    found = [seen.mean_added if by == "reap" else seen.tokens.double() for seen in use]
-    for mixture, scores, seen in zip(mixtures.mixtures, found, use, strict=True):
+    scores_of_each = [seen.mean_added if by == "reap" else seen.tokens.double() for seen in use]
+    for mixture, scores, seen in zip(mixtures.mixtures, scores_of_each, use, strict=True):
         if not all(map(math.isfinite, scores.tolist())):
             raise ValueError(
                 f"outputs of {mixture.name} are not finite on the calibration data. Load the model in "
@@ -285,7 +285,7 @@ def _scores(
             raise ValueError(
                 f"no token of the calibration data reaches {mixture.name}: give longer texts."
             )
-    return found, use
+    return scores_of_each, use
 
 
 def _magnitudes(mixture: Mixture) -> Tensor:

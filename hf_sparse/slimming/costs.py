@@ -162,15 +162,15 @@ def times_of(
         for name, smaller in sizes.items():
             configs[name] = copy.deepcopy(model.config)
             set_size_(configs[name], smaller)
-    found = _timed({name: (type(model), config) for name, config in configs.items()}, inputs)
-    whole = found["whole"]
+    times = _timed({name: (type(model), config) for name, config in configs.items()}, inputs)
+    whole = times["whole"]
     left = count - len(_half(depth)) if depth is not None else 0
-    each = max((whole - found["blocks"]) / left, 0.0) if depth is not None else whole / count
+    each = max((whole - times["blocks"]) / left, 0.0) if depth is not None else whole / count
     neuron = group = 0.0
     if size is not None:
-        neuron = max((whole - found["neurons"]) / (count * (size.neurons // 2)), 0.0)
+        neuron = max((whole - times["neurons"]) / (count * (size.neurons // 2)), 0.0)
     if size is not None and "groups" in sizes:
-        group = max((whole - found["groups"]) / (count * (size.key_heads - 1)), 0.0)
+        group = max((whole - times["groups"]) / (count * (size.key_heads - 1)), 0.0)
     block = each if size is None else each - group * size.key_heads - neuron * size.neurons
     return Times(whole - count * each, block, group, neuron, count, size)
 

@@ -67,9 +67,9 @@ class Targets:
         """
         check_config(config)
         whole = config.targets is None and config.pattern.unit_layer is not None
-        found = _with_units(config, model) if whole else _with_size(config, model)
+        completed = _with_units(config, model) if whole else _with_size(config, model)
         stacks = find_stacks(model)
-        return cls(found, tuple(choose_layers(model, stacks, found)), tuple(stacks), whole)
+        return cls(completed, tuple(choose_layers(model, stacks, completed)), tuple(stacks), whole)
 
     @classmethod
     def in_blocks(cls, model: nn.Module) -> Targets:
