@@ -195,6 +195,15 @@ def sparsity_for(
     `SparsityCallback` and `Sparsifier` let all layers compete for one number of zeros; this is the
     number that a budget asks for.
 
+    Args:
+        budget: time of the layers' matrix products, as a fraction of the dense ones: `"0.25x"` or
+            0.25.
+        pattern: one that does not fix its sparsity.
+        target, cache: as for `hf_sparse.compile`.
+
+    Returns:
+        The fraction of zeros, in `[0, 0.99]`.
+
     Raises:
         ValueError: the budget is not a fraction, the pattern fixes its sparsity, or no sparsity up
             to 0.99 keeps to the budget.
@@ -255,7 +264,7 @@ def _candidates(
 ) -> list[Choice]:
     """What a layer could be; the first one is dense."""
     size = scores.numel()
-    found = [Choice(name, None, 0.0, size * _seconds(None, 0.0, rates), 0.0)]
+    choices = [Choice(name, None, 0.0, size * _seconds(None, 0.0, rates), 0.0)]
     for pattern in patterns:
         try:
             pattern.check_shape(*scores.shape)
@@ -265,8 +274,8 @@ def _candidates(
         for sparsity in levels if fixed is None else [fixed]:
             error = sensitivity * lost_energy(scores, pattern.keep(scores, sparsity))
             time = size * _seconds(pattern, sparsity, rates)
-            found.append(Choice(name, pattern, sparsity, time, error))
-    return found
+            choices.append(Choice(name, pattern, sparsity, time, error))
+    return choices
 
 
 def _seconds(pattern: Pattern | None, sparsity: float, rates: Rates) -> float:

@@ -62,7 +62,9 @@ def recover_(
     logits: float = 0.5,
     seed: int = 0,
 ) -> SparsityReport:
-    """Train a sparse or smaller causal language model on text, in place; zeros stay, no other comes.
+    """Train a sparse or smaller causal language model on text, in place.
+
+    Its zeros stay, and no others appear.
 
     Layers that the model's config does not target count as sparse from 0.5 % zeros on; fewer are
     taken for chance and not kept.

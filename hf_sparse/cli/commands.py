@@ -226,16 +226,20 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def inspect(options: argparse.Namespace) -> int:
     """Print what a checkpoint folder holds."""
-    found = hf_sparse.inspect_checkpoint(options.folder)
-    report = found.report
+    inspection = hf_sparse.inspect_checkpoint(options.folder)
+    report = inspection.report
     if options.json:
-        described = dataclasses.asdict(found)
-        described["config"] = found.config.to_dict() if found.config else None
+        described = dataclasses.asdict(inspection)
+        described["config"] = inspection.config.to_dict() if inspection.config else None
         described["report"] = json.loads(report.to_json())
         print(json.dumps(described, indent=2))
     else:
-        print(found.table() if options.tensors else found)
-    if found.config is not None and found.config.pattern.implied_sparsity and report.violations:
+        print(inspection.table() if options.tensors else inspection)
+    if (
+        inspection.config is not None
+        and inspection.config.pattern.implied_sparsity
+        and report.violations
+    ):
         print(
             f"hf-sparse: error: {report.violations} groups break the promised pattern "
             f"'{report.pattern}'",
@@ -254,18 +258,22 @@ def bench(options: argparse.Namespace) -> int:
     if options.profile:
         profiles = profile(model, *shape)
         if options.json:
-            print(json.dumps({kind: dataclasses.asdict(found) for kind, found in profiles.items()}))
+            print(
+                json.dumps(
+                    {kind: dataclasses.asdict(timings) for kind, timings in profiles.items()}
+                )
+            )
             return 0
-        print("\n\n".join(f"{kind}: {found}" for kind, found in profiles.items()))
+        print("\n\n".join(f"{kind}: {timings}" for kind, timings in profiles.items()))
         return 0
-    found = hf_sparse.benchmark(model, *shape)
+    timings = hf_sparse.benchmark(model, *shape)
     if options.json:
-        print(json.dumps(found.to_dict()))
+        print(json.dumps(timings.to_dict()))
         return 0
     if options.explain:
         compiled: Any = hf_sparse.compile(model)
         print(compiled.explain(options.batch * options.tokens), end="\n\n")
-    print(found)
+    print(timings)
     return 0
 
 

@@ -209,8 +209,8 @@ def _by_similarity(choice: Choice, wanted: int, batches: Batches) -> _Chosen:
             influence.masks = _masks(batch, choice.depth)
             needs_none = len(choice.depth.lists) == 1  # a decoder's inputs are made of labels
             model(**{k: v for k, v in batch.items() if not needs_none or k != "labels"})
-    found = influence.values()
-    if not all(map(math.isfinite, found)):
+    influences = influence.values()
+    if not all(map(math.isfinite, influences)):
         raise ValueError(
             f"hidden states of this {type(model).__name__} are not finite on the calibration data. "
             "Load the model in float32, or look at the data."
@@ -225,9 +225,9 @@ def _by_similarity(choice: Choice, wanted: int, batches: Batches) -> _Chosen:
                 f"no more than {len(removed)} blocks of this {type(model).__name__} can go: its config "
                 f"cannot tell the model without one of the other {len(kept)}. Ask for fewer."
             )
-        removed.append(min(candidates, key=lambda number: (found[number], number)))
-    every = [value if number in able else None for number, value in enumerate(found)]
-    return removed, [found[number] for number in removed], every, None
+        removed.append(min(candidates, key=lambda number: (influences[number], number)))
+    every = [value if number in able else None for number, value in enumerate(influences)]
+    return removed, [influences[number] for number in removed], every, None
 
 
 def _masks(batch: Mapping[str, Any], depth: Depth) -> list[Tensor | None]:

@@ -110,15 +110,15 @@ def number_of_experts(count: int | float, mixtures: Mixtures) -> int:
         f"at most {total - needed} of the {total} experts of a block, or a fraction of them in (0, 1): "
         f"each token is given {needed}"
     )
-    found = number_of(count, total, "experts", most)
-    if found < 1:
+    number = number_of(count, total, "experts", most)
+    if number < 1:
         raise ValueError(
             f"count is {count}, which is no expert of {total}; wanted {most}. The smallest fraction "
             f"that is an expert is {1 / total:.4g}."
         )
-    if found > total - needed:
-        raise ValueError(f"count is {count}, which leaves {total - found} experts; wanted {most}.")
-    return found
+    if number > total - needed:
+        raise ValueError(f"count is {count}, which leaves {total - number} experts; wanted {most}.")
+    return number
 
 
 def _data(model: PreTrainedModel, batches: Any, by: str, merge: bool) -> list[dict[str, Any]]:

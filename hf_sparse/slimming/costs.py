@@ -203,20 +203,20 @@ def times_of(
     experts = None if mixtures is None else _fewer_experts(mixtures)
     if mixtures is not None and experts is not None:
         configs["experts"] = mixtures.config(experts)
-    found = _timed({name: (type(model), config) for name, config in configs.items()}, inputs)
-    whole = found["whole"]
+    times = _timed({name: (type(model), config) for name, config in configs.items()}, inputs)
+    whole = times["whole"]
     left = count - len(_half(depth)) if depth is not None else 0
-    each = max((whole - found["blocks"]) / left, 0.0) if depth is not None else whole / count
+    each = max((whole - times["blocks"]) / left, 0.0) if depth is not None else whole / count
     neuron = group = 0.0
     if size is not None:
-        neuron = max((whole - found["neurons"]) / (count * (size.neurons // 2)), 0.0)
+        neuron = max((whole - times["neurons"]) / (count * (size.neurons // 2)), 0.0)
     if size is not None and "groups" in sizes:
-        group = max((whole - found["groups"]) / (count * (size.key_heads - 1)), 0.0)
+        group = max((whole - times["groups"]) / (count * (size.key_heads - 1)), 0.0)
     block = each if size is None else each - group * size.key_heads - neuron * size.neurons
     expert = 0.0
     if mixtures is not None and experts is not None:
         gone = count * (mixtures.number - experts)
-        expert = min(max((whole - found["experts"]) / gone, 0.0), each / mixtures.number)
+        expert = min(max((whole - times["experts"]) / gone, 0.0), each / mixtures.number)
         block -= expert * mixtures.number
     number = None if mixtures is None else mixtures.number
     return Times(

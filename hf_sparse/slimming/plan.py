@@ -40,13 +40,13 @@ class SlimPlan:
     Attributes:
         kind: the class of the model.
         budget: as it was asked for, such as "params=0.7".
-        axes: that may be cut.
+        axes: what may be cut, keys of `AXES`.
         unit: of costs: "weights", "MB" or "ms".
         limit: the cost that the budget allows.
-        cost, loss: of the whole model.
-        blocks: how many it has.
-        size: of its blocks; None: it is not looked at.
-        choices: that keep to the budget.
+        cost, loss: those of the whole model.
+        blocks: the number of blocks of the whole model.
+        size: the size of its blocks; None where only their number may be cut.
+        choices: the mixes that keep to the budget.
         calibration: the data that losses were measured on.
         ranking: which units of each block stay.
         experts: how many each block has; None: they are not looked at.
@@ -132,7 +132,7 @@ class SlimReport:
     """What `slim_` did.
 
     Attributes:
-        plan: that it followed.
+        plan: the plan that was followed.
         parameters: weights in the whole model, before and after.
     """
 

@@ -121,11 +121,11 @@ class Space:
             return [None]
         queries, fixed = size.heads // size.key_heads, self.units[0].parts.fixed
         least = size.key_heads if fixed else math.ceil(LEAST * size.key_heads)
-        found = [
+        sizes = [
             BlockSize(groups * queries, groups, size.neurons)
             for groups in _spread(least, size.key_heads, _DEPTHS)
         ]
-        return [one for one in found if one == size or is_expressible(self.model, one)]
+        return [one for one in sizes if one == size or is_expressible(self.model, one)]
 
     def costs(self, unit: str, batches: Batches) -> Costs:
         """What smaller models cost."""
@@ -174,12 +174,12 @@ class Space:
             order, _, _, _ = by_loss(self.choice, wanted, batches)
         loss = mean_loss(self.model, batches)
         mixes = list(self._mixes(order, limit, costs))
-        found = []
+        choices = []
         for removed, size, experts in tqdm(mixes, desc="Measuring mixes"):
             cost = costs.of(removed, size, experts)
             lost = self._loss(removed, size, experts, ranking, batches)
-            found.append(SlimChoice(removed, size, cost, lost, experts))
-        finite = [choice for choice in found if math.isfinite(choice.loss)]
+            choices.append(SlimChoice(removed, size, cost, lost, experts))
+        finite = [choice for choice in choices if math.isfinite(choice.loss)]
         if not finite:
             raise ValueError(
                 f"no mix of {', '.join(self._axes())} keeps to the budget with a finite loss. Allow "

@@ -71,9 +71,9 @@ class Targets:
         if config.targets is None and config.pattern.whole_matrices:
             config = _with_experts(config, model)
         whole = config.targets is None and config.pattern.unit_layer is not None
-        found = _with_units(config, model) if whole else _with_size(config, model)
+        completed = _with_units(config, model) if whole else _with_size(config, model)
         stacks = find_stacks(model)
-        return cls(found, tuple(choose_layers(model, stacks, found)), tuple(stacks), whole)
+        return cls(completed, tuple(choose_layers(model, stacks, completed)), tuple(stacks), whole)
 
     @classmethod
     def in_blocks(cls, model: nn.Module) -> Targets:

@@ -214,13 +214,13 @@ def resize_(model: Any, sizes: Sequence[BlockSize]) -> None:
     Raises:
         ValueError: there are more or fewer sizes than blocks.
     """
-    found = find_units(model)
-    if len(found) != len(sizes):
+    blocks_found = find_units(model)
+    if len(blocks_found) != len(sizes):
         raise ValueError(
-            f"block_sizes in the config: {len(sizes)} sizes for the {len(found)} blocks of "
+            f"block_sizes in the config: {len(sizes)} sizes for the {len(blocks_found)} blocks of "
             f"{type(model).__name__}. The file is damaged or was changed by hand: save the model again."
         )
-    for units, size in zip(found, sizes, strict=True):
+    for units, size in zip(blocks_found, sizes, strict=True):
         numbers = (size.heads, size.key_heads, size.neurons)
         units.keep_(*(torch.arange(number) for number in numbers))
 

@@ -128,16 +128,16 @@ def _shuffled(
 def _shuffles(size: int) -> bytes:
     """For each mask of 16 / `size` lanes, the byte that each byte of the lanes takes; 128: zero."""
     lanes = 16 // size
-    found = bytearray()
+    table = bytearray()
     for mask in range(1 << lanes):
         taken = 0
         for lane in range(lanes):
             if mask >> lane & 1:
-                found += bytes(range(size * taken, size * (taken + 1)))
+                table += bytes(range(size * taken, size * (taken + 1)))
                 taken += 1
             else:
-                found += bytes([128] * size)
-    return bytes(found)
+                table += bytes([128] * size)
+    return bytes(table)
 
 
 def sparse_rows(target: Target, weight_type: WeightType) -> Function:

@@ -207,14 +207,16 @@ class RowProgram:
 
     def _norm_widths(self, step: WidthNorms, thread: int) -> list[Operation]:
         """The first thread norms the queries, the last one the keys."""
-        heads, found = step.heads, []
+        heads, operations = step.heads, []
         for place in self._at(step.x, thread):
             keys = place + 4 * heads.query_rows
             if thread == 0:
-                found.append(step.queries.operation("rms_norm_row", place, place, heads.query_rows))
+                operations.append(
+                    step.queries.operation("rms_norm_row", place, place, heads.query_rows)
+                )
             if thread == self.shape.threads - 1:
-                found.append(step.keys.operation("rms_norm_row", keys, keys, heads.key_rows))
-        return found
+                operations.append(step.keys.operation("rms_norm_row", keys, keys, heads.key_rows))
+        return operations
 
     def _append(self, step: Append, part: HeadPart, table: int) -> list[Operation]:
         dim, key_rows = step.heads.dim, step.heads.key_rows

@@ -187,7 +187,7 @@ def calibrate(target: Target, cache: Path | None) -> Rates:
     speeds: dict[int, tuple[float, ...]] = {}
     usual = nominal(target)
     for height in usual.speeds:
-        found = []
+        measured = []
         for density in usual.densities:
             kept = random.random((_ROWS // height, _COLUMNS)) < density
             weight = np.repeat(kept, height, axis=0).astype(np.float32)
@@ -198,6 +198,6 @@ def calibrate(target: Target, cache: Path | None) -> Rates:
                 start = time.perf_counter()
                 run(code, operation)
                 times.append(time.perf_counter() - start)
-            found.append(2 * packed.stored * width / min(times) / 1e9)
-        speeds[height] = tuple(found)
+            measured.append(2 * packed.stored * width / min(times) / 1e9)
+        speeds[height] = tuple(measured)
     return replace(usual, speeds=speeds)
