@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,18 @@ def test_the_units_of_a_decoder_alone_are_those_of_the_model() -> None:
         shrink_(model)
     for name, tensor in decoder.state_dict().items():
         assert torch.equal(tensor, whole.model.decoder.state_dict()[name])
+
+
+def test_a_decoder_alone_is_stored_dense_or_not_at_all(tmp_path: Path) -> None:
+    decoder = tiny_model("opt").model.decoder
+    prune_(decoder, SparsityConfig("2:4"), "magnitude")
+    with pytest.raises(ValueError, match="AutoModel would build a OPTModel"):
+        hf_sparse.save_pretrained(decoder, tmp_path / "sparse")
+    assert not (tmp_path / "sparse").exists()
+    hf_sparse.save_pretrained(decoder, tmp_path / "dense", SparsityConfig("2:4", format="dense"))
+    loaded = type(decoder).from_pretrained(tmp_path / "dense")
+    for name, tensor in decoder.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
 
 
 @pytest.mark.parametrize("call", ["wanda", "drop_blocks_"])
