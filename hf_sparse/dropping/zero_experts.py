@@ -104,8 +104,8 @@ def _removable(mixtures: Mixtures, zeros: Sequence[Tensor], uniform: bool) -> in
         raise ValueError(
             f"{places} of this {type(mixtures.model).__name__} would keep "
             f"{' or '.join(map(str, per_block))} of {number} experts, and transformers builds them "
-            "with one number. Remove as many of each: hf_sparse.shrink_(model, uniform=True); or prune with "
-            "scope='layer'."
+            "with one number. Remove as many of each: hf_sparse.shrink_(model, uniform=True); or "
+            "prune with scope='layer'."
         )
     most = min(counts)
     if uniform:
