@@ -163,7 +163,7 @@ def _magnitudes(mixture: Mixture) -> Tensor:
     """The norm of all matrices of each expert, fp64."""
     squares = torch.zeros(mixture.stack.number, dtype=torch.float64)
     for name in mixture.stack.parameters:
-        held = getattr(mixture.stack.module, name).detach()
+        held = getattr(mixture.stack.module, name).detach()[: mixture.stack.number]
         check_finite(f"{mixture.name}.{name}", held)
         squares += torch.stack([matrix.double().square().sum() for matrix in held]).cpu()
     return squares.sqrt()

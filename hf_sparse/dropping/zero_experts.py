@@ -46,9 +46,9 @@ def drop_zero_experts_(model: PreTrainedModel, *, uniform: bool) -> ExpertReport
             others keep zero ones.
 
     Raises:
-        ValueError: blocks would be left with different numbers of experts, which no config tells; fewer
-            than a token is given would be left; the model is compiled, quantized or sharded, or has
-            adapters. Nothing has changed then.
+        ValueError: blocks would be left with different numbers of experts, which transformers does not
+            build; fewer than a token is given would be left; the model is compiled, quantized or
+            sharded, or has adapters. Nothing has changed then.
     """
     check_changeable(model, "shrink_", "shrink")
     mixtures = Mixtures.of(model)
@@ -103,9 +103,9 @@ def _removable(mixtures: Mixtures, zeros: Sequence[Tensor], uniform: bool) -> in
         places = "blocks" if len(per_block) > 1 else "groups of a router"
         raise ValueError(
             f"{places} of this {type(mixtures.model).__name__} would keep "
-            f"{' or '.join(map(str, per_block))} of {number} experts, and no config of transformers "
-            "tells different numbers of them. Remove as many of each: "
-            "hf_sparse.shrink_(model, uniform=True); or prune with scope='layer'."
+            f"{' or '.join(map(str, per_block))} of {number} experts, and transformers builds them "
+            "with one number. Remove as many of each: hf_sparse.shrink_(model, uniform=True); or "
+            "prune with scope='layer'."
         )
     most = min(counts)
     if uniform:

@@ -53,7 +53,8 @@ class Mixture:
             for held in (name, f"{name}_bias"):
                 tensor = getattr(self.stack.module, held, None)
                 if tensor is not None:
-                    zero &= (tensor.detach() == 0).flatten(1).all(dim=1).cpu()
+                    own = tensor.detach()[: self.stack.number]
+                    zero &= (own == 0).flatten(1).all(dim=1).cpu()
         return zero
 
 

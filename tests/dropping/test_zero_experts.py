@@ -114,7 +114,7 @@ def test_groups_lose_as_many_each() -> None:
     with torch.no_grad():
         for name in mixture.stack.parameters:
             getattr(mixture.stack.module, name)[:2] = 0
-    with pytest.raises(ValueError, match="no config of transformers tells"):
+    with pytest.raises(ValueError, match="transformers builds them with one number"):
         shrink_(uneven)
 
 
