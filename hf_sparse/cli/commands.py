@@ -249,18 +249,18 @@ def bench(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     shape = options.batch, options.tokens, options.repeats
     if options.profile:
-        profiles = profile(model, *shape)
+        profiles = profile(model, *shape, options.bits)
         if options.json:
             print(json.dumps({kind: dataclasses.asdict(found) for kind, found in profiles.items()}))
             return 0
         print("\n\n".join(f"{kind}: {found}" for kind, found in profiles.items()))
         return 0
-    found = hf_sparse.benchmark(model, *shape)
+    found = hf_sparse.benchmark(model, *shape, options.bits)
     if options.json:
         print(json.dumps(found.to_dict()))
         return 0
     if options.explain:
-        compiled: Any = hf_sparse.compile(model)
+        compiled: Any = hf_sparse.compile(model, bits=options.bits)
         print(compiled.explain(options.batch * options.tokens), end="\n\n")
     print(found)
     return 0

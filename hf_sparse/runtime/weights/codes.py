@@ -67,11 +67,13 @@ class CodeWeight:
         return int(self.codes.shape[1])
 
     def at(self, group: int, block: int = 0) -> dict[str, int]:
-        """The addresses of the streams from a group of rows and a block of columns on."""
-        return {
-            key: stream.ctypes.data + group * stream.strides[0] + block * stream.strides[1]
-            for key, stream in zip(("codes", "places", "scales"), self.streams, strict=True)
-        }
+        """The addresses of the streams from a group of rows and a block on; of an empty one 0."""
+        found = {"codes": 0, "places": 0, "scales": 0}
+        for key, stream in zip(found, self.streams, strict=True):
+            if stream.size:
+                begin = group * stream.strides[0] + block * stream.strides[1]
+                found[key] = stream.ctypes.data + begin
+        return found
 
     def operation(
         self, x: int, y: int | Slot, bias: int, first: int, last: int, *, add: bool

@@ -102,8 +102,8 @@ def test_what_is_not_finite_makes_its_products_nan(name: str, strange: float, co
     x[70] = strange
     form = FORMATS[0]
     packed = pack_codes(random_codes(16, 128, form), random_scales(16, 4), 32, form)
-    y = aligned(16)
-    run(code, packed.operation(records_of(code, x).data_ptr(), y.data_ptr(), 0, 0, 16, add=False))
+    records, y = records_of(code, x), aligned(16)
+    run(code, packed.operation(records.data_ptr(), y.data_ptr(), 0, 0, 16, add=False))
     assert y.isnan().all()
 
 
