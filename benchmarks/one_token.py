@@ -120,7 +120,10 @@ def of_codes(target: Target, bits: int) -> list[tuple[str, ...]]:
     ):
         codes = random.integers(-7, 8, (ROWS, COLUMNS)).astype(np.int8)
         order = random.random((ROWS, COLUMNS // form.window, form.window)).argsort(axis=-1)
-        codes[(order >= form.kept).reshape(codes.shape)] = 0
+        if form.is_masked:  # half of the weights, anywhere
+            codes[random.random(codes.shape) < 0.5] = 0
+        else:
+            codes[(order >= form.kept).reshape(codes.shape)] = 0
         scales = np.ones((ROWS, COLUMNS // form.group), np.float32)
         found, shelf = [], Shelf()
         for room in (0, MEMORY):
@@ -135,8 +138,8 @@ def of_codes(target: Target, bits: int) -> list[tuple[str, ...]]:
                 times.append(time.perf_counter() - start)
             spent = float(np.percentile(times, 5)) if room else min(times)
             found.append(spent * 1e12 / codes.size)
-        gb = f"{form.bytes_for * 1000 / found[1]:.1f}"
-        figures = (f"{form.bytes_for:.2f}", f"{found[0]:.1f}", f"{found[1]:.1f}", gb)
+        gb = f"{form.bytes_for(0.5) * 1000 / found[1]:.1f}"
+        figures = (f"{form.bytes_for(0.5):.2f}", f"{found[0]:.1f}", f"{found[1]:.1f}", gb)
         rows.append((target.name, f"int{bits}", form.pattern, *figures))
     return rows
 

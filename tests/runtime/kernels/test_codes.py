@@ -171,8 +171,10 @@ def test_packed_codes_are_the_codes(form: CodeFormat) -> None:
     found, own = unpack_codes(packed)
     assert np.array_equal(found, codes)
     assert np.array_equal(own, np.repeat(scales, form.group, axis=1)[:, :150])
-    whole = -(-21 // 16) * 16 * (-(-150 // BLOCK) * BLOCK)
-    assert packed.nbytes == form.bytes_for * whole
+    whole = 32 * 192  # whole groups and blocks
+    density = np.count_nonzero(codes) / whole
+    extra_bytes = 64 + 8 * 2 * 3 if form.is_masked else 0
+    assert packed.nbytes == pytest.approx(form.bytes_for(density) * whole + extra_bytes)
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 200])
@@ -189,10 +191,15 @@ def test_patterns_are_found() -> None:
     for form in FORMATS:
         codes = random_codes(40, 200, form, fewer=0)
         assert (form.kept, form.window) in find_patterns(codes, form.bits)
-        if not form.is_dense:
+        if not form.in_order:
             codes[39, : form.window] = 1
             assert (form.kept, form.window) not in find_patterns(codes, form.bits)
-    assert find_patterns(random_codes(8, 64, FORMATS[2], fewer=0), 8) == [(4, 4), (2, 4), (8, 16)]
+    assert find_patterns(random_codes(8, 64, FORMATS[2], fewer=0), 8) == [
+        (4, 4),
+        (2, 4),
+        (8, 16),
+        (0, 1),
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -204,9 +211,8 @@ def test_zeros_are_used_where_they_pay(name: str) -> None:
         packed = pack_nearest(nearest(weight, grid), grid, rates, Shelf())
         assert packed is not None
         assert packed.form.bits == form.bits
-        better = [one for one in FORMATS if one == packed.form or one == form]
-        assert packed.form.bytes_for <= max(one.bytes_for for one in better)
-        if name not in ("portable", "neon"):
+        assert packed.form.bytes_for(0.5) <= FORMATS[0].bytes_for(0.5)
+        if name == "avx512" or (name == "avx2" and not form.is_masked):
             assert packed.form == form
 
 
@@ -236,7 +242,7 @@ REFUSED: dict[str, tuple[Callable[[], CodeWeight], str]] = {
         "codes are from -128",
     ),
     "a code of 8 in 4 bits": (
-        lambda: pack_codes(np.full((4, 64), 8, np.int8), random_scales(4, 1), 64, FORMATS[9]),
+        lambda: pack_codes(np.full((4, 64), 8, np.int8), random_scales(4, 1), 64, FORMATS[11]),
         "wanted -8 to 7",
     ),
     "too few scales": (
