@@ -57,6 +57,13 @@ def unpack(target: Target, form: CodeFormat) -> Function:
     f = UNPACK.function(f"unpack{form.suffix}")
     codes, places, scales, room = f.parameters
     lanes, each = target.lanes, form.group // UNIT
+    for stream, size in (
+        (codes, form.code_bytes or ROWS * BLOCK // 2),
+        (places, form.place_bytes),
+        (scales, form.scale_bytes),
+    ):
+        for line in range(0, size, 64):  # of the next block
+            stream.at(size + line).prefetch()
     spread: list[list[Value]] = []
     for unit in range(form.units if form.is_masked else 0):
         vectors, codes = masked_codes(f, target, codes, places, unit)
