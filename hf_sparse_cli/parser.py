@@ -244,6 +244,8 @@ def _add_bench(commands: Any) -> None:
     how.add_argument("--tokens", type=int, default=128, help="tokens in each (default 128)")
     how.add_argument("--repeats", type=int, default=10, help="calls of each (default 10)")
     how.add_argument("--threads", type=int, help="torch's threads (default: as torch chooses)")
+    bits = "compile with weights of so many bits, rounded where they are not"
+    how.add_argument("--bits", type=int, choices=(8, 4), help=bits)
     output = command.add_argument_group("output")
     output.add_argument(
         "--explain", action="store_true", help="also print what became of each layer"

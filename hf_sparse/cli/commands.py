@@ -256,7 +256,7 @@ def bench(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     shape = options.batch, options.tokens, options.repeats
     if options.profile:
-        profiles = profile(model, *shape)
+        profiles = profile(model, *shape, options.bits)
         if options.json:
             print(
                 json.dumps(
@@ -266,12 +266,12 @@ def bench(options: argparse.Namespace) -> int:
             return 0
         print("\n\n".join(f"{kind}: {timings}" for kind, timings in profiles.items()))
         return 0
-    timings = hf_sparse.benchmark(model, *shape)
+    timings = hf_sparse.benchmark(model, *shape, options.bits)
     if options.json:
         print(json.dumps(timings.to_dict()))
         return 0
     if options.explain:
-        compiled: Any = hf_sparse.compile(model)
+        compiled: Any = hf_sparse.compile(model, bits=options.bits)
         print(compiled.explain(options.batch * options.tokens), end="\n\n")
     print(timings)
     return 0

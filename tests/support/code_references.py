@@ -53,6 +53,8 @@ def unpack_codes(packed: CodeWeight) -> tuple[np.ndarray, np.ndarray]:
     """Codes `(rows, columns)` int8, and the scale of each, float32; read byte by byte."""
     form = packed.form
     rows, columns = packed.rows, packed.columns
+    if form.is_masked:
+        return _unpack_masked(packed)
     found = np.zeros((rows + 16, packed.blocks * 64), np.int8)
     scales = np.zeros(found.shape, np.float32)
     for group, block in np.ndindex(*packed.codes.shape[:2]):
@@ -74,6 +76,25 @@ def unpack_codes(packed: CodeWeight) -> tuple[np.ndarray, np.ndarray]:
                 assert not found[group * 16 + row, block * 64 + column]
                 found[group * 16 + row, block * 64 + column] = value
     return found[:rows, :columns], scales[:rows, :columns]
+
+
+def _unpack_masked(packed: CodeWeight) -> tuple[np.ndarray, np.ndarray]:
+    """The same of codes of a mask."""
+    found = np.zeros((packed.rows + 16, packed.blocks * 64), np.int8)
+    scales, taken = np.zeros(found.shape, np.float32), 0
+    for group, block in np.ndindex(*packed.scales.shape[:2]):
+        assert packed.starts[group, block] == taken
+        bits = np.unpackbits(packed.places[group, block], bitorder="little")
+        stored = packed.scales[group, block].astype(np.uint32) << 16
+        own = np.repeat(stored.view(np.float32).T, packed.form.group, axis=1)
+        scales[group * 16 : group * 16 + 16, block * 64 : block * 64 + 64] = own
+        for unit, row, code in np.ndindex(16, 16, 4):
+            if bits[unit * 64 + row * 4 + code]:
+                value = packed.codes[taken].view(np.int8)
+                found[group * 16 + row, block * 64 + unit * 4 + code] = value
+                taken += 1
+    assert not packed.codes[taken:].any()
+    return found[: packed.rows, : packed.columns], scales[: packed.rows, : packed.columns]
 
 
 def _number(bits: np.ndarray, size: int, unit: int, row: int, code: int) -> int:

@@ -22,6 +22,9 @@ def random_codes(
     codes = random.integers(lowest, highest + 1, (rows, columns))
     if extreme:
         codes = random.choice([lowest, highest], (rows, columns))
+    if form.is_masked:  # some blocks have none, and some all
+        kept = random.random((rows, columns)) < random.choice([0.0, 0.3, 0.5, 1.0], (rows, 1))
+        return np.where(kept, codes, 0).astype(np.int8)
     windows = -(-columns // form.window)
     order = random.random((rows, windows, form.window)).argsort(axis=-1)
     most = form.kept - (random.random((rows, windows, 1)) < fewer)

@@ -69,7 +69,7 @@ class UnsignedDots(ByteProducts):
 
     def add(self, codes: Value, features: Features) -> None:
         eight = self.form.bits == 8
-        if self.form.is_dense:
+        if self.form.in_order:
             self._dot(self._chains, codes ^ self._splat(-128) if eight else codes, features(0))
         elif eight:
             self._dot(self._chains, features(BESIDE), codes)
@@ -86,7 +86,7 @@ class UnsignedDots(ByteProducts):
         chains[self._turn] = self.f.call(self.sums, self.has.unsigned_dot, before, *words)
 
     def total(self, of_features: Value) -> Value:
-        if self.form.is_dense:
+        if self.form.in_order:
             return self._sum() - self._offset(of_features)
         return self._sum() - self._sum(chains=self._more)
 
@@ -103,14 +103,14 @@ class PairProducts(ByteProducts):
     def add(self, codes: Value, features: Features) -> None:
         if self.form.bits == 4:
             self._pairs = self._added(self._pairs, self._product(codes, features(0)))
-            if not self.form.is_dense:
+            if not self.form.in_order:
                 more = self._product(self._splat(8), features(0))
                 self._more = self._added(self._more, more)
             self._count += 1
             if self._count == _PAIRS:
                 self._flush()
             return
-        if self.form.is_dense:
+        if self.form.in_order:
             signed = self.f.call(self.bytes, self.has.signed_as, codes, features(0))
             self._widen(self._product(features(BESIDE), signed))
         else:
@@ -140,7 +140,7 @@ class PairProducts(ByteProducts):
 
     def total(self, of_features: Value) -> Value:
         self._flush()
-        if self.form.is_dense and self.form.bits == 4:
+        if self.form.in_order and self.form.bits == 4:
             return self._sum() - self._offset(of_features)
         return self._sum()
 

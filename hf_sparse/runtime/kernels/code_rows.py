@@ -27,6 +27,7 @@ from hf_sparse.runtime.kernels.code_formats import (
     UNIT,
     CodeFormat,
 )
+from hf_sparse.runtime.kernels.code_masks import masked_codes
 from hf_sparse.runtime.kernels.single_token import GROUP, write_rows
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
@@ -34,6 +35,8 @@ from hf_sparse.runtime.llvm.values import Value, lanes_of, vector
 
 # Bytes by which codes, and places and scales, are fetched ahead.
 _AHEAD_CODES, _AHEAD_OTHERS = 4096, 1024
+# Bytes of a block's codes of a mask that are fetched: those of half of them.
+_MASKED = 512
 # The largest code of a feature.
 LARGEST = 127
 
@@ -118,9 +121,9 @@ def code_rows(target: Target, form: CodeFormat) -> Function:
             for place, size, ahead in zip(
                 at, sizes, (_AHEAD_CODES, _AHEAD_OTHERS, _AHEAD_OTHERS), strict=True
             ):
-                for line in range(0, size, 64):
+                for line in range(0, size or _MASKED, 64):
                     place.at(ahead + line).prefetch()
-            _block(f, target, form, at, record, sums)
+            at[0] = _block(f, target, form, at, record, sums)
             for stream, place, size in zip(streams, at, sizes, strict=True):
                 stream.set(place.at(size))
         result = f.joined([total.get() for total in sums])
@@ -132,8 +135,9 @@ def code_rows(target: Target, form: CodeFormat) -> Function:
 
 def _block(
     f: Function, target: Target, form: CodeFormat, at: list[Value], record: Value, sums: list
-) -> None:
-    """Add the products of a block of columns to the sums of 16 rows."""
+) -> Value:
+    """Add the products of a block of columns to the sums of 16 rows; where codes went on, if masked."""
+    codes = at[0]
     lanes, kind = target.lanes, vector(target.lanes)
     scale = record.at(SCALE).load("float").splat(lanes)
     parts = BLOCK // form.group
@@ -142,14 +146,20 @@ def _block(
     for part in range(parts):
         products = [byte_products(f, target, form) for _ in sums]
         for unit in range(part * each, (part + 1) * each):
+            spread: list[Value] = []
+            if form.is_masked:
+                spread, codes = masked_codes(f, target, codes, at[1], unit)
             for number, product in enumerate(products):
-                stored = unit_codes(f, form, at[0], unit, number, lanes)
+                stored = (
+                    spread[number] if spread else unit_codes(f, form, codes, unit, number, lanes)
+                )
                 product.add(stored, _features(f, target, form, record, at[1], unit, number))
         of_features = features[part] if parts == 2 else features[0] + features[1]
         for number, (product, total) in enumerate(zip(products, sums, strict=True)):
             weights = scales_of(f, at[2], part, number * lanes, lanes) * scale
             found = product.total(of_features).cast("sitofp", kind)
             total.set(f.fma(found, weights, total.get()))
+    return codes
 
 
 def scales_of(f: Function, scales: Value, part: int, row: int, lanes: int) -> Value:
@@ -214,7 +224,7 @@ def _features(
         word = place.load(f"i{8 * sweep}", sweep)
         return word.splat(4 * lanes // sweep).cast("bitcast", kind)
 
-    if form.is_dense:
+    if form.in_order:
         return spread
     order = unit_places(f, form, places, unit, number, lanes)
 

@@ -7,7 +7,8 @@ So there is one copy of a weight in memory, and nothing is rounded that was not.
 The floats of a block are `(16, 16, 4)`: four columns of every row, then the next four.
 
 Arguments of `code_tiles`: number of the format in `FORMATS`, codes, places, scales (of row 0 and the
-first column), blocks of a whole row, columns, first row (of a group) and last one, X, Y, bias, start
+first column; codes of a mask those of the first block, and where each block's begin), blocks of a whole
+row, columns, first row (of a group) and last one, X, Y, bias, start
 (`START_*` of `spmm.py`).
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 from hf_sparse.runtime.kernels import spmm
 from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.kernels.code_formats import BLOCK, FORMATS, ROWS, UNIT, CodeFormat
+from hf_sparse.runtime.kernels.code_masks import masked_codes
 from hf_sparse.runtime.kernels.code_rows import scales_of, unit_codes, unit_places
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
@@ -31,6 +33,7 @@ CODE_TILES = Signature(
         "ptr codes",
         "ptr places",
         "ptr scales",
+        "ptr starts",
         "i64 row_blocks",
         "i64 columns",
         "i64 first",
@@ -54,6 +57,17 @@ def unpack(target: Target, form: CodeFormat) -> Function:
     f = UNPACK.function(f"unpack{form.suffix}")
     codes, places, scales, room = f.parameters
     lanes, each = target.lanes, form.group // UNIT
+    for stream, size in (
+        (codes, form.code_bytes or ROWS * BLOCK // 2),
+        (places, form.place_bytes),
+        (scales, form.scale_bytes),
+    ):
+        for line in range(0, size, 64):  # of the next block
+            stream.at(size + line).prefetch()
+    spread: list[list[Value]] = []
+    for unit in range(form.units if form.is_masked else 0):
+        vectors, codes = masked_codes(f, target, codes, places, unit)
+        spread.append(vectors)
     for number in range(ROWS // lanes):
         factors = [
             f.shuffle(found, found, [lane // UNIT for lane in range(UNIT * lanes)])
@@ -62,7 +76,9 @@ def unpack(target: Target, form: CodeFormat) -> Function:
                 for part in range(BLOCK // form.group)
             )
         ]
-        for column, found in enumerate(_columns(f, form, codes, places, number, lanes)):
+        columns = [vectors[number] for vectors in spread]
+        columns = columns or _columns(f, form, codes, places, number, lanes)
+        for column, found in enumerate(columns):
             wide = found.cast("sext", vector(UNIT * lanes, "i32"))
             floats = wide.cast("sitofp", vector(UNIT * lanes)) * factors[column // each]
             place = room.at(4 * UNIT * (column * ROWS + number * lanes))
@@ -120,7 +136,8 @@ def code_tiles(target: Target, vectors: int) -> Function:
 class _Kernel:
     def __init__(self, f: Function, target: Target, vectors: int) -> None:
         self.f, self.target, self.vectors = f, target, vectors
-        self.format, self.codes, self.places, self.scales, self.row_blocks, *rest = f.parameters
+        self.format, self.codes, self.places, self.scales, self.starts, *rest = f.parameters
+        self.row_blocks, *rest = rest
         self.columns, self.first, self.last, self.x, self.y, self.bias, self.start = rest
         self.size, self.kind = 4 * target.lanes, vector(target.lanes)
         self.tile_row = self.size * vectors
@@ -147,13 +164,13 @@ class _Kernel:
         f = self.f
         for case in f.cases(self.format, len(FORMATS)):
             form = FORMATS[case]
+            begin = block * form.code_bytes
+            if form.is_masked:
+                begin = self.starts.at(block * 8).load("i64")
             places = [
-                stream.at(block * size)
-                for stream, size in (
-                    (self.codes, form.code_bytes),
-                    (self.places, form.place_bytes),
-                    (self.scales, form.scale_bytes),
-                )
+                self.codes.at(begin),
+                self.places.at(block * form.place_bytes),
+                self.scales.at(block * form.scale_bytes),
             ]
             for number, place in enumerate([*places, self.room]):
                 self.arguments.at(8 * number).store(place)

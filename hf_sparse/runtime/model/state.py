@@ -34,7 +34,7 @@ LAYOUT = [6, CHUNK_ROWS, PANEL_COLUMNS, DECODE_ROWS]
 LAYOUT += [each[height] for each in (UNROLL, SIDE_BY_SIDE, INDEX_BYTES) for height in sorted(each)]
 
 _NUMBERS = ("rows", "columns", "height", "nonzeros")
-_CODE_STREAMS = ("codes", "code_places", "code_scales")
+_CODE_STREAMS = ("codes", "code_places", "code_scales", "code_starts")
 _STREAMS = ("panels", "groups", "values", "indices", "order", "chunks", "chunk_rows")
 
 

@@ -42,8 +42,9 @@ class CodePart:
     @property
     def nbytes(self) -> int:
         """Bytes of these columns."""
-        blocks = -(-self.columns // BLOCK)
-        return self.weight.nbytes // self.weight.blocks * blocks
+        first, last = self.first_column // BLOCK, -(-(self.first_column + self.columns) // BLOCK)
+        edges = [self.weight.nbytes * block // self.weight.blocks for block in (first, last)]
+        return edges[1] - edges[0]
 
     @property
     def chunk_rows(self) -> NDArray[np.int64]:
@@ -59,6 +60,7 @@ class CodePart:
             name(vectors),
             format=FORMATS.index(self.weight.form),
             **self.weight.at(0, self.first_column // BLOCK),
+            starts=self.weight.starts_at(self.first_column // BLOCK),
             row_blocks=self.weight.blocks,
             columns=self.columns,
             first=first,

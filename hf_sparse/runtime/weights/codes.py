@@ -30,6 +30,8 @@ Array = NDArray
 # Weights that are packed, or checked, together: bounds what is needed beside the result to about
 # 20 MB (some 16 bytes for each of them).
 TOGETHER = 1 << 20
+# Bytes behind codes of a mask, which kernels may read.
+PADDING = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +40,11 @@ class CodeWeight:
 
     Attributes:
         form: what codes and places mean.
-        codes: `(groups, blocks, form.code_bytes)` uint8.
+        codes: `(groups, blocks, form.code_bytes)` uint8; of a mask all of them in a row, and 64 zeros.
         places: `(groups, blocks, form.place_bytes)` uint8.
         scales: `(groups, blocks, 64 / form.group, 16)` uint16, the bits of bfloat16; 0 for rows that
             there are not.
+        starts: of a mask, `(groups, blocks)` int64, where each block's codes begin; else empty.
     """
 
     rows: int
@@ -50,11 +53,12 @@ class CodeWeight:
     codes: Array
     places: Array
     scales: Array
+    starts: Array
 
     @property
-    def streams(self) -> tuple[Array, Array, Array]:
+    def streams(self) -> tuple[Array, Array, Array, Array]:
         """What kernels read."""
-        return self.codes, self.places, self.scales
+        return self.codes, self.places, self.scales, self.starts
 
     @property
     def nbytes(self) -> int:
@@ -64,14 +68,22 @@ class CodeWeight:
     @property
     def blocks(self) -> int:
         """Blocks of columns."""
-        return int(self.codes.shape[1])
+        return int(self.scales.shape[1])
 
     def at(self, group: int, block: int = 0) -> dict[str, int]:
-        """The addresses of the streams from a group of rows and a block of columns on."""
-        return {
-            key: stream.ctypes.data + group * stream.strides[0] + block * stream.strides[1]
-            for key, stream in zip(("codes", "places", "scales"), self.streams, strict=True)
-        }
+        """The addresses of the streams from a group of rows and a block on; of an empty one 0."""
+        found = {"codes": 0, "places": 0, "scales": 0}
+        for key, stream in zip(found, self.streams[:3], strict=True):
+            if stream.ndim > 1 and stream.size:
+                begin = group * stream.strides[0] + block * stream.strides[1]
+                found[key] = stream.ctypes.data + begin
+        if self.form.is_masked:
+            found["codes"] = self.codes.ctypes.data
+        return found
+
+    def starts_at(self, block: int) -> int:
+        """The address of what tells where codes of a mask begin, from a block on; 0 for none."""
+        return self.starts.ctypes.data + 8 * block if self.form.is_masked else 0
 
     def operation(
         self, x: int, y: int | Slot, bias: int, first: int, last: int, *, add: bool
@@ -84,9 +96,13 @@ class CodeWeight:
             first, last: which rows.
             add: onto what is in `y`.
         """
+        group = first // ROWS
+        found = self.at(group)
+        if self.form.is_masked:
+            found["codes"] += int(self.starts[group, 0])
         return CODE_ROWS.operation(
             name(self.form),
-            **self.at(first // ROWS),
+            **found,
             x=x,
             y=y + 4 * first,
             bias=bias and bias + 4 * first,
@@ -98,13 +114,15 @@ class CodeWeight:
 
 def find_patterns(codes: Array, bits: int) -> list[tuple[int, int]]:
     """The patterns of `PATTERNS[bits]` that codes `(rows, columns)` keep to, the dense one first."""
-    most = {window: 0 for kept, window in PATTERNS[bits] if kept < window}
+    most = {window: 0 for kept, window in PATTERNS[bits] if 0 < kept < window}
     for _, part in _in_parts(codes):
         for window in most:
             counts = np.bitwise_count(_masks(_padded(part, 1) != 0, window))
             most[window] = max(most[window], int(counts.max(initial=0)))
     return [
-        (kept, window) for kept, window in PATTERNS[bits] if kept == window or most[window] <= kept
+        (kept, window)
+        for kept, window in PATTERNS[bits]
+        if kept in (0, window) or most[window] <= kept
     ]
 
 
@@ -138,19 +156,30 @@ def pack_codes(
     groups, blocks = -(-rows // ROWS), -(-columns // BLOCK)
     room = (shelf or Shelf(0)).room
     shape = groups, blocks
-    own = room(groups * blocks * form.code_bytes).reshape(*shape, form.code_bytes)
+    starts = np.zeros((0, 0), np.int64)
+    if form.is_masked:
+        starts, total = _starts(codes, shape)
+        own = room(total + PADDING)
+        own[total:] = 0
+    else:
+        own = room(groups * blocks * form.code_bytes).reshape(*shape, form.code_bytes)
     places = room(groups * blocks * form.place_bytes).reshape(*shape, form.place_bytes)
     stored = room(groups * blocks * form.scale_bytes).view(np.uint16).reshape(*shape, -1, ROWS)
     begins = np.arange(blocks * BLOCK // form.group) * form.group // group_size
     begins = np.minimum(begins, scales.shape[1] - 1)
     for first, part in _in_parts(codes):
         here = slice(first // ROWS, -(-(first + len(part)) // ROWS))
-        own[here], places[here] = _pack_rows(_padded(part, ROWS), form)
-        bits = np.zeros((len(own[here]) * ROWS, len(begins)), np.uint16)
+        if form.is_masked:
+            masks, found = _pack_masked(_padded(part, ROWS))
+            places[here] = masks
+            own[starts[here.start, 0] :][: len(found)] = found
+        else:
+            own[here], places[here] = _pack_rows(_padded(part, ROWS), form)
+        bits = np.zeros((len(stored[here]) * ROWS, len(begins)), np.uint16)
         bits[: len(part)] = _bits(scales[first : first + len(part)])[:, begins]
         by_groups = bits.reshape(-1, ROWS, blocks, BLOCK // form.group)
         stored[here] = by_groups.transpose(0, 2, 3, 1)
-    return CodeWeight(rows, columns, form, own, places, stored)
+    return CodeWeight(rows, columns, form, own, places, stored, starts)
 
 
 def _check_given(codes: Array, scales: Array, group_size: int, form: CodeFormat) -> None:
@@ -238,6 +267,24 @@ def _pack_rows(codes: Array, form: CodeFormat) -> tuple[Array, Array]:
     return _shared(units(values), form.bits, form), _shared(units(places), form.place_bits, None)
 
 
+def _starts(codes: Array, shape: tuple[int, int]) -> tuple[Array, int]:
+    """Where the codes of each block begin that are not zero, and how many there are."""
+    counts = np.zeros(shape, np.int64)
+    for first, part in _in_parts(codes):
+        blocks = (_padded(part, ROWS) != 0).reshape(-1, ROWS, shape[1], BLOCK)
+        counts[first // ROWS :][: len(blocks)] = np.count_nonzero(blocks, axis=(1, 3))
+    ends = np.cumsum(counts).reshape(shape)
+    return ends - counts, int(counts.sum())
+
+
+def _pack_masked(codes: Array) -> tuple[Array, Array]:
+    """Masks `(groups, blocks, bytes)` of whole groups and blocks, and the codes that they name."""
+    shape = len(codes) // ROWS, ROWS, codes.shape[1] // BLOCK, BLOCK // UNIT, UNIT
+    ordered = codes.reshape(shape).transpose(0, 2, 3, 1, 4).reshape(shape[0], shape[2], -1)
+    there = ordered != 0
+    return np.packbits(there, axis=-1, bitorder="little"), ordered[there].view(np.uint8)
+
+
 def _shared(units: Array, bits: int, form: CodeFormat | None) -> Array:
     """Bytes of `(groups, blocks, units, 16, 4)` numbers of a few bits; of codes, if of a format."""
     offset = 8 if form is not None and bits == 4 else 0
@@ -252,5 +299,5 @@ def _shared(units: Array, bits: int, form: CodeFormat | None) -> Array:
 
 def on(packed: CodeWeight, shelf: Shelf) -> CodeWeight:
     """The same weight with its streams on a shelf."""
-    codes, places, scales = (shelf.place(stream) for stream in packed.streams)
+    codes, places, scales = (shelf.place(stream) for stream in packed.streams[:3])
     return replace(packed, codes=codes, places=places, scales=scales)

@@ -78,11 +78,11 @@ def pack_nearest(codes: Codes, grid: Grid, rates: RowRates, shelf: Shelf) -> Cod
     bits = 4 if grid.bits == 4 and grid.symmetric else 8
     numbers = np.ascontiguousarray(numbers.astype(np.int8, copy=False))
     size = grid.group_size or max(numbers.shape[1], 1)
-    seconds = {}
+    seconds, density = {}, float(np.count_nonzero(numbers)) / max(numbers.size, 1)
     for pattern in find_patterns(numbers, bits):
         form = format_for(bits, pattern, size)
         seconds[form] = rates.code_nanoseconds(
-            form.name, form.bytes_for * numbers.size, numbers.size
+            form.name, form.bytes_for(density) * numbers.size, numbers.size
         )
     best = min(seconds, key=lambda form: seconds[form])
     dense = next(form for form in seconds if form.is_dense)
