@@ -62,7 +62,7 @@ def unpack(target: Target, form: CodeFormat) -> Function:
                 for part in range(BLOCK // form.group)
             )
         ]
-        for column, found in enumerate(_columns(f, form, codes, places, number, lanes)):
+        for column, found in enumerate(code_columns(f, form, codes, places, number, lanes)):
             wide = found.cast("sext", vector(UNIT * lanes, "i32"))
             floats = wide.cast("sitofp", vector(UNIT * lanes)) * factors[column // each]
             place = room.at(4 * UNIT * (column * ROWS + number * lanes))
@@ -70,7 +70,7 @@ def unpack(target: Target, form: CodeFormat) -> Function:
     return f
 
 
-def _columns(
+def code_columns(
     f: Function, form: CodeFormat, codes: Value, places: Value, number: int, lanes: int
 ) -> list[Value]:
     """The codes of each four columns for vector `number` of the rows, as bytes with a sign."""
