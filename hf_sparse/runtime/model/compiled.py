@@ -91,9 +91,9 @@ def compile(
     that was found, the kernel, bytes, and predicted and measured time.
 
     With `bits`, the weights of the blocks are kept as codes of 8 or 4 bits, the nearest to what they
-    are, with a scale for every 64 or 32 inputs; zeros stay zeros. A token that is computed alone is
-    rounded to 8 bits as well, 64 features at a time, and the output head has 8 bits for it. Where the
-    model was quantised already, its own codes are used, whatever `bits` is.
+    are, with a scale for every 64 or 32 inputs; zeros stay zeros. What they are multiplied with is
+    rounded to 8 bits as well, 64 features at a time; for single tokens the output head has 8 bits, too.
+    Where the model was quantised already, its own codes are used, whatever `bits` is.
 
     Args:
         model: a transformers model on the CPU.

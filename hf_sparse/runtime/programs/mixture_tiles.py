@@ -65,7 +65,8 @@ def run_experts(
                 "scatter", x=result, y=goal, x_row_bytes=narrow_rows, y_row_bytes=wide_rows
             )
             # All tiles of a thread compute in the same buffers, and share these operations.
-            buffers = tuple(at[buffer.name] for buffer in (*step.inner, step.packed, step.result))
+            own = (*step.inner, *expert.rooms, step.packed, step.result)
+            buffers = tuple(at[buffer.name] for buffer in own)
             middle = nested.shared(
                 (id(expert), vectors, *buffers),
                 partial(feed_forward, expert, narrow, at),

@@ -18,7 +18,7 @@ from hf_sparse.runtime.llvm.jit import Code
 from hf_sparse.runtime.programs import mixture_rows
 from hf_sparse.runtime.programs.block import all_angles, residual
 from hf_sparse.runtime.programs.dependences import sections
-from hf_sparse.runtime.programs.head_parts import HeadPart
+from hf_sparse.runtime.programs.head_parts import HeadPart, rotated_at_once
 from hf_sparse.runtime.programs.key_tables import cache_tables, table_addresses
 from hf_sparse.runtime.programs.nested import Nested
 from hf_sparse.runtime.programs.program import Program
@@ -48,7 +48,6 @@ from hf_sparse.runtime.programs.step import (
     Rotate,
     Route,
     WidthNorms,
-    rotated_at_once,
 )
 from hf_sparse.runtime.weights.memory import aligned
 from hf_sparse.runtime.weights.rows import DECODE_ROWS, share_rows

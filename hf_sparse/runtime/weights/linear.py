@@ -114,7 +114,7 @@ class Linear:
         if self.is_dense:
             return "dense"
         if self.codes is not None:
-            return f"unpacked {self.codes.form.name}"
+            return self.codes.form.name
         heights = dict.fromkeys(f"{packed.height}x1" for packed in self.packed)
         return f"spmm {' + '.join(heights)}"
 

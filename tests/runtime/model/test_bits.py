@@ -68,11 +68,10 @@ def test_a_compiled_model_is_the_rounded_one(name: str, bits: int) -> None:
     model = model_for(name)
     compiled = hf_sparse.compile(model, bits=bits)
     wanted, found = logits(rounded_model(model, bits)), logits(compiled)
-    prompt, token = slice(0, 9), slice(9, None)
-    torch.testing.assert_close(found[:, prompt], wanted[:, prompt], atol=1e-4, rtol=1e-4)
-    # Here and there a feature is so near to a half that it is rounded to the other side.
-    assert distance(found[:, token], wanted[:, token]) < 5e-3
-    assert distance(found[:, token], logits(model)[:, token]) < (0.1 if bits == 8 else 0.6)
+    for tokens in (slice(0, 9), slice(9, None)):  # a prompt, and a token
+        # Here and there a feature is so near to a half that it is rounded to the other side.
+        assert distance(found[:, tokens], wanted[:, tokens]) < 1e-2
+        assert distance(found[:, tokens], logits(model)[:, tokens]) < (0.1 if bits == 8 else 0.6)
     assert {linear.codes.form.bits for linear in linears_of(compiled)} == {bits}
 
 
@@ -164,7 +163,7 @@ def test_every_decoder_is_near_to_itself(family: str) -> None:
     "family",
     [pytest.param(name, marks=() if name == "roberta" else pytest.mark.slow) for name in ENCODERS],
 )
-def test_encoders_keep_codes_and_compute_with_floats(family: str) -> None:
+def test_encoders_keep_codes(family: str) -> None:
     model = model_of(family, sparsity=0.0)
     compiled = hf_sparse.compile(model, bits=8)
     given = inputs_of(family, 2, 21)
@@ -254,8 +253,7 @@ def test_codes_that_a_config_promises_are_used_as_they_are(grid: Grid) -> None:
     bits = 4 if grid.bits == 4 and grid.symmetric else 8
     assert {linear.codes.form.bits for linear in linears_of(compiled)} == {bits}
     found, wanted = logits(compiled), logits(model)
-    torch.testing.assert_close(found[:, :9], wanted[:, :9], atol=1e-4, rtol=1e-4)
-    assert distance(found[:, 9:], wanted[:, 9:]) < 0.1
+    assert distance(found, wanted) < 0.1
     assert isinstance(compiled.lm_head, CompiledHead)
     assert not isinstance(compiled.lm_head, CodedHead)  # nothing promises its bits
     assert isinstance(hf_sparse.compile(model, bits=grid.bits).lm_head, CodedHead)
@@ -271,7 +269,7 @@ def test_a_promise_of_embeddings_and_of_some_layers_is_used(tmp_path: Path) -> N
     assert isinstance(head, CodedHead)
     assert head.coding.exact
     found, wanted = logits(compiled), logits(model)
-    torch.testing.assert_close(found[:, :9], wanted[:, :9], atol=1e-4, rtol=1e-4)
+    assert distance(found, wanted) < 0.1
     loaded = hf_sparse.load_compiled(hf_sparse.save_compiled(compiled, tmp_path))
     assert same(logits(loaded), found)
     assert loaded.lm_head.coding == head.coding
