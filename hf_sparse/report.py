@@ -287,7 +287,7 @@ def count_zeros(name: str, weight: Tensor, pattern: Pattern) -> TensorSparsity:
         ValueError: the pattern cannot divide the weight; the message names it.
     """
     rows, columns = weight.shape
-    zeros = int((weight == 0).sum())
+    zeros = int((weight == 0).count_nonzero())
     try:
         broken = pattern.violations(weight)
     except ValueError as error:

@@ -82,7 +82,7 @@ def stored_parts(
             zeros = sum(count.zeros for count in rest)
             stored = Stored(name, parts, counts, rest, zeros)
         elif name in parameters:
-            zeros = int((tensor == 0).sum())
+            zeros = int((tensor == 0).count_nonzero())
             stored = replace(stored, others=rest, other_zeros=zeros)
             if rest and zeros and can_compress(tensor):
                 stored = replace(stored, parts=compress(tensor))

@@ -47,12 +47,14 @@ class Held:
         Raises:
             ValueError: the pattern cannot divide the weight; the message names it.
         """
-        if self.config.pattern.implied_sparsity is not None:
+        pattern = self.config.pattern
+        if pattern.implied_sparsity is not None:
             return
-        check_divides(self.config.pattern, name, *weight.shape)
-        zero = self.config.pattern.units((weight != 0).float()) == 0
-        units = zero.numel()
-        self.zero += int(zero.sum())
+        check_divides(pattern, name, *weight.shape)
+        # Where units are single weights, they are counted without a copy.
+        nonzero = weight if pattern.elementwise else pattern.units((weight != 0).float())
+        units = nonzero.numel()
+        self.zero += int((nonzero == 0).count_nonzero())
         self.units += units
         least = self.config.sparsity * units
         self.least += least if self.config.pattern.whole_matrices else math.floor(least)
