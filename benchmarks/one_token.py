@@ -34,6 +34,7 @@ if __name__ == "__main__":  # help and wrong usage need no slow import
     parser.add_argument("--model", action="store_true", help="a whole model")
     parser.add_argument("--outside", action="store_true", help="only what is outside of kernels")
     parser.add_argument("--turns", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=2, help="of the model")
     parser.add_argument("--work", type=Path, default=Path("bench_output"))
     args = parser.parse_args()
 
@@ -264,7 +265,7 @@ def main(args: argparse.Namespace) -> None:
         if args.outside:
             print(outside(args.work, args.turns))
         elif args.model:
-            torch.set_num_threads(2)
+            torch.set_num_threads(args.threads)
             head = ("target", "weights", "zeros", "least ms", "median", "dense / it", "by medians")
             rows = [
                 row

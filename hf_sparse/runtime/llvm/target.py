@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import platform
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 
@@ -69,6 +70,8 @@ class InstructionSet:
         cpu: LLVM's CPU, or empty for this machine's own with all its features.
         features: more of LLVM's features.
         without: beginnings of the features that are switched off.
+        extras: features of LLVM's that some of these CPUs have beyond the row, with the field of
+            `Instructions` that each fills, and by what.
     """
 
     name: str
@@ -80,6 +83,7 @@ class InstructionSet:
     cpu: str = ""
     features: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    extras: tuple[tuple[str, str, str], ...] = ()
 
 
 _X86, _ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
@@ -133,6 +137,7 @@ INSTRUCTION_SETS = (
         ),
         cpu="x86-64-v3",
         without=("avx512", "avx10"),
+        extras=(("avxvnni", "unsigned_dot", "llvm.x86.avx512.vpdpbusd.256"),),
     ),
     InstructionSet(
         "portable",
@@ -167,13 +172,14 @@ INSTRUCTION_SETS = (
             long_pairs="llvm.aarch64.neon.saddlp.v4i32.v8i16",
             add_pairs="llvm.aarch64.neon.addp.v4i32",
         ),
+        extras=(("dotprod", "signed_dot", "llvm.aarch64.neon.sdot.v4i32.v16i8"),),
     ),
 )
 
 
 @dataclass(frozen=True)
 class Capability:
-    """What some CPUs have beyond the rows of `INSTRUCTION_SETS`, and no kernel uses.
+    """What some CPUs have, to be told to people: some of it kernels use, by the table above.
 
     Attributes:
         name: for people.
@@ -298,21 +304,29 @@ def _target(row: InstructionSet) -> Target:
     flags = binding.get_host_cpu_features()
     features = [] if row.cpu else [flags.flatten()]
     features += row.features
+    has, found = _has(row, [flag for flag, _, _ in row.extras if flags.get(flag)])
+    features += found
     features += [f"-{flag}" for flag in flags if flag.startswith(row.without)]
     cpu = row.cpu or binding.get_host_cpu_name()
-    return Target(row.name, row.lanes, row.registers, row.has, cpu, ",".join(features))
+    return Target(row.name, row.lanes, row.registers, has, cpu, ",".join(features))
 
 
-def elsewhere(row: InstructionSet) -> Target:
+def _has(row: InstructionSet, flags: Sequence[str]) -> tuple[Instructions, list[str]]:
+    """The instructions of a row with the extras of some features, and these for LLVM."""
+    more = {name: told for flag, name, told in row.extras if flag in flags}
+    return replace(row.has, **more), [f"+{flag}" for flag in flags]
+
+
+def elsewhere(row: InstructionSet, *, extras: bool = False) -> Target:
     """The target of a row on any machine with Linux: of a CPU that has what the row needs, and no more.
 
-    Kernels for it are made by `jit.object_code`; this process does not run them.
+    With `extras`, of one that has these, too. Kernels for it are made by `jit.object_code`; this
+    process does not run them.
     """
-    features = ",".join([*(f"+{feature}" for feature in row.needs), *row.features])
-    triple = f"{row.machines[0]}-unknown-linux-gnu"
-    return Target(
-        row.name, row.lanes, row.registers, row.has, row.cpu or "generic", features, triple
-    )
+    has, found = _has(row, [flag for flag, _, _ in row.extras if extras])
+    features = ",".join([*(f"+{feature}" for feature in row.needs), *found, *row.features])
+    triple, cpu = f"{row.machines[0]}-unknown-linux-gnu", row.cpu or "generic"
+    return Target(row.name, row.lanes, row.registers, has, cpu, features, triple)
 
 
 def named(name: str | None) -> Target:

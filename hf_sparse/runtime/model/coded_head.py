@@ -21,6 +21,7 @@ from hf_sparse.runtime.weights.memory import Shelf, aligned
 from hf_sparse.runtime.weights.rates import nominal
 from hf_sparse.runtime.weights.rounding import Coding, pack_nearest
 from hf_sparse.runtime.weights.rows import DECODE_ROWS, share_rows
+from hf_sparse.upstream.torch import times_written
 
 
 class CodedHead(CompiledHead):
@@ -143,4 +144,4 @@ def _whole(rows: int) -> int:
 
 def _state(weight: Tensor) -> tuple[int, int]:
     """What changes when a weight is replaced or written to."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+    return weight.data_ptr(), times_written(weight)

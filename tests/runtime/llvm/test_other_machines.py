@@ -52,6 +52,19 @@ def test_every_kernel_compiles(row: target.InstructionSet, kept: WeightType) -> 
     check(row, kernel_functions(target.elsewhere(row), kept, codes=True))
 
 
+@pytest.mark.parametrize(
+    "row", [row for row in target.INSTRUCTION_SETS if row.extras], ids=lambda row: row.name
+)
+def test_extras_are_used(row: target.InstructionSet) -> None:
+    plain, later = target.elsewhere(row), target.elsewhere(row, extras=True)
+    code = [object_code(code_rows.code_functions(one), one) for one in (plain, later)]
+    assert code[0] != code[1]
+    for flag, field, name in row.extras:
+        assert f"+{flag}" in later.features.split(",")
+        assert f"+{flag}" not in plain.features.split(",")
+        assert (getattr(plain.has, field), getattr(later.has, field)) == ("", name)
+
+
 def test_features_of_capabilities_are_known_to_llvm(capfd: pytest.CaptureFixture[str]) -> None:
     for row in target.CAPABILITIES:
         made = target.InstructionSet(
