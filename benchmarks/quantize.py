@@ -6,7 +6,8 @@
 
 Results go into a file of JSON lines; groups that it has are skipped, so that a run can be stopped and
 started again. A group prunes once, and rounds copies of what that leaves: so "then" is one after the
-other, and what has bits and zeros in one word is `prune_` with bits.
+other, and what has bits and zeros in one word is `prune_` with bits. Models are pruned and rounded in
+float32, and measured in bfloat16, the dense one too: CPUs with its products are several times faster.
 """
 
 from __future__ import annotations
@@ -134,9 +135,10 @@ def fill(options: argparse.Namespace, folder: Path) -> None:
             continue
         rows = []
         for row, model in measured(group, folder, batches):
+            measured_one = copy.deepcopy(model).to(torch.bfloat16)
             row["perplexity"] = {
                 name: hf_sparse.perplexity(
-                    model, tokenizer, documents, WINDOW, max_windows=options.max_windows
+                    measured_one, tokenizer, documents, WINDOW, max_windows=options.max_windows
                 )
                 for name, documents in held_out.items()
             }

@@ -22,6 +22,7 @@ from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.pruning import layerwise
 from hf_sparse.pruning.few_bits import round_nearest_
 from hf_sparse.pruning.oneshot import check_not_compiled
+from hf_sparse.pruning.problem import Notes
 from hf_sparse.pruning.quantized import (
     TensorBits,
     check_can_round,
@@ -31,7 +32,7 @@ from hf_sparse.pruning.quantized import (
 )
 from hf_sparse.pruning.task import Task
 from hf_sparse.report import format_table
-from hf_sparse.structure.grids import Gridded, is_on_grid
+from hf_sparse.structure.grids import is_on_grid
 from hf_sparse.structure.layers import PRUNED_WITH, TargetLayer, promised_config
 from hf_sparse.structure.promise import Held
 from hf_sparse.structure.targets import Targets
@@ -91,7 +92,7 @@ class QuantizationReport:
             ]
         )
 
-    def __str__(self) -> str:
+    def table(self) -> str:
         """A row for each tensor, and the means."""
         rows = [
             (
@@ -105,6 +106,9 @@ class QuantizationReport:
         ]
         head = ("tensor", "out x in", "grid", "error", "bits a weight")
         return f"{format_table(head, rows)}\n{self.summary()}"
+
+    def __str__(self) -> str:
+        return self.table()
 
     def __repr__(self) -> str:
         return (
@@ -168,10 +172,37 @@ def quantize_(
     targets = _targets(model, config, before, {**grid, "embedding_bits": embedding_bits})
     method = _checked_method(method, batches is not None)
     layers = check_can_round(model, targets, before)
-    pending = [(layer, grid) for layer, grid in layers if not is_on_grid(layer, grid)]
     inputs = checked_batches(batches, model, method) if batches is not None else []
     start = time.perf_counter()
-    task = Task(model, _only(targets, pending), inputs)
+    notes = round_(model, targets, inputs, method)
+    vars(model)[PRUNED_WITH] = targets.config
+    data = Calibration.of(inputs, fingerprint(inputs)) if inputs else None
+    record_(model, Step.of("quantize", {"rounding": method}, targets.config, data))
+    return QuantizationReport(
+        tensors_of(layers, targets, notes),
+        method,
+        targets.config.grid_values(),
+        time.perf_counter() - start,
+        notes.lines(),
+    )
+
+
+@torch.no_grad()
+def round_(
+    model: nn.Module, targets: Targets, inputs: Sequence[dict[str, Any]], method: str
+) -> Notes:
+    """Round a model that was checked; what is on its grid stays as it is.
+
+    Args:
+        model: any model.
+        targets: of the config that tells the grids.
+        inputs: batches; none: to the nearest codes.
+        method: a key of `ROUNDINGS`.
+
+    Returns:
+        The errors of the layers, and remarks.
+    """
+    task = Task(model, _pending(targets), inputs)
     task.sparsities = {layer.name: 0.0 for layer in task.layers}
     if inputs and task.layers:
         _check_inputs(task.layers)
@@ -181,16 +212,7 @@ def quantize_(
     elif targets.config.grid is not None:
         round_nearest_([(layer, targets.config.grid) for layer in task.layers], task.notes)
     round_embeddings_(model, targets, task.notes)
-    vars(model)[PRUNED_WITH] = targets.config
-    data = Calibration.of(inputs, fingerprint(inputs)) if inputs else None
-    record_(model, Step.of("quantize", {"rounding": method}, targets.config, data))
-    return QuantizationReport(
-        tensors_of(layers, targets, task.notes),
-        method,
-        targets.config.grid_values(),
-        time.perf_counter() - start,
-        task.notes.lines(),
-    )
+    return task.notes
 
 
 def _targets(
@@ -279,12 +301,12 @@ def _checked_method(method: str | None, has_batches: bool) -> str:
     return method
 
 
-def _only(targets: Targets, pending: Sequence[Gridded]) -> Targets:
+def _pending(targets: Targets) -> Targets:
     """The targets that are still to be rounded; none without bits."""
-    if targets.config.bits is None:
+    grid = targets.config.grid
+    if grid is None:
         return replace(targets, layers=())
-    keys = {(id(layer.parameter), layer.expert) for layer, _ in pending}
-    left = tuple(layer for layer in targets.layers if (id(layer.parameter), layer.expert) in keys)
+    left = tuple(layer for layer in targets.layers if not is_on_grid(layer, grid))
     return replace(targets, layers=left)
 
 
