@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hf_sparse.configuration_sparse import SparsityConfig as SparsityConfig
     from hf_sparse.distillation import Distillation as Distillation
     from hf_sparse.dropping.blocks import drop_blocks_ as drop_blocks_
-    from hf_sparse.dropping.experts import ExpertReport as ExpertReport
+    from hf_sparse.dropping.expert_report import ExpertReport as ExpertReport
     from hf_sparse.dropping.experts import drop_experts_ as drop_experts_
     from hf_sparse.dropping.hidden import HiddenReport as HiddenReport
     from hf_sparse.dropping.hidden import drop_hidden_ as drop_hidden_
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Distillation": "hf_sparse.distillation",
     "DropReport": "hf_sparse.dropping.report",
-    "ExpertReport": "hf_sparse.dropping.experts",
+    "ExpertReport": "hf_sparse.dropping.expert_report",
     "FormatError": "hf_sparse.formats",
     "HiddenReport": "hf_sparse.dropping.hidden",
     "KeepZeros": "hf_sparse.optim.keep_zeros_callback",

@@ -30,8 +30,9 @@ class SparsityConfig:
     """The pattern, sparsity, place and storage of a model's zeros, and the bits of what is left.
 
     Args:
-        pattern: `"unstructured"`, `"2:4"` or any N:M, `"block:RxC"`, `"row"`, `"column"`, `"head"`.
-            The last three without targets: whole neurons and heads (see `hf_sparse.shrink`).
+        pattern: `"unstructured"`, `"2:4"` or any N:M, `"block:RxC"`, `"row"`, `"column"`, `"head"`,
+            `"expert"`. `row`, `column` and `head` without targets: whole neurons and heads (see
+            `hf_sparse.shrink_`); `expert`: whole experts of a mixture.
         sparsity: fraction of zeros in the targets, in `[0, 1)`. N:M fixes it (2:4 is 0.5): there
             it may be left out, and another value is an error. Elsewhere it is needed.
         targets: globs of the layers to be sparse, such as `"q_proj"` or `"model.layers.3.mlp.*"`.

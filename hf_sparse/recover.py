@@ -50,7 +50,7 @@ from hf_sparse.suggestions import check_name
 from hf_sparse.upstream.peft_by_name import has_adapters, is_peft_model
 
 # Steps of a model's history that leave it without zeros, and with less to know.
-_SMALLER = ("shrink", "drop_blocks", "slim")
+_SMALLER = ("shrink", "drop_blocks", "drop_experts", "drop_hidden", "slim")
 
 
 def recover_(
@@ -66,7 +66,9 @@ def recover_(
     logits: float = 0.5,
     seed: int = 0,
 ) -> SparsityReport:
-    """Train a sparse or smaller causal language model on text, in place; zeros stay, no other comes.
+    """Train a sparse or smaller causal language model on text, in place.
+
+    Its zeros stay, and no others appear.
 
     Layers that the model's config does not target count as sparse from 0.5 % zeros on; fewer are
     taken for chance and not kept.

@@ -41,9 +41,10 @@ def save_pretrained(
     untouched until the new ones are complete (see `hf_sparse.files.atomic`).
 
     Args:
-        model: a transformers model, of any type that AutoConfig knows. Of a `peft.PeftModel` a copy is
-            merged and saved, as `merge_adapters_` does it: the zeros stay, and who loads it
-            needs no adapter. (Its own `save_pretrained` saves the adapter alone.)
+        model: a transformers model, of any type that AutoConfig knows. A `peft.PeftModel` is
+            copied, and its adapters are merged into the copy as `merge_adapters_` does it: the zeros
+            stay, and who loads it needs no adapter. (Its own `save_pretrained` saves the adapter
+            alone.)
         folder: made if it does not exist. Other files in it stay, but for weights: what
             `save_compiled` wrote there before, and a `pytorch_model.bin`, with a warning. A README.md
             that is no card of hf_sparse stays, with a warning.

@@ -9,6 +9,7 @@ from typing import Any
 from hf_sparse_cli.choices import (
     ALLOCATIONS,
     DTYPES,
+    EXPERT_METHODS,
     FORMATS,
     METHODS,
     PATTERNS,
@@ -120,16 +121,22 @@ def _add_targets(command: argparse.ArgumentParser) -> None:
 
 def _add_method(command: argparse.ArgumentParser) -> None:
     summaries = {name: method.summary for name, method in METHODS.items()}
-    how = command.add_argument_group("how to prune", named_list("methods", summaries))
+    of_experts = {name: method.summary for name, method in EXPERT_METHODS.items()}
+    how = command.add_argument_group(
+        "how to prune",
+        f"{named_list('methods', summaries)}\n{named_list('methods of pattern expert', of_experts)}",
+    )
     how.add_argument(
         "--method",
         default="wanda",
-        choices=METHODS,
+        choices=list(dict.fromkeys((*METHODS, *EXPERT_METHODS))),
         metavar="NAME",
         help="see above (default wanda)",
     )
     how.add_argument(
-        "--scope", choices=SCOPES, help="magnitude, taylor: where weights compete (default layer)"
+        "--scope",
+        choices=SCOPES,
+        help="magnitude, taylor, of experts: where weights compete (default layer)",
     )
     how.add_argument(
         "--allocation", choices=ALLOCATIONS, help="sparsity of the blocks (default uniform)"
@@ -241,6 +248,8 @@ def _add_bench(commands: Any) -> None:
     how.add_argument("--tokens", type=int, default=128, help="tokens in each (default 128)")
     how.add_argument("--repeats", type=int, default=10, help="calls of each (default 10)")
     how.add_argument("--threads", type=int, help="torch's threads (default: as torch chooses)")
+    bits = "compile with weights of so many bits, rounded where they are not"
+    how.add_argument("--bits", type=int, choices=(8, 4), help=bits)
     output = command.add_argument_group("output")
     output.add_argument(
         "--explain", action="store_true", help="also print what became of each layer"

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from hf_sparse_cli.choices import (
     COMPOSITION,
+    EXPERT_METHODS,
     METHODS,
     PATTERNS,
     SCOPES,
+    Method,
 )
 from hf_sparse_cli.names import did_you_mean, suggestions
 from hf_sparse_cli.quantizing import check_grid, check_quantize
@@ -57,8 +59,8 @@ def check(options: argparse.Namespace) -> None:
 def _check_prune(options: argparse.Namespace) -> None:
     implied = implied_sparsity(options.pattern)
     _check_sparsity(options.pattern, options.sparsity, implied)
+    method = _method(options)
     own = method_options(options)
-    method = METHODS[options.method]
     if method.nm_only and implied is None:
         raise ValueError(
             f"method '{options.method}' learns N:M masks; the pattern is '{options.pattern}'. Use "
@@ -173,10 +175,28 @@ def _check_sparsity(pattern: str, sparsity: float | None, implied: float | None)
         )
 
 
+def _method(options: argparse.Namespace) -> Method:
+    """The method of a pruning.
+
+    Raises:
+        ValueError: it is not for the pattern.
+    """
+    own, others = METHODS, EXPERT_METHODS
+    if options.pattern == "expert":
+        own, others = others, own
+    if options.method not in own:
+        wanted = "--pattern expert" if options.method in EXPERT_METHODS else "another pattern"
+        raise ValueError(
+            f"method '{options.method}' is for {wanted}; the pattern is '{options.pattern}'. Give "
+            f"--method {', '.join(own)}."
+        )
+    return own[options.method]
+
+
 def needs_calibration(options: argparse.Namespace) -> bool:
     """Whether a pruning looks at data."""
     composed = options.allocation == "owl" or options.refine or options.reconstruct
-    return METHODS[options.method].needs_calibration or bool(composed)
+    return _method(options).needs_calibration or bool(composed)
 
 
 def method_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -185,7 +205,7 @@ def method_options(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: the method has no such option, or a value cannot be read as the option's type.
     """
-    defaults = METHODS[options.method].options
+    defaults = _method(options).options
     own: dict[str, Any] = {
         name: getattr(options, name)
         for name in ("scope", *COMPOSITION)
@@ -198,21 +218,20 @@ def method_options(options: argparse.Namespace) -> dict[str, Any]:
             "Leave it out."
         )
     for given in options.option or ():
-        name, value = _own_option(given, options.method)
+        name, value = _own_option(given, options.method, defaults)
         own[name] = value
     if own.get("scope", "layer") not in SCOPES:
         raise ValueError(f"scope is {own['scope']!r}; wanted one of {', '.join(SCOPES)}.")
     return own
 
 
-def _own_option(given: str, method: str) -> tuple[str, Any]:
+def _own_option(given: str, method: str, defaults: Mapping[str, Any]) -> tuple[str, Any]:
     """The name and the value of one `--option`.
 
     Raises:
         ValueError: the method has no such option, or the value cannot be read as its type.
     """
     name, equals, text = given.partition("=")
-    defaults = METHODS[method].options
     known = ", ".join(f"{option}={value}" for option, value in defaults.items())
     start = f"--option {given}: "
     if name in COMPOSITION:

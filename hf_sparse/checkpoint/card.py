@@ -103,8 +103,8 @@ class Card:
     @property
     def _patterns(self) -> list[str]:
         """The patterns of the zeros, as they are asked for."""
-        found = self.measured.patterns or [str(self.config.pattern)]
-        return list(dict.fromkeys(map(_as_asked, found)))
+        patterns = self.measured.patterns or [str(self.config.pattern)]
+        return list(dict.fromkeys(map(_as_asked, patterns)))
 
     def _facts(self) -> list[tuple[str, str]]:
         targets = self.measured.targets

@@ -78,10 +78,10 @@ class CheckpointSparsity:
         if self.config is None:
             lines.append("a dense checkpoint: config.json promises nothing")
             return lines if self.candidates is None else [*lines, str(self.candidates)]
-        promised, found = self.config.sparsity, self.report.sparsity
+        promised, measured = self.config.sparsity, self.report.sparsity
         lines.append(f"config.json promises {self.config.pattern}, sparsity {promised:.4f}")
         if self.report.has_lost_zeros(promised):
-            lines.append(f"the zeros are lost: promised {promised:.4f}, found {found:.4f}")
+            lines.append(f"the zeros are lost: promised {promised:.4f}, found {measured:.4f}")
         return lines
 
 
@@ -119,13 +119,13 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
             )
         with locate(tensor.place):
             weight = decompress(parts) if tensor.compressed else parts[""]
-        found = _counts(tensor, parts, weight, pattern, known.targets(tensor))
-        counts += found
+        counted = _counts(tensor, parts, weight, pattern, known.targets(tensor))
+        counts += counted
         if known.is_counted(tensor):
             parameters += weight.numel()
         if known.is_counted(tensor) and weight.is_floating_point():
-            other_zeros += int((weight == 0).sum()) - sum(count.zeros for count in found)
-        if found or tensor.compressed:
+            other_zeros += int((weight == 0).sum()) - sum(count.zeros for count in counted)
+        if counted or tensor.compressed:
             formats[tensor.name] = tensor.format
             sizes[tensor.name] = num_bytes(parts)
     check_unchanged()

@@ -180,10 +180,10 @@ def watch(files: Sequence[Path]) -> Callable[[], None]:
 
 def _version(file: Path) -> tuple[int, ...] | None:
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_parts(stored: StoredTensor) -> dict[str, Tensor]:

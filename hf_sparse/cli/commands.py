@@ -34,6 +34,7 @@ from hf_sparse.cli.shrinking import shrink
 from hf_sparse.cli.slimming import slim
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY
 from hf_sparse.exporters.can_export import check_can_export
+from hf_sparse.pruning.experts import check_experts
 from hf_sparse.pruning.methods import Recipe
 from hf_sparse.pruning.streaming import check_run
 from hf_sparse.pruning.uniform import check_uniform
@@ -95,6 +96,8 @@ def _checked(options: argparse.Namespace) -> tuple[hf_sparse.SparsityConfig, Any
     if config.uniform:
         check_uniform(bones, Targets.of(bones, config), recipe)
     gridded(bones, config)  # tells of groups that do not divide a weight
+    if config.pattern.whole_matrices:
+        check_experts(bones, Targets.of(bones, config), recipe.all_options["scope"])
     check_can_save(bones, options.output, config)
     if options.stream:
         check_run(options.model, options.output, config, options.method, own, options.resume)
@@ -148,7 +151,7 @@ def _in_memory(
     hf_sparse.save_pretrained(
         model,
         options.output,
-        config,
+        None if config.pattern.whole_matrices else config,  # a share of few experts is rounded
         tokenizer=tokenizer,
         report=report,
         base_model=options.base_model,
@@ -229,16 +232,20 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def inspect(options: argparse.Namespace) -> int:
     """Print what a checkpoint folder holds."""
-    found = hf_sparse.inspect_checkpoint(options.folder)
-    report = found.report
+    inspection = hf_sparse.inspect_checkpoint(options.folder)
+    report = inspection.report
     if options.json:
-        described = dataclasses.asdict(found)
-        described["config"] = found.config.to_dict() if found.config else None
+        described = dataclasses.asdict(inspection)
+        described["config"] = inspection.config.to_dict() if inspection.config else None
         described["report"] = json.loads(report.to_json())
         print(json.dumps(described, indent=2))
     else:
-        print(found.table() if options.tensors else found)
-    if found.config is not None and found.config.pattern.implied_sparsity and report.violations:
+        print(inspection.table() if options.tensors else inspection)
+    if (
+        inspection.config is not None
+        and inspection.config.pattern.implied_sparsity
+        and report.violations
+    ):
         print(
             f"hf-sparse: error: {report.violations} groups break the promised pattern "
             f"'{report.pattern}'",
@@ -255,20 +262,24 @@ def bench(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     shape = options.batch, options.tokens, options.repeats
     if options.profile:
-        profiles = profile(model, *shape)
+        profiles = profile(model, *shape, options.bits)
         if options.json:
-            print(json.dumps({kind: dataclasses.asdict(found) for kind, found in profiles.items()}))
+            print(
+                json.dumps(
+                    {kind: dataclasses.asdict(timings) for kind, timings in profiles.items()}
+                )
+            )
             return 0
-        print("\n\n".join(f"{kind}: {found}" for kind, found in profiles.items()))
+        print("\n\n".join(f"{kind}: {timings}" for kind, timings in profiles.items()))
         return 0
-    found = hf_sparse.benchmark(model, *shape)
+    timings = hf_sparse.benchmark(model, *shape, options.bits)
     if options.json:
-        print(json.dumps(found.to_dict()))
+        print(json.dumps(timings.to_dict()))
         return 0
     if options.explain:
-        compiled: Any = hf_sparse.compile(model)
+        compiled: Any = hf_sparse.compile(model, bits=options.bits)
         print(compiled.explain(options.batch * options.tokens), end="\n\n")
-    print(found)
+    print(timings)
     return 0
 
 

@@ -141,9 +141,10 @@ class LayerPruner:
         return few_bits.rounded(on_grid, pruned, is_rounded=joint)
 
     def _solved(self, problem: Problem) -> list[Tensor]:
+        if not problem.tokens and self.solver.is_decided:
+            return self.solver.solve(problem, **self.options)
         if not problem.tokens:
-            if any(problem.sparsities):
-                problem.note("saw no calibration token and was pruned by magnitude.")
+            problem.note("saw no calibration token and was pruned by magnitude.")
             return by_scores(problem, [weight.abs() for weight in problem.weights])
         if problem.statistic.ndim == 1 and problem.tokens < _FEW_FOR_NORMS:
             problem.note(
@@ -179,7 +180,7 @@ def _kept(problem: Problem) -> list[Tensor]:
 
 
 # What prunes nothing, so that layers are only rounded.
-KEEP = Solver(_kept, Norms, updates=False)
+KEEP = Solver(_kept, Norms, updates=False, is_decided=True)
 
 
 def rounder(task: Task, *, feedback: bool = True) -> LayerPruner:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_sparse.arguments import check_not_inference
+from hf_sparse.calibration import expert_scores
 from hf_sparse.calibration.input_statistics import Grams, Norms
 from hf_sparse.optim.sharding import check_shardable, local_part
 from hf_sparse.patterns import Pattern
 from hf_sparse.pruning import (
     alps,
+    experts,
     layerwise,
     magnitude,
     prox_local,
@@ -117,7 +119,13 @@ METHODS = {
     ),
 }
 
-
+# The methods of pattern `expert`.
+EXPERT_METHODS = {
+    name: Method(summary, masks=getattr(experts, name), needs_calibration=looks)
+    for (name, looks), summary in zip(
+        expert_scores.METHODS.items(), experts.SUMMARIES.values(), strict=True
+    )
+}
 REFINEMENTS = ("swaps", "refit")
 
 
@@ -151,6 +159,11 @@ class Composition:
 
     def check(self, pattern: Pattern) -> None:
         """Raise a ValueError for an unknown value, or one that the pattern does not allow."""
+        if pattern.whole_matrices and self != Composition():
+            raise ValueError(
+                f"nothing goes with pattern '{pattern}': between its zeros and shrink_ the model is "
+                "another one. Leave allocation, refine and reconstruct out, and train what is left."
+            )
         check_allocation(self.allocation, pattern)
         if self.refine not in (None, *REFINEMENTS):
             raise ValueError(
@@ -171,11 +184,13 @@ class Recipe:
 
     Attributes:
         name: of the method.
+        method: it.
         composition: see there.
         options: of the method, those that were given.
     """
 
     name: str
+    method: Method
     composition: Composition
     options: Mapping[str, Any]
 
@@ -187,8 +202,8 @@ class Recipe:
             ValueError: unknown method or option, a value out of range, or a composition that the
                 pattern does not allow.
         """
-        check_name(name, METHODS, "method", "methods")
-        own, composed = METHODS[name].options(), asdict(Composition())
+        method = _method_named(name, pattern)
+        own, composed = method.options(), asdict(Composition())
         if unknown := sorted(set(options) - set(own) - set(composed)):
             raise ValueError(
                 f"method '{name}' has no option {', '.join(unknown)}. "
@@ -200,14 +215,9 @@ class Recipe:
         composition.check(pattern)
         mine = {name: value for name, value in options.items() if name in own}
         check_bounds(mine, pattern, composition.allocation)
-        if METHODS[name].nm_only:
+        if method.nm_only:
             check_learnable(name, pattern)
-        return cls(name, composition, mine)
-
-    @property
-    def method(self) -> Method:
-        """The method."""
-        return METHODS[self.name]
+        return cls(name, method, composition, mine)
 
     @property
     def needs_calibration(self) -> bool:
@@ -282,7 +292,8 @@ class Recipe:
                 round_nearest_([(layer, grid) for layer in task.layers], task.notes)
             return
         by_name = {layer.name: mask for layer, mask in masks}
-        self._walk(task, Solver(partial(_apply, by_name), Norms, updates=False), {}, prune_layers)
+        decided = Solver(partial(_apply, by_name), Norms, updates=False, is_decided=True)
+        self._walk(task, decided, {}, prune_layers)
 
     def _walk(
         self, task: Task, solver: Solver, options: Mapping[str, Any], prune_block: PruneBlock
@@ -293,13 +304,35 @@ class Recipe:
             "refit": refit.refine,
         }
         chosen = self.composition.refine
+        refinements = [refine[chosen]] if chosen else []
         layerwise.prune(
-            LayerPruner(
-                task, solver, options, [refine[chosen]] if chosen else [], task.config.grid
-            ),
+            LayerPruner(task, solver, options, refinements, task.config.grid),
             prune_block=prune_block,
             reconstruct=self.composition.reconstruct,
         )
+
+
+def _method_named(name: str, pattern: Pattern) -> Method:
+    """The method of a name, for a pattern.
+
+    Raises:
+        ValueError: there is none of that name, or it is not for the pattern.
+    """
+    if pattern.whole_matrices:
+        if name in METHODS and name not in EXPERT_METHODS:
+            raise ValueError(
+                f"method '{name}' prunes inside of matrices, and pattern '{pattern}' takes whole "
+                f"experts. Use method {', '.join(map(repr, EXPERT_METHODS))}."
+            )
+        check_name(name, EXPERT_METHODS, f"method of pattern '{pattern}'", "methods")
+        return EXPERT_METHODS[name]
+    if name in EXPERT_METHODS and name not in METHODS:
+        raise ValueError(
+            f"method '{name}' chooses whole experts of a mixture, and the pattern is '{pattern}'. Use "
+            "pattern 'expert', or another method."
+        )
+    check_name(name, METHODS, "method", "methods")
+    return METHODS[name]
 
 
 def _check_inputs(layers: Sequence[TargetLayer]) -> None:

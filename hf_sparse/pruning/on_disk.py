@@ -64,9 +64,9 @@ class OnDisk(Residence):
             converted: the folder of weights that were converted while they were loaded, which are no
                 files of the source; those that they were made from lie beside the source's others.
         """
-        found = files_of(self._weights.source)
-        own = {file for file in found if file.parent != converted}
-        if own == found:
+        files = files_of(self._weights.source)
+        own = {file for file in files if file.parent != converted}
+        if own == files:
             return own
         return own | {file for one in own for file in one.parent.glob("*.safetensors")}
 

@@ -194,12 +194,14 @@ class Solver:
         statistic: `Norms` or `Grams`.
         updates: whether it changes the weights that it keeps.
         rounds: whether it rounds them to a problem's grid, too.
+        is_decided: whether it knows the zeros, whatever the layers see.
     """
 
     solve: Solve
     statistic: type[InputStatistics]
     updates: bool
     rounds: bool = False
+    is_decided: bool = False
 
 
 def by_scores(problem: Problem, scores: Sequence[Tensor]) -> list[Tensor]:

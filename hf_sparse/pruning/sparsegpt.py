@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.calibration.linalg import inverse_factor, matmul
-from hf_sparse.patterns import NM
+from hf_sparse.patterns import NM, Pattern
 from hf_sparse.pruning.problem import Problem
 from hf_sparse.quantization import Grid, fitted_scales, lowest_codes
 
@@ -83,7 +83,8 @@ def _swept(
     factor, used = inverse_factor(problem.gram, wanted)
     problem.note_damping(wanted, used)
     columns = weights.shape[1]
-    width = _block_width(problem, block_size)
+    shape = problem.weights[0].shape
+    width = _block_width(problem.pattern, shape, block_size, problem.grid)
     sweep = _Sweep(problem, factor, zeros)
     sweep.start(weights)
     for start in range(0, columns, width):
@@ -97,13 +98,13 @@ def _swept(
     return weights
 
 
-def _block_width(problem: Problem, block_size: int) -> int:
+def _block_width(
+    pattern: Pattern, shape: torch.Size, block_size: int, grid: Grid | None = None
+) -> int:
     """The columns whose mask is chosen together: whole groups of the pattern and of the grid."""
-    pattern, shape = problem.pattern, problem.weights[0].shape
     height, width = pattern.group_shape(*shape)
     if not pattern.elementwise and height == shape[0] and width == 1:  # whole columns
         return shape[1]
-    grid = problem.grid
     if grid is not None and grid.group_size is not None:
         width = math.lcm(width, grid.group_size)
     return -(-block_size // width) * width

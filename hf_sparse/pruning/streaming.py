@@ -279,9 +279,9 @@ def _sparsities(work: Path, recipe: Recipe, task: Task) -> dict[str, float]:
     """The sparsity of each layer, from the work folder if they are there."""
     file = work / "sparsities.json"
     if not file.exists():
-        found = layer_sparsities(recipe.composition.allocation, task)
+        sparsities = layer_sparsities(recipe.composition.allocation, task)
         fresh = file.with_suffix(".new")
-        fresh.write_text(json.dumps(found))
+        fresh.write_text(json.dumps(sparsities))
         sync_file(fresh)
         fresh.replace(file)
     known: dict[str, float] = read_json(file)

@@ -24,13 +24,14 @@ class Held:
     Attributes:
         config: what is asked of them.
         zero, units: units that are zero, and all of them.
-        least: units that the config's sparsity makes zero, rounded down in each weight.
+        least: units that the config's sparsity makes zero, rounded down in each weight, unless that is
+            a unit itself.
     """
 
     config: SparsityConfig
     zero: int = 0
     units: int = 0
-    least: int = 0
+    least: float = 0
 
     @classmethod
     def by(cls, config: SparsityConfig, layers: Iterable[TargetLayer]) -> Held:
@@ -53,7 +54,8 @@ class Held:
         units = zero.numel()
         self.zero += int(zero.sum())
         self.units += units
-        self.least += math.floor(self.config.sparsity * units)
+        least = self.config.sparsity * units
+        self.least += least if self.config.pattern.whole_matrices else math.floor(least)
 
     @property
     def share(self) -> float:

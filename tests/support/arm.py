@@ -74,7 +74,7 @@ def install() -> None:
     target.host = functools.cache(lambda: chosen)
     jit.Code = _code  # type: ignore[assignment, misc]
     # The times of an emulator tell nothing.
-    rates.calibrate = lambda chosen, cache: rates.NOMINAL[chosen.name]  # type: ignore[assignment]
+    rates.calibrate = lambda chosen, cache: rates.nominal(chosen)  # type: ignore[assignment]
 
 
 def _code(chosen: target.Target, objects: bytes, functions: Sequence[Function]) -> Any:
@@ -257,7 +257,9 @@ class EmulatedCode:
         for one in WEIGHT_TYPES.values():
             if one.suffix and any(name.endswith(one.suffix) for name in self.parameters):
                 kept = one
-        return jit.compile_kernels(kernel_functions(wide, kept), wide)  # type: ignore[no-any-return]
+        codes = "quantise_row" in self.parameters
+        functions = kernel_functions(wide, kept, codes)
+        return jit.compile_kernels(functions, wide)  # type: ignore[no-any-return]
 
     def _twin_image(self, kernel: str, blocks: Sequence[Block], place: int) -> Image | None:
         """What the kernel of this machine does to the same memory."""

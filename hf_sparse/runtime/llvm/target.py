@@ -24,6 +24,14 @@ class Instructions:
         permute: a register of floats, each lane of which takes the one that a register of i32 names;
             bits beyond the number of lanes do not count.
         lookup: as `shuffle`, from `{tables}` registers, up to 4, that stand behind one another.
+        wide_shuffle: as `shuffle`, in each 16 bytes of a register.
+        unsigned_dot: u8 times s8, the sums of four added to i32.
+        pair_products: u8 times s8, the sums of two as i16, which saturate.
+        pair_sums: i16 times i16, the sums of two as i32.
+        signed_as: bytes times the signs of others.
+        signed_dot: s8 times s8, the sums of four added to i32.
+        long_product, long_pairs, add_pairs: s8 times s8 as i16; the sums of pairs of i16 as i32; those
+            of pairs of i32.
     """
 
     shuffle: str
@@ -36,6 +44,15 @@ class Instructions:
     reciprocal: str = ""
     permute: str = ""
     lookup: str = ""
+    wide_shuffle: str = ""
+    unsigned_dot: str = ""
+    pair_products: str = ""
+    pair_sums: str = ""
+    signed_as: str = ""
+    signed_dot: str = ""
+    long_product: str = ""
+    long_pairs: str = ""
+    add_pairs: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,7 +94,10 @@ INSTRUCTION_SETS = (
         _X86,
         lanes=16,
         registers=32,
-        needs=("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi2", "bmi2", "fma"),
+        needs=(
+            *("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi2", "avx512vnni"),
+            *("bmi2", "fma"),
+        ),
         has=Instructions(
             _PSHUFB,
             _TSC,
@@ -88,6 +108,8 @@ INSTRUCTION_SETS = (
             scale="llvm.x86.avx512.mask.scalef.ps.512",
             reciprocal="llvm.x86.avx512.rcp14.ps.512",
             permute="llvm.x86.avx512.permvar.sf.512",
+            wide_shuffle="llvm.x86.avx512.pshuf.b.512",
+            unsigned_dot="llvm.x86.avx512.vpdpbusd.512",
         ),
         # Full 512-bit vectors, or half of the registers' width is lost.
         features=("-prefer-256-bit",),
@@ -98,7 +120,17 @@ INSTRUCTION_SETS = (
         lanes=8,
         registers=16,
         needs=("avx2", "fma", "f16c", "bmi2"),
-        has=Instructions(_PSHUFB, _TSC, _PAUSE, half=True, permute="llvm.x86.avx2.permps"),
+        has=Instructions(
+            _PSHUFB,
+            _TSC,
+            _PAUSE,
+            half=True,
+            permute="llvm.x86.avx2.permps",
+            wide_shuffle="llvm.x86.avx2.pshuf.b",
+            pair_products="llvm.x86.avx2.pmadd.ub.sw",
+            pair_sums="llvm.x86.avx2.pmadd.wd",
+            signed_as="llvm.x86.avx2.psign.b",
+        ),
         cpu="x86-64-v3",
         without=("avx512", "avx10"),
     ),
@@ -108,7 +140,15 @@ INSTRUCTION_SETS = (
         lanes=4,
         registers=16,
         needs=("ssse3", "sse4.1", "sse4.2"),
-        has=Instructions(_PSHUFB, _TSC, _PAUSE),
+        has=Instructions(
+            _PSHUFB,
+            _TSC,
+            _PAUSE,
+            wide_shuffle=_PSHUFB,
+            pair_products="llvm.x86.ssse3.pmadd.ub.sw.128",
+            pair_sums="llvm.x86.sse2.pmadd.wd",
+            signed_as="llvm.x86.ssse3.psign.b.128",
+        ),
         cpu="x86-64-v2",
     ),
     InstructionSet(
@@ -117,7 +157,16 @@ INSTRUCTION_SETS = (
         lanes=4,
         registers=32,
         needs=(),  # NEON is in every CPU of this architecture
-        has=Instructions(_TBL.format(tables=1), _STEADY, half=True, lookup=_TBL),
+        has=Instructions(
+            _TBL.format(tables=1),
+            _STEADY,
+            half=True,
+            lookup=_TBL,
+            wide_shuffle=_TBL.format(tables=1),
+            long_product="llvm.aarch64.neon.smull.v8i16",
+            long_pairs="llvm.aarch64.neon.saddlp.v4i32.v8i16",
+            add_pairs="llvm.aarch64.neon.addp.v4i32",
+        ),
     ),
 )
 
@@ -233,14 +282,14 @@ def capabilities() -> tuple[str, ...]:
 def _rows() -> list[InstructionSet]:
     """The rows for this machine."""
     machine = platform.machine().lower()
-    found = [row for row in INSTRUCTION_SETS if machine in row.machines]
-    if not found:
+    rows = [row for row in INSTRUCTION_SETS if machine in row.machines]
+    if not rows:
         known = dict.fromkeys(name for row in INSTRUCTION_SETS for name in row.machines)
         raise ValueError(
             f"this machine is a {machine!r}, for which there are no kernels. "
             f"Wanted one of {', '.join(known)}."
         )
-    return found
+    return rows
 
 
 def _target(row: InstructionSet) -> Target:

@@ -64,6 +64,8 @@ class Blocks(Parts):
         chosen: the config's attribute with the experts of a token.
         normalised: the weights of a token's experts sum up to 1; or the config's attribute.
         varied: blocks differ by their place, beside their kind of attention.
+        last_norm: the norm behind the blocks, where the model around them is an embedding, the norm and
+            a head, and nothing else is done to what they give. None: more is.
         block_class: the class of blocks, where transformers does not tell by which it collects hidden
             states: there the model's own loop does, and blocks give tuples.
         supported: attributes of the config, and the values of them that are compiled.
@@ -94,6 +96,7 @@ class Blocks(Parts):
     chosen: str = "num_experts_per_tok"
     normalised: bool | str = True
     varied: bool = False
+    last_norm: str | None = None
     block_class: str | None = None
     supported: dict[str, tuple[object, ...]] = field(default_factory=dict)
 

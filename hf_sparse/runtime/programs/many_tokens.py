@@ -95,8 +95,8 @@ class TileProgram:
         lists = share(whole, shape.threads)
         numbered = list(_numbered(stack, shape))
         keys = {step.x.name for _, step in numbered if isinstance(step, Attend)}
-        found = sections(numbered, lambda item: _uses(*item, keys, shape.cached))
-        plain = [[step for _, step in section] for section in found]
+        between_waits = sections(numbered, lambda item: _uses(*item, keys, shape.cached))
+        plain = [[step for _, step in section] for section in between_waits]
         self._buffers = TileBuffers(plain, lists, widths[0], keys)
         self.masks = aligned(shape.batch, shape.capacity)
         self.masked = False
@@ -115,7 +115,7 @@ class TileProgram:
                 ]
                 for part in lists
             ]
-            for section in found
+            for section in between_waits
         ]
         memory = [stack, self._buffers.memory, self.masks, self.tables, self.biases]
         memory.append(self._nested.memory)

@@ -91,6 +91,14 @@ class Multiply(Uses):
 
 
 @dataclass(frozen=True, eq=False)
+class Quantise(Uses):
+    """`y = x` in eight bits, for weights of few bits; one token's alone."""
+
+    x: Buffer
+    y: Buffer
+
+
+@dataclass(frozen=True, eq=False)
 class Add(Uses):
     """`y += x`."""
 
@@ -100,8 +108,8 @@ class Add(Uses):
 
 
 @dataclass(frozen=True, eq=False)
-class WidthNorms(Uses):
-    """Norm all queries in `x` together, and all keys, in place."""
+class QueryKeyNorms(Uses):
+    """Norm queries and keys in `x`, in place."""
 
     heads: Heads
     x: Buffer
@@ -110,15 +118,12 @@ class WidthNorms(Uses):
     WRITES = ("x",)
 
 
-@dataclass(frozen=True, eq=False)
-class HeadNorms(Uses):
-    """Norm each head of the queries in `x`, and each of the keys, in place."""
+class WidthNorms(QueryKeyNorms):
+    """All queries of a token together, and all keys."""
 
-    heads: Heads
-    x: Buffer
-    queries: Norm
-    keys: Norm
-    WRITES = ("x",)
+
+class HeadNorms(QueryKeyNorms):
+    """Each head of the queries, and each of the keys."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,13 +306,14 @@ class OpenExperts(Uses):
 
 @dataclass(frozen=True, eq=False)
 class CloseExperts(Uses):
-    """`goal +=` what `down` of the experts makes of their features."""
+    """`goal +=` what `down` of the experts makes of their features; these in eight bits in `room`."""
 
     route: Route
     goal: Buffer
     experts: tuple[FeedForward, ...]
     gates: Buffer
     width: int
+    room: Buffer | None = None
 
     @property
     def reads(self) -> tuple[Buffer, ...]:
@@ -315,7 +321,7 @@ class CloseExperts(Uses):
 
     @property
     def writes(self) -> tuple[Buffer, ...]:
-        return (self.goal,)
+        return (self.goal,) if self.room is None else (self.goal, self.room)
 
 
 HeadStep = HeadNorms | Rotate | Append | Attend
