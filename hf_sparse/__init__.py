@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from hf_sparse.patterns import Pattern as Pattern
     from hf_sparse.provenance.values import Metric as Metric
     from hf_sparse.pruning.oneshot import prune_ as prune_
+    from hf_sparse.pruning.quantize import QuantizationReport as QuantizationReport
+    from hf_sparse.pruning.quantize import quantize_ as quantize_
     from hf_sparse.pruning.streaming import prune_checkpoint as prune_checkpoint
     from hf_sparse.recover import recover_ as recover_
     from hf_sparse.report import SparsityReport as SparsityReport
@@ -81,6 +83,7 @@ _PUBLIC = {
     "Metric": "hf_sparse.provenance.values",
     "Pattern": "hf_sparse.patterns",
     "Schedule": "hf_sparse.optim.schedules",
+    "QuantizationReport": "hf_sparse.pruning.quantize",
     "ShrinkReport": "hf_sparse.shrinking",
     "SlimPlan": "hf_sparse.slimming.plan",
     "SlimReport": "hf_sparse.slimming.plan",
@@ -115,6 +118,7 @@ _PUBLIC = {
     "prune_": "hf_sparse.pruning.oneshot",
     "prune_checkpoint": "hf_sparse.pruning.streaming",
     "push_to_hub": "hf_sparse.hub",
+    "quantize_": "hf_sparse.pruning.quantize",
     "recover_": "hf_sparse.recover",
     "save_compiled": "hf_sparse.compiled_files.files",
     "save_pretrained": "hf_sparse.saving",

@@ -122,6 +122,13 @@ FORMATS = {
     "nm": "the positions in each group of an N:M weight",
     "block": "one bit per block of a block, row, column or head pattern",
 }
+# The grids of few bits, and how `hf_sparse.quantize_` rounds to them.
+BITS = (8, 4)
+GROUP_SIZES = (128, 64, 32)
+ROUNDINGS = {
+    "nearest": "nearest codes; scales searched for the least error",
+    "gptq": "codes and scales of least output error on calibration data",
+}
 QUANTIZATIONS = ("dynamic", "static")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 # The notations of `hf_sparse.patterns.Pattern.parse`, and what becomes zero.

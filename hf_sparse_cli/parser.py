@@ -31,6 +31,7 @@ from hf_sparse_cli.flags import (
     output_group,
 )
 from hf_sparse_cli.names import Parser, fraction
+from hf_sparse_cli.quantizing import add_grid, add_quantize
 from hf_sparse_cli.shrinking import add_shrink
 from hf_sparse_cli.slimming import add_slim
 
@@ -53,6 +54,7 @@ def make_parser() -> Parser:
     _add_bench(commands)
     add_shrink(commands)
     add_slim(commands)
+    add_quantize(commands)
     _add_export(commands)
     _add_push(commands)
     _add_convert(commands)
@@ -83,10 +85,12 @@ def _add_prune(commands: Any) -> None:
             "MODEL OUTPUT --sparsity 0.7 --method alps --calibration text.jsonl --stream",
             "MODEL OUTPUT --pattern column --sparsity 0.5 --method taylor --labels rows.jsonl",
             "MODEL OUTPUT --sparsity 0.5 --method magnitude",
+            "MODEL OUTPUT --pattern 2:4 --bits 4 --group-size 32 --calibration text.jsonl",
         ],
     )
     _add_targets(command)
     _add_method(command)
+    add_grid(command.add_argument_group("bits of what is kept"))
     _add_calibration(command)
     output = output_group(
         command, "folder to save the sparse model in", named_list("formats", FORMATS)
@@ -152,7 +156,7 @@ def _add_method(command: argparse.ArgumentParser) -> None:
 
 def _add_calibration(command: argparse.ArgumentParser) -> None:
     calibration = command.add_argument_group(
-        "calibration", "Texts that all methods but magnitude look at."
+        "calibration", "Texts that all methods but magnitude look at, and rounding to few bits."
     )
     data = calibration.add_mutually_exclusive_group()
     data.add_argument("--calibration", nargs="+", metavar="FILE", help=TEXT)

@@ -21,6 +21,7 @@ from hf_sparse_cli.choices import (
     Method,
 )
 from hf_sparse_cli.names import did_you_mean, suggestions
+from hf_sparse_cli.quantizing import check_grid, check_quantize
 from hf_sparse_cli.shrinking import check_parts
 
 _SIZED = (r"\d{1,4}:\d{1,4}", r"block:\d{1,6}x\d{1,6}", r"head(?:_in)?:\d{1,6}")
@@ -78,6 +79,7 @@ def _check_prune(options: argparse.Namespace) -> None:
         )
     if options.resume and not options.stream:
         raise ValueError("--resume goes on with a streamed run: give --stream too.")
+    check_grid(options, needed=False)
     if needs_calibration(options) and not options.calibration and not options.labels:
         raise ValueError(
             f"method '{options.method}' needs calibration text: --calibration FILE, or of a classifier "
@@ -104,6 +106,11 @@ def _check_slim(options: argparse.Namespace) -> None:
     _check_output(options, "model", "the larger model")
 
 
+def _check_quantize(options: argparse.Namespace) -> None:
+    check_quantize(options)
+    _check_output(options, "model", "the model as it was")
+
+
 def _check_convert(options: argparse.Namespace) -> None:
     _check_output(options, "folder", "the old checkpoint")
 
@@ -121,6 +128,7 @@ _CHECKS: dict[str, Callable[[argparse.Namespace], None]] = {
     "recover": _check_recover,
     "shrink": _check_shrink,
     "slim": _check_slim,
+    "quantize": _check_quantize,
     "convert": _check_convert,
     "export": _check_export,
 }

@@ -29,6 +29,7 @@ from hf_sparse.cli.loading import (
 )
 from hf_sparse.cli.printing import print_saved, without
 from hf_sparse.cli.pushing import push
+from hf_sparse.cli.quantizing import quantize
 from hf_sparse.cli.shrinking import shrink
 from hf_sparse.cli.slimming import slim
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY
@@ -38,9 +39,11 @@ from hf_sparse.pruning.methods import Recipe
 from hf_sparse.pruning.streaming import check_run
 from hf_sparse.pruning.uniform import check_uniform
 from hf_sparse.report import format_table
+from hf_sparse.structure.grids import gridded
 from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.targets import Targets
 from hf_sparse.timing import profile
+from hf_sparse_cli.quantizing import grid_options
 from hf_sparse_cli.usage import method_options, needs_calibration
 
 
@@ -85,12 +88,14 @@ def _checked(options: argparse.Namespace) -> tuple[hf_sparse.SparsityConfig, Any
         options.ignore,
         options.format,
         options.uniform,
+        **grid_options(options),
     )
     own = method_options(options)
     recipe = Recipe.of(options.method, config.pattern, own)
     bones = skeleton(options.model, options)
     if config.uniform:
         check_uniform(bones, Targets.of(bones, config), recipe)
+    gridded(bones, config)  # tells of groups that do not divide a weight
     if config.pattern.whole_matrices:
         check_experts(bones, Targets.of(bones, config), recipe.all_options["scope"])
     check_can_save(bones, options.output, config)
@@ -104,7 +109,8 @@ def _calibration(options: argparse.Namespace, bones: Any) -> tuple[Any, list[Any
 
     The data are windows of text, or labelled texts.
     """
-    needed = needs_calibration(options)
+    rounds = options.bits is not None and bool(options.calibration or options.labels)
+    needed = needs_calibration(options) or rounds
     tokenizer = optional_tokenizer(options, bones.config, needed=needed)
     return tokenizer, batches_of(options, bones, tokenizer) if needed else None
 
@@ -315,6 +321,7 @@ COMMANDS = {
     "bench": bench,
     "shrink": shrink,
     "slim": slim,
+    "quantize": quantize,
     "export": export,
     "push": push,
     "convert": convert,

@@ -32,6 +32,7 @@ from hf_sparse.pruning import (
     wanda,
 )
 from hf_sparse.pruning.allocation import check_allocation, layer_sparsities
+from hf_sparse.pruning.few_bits import round_nearest_
 from hf_sparse.pruning.layerwise import LayerPruner, PruneBlock, Refinement, prune_layers
 from hf_sparse.pruning.options import check_bounds, check_types
 from hf_sparse.pruning.problem import Problem, Solver
@@ -89,18 +90,18 @@ def options_of(function: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
+_SPARSEGPT = Solver(sparsegpt.solve, Grams, updates=True, rounds=True)
+
 METHODS = {
     "magnitude": Method("smallest weights", masks=magnitude.masks, needs_calibration=False),
     "wanda": Method("smallest |weight| x input norm", Solver(wanda.solve, Norms, updates=False)),
     "taylor": Method(
         "smallest effect on the model's loss, to first order", masks=taylor.masks, trains=True
     ),
-    "sparsegpt": Method(
-        "least output error, column after column", Solver(sparsegpt.solve, Grams, updates=True)
-    ),
+    "sparsegpt": Method("least output error, column after column", _SPARSEGPT),
     "sparsellm": Method(
         "SparseGPT with feed-forward networks pruned as a whole",
-        Solver(sparsegpt.solve, Grams, updates=True),
+        _SPARSEGPT,
         prune_block=sparsellm.prune_block,
     ),
     "alps": Method("least output error, by ADMM", Solver(alps.solve, Grams, updates=True)),
@@ -254,7 +255,7 @@ class Recipe:
         Raises:
             ValueError: see `prune_`.
         """
-        if self.needs_calibration:
+        if self.needs_calibration or task.batches:
             _check_inputs(task.layers)
             if torch.is_inference_mode_enabled() and self.needs_gradients:
                 raise ValueError(
@@ -279,13 +280,20 @@ class Recipe:
         self._walk(task, solver, of_solver, partial(self.method.prune_block, **of_block))
 
     def _prune_by_masks(self, task: Task, masks: Masks) -> None:
-        """Set the zeros that are chosen; then walk through the blocks if something is composed."""
-        if not self.composition.walks:
+        """Set the zeros that are chosen; then walk through the blocks if something is composed.
+
+        Weights of few bits are rounded in the walk; without data to the nearest codes.
+        """
+        grid = task.config.grid
+        if not self.composition.walks and (grid is None or not task.batches):
             for layer, mask in masks:
                 local_part(layer.weight).masked_fill_(~mask, 0.0)
+            if grid is not None:
+                round_nearest_([(layer, grid) for layer in task.layers], task.notes)
             return
         by_name = {layer.name: mask for layer, mask in masks}
-        self._walk(task, Solver(partial(_apply, by_name), Norms, updates=False), {}, prune_layers)
+        decided = Solver(partial(_apply, by_name), Norms, updates=False, is_decided=True)
+        self._walk(task, decided, {}, prune_layers)
 
     def _walk(
         self, task: Task, solver: Solver, options: Mapping[str, Any], prune_block: PruneBlock
@@ -296,8 +304,9 @@ class Recipe:
             "refit": refit.refine,
         }
         chosen = self.composition.refine
+        refinements = [refine[chosen]] if chosen else []
         layerwise.prune(
-            LayerPruner(task, solver, options, [refine[chosen]] if chosen else []),
+            LayerPruner(task, solver, options, refinements, task.config.grid),
             prune_block=prune_block,
             reconstruct=self.composition.reconstruct,
         )

@@ -72,8 +72,12 @@ class Held:
 
     @property
     def exceeds(self) -> bool:
-        """Whether more units are zero than the config asks for."""
-        return self.units > 0 and self.share > self.config.sparsity + _MARGIN
+        """Whether more units are zero than the config asks for.
+
+        Weights of few bits that rounding made zero are no promise.
+        """
+        more = self.units > 0 and self.share > self.config.sparsity + _MARGIN
+        return more and self.config.bits is None
 
     def is_less_than(self, sparsity: float) -> bool:
         """Whether the share is below a sparsity by more than a few zeros."""

@@ -22,6 +22,8 @@ from hf_sparse.pruning import on_disk, streaming
 from hf_sparse.pruning.allocation import ALLOCATIONS
 from hf_sparse.pruning.methods import EXPERT_METHODS, METHODS, REFINEMENTS, Composition
 from hf_sparse.pruning.options import SCOPES
+from hf_sparse.pruning.quantize import ROUNDINGS
+from hf_sparse.quantization import BITS, GROUP_SIZES
 from hf_sparse.recovery import RECOVERIES
 from hf_sparse_cli import choices, main
 from hf_sparse_cli.parser import make_parser
@@ -184,6 +186,8 @@ def test_the_choices_are_those_of_the_package() -> None:
     assert asdict(Composition()) == choices.COMPOSITION
     assert {name: recovery.summary for name, recovery in RECOVERIES.items()} == choices.RECOVERIES
     assert {name: row.summary for name, row in FORMATS.items()} == choices.FORMATS
+    assert choices.ROUNDINGS == ROUNDINGS
+    assert (choices.BITS, (None, *choices.GROUP_SIZES)) == (BITS, GROUP_SIZES)
     ours = (choices.SCOPES, choices.ALLOCATIONS, choices.REFINEMENTS, choices.QUANTIZATIONS)
     assert ours == (SCOPES, ALLOCATIONS, REFINEMENTS, QUANTIZATIONS)
     [parsers] = [
