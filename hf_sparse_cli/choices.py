@@ -107,6 +107,7 @@ FORMATS = {
     "gap8": "the zeros before each nonzero, in 8-bit codes",
     "nm": "the positions in each group of an N:M weight",
     "block": "one bit per block of a block, row, column or head pattern",
+    "rice": "the zeros before each nonzero, in Rice codes",
 }
 QUANTIZATIONS = ("dynamic", "static")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
