@@ -109,7 +109,7 @@ class SparsityConfig:
             parts.append(f"format={self.format!r}")
         if self.uniform:
             parts.append("uniform=True")
-        parts += [f"{name}={value!r}" for name, value in self._grid_values().items()]
+        parts += [f"{name}={value!r}" for name, value in self.grid_values().items()]
         return f"SparsityConfig({', '.join(parts)})"
 
     @property
@@ -123,7 +123,7 @@ class SparsityConfig:
         bits = self.embedding_bits
         return None if bits is None else Grid(bits, self.group_size, self.symmetric)
 
-    def _grid_values(self) -> dict[str, Any]:
+    def grid_values(self) -> dict[str, Any]:
         """What of bits, groups, zero points and embeddings is not the default."""
         names = ("bits", "group_size", "symmetric", "embedding_bits")
         values = {name: getattr(self, name) for name in names}
@@ -143,7 +143,7 @@ class SparsityConfig:
             "ignore": list(self.ignore),
             "format": self.format,
             **({"uniform": True} if self.uniform else {}),  # older readers know no such key
-            **self._grid_values(),
+            **self.grid_values(),
         }
 
     @classmethod

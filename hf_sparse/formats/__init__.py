@@ -26,6 +26,7 @@ from hf_sparse.formats.names import (
     group_parts,
     join,
     split_name,
+    storage_of,
 )
 from hf_sparse.formats.smallest import smallest_of
 from hf_sparse.formats.table import CODINGS, COMPANIONS, FORMATS, POSITIONS
@@ -56,6 +57,7 @@ __all__ = [
     "read_layout",
     "smallest_of",
     "split_name",
+    "storage_of",
 ]
 
 # The float types whose zeros are the bit patterns 0 and "sign bit alone". Of others (fp8 "fnuz",

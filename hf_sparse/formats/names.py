@@ -44,6 +44,14 @@ def coding_of(parts: Iterable[str]) -> str | None:
     return next((part for part in parts if part in CODINGS), None)
 
 
+def storage_of(parts: Iterable[str]) -> str:
+    """How parts of these names store a weight, in words: `nm`, or `nm, 4-bit codes`."""
+    found = list(parts)
+    coding = coding_of(found)
+    codes = "" if coding is None else f", {CODINGS[coding].bits}-bit codes"
+    return f"{format_of(found)}{codes}"
+
+
 def are_complete(parts: Iterable[str]) -> bool:
     """Whether parts of these names make a compressed weight."""
     found = set(parts)
