@@ -43,7 +43,7 @@ def assert_same_weights(one: Any, other: Any) -> None:
 
 @pairwise(
     "family, pattern, bits, size, symmetric, embedding_bits, dtype",
-    ["llama", "gpt2", "opt", "qwen3"],
+    ["llama", "gpt2", "opt", "mistral"],
     ["2:4", "unstructured", "block:1x4"],
     [8, 4, None],
     [None, 32],
