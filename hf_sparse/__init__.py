@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hf_sparse.dropping.report import DropReport as DropReport
     from hf_sparse.evaluation import accuracy as accuracy
     from hf_sparse.evaluation import perplexity as perplexity
+    from hf_sparse.exporters.gguf_export import export_gguf as export_gguf
     from hf_sparse.exporters.onnx_export import export_onnx as export_onnx
     from hf_sparse.formats import FormatError as FormatError
     from hf_sparse.hub import push_to_hub as push_to_hub
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from hf_sparse.pruning.quantize import QuantizationReport as QuantizationReport
     from hf_sparse.pruning.quantize import quantize_ as quantize_
     from hf_sparse.pruning.streaming import prune_checkpoint as prune_checkpoint
+    from hf_sparse.quantization import OffGridError as OffGridError
     from hf_sparse.recover import recover_ as recover_
     from hf_sparse.report import SparsityReport as SparsityReport
     from hf_sparse.report import measure_sparsity as measure_sparsity
@@ -81,6 +83,7 @@ _PUBLIC = {
     "HiddenReport": "hf_sparse.dropping.hidden",
     "KeepZeros": "hf_sparse.optim.keep_zeros_callback",
     "Metric": "hf_sparse.provenance.values",
+    "OffGridError": "hf_sparse.quantization",
     "Pattern": "hf_sparse.patterns",
     "Schedule": "hf_sparse.optim.schedules",
     "QuantizationReport": "hf_sparse.pruning.quantize",
@@ -103,6 +106,7 @@ _PUBLIC = {
     "drop_blocks_": "hf_sparse.dropping.blocks",
     "drop_experts_": "hf_sparse.dropping.experts",
     "drop_hidden_": "hf_sparse.dropping.hidden",
+    "export_gguf": "hf_sparse.exporters.gguf_export",
     "export_onnx": "hf_sparse.exporters.onnx_export",
     "freeze_zeros_": "hf_sparse.optim.shrinkage",
     "get_peft_model": "hf_sparse.adapters.loading",

@@ -40,7 +40,7 @@ class SparsityConfig:
             a mixture, so that embeddings, norms, routers, poolers and task heads are left alone.
         ignore: globs of layers to leave out of the targets.
         format: how the weights are stored: `"auto"` (the smallest), `"bitmask"`, `"gap4"`, `"gap8"`,
-            `"nm"`, `"block"`, or `"dense"` (zeros in place: loads without hf_sparse).
+            `"nm"`, `"block"`, `"rice"`, or `"dense"` (zeros in place: loads without hf_sparse).
         uniform: of whole neurons and heads: every block loses the same number, so that what
             `hf_sparse.shrink_` leaves is a plain model of the family. `hf_sparse.prune_` refuses sizes
             that the family's config cannot tell.

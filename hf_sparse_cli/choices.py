@@ -121,6 +121,7 @@ FORMATS = {
     "gap8": "the zeros before each nonzero, in 8-bit codes",
     "nm": "the positions in each group of an N:M weight",
     "block": "one bit per block of a block, row, column or head pattern",
+    "rice": "the zeros before each nonzero, in Rice codes",
 }
 # The grids of few bits, and how `hf_sparse.quantize_` rounds to them.
 BITS = (8, 4)

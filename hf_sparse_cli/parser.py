@@ -263,9 +263,13 @@ def _add_export(commands: Any) -> None:
     command = command_parser(
         commands,
         "export",
-        "export an ONNX graph whose zeros take no space",
+        "export an ONNX graph whose zeros take no space, or a GGUF file of the same codes",
         "MODEL OUTPUT",
-        ["SPARSE GRAPH", "SPARSE GRAPH --quantize static --calibration text.jsonl"],
+        [
+            "SPARSE GRAPH",
+            "SPARSE GRAPH --quantize static --calibration text.jsonl",
+            "INT4 int4.gguf --gguf",
+        ],
     )
     what = command.add_argument_group("what to export")
     what.add_argument("model", metavar="MODEL", help="folder or Hub name, of any family")
@@ -273,11 +277,14 @@ def _add_export(commands: Any) -> None:
     how = command.add_argument_group("how to export")
     how.add_argument("--quantize", choices=QUANTIZATIONS, help="8-bit weights and activations")
     how.add_argument("--no-pack", action="store_true", help="store zeros as they are")
+    gguf = "write a dense GGUF file, OUTPUT, of a model of few bits"
+    how.add_argument("--gguf", action="store_true", help=gguf)
     data = command.add_argument_group("calibration", "Texts for --quantize static.")
     data.add_argument("--calibration", nargs="+", metavar="FILE", help=TEXT)
     data.add_argument("--num-samples", type=int, default=32, help="windows of it (default 32)")
     add_windows(data)
-    output = output_group(command, "folder for the graph: new, empty or an earlier export")
+    folder = "folder for the graph: new, empty or an earlier export; with --gguf NAME.gguf"
+    output = output_group(command, folder)
     add_printing(output)
 
 

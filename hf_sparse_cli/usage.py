@@ -120,7 +120,10 @@ def _check_export(options: argparse.Namespace) -> None:
         raise ValueError("--quantize static calibrates on text: --calibration FILE")
     if options.calibration and options.quantize != "static":
         raise ValueError("--calibration is for --quantize static alone: leave it out.")
-    _check_no_file(options.output)
+    if not options.gguf:
+        _check_no_file(options.output)
+    elif options.quantize or options.no_pack:
+        raise ValueError("--quantize and --no-pack are for ONNX graphs: leave them out, or --gguf.")
 
 
 _CHECKS: dict[str, Callable[[argparse.Namespace], None]] = {

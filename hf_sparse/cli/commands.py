@@ -34,6 +34,7 @@ from hf_sparse.cli.shrinking import shrink
 from hf_sparse.cli.slimming import slim
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY
 from hf_sparse.exporters.can_export import check_can_export
+from hf_sparse.exporters.gguf_export import check_can_export_gguf
 from hf_sparse.pruning.experts import check_experts
 from hf_sparse.pruning.methods import Recipe
 from hf_sparse.pruning.streaming import check_run
@@ -284,8 +285,16 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """Export a model as an ONNX graph."""
+    """Export a model as an ONNX graph, or as a GGUF file."""
     bones = skeleton(options.model, options)
+    if options.gguf:
+        check_can_export_gguf(bones, options.output)
+        tokenizer = optional_tokenizer(options, bones.config, needed=False)
+        model, _ = load(options.model, options, needs_tokenizer=False)
+        written = hf_sparse.export_gguf(model, options.output, tokenizer=tokenizer)
+        told = f"{written}{without(tokenizer)}"
+        print(json.dumps(written.to_dict()) if options.json else told)
+        return 0
     check_can_export(bones, options.output)
     tokenizer = optional_tokenizer(options, bones.config, needed=bool(options.calibration))
     batches = None

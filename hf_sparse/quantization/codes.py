@@ -72,7 +72,7 @@ def codes_of(weight: Tensor, grid: Grid) -> Codes:
     scales = torch.ones(rows, per_row, device=weight.device)
     step = max(1, _CHUNK // max(columns, 1))
     off = 0
-    for start in range(0, rows, step):
+    for start in range(0, rows if columns else 0, step):
         part = slice(start, start + step)
         grouped = weight[part].reshape(-1, size)
         found, fits = _scales(grouped, grid)
