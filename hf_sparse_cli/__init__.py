@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from hf_sparse_cli.parser import make_parser
-from hf_sparse_cli.usage import check, doubts, unfinished
+from hf_sparse_cli.places import unfinished
+from hf_sparse_cli.usage import check, doubts
 from hf_sparse_cli.words import in_flags
 
 __all__ = ["main"]

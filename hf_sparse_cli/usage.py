@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,14 @@ from hf_sparse_cli.choices import (
     Method,
 )
 from hf_sparse_cli.names import did_you_mean, suggestions
+from hf_sparse_cli.places import (
+    check_files,
+    check_model,
+    check_no_file,
+    check_output,
+    similar_folder,
+    unfinished,
+)
 from hf_sparse_cli.quantizing import check_grid, check_quantize
 from hf_sparse_cli.shrinking import check_parts
 
@@ -44,14 +51,14 @@ def check(options: argparse.Namespace) -> None:
         if given.get(name) is not None and given[name] < least:
             raise ValueError(f"--{_flag(name)} is {given[name]}; wanted at least {least}.")
     for name in _FILES:
-        _check_files(given.get(name) or ())
+        check_files(given.get(name) or ())
     if given.get("labels"):
         text_fields(options)
     for name in _MODELS:
         if given.get(name) is not None:
-            _check_model(given[name])
+            check_model(given[name])
     if given.get("folder") is not None:
-        _check_model(options.folder, local=options.command != "recover")
+        check_model(options.folder, local=options.command != "recover")
     if options.command in _CHECKS:
         _CHECKS[options.command](options)
 
@@ -86,7 +93,7 @@ def _check_prune(options: argparse.Namespace) -> None:
             "--labels FILE"
         )
     goes_on = options.resume and unfinished(options.output).exists()
-    _check_output(options, "model", "the dense model", asked=goes_on)
+    check_output(options, "model", "the dense model", asked=goes_on)
 
 
 def _check_recover(options: argparse.Namespace) -> None:
@@ -94,25 +101,25 @@ def _check_recover(options: argparse.Namespace) -> None:
         raise ValueError(f"--lr is {options.lr}; wanted a number > 0.")
     if options.r is not None and options.method == "finetune":
         raise ValueError("--r is for the methods lora and shira: leave it out.")
-    _check_output(options, "folder", "the pruned model")
+    check_output(options, "folder", "the pruned model")
 
 
 def _check_shrink(options: argparse.Namespace) -> None:
     check_parts(options)
-    _check_output(options, "model", "the larger model")
+    check_output(options, "model", "the larger model")
 
 
 def _check_slim(options: argparse.Namespace) -> None:
-    _check_output(options, "model", "the larger model")
+    check_output(options, "model", "the larger model")
 
 
 def _check_quantize(options: argparse.Namespace) -> None:
     check_quantize(options)
-    _check_output(options, "model", "the model as it was")
+    check_output(options, "model", "the model as it was")
 
 
 def _check_convert(options: argparse.Namespace) -> None:
-    _check_output(options, "folder", "the old checkpoint")
+    check_output(options, "folder", "the old checkpoint")
 
 
 def _check_export(options: argparse.Namespace) -> None:
@@ -121,7 +128,7 @@ def _check_export(options: argparse.Namespace) -> None:
     if options.calibration and options.quantize != "static":
         raise ValueError("--calibration is for --quantize static alone: leave it out.")
     if not options.gguf:
-        _check_no_file(options.output)
+        check_no_file(options.output)
     elif options.quantize or options.no_pack:
         raise ValueError("--quantize and --no-pack are for ONNX graphs: leave them out, or --gguf.")
 
@@ -275,30 +282,6 @@ def text_fields(options: argparse.Namespace) -> list[str]:
     return fields
 
 
-def unfinished(output: str) -> Path:
-    """The work folder of a streamed run (see `hf_sparse.files.work_folder`)."""
-    folder = Path(output).absolute()
-    return folder.with_name(f"{folder.name}.unfinished")
-
-
-def _check_files(files: Sequence[str]) -> None:
-    for file in map(Path, files):
-        if not file.exists():
-            raise FileNotFoundError(f"no such file: {file}")
-        if file.is_dir():
-            raise IsADirectoryError(f"{file} is a folder; wanted a file of text.")
-
-
-def _check_model(source: str, local: bool = False) -> None:
-    """Refuse the path of a folder that is not there; other names may be models of the Hub."""
-    folder = Path(source)
-    if not folder.exists():
-        if local or source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise FileNotFoundError(f"no such folder: {source}.{_similar_folder(folder)}")
-    elif not folder.is_dir():
-        raise NotADirectoryError(f"{source} is a file; wanted a folder, or a model of the Hub.")
-
-
 def doubts(options: argparse.Namespace) -> Iterator[str]:
     """Warnings of options that may be meant in another way, for before the work."""
     given = vars(options)
@@ -306,7 +289,7 @@ def doubts(options: argparse.Namespace) -> Iterator[str]:
         source = given.get(name)
         if source is None or Path(source).exists():
             continue
-        similar, parent = _similar_folder(Path(source)), Path(source).parent
+        similar, parent = similar_folder(Path(source)), Path(source).parent
         if similar or ("/" in source and parent.is_dir()):
             yield f"there is no folder {source}, so that the Hub is asked for it.{similar}"
     if given.get("resume") and not unfinished(options.output).exists():
@@ -314,41 +297,6 @@ def doubts(options: argparse.Namespace) -> Iterator[str]:
             f"there is nothing to resume, no {unfinished(options.output)}: the run begins with the "
             "first block."
         )
-
-
-def _similar_folder(folder: Path) -> str:
-    """A question after an error: the checkpoint folder that was probably meant, if there is one."""
-    if not folder.parent.is_dir():
-        return ""
-    models = {path.parent.name: str(path.parent) for path in folder.parent.glob("*/config.json")}
-    close = get_close_matches(folder.name, models, n=1)
-    return f" Did you mean {models[close[0]]}?" if close else ""
-
-
-def _check_output(options: argparse.Namespace, source: str, lost: str, asked: bool = False) -> None:
-    """Refuse an output folder that is the source, is a file, or holds files, without --overwrite."""
-    folder, given = Path(options.output), getattr(options, source)
-    if folder.resolve() == Path(given).resolve():
-        raise ValueError(f"OUTPUT is {source.upper()}, {given}: {lost} would be lost.")
-    _check_no_file(options.output)
-    if options.overwrite or asked or not folder.is_dir():
-        return
-    names = sorted(path.name for path in folder.iterdir())
-    if (
-        names and "export.json" not in names
-    ):  # nothing is saved over an ONNX export, see check_folder
-        first = "config.json" if "config.json" in names else names[0]
-        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise ValueError(
-            f"{options.output} is not empty: it holds {first}{others}. Give another OUTPUT, or "
-            "--overwrite: the model in it is replaced, files of other names stay."
-        )
-
-
-def _check_no_file(output: str) -> None:
-    for path in (Path(output), *Path(output).parents):
-        if path.exists() and not path.is_dir():
-            raise NotADirectoryError(f"{path} is a file; wanted a folder to save in.")
 
 
 def _flag(name: str) -> str:

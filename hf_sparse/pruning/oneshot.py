@@ -102,14 +102,7 @@ get the fewest tokens, of the smallest weights | `scope="layer"` (or `"global"`)
             being tied, no calibration where it is needed, weights or activations that are not
             finite. All but the last are found before the model is changed.
     """
-    check_model(model, "prune_")
-    if accelerator is not None and not hasattr(accelerator, "num_processes"):
-        raise ValueError(
-            f"accelerator is {shortened(accelerator)}; wanted an accelerate.Accelerator, or None."
-        )
-    check_config(config)
-    check_not_compiled(model)
-    check_not_quantized(model)
+    _check_given(model, config, accelerator)
     targets = Targets.of(model, config)
     recipe = Recipe.of(method, targets.pattern, options)
     recipe.check_sharding(targets.layers, targets.pattern)
@@ -172,6 +165,18 @@ def check_not_compiled(model: nn.Module) -> None:
     """Refuse a model that torch.compile wrapped."""
     if is_compiled(model):
         raise ValueError("the model is compiled by torch.compile. Prune it first, then compile it.")
+
+
+def _check_given(model: Any, config: Any, accelerator: Any) -> None:
+    """Refuse what is no model that can be pruned, no config, and no accelerator."""
+    check_model(model, "prune_")
+    if accelerator is not None and not hasattr(accelerator, "num_processes"):
+        raise ValueError(
+            f"accelerator is {shortened(accelerator)}; wanted an accelerate.Accelerator, or None."
+        )
+    check_config(config)
+    check_not_compiled(model)
+    check_not_quantized(model)
 
 
 def _check_layers(targets: Targets) -> None:

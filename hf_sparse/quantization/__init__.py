@@ -6,7 +6,7 @@ no stage keeps a second copy. A scale is a bfloat16, so that the product of scal
 float32, and known again in bfloat16 and float16.
 """
 
-from hf_sparse.quantization.codes import Codes, OffGridError, codes_of
+from hf_sparse.quantization.codes import Codes, OffGridError, codes_of, lies_on
 from hf_sparse.quantization.grid import BITS, GROUP_SIZES, Grid
 from hf_sparse.quantization.rounding import (
     SMALLEST_SCALE,
@@ -25,6 +25,7 @@ __all__ = [
     "OffGridError",
     "codes_of",
     "fitted_scales",
+    "lies_on",
     "lowest_codes",
     "nearest_codes",
     "rounded",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_sparse.quantization.codes import Codes
+from hf_sparse.quantization.codes import Codes, lies_on
 from hf_sparse.quantization.grid import Grid
 
 # The shares of the widest scale that a search tries: 1, 0.97, ..., down to 0.7 of it.
@@ -69,7 +69,12 @@ def nearest_codes(weight: Tensor, scales: Tensor, grid: Grid) -> Codes:
 
 
 def rounded(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Tensor:
-    """The weight rounded to the grid, in its dtype. Zeros stay zeros. Memory: some copies of it."""
+    """The weight rounded to the grid, in its dtype; itself, if it lies on the grid. Zeros stay zeros.
+
+    Memory: some copies of it.
+    """
+    if lies_on(weight, grid):
+        return weight
     scales = fitted_scales(weight, grid, importance)
     return nearest_codes(weight, scales, grid).weight(weight.dtype)
 

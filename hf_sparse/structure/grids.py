@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.quantization import Grid, OffGridError, codes_of
+from hf_sparse.quantization import Grid, OffGridError, codes_of, lies_on
 from hf_sparse.structure.layers import TargetLayer
 from hf_sparse.structure.targets import Targets
 
@@ -100,11 +100,7 @@ def check_whole_weights(layers: Iterable[Gridded]) -> None:
 
 def is_on_grid(layer: TargetLayer, grid: Grid) -> bool:
     """Whether a weight lies on a grid."""
-    try:
-        codes_of(layer.weight, grid)
-    except OffGridError:
-        return False
-    return True
+    return lies_on(layer.weight, grid)
 
 
 def check_grid(model: nn.Module, config: SparsityConfig | Targets) -> None:

@@ -10,7 +10,8 @@ import pytest
 import hf_sparse
 from hf_sparse.cli import commands, main
 from hf_sparse.pruning import on_disk
-from hf_sparse_cli.usage import check, doubts, unfinished
+from hf_sparse_cli.places import unfinished
+from hf_sparse_cli.usage import check, doubts
 from tests.support.tiny_models import prose, tiny_model, tiny_tokenizer
 
 

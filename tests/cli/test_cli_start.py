@@ -27,7 +27,8 @@ from hf_sparse.quantization import BITS, GROUP_SIZES
 from hf_sparse.recovery import RECOVERIES
 from hf_sparse_cli import choices, main
 from hf_sparse_cli.parser import make_parser
-from hf_sparse_cli.usage import implied_sparsity, unfinished
+from hf_sparse_cli.places import unfinished
+from hf_sparse_cli.usage import implied_sparsity
 from tests.support.processes import command, environment, run
 from tests.support.tiny_models import prose, tiny_model, tiny_tokenizer
 

@@ -11,6 +11,7 @@ from hf_sparse.quantization import (
     OffGridError,
     codes_of,
     fitted_scales,
+    lies_on,
     nearest_codes,
     rounded,
 )
@@ -143,3 +144,12 @@ def test_a_group_size_that_does_not_divide_is_refused():
         ValueError, match=r"group_size 128 does not divide the 576 inputs.*64 or 32 or None"
     ):
         rounded(torch.ones(2, 576), Grid(8, 128))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_rounding_twice_is_rounding_once(grid):
+    """Also where no code of a group is the largest one, which a search for scales would change."""
+    for weight in (rounded(sparse_weight(), grid), values_on(grid, 1)):
+        assert lies_on(weight, grid)
+        assert torch.equal(rounded(weight, grid), weight)
+    assert not lies_on(sparse_weight(), grid)
