@@ -18,7 +18,7 @@ from pathlib import Path
 if __name__ == "__main__":  # help and wrong usage need no slow import
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", type=Path, help="folder with WikiText-2 and C4 texts")
-    parser.add_argument("--out", type=Path, default=Path("bench_output/rounding.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rounding.json"))
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 16])
     parser.add_argument("--windows", type=int, default=12, help="of text; half as many test")
     options = parser.parse_args()

@@ -109,10 +109,6 @@ def _check_shrink(options: argparse.Namespace) -> None:
     check_output(options, "model", "the larger model")
 
 
-def _check_slim(options: argparse.Namespace) -> None:
-    check_output(options, "model", "the larger model")
-
-
 def _check_quantize(options: argparse.Namespace) -> None:
     check_quantize(options)
     check_output(options, "model", "the model as it was")
@@ -137,7 +133,7 @@ _CHECKS: dict[str, Callable[[argparse.Namespace], None]] = {
     "prune": _check_prune,
     "recover": _check_recover,
     "shrink": _check_shrink,
-    "slim": _check_slim,
+    "slim": lambda options: check_output(options, "model", "the larger model"),
     "quantize": _check_quantize,
     "convert": _check_convert,
     "export": _check_export,

@@ -14,7 +14,7 @@ _START, _END = r"(?<![\w./-])", r"(?![\w/])"
 # Arguments of calls that are flags of the same name.
 _FLAGS = (
     *("sparsity", "method", "allocation", "refine", "scope", "r", "quantize", "dtype", "format"),
-    *("by", "params", "ms", "mb"),
+    *("by", "params", "ms", "mb", "bits"),
 )
 _LISTS = ("targets", "ignore")
 _CONFIG = (
@@ -60,7 +60,12 @@ _PHRASES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"hf_sparse\.compile makes machine code", "machine code is made"),
     (r"hf_sparse\.prune_checkpoint", "hf-sparse prune --stream"),
     (r"hf_sparse\.prune_", "hf-sparse prune"),
+    (r"prune_\(model, config, method, batches\)", "hf-sparse prune"),
     (r"hf_sparse\.recover_", "hf-sparse recover"),
+    (r"batches: inputs of .* hf_sparse\.calibration_batches gives them", "--calibration FILE"),
+    (r"embedding_bits, or a config with them", "--embedding-bits"),
+    (r"hf_sparse\.quantize_", "hf-sparse quantize"),
+    (rf"{_START}quantize_{_END}", "hf-sparse quantize"),
     (r"hf_sparse\.shrink_\(model, uniform=True\)", "hf-sparse shrink --uniform"),
     (r"hf_sparse\.shrink_", "hf-sparse shrink"),
     (r"hf_sparse\.drop_blocks_", "hf-sparse shrink --blocks"),

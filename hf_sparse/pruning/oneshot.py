@@ -30,7 +30,6 @@ from hf_sparse.structure.layers import (
     PRUNED_WITH,
     check_divides,
     left_out,
-    promised_config,
 )
 from hf_sparse.structure.promise import Held
 from hf_sparse.structure.targets import Targets
@@ -106,9 +105,7 @@ get the fewest tokens, of the smallest weights | `scope="layer"` (or `"global"`)
     targets = Targets.of(model, config)
     recipe = Recipe.of(method, targets.pattern, options)
     recipe.check_sharding(targets.layers, targets.pattern)
-    _check_layers(targets)
-    before = promised_config(model)
-    check_can_round(model, targets, before)
+    _check_layers(model, targets)
     blocks = find_units(model) if targets.whole_units else []
     for units in blocks:  # refuse what could not be cleared below
         check_whole(units.layers)
@@ -118,7 +115,7 @@ get the fewest tokens, of the smallest weights | `scope="layer"` (or `"global"`)
         check_experts(model, targets, recipe.all_options["scope"])
     check_uniform(model, targets, recipe)
     start = time.perf_counter()
-    looks = recipe.needs_calibration or (config.bits is not None and batches is not None)
+    looks = recipe.needs_calibration or (config.bits and batches is not None)
     inputs = checked_batches(batches, model, method) if looks else []
     task = Task(
         model,
@@ -134,7 +131,7 @@ get the fewest tokens, of the smallest weights | `scope="layer"` (or `"global"`)
         clear_biases_(targets.layers)
     round_embeddings_(model, targets)
     held = Held.by(targets.config, targets.layers)
-    vars(model)[PRUNED_WITH] = with_kept_grid(model, held.promise, before)
+    vars(model)[PRUNED_WITH] = with_kept_grid(model, held.promise)
     data = Calibration.of(inputs, fingerprint(inputs)) if inputs else None
     record_(model, Step.of(method, recipe.all_options, config, data))
     return replace(
@@ -179,7 +176,7 @@ def _check_given(model: Any, config: Any, accelerator: Any) -> None:
     check_not_quantized(model)
 
 
-def _check_layers(targets: Targets) -> None:
+def _check_layers(model: nn.Module, targets: Targets) -> None:
     for layer in targets.layers:
         instead = " Or prune it from disk to disk: hf_sparse.prune_checkpoint."
         check_has_value(layer.weight_name, layer.parameter, "prune_", instead)
@@ -187,6 +184,7 @@ def _check_layers(targets: Targets) -> None:
     for layer in targets.layers:
         check_finite(layer.weight_name, layer.weight)
         check_divides(targets.pattern, layer.weight_name, *layer.weight.shape)
+    check_can_round(model, targets)
 
 
 def _check_units(targets: Targets) -> None:

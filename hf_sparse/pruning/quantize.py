@@ -167,11 +167,10 @@ def quantize_(
     check_not_compiled(model)
     check_not_quantized(model)
     check_has_values(model, "quantize_")
-    before = promised_config(model)
     grid = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
-    targets = _targets(model, config, before, {**grid, "embedding_bits": embedding_bits})
+    targets = _targets(model, config, {**grid, "embedding_bits": embedding_bits})
     method = _checked_method(method, batches is not None)
-    layers = check_can_round(model, targets, before)
+    layers = check_can_round(model, targets)
     inputs = checked_batches(batches, model, method) if batches is not None else []
     start = time.perf_counter()
     notes = round_(model, targets, inputs, method)
@@ -218,7 +217,6 @@ def round_(
 def _targets(
     model: nn.Module,
     config: SparsityConfig | None,
-    before: SparsityConfig | None,
     grid: Mapping[str, Any],
 ) -> Targets:
     """What is to be rounded, with the zeros that the model has.
@@ -239,6 +237,7 @@ def _targets(
         raise ValueError(
             "no bits are given; wanted bits=8 or bits=4, or embedding_bits, or a config with them."
         )
+    before = promised_config(model)
     asked = config if config is not None else _with_grid(_zeros_of(model, before), before, grid)
     if asked.bits is None and asked.embedding_bits is None:
         raise ValueError(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.arguments import check_finite, check_has_value
-from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import NM
 from hf_sparse.pruning.few_bits import round_nearest_
 from hf_sparse.pruning.problem import Notes
@@ -106,15 +105,12 @@ def bits_notes(model: nn.Module, targets: Targets) -> tuple[str, ...]:
     )
 
 
-def check_can_round(
-    model: nn.Module, targets: Targets, before: SparsityConfig | None
-) -> list[Gridded]:
+def check_can_round(model: nn.Module, targets: Targets) -> list[Gridded]:
     """Refuse weights that cannot be rounded to the grids of a config, before any work.
 
     Args:
         model: any model.
         targets: of the config.
-        before: what the model was promised to be.
 
     Returns:
         The weights, and their grids.
@@ -132,7 +128,7 @@ def check_can_round(
     check_matrices([layer for layer, _ in layers])
     for layer, _ in layers:
         check_finite(layer.weight_name, layer.weight)
-    check_not_on_another(model, before, targets.config)
+    check_not_on_another(model, targets.config)
     return layers
 
 

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.quantization import Grid, OffGridError, codes_of, lies_on
-from hf_sparse.structure.layers import TargetLayer
+from hf_sparse.structure.layers import TargetLayer, promised_config
 from hf_sparse.structure.targets import Targets
 
 # A weight, and what it is to lie on.
@@ -134,19 +134,17 @@ def check_grid(model: nn.Module, config: SparsityConfig | Targets) -> None:
         raise OffGridError(first + (more if len(off) > 1 else ""), weights)
 
 
-def check_not_on_another(
-    model: nn.Module, promised: SparsityConfig | None, asked: SparsityConfig
-) -> None:
+def check_not_on_another(model: nn.Module, asked: SparsityConfig) -> None:
     """Refuse weights that lie on a grid that was promised, and are to be rounded to another one.
 
     Args:
         model: that is to be quantised.
-        promised: what it was quantised to, if it was.
         asked: what it is to be quantised to.
 
     Raises:
         ValueError: see there; the message names a layer.
     """
+    promised = promised_config(model)
     if promised is None or not (promised.bits or promised.embedding_bits):
         return
     new = {id(layer.parameter): grid for layer, grid in gridded(model, asked)}
@@ -164,16 +162,14 @@ def check_not_on_another(
             )
 
 
-def with_kept_grid(
-    model: nn.Module, config: SparsityConfig, before: SparsityConfig | None
-) -> SparsityConfig:
+def with_kept_grid(model: nn.Module, config: SparsityConfig) -> SparsityConfig:
     """A config with the bits that a model was promised before, as far as its weights still hold them.
 
     Args:
         model: that was changed to what `config` tells; without bits of its own, it may have kept them.
         config: what it is now.
-        before: what it was promised to be.
     """
+    before = promised_config(model)
     if before is None or config.bits or config.embedding_bits:
         return config
     for names in (("bits", "embedding_bits"), ("bits",), ("embedding_bits",)):

@@ -213,3 +213,16 @@ def test_groups_that_do_not_divide_are_refused_before_any_work() -> None:
         with pytest.raises(ValueError, match=f"{name}.*128 does not divide the 32 inputs"):
             prune_(model, config, "magnitude")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_whole_experts_go_as_they_were_chosen_and_the_others_are_rounded() -> None:
+    config = SparsityConfig("expert", 0.5, bits=4)
+    chosen = []
+    for data in (None, tiny_batches("llama")):
+        model = tiny_mixture("qwen3_moe")
+        prune_(model, config, "magnitude", data)
+        check_grid(model, config)
+        experts = [layer for layer in target_layers(model, config) if layer.stack is not None]
+        chosen.append([not layer.weight.any() for layer in experts])
+    assert chosen[0] == chosen[1]
+    assert sum(chosen[0]) == len(chosen[0]) / 2
