@@ -7,6 +7,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -313,7 +314,7 @@ def _target(row: InstructionSet) -> Target:
 
 def _has(row: InstructionSet, flags: Sequence[str]) -> tuple[Instructions, list[str]]:
     """The instructions of a row with the extras of some features, and these for LLVM."""
-    more = {name: told for flag, name, told in row.extras if flag in flags}
+    more: dict[str, Any] = {name: told for flag, name, told in row.extras if flag in flags}
     return replace(row.has, **more), [f"+{flag}" for flag in flags]
 
 
