@@ -167,7 +167,7 @@ def with_cache(model: Any, ids: torch.Tensor) -> Any:
 
 
 def clock() -> float:
-    """CPU time of one thread, for which other programs do not count; of several the time that passes."""
+    """CPU time of one thread, for which other programs do not count; of several the time of day."""
     return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
