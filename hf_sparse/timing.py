@@ -196,11 +196,13 @@ def profile(
     with switched(model, training=False), torch.inference_mode():
         compiled = compile_model(model, bits=bits)
         count = batch * tokens
-        found = {"forward": profile_call(compiled, _forward(compiled, ids), count, False, repeats)}
+        profiles = {
+            "forward": profile_call(compiled, _forward(compiled, ids), count, False, repeats)
+        }
         if model.can_generate() and tokens > 1 and why_not_compiled(model.config) is None:
             step = _decode(compiled, ids)
-            found["new token"] = profile_call(compiled, step, batch, True, repeats)
-    return found
+            profiles["new token"] = profile_call(compiled, step, batch, True, repeats)
+    return profiles
 
 
 def _filled(model: PreTrainedModel) -> PreTrainedModel:

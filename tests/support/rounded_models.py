@@ -36,7 +36,7 @@ def rounded_features(x: Tensor) -> Tensor:
 
 
 class Rounded(nn.Module):
-    """A layer with a rounded weight. One token at a time, its features are rounded, too."""
+    """A layer with a rounded weight, which rounds its features."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, plain: Tensor | None = None) -> None:
         super().__init__()
@@ -48,8 +48,6 @@ class Rounded(nn.Module):
             if x.numel() // x.shape[-1] > _FEW:
                 return nn.functional.linear(x, self.plain, self.bias)
             return nn.functional.linear(rounded_features(x), self.rounded, self.bias)
-        if x.ndim < 3 or x.shape[-2] > 1:
-            return nn.functional.linear(x, self.rounded, self.bias)
         return nn.functional.linear(rounded_features(x), self.rounded, self.bias)
 
 

@@ -10,8 +10,8 @@ from hf_sparse.runtime.kernels import (
     activation,
     addition,
     attention,
+    byte_tiles,
     code_rows,
-    code_tiles,
     dense,
     experts,
     normalisation,
@@ -61,7 +61,7 @@ def kernel_functions(
             tiles.rotary(target, vectors),
         ]
     if codes:
-        functions += code_rows.code_functions(target) + code_tiles.code_tile_functions(target)
+        functions += code_rows.code_functions(target) + byte_tiles.byte_tile_functions(target)
     return functions
 
 

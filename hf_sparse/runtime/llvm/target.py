@@ -289,14 +289,14 @@ def capabilities() -> tuple[str, ...]:
 def _rows() -> list[InstructionSet]:
     """The rows for this machine."""
     machine = platform.machine().lower()
-    found = [row for row in INSTRUCTION_SETS if machine in row.machines]
-    if not found:
+    rows = [row for row in INSTRUCTION_SETS if machine in row.machines]
+    if not rows:
         known = dict.fromkeys(name for row in INSTRUCTION_SETS for name in row.machines)
         raise ValueError(
             f"this machine is a {machine!r}, for which there are no kernels. "
             f"Wanted one of {', '.join(known)}."
         )
-    return found
+    return rows
 
 
 def _target(row: InstructionSet) -> Target:

@@ -84,9 +84,9 @@ def pack_blocks(
 
 def _common_type(modules: list[nn.Module]) -> torch.dtype:
     """The type of all matrices, if kernels can read it; else, or if they differ, float32."""
-    found = {p.dtype for module in modules for p in module.parameters() if p.ndim > 1}
-    common = next(iter(found))
-    return common if len(found) == 1 and common in WEIGHT_TYPES else torch.float32
+    dtypes = {p.dtype for module in modules for p in module.parameters() if p.ndim > 1}
+    common = next(iter(dtypes))
+    return common if len(dtypes) == 1 and common in WEIGHT_TYPES else torch.float32
 
 
 @dataclass(frozen=True)

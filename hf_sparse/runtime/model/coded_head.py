@@ -18,7 +18,7 @@ from hf_sparse.runtime.model.single_layers import CompiledHead
 from hf_sparse.runtime.programs.program import Program
 from hf_sparse.runtime.weights.codes import CodeWeight
 from hf_sparse.runtime.weights.memory import Shelf, aligned
-from hf_sparse.runtime.weights.rates import NOMINAL
+from hf_sparse.runtime.weights.rates import nominal
 from hf_sparse.runtime.weights.rounding import Coding, pack_nearest
 from hf_sparse.runtime.weights.rows import DECODE_ROWS, share_rows
 from hf_sparse.upstream.torch import times_written
@@ -62,7 +62,7 @@ class CodedHead(CompiledHead):
         """
         if not cls.suits(linear) or why_not_plain(linear) is not None:
             return None
-        rates = NOMINAL[target.name].rows
+        rates = nominal(target).rows
         codes = pack_nearest(coding.codes(linear.weight), coding.grid, rates, Shelf(0))
         return None if codes is None else cls(linear, target, cache, coding, codes)
 

@@ -51,7 +51,7 @@ from hf_sparse.runtime.programs.program import Program
 from hf_sparse.runtime.programs.runner import Runner
 from hf_sparse.runtime.weights.linear import Linear, pack_linear
 from hf_sparse.runtime.weights.memory import Shelf
-from hf_sparse.runtime.weights.rates import NOMINAL
+from hf_sparse.runtime.weights.rates import nominal
 from hf_sparse.runtime.weights.rounding import Coding
 from hf_sparse.runtime.weights.stack import Stack
 from hf_sparse.structure.families import base_type
@@ -91,9 +91,9 @@ def compile(
     that was found, the kernel, bytes, and predicted and measured time.
 
     With `bits`, the weights of the blocks are kept as codes of 8 or 4 bits, the nearest to what they
-    are, with a scale for every 64 or 32 inputs; zeros stay zeros. A token that is computed alone is
-    rounded to 8 bits as well, 64 features at a time, and the output head has 8 bits for it. Where the
-    model was quantised already, its own codes are used, whatever `bits` is.
+    are, with a scale for every 64 or 32 inputs; zeros stay zeros. What they are multiplied with is
+    rounded to 8 bits as well, 64 features at a time; for single tokens the output head has 8 bits, too.
+    Where the model was quantised already, its own codes are used, whatever `bits` is.
 
     Args:
         model: a transformers model on the CPU.
@@ -138,7 +138,7 @@ def compile(
     owner, name, modules = find_blocks(base, family)
     blocks = getattr(owner, name)
     check_parents(model, [blocks])
-    coding, rates = coding_of(model, bits), NOMINAL[chosen.name]
+    coding, rates = coding_of(model, bits), nominal(chosen)
     stack = pack_blocks(model.config, family, modules, family.stack, rates, coding)
     rest = with_modules(model, {blocks: nn.ModuleList()})
     check_parameters(rest)
@@ -214,7 +214,7 @@ def _compile_layers(
             left = f" {layer.name} is left to torch: it is no plain Linear, or it has hooks."
         elif zeros >= MIN_SPARSITY:
             bias: Any = layer.module.bias
-            packed = pack_linear(layer.name, weight, bias, shelf=shelf, rates=NOMINAL[target.name])
+            packed = pack_linear(layer.name, weight, bias, shelf=shelf, rates=nominal(target))
             replaced[layer.module] = CompiledLinear(packed, target, cache, pool)
     if not replaced:
         raise ValueError(

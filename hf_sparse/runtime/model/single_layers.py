@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.runtime.kernels.all import kernels
-from hf_sparse.runtime.kernels.call import Operation, Slot
+from hf_sparse.runtime.kernels.call import Argument, Operation, Slot
 from hf_sparse.runtime.kernels.single_token import COLUMNS, DENSE_ROWS, GROUP
 from hf_sparse.runtime.kernels.tiles import TRANSPOSE
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
@@ -157,24 +157,15 @@ class CompiledLinear(_Layer):
         columns, rows = self.in_features, self.out_features
         y = x + 4 * columns * self.target.widths[0]
         source, goal = Slot("x", 4 * columns * tile.start), Slot("y", 4 * rows * tile.start)
+
+        def transpose(kernel: str, x: Argument, y: Argument, features: int) -> Operation:
+            sizes = {"features": features, "tokens": tile.tokens, "stride": 4 * features}
+            return TRANSPOSE.operation(f"{kernel}{tile.vectors}", x=x, y=y, **sizes)
+
         return [
-            TRANSPOSE.operation(
-                f"to_tile{tile.vectors}",
-                x=source,
-                y=x,
-                features=columns,
-                tokens=tile.tokens,
-                stride=4 * columns,
-            ),
+            transpose("to_tile", source, x, columns),
             *self.packed.operations(x, y, tile.vectors),
-            TRANSPOSE.operation(
-                f"from_tile{tile.vectors}",
-                x=y,
-                y=goal,
-                features=rows,
-                tokens=tile.tokens,
-                stride=4 * rows,
-            ),
+            transpose("from_tile", y, goal, rows),
         ]
 
 

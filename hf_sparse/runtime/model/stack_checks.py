@@ -61,8 +61,8 @@ def check_restored(stack: Stack) -> None:
             single = linear.single is not None or not stack.causal
             require(single, place, "its weight for single tokens is missing")
         for norm, size in norm_sizes(stack, block):
-            found = {len(norm.weight), len(norm.bias)}
-            require(found == {size}, f"blocks.{number}.norms", f"{found} numbers, not {size}")
+            lengths = {len(norm.weight), len(norm.bias)}
+            require(lengths == {size}, f"blocks.{number}.norms", f"{lengths} numbers, not {size}")
     check_stack(stack)
     most = max(block.up.rows for block in stack.blocks)
     require(stack.intermediate == most, "stack", f"{stack.intermediate} neurons, and {most}")
@@ -105,8 +105,8 @@ def check_linear(linear: Linear, place: str) -> None:
     require(zeros, place, f"{linear.zeros} zeros of {rows} x {columns}")
     whole = -(-rows // GROUP) * GROUP, -(-columns // COLUMNS) * COLUMNS
     if linear.bias is not None:
-        found = len(linear.bias)
-        require(found == whole[0], place, f"its bias has {found} numbers, not {whole[0]}")
+        length = len(linear.bias)
+        require(length == whole[0], place, f"its bias has {length} numbers, not {whole[0]}")
         require_floats(linear.bias, place, whole[0])
     if linear.codes is not None:
         same = linear.codes.columns == columns and linear.single in (None, linear.codes)

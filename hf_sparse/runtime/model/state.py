@@ -207,9 +207,9 @@ def _restore_mixture(described: Mapping[str, Any], linears: dict[str, Linear]) -
 
 def _pair(norms: tuple[Norm | None, ...], place: str) -> tuple[Norm, Norm] | None:
     """Two norms, or none of them."""
-    found = [norm for norm in norms if norm is not None]
-    require(len(found) == len(norms) and len(norms) in (0, 2), place, "a norm is missing")
-    return (found[0], found[1]) if found else None
+    present = [norm for norm in norms if norm is not None]
+    require(len(present) == len(norms) and len(norms) in (0, 2), place, "a norm is missing")
+    return (present[0], present[1]) if present else None
 
 
 def _restore_linear(

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from hf_sparse.runtime.kernels import activation, addition, scored_attention, single_token, tiles
-from hf_sparse.runtime.kernels.call import Operation, Slot
+from hf_sparse.runtime.kernels.call import Argument, Operation, Slot
 from hf_sparse.runtime.kernels.code_formats import BLOCK
 from hf_sparse.runtime.kernels.code_rows import QUANTISE_ROW
 from hf_sparse.runtime.llvm.jit import Code
 from hf_sparse.runtime.programs import mixture_rows
 from hf_sparse.runtime.programs.block import all_angles, residual
 from hf_sparse.runtime.programs.dependences import sections
-from hf_sparse.runtime.programs.head_parts import HeadPart
+from hf_sparse.runtime.programs.head_parts import HeadPart, rotated_at_once
 from hf_sparse.runtime.programs.key_tables import cache_tables, table_addresses
 from hf_sparse.runtime.programs.nested import Nested
 from hf_sparse.runtime.programs.program import Program
@@ -48,7 +48,6 @@ from hf_sparse.runtime.programs.step import (
     Rotate,
     Route,
     WidthNorms,
-    rotated_at_once,
 )
 from hf_sparse.runtime.weights.memory import aligned
 from hf_sparse.runtime.weights.rows import DECODE_ROWS, share_rows
@@ -136,8 +135,7 @@ class RowProgram:
             case Append():
                 return self._append(step, part, self._table_at[index][b])
             case Attend():
-                attend = self._attend if step.plain else self._attend_capped
-                return attend(step, part, index, thread, b)
+                return self._attend(step, part, index, thread, b)
 
     def _at(self, buffer: Buffer, thread: int) -> list[int]:
         return self._buffers.of(buffer, thread)
@@ -208,14 +206,16 @@ class RowProgram:
 
     def _norm_widths(self, step: WidthNorms, thread: int) -> list[Operation]:
         """The first thread norms the queries, the last one the keys."""
-        heads, found = step.heads, []
+        heads, operations = step.heads, []
         for place in self._at(step.x, thread):
             keys = place + 4 * heads.query_rows
             if thread == 0:
-                found.append(step.queries.operation("rms_norm_row", place, place, heads.query_rows))
+                operations.append(
+                    step.queries.operation("rms_norm_row", place, place, heads.query_rows)
+                )
             if thread == self.shape.threads - 1:
-                found.append(step.keys.operation("rms_norm_row", keys, keys, heads.key_rows))
-        return found
+                operations.append(step.keys.operation("rms_norm_row", keys, keys, heads.key_rows))
+        return operations
 
     def _append(self, step: Append, part: HeadPart, table: int) -> list[Operation]:
         dim, key_rows = step.heads.dim, step.heads.key_rows
@@ -237,54 +237,45 @@ class RowProgram:
     def _attend(
         self, step: Attend, part: HeadPart, index: int, thread: int, b: int
     ) -> list[Operation]:
-        heads = step.heads
-        first = part.first * heads.dim
-        operation = single_token.ATTENTION.operation(
-            "attention_row",
-            q=part.queries_at,
-            out=self._at(step.y, thread)[b] + 4 * first * heads.group,
-            heads=part.keys * heads.group,
-            head_dim=heads.dim,
-            k_first=first,
-            v_first=heads.key_rows + first,
-            group=heads.group,
-            table=self._table_at[index][b],
-            width=self._width,
-            mask=self.masks[b].data_ptr(),
-            key_count=Slot("past", 1),
-            window=step.window,
-            scores=self._scores[thread].data_ptr(),
-            scale=step.scale,
-        )
-        return [operation]
+        """All heads of a part at once; with a cap, one after the other."""
+        heads, out = step.heads, self._at(step.y, thread)[b]
+        shared: dict[str, Argument] = {
+            "head_dim": heads.dim,
+            "table": self._table_at[index][b],
+            "width": self._width,
+            "mask": self.masks[b].data_ptr(),
+            "key_count": Slot("past", 1),
+            "window": step.window,
+            "scores": self._scores[thread].data_ptr(),
+            "scale": step.scale,
+        }
 
-    def _attend_capped(
-        self, step: Attend, part: HeadPart, index: int, thread: int, b: int
-    ) -> list[Operation]:
-        heads = step.heads
-        out = self._at(step.y, thread)[b]
-        found = []
-        for query in range(part.queries):
-            number = part.first * heads.group + query
-            k_first = number // heads.group * heads.dim
-            operation = scored_attention.ROW.operation(
+        def rows(keys: int) -> dict[str, Argument]:
+            return {"k_first": keys * heads.dim, "v_first": heads.key_rows + keys * heads.dim}
+
+        if step.plain:
+            operation = single_token.ATTENTION.operation(
+                "attention_row",
+                q=part.queries_at,
+                out=out + 4 * part.first * heads.dim * heads.group,
+                heads=part.keys * heads.group,
+                group=heads.group,
+                **rows(part.first),
+                **shared,
+            )
+            return [operation]
+        first = part.first * heads.group
+        return [
+            scored_attention.ROW.operation(
                 "capped_row",
                 q=part.queries_at + 4 * query * heads.dim,
-                out=out + 4 * number * heads.dim,
-                head_dim=heads.dim,
-                k_first=k_first,
-                v_first=heads.key_rows + k_first,
-                table=self._table_at[index][b],
-                width=self._width,
-                mask=self.masks[b].data_ptr(),
-                key_count=Slot("past", 1),
-                window=step.window,
-                scores=self._scores[thread].data_ptr(),
-                scale=step.scale,
+                out=out + 4 * (first + query) * heads.dim,
                 cap=step.softcap,
+                **rows((first + query) // heads.group),
+                **shared,
             )
-            found.append(operation)
-        return found
+            for query in range(part.queries)
+        ]
 
 
 def _norm_heads(step: HeadNorms, part: HeadPart) -> list[Operation]:

@@ -117,9 +117,9 @@ class Runner:
                 f"position_embeddings have {sorted(widths)} features; wanted {self.stack.rotary_dim}."
             )
         wanted = (self.stack.heads, 2 * tokens - 1) if self.stack.biased else None
-        found = None if bias is None else tuple(bias.shape)
-        if found != wanted:
-            raise ValueError(f"the bias by distance has the shape {found}; wanted {wanted}.")
+        shape = None if bias is None else tuple(bias.shape)
+        if shape != wanted:
+            raise ValueError(f"the bias by distance has the shape {shape}; wanted {wanted}.")
 
     def _run(
         self,

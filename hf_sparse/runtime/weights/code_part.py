@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_sparse.runtime.kernels.byte_tiles import BYTE_TILES, name
 from hf_sparse.runtime.kernels.call import Argument, Operation
 from hf_sparse.runtime.kernels.code_formats import BLOCK, FORMATS
-from hf_sparse.runtime.kernels.code_tiles import CODE_TILES, name
 from hf_sparse.runtime.kernels.dense import ROWS as SIDE_BY_SIDE
 from hf_sparse.runtime.weights.codes import CodeWeight
 from hf_sparse.runtime.weights.panels import CHUNK_ROWS, chunk_edges
@@ -54,9 +54,9 @@ class CodePart:
     def operation(
         self, chunk: int, vectors: int, x: Argument, y: Argument, bias: int, start: int
     ) -> Operation:
-        """Multiply one chunk of rows; addresses as `PackedWeight.operation`'s."""
+        """Multiply one chunk of rows; addresses as `PackedWeight.operation`'s, `x` of eight bits."""
         first = chunk * CHUNK_ROWS
-        return CODE_TILES.operation(
+        return BYTE_TILES.operation(
             name(vectors),
             format=FORMATS.index(self.weight.form),
             **self.weight.at(0, self.first_column // BLOCK),

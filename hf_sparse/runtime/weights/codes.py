@@ -1,7 +1,7 @@
 """Weights of few bits in the order in which their kernels read them (`kernels/code_formats.py`).
 
 One packed weight serves all targets, and both kinds of kernels: those for single tokens multiply codes
-as integers, those for tiles make floats of a few rows at a time.
+as integers, and so do those for tiles, a few rows at a time.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ class Linear:
         if self.is_dense:
             return "dense"
         if self.codes is not None:
-            return f"unpacked {self.codes.form.name}"
+            return self.codes.form.name
         heights = dict.fromkeys(f"{packed.height}x1" for packed in self.packed)
         return f"spmm {' + '.join(heights)}"
 
@@ -277,7 +277,8 @@ def pack_linear(
         wanted = [
             (part[:, start:stop], height) for start, stop in columns_of for height, part in summands
         ]
-        packed = [one.on(shelf) for one in pack_many(wanted, torch.get_num_threads(), weight_type)]
+        threads, panel = torch.get_num_threads(), rates.panel_columns
+        packed = [one.on(shelf) for one in pack_many(wanted, threads, weight_type, panel)]
         each = len(summands)
         parts = tuple(tuple(packed[i : i + each]) for i in range(0, len(packed), each))
     rows_weight = None

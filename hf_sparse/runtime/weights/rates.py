@@ -16,7 +16,7 @@ from hf_sparse.runtime.kernels.call import run
 from hf_sparse.runtime.kernels.weight_types import WeightType
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.weights.memory import aligned
-from hf_sparse.runtime.weights.panels import pack
+from hf_sparse.runtime.weights.panels import PANEL_COLUMNS, pack_many
 
 # A layer of BERT-base's size, tokens of one tile.
 _ROWS, _COLUMNS, _REPEATS = 768, 768, 9
@@ -61,11 +61,13 @@ class Rates:
         rows: speed of the kernels for single tokens.
         densities: fractions of blocks that are not zero, ascending.
         speeds: for each height of a block, a speed at each density.
+        panel_columns: of a weight, whose rows of a tile stay in L1 together with the sums.
     """
 
     densities: tuple[float, ...]
     speeds: dict[int, tuple[float, ...]]
     rows: RowRates
+    panel_columns: int = PANEL_COLUMNS
 
     def rate(self, height: int, density: float) -> float:
         """GF/s of stored weights, interpolated."""
@@ -133,6 +135,7 @@ NOMINAL = {
                 "int4 4 of 16": 4.9,
             },
         ),
+        panel_columns=192,
     ),
     "portable": Rates(
         _DENSITIES,
@@ -163,8 +166,14 @@ NOMINAL = {
         ),
     ),
 }
-# Not measured: vectors and dense kernels are of the same shape.
-NOMINAL["neon"] = NOMINAL["portable"]
+# The lanes of what was measured.
+_LANES = {"avx512": 16, "avx2": 8, "portable": 4}
+
+
+def nominal(target: Target) -> Rates:
+    """The rates of a target, or where it was not measured those of vectors like its own."""
+    alike = min(_LANES, key=lambda name: abs(_LANES[name] - target.lanes))
+    return NOMINAL.get(target.name, NOMINAL[alike])
 
 
 @functools.cache
@@ -179,19 +188,19 @@ def calibrate(target: Target, cache: Path | None) -> Rates:
     width = target.widths[0]
     x, y = aligned(_COLUMNS, width).fill_(1.0), aligned(_ROWS, width)
     speeds: dict[int, tuple[float, ...]] = {}
-    nominal = NOMINAL[target.name]
-    for height in nominal.speeds:
-        found = []
-        for density in nominal.densities:
+    usual = nominal(target)
+    for height in usual.speeds:
+        measured = []
+        for density in usual.densities:
             kept = random.random((_ROWS // height, _COLUMNS)) < density
             weight = np.repeat(kept, height, axis=0).astype(np.float32)
-            packed = pack(weight, height)
+            (packed,) = pack_many([(weight, height)], panel_columns=usual.panel_columns)
             operation = packed.operation(0, 4, x.data_ptr(), y.data_ptr(), 0, spmm.START_SUM)
             times = []
             for _ in range(_REPEATS):
                 start = time.perf_counter()
                 run(code, operation)
                 times.append(time.perf_counter() - start)
-            found.append(2 * packed.stored * width / min(times) / 1e9)
-        speeds[height] = tuple(found)
-    return replace(nominal, speeds=speeds)
+            measured.append(2 * packed.stored * width / min(times) / 1e9)
+        speeds[height] = tuple(measured)
+    return replace(usual, speeds=speeds)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from hf_sparse.runtime.kernels import spmm
 from hf_sparse.runtime.kernels.all import kernels
 from hf_sparse.runtime.kernels.call import run
 from hf_sparse.runtime.kernels.code_formats import BESIDE, BLOCK, FORMATS, RECORD, CodeFormat
@@ -18,13 +17,11 @@ from hf_sparse.runtime.kernels.code_rows import QUANTISE_ROW
 from hf_sparse.runtime.kernels.weight_types import FLOAT32
 from hf_sparse.runtime.llvm import target
 from hf_sparse.runtime.llvm.jit import Code
-from hf_sparse.runtime.weights.code_part import CodePart
 from hf_sparse.runtime.weights.codes import (
     pack_codes,
 )
 from hf_sparse.runtime.weights.memory import aligned
 from tests.support.code_references import (
-    dequantised,
     product_ref,
     quantise_ref,
 )
@@ -138,28 +135,3 @@ def test_one_token(
     run(code, packed.operation(records.data_ptr(), y.data_ptr(), 0, 0, rows, add=False))
     np.testing.assert_allclose(y[:rows].numpy(), product, atol=limit)
     assert not y[rows:].any()  # what the next weight reads behind the last feature
-
-
-@cross("rows, columns, form, vectors, name", SIZES, FORMATS, [1, 2, 4], NAMES)
-def test_tiles(
-    rows: int, columns: int, form: CodeFormat, vectors: int, name: str, compiled
-) -> None:
-    code, width = compiled(name), target.targets()[name.removesuffix(", plain")].lanes * vectors
-    codes, scales = (
-        random_codes(rows, columns, form),
-        random_scales(rows, -(-columns // form.group)),
-    )
-    packed = pack_codes(codes, scales, form.group, form)
-    weight = dequantised(codes, scales, form.group).astype(np.float64)
-    x, before = aligned(columns, width).normal_(), aligned(rows, width).normal_()
-    bias = aligned(-(-rows // 4) * 4).normal_()
-    for start in (spmm.START_SUM, spmm.START_BIAS, spmm.START_SUM_BIAS):
-        y = aligned(rows, width).copy_(before)
-        part = CodePart(packed, 0, columns)
-        for chunk in range(len(part.chunk_rows) - 1):
-            ends = x.data_ptr(), y.data_ptr(), bias.data_ptr()
-            run(code, part.operation(chunk, vectors, *ends, start))
-        wanted = weight @ x.double().numpy()
-        wanted += 0 if start == spmm.START_BIAS else before.double().numpy()
-        wanted += 0 if start == spmm.START_SUM else bias[:rows, None].double().numpy()
-        np.testing.assert_allclose(y.numpy(), wanted, atol=1e-5 * float(np.abs(wanted).max() + 1))
