@@ -8,8 +8,8 @@
 Kernels: ns for 1000 weights of 576 x 1536, zeros counted, on one thread; in cache, and from memory,
 where copies take turns. Times are the least of many for one matrix, and their 5th percentile from
 memory. The model: ms of a new token behind 32, the least and the median, and of a token of `generate`,
-over the own dense model of the same type and target. Outside: CPU time of the calling thread without
-the programs, one thread.
+over the own dense model of the same type and target; with `--threads 1` CPU time. Outside: CPU time of
+the calling thread without the programs, one thread.
 """
 
 from __future__ import annotations
@@ -166,15 +166,20 @@ def with_cache(model: Any, ids: torch.Tensor) -> Any:
     return step
 
 
+def clock() -> float:
+    """CPU time of one thread, for which other programs do not count; of several the time of day."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def per_token(model: Any, ids: torch.Tensor) -> float:
     """ms of a token of `generate`: the difference between many and a few."""
     spent = []
     for count in (4, 36):
-        start = time.perf_counter()
+        start = clock()
         model.generate(
             ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
         )
-        spent.append((time.perf_counter() - start) * 1e3)
+        spent.append((clock() - start) * 1e3)
     return (spent[1] - spent[0]) / 32
 
 
@@ -202,10 +207,10 @@ def of_model(
     for turn in range(turns + 2):
         for way, (compiled, step) in ways.items():
             for last in (False, True):  # the second is timed: its weights are where they would be
-                start = time.perf_counter()
+                start = clock()
                 step()
                 if last and turn >= 2:
-                    times[way].append((time.perf_counter() - start) * 1e3)
+                    times[way].append((clock() - start) * 1e3)
             if turn % 5 == 2:
                 tokens[way].append(per_token(compiled, ids))
     rows = []
