@@ -38,7 +38,7 @@ from real_models import machine, texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
-from hf_sparse.report import format_table
+from hf_sparse.counts import format_table
 
 WAYS: dict[str, dict[str, Any]] = {
     "reap": {"by": "reap"},

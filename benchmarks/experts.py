@@ -41,7 +41,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_sparse
 from hf_sparse import SparsityConfig
 from hf_sparse.calibration import layer_inputs
-from hf_sparse.report import format_table
+from hf_sparse.counts import format_table
 
 
 def main(options: argparse.Namespace) -> None:

@@ -36,8 +36,8 @@ from transformers.utils.logging import disable_progress_bar
 import hf_sparse
 from hf_sparse import SparsityConfig
 from hf_sparse.checkpoint.inspect import CheckpointSparsity
+from hf_sparse.counts import format_table
 from hf_sparse.quantization import rounded
-from hf_sparse.report import format_table
 from hf_sparse.structure.grids import gridded
 
 GOAL = "goals: 2:4 in int4 with int8 embeddings at most 75 MB; size at most 1.03 of the bound"

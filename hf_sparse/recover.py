@@ -26,6 +26,7 @@ from hf_sparse.calibration.losses import (
 )
 from hf_sparse.calibration.windows import checked_batches, fingerprint
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.counts import SparsityReport, measure_sparsity
 from hf_sparse.distillation import Distillation
 from hf_sparse.optim.zeros import is_sparse, sparse_layers
 from hf_sparse.provenance.record import (
@@ -37,7 +38,6 @@ from hf_sparse.provenance.record import (
 from hf_sparse.provenance.values import Calibration, Step, pairs
 from hf_sparse.pruning.quantize import round_
 from hf_sparse.recovery import RECOVERIES, Recovery
-from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure.grids import Gridded, check_grid, gridded
 from hf_sparse.structure.layers import (
     TargetLayer,

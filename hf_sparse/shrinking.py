@@ -15,11 +15,11 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_sparse.arguments import check_has_values, check_kinds, check_model
+from hf_sparse.counts import StepReport, format_table
 from hf_sparse.dropping.expert_report import ExpertReport
 from hf_sparse.dropping.zero_experts import drop_zero_experts_, has_zero_experts
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Step
-from hf_sparse.report import StepReport, format_table
 from hf_sparse.structure.layers import PRUNED_WITH, num_parameters, promised_config
 from hf_sparse.structure.own_config import (
     check_expressible,

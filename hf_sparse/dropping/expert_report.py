@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hf_sparse.report import StepReport, format_table
+from hf_sparse.counts import StepReport, format_table
 
 # How experts were chosen that `shrink_` removes.
 ZEROS = "zeros"

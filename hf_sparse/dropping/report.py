@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from hf_sparse.report import StepReport, format_table
+from hf_sparse.counts import StepReport, format_table
 
 
 @dataclass(frozen=True, repr=False)

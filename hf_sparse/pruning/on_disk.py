@@ -25,12 +25,12 @@ from hf_sparse.checkpoint.reading import (
     read_parts,
     restore_state_dict,
 )
+from hf_sparse.counts import TensorSparsity, count_zeros
 from hf_sparse.files.atomic import sync_file
 from hf_sparse.formats import FormatError, compress, decompress, join, locate
 from hf_sparse.patterns import Unstructured
 from hf_sparse.pruning.problem import Notes
 from hf_sparse.quantization import rounded
-from hf_sparse.report import TensorSparsity, count_zeros
 from hf_sparse.structure.grids import Gridded
 from hf_sparse.structure.layers import TargetLayer, by_identity, layers_in
 from hf_sparse.structure.targets import Targets

@@ -16,6 +16,7 @@ from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.windows import checked_batches, fingerprint
 from hf_sparse.checkpoint.can_save import check_not_quantized
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
+from hf_sparse.counts import format_table
 from hf_sparse.patterns import Pattern
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
@@ -31,7 +32,6 @@ from hf_sparse.pruning.quantized import (
     tensors_of,
 )
 from hf_sparse.pruning.task import Task
-from hf_sparse.report import format_table
 from hf_sparse.structure.grids import is_on_grid
 from hf_sparse.structure.layers import PRUNED_WITH, TargetLayer, promised_config
 from hf_sparse.structure.promise import Held
