@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from real_models import machine
 
-from hf_sparse.report import format_table
+from hf_sparse.counts import format_table
 from hf_sparse.runtime.kernels import attention
 from hf_sparse.runtime.kernels.all import kernels
 from hf_sparse.runtime.kernels.call import run

@@ -29,7 +29,7 @@ from real_models import machine, package_folder
 from transformers import AutoModel, AutoTokenizer
 
 import hf_sparse
-from hf_sparse.report import format_table
+from hf_sparse.counts import format_table
 
 try:
     from scipy.stats import spearmanr

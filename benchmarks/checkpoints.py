@@ -38,7 +38,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import hf_sparse
 from hf_sparse import SparsityConfig
-from hf_sparse.report import TensorSparsity, format_table
+from hf_sparse.counts import TensorSparsity, format_table
 
 CONFIGS = [
     *(SparsityConfig("unstructured", sparsity) for sparsity in (0.5, 0.7, 0.8, 0.9, 0.95)),

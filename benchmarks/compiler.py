@@ -53,7 +53,7 @@ from transformers import (
 )
 
 import hf_sparse
-from hf_sparse.report import format_table
+from hf_sparse.counts import format_table
 from hf_sparse.runtime.kernels.all import kernel_functions
 from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE, compile_kernels
 from hf_sparse.runtime.llvm.target import host

@@ -43,7 +43,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
 from hf_sparse.calibration.layer_inputs import expert_outputs
-from hf_sparse.report import format_table
+from hf_sparse.counts import format_table
 from hf_sparse.structure.experts import ExpertStack
 
 # The spread of a token's router scores before training; the rate, as a share of the rows' size.

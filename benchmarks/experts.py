@@ -45,7 +45,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 import hf_sparse
 from hf_sparse import SparsityConfig
 from hf_sparse.calibration import layer_inputs
-from hf_sparse.report import format_table
+from hf_sparse.counts import format_table
 
 _ROUNDS = 8
 # So small that all experts of a token weigh the same, and so large that float32 tells their order.

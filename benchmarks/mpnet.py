@@ -37,7 +37,7 @@ from real_models import machine
 from transformers import AutoTokenizer, MPNetModel
 
 import hf_sparse
-from hf_sparse.report import format_table
+from hf_sparse.counts import format_table
 
 SHAPES = [(1, 128), (4, 96)]
 

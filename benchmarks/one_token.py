@@ -37,7 +37,7 @@ from real_models import config_for, dense_smollm2, machine
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import hf_sparse
-from hf_sparse.report import format_table
+from hf_sparse.counts import format_table
 from hf_sparse.runtime.kernels.all import kernels
 from hf_sparse.runtime.kernels.call import run
 from hf_sparse.runtime.kernels.shuffled_rows import WINDOWS

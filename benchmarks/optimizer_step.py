@@ -23,8 +23,8 @@ import torch
 from transformers import BertConfig, BertModel
 
 import hf_sparse
+from hf_sparse.counts import format_table
 from hf_sparse.optim.shrinkage import freeze_zeros_
-from hf_sparse.report import format_table
 
 # Rows: what is measured beside AdamW, as settings of SparseAdamW.
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ if __name__ == "__main__":  # help and wrong usage need no slow import
 
 from real_models import machine
 
-from hf_sparse.report import format_table
+from hf_sparse.counts import format_table
 from hf_sparse.runtime.llvm.target import Target, named
 from hf_sparse.runtime.programs.tiling import cut, share
 from hf_sparse.runtime.weights.rows import share_rows

@@ -55,7 +55,7 @@ from transformers import AutoModelForSequenceClassification, get_scheduler
 
 import hf_sparse
 from hf_sparse import SparsityConfig
-from hf_sparse.report import format_table
+from hf_sparse.counts import format_table
 from hf_sparse.shrinking import ShrinkReport
 from hf_sparse.structure.units import find_units
 

@@ -41,7 +41,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_sparse
 from hf_sparse import Metric, SparsityConfig
 from hf_sparse.calibration.documents import read_documents
-from hf_sparse.report import format_table
+from hf_sparse.counts import format_table
 from hf_sparse.runtime.llvm.target import host
 from hf_sparse.timing import processor_name
 

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
 
 import hf_sparse
-from hf_sparse.report import format_table
+from hf_sparse.counts import format_table
 from hf_sparse_cli.words import in_flags
 
 OPTIMIZERS = ("sparse_adamw", "magnitude", "movement", "none")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from hf_sparse.compiled_files.files import load_compiled as load_compiled
     from hf_sparse.compiled_files.files import save_compiled as save_compiled
     from hf_sparse.configuration_sparse import SparsityConfig as SparsityConfig
+    from hf_sparse.counts import SparsityReport as SparsityReport
+    from hf_sparse.counts import measure_sparsity as measure_sparsity
     from hf_sparse.distillation import Distillation as Distillation
     from hf_sparse.dropping.blocks import drop_blocks_ as drop_blocks_
     from hf_sparse.dropping.experts import ExpertReport as ExpertReport
@@ -58,8 +60,6 @@ if TYPE_CHECKING:
     from hf_sparse.pruning.oneshot import prune_ as prune_
     from hf_sparse.pruning.streaming import prune_checkpoint as prune_checkpoint
     from hf_sparse.recover import recover_ as recover_
-    from hf_sparse.report import SparsityReport as SparsityReport
-    from hf_sparse.report import measure_sparsity as measure_sparsity
     from hf_sparse.runtime.model.compiled import compile as compile
     from hf_sparse.saving import save_pretrained as save_pretrained
     from hf_sparse.shrinking import ShrinkReport as ShrinkReport
@@ -89,7 +89,7 @@ _PUBLIC = {
     "Sparsifier": "hf_sparse.optim.sparsifier",
     "SparsityCallback": "hf_sparse.optim.trainer",
     "SparsityConfig": "hf_sparse.configuration_sparse",
-    "SparsityReport": "hf_sparse.report",
+    "SparsityReport": "hf_sparse.counts",
     "accuracy": "hf_sparse.evaluation",
     "add_shrinkage_": "hf_sparse.optim.shrinkage",
     "allocate": "hf_sparse.budget",
@@ -108,7 +108,7 @@ _PUBLIC = {
     "labelled_batches": "hf_sparse.calibration.labels",
     "load_adapter": "hf_sparse.adapters.loading",
     "load_compiled": "hf_sparse.compiled_files.files",
-    "measure_sparsity": "hf_sparse.report",
+    "measure_sparsity": "hf_sparse.counts",
     "merge_adapters_": "hf_sparse.adapters.merging",
     "perplexity": "hf_sparse.evaluation",
     "plan_slim": "hf_sparse.slimming.search",

@@ -26,8 +26,8 @@ from hf_sparse.arguments import check_has_values, check_kinds, check_model
 from hf_sparse.calibration.sensitivity import input_norms, lost_energy, sensitivities
 from hf_sparse.calibration.windows import checked_batches
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.counts import format_table
 from hf_sparse.patterns import Block, Pattern
-from hf_sparse.report import format_table
 from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE
 from hf_sparse.runtime.llvm.target import named
 from hf_sparse.runtime.weights.rates import Rates, calibrate

@@ -18,10 +18,10 @@ from hf_sparse.checkpoint.card import CARD_NAME, OUR_FACT
 from hf_sparse.checkpoint.card_file import settle
 from hf_sparse.checkpoint.writing import MANIFEST_NAME, is_weight_file
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
+from hf_sparse.counts import SparsityReport
 from hf_sparse.exporters.can_export import check_packages, written_files
 from hf_sparse.exporters.onnx_export import export_onnx
 from hf_sparse.provenance.values import Metric
-from hf_sparse.report import SparsityReport
 from hf_sparse.saving import save_pretrained
 from hf_sparse.upstream.peft_by_name import is_peft_model
 

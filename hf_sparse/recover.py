@@ -25,6 +25,7 @@ from hf_sparse.calibration.losses import (
     with_labels,
 )
 from hf_sparse.calibration.windows import checked_batches, fingerprint
+from hf_sparse.counts import SparsityReport, measure_sparsity
 from hf_sparse.distillation import Distillation
 from hf_sparse.optim.zeros import is_sparse, sparse_layers, zeros_hash
 from hf_sparse.provenance.record import (
@@ -35,7 +36,6 @@ from hf_sparse.provenance.record import (
 )
 from hf_sparse.provenance.values import Calibration, Step, pairs
 from hf_sparse.recovery import RECOVERIES, Recovery
-from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure.layers import (
     TargetLayer,
     num_parameters,

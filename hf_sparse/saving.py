@@ -13,8 +13,8 @@ from hf_sparse.adapters.merging import merged_copy
 from hf_sparse.arguments import arguments_for, check_kinds, check_model, check_path
 from hf_sparse.checkpoint.save import ADAPTERS, save_model
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
+from hf_sparse.counts import SparsityReport
 from hf_sparse.provenance.values import Metric
-from hf_sparse.report import SparsityReport
 from hf_sparse.upstream.peft_by_name import has_adapters, is_peft_model
 from hf_sparse.upstream.transformers.models import has_own_adapters
 

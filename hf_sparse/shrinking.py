@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_sparse.arguments import check_has_values, check_kinds, check_model
+from hf_sparse.counts import format_table
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Step
-from hf_sparse.report import format_table
 from hf_sparse.structure.layers import PRUNED_WITH, num_parameters, promised_config
 from hf_sparse.structure.own_config import (
     check_expressible,

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_sparse.arguments import check_model
 from hf_sparse.calibration.modes import switched
-from hf_sparse.report import format_table
+from hf_sparse.counts import format_table
 from hf_sparse.runtime.llvm.target import host
 from hf_sparse.runtime.model.compiled import compile as compile_model
 from hf_sparse.runtime.model.configured import why_not_compiled

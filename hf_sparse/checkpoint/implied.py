@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY, SparsityConfig
+from hf_sparse.counts import TensorSparsity, count_zeros
 from hf_sparse.formats import FORMATS
 from hf_sparse.optim.zeros import SPARSE_FROM
 from hf_sparse.patterns import Unstructured
-from hf_sparse.report import TensorSparsity, count_zeros
 from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.promise import Held, with_sparsity
 from hf_sparse.structure.targets import Targets, by_parameter

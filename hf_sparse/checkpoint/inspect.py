@@ -26,9 +26,9 @@ from hf_sparse.checkpoint.reading import (
     watch,
 )
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.counts import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.formats import FormatError, decompress, locate, num_bytes, read_layout
 from hf_sparse.patterns import Pattern, Unstructured
-from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.structure.layers import TargetLayer, block_layers, by_identity
 from hf_sparse.structure.orientation import oriented
 from hf_sparse.upstream.transformers.models import tied_names

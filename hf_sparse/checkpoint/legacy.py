@@ -42,11 +42,11 @@ from hf_sparse.checkpoint.reading import checkpoint_files, open_file, watch
 from hf_sparse.checkpoint.save import save_model
 from hf_sparse.checkpoint.writing import check_not_lost
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY, SparsityConfig
+from hf_sparse.counts import count_zeros
 from hf_sparse.files.links import check_links
 from hf_sparse.formats import FORMATS, FormatError, bits, join, locate
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Step
-from hf_sparse.report import count_zeros
 from hf_sparse.structure.layers import target_layers
 from hf_sparse.suggestions import check_name
 from hf_sparse.upstream.accelerate import fetch_weights_from_

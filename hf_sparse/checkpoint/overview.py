@@ -8,9 +8,9 @@ from typing import Any
 
 from hf_sparse.checkpoint.implied import is_sparse
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.counts import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.patterns import Pattern, Unstructured
 from hf_sparse.provenance.values import Step
-from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.structure.targets import Targets
 
 

@@ -35,12 +35,12 @@ from hf_sparse.checkpoint.writing import (
     is_weight_file,
 )
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.counts import SparsityReport, TensorSparsity
 from hf_sparse.files.atomic import replacing
 from hf_sparse.formats import format_of
 from hf_sparse.patterns import Pattern
 from hf_sparse.provenance.record import remember_
 from hf_sparse.provenance.values import Metric, Provenance
-from hf_sparse.report import SparsityReport, TensorSparsity
 from hf_sparse.structure.layers import (
     check_has_weights,
     num_parameters,

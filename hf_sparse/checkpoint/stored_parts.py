@@ -12,9 +12,9 @@ from hf_sparse.checkpoint.implied import load_offloaded
 from hf_sparse.checkpoint.overview import count_other
 from hf_sparse.checkpoint.source import MetricsWatch
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.counts import TensorSparsity, count_zeros
 from hf_sparse.formats import FORMATS, can_compress, compress, format_of
 from hf_sparse.patterns import Pattern, Unstructured
-from hf_sparse.report import TensorSparsity, count_zeros
 from hf_sparse.structure.layers import TargetLayer
 from hf_sparse.structure.promise import Held
 from hf_sparse.structure.targets import Targets, by_parameter

@@ -32,11 +32,11 @@ from hf_sparse.cli.pushing import push
 from hf_sparse.cli.shrinking import shrink
 from hf_sparse.cli.slimming import slim
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY
+from hf_sparse.counts import format_table
 from hf_sparse.exporters.can_export import check_can_export
 from hf_sparse.pruning.methods import Recipe
 from hf_sparse.pruning.streaming import check_run
 from hf_sparse.pruning.uniform import check_uniform
-from hf_sparse.report import format_table
 from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.targets import Targets
 from hf_sparse.timing import profile

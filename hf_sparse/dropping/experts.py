@@ -29,10 +29,10 @@ from hf_sparse.arguments import check_finite, check_kinds, check_model
 from hf_sparse.calibration.expert_scores import ExpertUse, expert_use
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.windows import checked_batches, fingerprint
+from hf_sparse.counts import format_table
 from hf_sparse.dropping.counts import number_of
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
-from hf_sparse.report import format_table
 from hf_sparse.structure.changeable import check_changeable
 from hf_sparse.structure.expert_merging import merge_, nearest
 from hf_sparse.structure.layers import num_parameters, promised_config

@@ -33,10 +33,10 @@ from hf_sparse.calibration.block_scores import hidden_in
 from hf_sparse.calibration.hidden_scores import HiddenUse
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.windows import checked_batches, fingerprint
+from hf_sparse.counts import format_table
 from hf_sparse.dropping.counts import number_of
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
-from hf_sparse.report import format_table
 from hf_sparse.structure.changeable import check_changeable
 from hf_sparse.structure.gains import norms_of
 from hf_sparse.structure.hidden import HiddenPlan, hidden_size_of

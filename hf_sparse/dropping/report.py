@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hf_sparse.report import format_table
+from hf_sparse.counts import format_table
 
 
 @dataclass(frozen=True)

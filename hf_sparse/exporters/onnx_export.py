@@ -23,6 +23,7 @@ from hf_sparse.checkpoint.source import described, known_metrics, write_entry
 from hf_sparse.checkpoint.stored_config import dense_class_name
 from hf_sparse.checkpoint.writing import GRAPH_NAME
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY, SparsityConfig
+from hf_sparse.counts import SparsityReport, measure_sparsity
 from hf_sparse.exporters.can_export import (
     TOLERANCES,
     check_can_export,
@@ -36,7 +37,6 @@ from hf_sparse.exporters.tracing import trace
 from hf_sparse.exporters.verification import Difference, compare
 from hf_sparse.files.atomic import replacing
 from hf_sparse.provenance.values import Metric, Provenance
-from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.parts import full_size
 from hf_sparse.structure.targets import Targets

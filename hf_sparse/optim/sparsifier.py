@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from hf_sparse.arguments import check_finite, check_kinds, check_optimizer
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
+from hf_sparse.counts import SparsityReport, measure_sparsity
 from hf_sparse.optim.methods import TRAINING_METHODS, check_method
 from hf_sparse.optim.notes import shrinking
 from hf_sparse.optim.parameters import sparse_groups, sparse_parameters, take_over
@@ -21,7 +22,6 @@ from hf_sparse.optim.shrinkage import attach, freeze_groups
 from hf_sparse.provenance.optimizers import learning_rate
 from hf_sparse.provenance.record import record_optimizer_
 from hf_sparse.provenance.values import Step
-from hf_sparse.report import SparsityReport, measure_sparsity
 
 # The least number of adjustments over a schedule.
 _ADJUSTMENTS = 10

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_sparse.arguments import check_kinds
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
+from hf_sparse.counts import SparsityReport
 from hf_sparse.optim.deepspeed import SHRINKING, check_training
 from hf_sparse.optim.groups import sparse_param_groups
 from hf_sparse.optim.methods import check_method
@@ -24,7 +25,6 @@ from hf_sparse.optim.settings import SETTINGS, is_unsteered
 from hf_sparse.optim.shrinkage import add_shrinkage_, freeze_zeros_
 from hf_sparse.optim.sparse_optimizers import SparseAdamW, SparseMixin
 from hf_sparse.optim.sparsifier import Sparsifier
-from hf_sparse.report import SparsityReport
 from hf_sparse.structure.layers import PRUNED_WITH
 from hf_sparse.structure.targets import Targets
 from hf_sparse.suggestions import check_name, shortened

@@ -25,10 +25,10 @@ from hf_sparse.checkpoint.reading import (
     read_parts,
     restore_state_dict,
 )
+from hf_sparse.counts import TensorSparsity, count_zeros
 from hf_sparse.files.atomic import sync_file
 from hf_sparse.formats import FormatError, compress, decompress, join, locate
 from hf_sparse.pruning.problem import Notes
-from hf_sparse.report import TensorSparsity, count_zeros
 from hf_sparse.structure.layers import TargetLayer, by_identity, layers_in
 from hf_sparse.structure.targets import Targets
 from hf_sparse.upstream.accelerate import files_of, hook_of, read_through_

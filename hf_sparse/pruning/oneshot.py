@@ -17,12 +17,12 @@ from hf_sparse.calibration.walk import Residence
 from hf_sparse.calibration.windows import checked_batches, fingerprint
 from hf_sparse.checkpoint.can_save import check_not_quantized
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
+from hf_sparse.counts import SparsityReport, count_targets
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.pruning.methods import Recipe
 from hf_sparse.pruning.task import Task
 from hf_sparse.pruning.uniform import check_uniform
-from hf_sparse.report import SparsityReport, count_targets
 from hf_sparse.structure.layers import (
     PRUNED_WITH,
     check_divides,

@@ -33,6 +33,7 @@ from hf_sparse.checkpoint.promised import check_to_load
 from hf_sparse.checkpoint.save import save_model
 from hf_sparse.checkpoint.writing import check_not_lost
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
+from hf_sparse.counts import SparsityReport
 from hf_sparse.files.atomic import sync_file
 from hf_sparse.files.work_folder import (
     CONVERTED,
@@ -55,7 +56,6 @@ from hf_sparse.pruning.oneshot import notes_on
 from hf_sparse.pruning.problem import Notes
 from hf_sparse.pruning.task import Task
 from hf_sparse.pruning.uniform import check_uniform
-from hf_sparse.report import SparsityReport
 from hf_sparse.structure.layers import layers_outside, num_parameters
 from hf_sparse.structure.targets import Targets
 from hf_sparse.upstream.accelerate import expecting_weights_on_disk

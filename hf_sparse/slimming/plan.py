@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hf_sparse.counts import format_table
 from hf_sparse.provenance.values import Calibration
-from hf_sparse.report import format_table
 from hf_sparse.slimming.width import Ranking
 from hf_sparse.structure.parts import BlockSize
 

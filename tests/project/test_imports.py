@@ -23,7 +23,7 @@ FLOORS = [
     ["formats"],
     ["configuration_sparse"],
     ["structure"],
-    ["report", "provenance"],
+    ["counts", "provenance"],
     ["calibration"],
     ["files"],
     ["optim"],

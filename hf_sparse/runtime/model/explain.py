@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hf_sparse.report import format_table
+from hf_sparse.counts import format_table
 from hf_sparse.runtime.kernels.all import kernels
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
 from hf_sparse.runtime.llvm.jit import Code

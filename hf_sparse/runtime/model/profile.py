@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_sparse.report import format_table
+from hf_sparse.counts import format_table
 from hf_sparse.runtime.kernels import peaks
 from hf_sparse.runtime.kernels.call import Operation
 from hf_sparse.runtime.llvm.jit import Code

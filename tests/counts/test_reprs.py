@@ -10,7 +10,7 @@ import torch
 
 import hf_sparse
 from hf_sparse import Schedule, SparsityConfig, SparsityReport
-from hf_sparse.report import TensorSparsity
+from hf_sparse.counts import TensorSparsity
 from tests.support.tiny_models import tiny_classifier, tiny_model
 
 CONFIGS = [

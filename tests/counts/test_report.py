@@ -19,15 +19,15 @@ from transformers import (
 )
 
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.patterns import Pattern
-from hf_sparse.pruning.oneshot import prune_
-from hf_sparse.report import (
+from hf_sparse.counts import (
     SparsityReport,
     TensorSparsity,
     count_zeros,
     format_table,
     measure_sparsity,
 )
+from hf_sparse.patterns import Pattern
+from hf_sparse.pruning.oneshot import prune_
 
 SIZES = {"vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES["intermediate_size"] = 32
