@@ -30,6 +30,7 @@ from hf_sparse_cli.flags import (
     output_group,
 )
 from hf_sparse_cli.names import Parser, fraction
+from hf_sparse_cli.reporting import add_report
 from hf_sparse_cli.shrinking import add_shrink
 from hf_sparse_cli.slimming import add_slim
 
@@ -49,6 +50,7 @@ def make_parser() -> Parser:
     _add_recover(commands)
     _add_eval(commands)
     _add_inspect(commands)
+    add_report(commands)
     _add_bench(commands)
     add_shrink(commands)
     add_slim(commands)

@@ -19,6 +19,7 @@ from hf_sparse_cli.choices import (
     SCOPES,
 )
 from hf_sparse_cli.names import did_you_mean, suggestions
+from hf_sparse_cli.reporting import check_report
 from hf_sparse_cli.shrinking import check_parts
 
 _SIZED = (r"\d{1,4}:\d{1,4}", r"block:\d{1,6}x\d{1,6}", r"head(?:_in)?:\d{1,6}")
@@ -47,6 +48,8 @@ def check(options: argparse.Namespace) -> None:
     for name in _MODELS:
         if given.get(name) is not None:
             _check_model(given[name])
+    for source in given.get("models") or ():
+        _check_model(source)
     if given.get("folder") is not None:
         _check_model(options.folder, local=options.command != "recover")
     if options.command in _CHECKS:
@@ -121,6 +124,7 @@ _CHECKS: dict[str, Callable[[argparse.Namespace], None]] = {
     "slim": _check_slim,
     "convert": _check_convert,
     "export": _check_export,
+    "report": check_report,
 }
 
 

@@ -167,7 +167,8 @@ class Card:
         steps = self.provenance.steps
         if not steps:
             return ["Nothing that was recorded."]
-        tables = [_markdown(("", ""), _step_rows(step)) for step in steps]
+        rows = [[(_plain(title), _plain(value)) for title, value in step_rows(s)] for s in steps]
+        tables = [_markdown(("", ""), own) for own in rows]
         if len(steps) == 1:
             return tables
         titles = [f"### Step {number}" for number in range(1, len(steps) + 1)]
@@ -199,7 +200,8 @@ def _head_of(class_name: str) -> tuple[str, str | None]:
     return "AutoModel", None
 
 
-def _step_rows(step: Step) -> list[tuple[str, str]]:
+def step_rows(step: Step) -> list[tuple[str, str]]:
+    """What is known of a step, a title and a text each, for a table."""
     pattern = None if step.pattern is None else _as_asked(step.pattern)
     rows: list[tuple[str, str | None]] = [("method", step.method), ("pattern", pattern)]
     if step.sparsity is not None:
@@ -214,7 +216,7 @@ def _step_rows(step: Step) -> list[tuple[str, str]]:
         ("made with", ", ".join(f"{name} {_shown(value)}" for name, value in step.versions)),
         ("date", step.date),
     ]
-    return [(_plain(title), _plain(value)) for title, value in rows if value]
+    return [(title, value) for title, value in rows if value]
 
 
 def _as_asked(pattern: str) -> str:
