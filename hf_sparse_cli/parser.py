@@ -276,7 +276,7 @@ def _add_push(commands: Any) -> None:
         "push",
         "upload a checkpoint folder to the Hub; an adapter is merged into its base model",
         "FOLDER REPO_ID",
-        ["SPARSE user/name-sparse --onnx"],
+        ["SPARSE user/name-sparse --dry-run", "SPARSE user/name-sparse --onnx"],
     )
     what = command.add_argument_group("what to upload")
     what.add_argument("folder", metavar="FOLDER", help="checkpoint folder, or that of an adapter")
@@ -293,6 +293,14 @@ def _add_push(commands: Any) -> None:
     where = command.add_argument_group("where to")
     where.add_argument("repo_id", metavar="REPO_ID", help="user/name on the Hub")
     where.add_argument("--private", action="store_true", help="make the repository private")
+    where.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default main)")
+    where.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    where.add_argument(
+        "--overwrite", action="store_true", help="replace a model that hf_sparse did not push"
+    )
+    where.add_argument(
+        "--dry-run", action="store_true", help="list what would be uploaded, and upload nothing"
+    )
     add_printing(command.add_argument_group("output"))
     command.set_defaults(gguf_file=None)
 

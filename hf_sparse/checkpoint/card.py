@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
 
+from hf_sparse.checkpoint.reproducing import citations, limits, reproduction
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.provenance.values import FILLED, Calibration, Metric, Provenance, Step, Value
 from hf_sparse.structure.parts import full_size
@@ -73,8 +74,31 @@ class Card:
             _metrics(self.provenance.metrics),
             "## How to load",
             self.usage or self._usage(),
+            *self._reproduction(),
+            "## Limits",
+            limits(
+                self.provenance,
+                is_sparse=self._is_sparse,
+                compressed=any(name != "dense" for name in self.formats),
+            ),
+            *self._citations(),
         ]
         return "\n\n".join(sections) + "\n"
+
+    def _reproduction(self) -> list[str]:
+        if not self.provenance.steps:
+            return []
+        auto = _head_of(self._name)[0]
+        storage = "" if self.config.format == "auto" else f", format={self.config.format!r}"
+        saved = f"hf_sparse.save_pretrained(model, 'OUTPUT'{', config' if storage else ''})"
+        saved += f"  # SparsityConfig(...{storage})" if storage else ""
+        if self.usage is not None:  # no checkpoint of transformers
+            saved = "hf_sparse.export_onnx(model, 'OUTPUT')"
+        return ["## How to make it", reproduction(self.provenance, auto, saved)]
+
+    def _citations(self) -> list[str]:
+        found = citations(self.provenance.steps)
+        return [] if found is None else ["## Papers", found]
 
     def _data(self) -> ModelCardData:
         card: dict[str, Any] = {
@@ -86,11 +110,19 @@ class Card:
         tags = ["hf_sparse", *sparse, *self.tags, *([tags] if isinstance(tags, str) else tags)]
         return ModelCardData(
             base_model=self.provenance.base_model,
+            base_model_relation=self._relation,
             library_name="transformers",
             pipeline_tag=_head_of(self._name)[1],
             tags=list(dict.fromkeys(tags)),
             **card,
         )
+
+    @property
+    def _relation(self) -> str | None:
+        """What the Hub calls it: it knows no pruning, and takes pruned models for fine-tuned ones."""
+        if self.provenance.base_model is None or not self.provenance.steps:
+            return None
+        return "finetune" if self.config.grid is None else "quantized"
 
     @property
     def _name(self) -> str:

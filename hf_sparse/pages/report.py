@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_sparse.arguments import check_kinds
+from hf_sparse.checkpoint.card import CARD_NAME
+from hf_sparse.checkpoint.card_file import add_pictures
 from hf_sparse.files.single import write_file
 from hf_sparse.pages.comparison import comparison
 from hf_sparse.pages.contents import model_page
@@ -99,7 +101,8 @@ def report(
         models: the folder of a checkpoint, a name on the Hub, or a model in memory; several of them, or
             a mapping from titles to them. They may be dense, and of different families.
         html: file to write the page to; an earlier page of hf_sparse is replaced.
-        figures: folder to write the pictures to, as SVG and PNG.
+        figures: folder to write the pictures to, as SVG and PNG. In the folder of a checkpoint, its
+            model card shows them.
         base: the dense model that all of these were made from, as one of `models`: its weights are
             shown beside, and how far each matrix is from it.
         matrix: name or glob of the matrix whose zeros are shown; the first of those that match. None:
@@ -126,9 +129,8 @@ def report(
     sources = find_sources(models)
     dense = None if base is None else next(iter(find_sources(base).values()))
     facts = [read_facts(title, source, dense, matrix) for title, source in sources.items()]
-    if missing := [one.no_such_matrix for one in facts if one.no_such_matrix]:
-        if len(missing) == len(facts):
-            raise ValueError(missing[0])
+    if all(one.no_such_matrix for one in facts):
+        raise ValueError(facts[0].no_such_matrix)
     if latency:
         facts = [
             _timed(one, source, tokens, repeats)
@@ -142,6 +144,9 @@ def report(
         made.save(html)
     if figures is not None:
         made.save_figures(figures)
+        folder = Path(figures)
+        shown = {f"{folder.name}/{p.name}.png": f"{p.title}: {p.alt}" for p in made.pictures}
+        add_pictures(folder.resolve().parent / CARD_NAME, shown)
     return made
 
 

@@ -42,7 +42,7 @@ FLOORS = [
         "timing",
     ],
     ["recover", "slimming"],
-    ["saving"],
+    ["saving", "uploads"],
     ["hub"],
     ["models"],
     ["compiled_files", "pages"],
