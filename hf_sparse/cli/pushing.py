@@ -30,8 +30,6 @@ from hf_sparse.upstream.transformers.files import ADAPTER_CONFIG_NAME
 
 def push(options: argparse.Namespace) -> int:
     """Upload a checkpoint folder, or an adapter merged into its base model."""
-    if not options.dry_run:
-        check_can_push(options.repo_id)
     api, merges = HfApi(), (Path(options.folder) / ADAPTER_CONFIG_NAME).exists()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (_merged if merges else _checked)(options, Path(temporary) / "model")
@@ -54,6 +52,12 @@ def push(options: argparse.Namespace) -> int:
     url = commit.pr_url or commit.commit_url
     print(json.dumps({"url": url}) if options.json else url)
     return 0
+
+
+def _check_token(options: argparse.Namespace) -> None:
+    """Refuse an upload that nobody may make; a dry run looks at what everybody sees."""
+    if not options.dry_run:
+        check_can_push(options.repo_id)
 
 
 def _ask(why: str) -> None:
@@ -79,6 +83,7 @@ def _checked(options: argparse.Namespace, copy: Path) -> Path:
     folder = Path(options.folder)
     check_is_checkpoint(folder)
     check_links(folder)
+    _check_token(options)
     if options.onnx:
         check_can_export(skeleton(options.folder, options), copy / "onnx")
     hf_sparse.inspect_checkpoint(folder)  # a damaged folder is not uploaded
@@ -99,6 +104,7 @@ def _merged(options: argparse.Namespace, folder: Path) -> Path:
     base = options.base or stored_config(options.folder).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{options.folder} does not tell its base model: give --base FOLDER.")
+    _check_token(options)
     try:
         check_family(skeleton(base, options).config, "auto")
         needs_tokenizer = bool(options.tokenizer) or has_tokenizer(base)
