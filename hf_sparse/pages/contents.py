@@ -26,11 +26,11 @@ def model_page(key: str, facts: ModelFacts) -> ModelPage:
         _measured(key, facts),
         _sparsity(key, facts),
         _experts(key, facts),
-        one_matrix(key, facts),
         weights(key, facts),
         distances(key, facts),
         _sizes(key, facts),
         _latency(key, facts.latency),
+        one_matrix(key, facts),  # the only one as wide as the page
     ]
     subtitle = " · ".join(
         text for text in (facts.architecture.removeprefix("Sparse"), facts.source) if text
@@ -50,16 +50,12 @@ def _figures(facts: ModelFacts) -> tuple[tuple[str, str], ...]:
         told.insert(0, (facts.promised, "pattern"))
     if facts.files is not None:
         dense = facts.files.dense
-        beside = "" if dense is None else f", {_megabytes(dense)} if stored dense"
-        told.append((_megabytes(facts.files.weights), f"of weight files{beside}"))
+        beside = "" if dense is None else f", {pictures.megabytes(dense / 1e6)} if stored dense"
+        told.append((pictures.megabytes(facts.files.weights / 1e6), f"of weight files{beside}"))
     for metric in facts.provenance.metrics[:2]:
         beside = "" if metric.dense is None else f", dense {metric.dense:.4g}"
         told.append((f"{metric.sparse:.4g}", f"{metric.name}{beside}"))
     return tuple(told)
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.{0 if size > 1e9 else 1 if size > 1e7 else 2}f} MB"
 
 
 def _counted(number: int) -> str:

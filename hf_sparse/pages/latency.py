@@ -57,10 +57,12 @@ def time_ways(source: Source, tokens: int, repeats: int) -> tuple[Benchmark, tup
         ValueError: the model takes no token ids, or not so many.
     """
     model = loaded(source)
-    if model.main_input_name != "input_ids":
+    two = getattr(model.config, "is_encoder_decoder", False)
+    if model.main_input_name != "input_ids" or two:
+        takes = "texts for two parts" if two else model.main_input_name
         raise ValueError(
-            f"a {type(model).__name__} takes {model.main_input_name}; wanted a model of token ids to "
-            "time. Leave latency out."
+            f"a {type(model).__name__} takes {takes}; wanted a model of token ids alone to time. Leave "
+            "latency out."
         )
     text = model.config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or tokens

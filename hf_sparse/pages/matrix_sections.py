@@ -78,7 +78,13 @@ def weights(key: str, facts: ModelFacts) -> Section | None:
     head = ("matrix", "nonzeros", "1 % smaller than", "half", "99 %")
     table = Table("Sizes of nonzero weights, |w|", head, cut(lines))
     picture = pictures.histograms(f"{key}-weights", facts.spreads)
-    return Section(f"{key}-weights", "Weights", shown=(Shown(picture, table),))
+    sampled = any(spread.sampled for spread in facts.spreads.values())
+    words = (
+        ("A sample of the weights, at even distances; all other figures here are of all weights.",)
+        if sampled
+        else ()
+    )
+    return Section(f"{key}-weights", "Weights", words, shown=(Shown(picture, table),))
 
 
 def distances(key: str, facts: ModelFacts) -> Section | None:

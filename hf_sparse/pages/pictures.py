@@ -11,8 +11,8 @@ from torch import Tensor
 from hf_sparse.pages.drawing import HATCHES, MARKERS, SCALE, Colours, Picture
 from hf_sparse.pages.facts import Files, Mask, Spread
 
-# Columns of a heat map that get a number each, and panels of a picture with several.
-_NUMBERED, _PANELS = 16, 8
+# Columns of a heat map whose cells get numbers, labels of columns, panels of a picture.
+_NUMBERED, _LABELLED, _PANELS = 8, 12, 8
 
 
 def heat_map(
@@ -47,14 +47,14 @@ def heat_map(
             interpolation="nearest",
         )
         axes.set_yticks(range(len(rows)), labels=rows)
-        step = -(-len(columns) // _NUMBERED)
+        step = -(-len(columns) // _LABELLED)
         axes.set_xticks(range(0, len(columns), step), labels=columns[::step])
         axes.set_xlabel(across)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_xticks([place - 0.5 for place in range(1, len(columns))], minor=True)
         axes.set_yticks([place - 0.5 for place in range(1, len(rows))], minor=True)
-        if len(columns) <= _NUMBERED // 2:
+        if len(columns) <= _NUMBERED:
             for place in (values >= 0).nonzero().tolist():
                 share = float(values[tuple(place)])
                 ink = "#101820" if share > 0.5 else "#ffffff"  # on the light end, on the dark one
@@ -254,7 +254,7 @@ def sizes(name: str, files: Files) -> Picture:
                 edgecolor=colours.paper,
                 linewidth=0.5,
                 height=0.6,
-                label=f"{part}, {size:,.2f} MB",
+                label=f"{part}, {megabytes(size)}",
             )
             start += size
         if files.dense is not None:
@@ -266,7 +266,7 @@ def sizes(name: str, files: Files) -> Picture:
                 edgecolor=colours.soft,
                 linestyle="--",
                 height=0.6,
-                label=f"all weights in place, {files.dense / 1e6 + other:,.2f} MB",
+                label=f"all weights in place, {megabytes(files.dense / 1e6 + other)}",
             )
         axes.invert_yaxis()
         axes.set_xlabel("MB")
@@ -275,7 +275,7 @@ def sizes(name: str, files: Files) -> Picture:
         axes.grid(axis="x")
         figure.legend(loc="outside lower center", ncols=1)
 
-    told = ", ".join(f"{part} {size:,.2f} MB" for part, size in parts.items())
+    told = ", ".join(f"{part} {megabytes(size)}" for part, size in parts.items())
     dense = (
         "" if files.dense is None else f" The weights would take {files.dense / 1e6:,.2f} MB dense."
     )
@@ -317,6 +317,13 @@ def distances(name: str, values: Mapping[str, Mapping[int, float]]) -> Picture:
     return Picture(
         name, "Distance from the dense weights", alt, draw, 2.7 + 0.2 * -(-len(shown) // 2)
     )
+
+
+def megabytes(size: float) -> str:
+    """A number of megabytes in a few digits."""
+    if size < 0.01:
+        return f"{size:.1g} MB"
+    return f"{size:,.{0 if size >= 1000 else 1 if size >= 10 else 2}f} MB"
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:

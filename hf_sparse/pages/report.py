@@ -17,6 +17,7 @@ from hf_sparse.files.single import write_file
 from hf_sparse.pages.comparison import comparison
 from hf_sparse.pages.contents import model_page
 from hf_sparse.pages.drawing import Picture, need_matplotlib
+from hf_sparse.pages.facts import ModelFacts
 from hf_sparse.pages.latency import time_ways
 from hf_sparse.pages.sections import ModelPage, Section, all_pictures
 from hf_sparse.pages.sources import Source, find_sources, read_facts
@@ -132,8 +133,9 @@ def report(
     if all(one.no_such_matrix for one in facts):
         raise ValueError(facts[0].no_such_matrix)
     if latency:
+        alone = len(facts) == 1
         facts = [
-            _timed(one, source, tokens, repeats)
+            _timed(one, source, tokens, repeats, alone=alone)
             for one, source in zip(facts, sources.values(), strict=True)
         ]
     overview = comparison(facts)
@@ -150,8 +152,16 @@ def report(
     return made
 
 
-def _timed(facts: Any, source: Source, tokens: int, repeats: int) -> Any:
-    found, notes = time_ways(source, tokens, repeats)
+def _timed(
+    facts: ModelFacts, source: Source, tokens: int, repeats: int, *, alone: bool
+) -> ModelFacts:
+    """With times; on a page of several models, those that cannot be timed say why."""
+    try:
+        found, notes = time_ways(source, tokens, repeats)
+    except ValueError as error:
+        if alone:
+            raise
+        return facts.with_notes(f"It was not timed: {error}")
     return replace(facts, latency=found).with_notes(*notes)
 
 

@@ -123,7 +123,6 @@ def read_facts(
             f"was given, or have another shape there, first {missing[0]}."
         )
     told = None if base is None else str(base) if isinstance(base, Path) else type(base).__name__
-    facts = facts.with_notes(*_of_samples(looking))
     return _completed(facts, looking, told)
 
 
@@ -135,14 +134,6 @@ def _completed(facts: ModelFacts, looking: Looking, base: str | None) -> ModelFa
         changes=tuple(looking.changes),
         base=base,
     )
-
-
-def _of_samples(looking: Looking) -> list[str]:
-    if not any(spread.sampled for spread in looking.spreads().values()):
-        return []
-    return [
-        "Histograms show a sample of the weights, at even distances; counts and distances are of all."
-    ]
 
 
 def _reader(source: Source) -> Callable[[str], Tensor | None]:

@@ -159,6 +159,20 @@ def test_a_model_in_memory_is_shown_without_files(folders: dict[str, Path]) -> N
     assert rows, "the distance of a halved matrix is half of its norm"
 
 
+@pytest.mark.slow
+def test_times_are_measured_where_they_can_be(folders: dict[str, Path]) -> None:
+    pytest.importorskip("llvmlite", reason="the extra runtime is not installed")
+    models = {"llama": folders["llama"], "two parts": tiny_model("t5")}
+    text = Page(hf_sparse.report(models, latency=True, tokens=16, repeats=2).html).text
+    assert "It was not timed: a T5" in text
+    table = text.partition("Time of a call: table")[2]
+    assert re.search(r"torch\s+\d+\.\d\d.*compiled\s+\d+\.\d\d", table, re.DOTALL)
+    with pytest.raises(ValueError, match="wanted a model of token ids alone"):
+        hf_sparse.report(models["two parts"], latency=True)
+    with pytest.raises(ValueError, match="tokens is 500"):
+        hf_sparse.report(folders["llama"], latency=True, tokens=500)
+
+
 def test_pictures_are_written_for_cards(made: Any, tmp_path: Path) -> None:
     short = type(made)(made.html, made.pictures[:2], made.titles)
     written = short.save_figures(tmp_path / "figures")
