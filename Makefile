@@ -87,7 +87,7 @@ $(VENV)/base: setup.cfg constraints.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(INSTALL) -e .[dev,onnx,peft,runtime,train]
+	$(INSTALL) -e .[dev,onnx,peft,plots,runtime,train]
 	touch $@
 
 .optimum/ready:

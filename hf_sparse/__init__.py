@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from hf_sparse.optim.sparsifier import Sparsifier as Sparsifier
     from hf_sparse.optim.trainer import SparsityCallback as SparsityCallback
     from hf_sparse.optim.trainer import trainer_optimizer as trainer_optimizer
+    from hf_sparse.pages.report import report as report
     from hf_sparse.patterns import Pattern as Pattern
     from hf_sparse.provenance.values import Metric as Metric
     from hf_sparse.pruning.oneshot import prune_ as prune_
@@ -124,6 +125,7 @@ _PUBLIC = {
     "push_to_hub": "hf_sparse.hub",
     "quantize_": "hf_sparse.pruning.quantize",
     "recover_": "hf_sparse.recover",
+    "report": "hf_sparse.pages.report",
     "save_compiled": "hf_sparse.compiled_files.files",
     "save_pretrained": "hf_sparse.saving",
     "shrink_": "hf_sparse.shrinking",

@@ -16,6 +16,7 @@ from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.patterns import Pattern
 from hf_sparse.structure.layers import by_identity, num_parameters, promised_config
 from hf_sparse.structure.targets import Targets
+from hf_sparse.tables import html_table
 
 # The kinds of tensors that a printed report tells one by one.
 _MOST_ROWS = 20
@@ -188,10 +189,14 @@ class SparsityReport:
 
     def __str__(self) -> str:
         """A row for each kind of tensor, those of one name in all blocks, and the totals."""
+        return f"{format_table(*self._kinds())}\n{self.summary()}"
+
+    def _kinds(self) -> tuple[Sequence[str], list[tuple[str, ...]]]:
+        """The table of `__str__`: its head and its rows."""
         kinds: dict[str, list[TensorSparsity]] = {}
         for tensor in self.tensors:
             kinds.setdefault(_kind(tensor.name), []).append(tensor)
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (
                 name,
                 f"{len(tensors)}",
@@ -204,8 +209,12 @@ class SparsityReport:
         ]
         if len(rows) > _MOST_ROWS:
             rows[_MOST_ROWS:] = [(f"and {len(rows) - _MOST_ROWS} more", "", "", "", "", "")]
-        head = ("tensors", "number", "zeros", "least sparsity", "most", "violations")
-        return f"{format_table(head, rows)}\n{self.summary()}"
+        return ("tensors", "number", "zeros", "least sparsity", "most", "violations"), rows
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a row for each kind of tensor, and the totals."""
+        head, rows = self._kinds()
+        return html_table(head, rows, "Sparsity", self.summary().split("\n"))
 
     def __repr__(self) -> str:
         made = "measured" if self.method is None else self.method

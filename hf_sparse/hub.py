@@ -14,18 +14,14 @@ from transformers import PreTrainedModel
 
 from hf_sparse.adapters.merging import merged_copy
 from hf_sparse.arguments import arguments_for, check_kinds, check_model, check_saves
-from hf_sparse.checkpoint.card import CARD_NAME, OUR_FACT
-from hf_sparse.checkpoint.card_file import settle
-from hf_sparse.checkpoint.writing import MANIFEST_NAME, is_weight_file
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.counts import SparsityReport
-from hf_sparse.exporters.can_export import check_packages, written_files
+from hf_sparse.exporters.can_export import check_packages
 from hf_sparse.exporters.onnx_export import export_onnx
 from hf_sparse.provenance.values import Metric
 from hf_sparse.saving import save_pretrained
+from hf_sparse.uploads import GRAPH_FOLDER, carry_out, plan_upload
 from hf_sparse.upstream.peft_by_name import is_peft_model
-
-_GRAPH_FOLDER = "onnx"
 
 
 def push_to_hub(
@@ -53,7 +49,8 @@ def push_to_hub(
     What is uploaded is exactly the folder that `save_pretrained` writes; weight files of an
     earlier upload that it does not replace, and its graph in `onnx/`, are removed in the same
     commit. A card of hf_sparse that is there already stays while it tells all that is known now; one
-    of somebody else stays, with a warning.
+    of somebody else stays, with a warning. Metrics that name a benchmark of the Hub (`dataset` and
+    `task` of `Metric`) also become results there, in `.eval_results/`.
 
     Args:
         model: as in `save_pretrained`, with `config`, `tokenizer`, `report`, `metrics`, `base_model`
@@ -89,7 +86,7 @@ def push_to_hub(
         told = arguments_for(save_pretrained, given)
         folder = save_pretrained(model, Path(temporary) / "model", config, **told, **saving)
         if onnx:
-            export_onnx(model, folder / _GRAPH_FOLDER, tokenizer=tokenizer)
+            export_onnx(model, folder / GRAPH_FOLDER, tokenizer=tokenizer)
         return upload_folder(
             folder, repo_id, **arguments_for(upload_folder, given), settle_card=True
         )
@@ -129,51 +126,20 @@ def upload_folder(
     """Upload a checkpoint folder, sub-folders included, to a repository that is made if need be.
 
     Weight files and an `onnx/` of hf_sparse that are there and are not uploaded are removed.
-    With `settle_card` the folder is for this upload alone, and its model card is written anew with
-    regard to the one in the repository: see `hf_sparse.checkpoint.card_file.settle`.
+    With `settle_card` the model card is written anew with regard to the one in the repository: see
+    `hf_sparse.checkpoint.card_file.settle`.
     """
     api = HfApi(token=token)
-    repo = api.create_repo(repo_id, private=private, exist_ok=True)
-    there = api.list_repo_files(repo.repo_id, revision=revision)
-    stale = [name for name in there if is_weight_file(name)]
-    if settle_card and CARD_NAME in there:
-        warning = _settle_card(api, repo.repo_id, folder / CARD_NAME, revision)
-        if warning is not None:
-            warnings.warn(warning, stacklevel=3)
-    stale += _old_graph(api, repo.repo_id, there, revision)
-    info: CommitInfo = api.upload_folder(
-        repo_id=repo.repo_id,
-        folder_path=folder,
-        commit_message=commit_message,
-        commit_description=commit_description,
+    upload = plan_upload(
+        api, folder, repo_id, revision=revision, private=private, settle_card=settle_card
+    )
+    if upload.warning is not None:
+        warnings.warn(upload.warning, stacklevel=3)
+    return carry_out(
+        api,
+        upload,
         revision=revision,
         create_pr=create_pr,
-        delete_patterns=stale or None,  # those that are uploaded anew are not deleted
+        commit_message=commit_message,
+        commit_description=commit_description,
     )
-    return info
-
-
-def _settle_card(api: HfApi, repo_id: str, file: Path, revision: str | None) -> str | None:
-    """Let the card at `file` be the one that the repository is to have; see `settle`."""
-    with tempfile.TemporaryDirectory() as temporary:
-        api.hf_hub_download(repo_id, CARD_NAME, revision=revision, local_dir=temporary)
-        old = (Path(temporary) / CARD_NAME).read_text(encoding="utf-8", errors="replace")
-    place = f"{CARD_NAME} of {repo_id}"
-    new, warning = settle(file.read_text(encoding="utf-8"), old, place)
-    file.write_text(new, encoding="utf-8")
-    return warning
-
-
-def _old_graph(api: HfApi, repo_id: str, there: list[str], revision: str | None) -> list[str]:
-    """The files of an export of hf_sparse in the folder `onnx/` of a repository."""
-    about = [f"{_GRAPH_FOLDER}/{name}" for name in (MANIFEST_NAME, CARD_NAME)]
-    if not set(about) <= set(there):
-        return []
-    with tempfile.TemporaryDirectory() as temporary:
-        for name in about:
-            api.hf_hub_download(repo_id, name, revision=revision, local_dir=temporary)
-        folder = Path(temporary) / _GRAPH_FOLDER
-        if OUR_FACT not in (folder / CARD_NAME).read_text(encoding="utf-8", errors="replace"):
-            return []
-        ours = written_files(folder) | {MANIFEST_NAME, CARD_NAME, "config.json"}
-    return [name for name in there if name in {f"{_GRAPH_FOLDER}/{file}" for file in ours}]

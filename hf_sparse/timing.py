@@ -23,6 +23,7 @@ from hf_sparse.runtime.model.compiled import compile as compile_model
 from hf_sparse.runtime.model.configured import why_not_compiled
 from hf_sparse.runtime.model.profile import Profile, profile_call
 from hf_sparse.structure.layers import PRUNED_WITH, target_layers
+from hf_sparse.tables import html_table
 from hf_sparse.upstream.transformers.caches import cache_name
 
 # What the zeros of the dense twin become; its results are never used.
@@ -94,7 +95,19 @@ class Benchmark:
         return f"<Benchmark: {self.batch} x {self.tokens} tokens, {self.threads} threads: {times}>"
 
     def __str__(self) -> str:
-        rows = []
+        return f"{self._shape()}\n{format_table(*self._table())}"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the table, and what was run where."""
+        return html_table(*self._table(), self._shape())
+
+    def _shape(self) -> str:
+        shape = f"batch {self.batch} x {self.tokens} tokens, {self.threads} threads"
+        return f"{shape}; {self.processor}, compiled for {self.target}"
+
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Its head, and its rows."""
+        rows: list[tuple[str, ...]] = []
         for kind, found in (("forward", self.forward), ("new token", self.decode)):
             if found:
                 last = found[-1].median
@@ -107,10 +120,7 @@ class Benchmark:
                     )
                     for one in found
                 ]
-        head = ("", "median ms", "least ms", "over compiled")
-        shape = f"batch {self.batch} x {self.tokens} tokens, {self.threads} threads"
-        shape += f"; {self.processor}, compiled for {self.target}"
-        return f"{shape}\n{format_table(head, rows)}"
+        return ("", "median ms", "least ms", "over compiled"), rows
 
 
 def benchmark(
@@ -147,10 +157,10 @@ def benchmark(
             model, bits=bits
         )
         with torch.inference_mode():
-            forward = _in_turns({name: _forward(one, ids) for name, one in ways.items()}, repeats)
+            forward = in_turns({name: _forward(one, ids) for name, one in ways.items()}, repeats)
             decode: tuple[Measurement, ...] = ()
             if model.can_generate() and tokens > 1:
-                decode = _in_turns({name: _decode(one, ids) for name, one in ways.items()}, repeats)
+                decode = in_turns({name: _decode(one, ids) for name, one in ways.items()}, repeats)
     return Benchmark(
         batch, tokens, torch.get_num_threads(), forward, decode, processor_name(), host().name
     )
@@ -233,7 +243,8 @@ def _decode(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
     return step
 
 
-def _in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> tuple[Measurement, ...]:
+def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> tuple[Measurement, ...]:
+    """Time calls by name, one of each in every turn: what slows the machine slows them all."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(_WARM_UP + repeats):
         for name, call in calls.items():

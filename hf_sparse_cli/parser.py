@@ -32,6 +32,7 @@ from hf_sparse_cli.flags import (
 )
 from hf_sparse_cli.names import Parser, fraction
 from hf_sparse_cli.quantizing import add_grid, add_quantize
+from hf_sparse_cli.reporting import add_report
 from hf_sparse_cli.shrinking import add_shrink
 from hf_sparse_cli.slimming import add_slim
 
@@ -51,6 +52,7 @@ def make_parser() -> Parser:
     _add_recover(commands)
     _add_eval(commands)
     _add_inspect(commands)
+    add_report(commands)
     _add_bench(commands)
     add_shrink(commands)
     add_slim(commands)
@@ -294,7 +296,7 @@ def _add_push(commands: Any) -> None:
         "push",
         "upload a checkpoint folder to the Hub; an adapter is merged into its base model",
         "FOLDER REPO_ID",
-        ["SPARSE user/name-sparse --onnx"],
+        ["SPARSE user/name-sparse --dry-run", "SPARSE user/name-sparse --onnx"],
     )
     what = command.add_argument_group("what to upload")
     what.add_argument("folder", metavar="FOLDER", help="checkpoint folder, or that of an adapter")
@@ -311,6 +313,14 @@ def _add_push(commands: Any) -> None:
     where = command.add_argument_group("where to")
     where.add_argument("repo_id", metavar="REPO_ID", help="user/name on the Hub")
     where.add_argument("--private", action="store_true", help="make the repository private")
+    where.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default main)")
+    where.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    where.add_argument(
+        "--overwrite", action="store_true", help="replace a model that hf_sparse did not push"
+    )
+    where.add_argument(
+        "--dry-run", action="store_true", help="list what would be uploaded, and upload nothing"
+    )
     add_printing(command.add_argument_group("output"))
     command.set_defaults(gguf_file=None)
 

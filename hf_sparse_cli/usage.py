@@ -29,6 +29,7 @@ from hf_sparse_cli.places import (
     unfinished,
 )
 from hf_sparse_cli.quantizing import check_grid, check_quantize
+from hf_sparse_cli.reporting import check_report
 from hf_sparse_cli.shrinking import check_parts
 
 _SIZED = (r"\d{1,4}:\d{1,4}", r"block:\d{1,6}x\d{1,6}", r"head(?:_in)?:\d{1,6}")
@@ -57,6 +58,8 @@ def check(options: argparse.Namespace) -> None:
     for name in _MODELS:
         if given.get(name) is not None:
             check_model(given[name])
+    for source in given.get("models") or ():
+        check_model(source)
     if given.get("folder") is not None:
         check_model(options.folder, local=options.command != "recover")
     if options.command in _CHECKS:
@@ -137,6 +140,7 @@ _CHECKS: dict[str, Callable[[argparse.Namespace], None]] = {
     "quantize": _check_quantize,
     "convert": _check_convert,
     "export": _check_export,
+    "report": check_report,
 }
 
 

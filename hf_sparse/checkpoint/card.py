@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCardData
 
 from hf_sparse.checkpoint.on_grids import bits_in_words
+from hf_sparse.checkpoint.reproducing import citations, limits, reproduction
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.provenance.values import FILLED, Calibration, Metric, Provenance, Step, Value
 from hf_sparse.structure.parts import full_size
@@ -74,8 +75,31 @@ class Card:
             _metrics(self.provenance.metrics),
             "## How to load",
             self.usage or self._usage(),
+            *self._reproduction(),
+            "## Limits",
+            limits(
+                self.provenance,
+                is_sparse=self._is_sparse,
+                compressed=any(name != "dense" for name in self.formats),
+            ),
+            *self._citations(),
         ]
         return "\n\n".join(sections) + "\n"
+
+    def _reproduction(self) -> list[str]:
+        if not self.provenance.steps:
+            return []
+        auto = _head_of(self._name)[0]
+        storage = "" if self.config.format == "auto" else f", format={self.config.format!r}"
+        saved = f"hf_sparse.save_pretrained(model, 'OUTPUT'{', config' if storage else ''})"
+        saved += f"  # SparsityConfig(...{storage})" if storage else ""
+        if self.usage is not None:  # no checkpoint of transformers
+            saved = "hf_sparse.export_onnx(model, 'OUTPUT')"
+        return ["## How to make it", reproduction(self.provenance, auto, saved)]
+
+    def _citations(self) -> list[str]:
+        found = citations(self.provenance.steps)
+        return [] if found is None else ["## Papers", found]
 
     def _data(self) -> ModelCardData:
         card: dict[str, Any] = {
@@ -95,11 +119,19 @@ class Card:
         ]
         return ModelCardData(
             base_model=self.provenance.base_model,
+            base_model_relation=self._relation,
             library_name="transformers",
             pipeline_tag=_head_of(self._name)[1],
             tags=list(dict.fromkeys(tags)),
             **card,
         )
+
+    @property
+    def _relation(self) -> str | None:
+        """What the Hub calls it: it knows no pruning, and takes pruned models for fine-tuned ones."""
+        if self.provenance.base_model is None or not self.provenance.steps:
+            return None
+        return "finetune" if self.config.grid is None else "quantized"
 
     @property
     def _name(self) -> str:
@@ -182,7 +214,8 @@ class Card:
         steps = self.provenance.steps
         if not steps:
             return ["Nothing that was recorded."]
-        tables = [_markdown(("", ""), _step_rows(step)) for step in steps]
+        rows = [[(_plain(title), _plain(value)) for title, value in step_rows(s)] for s in steps]
+        tables = [_markdown(("", ""), own) for own in rows]
         if len(steps) == 1:
             return tables
         titles = [f"### Step {number}" for number in range(1, len(steps) + 1)]
@@ -214,7 +247,8 @@ def _head_of(class_name: str) -> tuple[str, str | None]:
     return "AutoModel", None
 
 
-def _step_rows(step: Step) -> list[tuple[str, str]]:
+def step_rows(step: Step) -> list[tuple[str, str]]:
+    """What is known of a step, a title and a text each, for a table."""
     pattern = None if step.pattern is None else _as_asked(step.pattern)
     rows: list[tuple[str, str | None]] = [("method", step.method), ("pattern", pattern)]
     if step.sparsity is not None:
@@ -229,7 +263,7 @@ def _step_rows(step: Step) -> list[tuple[str, str]]:
         ("made with", ", ".join(f"{name} {_shown(value)}" for name, value in step.versions)),
         ("date", step.date),
     ]
-    return [(_plain(title), _plain(value)) for title, value in rows if value]
+    return [(title, value) for title, value in rows if value]
 
 
 def _as_asked(pattern: str) -> str:

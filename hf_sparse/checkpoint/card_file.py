@@ -10,7 +10,9 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_sparse.checkpoint.card import METRICS_TITLE, NO_METRICS, OUR_FACT, Card
+from hf_sparse.files.single import write_file
 
+_PICTURES_TITLE = "## Pictures"
 # Metadata that an older card may have got by hand, and that its successor keeps.
 _KEPT_DATA = ("license", "license_name", "license_link", "language", "datasets")
 
@@ -57,6 +59,32 @@ def write_card(card: Card, file: Path, old: Path) -> str | None:
     if settled != text:
         file.write_text(settled, encoding="utf-8")
     return warning
+
+
+def add_pictures(file: Path, pictures: Mapping[str, str]) -> bool:
+    """Let a card of ours show pictures, instead of those that it showed.
+
+    Args:
+        file: the card.
+        pictures: what is to be seen on each, by its path from the card's folder.
+
+    Returns:
+        Whether there is such a card.
+    """
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    if OUR_FACT not in text:
+        return False
+    before, title, rest = text.partition(f"\n{_PICTURES_TITLE}\n")
+    _, next_title, after = rest.partition("\n## ")
+    shown = "\n\n".join(f"![{_alt(alt)}]({path})" for path, alt in pictures.items())
+    text = f"{before.rstrip()}\n{next_title}{after}" if title else text
+    write_file(file, f"{text.rstrip()}\n\n{_PICTURES_TITLE}\n\n{shown}\n".encode())
+    return True
+
+
+def _alt(text: str) -> str:
+    """A line of text in the brackets of a picture."""
+    return re.sub(r"([\\`\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
 def _without_metrics(text: str) -> str:

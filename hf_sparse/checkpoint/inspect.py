@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from hf_sparse.formats import CODINGS, FormatError, decompress, locate, num_byte
 from hf_sparse.patterns import Pattern, Unstructured
 from hf_sparse.structure.layers import TargetLayer, block_layers, by_identity
 from hf_sparse.structure.orientation import oriented
+from hf_sparse.tables import html_table
 from hf_sparse.upstream.transformers.models import tied_names
 
 
@@ -75,6 +76,10 @@ class CheckpointSparsity:
         """A row for each tensor, and the totals."""
         return "\n".join([self.report.table(), *self._in_files()])
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the report, and how it is stored."""
+        return self.report._repr_html_() + html_table((), (), notes=self._in_files())
+
     def _in_files(self) -> list[str]:
         """The lines that tell how it is stored, and what its config promises."""
         formats = Counter(self.formats.values())
@@ -113,7 +118,19 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
             describes. Groups that break the promised pattern are counted in the report.
     """
     check_path(folder, "inspect_checkpoint")
-    folder = Path(folder)
+    return read_checkpoint(Path(folder))
+
+
+def read_checkpoint(
+    folder: Path, look: Callable[[str, Tensor], None] = lambda name, matrix: None
+) -> CheckpointSparsity:
+    """`inspect_checkpoint` that also shows each target on the way.
+
+    Args:
+        folder: a checkpoint folder, dense or compressed.
+        look: is called with the name of each target in the report and its weight
+            `(out_features, in_features)`, one at a time.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
     check_is_checkpoint(folder)
@@ -122,8 +139,9 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
     files = checkpoint_files(folder)
     check_unchanged = watch(files)
     stored = read_headers(files)
-    known = _Known.of(folder, stored, config)
-    counts, formats, sizes, parameters, other_zeros = [], {}, {}, 0, 0
+    known = Known.of(folder, stored, config)
+    counts: list[TensorSparsity] = []
+    formats, sizes, parameters, other_zeros = {}, {}, 0, 0
     bits, weights = {}, {}
     for tensor in stored:
         parts = read_parts(tensor)
@@ -136,7 +154,10 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
             weight = decompress(parts) if tensor.compressed else parts[""]
             if (on_grid := known.on_grid(tensor)) is not None:
                 on_grid.check_stored(parts, weight)
-        counted = _counts(tensor, parts, weight, pattern, known.targets(tensor))
+        counted = []
+        for name, matrix, own in _matrices(tensor, parts, weight, pattern, known.targets(tensor)):
+            counted.append(count_zeros(name, matrix, own))
+            look(name, matrix)
         counts += counted
         if known.is_counted(tensor):
             parameters += weight.numel()
@@ -157,7 +178,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
 
 
 @dataclass(frozen=True)
-class _Known:
+class Known:
     """What the model of a checkpoint tells of its tensors.
 
     Attributes:
@@ -181,7 +202,7 @@ class _Known:
     @classmethod
     def of(
         cls, folder: Path, stored: Sequence[StoredTensor], config: SparsityConfig | None
-    ) -> _Known:
+    ) -> Known:
         """Find the model of a folder, and compare it with what is stored if that is compressed."""
         if config is None:
             return cls._of_dense(folder, stored)
@@ -192,7 +213,7 @@ class _Known:
         return cls(config, promised, targets, uncounted, grids=grids)
 
     @classmethod
-    def _of_dense(cls, folder: Path, stored: Sequence[StoredTensor]) -> _Known:
+    def _of_dense(cls, folder: Path, stored: Sequence[StoredTensor]) -> Known:
         try:
             model = dense_model_in(folder, Size.of(stored))
         except FormatError:  # a model of code that is not here, or none
@@ -246,25 +267,24 @@ def _uncounted(promised: Promised, stored: Sequence[StoredTensor]) -> set[str]:
     return {tensor.name for tensor in stored if promised.local(tensor.name) in buffers | again}
 
 
-def _counts(
+def _matrices(
     tensor: StoredTensor,
     parts: dict[str, Tensor],
     weight: Tensor,
     pattern: Pattern,
     layers: Sequence[TargetLayer] | None,
-) -> list[TensorSparsity]:
-    """The counts of the targets in a tensor: a matrix, or some of a stack; see `_Known.targets`."""
+) -> Iterator[tuple[str, Tensor, Pattern]]:
+    """The targets in a tensor with their patterns: a matrix, or some of a stack."""
     if layers is not None:
-        return [count_zeros(layer.weight_name, layer.part(weight), pattern) for layer in layers]
+        yield from ((layer.weight_name, layer.part(weight), pattern) for layer in layers)
+        return
     if weight.ndim not in (2, 3):
-        return []
+        return
     transposed = tensor.compressed and read_layout(parts).transposed
     if not tensor.compressed:  # nothing tells how its layer orients it
         pattern = Unstructured()
-    matrices = oriented(weight, transposed)
-    if weight.ndim == 2:
-        return [count_zeros(tensor.name, matrices[0], pattern)]
-    return [count_zeros(f"{tensor.name}.{i}", matrix, pattern) for i, matrix in enumerate(matrices)]
+    for index, matrix in enumerate(oriented(weight, transposed)):
+        yield tensor.name if weight.ndim == 2 else f"{tensor.name}.{index}", matrix, pattern
 
 
 def read_sparsity_config(folder: Path) -> SparsityConfig | None:

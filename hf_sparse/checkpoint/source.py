@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -35,6 +36,9 @@ from hf_sparse.provenance.values import (
     is_line,
     line,
 )
+
+# What a model's card takes over from that of the model which it was made from.
+_OF_BASE = ("license", "license_name", "license_link", "language")
 
 
 def remember_source_(model: nn.Module, folder: Path) -> None:
@@ -75,12 +79,37 @@ def described(
             known = known.after(replace(told, pattern=pattern, sparsity=sparsity))
     if base is None:
         base = known.base_model or base_model(model.config)
-    card = {**dict(known.card), **checked_card_data(card_data or {})}
+    card = {
+        **_of_base(model.config),
+        **dict(known.card),
+        **checked_card_data(card_data or {}),
+    }
     if tags:
         card |= checked_card_data(
             {"tags": [*dict.fromkeys([*_texts(card.get("tags", ())), *tags])]}
         )
     return replace(known, base_model=line(base) or None, card=tuple(sorted(card.items())))
+
+
+def _of_base(config: PreTrainedConfig) -> dict[str, str | tuple[str, ...]]:
+    """Licence and language of the model that a config was loaded with, as its card here tells them.
+
+    Nothing is asked of the Hub: a model of it is looked for in the cache.
+    """
+    name = config.name_or_path or ""
+    file: Any = Path(name) / "README.md"
+    if not name or (not Path(name).is_dir() and name.count("/") > 1):
+        return {}
+    if not Path(name).is_dir():
+        file = try_to_load_from_cache(name, "README.md")
+    if not isinstance(file, str | Path) or not Path(file).is_file():
+        return {}
+    try:
+        text = Path(file).read_text(encoding="utf-8", errors="replace")
+        data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+        return checked_card_data({key: data[key] for key in _OF_BASE if data.get(key)})
+    except Exception:  # whatever a file by hand holds
+        return {}
 
 
 def base_model(config: PreTrainedConfig) -> str:

@@ -30,6 +30,7 @@ from hf_sparse.cli.loading import (
 from hf_sparse.cli.printing import print_saved, without
 from hf_sparse.cli.pushing import push
 from hf_sparse.cli.quantizing import quantize
+from hf_sparse.cli.reporting import report
 from hf_sparse.cli.shrinking import shrink
 from hf_sparse.cli.slimming import slim
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY
@@ -327,6 +328,7 @@ COMMANDS = {
     "recover": recover,
     "eval": evaluate,
     "inspect": inspect,
+    "report": report,
     "bench": bench,
     "shrink": shrink,
     "slim": slim,

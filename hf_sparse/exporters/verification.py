@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from hf_sparse.exporters.heads import Case, Head, example, named_outputs
+from hf_sparse.exporters.heads import Case, Example, Head, example, named_outputs
 
 # One sequence, a padded batch, many; for heads with a cache the first call, and later ones.
 CASES = (Case(1, 8), Case(2, 5), Case(3, 17))
@@ -46,21 +47,12 @@ def compare(
     Raises:
         ValueError: the outputs have other names or shapes, or are not finite.
     """
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    for key, setting in (settings or {}).items():
-        options.add_session_config_entry(key, setting)
-    session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    session = _session(file, settings=settings)
     names = [output.name for output in session.get_outputs()]
     worst = Difference(0.0, 0.0, names[0])
     for case in _cases(model, head):
         given = example(model, head, case)
-        feed = {
-            spec.name: _array(given.arrays, spec, case).numpy() for spec in session.get_inputs()
-        }
-        outputs = session.run(None, feed)
+        outputs = session.run(None, _feed(session, given, case))
         wanted = named_outputs(model(**given.inputs))
         if set(wanted) != set(names):
             raise ValueError(
@@ -71,6 +63,36 @@ def compare(
                 worst, _difference(name, torch.from_numpy(array), wanted[name]), key=_relative
             )
     return worst
+
+
+def runner(model: PreTrainedModel, head: Head, file: Path, tokens: int) -> Callable[[], list[Any]]:
+    """A call of a graph in ONNX Runtime, with one sequence and torch's number of threads.
+
+    Args:
+        model: that the graph was exported from.
+        head: of the model.
+        file: the graph.
+        tokens: in the sequence.
+    """
+    session, case = _session(file, torch.get_num_threads()), Case(1, tokens)
+    feed = _feed(session, example(model, head, case), case)
+    return lambda: session.run(None, feed)  # type: ignore[no-any-return]
+
+
+def _session(file: Path, threads: int = 0, *, settings: Mapping[str, str] | None = None) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    for key, setting in (settings or {}).items():
+        options.add_session_config_entry(key, setting)
+    return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def _feed(session: Any, given: Example, case: Case) -> dict[str, Any]:
+    """The inputs of a graph, by their names."""
+    return {spec.name: _array(given.arrays, spec, case).numpy() for spec in session.get_inputs()}
 
 
 def _cases(model: PreTrainedModel, head: Head) -> Sequence[Case]:

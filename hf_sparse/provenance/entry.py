@@ -119,7 +119,10 @@ def _calibration(values: Any, name: str) -> Calibration:
 
 
 def _metric(values: Any, name: str) -> Metric:
-    return _made(Metric, values, {"name": _line, "sparse": _figure, "dense": _figure}, name)
+    figures = dict.fromkeys(("sparse", "dense"), _figure)
+    return _made(
+        Metric, values, {**dict.fromkeys(("name", "dataset", "task"), _line), **figures}, name
+    )
 
 
 def _made(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_sparse.arguments import check_kinds
 from hf_sparse.configuration_sparse import SparsityConfig
+from hf_sparse.tables import html_table
 from hf_sparse.version import __version__
 
 # Bounds of what is told: a longer text is cut, and of more steps the last ones stay.
@@ -38,20 +39,39 @@ class Metric:
             without "|".
         sparse: the sparse model's figure.
         dense: the dense model's figure by the same measurement; None if it was not measured.
+        dataset: the benchmark's name on the Hub, such as "cais/mmlu", if it is one that the Hub shows
+            results of; given together with `task`, what is pushed has the figure for it, too.
+        task: the benchmark's task, as its page on the Hub calls it.
     """
 
     name: str
     sparse: float
     dense: float | None = None
+    dataset: str | None = None
+    task: str | None = None
 
     def __post_init__(self) -> None:
         check_kinds(Metric, vars(self))
+        for key in ("dataset", "task"):
+            value = getattr(self, key)
+            if value is not None and not is_line(value):
+                raise ValueError(f"the metric's {key} is {value[:80]!r}; wanted one line of text.")
+        if (self.dataset is None) != (self.task is None):
+            raise ValueError(
+                f"the metric has dataset {self.dataset!r} and task {self.task!r}; wanted both, as the "
+                "benchmark's page on the Hub tells them, or neither."
+            )
         if "|" in self.name or not is_line(self.name):
             raise ValueError(
                 f"the metric's name is {self.name[:80]!r}; wanted one line without '|', which parts "
                 f"the columns of the card's table, of at most {LONGEST_TEXT} characters. Write a comma "
                 "instead."
             )
+
+    def _repr_html_(self) -> str:
+        """For notebooks: both figures."""
+        dense = "not measured" if self.dense is None else f"{self.dense:.4g}"
+        return html_table(("metric", "dense", "sparse"), [(self.name, dense, f"{self.sparse:.4g}")])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -148,8 +149,8 @@ def test_the_commands_of_the_reference(exported: bool, dense: Path, tmp_path: Pa
     assert {line for line in short if line.startswith("hf-sparse")} <= set(lines)
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("hf-sparse")]
     names = [command[0] for command in commands]
-    tried = ["prune", "prune", "recover", "eval", "inspect", "bench", "bench", "bench", "prune"]
-    tried += ["shrink", "shrink", "slim", "prune", "quantize", "export"]
+    tried = ["prune", "prune", "recover", "eval", "inspect", "report", "bench", "bench", "bench"]
+    tried += ["prune", "shrink", "shrink", "slim", "prune", "quantize", "export"]
     assert names == [*tried, "push", "convert"]
     instead = {
         "MODEL": str(dense),
@@ -165,12 +166,15 @@ def test_the_commands_of_the_reference(exported: bool, dense: Path, tmp_path: Pa
         "RECOVERED": str(tmp_path / "recovered"),
         "text.jsonl": str(tmp_path / "text.txt"),
         "held_out.txt": str(tmp_path / "text.txt"),
+        "report.html": str(tmp_path / "report.html"),
     }
     windows = ["--num-samples", "2", "--window", "32"]
     small = {"prune": windows, "recover": windows, "eval": ["--window", "32"]}
     for command in commands[: len(tried)]:
         if command[0] == "export" and (WHY_NOT or not exported):
             continue  # which takes long
+        if command[0] == "report" and importlib.util.find_spec("matplotlib") is None:
+            continue  # the extra plots is not installed
         arguments = [instead.get(argument, argument) for argument in command]
         fewer = small.get(command[0], windows if "--calibration" in command else [])
         assert main([*arguments, *fewer]) == 0

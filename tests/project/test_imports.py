@@ -16,7 +16,7 @@ PACKAGE = Path(hf_sparse.__file__).parent
 # A module imports from lower floors, which stand first, and from its own room. A room is a folder of
 # the package, or a file that lies in no folder. docs/architecture.md tells what each is for.
 FLOORS = [
-    ["suggestions", "version", "upstream"],
+    ["suggestions", "version", "upstream", "tables"],
     ["arguments"],
     ["patterns", "quantization"],
     ["selection"],
@@ -41,10 +41,10 @@ FLOORS = [
         "timing",
     ],
     ["recover", "slimming", "shrinking"],
-    ["saving"],
+    ["saving", "uploads"],
     ["hub"],
     ["models"],
-    ["compiled_files"],
+    ["compiled_files", "pages"],
     ["cli"],
 ]
 # The rooms of the runtime stand on each other in the same way.

@@ -44,6 +44,7 @@ CALLS: list[tuple[str, str, str, Callable[[Any, Path], Any]]] = [
     ("llvmlite", "runtime", "compile", lambda model, _: hf_sparse.compile(model)),
     ("llvmlite", "runtime", "load_compiled", lambda _, folder: hf_sparse.load_compiled(folder)),
     ("llvmlite", "runtime", "benchmark", lambda model, _: hf_sparse.benchmark(model, repeats=1)),
+    ("matplotlib", "plots", "report", lambda model, _: hf_sparse.report(model)),
     ("llvmlite", "runtime", "allocate", lambda model, _: hf_sparse.allocate(model, 0.5)),
     ("llvmlite", "runtime", "sparsity_for", lambda *_: hf_sparse.sparsity_for(0.5, "row")),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from hf_sparse.runtime.weights.linear import Linear
 from hf_sparse.runtime.weights.memory import aligned
 from hf_sparse.runtime.weights.rates import calibrate
 from hf_sparse.runtime.weights.single_rows import kernel_of
+from hf_sparse.tables import html_table
 
 _REPEATS = 7
 
@@ -84,6 +85,16 @@ class Explanation:
         )
 
     def __str__(self) -> str:
+        caption, head, rows, notes = self._table()
+        return "\n".join([caption, format_table(head, rows), *notes])
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a row for each weight."""
+        caption, head, rows, notes = self._table()
+        return html_table(head, rows, caption, notes)
+
+    def _table(self) -> tuple[str, Sequence[str], list[tuple[str, ...]], list[str]]:
+        """What is above the table, its head, its rows, and what is below."""
         head = ("layer", "shape", "pattern", "kernel", "one token", "zeros", "MB", "predicted us")
         rows = [
             (
@@ -110,10 +121,9 @@ class Explanation:
             f"{sum(layer.predicted for layer in self.layers):.0f}",
             f"{sum(layer.measured for layer in self.layers):.0f}",
         )
-        lines = [
-            f"{self.tokens} tokens, {self.threads} threads, target {self.target}; matrix products only",
-            format_table((*head, "measured us"), [*rows, total]),
-        ]
+        shape = f"{self.tokens} tokens, {self.threads} threads, target {self.target}"
+        caption = f"{shape}; matrix products only"
+        lines = []
         if self.reason is not None:
             lines.append(
                 f"The blocks are not compiled as a whole, only these layers: {self.reason}."
@@ -122,7 +132,7 @@ class Explanation:
             listed = ", ".join(self.torch_layers[:6])
             more = len(self.torch_layers) - 6
             lines.append(f"torch computes {listed}{f' and {more} more' if more > 0 else ''}.")
-        return "\n".join(lines)
+        return caption, (*head, "measured us"), [*rows, total], lines
 
 
 def explain_layers(

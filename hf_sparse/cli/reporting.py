@@ -1,0 +1,34 @@
+"""The command `report`: models on an HTML page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import hf_sparse
+
+
+def report(options: argparse.Namespace) -> int:
+    """Write a page about models, and their pictures."""
+    made = hf_sparse.report(
+        options.models,
+        options.html,
+        figures=options.figures,
+        base=options.base,
+        matrix=options.matrix,
+        latency=options.latency,
+        tokens=options.tokens,
+        repeats=options.repeats,
+    )
+    size = len(made.html.encode())
+    if options.json:
+        pictures = {picture.name: picture.title for picture in made.pictures}
+        written = {"html": options.html, "bytes": size, "figures": options.figures}
+        print(json.dumps({**written, "models": made.titles, "pictures": pictures}, indent=2))
+    else:
+        print(
+            f"{options.html}: {len(made.titles)} models, {size / 1e6:.2f} MB; open it in a browser"
+        )
+        if options.figures:
+            print(f"{len(made.pictures)} pictures in {options.figures}, as SVG and as PNG")
+    return 0
