@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
+from transformers.utils.logging import tqdm
 
 from hf_sparse.arguments import check_path
 from hf_sparse.checkpoint.bounds import Size
@@ -110,7 +111,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
     stored = read_headers(files)
     known = _Known.of(folder, stored, config)
     counts, formats, sizes, parameters, other_zeros = [], {}, {}, 0, 0
-    for tensor in stored:
+    for tensor in tqdm(stored, desc="Reading"):
         parts = read_parts(tensor)
         if tensor.compressed and config is None:
             raise FormatError(
