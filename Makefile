@@ -80,11 +80,13 @@ sst2: $(VENV)/demo $(VENV)/dev
 # Builds the documentation site in site/, without the network once the packages are there. A broken link
 # or anchor is an error. `make docs-serve` shows it, and builds again what is edited.
 docs: $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(MKDOCS) build --strict
 	@echo "site/index.html"
 
+MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+
 docs-serve: $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+	$(MKDOCS) serve
 
 clean:
 	rm -rf $(VENV) site .optimum .newest .oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import hf_sparse
+from hf_sparse_cli import main
 from hf_sparse_cli.parser import make_parser
 from tests.support import documents
 from tests.support.documents import PROGRAMS, Block, blocks
@@ -62,6 +63,22 @@ def test_a_block_runs(block: Block, place: Path) -> None:
     beside = documents.BESIDE.get(str(block), dict)
     names = {**documents.given(), **beside()}
     exec(compile(block.code, str(block), "exec"), names)
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_in_a_shell(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = [block.code for block in blocks("bash") if block.page == "quickstart"]
+    lines = [line for line in "".join(code).splitlines() if line.startswith("hf-sparse")]
+    small = {
+        "prune": "--num-samples 4 --window 32",
+        "eval": "--max-windows 4 --window 32",
+        "inspect": "",
+        "bench": "--tokens 8 --repeats 1",
+    }
+    assert [line.split()[1] for line in lines] == list(small)
+    for line, flags in zip(lines, small.values(), strict=True):
+        assert main([*shlex.split(line)[1:], *flags.split()]) == 0, capsys.readouterr().err
+    assert "saved to smollm2-sparse" in capsys.readouterr().out
 
 
 def command_lines() -> list[str]:

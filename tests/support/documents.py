@@ -86,11 +86,12 @@ def given() -> dict[str, Any]:
     config = hf_sparse.SparsityConfig("2:4")
     report = hf_sparse.prune_(model, config, "magnitude")
     batches = tiny_batches("llama")
+    loader = [{**batch, "labels": batch["input_ids"]} for batch in batches]
     rows = [row for batch in batches for row in batch["input_ids"]]
     return {
         **dict.fromkeys(("dense", "dense_model", "whole"), dense),
         **{"model": model, "sparse_base": model, "config": config, "report": report},
-        **{"batches": batches, "loader": batches, "inputs": batches[0]},
+        **{"batches": batches, "loader": loader, "inputs": batches[0]},
         "tokenizer": tiny_tokenizer(),
         "texts": prose()[:12_000].split("\n\n"),
         "dataset": [{"input_ids": row, "labels": row} for row in rows],
@@ -121,16 +122,14 @@ def classifier_given() -> dict[str, Any]:
     }
 
 
-def mixture_given() -> dict[str, Any]:
-    """A mixture of experts."""
-    return {"model": tiny_mixture("mixtral")}
-
-
+_OPTIMIZING = ("SparseAdamW", "sparse_param_groups")
 # What a block needs beside, or instead: by its name.
 BESIDE: dict[str, Callable[[], dict[str, Any]]] = {
     **dict.fromkeys(("reference-4", "structured-1"), classifier_given),
     "nn-pruning-1": lambda: {"model": tiny_model("llama", num_hidden_layers=2)},
-    "structured-5": mixture_given,
+    "structured-5": lambda: {"model": tiny_mixture("mixtral")},
+    "structured-6": lambda: {"model": transformers.AutoModelForCausalLM.from_pretrained(CAUSAL)},
+    "training-3": lambda: {name: getattr(hf_sparse, name) for name in _OPTIMIZING},
 }
 
 
