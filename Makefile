@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 INSTALL := $(PIP) install -q -c constraints.txt
 
-.PHONY: demo docs test test-slow test-optimum test-newest test-oldest test-other-cpu test-arm quality style \
+.PHONY: demo docs docs-serve test test-slow test-optimum test-newest test-oldest test-other-cpu test-arm quality style \
 	bench bench-pruning bench-peers sst2 clean
 
 demo: $(VENV)/demo

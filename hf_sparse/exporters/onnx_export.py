@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
 
 from hf_sparse.arguments import check_kinds, check_path, check_saves
 from hf_sparse.calibration.modes import switched
@@ -156,8 +157,10 @@ def export_onnx(
     _check_tolerance(tolerance)
     provenance = described(model, report, base_model)
     plain = switched(model, training=False, **_PLAIN)
-    with plain, replacing(folder, written_files(folder).__contains__) as fresh:
+    stages = tqdm(total=3, desc="Exporting")  # tracing, packing and writing, comparing
+    with plain, stages, replacing(folder, written_files(folder).__contains__) as fresh:
         exported = trace(model, head, quantize, batches)
+        stages.update()
         packing = pack_(exported.components["model"].program) if pack else Packing()
         _describe_(exported, model, head)
         if head.caches and (untold := _set_key_heads_(exported.config, model)):
@@ -165,7 +168,9 @@ def export_onnx(
         exported.save_pretrained(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
+        stages.update()
         difference = compare(model, head, fresh / GRAPH_NAME)
+        stages.update()
         if tolerance is None and quantize is None:
             tolerance = TOLERANCES[model.dtype]
         _check_difference(difference, tolerance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterator
@@ -137,7 +138,10 @@ def shortened(call: Callable[..., Any], **most: int) -> Callable[..., Any]:
     """A call whose arguments of these names are never more than that, for models with few positions."""
 
     def short(*values: Any, **named: Any) -> Any:
-        limits = {name: min(named.get(name, limit), limit) for name, limit in most.items()}
-        return call(*values, **{**named, **limits})
+        bound = inspect.signature(call).bind(*values, **named)
+        bound.apply_defaults()
+        for name, limit in most.items():
+            bound.arguments[name] = min(bound.arguments[name] or limit, limit)
+        return call(*bound.args, **bound.kwargs)
 
     return short
