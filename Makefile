@@ -39,6 +39,7 @@ test-other-cpu: $(VENV)/dev
 test-arm: $(VENV)/dev
 	@command -v qemu-aarch64 > /dev/null && command -v aarch64-linux-gnu-gcc > /dev/null || $(MAKE) arm-tools
 	$(BIN)/python -m pytest --arm $(ARM_TESTS)
+	$(BIN)/python -m pytest --arm --arm-extras tests/runtime/kernels/test_codes.py
 
 ARM_TESTS := tests/runtime/kernels tests/runtime/programs tests/runtime/model/test_compile.py
 

@@ -16,27 +16,22 @@ body over the calibration windows, batch 1, in the same process, taken on 8 of t
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cells import Keyed, add_flags, answer, append, measured, missing, read
+
 if __name__ == "__main__":  # help and wrong usage need no slow import
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", type=Path, help="folder with WikiText-2 and C4 texts")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/llm_pruning.jsonl"))
-    parser.add_argument("--table", action="store_true", help="print what is there and stop")
-    parser.add_argument("--only", nargs="+", metavar="CELL", help='such as "SmolLM2 wanda 2:4"')
+    add_flags(parser, "SmolLM2 wanda 2:4", "benchmarks/results/llm_pruning.jsonl")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once")
-    parser.add_argument("--max-windows", type=int, default=32, help="windows of each text")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
     parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
 
@@ -62,7 +57,7 @@ SPARSITIES = ("50 %", "60 %", "70 %", "80 %", "2:4", "4:8")
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(Keyed):
     """One line of the table."""
 
     model: str
@@ -80,11 +75,6 @@ class Cell:
     def name(self) -> str:
         """What `--only` takes."""
         return f"{self.model} {self.recipe} {self.zeros}"
-
-    @property
-    def key(self) -> str:
-        """What identifies the cell in the results."""
-        return json.dumps(asdict(self), sort_keys=True)
 
     @property
     def config(self) -> SparsityConfig:
@@ -133,10 +123,7 @@ def cells() -> Iterator[Cell]:
 def main(options: argparse.Namespace) -> None:
     """Fill the table, print it, or with --cell measure one line in this process."""
     disable_progress_bar()
-    if options.cell:
-        cell = Cell(**json.loads(options.cell))
-        row = {"cell": asdict(cell), "machine": machine(options.device), **measure(cell, options)}
-        print(json.dumps(row))
+    if answer(Cell, options, machine(options.device), measure):
         return
     if not options.table:
         fill(options)
@@ -145,35 +132,27 @@ def main(options: argparse.Namespace) -> None:
 
 def fill(options: argparse.Namespace) -> None:
     """Measure the cells that are missing."""
-    done = {Cell(**row["cell"]).key for row in read(options.out)}
-    todo = [cell for cell in cells() if cell.key not in done]
-    if options.only:
-        wanted = {cell.name: cell for cell in todo}
-        todo = [wanted[name] for name in options.only if name in wanted]
+    todo = missing(Cell, cells(), options)
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.jobs) as pool:
         dense_smollm2(Path(temporary) / "SmolLM2")
         dense_minilm(Path(temporary) / "MiniLM")
 
-        def run(cell: Cell) -> tuple[Cell, subprocess.CompletedProcess[str]]:
-            arguments = ["--cell", cell.key, "--models", temporary]
-            command = [sys.executable, __file__, *sys.argv[1:], *arguments]
-            return cell, subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        def run(cell: Cell) -> tuple[Cell, dict[str, Any] | None]:
+            try:
+                return cell, measured(cell, "--models", temporary)
+            except SystemExit as failure:  # the others go on
+                print(failure, file=sys.stderr)
+                return cell, None
 
         failed = []
-        for number, (cell, done_cell) in enumerate(pool.map(run, todo), 1):
+        for number, (cell, row) in enumerate(pool.map(run, todo), 1):
             print(f"{number} of {len(todo)}: {cell.name}", flush=True)
-            if done_cell.returncode:
+            if row is None:
                 failed.append(cell.name)
-                continue
-            with options.out.open("a") as file:
-                file.write(done_cell.stdout.splitlines()[-1] + "\n")
+            else:
+                append(options.out, row)
     if failed:
         raise SystemExit(f"failed, see above: {', '.join(failed)}")
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    """The lines of the results."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 @torch.no_grad()

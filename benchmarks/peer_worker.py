@@ -107,14 +107,9 @@ def tensorflow_model(_):
 
     tensorflow.config.threading.set_intra_op_parallelism_threads(THREADS)
     tensorflow.config.threading.set_inter_op_parallelism_threads(1)
+    blocks = {"num_layers": 12, "num_heads": 12, "hidden_dim": 768, "intermediate_dim": 3072}
     model = keras_hub.models.BertBackbone(
-        vocabulary_size=30522,
-        num_layers=12,
-        num_heads=12,
-        hidden_dim=768,
-        intermediate_dim=3072,
-        max_sequence_length=512,
-        dropout=0.0,
+        vocabulary_size=30522, max_sequence_length=512, dropout=0.0, **blocks
     )
     run = tensorflow.function(lambda feed: model(feed, training=False))
 

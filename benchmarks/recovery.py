@@ -19,30 +19,24 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cells import Keyed, add_flags, answer, append, measured, missing, read
+
 if __name__ == "__main__":  # help and wrong usage need no slow import
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", type=Path, help="folder with WikiText-2 and C4 texts")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recovery.jsonl"))
+    add_flags(parser, "2:4 lora", "benchmarks/results/recovery.jsonl")
     parser.add_argument("--work", type=Path, default=Path("bench_output/recovery"))
-    parser.add_argument("--table", action="store_true", help="print what is there and stop")
     parser.add_argument("--cost", action="store_true", help="of a step; nothing else is done")
-    parser.add_argument("--only", nargs="+", metavar="CELL", help='such as "2:4 lora"')
     parser.add_argument("--tokens", type=int, default=400_000, help="to train on")
     parser.add_argument("--accumulate", type=int, default=2, help="windows in a step")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5, help="steps to time of each kind")
-    parser.add_argument("--max-windows", type=int, default=32, help="windows of each text")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
 
 import torch
@@ -69,7 +63,7 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(Keyed):
     """One line of the table."""
 
     zeros: str
@@ -85,11 +79,6 @@ class Cell:
         parts.append(self.dtype if self.dtype != "float32" else "")
         parts.append(f"lr={self.lr}" if self.lr else "")
         return " ".join(filter(None, parts))
-
-    @property
-    def key(self) -> str:
-        """What identifies the cell in the results."""
-        return json.dumps(asdict(self), sort_keys=True)
 
     @property
     def config(self) -> SparsityConfig:
@@ -118,9 +107,7 @@ def main(options: argparse.Namespace) -> None:
     """Fill the table, print it, or with --cell measure one line in this process."""
     disable_progress_bar()
     torch.set_num_threads(options.threads)
-    if options.cell:
-        cell = Cell(**json.loads(options.cell))
-        print(json.dumps({"cell": asdict(cell), "machine": machine(), **measure(cell, options)}))
+    if answer(Cell, options, machine(), measure):
         return
     if options.cost:
         print(f"{machine()}\n")
@@ -134,22 +121,11 @@ def main(options: argparse.Namespace) -> None:
 
 def fill(options: argparse.Namespace) -> None:
     """Measure the cells that are missing."""
-    done = {Cell(**row["cell"]).key for row in read(options.out)}
-    known = list(cells())
-    if options.only:
-        for name in set(options.only) - {cell.name for cell in known}:
-            raise SystemExit(f"no cell {name!r}; there are: {', '.join(c.name for c in known)}")
-        known = [cell for cell in known if cell.name in options.only]
-    todo = [cell for cell in known if cell.key not in done]
+    todo = missing(Cell, cells(), options)
     prepare(options, todo)
     for number, cell in enumerate(todo, 1):
         print(f"{number} of {len(todo)}: {cell.name}", flush=True)
-        command = [sys.executable, __file__, *sys.argv[1:], "--cell", cell.key]
-        found = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if found.returncode:
-            raise SystemExit(f"failed, see above: {cell.name}")
-        with options.out.open("a") as file:
-            file.write(found.stdout.splitlines()[-1] + "\n")
+        append(options.out, measured(cell))
 
 
 def prepare(options: argparse.Namespace, todo: list[Cell]) -> None:
@@ -160,11 +136,6 @@ def prepare(options: argparse.Namespace, todo: list[Cell]) -> None:
     for cell in todo:
         if cell.zeros != "0 %" and not pruned_folder(cell, options).exists():
             prune(cell, options)
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    """The lines of the results."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def pruned_folder(cell: Cell, options: argparse.Namespace) -> Path:

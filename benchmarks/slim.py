@@ -10,10 +10,12 @@
 blocks as depth alone; "slim" is the best of all. Baselines, from the papers' formulas:
 
 ShortGPT (https://arxiv.org/abs/2403.03853): the blocks of least influence 1 - E[cos(x_i, x_{i+1})] go,
-as many as depth takes. 2SSP (https://arxiv.org/abs/2501.17771): of B blocks
+as many as depth takes. 2SSP (https://arxiv.org/abs/2501.17771, equation 5, which the authors' code,
+github.com/FabrizioSandri/2SSP at 88ab660, writes the same): of B blocks
 round(B * sparsity^((|FFN| / |attention|) / 1.5)) lose their attention, one after another, without which
 the perplexity of one sample is lowest; before that the neurons of least mean L2 norm over each
-sample's tokens go, as many in each block as the rest of the weights asks for. No config of transformers
+sample's tokens go, as many in each block as the rest of the weights asks for. Theirs are samples of
+2,048 tokens; all rows here look at the same, shorter ones. No config of transformers
 tells a block without attention: 2SSP's models are made anew in memory.
 
 Then each is trained on 131,072 tokens with the whole model as teacher. Results go into a file of JSON
@@ -27,28 +29,23 @@ import argparse
 import copy
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cells import Keyed, add_flags, answer, append, chosen, measured, read
+
 if __name__ == "__main__":  # help and wrong usage need no slow import
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", type=Path, help="folder with WikiText-2 and C4 texts")
-    parser.add_argument("--out", type=Path, default=Path("bench_output/slim.jsonl"))
+    add_flags(parser, "slim 0.25 healed", "bench_output/slim.jsonl")
     parser.add_argument("--work", type=Path, default=Path("bench_output/slim"))
-    parser.add_argument("--table", action="store_true", help="print what is there and stop")
     parser.add_argument("--latency", action="store_true", help="times; nothing else is done")
-    parser.add_argument("--only", nargs="+", metavar="CELL", help='such as "slim 0.25 healed"')
     parser.add_argument("--tokens", type=int, default=131_072, help="to train on")
     parser.add_argument("--calibration", type=int, default=8, help="windows that are looked at")
-    parser.add_argument("--max-windows", type=int, default=32, help="windows of each text")
     parser.add_argument("--repeats", type=int, default=20, help="calls that are timed")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
 
 import torch
@@ -71,7 +68,7 @@ ALPHA = 1.5
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(Keyed):
     """One line of the table."""
 
     method: str
@@ -82,11 +79,6 @@ class Cell:
     def name(self) -> str:
         """What `--only` takes."""
         return " ".join(filter(None, [self.method, f"{self.share:g}", "healed" * self.healed]))
-
-    @property
-    def key(self) -> str:
-        """What identifies the cell in the results."""
-        return json.dumps(asdict(self), sort_keys=True)
 
 
 def cells() -> Iterator[Cell]:
@@ -102,9 +94,7 @@ def main(options: argparse.Namespace) -> None:
     """Fill the table, print it, or with --cell measure one line in this process."""
     disable_progress_bar()
     torch.set_num_threads(options.threads)
-    if options.cell:
-        cell = Cell(**json.loads(options.cell))
-        print(json.dumps({"cell": asdict(cell), "machine": machine(), **measure(cell, options)}))
+    if answer(Cell, options, machine(), measure):
         return
     if options.latency:
         print_latency(options)
@@ -116,11 +106,7 @@ def main(options: argparse.Namespace) -> None:
 
 def fill(options: argparse.Namespace) -> None:
     """Measure the cells that are missing; what another cell has measured of the same model is taken."""
-    known = list(cells())
-    if options.only:
-        for name in set(options.only) - {cell.name for cell in known}:
-            raise SystemExit(f"no cell {name!r}; there are: {', '.join(c.name for c in known)}")
-        known = [cell for cell in known if cell.name in options.only]
+    known = chosen(cells(), options.only)
     options.work.mkdir(parents=True, exist_ok=True)
     if not (options.work / "dense" / "config.json").exists():
         dense_smollm2(options.work / "dense")
@@ -133,14 +119,8 @@ def fill(options: argparse.Namespace) -> None:
             make_ours(cell.share, options)
         same = next((row for row in rows if is_same(cell, row, options)), None)
         if same is None:
-            command = [sys.executable, __file__, *sys.argv[1:], "--cell", cell.key]
-            found = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-            if found.returncode:
-                raise SystemExit(f"failed, see above: {cell.name}")
-            same = json.loads(found.stdout.splitlines()[-1])
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a") as file:
-            file.write(json.dumps({**same, "cell": asdict(cell)}) + "\n")
+            same = measured(cell)
+        append(options.out, {**same, "cell": asdict(cell)})
 
 
 def is_same(cell: Cell, row: dict[str, Any], options: argparse.Namespace) -> bool:
@@ -149,11 +129,6 @@ def is_same(cell: Cell, row: dict[str, Any], options: argparse.Namespace) -> boo
     if cell.method not in OURS or other.method not in OURS or other.healed != cell.healed:
         return False
     return folder_of(cell, options) == folder_of(other, options)
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    """The lines of the results."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def dense(options: argparse.Namespace) -> Any:

@@ -1,4 +1,5 @@
-"""What weights of two bytes give each kernel: its time against float32's, on one thread.
+"""What weights of two bytes, and codes of few bits, give each kernel: its time against float32's, on
+one thread.
 
     python benchmarks/weight_types.py            this CPU's best target
     python benchmarks/weight_types.py --target avx2
@@ -27,10 +28,13 @@ from hf_sparse.report import format_table
 from hf_sparse.runtime.kernels import spmm
 from hf_sparse.runtime.kernels.all import kernels
 from hf_sparse.runtime.kernels.call import Operation, run
+from hf_sparse.runtime.kernels.code_formats import FORMATS
 from hf_sparse.runtime.kernels.single_token import DENSE_ROWS, GROUP, SPARSE_ROWS
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WEIGHT_TYPES, WeightType
 from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE
 from hf_sparse.runtime.llvm.target import Target, named
+from hf_sparse.runtime.weights.code_part import CodePart
+from hf_sparse.runtime.weights.codes import on, pack_codes
 from hf_sparse.runtime.weights.dense_weight import DenseWeight
 from hf_sparse.runtime.weights.memory import Shelf, aligned
 from hf_sparse.runtime.weights.panels import pack
@@ -120,6 +124,42 @@ def compare(kind: str, sparsity: float, target: Target) -> list[tuple[str, ...]]
     ]
 
 
+def unpacked(target: Target) -> list[tuple[str, ...]]:
+    """A row for each format of codes that a tile is multiplied with, beside the dense kernel."""
+    random = np.random.default_rng(0)
+    x, y = (aligned(size, target.widths[0]).fill_(1.0) for size in (COLUMNS, ROWS))
+    ends = {"x": x.data_ptr(), "y": y.data_ptr(), "bias": 0}
+    code, shelf = kernels(target, DEFAULT_CACHE, codes=True), Shelf()
+    ready: dict[str, list[Any]] = {
+        "float32": [
+            DenseWeight(
+                torch.from_numpy(shelf.place(np.ones((ROWS, COLUMNS), np.float32))), 0, COLUMNS
+            )
+            for _ in range(COPIES)
+        ]
+    }
+    for form in (one for one in FORMATS if one.group == (64 if one.bits == 8 else 32)):
+        codes = random.integers(-7, 8, (ROWS, COLUMNS)).astype(np.int8)
+        windows = random.random((ROWS, COLUMNS // form.window, form.window)).argsort(axis=-1)
+        gone = random.random(codes.shape) < 0.5 if form.is_masked else windows >= form.kept
+        codes[gone.reshape(codes.shape)] = 0
+        scales = np.ones((ROWS, COLUMNS // form.group), np.float32)
+        packed = pack_codes(codes, scales, form.group, form)
+        ready[form.name] = [CodePart(on(packed, shelf), 0, COLUMNS) for _ in range(COPIES)]
+    times: dict[str, list[float]] = {name: [] for name in ready}
+    for turn in range(REPEATS):
+        for name, copies in ready.items():
+            operation = copies[turn % COPIES].operation(0, 4, **ends, start=spmm.START_SUM)
+            start = time.perf_counter()
+            run(code, operation)
+            times[name].append(time.perf_counter() - start)
+    wide = min(times["float32"])
+    return [
+        ("tile, unpacked", "", name, f"{min(found) * 1e6:.0f}", f"{wide / min(found):.2f}")
+        for name, found in times.items()
+    ]
+
+
 def main(args: argparse.Namespace) -> None:
     """Measure and print."""
     target = named(args.target)
@@ -131,6 +171,7 @@ def main(args: argparse.Namespace) -> None:
     rows = [
         row for kind, levels in cases for level in levels for row in compare(kind, level, target)
     ]
+    rows += unpacked(target)
     print(format_table((f"{ROWS} x {COLUMNS}", "zeros", "weights", "us", "float32 / it"), rows))
 
 

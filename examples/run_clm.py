@@ -16,23 +16,12 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from sparsity import (
-    DataArguments,
-    Task,
-    WrongArgumentError,
-    compare,
-    few,
-    load,
-    load_splits,
-    load_tokenizer,
-    parse,
-    run,
-)
+import sparsity
 from transformers import AutoModelForCausalLM, Trainer, default_data_collator
 
 
 @dataclass
-class TextArguments(DataArguments):
+class TextArguments(sparsity.DataArguments):
     """And how they are cut."""
 
     block_size: int = field(default=512, metadata={"help": "Tokens of a window."})
@@ -40,13 +29,15 @@ class TextArguments(DataArguments):
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Train, save and compare; returns the scores."""
-    sparsity, data, training = parse(TextArguments, argv)
-    raw = load_splits(data)
+    arguments, data, training = sparsity.parse(TextArguments, argv)
+    raw = sparsity.load_splits(data)
     if "text" not in raw["train"].column_names:
-        raise WrongArgumentError(f"columns are {raw['train'].column_names}; wanted `text`.")
+        raise sparsity.WrongArgumentError(
+            f"columns are {raw['train'].column_names}; wanted `text`."
+        )
     if data.block_size < 2:
-        raise WrongArgumentError(f"--block_size is {data.block_size}; wanted 2 or more.")
-    tokenizer = load_tokenizer(sparsity.model_name_or_path)
+        raise sparsity.WrongArgumentError(f"--block_size is {data.block_size}; wanted 2 or more.")
+    tokenizer = sparsity.load_tokenizer(arguments.model_name_or_path)
 
     def windows(rows: dict[str, list]) -> dict[str, list]:
         end = [tokenizer.eos_token_id]
@@ -60,10 +51,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     for name in ("train", "validation"):
         cut = raw[name].map(windows, batched=True, remove_columns=raw[name].column_names)
         if not len(cut):
-            raise WrongArgumentError(
+            raise sparsity.WrongArgumentError(
                 f"{name} has fewer than {data.block_size} tokens: lower --block_size, or give more."
             )
-        splits[name] = few(cut, sparsity.smoke)
+        splits[name] = sparsity.few(cut, arguments.smoke)
 
     def make_trainer(model: Any, **arguments: Any) -> Trainer:
         return Trainer(
@@ -78,15 +69,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         loss = trainer.evaluate()["eval_loss"]
         return {"perplexity": math.exp(loss) if loss < 700 else math.inf}
 
-    task = Task(
-        AutoModelForCausalLM,
-        lambda path: load(AutoModelForCausalLM, path),
-        make_trainer,
-        evaluate,
-        tokenizer,
-    )
-    return compare(sparsity, training, task)
+    task = sparsity.Task(AutoModelForCausalLM, make_trainer, evaluate, tokenizer)
+    return sparsity.compare(arguments, training, task)
 
 
 if __name__ == "__main__":
-    run(main)
+    sparsity.run(main)

@@ -16,18 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from sparsity import (
-    DataArguments,
-    Task,
-    WrongArgumentError,
-    compare,
-    few,
-    load,
-    load_splits,
-    load_tokenizer,
-    parse,
-    run,
-)
+import sparsity
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer
 
 try:
@@ -48,7 +37,7 @@ TEXTS = [
 
 
 @dataclass
-class TextArguments(DataArguments):
+class TextArguments(sparsity.DataArguments):
     """And how they are cut."""
 
     max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut."})
@@ -61,7 +50,7 @@ def count_labels(raw: Any) -> int:
         return 1
     if len(found) > 1 and found == set(range(len(found))) and bool not in map(type, found):
         return len(found)
-    raise WrongArgumentError(
+    raise sparsity.WrongArgumentError(
         f"labels are {sorted(map(str, found))[:10]}; wanted the classes 0, 1, ... (two or more, whole "
         "numbers), or numbers with a fraction to regress, and none missing."
     )
@@ -69,18 +58,18 @@ def count_labels(raw: Any) -> int:
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Train, save and compare; returns the scores."""
-    sparsity, data, training = parse(TextArguments, argv)
-    raw = load_splits(data)
+    arguments, data, training = sparsity.parse(TextArguments, argv)
+    raw = sparsity.load_splits(data)
     columns = raw["train"].column_names
     texts = next((names for names in TEXTS if set(names) <= set(columns)), None)
     if "label" not in columns or texts is None:
         known = "; ".join(" and ".join(names) for names in TEXTS)
-        raise WrongArgumentError(
+        raise sparsity.WrongArgumentError(
             f"columns are {columns}; wanted `label`, and one of these: {known}."
         )
     labels = count_labels(raw)
     regression = labels == 1
-    tokenizer = load_tokenizer(sparsity.model_name_or_path)
+    tokenizer = sparsity.load_tokenizer(arguments.model_name_or_path)
 
     def tokenize(rows: dict[str, list]) -> dict[str, Any]:
         found = tokenizer(
@@ -90,7 +79,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
 
     names = raw["train"].column_names
     splits = {
-        name: few(raw[name], sparsity.smoke).map(tokenize, batched=True, remove_columns=names)
+        name: sparsity.few(raw[name], arguments.smoke).map(
+            tokenize, batched=True, remove_columns=names
+        )
         for name in ("train", "validation")
     }
 
@@ -120,15 +111,15 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         chosen = ("pearson", "spearman") if regression else ("accuracy", "matthews")
         return {name: float(found[f"eval_{name}"]) for name in chosen}
 
-    task = Task(
+    task = sparsity.Task(
         AutoModelForSequenceClassification,
-        lambda path: load(AutoModelForSequenceClassification, path, num_labels=labels),
         make_trainer,
         evaluate,
         tokenizer,
+        {"num_labels": labels},
     )
-    return compare(sparsity, training, task)
+    return sparsity.compare(arguments, training, task)
 
 
 if __name__ == "__main__":
-    run(main)
+    sparsity.run(main)

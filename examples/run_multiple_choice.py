@@ -15,23 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from sparsity import (
-    DataArguments,
-    Task,
-    WrongArgumentError,
-    compare,
-    few,
-    load,
-    load_splits,
-    load_tokenizer,
-    parse,
-    run,
-)
+import sparsity
 from transformers import AutoModelForMultipleChoice, DataCollatorForMultipleChoice, Trainer
 
 
 @dataclass
-class QuestionArguments(DataArguments):
+class QuestionArguments(sparsity.DataArguments):
     """And how they are cut."""
 
     max_seq_length: int = field(default=512, metadata={"help": "Longer articles are cut."})
@@ -39,10 +28,10 @@ class QuestionArguments(DataArguments):
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Train, save and compare; returns the scores."""
-    sparsity, data, training = parse(QuestionArguments, argv)
-    raw = load_splits(data)
+    arguments, data, training = sparsity.parse(QuestionArguments, argv)
+    raw = sparsity.load_splits(data)
     if missing := {"article", "question", "options", "answer"} - set(raw["train"].column_names):
-        raise WrongArgumentError(
+        raise sparsity.WrongArgumentError(
             f"columns {sorted(missing)} are missing; wanted the layout of RACE."
         )
     counts = {
@@ -51,11 +40,11 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     letters = {chr(ord("A") + number) for number in range(min(counts, default=0))}
     answers = {answer for split in ("train", "validation") for answer in raw[split]["answer"]}
     if len(counts) != 1 or not answers <= letters:
-        raise WrongArgumentError(
+        raise sparsity.WrongArgumentError(
             f"questions have {sorted(counts)} options, answers are {sorted(map(str, answers))[:9]}; "
             "wanted the same number of options everywhere, and letters from A on."
         )
-    tokenizer = load_tokenizer(sparsity.model_name_or_path)
+    tokenizer = sparsity.load_tokenizer(arguments.model_name_or_path)
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
         question, options = row["question"], row["options"]
@@ -72,7 +61,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         return {**found, "label": ord(row["answer"]) - ord("A")}
 
     splits = {
-        name: few(raw[name], sparsity.smoke).map(tokenize, remove_columns=raw[name].column_names)
+        name: sparsity.few(raw[name], arguments.smoke).map(
+            tokenize, remove_columns=raw[name].column_names
+        )
         for name in ("train", "validation")
     }
 
@@ -88,15 +79,12 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             **{"args": training, **arguments},
         )
 
-    task = Task(
-        AutoModelForMultipleChoice,
-        lambda path: load(AutoModelForMultipleChoice, path),
-        make_trainer,
-        lambda trainer: {"accuracy": float(trainer.evaluate()["eval_accuracy"])},
-        tokenizer,
-    )
-    return compare(sparsity, training, task)
+    def evaluate(trainer: Trainer) -> dict[str, float]:
+        return {"accuracy": float(trainer.evaluate()["eval_accuracy"])}
+
+    task = sparsity.Task(AutoModelForMultipleChoice, make_trainer, evaluate, tokenizer)
+    return sparsity.compare(arguments, training, task)
 
 
 if __name__ == "__main__":
-    run(main)
+    sparsity.run(main)

@@ -20,18 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sparsity import (
-    DataArguments,
-    Task,
-    WrongArgumentError,
-    compare,
-    few,
-    load,
-    load_splits,
-    load_tokenizer,
-    parse,
-    run,
-)
+import sparsity
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, Trainer
 
 try:
@@ -44,7 +33,7 @@ LONGEST_ANSWER = 30  # tokens
 
 
 @dataclass
-class QuestionArguments(DataArguments):
+class QuestionArguments(sparsity.DataArguments):
     """And how they are cut."""
 
     max_seq_length: int = field(default=384, metadata={"help": "Tokens of a window."})
@@ -167,19 +156,22 @@ def _f1(words: list[str], reference: list[str]) -> float:
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Train, save and compare; returns the scores."""
-    sparsity, data, training = parse(QuestionArguments, argv)
+    arguments, data, training = sparsity.parse(QuestionArguments, argv)
     if not 0 <= data.doc_stride <= data.max_seq_length // 2:
-        raise WrongArgumentError(
+        raise sparsity.WrongArgumentError(
             f"--doc_stride is {data.doc_stride}; wanted at most half of --max_seq_length, "
             f"{data.max_seq_length // 2}."
         )
-    raw = load_splits(data, read_squad)
-    tokenizer = load_tokenizer(sparsity.model_name_or_path)
+    raw = sparsity.load_splits(data, read_squad)
+    tokenizer = sparsity.load_tokenizer(arguments.model_name_or_path)
     if not tokenizer.is_fast:
-        raise WrongArgumentError(
+        raise sparsity.WrongArgumentError(
             "the tokenizer is a slow one, without offsets; wanted a fast tokenizer."
         )
-    train, validation = few(raw["train"], sparsity.smoke), few(raw["validation"], sparsity.smoke)
+    train, validation = (
+        sparsity.few(raw["train"], arguments.smoke),
+        sparsity.few(raw["validation"], arguments.smoke),
+    )
     features = train.map(
         training_windows,
         batched=True,
@@ -199,15 +191,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         found = best_answers(list(validation), questions, starts, ends)
         return squad_scores(found, [row["text"] for row in validation["answers"]])
 
-    task = Task(
-        AutoModelForQuestionAnswering,
-        lambda path: load(AutoModelForQuestionAnswering, path),
-        make_trainer,
-        evaluate,
-        tokenizer,
-    )
-    return compare(sparsity, training, task)
+    task = sparsity.Task(AutoModelForQuestionAnswering, make_trainer, evaluate, tokenizer)
+    return sparsity.compare(arguments, training, task)
 
 
 if __name__ == "__main__":
-    run(main)
+    sparsity.run(main)

@@ -9,21 +9,18 @@ asks for a time instead of a number of weights.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+import language_models
 
 if __name__ == "__main__":  # help and wrong usage need no slow import
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", help="folder or Hub name of the whole model")
     parser.add_argument("output", help="folder for the smaller model")
-    parser.add_argument("--data", type=Path, required=True, help=".jsonl or plain text")
-    parser.add_argument("--held-out", type=Path, required=True, help="text to measure on")
+    language_models.add_texts(parser, samples=256)
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--params", type=float, help="share of the weights, such as 0.7")
     budget.add_argument("--ms", help="share of the time of a forward pass, such as 0.6x")
     parser.add_argument("--search", type=int, default=8, help="windows that the search looks at")
-    parser.add_argument("--num-samples", type=int, default=256, help="training windows")
-    parser.add_argument("--window", type=int, default=512, help="tokens in a window")
-    parser.add_argument("--max-windows", type=int, default=32, help="windows to measure on")
     parser.add_argument("--lr", type=float, default=3e-4)
     options = parser.parse_args()
 
@@ -33,7 +30,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
-from hf_sparse.calibration.documents import read_documents
 
 
 def main(options: argparse.Namespace) -> None:
@@ -41,22 +37,11 @@ def main(options: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     teacher = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     model = copy.deepcopy(teacher)
-    windows = hf_sparse.calibration_batches(
-        tokenizer,
-        read_documents([options.data]),
-        num_samples=options.num_samples,
-        window=options.window,
-    )
+    windows = language_models.windows(options, tokenizer)
 
     def measure(what: str, one: torch.nn.Module) -> None:
-        found = hf_sparse.perplexity(
-            one,
-            tokenizer,
-            options.held_out.read_text(),
-            options.window,
-            max_windows=options.max_windows,
-        )
-        print(f"perplexity, {what}: {found:.2f}")
+        value = language_models.perplexity(options, one, tokenizer)
+        print(f"perplexity, {what}: {value:.2f}")
 
     measure("whole", teacher)
     plan = hf_sparse.plan_slim(

@@ -176,17 +176,21 @@ class Task:
 
     Attributes:
         auto_class: loads the models.
-        make_model: a model from a path.
         make_trainer: `(model, **arguments of Trainer)`; `args` may be others than the parsed.
         evaluate: scores of a trainer's model by name.
         tokenizer: saved with the model.
+        settings: of the config, to load the dense model with.
     """
 
     auto_class: Any
-    make_model: Callable[[str], Any]
     make_trainer: Callable[..., Trainer]
     evaluate: Callable[[Trainer], dict[str, float]]
     tokenizer: Any
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def make_model(self, path: str) -> Any:
+        """The dense model of a path."""
+        return load(self.auto_class, path, **self.settings)
 
 
 def compare(

@@ -29,13 +29,14 @@ if TYPE_CHECKING:
     from hf_sparse.configuration_sparse import SparsityConfig as SparsityConfig
     from hf_sparse.distillation import Distillation as Distillation
     from hf_sparse.dropping.blocks import drop_blocks_ as drop_blocks_
-    from hf_sparse.dropping.experts import ExpertReport as ExpertReport
+    from hf_sparse.dropping.expert_report import ExpertReport as ExpertReport
     from hf_sparse.dropping.experts import drop_experts_ as drop_experts_
     from hf_sparse.dropping.hidden import HiddenReport as HiddenReport
     from hf_sparse.dropping.hidden import drop_hidden_ as drop_hidden_
     from hf_sparse.dropping.report import DropReport as DropReport
     from hf_sparse.evaluation import accuracy as accuracy
     from hf_sparse.evaluation import perplexity as perplexity
+    from hf_sparse.exporters.gguf_export import export_gguf as export_gguf
     from hf_sparse.exporters.onnx_export import export_onnx as export_onnx
     from hf_sparse.formats import FormatError as FormatError
     from hf_sparse.hub import push_to_hub as push_to_hub
@@ -56,7 +57,10 @@ if TYPE_CHECKING:
     from hf_sparse.patterns import Pattern as Pattern
     from hf_sparse.provenance.values import Metric as Metric
     from hf_sparse.pruning.oneshot import prune_ as prune_
+    from hf_sparse.pruning.quantize import QuantizationReport as QuantizationReport
+    from hf_sparse.pruning.quantize import quantize_ as quantize_
     from hf_sparse.pruning.streaming import prune_checkpoint as prune_checkpoint
+    from hf_sparse.quantization import OffGridError as OffGridError
     from hf_sparse.recover import recover_ as recover_
     from hf_sparse.report import SparsityReport as SparsityReport
     from hf_sparse.report import measure_sparsity as measure_sparsity
@@ -74,13 +78,15 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Distillation": "hf_sparse.distillation",
     "DropReport": "hf_sparse.dropping.report",
-    "ExpertReport": "hf_sparse.dropping.experts",
+    "ExpertReport": "hf_sparse.dropping.expert_report",
     "FormatError": "hf_sparse.formats",
     "HiddenReport": "hf_sparse.dropping.hidden",
     "KeepZeros": "hf_sparse.optim.keep_zeros_callback",
     "Metric": "hf_sparse.provenance.values",
+    "OffGridError": "hf_sparse.quantization",
     "Pattern": "hf_sparse.patterns",
     "Schedule": "hf_sparse.optim.schedules",
+    "QuantizationReport": "hf_sparse.pruning.quantize",
     "ShrinkReport": "hf_sparse.shrinking",
     "SlimPlan": "hf_sparse.slimming.plan",
     "SlimReport": "hf_sparse.slimming.plan",
@@ -100,6 +106,7 @@ _PUBLIC = {
     "drop_blocks_": "hf_sparse.dropping.blocks",
     "drop_experts_": "hf_sparse.dropping.experts",
     "drop_hidden_": "hf_sparse.dropping.hidden",
+    "export_gguf": "hf_sparse.exporters.gguf_export",
     "export_onnx": "hf_sparse.exporters.onnx_export",
     "freeze_zeros_": "hf_sparse.optim.shrinkage",
     "get_peft_model": "hf_sparse.adapters.loading",
@@ -115,6 +122,7 @@ _PUBLIC = {
     "prune_": "hf_sparse.pruning.oneshot",
     "prune_checkpoint": "hf_sparse.pruning.streaming",
     "push_to_hub": "hf_sparse.hub",
+    "quantize_": "hf_sparse.pruning.quantize",
     "recover_": "hf_sparse.recover",
     "save_compiled": "hf_sparse.compiled_files.files",
     "save_pretrained": "hf_sparse.saving",

@@ -146,7 +146,7 @@ def allocate(
     check_has_values(model, "allocate")
     check_kinds(allocate, {key: value for key, value in locals().items() if key != "budget"})
     wanted = parse_budget(budget)
-    parsed = [Pattern.parse(pattern) for pattern in patterns]
+    parsed = [_of_weights(pattern) for pattern in patterns]
     if not all(0 <= level < 1 for level in levels):
         raise ValueError(f"levels are {list(levels)}; wanted sparsities in [0, 1).")
     if not parsed or not levels:
@@ -195,13 +195,22 @@ def sparsity_for(
     `SparsityCallback` and `Sparsifier` let all layers compete for one number of zeros; this is the
     number that a budget asks for.
 
+    Args:
+        budget: time of the layers' matrix products, as a fraction of the dense ones: `"0.25x"` or
+            0.25.
+        pattern: one that does not fix its sparsity.
+        target, cache: as for `hf_sparse.compile`.
+
+    Returns:
+        The fraction of zeros, in `[0, 0.99]`.
+
     Raises:
         ValueError: the budget is not a fraction, the pattern fixes its sparsity, or no sparsity up
             to 0.99 keeps to the budget.
     """
     wanted = parse_budget(budget)
     check_kinds(sparsity_for, locals())
-    parsed = Pattern.parse(pattern)
+    parsed = _of_weights(pattern)
     if parsed.implied_sparsity is not None:
         raise ValueError(f"pattern '{pattern}' fixes its sparsity at {parsed.implied_sparsity}.")
     rates = calibrate(named(target), None if cache is None else Path(cache))
@@ -210,6 +219,21 @@ def sparsity_for(
         if _seconds(parsed, percent / 100, rates) <= wanted * dense:
             return percent / 100
     raise ValueError(f"no sparsity of pattern '{pattern}' keeps to a budget of {wanted:.3f}.")
+
+
+def _of_weights(notation: str) -> Pattern:
+    """A pattern that a kernel can make use of.
+
+    Raises:
+        ValueError: it is of whole matrices.
+    """
+    pattern = Pattern.parse(notation)
+    if pattern.whole_matrices:
+        raise ValueError(
+            f"pattern '{pattern}' takes whole experts, and no layer's time falls with it. For a "
+            "smaller mixture take hf_sparse.slim_, or hf_sparse.drop_experts_."
+        )
+    return pattern
 
 
 def parse_budget(budget: str | float) -> float:
@@ -240,7 +264,7 @@ def _candidates(
 ) -> list[Choice]:
     """What a layer could be; the first one is dense."""
     size = scores.numel()
-    found = [Choice(name, None, 0.0, size * _seconds(None, 0.0, rates), 0.0)]
+    choices = [Choice(name, None, 0.0, size * _seconds(None, 0.0, rates), 0.0)]
     for pattern in patterns:
         try:
             pattern.check_shape(*scores.shape)
@@ -250,8 +274,8 @@ def _candidates(
         for sparsity in levels if fixed is None else [fixed]:
             error = sensitivity * lost_energy(scores, pattern.keep(scores, sparsity))
             time = size * _seconds(pattern, sparsity, rates)
-            found.append(Choice(name, pattern, sparsity, time, error))
-    return found
+            choices.append(Choice(name, pattern, sparsity, time, error))
+    return choices
 
 
 def _seconds(pattern: Pattern | None, sparsity: float, rates: Rates) -> float:

@@ -30,8 +30,9 @@ class SparsityConfig:
     """The pattern, sparsity, place and storage of a model's zeros, and the bits of what is left.
 
     Args:
-        pattern: `"unstructured"`, `"2:4"` or any N:M, `"block:RxC"`, `"row"`, `"column"`, `"head"`.
-            The last three without targets: whole neurons and heads (see `hf_sparse.shrink`).
+        pattern: `"unstructured"`, `"2:4"` or any N:M, `"block:RxC"`, `"row"`, `"column"`, `"head"`,
+            `"expert"`. `row`, `column` and `head` without targets: whole neurons and heads (see
+            `hf_sparse.shrink_`); `expert`: whole experts of a mixture.
         sparsity: fraction of zeros in the targets, in `[0, 1)`. N:M fixes it (2:4 is 0.5): there
             it may be left out, and another value is an error. Elsewhere it is needed.
         targets: globs of the layers to be sparse, such as `"q_proj"` or `"model.layers.3.mlp.*"`.
@@ -39,7 +40,7 @@ class SparsityConfig:
             a mixture, so that embeddings, norms, routers, poolers and task heads are left alone.
         ignore: globs of layers to leave out of the targets.
         format: how the weights are stored: `"auto"` (the smallest), `"bitmask"`, `"gap4"`, `"gap8"`,
-            `"nm"`, `"block"`, or `"dense"` (zeros in place: loads without hf_sparse).
+            `"nm"`, `"block"`, `"rice"`, or `"dense"` (zeros in place: loads without hf_sparse).
         uniform: of whole neurons and heads: every block loses the same number, so that what
             `hf_sparse.shrink_` leaves is a plain model of the family. `hf_sparse.prune_` refuses sizes
             that the family's config cannot tell.
@@ -109,7 +110,7 @@ class SparsityConfig:
             parts.append(f"format={self.format!r}")
         if self.uniform:
             parts.append("uniform=True")
-        parts += [f"{name}={value!r}" for name, value in self._grid_values().items()]
+        parts += [f"{name}={value!r}" for name, value in self.grid_values().items()]
         return f"SparsityConfig({', '.join(parts)})"
 
     @property
@@ -123,7 +124,7 @@ class SparsityConfig:
         bits = self.embedding_bits
         return None if bits is None else Grid(bits, self.group_size, self.symmetric)
 
-    def _grid_values(self) -> dict[str, Any]:
+    def grid_values(self) -> dict[str, Any]:
         """What of bits, groups, zero points and embeddings is not the default."""
         names = ("bits", "group_size", "symmetric", "embedding_bits")
         values = {name: getattr(self, name) for name in names}
@@ -143,7 +144,7 @@ class SparsityConfig:
             "ignore": list(self.ignore),
             "format": self.format,
             **({"uniform": True} if self.uniform else {}),  # older readers know no such key
-            **self._grid_values(),
+            **self.grid_values(),
         }
 
     @classmethod

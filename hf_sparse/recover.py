@@ -25,8 +25,9 @@ from hf_sparse.calibration.losses import (
     with_labels,
 )
 from hf_sparse.calibration.windows import checked_batches, fingerprint
+from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.distillation import Distillation
-from hf_sparse.optim.zeros import is_sparse, sparse_layers, zeros_hash
+from hf_sparse.optim.zeros import is_sparse, sparse_layers
 from hf_sparse.provenance.record import (
     forget_teaching_,
     provenance_of,
@@ -34,19 +35,22 @@ from hf_sparse.provenance.record import (
     record_training_,
 )
 from hf_sparse.provenance.values import Calibration, Step, pairs
+from hf_sparse.pruning.quantize import round_
 from hf_sparse.recovery import RECOVERIES, Recovery
 from hf_sparse.report import SparsityReport, measure_sparsity
+from hf_sparse.structure.grids import Gridded, check_grid, gridded
 from hf_sparse.structure.layers import (
     TargetLayer,
     num_parameters,
     parameters_of,
     promised_config,
 )
+from hf_sparse.structure.targets import Targets
 from hf_sparse.suggestions import check_name
 from hf_sparse.upstream.peft_by_name import has_adapters, is_peft_model
 
 # Steps of a model's history that leave it without zeros, and with less to know.
-_SMALLER = ("shrink", "drop_blocks", "slim")
+_SMALLER = ("shrink", "drop_blocks", "drop_experts", "drop_hidden", "slim")
 
 
 def recover_(
@@ -62,10 +66,16 @@ def recover_(
     logits: float = 0.5,
     seed: int = 0,
 ) -> SparsityReport:
-    """Train a sparse or smaller causal language model on text, in place; zeros stay, no other comes.
+    """Train a sparse or smaller causal language model on text, in place.
+
+    Its zeros stay, and no others appear.
 
     Layers that the model's config does not target count as sparse from 0.5 % zeros on; fewer are
     taken for chance and not kept.
+
+    A quantised model stays on its grid: `"finetune"` trains rounded weights (straight-through), with
+    the scales that they have; adapters are merged, and the sum is rounded again with the same batches,
+    as `quantize_` does it. Rounding may add zeros.
 
     On CPUs where bfloat16 is faster the products of a float32 model are taken in it.
 
@@ -103,25 +113,29 @@ def recover_(
         raise ValueError("the model has adapters already. Merge them: hf_sparse.merge_adapters_.")
     if RECOVERIES[method].r is not None:
         import_peft()
-    _check_settings(method, epochs, accumulate, lr, r)
+    _check_settings(method, epochs, accumulate, lr, r, seed)
     if not 0 <= logits <= 1:
         raise ValueError(f"logits={logits!r}; wanted the teacher's share, from 0 to 1.")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed!r}; wanted a whole number from 0 on, below 2**63.")
     check_gradients(model, "recover_")
     given = checked_batches(batches, model, method)
     inputs = _labelled(given, model, method)
-    layers = sparse_layers(model)
+    layers = _trained_layers(model)
     _check_model(model, layers, method, teacher)
-    zeros = zeros_hash(map(torch.Tensor.detach, parameters_of(layers)))
+    promised = promised_config(model)
+    grids = _grids(model, promised)
+    zeros = _zeros_to_keep(layers, promised)
     start = time.perf_counter()
     distillation = None if teacher is None else Distillation(teacher, logits=logits)
     torch.manual_seed(seed)
     recovery = Recovery.of(method, layers, lr, r, epochs=epochs, accumulate=accumulate, seed=seed)
     with recovery.prepared(model, layers) as trained, _taught(model, distillation):
-        losses = recovery.run(trained, inputs, freeze=recovery.r is None and bool(layers))
-    if zeros_hash(map(torch.Tensor.detach, parameters_of(sparse_layers(model)))) != zeros:
-        raise ValueError("the zeros of the model have changed while it was trained. Load it again.")
+        whole = recovery.r is None
+        losses = recovery.run(
+            trained, inputs, freeze=whole and bool(zeros), grids=grids if whole else ()
+        )
+    if grids and promised is not None and not whole:
+        round_(model, Targets.of(model, promised), given, "gptq")
+    _check_zeros(zeros, may_grow=bool(grids))
     report = replace(
         measure_sparsity(model, promised_config(model)),
         method=f"recovery by {method}",
@@ -130,19 +144,67 @@ def recover_(
         notes=(
             f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end",
             *(left_alone(layers) if recovery.r is not None else ()),
+            *(("the merged weights were rounded again",) if grids and not whole else ()),
         ),
     )
     data = Calibration.of(given, fingerprint(given))
     step = Step.of(f"recovery by {method}", recovery.options, calibration=data, seed=seed)
+    _record(model, step, distillation)
+    return report
+
+
+def _record(model: nn.Module, step: Step, distillation: Distillation | None) -> None:
+    """Let the model remember a recovery, and the teacher that it had."""
     if distillation is None:
         record_training_(model, step)
     else:
         record_(model, replace(step, distillation=pairs(distillation.settings)))
-    return report
+
+
+def _trained_layers(model: nn.Module) -> list[TargetLayer]:
+    """The layers that are sparse; of a quantised model without promised zeros all that are."""
+    promised = promised_config(model)
+    if promised is not None and promised.bits is not None and not promised.sparsity:
+        return list(Targets.of(model, promised).layers)
+    return sparse_layers(model)
+
+
+def _grids(model: nn.Module, promised: SparsityConfig | None) -> list[Gridded]:
+    """The weights that lie on grids, if the model was quantised.
+
+    Raises:
+        OffGridError: they did, and no longer do.
+    """
+    if promised is None or not (promised.bits or promised.embedding_bits):
+        return []
+    check_grid(model, promised)
+    return gridded(model, promised)
+
+
+def _zeros_to_keep(
+    layers: Sequence[TargetLayer], promised: SparsityConfig | None
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """The parameters of layers, and where they are zero.
+
+    Of a quantised model without promised zeros none: rounding alone made them, and they may go again.
+    """
+    if promised is not None and promised.bits is not None and not promised.sparsity:
+        return []
+    return [(parameter, parameter.detach() == 0) for parameter in parameters_of(layers)]
+
+
+def _check_zeros(zeros: Sequence[tuple[nn.Parameter, Tensor]], *, may_grow: bool) -> None:
+    """Raise a ValueError if weights that were zero are not, or, if not `may_grow`, others are."""
+    for parameter, before in zeros:
+        now = parameter.detach() == 0
+        if not bool(now[before].all()) or (not may_grow and not torch.equal(now, before)):
+            raise ValueError(
+                "the zeros of the model have changed while it was trained. Load it again."
+            )
 
 
 def _check_settings(
-    method: str, epochs: int, accumulate: int, lr: float | None, r: int | None
+    method: str, epochs: int, accumulate: int, lr: float | None, r: int | None, seed: int
 ) -> None:
     for name, value in (("epochs", epochs), ("accumulate", accumulate), ("r", r)):
         if value is not None and (type(value) is not int or value < 1):
@@ -151,6 +213,8 @@ def _check_settings(
         raise ValueError(f"method '{method}' trains all weights; r is for 'lora' and 'shira'.")
     if lr is not None and not 0 < lr < math.inf:
         raise ValueError(f"lr is {lr!r}; wanted a number > 0.")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed!r}; wanted a whole number from 0 on, below 2**63.")
 
 
 def _labelled(
@@ -168,7 +232,9 @@ def _check_model(
     model: nn.Module, layers: Sequence[TargetLayer], method: str, teacher: nn.Module | None
 ) -> None:
     """Raise a ValueError unless there is something to recover, and a type that can be trained."""
-    if not any(is_sparse(layer.parameter.detach()) for layer in layers):
+    promised = promised_config(model)
+    quantised = promised is not None and promised.bits is not None
+    if not quantised and not any(is_sparse(layer.parameter.detach()) for layer in layers):
         if not _is_smaller(model, teacher):
             raise ValueError(
                 f"{type(model).__name__} has no zeros to keep, and is not known to have been made "

@@ -22,6 +22,8 @@ from hf_sparse.adapters.on_layers import adapter_on, shira_rank
 from hf_sparse.calibration.losses import fast_autocast
 from hf_sparse.calibration.modes import switched
 from hf_sparse.optim.keep_zeros import FrozenMask
+from hf_sparse.optim.straight_through import StraightThrough
+from hf_sparse.structure.grids import Gridded
 from hf_sparse.structure.layers import TargetLayer
 from hf_sparse.upstream.peft_by_name import has_adapters
 
@@ -115,7 +117,12 @@ class Recovery:
                 parameter.requires_grad_(flag)
 
     def run(
-        self, trained: nn.Module, batches: Sequence[dict[str, Any]], *, freeze: bool
+        self,
+        trained: nn.Module,
+        batches: Sequence[dict[str, Any]],
+        *,
+        freeze: bool,
+        grids: Sequence[Gridded] = (),
     ) -> list[float]:
         """Train what has gradients in what `prepared` gave.
 
@@ -123,6 +130,7 @@ class Recovery:
             trained: the model, or the model with an adapter.
             batches: with labels.
             freeze: whether a mask keeps the zeros; an adapter keeps them by itself.
+            grids: weights that lie on grids, and are trained to stay there.
 
         Returns:
             The mean loss of each step.
@@ -130,6 +138,7 @@ class Recovery:
         parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
         frozen = FrozenMask(optimizer, trained) if freeze else None
+        on_grids = StraightThrough(grids)
         groups = self._order(len(batches))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: _share(step, len(groups))
@@ -138,6 +147,7 @@ class Recovery:
         losses: list[float] = []
         for group in tqdm(groups, desc="Recovering"):
             total = 0.0
+            on_grids.round_()
             for index in group:
                 with fast_autocast(next(trained.parameters())):
                     loss = trained(**batches[index]).loss
@@ -148,6 +158,7 @@ class Recovery:
                     f"the loss is {total} after {len(losses)} steps. Load the model again, and take a "
                     f"lower learning rate than {self.lr}."
                 )
+            on_grids.restore_()
             nn.utils.clip_grad_norm_(parameters, _CLIP)
             optimizer.step()
             schedule.step()
@@ -155,6 +166,7 @@ class Recovery:
             losses.append(total)
         if frozen is not None:
             frozen.check()
+        on_grids.round_()
         return losses
 
     def _order(self, count: int) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,6 +19,29 @@ from hf_sparse.structure.targets import Targets
 
 # The kinds of tensors that a printed report tells one by one.
 _MOST_ROWS = 20
+
+
+@dataclass(frozen=True)
+class StepReport(ABC):
+    """What a call that changes a model tells of it. `print` shows its table."""
+
+    @abstractmethod
+    def summary(self) -> str:
+        """The totals in a few lines."""
+
+    @abstractmethod
+    def table(self) -> str:
+        """The parts of the model in rows, and the totals."""
+
+    def to_json(self) -> str:
+        """All of it as JSON text."""
+        return json.dumps(asdict(self), indent=2)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {' '.join(self.summary().splitlines()[:2])}>"
+
+    def __str__(self) -> str:
+        return self.table()
 
 
 @dataclass(frozen=True)
@@ -263,7 +287,7 @@ def count_zeros(name: str, weight: Tensor, pattern: Pattern) -> TensorSparsity:
         ValueError: the pattern cannot divide the weight; the message names it.
     """
     rows, columns = weight.shape
-    zeros = int((weight == 0).sum())
+    zeros = int((weight == 0).count_nonzero())
     try:
         broken = pattern.violations(weight)
     except ValueError as error:

@@ -36,14 +36,17 @@ def save_pretrained(
 
     Weights of the config's targets are stored compressed, bit for bit (`-0.0` as `0.0`), under
     `model_type: "sparse_..."`; so are other matrices of the blocks that get smaller by it, such as
-    those that another pattern was pruned into before. With `format="dense"` the zeros are written
-    in place under the family's own type, which loads without hf_sparse. The folder's old files stay
-    untouched until the new ones are complete (see `hf_sparse.files.atomic`).
+    those that another pattern was pruned into before. Where the config has bits, the codes and scales
+    of its weights are stored; what is loaded has their products, exact in float32. With
+    `format="dense"` the zeros are written in place under the family's own type, which loads without
+    hf_sparse. The folder's old files stay untouched until the new ones are complete (see
+    `hf_sparse.files.atomic`).
 
     Args:
-        model: a transformers model, of any type that AutoConfig knows. Of a `peft.PeftModel` a copy is
-            merged and saved, as `merge_adapters_` does it: the zeros stay, and who loads it
-            needs no adapter. (Its own `save_pretrained` saves the adapter alone.)
+        model: a transformers model, of any type that AutoConfig knows. A `peft.PeftModel` is
+            copied, and its adapters are merged into the copy as `merge_adapters_` does it: the zeros
+            stay, and who loads it needs no adapter. (Its own `save_pretrained` saves the adapter
+            alone.)
         folder: made if it does not exist. Other files in it stay, but for weights: what
             `save_compiled` wrote there before, and a `pytorch_model.bin`, with a warning. A README.md
             that is no card of hf_sparse stays, with a warning.
@@ -70,6 +73,8 @@ def save_pretrained(
     Memory: beside the model, one shard.
 
     Raises:
+        OffGridError: weights that `config` promises few bits of are not on its grid; it tells where,
+            and how many. (With `config=None` a warning: they are saved with the values that they have.)
         ValueError: the model's code is not registered with the Auto classes, or its config does not
             describe it; an adapter without a mask would fill zeros, a weight breaks the N:M pattern
             that `config` promises, the format cannot hold it, or the folder holds an ONNX export.

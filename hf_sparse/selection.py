@@ -115,8 +115,8 @@ def _bin_of(
         histogram += torch.bincount(keys, minlength=1 << 16).cpu()
     processes.sum_(histogram)
     upto = histogram.cumsum(0)
-    found = int(torch.searchsorted(upto, count))
-    return found, int(upto[found] - histogram[found])
+    bin_of_count = int(torch.searchsorted(upto, count))
+    return bin_of_count, int(upto[bin_of_count] - histogram[bin_of_count])
 
 
 def _ties_before(

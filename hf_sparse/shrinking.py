@@ -1,6 +1,7 @@
-"""`hf_sparse.shrink_`: zeros that are whole heads and neurons become a smaller dense model.
+"""`hf_sparse.shrink_`: zeros that are whole heads, neurons and experts become a smaller dense model.
 
-What can go, and what has to stay, tells `hf_sparse.structure.removal`.
+What can go, and what has to stay, tells `hf_sparse.structure.removal`; of experts
+`hf_sparse.dropping.zero_experts`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_sparse.arguments import check_has_values, check_kinds, check_model
+from hf_sparse.dropping.expert_report import ExpertReport
+from hf_sparse.dropping.zero_experts import drop_zero_experts_, has_zero_experts
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Step
-from hf_sparse.report import format_table
+from hf_sparse.report import StepReport, format_table
 from hf_sparse.structure.layers import PRUNED_WITH, num_parameters, promised_config
 from hf_sparse.structure.own_config import (
     check_expressible,
@@ -30,8 +33,8 @@ from hf_sparse.structure.units import BlockUnits, check_whole, find_units
 from hf_sparse.suggestions import deprecated_name
 
 
-@dataclass(frozen=True)
-class ShrinkReport:
+@dataclass(frozen=True, repr=False)
+class ShrinkReport(StepReport):
     """What `shrink_` removed.
 
     Attributes:
@@ -45,6 +48,9 @@ class ShrinkReport:
             with transformers alone.
     """
 
+    # The name of the step on the model card.
+    method = "shrink"
+
     names: tuple[str, ...]
     before: tuple[BlockSize, ...]
     after: tuple[BlockSize, ...]
@@ -53,11 +59,6 @@ class ShrinkReport:
     notes: tuple[str, ...] = ()
     uniform: bool = False
     plain: bool = False
-
-    @property
-    def method(self) -> str:
-        """The name of the step on the model card."""
-        return "shrink"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -92,12 +93,6 @@ class ShrinkReport:
             ]
         )
 
-    def __repr__(self) -> str:
-        return f"<ShrinkReport: {' '.join(self.summary().splitlines()[:2])}>"
-
-    def __str__(self) -> str:
-        return self.table()
-
     def table(self) -> str:
         """A row for each block, and the totals."""
         rows = [
@@ -114,8 +109,8 @@ class ShrinkReport:
 
 
 @torch.no_grad()
-def shrink_(model: PreTrainedModel, *, uniform: bool = False) -> ShrinkReport:
-    """Remove the attention heads and feed-forward neurons that zeros have made useless, in place.
+def shrink_(model: PreTrainedModel, *, uniform: bool = False) -> ShrinkReport | ExpertReport:
+    """Remove the heads, neurons and experts that zeros have made useless, in place.
 
     The model gives the same outputs, up to rounding, and is as fast as a dense one of its size
     everywhere. Save it with `hf_sparse.save_pretrained`. Where all blocks are left with one size that
@@ -123,16 +118,20 @@ def shrink_(model: PreTrainedModel, *, uniform: bool = False) -> ShrinkReport:
     it loads with transformers alone. Elsewhere the config tells the sizes of the blocks, and
     `AutoModel*.from_pretrained` makes them after `import hf_sparse`. Make optimizers after this.
 
+    Of a mixture, experts that are zero go with their rows of the router, so that tokens go to others:
+    the outputs are those of `hf_sparse.drop_experts_`, not of the model with zeros.
+
     Args:
         model: of a family in `hf_sparse.structure.parts.PARTS` or `anatomy.FAMILIES`, pruned by whole
             heads (`head`), neurons (`column`, `row`), or trained to have such zeros. Blocks of the
-            latter are always left with one size.
+            latter are always left with one size. Or a mixture, some of whose experts are zero, as
+            pattern `expert` makes them: as many in each block.
         uniform: leave all blocks with one size, that of the block which can lose the fewest, though
-            other blocks keep zeros; refuse if the family's config cannot tell it. What was pruned to a
-            `SparsityConfig` with `uniform=True` is shrunk so without asking.
+            other blocks keep zeros (experts, too); refuse if the family's config cannot tell it. What
+            was pruned to a `SparsityConfig` with `uniform=True` is shrunk so without asking.
 
     Returns:
-        The sizes of the blocks before and after.
+        The sizes of the blocks before and after; of a mixture, which experts went.
 
     Memory: one weight beside the model.
 
@@ -144,6 +143,8 @@ def shrink_(model: PreTrainedModel, *, uniform: bool = False) -> ShrinkReport:
     check_model(model, "shrink_", PreTrainedModel)
     check_kinds(shrink_, locals())
     check_has_values(model, "shrink_")
+    if has_zero_experts(model):
+        return drop_zero_experts_(model, uniform=uniform)
     blocks = find_units(model)
     _check_own(blocks)
     for units in blocks:

@@ -23,8 +23,9 @@ _OTHER_NOTATIONS = {
     r"inputs?|in_features|neurons?": "column",
     r"outputs?|out_features": "row",
     r"blocks?": "block:4x1",
+    r"(?:whole )?experts|moe|mixture": "expert",
 }
-_NOTATIONS = ("unstructured", "2:4", "block:4x1", "row", "column", "head")
+_NOTATIONS = ("unstructured", "2:4", "block:4x1", "row", "column", "head", "expert")
 
 
 def check_name(found: object, known: Iterable[str], kind: str, kinds: str) -> None:

@@ -23,7 +23,7 @@ from hf_sparse.runtime.llvm.target import host
 from hf_sparse.runtime.model.compiled import compile as compile_model
 from hf_sparse.runtime.model.configured import why_not_compiled
 from hf_sparse.runtime.model.profile import Profile, profile_call
-from hf_sparse.structure.layers import target_layers
+from hf_sparse.structure.layers import PRUNED_WITH, target_layers
 from hf_sparse.upstream.transformers.caches import cache_name
 
 # What the zeros of the dense twin become; its results are never used.
@@ -44,7 +44,8 @@ class Measurement:
     """One way to run the model.
 
     Attributes:
-        name: `torch`, `compiled, dense` (the same kernels, zeros filled in) or `compiled`.
+        name: `torch`, `compiled, dense` (the same kernels, zeros filled in) or `compiled`; with bits,
+            `compiled, dense, int8` and `compiled, int8`, or int4.
         milliseconds: of each call.
     """
 
@@ -114,7 +115,11 @@ class Benchmark:
 
 
 def benchmark(
-    model: PreTrainedModel, batch: int = 1, tokens: int = 128, repeats: int = 10
+    model: PreTrainedModel,
+    batch: int = 1,
+    tokens: int = 128,
+    repeats: int = 10,
+    bits: int | None = None,
 ) -> Benchmark:
     """Time a model with torch, with our dense kernels, and compiled, in turns.
 
@@ -122,6 +127,7 @@ def benchmark(
         model: a sparse model on the CPU that takes `input_ids`.
         batch, tokens: shape of the input.
         repeats: calls of each.
+        bits: compile it with these, and a dense one with these, too.
 
     Memory: the model, a copy of its blocks with the zeros filled in, and both packed.
 
@@ -134,8 +140,13 @@ def benchmark(
     with switched(model, training=False):
         ways = {"torch": model}
         if why_not_compiled(model.config) is None:  # single dense layers are left to torch
-            ways["compiled, dense"] = compile_model(_filled(model))
-        ways["compiled"] = compile_model(model)
+            filled = _filled(model)
+            ways["compiled, dense"] = compile_model(filled)
+            if bits is not None:
+                ways[f"compiled, dense, int{bits}"] = compile_model(filled, bits=bits)
+        ways["compiled" if bits is None else f"compiled, int{bits}"] = compile_model(
+            model, bits=bits
+        )
         with torch.inference_mode():
             forward = _in_turns({name: _forward(one, ids) for name, one in ways.items()}, repeats)
             decode: tuple[Measurement, ...] = ()
@@ -160,7 +171,11 @@ def _check(model: PreTrainedModel, batch: int, tokens: int, repeats: int) -> Non
 
 
 def profile(
-    model: PreTrainedModel, batch: int = 1, tokens: int = 128, repeats: int = 10
+    model: PreTrainedModel,
+    batch: int = 1,
+    tokens: int = 128,
+    repeats: int = 10,
+    bits: int | None = None,
 ) -> dict[str, Profile]:
     """Compile a model, and tell the time of each kernel inside real calls.
 
@@ -168,6 +183,7 @@ def profile(
         model: as `benchmark`'s.
         batch, tokens: shape of the input.
         repeats: calls, of which the means are told.
+        bits: compile it with these.
 
     Returns:
         `forward`: of a call with all tokens; `new token`: of one with the last, the others in the
@@ -179,18 +195,23 @@ def profile(
     _check(model, batch, tokens, repeats)
     ids = torch.randint(0, model.config.vocab_size, (batch, tokens))
     with switched(model, training=False), torch.inference_mode():
-        compiled = compile_model(model)
+        compiled = compile_model(model, bits=bits)
         count = batch * tokens
-        found = {"forward": profile_call(compiled, _forward(compiled, ids), count, False, repeats)}
+        profiles = {
+            "forward": profile_call(compiled, _forward(compiled, ids), count, False, repeats)
+        }
         if model.can_generate() and tokens > 1 and why_not_compiled(model.config) is None:
             step = _decode(compiled, ids)
-            found["new token"] = profile_call(compiled, step, batch, True, repeats)
-    return found
+            profiles["new token"] = profile_call(compiled, step, batch, True, repeats)
+    return profiles
 
 
 def _filled(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy without zeros, for speed alone."""
+    """A copy without zeros, for speed alone: what the model promises of its weights does not hold."""
     twin = copy.deepcopy(model)
+    vars(twin).pop(PRUNED_WITH, None)
+    if getattr(twin.config, "sparsity_config", None) is not None:
+        twin.config.sparsity_config = None
     for layer in target_layers(twin):
         weight = layer.weight
         weight[weight == 0] = _FILLING

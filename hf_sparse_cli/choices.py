@@ -73,6 +73,19 @@ METHODS = {
         nm_only=True,
     ),
 }
+# Those of pattern `expert`, rows of `hf_sparse.pruning.methods.EXPERT_METHODS`.
+EXPERT_METHODS = {
+    "reap": Method(
+        "experts of least router's weight x norm of the output", {"scope": "layer"}, streams=False
+    ),
+    "frequency": Method("experts that get the fewest tokens", {"scope": "layer"}, streams=False),
+    "magnitude": Method(
+        "experts of the smallest weights",
+        {"scope": "layer"},
+        needs_calibration=False,
+        streams=False,
+    ),
+}
 # What can be composed with every method, and its defaults.
 COMPOSITION = {"allocation": "uniform", "refine": None, "reconstruct": 0}
 SCOPES = ("layer", "global")
@@ -98,6 +111,7 @@ EXPERT_CHOICES = {
 SLIM_AXES = {
     "depth": "whole blocks",
     "width": "heads and neurons, as many in each block",
+    "experts": "experts of a mixture, as many in each block",
 }
 FORMATS = {
     "auto": "the smallest of the others",
@@ -107,6 +121,14 @@ FORMATS = {
     "gap8": "the zeros before each nonzero, in 8-bit codes",
     "nm": "the positions in each group of an N:M weight",
     "block": "one bit per block of a block, row, column or head pattern",
+    "rice": "the zeros before each nonzero, in Rice codes",
+}
+# The grids of few bits, and how `hf_sparse.quantize_` rounds to them.
+BITS = (8, 4)
+GROUP_SIZES = (128, 64, 32)
+ROUNDINGS = {
+    "nearest": "nearest codes; scales searched for the least error",
+    "gptq": "codes and scales of least output error on calibration data",
 }
 QUANTIZATIONS = ("dynamic", "static")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -118,4 +140,5 @@ PATTERNS = {
     "row": "whole rows: output features, or neurons",
     "column": "whole columns: input features, or neurons",
     "head": "whole attention heads; head:D, head_in:D tell the size of one",
+    "expert": "whole experts of a mixture, by the methods reap, frequency, magnitude",
 }

@@ -86,6 +86,13 @@ def add_loading(group: Any, tokenizer: bool = True) -> None:
     group.add_argument("--gguf-file", help="GGUF file in the dense model's folder")
 
 
+def add_model(command: argparse.ArgumentParser, title: str) -> None:
+    """Add the group of flags that name a model, and tell how it is loaded."""
+    group = command.add_argument_group(title)
+    group.add_argument("model", metavar="MODEL", help="folder or Hub name")
+    add_loading(group)
+
+
 def add_calibration(command: Any, told: str, *, required: bool) -> None:
     """Add the group of flags that name calibration data: texts, or rows with labels."""
     calibration = command.add_argument_group("calibration", told)

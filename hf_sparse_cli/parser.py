@@ -8,6 +8,7 @@ from typing import Any
 from hf_sparse_cli.choices import (
     ALLOCATIONS,
     DTYPES,
+    EXPERT_METHODS,
     FORMATS,
     METHODS,
     PATTERNS,
@@ -30,6 +31,7 @@ from hf_sparse_cli.flags import (
 )
 from hf_sparse_cli.messages import add_messages
 from hf_sparse_cli.names import Parser, fraction
+from hf_sparse_cli.quantizing import add_grid, add_quantize
 from hf_sparse_cli.shrinking import add_shrink
 from hf_sparse_cli.slimming import add_slim
 from hf_sparse_cli.top import top_parser
@@ -49,6 +51,7 @@ def make_parser() -> Parser:
     _add_bench(commands)
     add_shrink(commands)
     add_slim(commands)
+    add_quantize(commands)
     _add_export(commands)
     _add_push(commands)
     _add_convert(commands)
@@ -68,10 +71,12 @@ def _add_prune(commands: Any) -> None:
             "MODEL OUTPUT --sparsity 0.7 --method alps --calibration text.jsonl --stream",
             "MODEL OUTPUT --pattern column --sparsity 0.5 --method taylor --labels rows.jsonl",
             "MODEL OUTPUT --sparsity 0.5 --method magnitude",
+            "MODEL OUTPUT --pattern 2:4 --bits 4 --group-size 32 --calibration text.jsonl",
         ],
     )
     _add_targets(command)
     _add_method(command)
+    add_grid(command.add_argument_group("bits of what is kept"))
     _add_calibration(command)
     output = output_group(
         command, "folder to save the sparse model in", named_list("formats", FORMATS)
@@ -102,16 +107,22 @@ def _add_targets(command: argparse.ArgumentParser) -> None:
 
 def _add_method(command: argparse.ArgumentParser) -> None:
     summaries = {name: method.summary for name, method in METHODS.items()}
-    how = command.add_argument_group("how to prune", named_list("methods", summaries))
+    of_experts = {name: method.summary for name, method in EXPERT_METHODS.items()}
+    how = command.add_argument_group(
+        "how to prune",
+        f"{named_list('methods', summaries)}\n{named_list('methods of pattern expert', of_experts)}",
+    )
     how.add_argument(
         "--method",
         default="wanda",
-        choices=METHODS,
+        choices=list(dict.fromkeys((*METHODS, *EXPERT_METHODS))),
         metavar="NAME",
         help="see above (default wanda)",
     )
     how.add_argument(
-        "--scope", choices=SCOPES, help="magnitude, taylor: where weights compete (default layer)"
+        "--scope",
+        choices=SCOPES,
+        help="magnitude, taylor, of experts: where weights compete (default layer)",
     )
     how.add_argument(
         "--allocation", choices=ALLOCATIONS, help="sparsity of the blocks (default uniform)"
@@ -131,7 +142,7 @@ def _add_method(command: argparse.ArgumentParser) -> None:
 
 def _add_calibration(command: argparse.ArgumentParser) -> None:
     calibration = command.add_argument_group(
-        "calibration", "Texts that all methods but magnitude look at."
+        "calibration", "Texts that all methods but magnitude look at, and rounding to few bits."
     )
     data = calibration.add_mutually_exclusive_group()
     data.add_argument("--calibration", nargs="+", metavar="FILE", help=TEXT)
@@ -224,6 +235,8 @@ def _add_bench(commands: Any) -> None:
     how.add_argument("--tokens", type=int, default=128, help="tokens in each (default 128)")
     how.add_argument("--repeats", type=int, default=10, help="calls of each (default 10)")
     how.add_argument("--threads", type=int, help="torch's threads (default: as torch chooses)")
+    bits = "compile with weights of so many bits, rounded where they are not"
+    how.add_argument("--bits", type=int, choices=(8, 4), help=bits)
     output = command.add_argument_group("output")
     output.add_argument(
         "--explain", action="store_true", help="also print what became of each layer"
@@ -237,9 +250,13 @@ def _add_export(commands: Any) -> None:
     command = command_parser(
         commands,
         "export",
-        "export an ONNX graph whose zeros take no space",
+        "export an ONNX graph whose zeros take no space, or a GGUF file of the same codes",
         "MODEL OUTPUT",
-        ["SPARSE GRAPH", "SPARSE GRAPH --quantize static --calibration text.jsonl"],
+        [
+            "SPARSE GRAPH",
+            "SPARSE GRAPH --quantize static --calibration text.jsonl",
+            "INT4 int4.gguf --gguf",
+        ],
     )
     what = command.add_argument_group("what to export")
     what.add_argument("model", metavar="MODEL", help="folder or Hub name, of any family")
@@ -247,11 +264,14 @@ def _add_export(commands: Any) -> None:
     how = command.add_argument_group("how to export")
     how.add_argument("--quantize", choices=QUANTIZATIONS, help="8-bit weights and activations")
     how.add_argument("--no-pack", action="store_true", help="store zeros as they are")
+    gguf = "write a dense GGUF file, OUTPUT, of a model of few bits"
+    how.add_argument("--gguf", action="store_true", help=gguf)
     data = command.add_argument_group("calibration", "Texts for --quantize static.")
     data.add_argument("--calibration", nargs="+", metavar="FILE", help=TEXT)
     data.add_argument("--num-samples", type=int, default=32, help="windows of it (default 32)")
     add_windows(data)
-    output = output_group(command, "folder for the graph: new, empty or an earlier export")
+    folder = "folder for the graph: new, empty or an earlier export; with --gguf NAME.gguf"
+    output = output_group(command, folder)
     add_printing(output)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from hf_sparse_cli.choices import BLOCK_CHOICES, EXPERT_CHOICES
 from hf_sparse_cli.flags import (
     add_calibration,
-    add_loading,
+    add_model,
     add_printing,
     add_saving,
     command_parser,
@@ -31,7 +31,7 @@ def add_shrink(commands: Any) -> None:
     command = command_parser(
         commands,
         "shrink",
-        "remove zero heads and neurons, blocks, experts or hidden features, and save what is left",
+        "remove zero heads, neurons and experts, blocks or hidden features, and save what is left",
         "MODEL OUTPUT [--blocks|--experts|--hidden N|FRACTION --calibration FILE ...]",
         [
             "SPARSE SMALLER --uniform",
@@ -39,11 +39,9 @@ def add_shrink(commands: Any) -> None:
             "MIXTURE SMALLER --experts 0.25 --by reap --calibration text.jsonl",
         ],
     )
-    what = command.add_argument_group("what to shrink")
-    what.add_argument("model", metavar="MODEL", help="folder or Hub name")
-    add_loading(what)
+    add_model(command, "what to shrink")
     units = command.add_argument_group(
-        "heads and neurons", "Those that are zero, without the flags below."
+        "heads, neurons, zero experts", "Those that are zero, without the flags below."
     )
     units.add_argument(
         "--uniform", action="store_true", help="blocks of one size: loads without hf_sparse"

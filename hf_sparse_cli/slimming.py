@@ -7,7 +7,7 @@ from typing import Any
 from hf_sparse_cli.choices import SLIM_AXES
 from hf_sparse_cli.flags import (
     add_calibration,
-    add_loading,
+    add_model,
     add_printing,
     add_saving,
     command_parser,
@@ -22,16 +22,14 @@ def add_slim(commands: Any) -> None:
     command = command_parser(
         commands,
         "slim",
-        "make a smaller model for one budget, of fewer and smaller blocks, and save it",
+        "make a smaller model for one budget, of fewer and smaller blocks or experts, and save it",
         "MODEL OUTPUT --params SHARE|--ms TIME|--mb SIZE --calibration FILE ...",
         [
             "MODEL SMALLER --params 0.7 --calibration text.jsonl",
             "MODEL SMALLER --ms 0.6x --axes depth --calibration text.jsonl",
         ],
     )
-    what = command.add_argument_group("what to slim")
-    what.add_argument("model", metavar="MODEL", help="folder or Hub name")
-    add_loading(what)
+    add_model(command, "what to slim")
     wanted = command.add_argument_group("budget", named_list("axes", SLIM_AXES))
     one = wanted.add_mutually_exclusive_group(required=True)
     one.add_argument(
@@ -43,7 +41,11 @@ def add_slim(commands: Any) -> None:
     one.add_argument("--ms", metavar="TIME", help="of a forward pass: milliseconds, or 0.6x")
     one.add_argument("--mb", type=float, metavar="SIZE", help="megabytes of weights")
     wanted.add_argument(
-        "--axes", nargs="+", choices=SLIM_AXES, metavar="NAME", help="see above (default all)"
+        "--axes",
+        nargs="+",
+        choices=SLIM_AXES,
+        metavar="NAME",
+        help="see above (default depth and width, of a mixture depth and experts)",
     )
     add_calibration(command, "Texts that losses are measured on.", required=True)
     output = output_group(command, "folder to save the smaller model in")

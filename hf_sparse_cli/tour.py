@@ -15,7 +15,7 @@ a first run, with a text file of yours:
 """
 # The commands by what they are for; a command that is in no row is listed under the last one.
 PURPOSES = {
-    "make weights zero, and train what is left": ("prune", "recover"),
+    "make weights zero, or of few bits, and train what is left": ("prune", "quantize", "recover"),
     "make a smaller model that needs no zeros": ("shrink", "slim"),
     "look and measure": ("inspect", "eval", "bench"),
     "hand it on": ("export", "push", "convert"),

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from hf_sparse_cli.choices import (
     COMPOSITION,
+    EXPERT_METHODS,
     METHODS,
     PATTERNS,
     SCOPES,
+    Method,
 )
 from hf_sparse_cli.names import did_you_mean, suggestions
+from hf_sparse_cli.quantizing import check_grid, check_quantize
 from hf_sparse_cli.shrinking import check_parts
 
 _SIZED = (r"\d{1,4}:\d{1,4}", r"block:\d{1,6}x\d{1,6}", r"head(?:_in)?:\d{1,6}")
@@ -56,8 +59,8 @@ def check(options: argparse.Namespace) -> None:
 def _check_prune(options: argparse.Namespace) -> None:
     implied = implied_sparsity(options.pattern)
     _check_sparsity(options.pattern, options.sparsity, implied)
+    method = _method(options)
     own = method_options(options)
-    method = METHODS[options.method]
     if method.nm_only and implied is None:
         raise ValueError(
             f"method '{options.method}' learns N:M masks; the pattern is '{options.pattern}'. Use "
@@ -76,6 +79,7 @@ def _check_prune(options: argparse.Namespace) -> None:
         )
     if options.resume and not options.stream:
         raise ValueError("--resume goes on with a streamed run: give --stream too.")
+    check_grid(options, needed=False)
     if needs_calibration(options) and not options.calibration and not options.labels:
         raise ValueError(
             f"method '{options.method}' needs calibration text: --calibration FILE, or of a classifier "
@@ -102,6 +106,11 @@ def _check_slim(options: argparse.Namespace) -> None:
     _check_output(options, "model", "the larger model")
 
 
+def _check_quantize(options: argparse.Namespace) -> None:
+    check_quantize(options)
+    _check_output(options, "model", "the model as it was")
+
+
 def _check_convert(options: argparse.Namespace) -> None:
     _check_output(options, "folder", "the old checkpoint")
 
@@ -111,7 +120,10 @@ def _check_export(options: argparse.Namespace) -> None:
         raise ValueError("--quantize static calibrates on text: --calibration FILE")
     if options.calibration and options.quantize != "static":
         raise ValueError("--calibration is for --quantize static alone: leave it out.")
-    _check_no_file(options.output)
+    if not options.gguf:
+        _check_no_file(options.output)
+    elif options.quantize or options.no_pack:
+        raise ValueError("--quantize and --no-pack are for ONNX graphs: leave them out, or --gguf.")
 
 
 _CHECKS: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -119,6 +131,7 @@ _CHECKS: dict[str, Callable[[argparse.Namespace], None]] = {
     "recover": _check_recover,
     "shrink": _check_shrink,
     "slim": _check_slim,
+    "quantize": _check_quantize,
     "convert": _check_convert,
     "export": _check_export,
 }
@@ -165,10 +178,28 @@ def _check_sparsity(pattern: str, sparsity: float | None, implied: float | None)
         )
 
 
+def _method(options: argparse.Namespace) -> Method:
+    """The method of a pruning.
+
+    Raises:
+        ValueError: it is not for the pattern.
+    """
+    own, others = METHODS, EXPERT_METHODS
+    if options.pattern == "expert":
+        own, others = others, own
+    if options.method not in own:
+        wanted = "--pattern expert" if options.method in EXPERT_METHODS else "another pattern"
+        raise ValueError(
+            f"method '{options.method}' is for {wanted}; the pattern is '{options.pattern}'. Give "
+            f"--method {', '.join(own)}."
+        )
+    return own[options.method]
+
+
 def needs_calibration(options: argparse.Namespace) -> bool:
     """Whether a pruning looks at data."""
     composed = options.allocation == "owl" or options.refine or options.reconstruct
-    return METHODS[options.method].needs_calibration or bool(composed)
+    return _method(options).needs_calibration or bool(composed)
 
 
 def method_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -177,7 +208,7 @@ def method_options(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: the method has no such option, or a value cannot be read as the option's type.
     """
-    defaults = METHODS[options.method].options
+    defaults = _method(options).options
     own: dict[str, Any] = {
         name: getattr(options, name)
         for name in ("scope", *COMPOSITION)
@@ -190,21 +221,20 @@ def method_options(options: argparse.Namespace) -> dict[str, Any]:
             "Leave it out."
         )
     for given in options.option or ():
-        name, value = _own_option(given, options.method)
+        name, value = _own_option(given, options.method, defaults)
         own[name] = value
     if own.get("scope", "layer") not in SCOPES:
         raise ValueError(f"scope is {own['scope']!r}; wanted one of {', '.join(SCOPES)}.")
     return own
 
 
-def _own_option(given: str, method: str) -> tuple[str, Any]:
+def _own_option(given: str, method: str, defaults: Mapping[str, Any]) -> tuple[str, Any]:
     """The name and the value of one `--option`.
 
     Raises:
         ValueError: the method has no such option, or the value cannot be read as its type.
     """
     name, equals, text = given.partition("=")
-    defaults = METHODS[method].options
     known = ", ".join(f"{option}={value}" for option, value in defaults.items())
     start = f"--option {given}: "
     if name in COMPOSITION:

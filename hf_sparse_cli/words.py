@@ -14,7 +14,7 @@ _START, _END = r"(?<![\w./-])", r"(?![\w/])"
 # Arguments of calls that are flags of the same name.
 _FLAGS = (
     *("sparsity", "method", "allocation", "refine", "scope", "r", "quantize", "dtype", "format"),
-    "by",
+    *("by", "params", "ms", "mb"),
 )
 _LISTS = ("targets", "ignore")
 _CONFIG = (
@@ -48,6 +48,7 @@ _PHRASES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"Put labels into them \(see hf_sparse\.labelled_batches\)", "Give --labels FILE"),
     (r"give export_onnx quantize=", "give quantize="),
     (r"model\.float\(\)", "--dtype float32"),
+    (r"add bits=8 or bits=4", "add --bits 8 or --bits 4"),
     (r"SparsityConfig\(\.\.\., format='dense'\)", "--format dense"),
     (r"SparsityConfig\(\.\.\., targets=\[\.\.\.\]\)", "--targets GLOB"),
     (rf", or save with {_CONFIG}\.", "."),

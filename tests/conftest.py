@@ -24,6 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--arm", action="store_true", help="compile kernels for ARM, and run them under qemu"
     )
+    parser.addoption(
+        "--arm-extras", action="store_true", help="with --arm: of a later CPU, with dot products"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(
                 f"--arm needs {' and '.join(missing)}: `make test-arm` installs them on Debian."
             )
-        arm.install()
+        arm.install(config.getoption("--arm-extras"))
     if name := config.getoption("--target"):
         from hf_sparse.runtime.llvm import target
 

@@ -32,6 +32,14 @@ def test_benchmark_times_every_way(family: str) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_benchmark_times_bits_beside_the_dense_model() -> None:
+    model = tiny_model("llama")
+    hf_sparse.prune_(model, hf_sparse.SparsityConfig("2:4"), "magnitude")
+    found = hf_sparse.benchmark(model, tokens=9, repeats=1, bits=4)
+    names = ["torch", "compiled, dense", "compiled, dense, int4", "compiled, int4"]
+    assert [one.name for one in found.decode] == names
+
+
 def test_models_that_are_compiled_layer_by_layer_are_timed(tmp_path: Path) -> None:
     model = tiny_model("stablelm")
     hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", 0.8), "magnitude")
@@ -63,6 +71,10 @@ def test_the_bench_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["bench", str(tmp_path / "sparse"), *small, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["forward_ms"]) == {"torch", "compiled, dense", "compiled"}
+    assert main(["bench", str(tmp_path / "sparse"), *small, "--explain", "--bits", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "int8" in printed
+    assert "forward: compiled, int8" in printed
     assert main(["bench", str(tmp_path / "sparse"), "--tokens", "0"]) == 1
     assert "tokens is 0" in capsys.readouterr().err
     assert main(["bench", str(tmp_path / "sparse"), "--threads", "0"]) == 1

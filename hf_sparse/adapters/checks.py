@@ -279,14 +279,14 @@ def check_adapter_finite(model: Any, adapter: str, where: str = "") -> None:
         tensors = get_peft_model_state_dict(
             model, adapter_name=adapter, save_embedding_layers=False
         )
-    found = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    names = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     for name, layer in adapted_layers(model, adapter):
         if not math.isfinite(getattr(layer, "scaling", {}).get(adapter, 1.0)):
-            found.append(f"the scale of {name}")
-    if found:
+            names.append(f"the scale of {name}")
+    if names:
         raise ValueError(
-            f"adapter '{adapter}'{where} has values that are not finite, in {len(found)} places (first "
-            f"{found[0]}): its training has diverged, or its file is damaged. Train it again at a "
+            f"adapter '{adapter}'{where} has values that are not finite, in {len(names)} places (first "
+            f"{names[0]}): its training has diverged, or its file is damaged. Train it again at a "
             "lower learning rate, or with a finite lora_alpha."
         )
 

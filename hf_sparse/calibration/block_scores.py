@@ -82,24 +82,24 @@ class Influence:
 
 def hidden_in(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """The hidden states that a block is called with."""
-    found = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(found, Tensor):
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor):
         raise ValueError(
             f"a {type(block).__name__} is called without hidden states in the first place: given were "
             f"{len(args)} arguments and {', '.join(kwargs)}. Wanted blocks that get them first."
         )
-    return found
+    return hidden
 
 
 def hidden_out(block: nn.Module, output: Any) -> Tensor:
     """The hidden states that a block returns: its output, or the first of several."""
-    found = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(found, Tensor):
+    hidden = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(hidden, Tensor):
         raise ValueError(
             f"a {type(block).__name__} returns a {type(output).__name__}; wanted hidden states, or a "
             "tuple that begins with them."
         )
-    return found
+    return hidden
 
 
 def _hand_on(block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

@@ -1,7 +1,22 @@
-"""How much a mixture uses each of its experts: tokens that they get, and what they add to them."""
+"""How much a mixture uses each of its experts, and which of them are to stay.
+
+| by          | an expert's score                                                          |
+|-------------|----------------------------------------------------------------------------|
+| `reap`      | mean over its tokens of the router's weight times the norm of its output   |
+| `frequency` | how many tokens it gets                                                    |
+| `magnitude` | the norm of its weights: needs no data                                     |
+
+Counted over the whole model, scores are taken as multiples of the mean of their block: what blocks add
+grows with the size of the hidden states.
+
+Source: Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE compression",
+https://arxiv.org/abs/2510.13999. Departures: padding does not count; an expert that gets no token has
+score 0; a router whose families put experts into groups loses as many of each group.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -10,10 +25,17 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
+from hf_sparse.arguments import check_finite
 from hf_sparse.calibration.layer_inputs import expert_outputs, routed
+from hf_sparse.calibration.modes import switched
+from hf_sparse.calibration.processes import summed
 from hf_sparse.calibration.recording import Batch, TokenMasks
 from hf_sparse.calibration.walk import run_model
 from hf_sparse.structure.experts import ExpertStack
+from hf_sparse.structure.mixtures import Mixture, Mixtures
+
+# Whether a way to choose looks at data.
+METHODS = {"reap": True, "frequency": True, "magnitude": False}
 
 
 class ExpertUse:
@@ -93,3 +115,90 @@ def expert_use(
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             run_model(model, [inputs], masks)
     return found
+
+
+def scores_of(
+    mixtures: Mixtures, batches: Sequence[Batch], by: str, accelerator: Any = None
+) -> tuple[list[Tensor], list[ExpertUse] | None]:
+    """The scores of each mixture's experts.
+
+    Args:
+        mixtures: of a model.
+        batches: calibration inputs; none where none are looked at.
+        by: a key of `METHODS`.
+        accelerator: its processes have other batches.
+
+    Returns:
+        Scores, fp64 `(experts,)` each, and what experts do on the data, if there is any.
+
+    Raises:
+        ValueError: weights or outputs are not finite; no token reaches a mixture.
+    """
+    model, stacks = mixtures.model, [mixture.stack for mixture in mixtures.mixtures]
+    use = None
+    if batches:
+        with switched(model, training=False, use_cache=False):
+            use = expert_use(model, stacks, batches, outputs=by == "reap")
+        for seen in use:
+            seen.tokens = summed(seen.tokens, accelerator)
+            seen.added = summed(seen.added, accelerator)
+    if by == "magnitude":
+        return [_magnitudes(mixture) for mixture in mixtures.mixtures], use
+    assert use is not None
+    found = [seen.mean_added if by == "reap" else seen.tokens.double() for seen in use]
+    for mixture, scores, seen in zip(mixtures.mixtures, found, use, strict=True):
+        if not all(map(math.isfinite, scores.tolist())):
+            raise ValueError(
+                f"outputs of {mixture.name} are not finite on the calibration data. Load the model in "
+                "float32, or look at the data."
+            )
+        if not seen.tokens.any():
+            raise ValueError(
+                f"no token of the calibration data reaches {mixture.name}: give longer texts."
+            )
+    return found, use
+
+
+def _magnitudes(mixture: Mixture) -> Tensor:
+    """The norm of all matrices of each expert, fp64."""
+    squares = torch.zeros(mixture.stack.number, dtype=torch.float64)
+    for name in mixture.stack.parameters:
+        held = getattr(mixture.stack.module, name).detach()[: mixture.stack.number]
+        check_finite(f"{mixture.name}.{name}", held)
+        squares += torch.stack([matrix.double().square().sum() for matrix in held]).cpu()
+    return squares.sqrt()
+
+
+def kept_in_block(scores: Tensor, count: int, groups: int) -> list[int]:
+    """The experts of highest score, as many of each group; of equal ones the first. Ascending."""
+    size = len(scores) // groups
+    kept: list[int] = []
+    for group in range(groups):
+        own = scores[group * size : (group + 1) * size]
+        best = own.argsort(descending=True, stable=True)[: count // groups]
+        kept += sorted(group * size + int(number) for number in best)
+    return kept
+
+
+def kept_over_all(scores: Sequence[Tensor], removed: int, least: int) -> list[list[int]]:
+    """The experts that stay where those of all blocks compete.
+
+    Args:
+        scores: of each block's experts, `(experts,)`, compared as multiples of their block's mean.
+        removed: how many go in all; of equal ones the last.
+        least: how many each block keeps, whatever their scores.
+
+    Returns:
+        For each block their numbers, ascending.
+    """
+    ranked = sorted(
+        (float(score / own.clamp(min=0).mean().clamp(min=1e-30)), -block, -number)
+        for block, own in enumerate(scores)
+        for number, score in enumerate(own)
+    )
+    kept = [set(range(len(own))) for own in scores]
+    for _, block, number in ranked:
+        if removed and len(kept[-block]) > least:
+            kept[-block].remove(-number)
+            removed -= 1
+    return [sorted(own) for own in kept]

@@ -121,8 +121,8 @@ def routed_tokens(
         ValueError: they are called otherwise, or the experts are spread over processes; or a batch has
             padding that is among the tokens of a module of one product.
     """
-    found = routed(stack, args, kwargs, masks)
-    return lambda expert: found(expert)[0]
+    inputs_of = routed(stack, args, kwargs, masks)
+    return lambda expert: inputs_of(expert)[0]
 
 
 def routed(

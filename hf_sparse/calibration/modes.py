@@ -49,8 +49,8 @@ def switched(
 
 def _set(model: nn.Module, settings: dict[str, Any], undo: ExitStack) -> None:
     """Set values in all configs of a model; modules may share one."""
-    found = [getattr(module, "config", None) for module in model.modules()]
-    for config in {id(config): config for config in found}.values():
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    for config in {id(config): config for config in configs}.values():
         for name, wanted in settings.items():
             known = getattr(config, name, None)
             if known is not None and known != wanted:

@@ -120,6 +120,7 @@ def checked_batches(
         )
     _check_lengths(checked, model)
     _check_ids(checked, model)
+    _check_targets(checked, model)
     device = next(model.parameters()).device
     if device.type == "meta":  # weights are on the disk
         return checked
@@ -130,6 +131,25 @@ def checked_batches(
         }
         for batch in checked
     ]
+
+
+def _check_targets(batches: list[dict[str, Any]], model: nn.Module) -> None:
+    """Refuse labels that a decoder's inputs cannot be made of."""
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        return
+    if getattr(config, "decoder_start_token_id", None) is not None:
+        return
+    for batch in batches:
+        labels = batch.get("labels")
+        given = {"decoder_input_ids", "decoder_inputs_embeds"} & batch.keys()
+        if isinstance(labels, Tensor) and labels.ndim > 1 and not given:
+            raise ValueError(
+                f"the config of this {type(model).__name__} has no decoder_start_token_id, with which "
+                "the decoder's inputs would begin that are made of labels. Set it (T5: model.config."
+                "decoder_start_token_id = model.config.pad_token_id), or put decoder_input_ids into "
+                "the batches."
+            )
 
 
 def _num_embeddings(model: nn.Module) -> int | None:

@@ -15,6 +15,7 @@ from hf_sparse.checkpoint.writing import check_folder
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import compress
 from hf_sparse.structure.families import base_type
+from hf_sparse.structure.grids import gridded
 from hf_sparse.structure.layers import check_divides, promised_config
 from hf_sparse.structure.targets import Targets
 from hf_sparse.structure.units import shrunk_sizes
@@ -36,8 +37,8 @@ def check_can_save(
 
     Raises:
         ValueError: nobody could load the model in the format, or its config does not describe it; the
-            format does not hold the pattern, the pattern does not divide a weight, targets match
-            nothing, or the folder holds an ONNX export.
+            format does not hold the pattern, the pattern or the groups of scales do not divide a
+            weight, targets match nothing, or the folder holds an ONNX export.
         OSError: the folder is a file, or cannot be made or written.
     """
     check_folder(Path(folder))
@@ -109,6 +110,7 @@ def check_not_quantized(model: nn.Module) -> None:
 def _check_pattern(model: nn.Module, config: SparsityConfig) -> None:
     targets = Targets.of(model, config)
     pattern = targets.pattern
+    gridded(model, targets)  # tells of groups that do not divide a weight
     for layer in targets.layers:
         check_divides(pattern, layer.weight_name, *layer.weight.shape)
     group = torch.zeros(pattern.group_shape(1, 1))

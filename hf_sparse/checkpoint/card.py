@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
 
+from hf_sparse.checkpoint.on_grids import bits_in_words
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.provenance.values import FILLED, Calibration, Metric, Provenance, Step, Value
 from hf_sparse.structure.parts import full_size
@@ -83,7 +84,15 @@ class Card:
         }
         tags = card.pop("tags", [])
         sparse = ["sparse", *self._patterns] if self._is_sparse else []
-        tags = ["hf_sparse", *sparse, *self.tags, *([tags] if isinstance(tags, str) else tags)]
+        grid = self.config.grid
+        bits = [] if grid is None else [f"int{grid.bits}"]
+        tags = [
+            "hf_sparse",
+            *sparse,
+            *bits,
+            *self.tags,
+            *([tags] if isinstance(tags, str) else tags),
+        ]
         return ModelCardData(
             base_model=self.provenance.base_model,
             library_name="transformers",
@@ -101,10 +110,15 @@ class Card:
         return self.measured.is_sparse or self.config.sparsity > 0
 
     @property
+    def _bits(self) -> str:
+        """The grids of the weights, in words."""
+        return bits_in_words(self.config)
+
+    @property
     def _patterns(self) -> list[str]:
         """The patterns of the zeros, as they are asked for."""
-        found = self.measured.patterns or [str(self.config.pattern)]
-        return list(dict.fromkeys(map(_as_asked, found)))
+        patterns = self.measured.patterns or [str(self.config.pattern)]
+        return list(dict.fromkeys(map(_as_asked, patterns)))
 
     def _facts(self) -> list[tuple[str, str]]:
         targets = self.measured.targets
@@ -113,6 +127,7 @@ class Card:
             ("base model", _plain(self.provenance.base_model or "not recorded")),
             *self._blocks(),
             *(self._zeros() if self._is_sparse else ()),
+            *([("bits", told)] if (told := self._bits) else ()),
             ("weights in the whole model", f"{targets.parameters:,}"),
             (OUR_FACT, f"{targets.model_sparsity:.4f}"),
             ("storage of the target weights", formats or "none"),

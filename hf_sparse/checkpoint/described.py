@@ -80,9 +80,11 @@ def check_counts(
         counted = {key: (values.get(key, 1), path) for key, path in _COUNTED[family].items()}
     for key, (wanted, path) in counted.items():
         numbers = re.compile(rf"{path}\.(\d{{1,9}})\.")
-        found = max((int(match[1]) for match in map(numbers.match, names) if match), default=-1) + 1
-        if wanted != found:
-            raise FormatError(f"{file} has {key}={wanted!r:.40}, but {found} are stored. {AGAIN}")
+        number = (
+            max((int(match[1]) for match in map(numbers.match, names) if match), default=-1) + 1
+        )
+        if wanted != number:
+            raise FormatError(f"{file} has {key}={wanted!r:.40}, but {number} are stored. {AGAIN}")
 
 
 def class_named(values: Mapping[str, Any], file: Path) -> tuple[str, Any, bool]:

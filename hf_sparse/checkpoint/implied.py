@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_sparse.checkpoint.on_grids import bits_in_words, on_grids
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY, SparsityConfig
 from hf_sparse.formats import FORMATS
 from hf_sparse.optim.zeros import SPARSE_FROM
 from hf_sparse.patterns import Unstructured
+from hf_sparse.quantization import OffGridError
 from hf_sparse.report import TensorSparsity, count_zeros
 from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.promise import Held, with_sparsity
@@ -33,19 +35,30 @@ class Filled:
 
 def implied_config(
     model: PreTrainedModel, stored: Mapping[str, Tensor]
-) -> tuple[SparsityConfig, Filled | None]:
+) -> tuple[SparsityConfig, Filled | None, str | None]:
     """What the model was pruned or loaded with, as far as it still holds; else what is measured.
 
-    A model without zeros is dense, whatever it was: it is to load with transformers alone.
+    A model without zeros, whose weights may be any numbers, is dense, whatever it was: it is to load
+    with transformers alone.
 
     Args:
         model: the model that is saved.
         stored: its weights by name, without tied ones.
 
     Returns:
-        The config, and what was lost of the promise.
+        The config; what was lost of the promised zeros; and a warning if weights left their grid.
     """
     promised = promised_config(model)
+    if promised is None:
+        return (*_implied_zeros(model, stored, None), None)
+    promised, warning = _with_held_bits(model, stored, promised)
+    return (*_implied_zeros(model, stored, promised), warning)
+
+
+def _implied_zeros(
+    model: PreTrainedModel, stored: Mapping[str, Tensor], promised: SparsityConfig | None
+) -> tuple[SparsityConfig, Filled | None]:
+    """The config with the zeros that are held, and what was lost of them."""
     targets, ignore = (None, None) if promised is None else (promised.targets, promised.ignore)
     meant = Targets.in_blocks(model) if promised is None else Targets.of(model, promised)
     asked = meant.config
@@ -55,7 +68,9 @@ def implied_config(
     dense = not any(map(is_sparse, counts)) and not _others_are_sparse(model, stored, meant)
     broken = sum(count.violations for count in counts)
     lost = broken > 0 or held.lacks
-    if dense and (lost or not asked.sparsity) and shrunk_sizes(model) is None:
+    has_bits = promised is not None and bool(bits_in_words(promised))
+    whole = shrunk_sizes(model) is None and not has_bits
+    if dense and (lost or not asked.sparsity) and whole:
         config = SparsityConfig("unstructured", 0.0, targets, ignore, "dense")
     elif promised is None:
         return SparsityConfig("unstructured", sparsity, targets, ignore), None
@@ -64,13 +79,38 @@ def implied_config(
     elif broken or not held.share:
         holds_any = FORMATS[asked.format].fits(Unstructured())
         format = asked.format if holds_any else "auto"
-        config = SparsityConfig("unstructured", sparsity, targets, ignore, format)
+        anything = SparsityConfig("unstructured", sparsity, targets, ignore, format)
+        config = replace(
+            anything,
+            bits=asked.bits,
+            group_size=asked.group_size,
+            symmetric=asked.symmetric,
+            embedding_bits=asked.embedding_bits,
+        )
     else:
         config = held.promise
     if not lost:
         return config, None
     warning = _of_lost_zeros(asked, config, broken, sparsity)
     return config, Filled(asked.sparsity, round(sparsity, 4), warning)
+
+
+def _with_held_bits(
+    model: PreTrainedModel, stored: Mapping[str, Tensor], promised: SparsityConfig
+) -> tuple[SparsityConfig, str | None]:
+    """The promised config; without bits, and with a warning, if weights are not on its grids."""
+    try:
+        for name, on_grid in on_grids(model, promised).items():
+            if name in stored:
+                on_grid.check(load_offloaded(model, name, stored[name]))
+    except OffGridError as error:
+        warning = (
+            f"the model was {bits_in_words(promised)}, and its weights are not "
+            f"any more: {error} It is saved with the values that it has, without codes."
+        )
+        plain = replace(promised, bits=None, group_size=None, symmetric=True, embedding_bits=None)
+        return plain, warning
+    return promised, None
 
 
 def _of_lost_zeros(asked: SparsityConfig, config: SparsityConfig, broken: int, found: float) -> str:

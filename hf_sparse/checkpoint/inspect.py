@@ -15,6 +15,7 @@ from hf_sparse.arguments import check_path
 from hf_sparse.checkpoint.bounds import Size
 from hf_sparse.checkpoint.candidates import Candidates, candidates_of, dense_model_in
 from hf_sparse.checkpoint.index import read_object
+from hf_sparse.checkpoint.on_grids import OnGrid, bits_in_words
 from hf_sparse.checkpoint.promised import CONFIG_NAME, QUANT_METHOD, Promised, promised_by
 from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
 from hf_sparse.checkpoint.reading import (
@@ -27,7 +28,7 @@ from hf_sparse.checkpoint.reading import (
     watch,
 )
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.formats import FormatError, decompress, locate, num_bytes, read_layout
+from hf_sparse.formats import CODINGS, FormatError, decompress, locate, num_bytes, read_layout
 from hf_sparse.patterns import Pattern, Unstructured
 from hf_sparse.report import SparsityReport, TensorSparsity, count_zeros
 from hf_sparse.structure.layers import TargetLayer, block_layers, by_identity
@@ -49,6 +50,8 @@ class CheckpointSparsity:
         file_bytes: size of all weight files.
         candidates: of a dense checkpoint, what pruning would make sparse; None if transformers cannot
             make its model.
+        bits: of each of those tensors that is stored as codes.
+        weights: how many each of those has.
     """
 
     config: SparsityConfig | None
@@ -57,6 +60,8 @@ class CheckpointSparsity:
     stored_bytes: dict[str, int]
     file_bytes: int
     candidates: Candidates | None = None
+    bits: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return (
@@ -76,13 +81,22 @@ class CheckpointSparsity:
         formats = Counter(self.formats.values())
         stored = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(formats.items()))
         lines = [f"{self.file_bytes:,} bytes in weight files" + (f"; {stored}" if stored else "")]
+        for bits in sorted(set(self.bits.values())):
+            names = [name for name in self.bits if self.bits[name] == bits]
+            weights = sum(self.weights[name] for name in names)
+            size = sum(self.stored_bytes[name] for name in names) / max(weights, 1)
+            lines.append(
+                f"{bits}-bit codes: {len(names)} tensors, {weights:,} weights, {size:.3f} bytes each"
+            )
         if self.config is None:
             lines.append("a dense checkpoint: config.json promises nothing")
             return lines if self.candidates is None else [*lines, str(self.candidates)]
-        promised, found = self.config.sparsity, self.report.sparsity
-        lines.append(f"config.json promises {self.config.pattern}, sparsity {promised:.4f}")
+        promised, measured = self.config.sparsity, self.report.sparsity
+        told = bits_in_words(self.config)
+        told = told and f", {told}"
+        lines.append(f"config.json promises {self.config.pattern}, sparsity {promised:.4f}{told}")
         if self.report.has_lost_zeros(promised):
-            lines.append(f"the zeros are lost: promised {promised:.4f}, found {found:.4f}")
+            lines.append(f"the zeros are lost: promised {promised:.4f}, found {measured:.4f}")
         return lines
 
 
@@ -111,6 +125,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
     stored = read_headers(files)
     known = _Known.of(folder, stored, config)
     counts, formats, sizes, parameters, other_zeros = [], {}, {}, 0, 0
+    bits, weights = {}, {}
     for tensor in tqdm(stored, desc="Reading"):
         parts = read_parts(tensor)
         if tensor.compressed and config is None:
@@ -120,19 +135,26 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
             )
         with locate(tensor.place):
             weight = decompress(parts) if tensor.compressed else parts[""]
-        found = _counts(tensor, parts, weight, pattern, known.targets(tensor))
-        counts += found
+            if (on_grid := known.on_grid(tensor)) is not None:
+                on_grid.check_stored(parts, weight)
+        counted = _counts(tensor, parts, weight, pattern, known.targets(tensor))
+        counts += counted
         if known.is_counted(tensor):
             parameters += weight.numel()
         if known.is_counted(tensor) and weight.is_floating_point():
-            other_zeros += int((weight == 0).sum()) - sum(count.zeros for count in found)
-        if found or tensor.compressed:
+            other_zeros += int((weight == 0).sum()) - sum(count.zeros for count in counted)
+        if counted or tensor.compressed:
             formats[tensor.name] = tensor.format
             sizes[tensor.name] = num_bytes(parts)
+            weights[tensor.name] = weight.numel()
+        if tensor.coding is not None:
+            bits[tensor.name] = CODINGS[tensor.coding].bits
     check_unchanged()
     report = SparsityReport(tuple(counts), str(pattern), parameters, other_zeros=other_zeros)
     total = sum(file.stat().st_size for file in files)
-    return CheckpointSparsity(config, report, formats, sizes, total, known.candidates)
+    return CheckpointSparsity(
+        config, report, formats, sizes, total, known.candidates, bits, weights
+    )
 
 
 @dataclass(frozen=True)
@@ -146,6 +168,7 @@ class _Known:
         uncounted: so named are tensors that are no weights of the model, or once more the same.
         routers: the names, of tensors that are not called as in the model, of what chooses experts.
         candidates: of a dense checkpoint.
+        grids: the weights that few bits are promised of, by names as in `layers`.
     """
 
     config: SparsityConfig | None
@@ -154,6 +177,7 @@ class _Known:
     uncounted: Collection[str] = ()
     routers: Collection[str] = ()
     candidates: Candidates | None = None
+    grids: Mapping[str, OnGrid] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -165,7 +189,8 @@ class _Known:
         promised = promised_by(folder, stored)
         promised.check(stored)
         uncounted = _uncounted(promised, stored)
-        return cls(config, promised, promised.targets(config), uncounted)
+        targets, grids = promised.targets(config), promised.grids(config)
+        return cls(config, promised, targets, uncounted, grids=grids)
 
     @classmethod
     def _of_dense(cls, folder: Path, stored: Sequence[StoredTensor]) -> _Known:
@@ -186,8 +211,13 @@ class _Known:
             # Dense checkpoints of some families have each expert by itself, under another name.
             if self.config is not None or local in self.promised.tensors():
                 return self.layers.get(local, ())
-        named = is_target(tensor.name, tensor.compressed, self.config)
+        coded = tensor.coding is not None
+        named = is_target(tensor.name, tensor.compressed, self.config, coded=coded)
         return None if named and tensor.name not in self.routers else ()
+
+    def on_grid(self, tensor: StoredTensor) -> OnGrid | None:
+        """The grid that is promised of a tensor."""
+        return self.grids.get(self.promised.local(tensor.name)) if self.promised else None
 
     def is_counted(self, tensor: StoredTensor) -> bool:
         """Whether its numbers are weights of the model."""

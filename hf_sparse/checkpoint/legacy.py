@@ -185,9 +185,9 @@ class _OldWeights:
 
 def _decode(parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
     """The weight of `shape`, `(out_features, in_features)` or a vector, from its parts."""
-    found = tuple(parts["shape"].flatten().tolist())
-    if found != shape or len(shape) not in (1, 2) or 0 in shape:
-        raise FormatError(f"'shape' holds {found}; config.json implies {shape}")
+    stored_shape = tuple(parts["shape"].flatten().tolist())
+    if stored_shape != shape or len(shape) not in (1, 2) or 0 in shape:
+        raise FormatError(f"'shape' holds {stored_shape}; config.json implies {shape}")
     *rows, columns = shape
     values, packed, offsets = parts["compressed"], parts["bitmask"], parts.get("row_offsets")
     wanted = {"shape": (len(shape),), "bitmask": (*rows, -(-columns // 8)), "row_offsets": (*rows,)}

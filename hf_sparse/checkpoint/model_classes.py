@@ -39,9 +39,9 @@ def model_class_named(name: str, config_class: type[PreTrainedConfig] | None = N
             of the family's models.
         config_class: the family's own.
     """
-    found = getattr(transformers, name, None) if name.isidentifier() else None
-    if is_model_class(found):
-        return found
+    named = getattr(transformers, name, None) if name.isidentifier() else None
+    if is_model_class(named):
+        return named
     if config_class is None:
         return None
     known = itertools.chain.from_iterable(

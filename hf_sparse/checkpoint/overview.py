@@ -42,12 +42,12 @@ class Overview:
             patterns: what the weights were pruned to, by name.
         """
         anything = Unstructured()
-        found = {
+        patterns_found = {
             str(anything if count.violations else patterns.get(count.name, anything))
             for count in (*targets.tensors, *others)
             if is_sparse(count)
         }
-        return cls(targets, tuple(others), tuple(sorted(found)))
+        return cls(targets, tuple(others), tuple(sorted(patterns_found)))
 
     @property
     def is_sparse(self) -> bool:

@@ -26,10 +26,11 @@ from hf_sparse.checkpoint.described import (
     describing,
 )
 from hf_sparse.checkpoint.index import read_index, read_object
+from hf_sparse.checkpoint.on_grids import OnGrid, on_grids
 from hf_sparse.checkpoint.reading import StoredTensor, open_file, read_headers
 from hf_sparse.checkpoint.sparse_configs import NOT_MADE
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.formats import FORMATS, FormatError, join, locate
+from hf_sparse.formats import FORMATS, FormatError, join, layout_in, locate
 from hf_sparse.structure.layers import (
     TargetLayer,
     by_identity,
@@ -98,6 +99,18 @@ class Promised:
         with describing(self.file):
             held = by_identity(target_layers(self.model, config))
         return {self.local(layers[0].parameter_name): layers for layers in held.values()}
+
+    def grids(self, config: SparsityConfig) -> dict[str, OnGrid]:
+        """The weights that `config` promises few bits of, by their names as in `targets`.
+
+        Raises:
+            FormatError: the model has no such layers.
+        """
+        if not self.exact or (config.grid is None and config.embedding_grid is None):
+            return {}
+        with describing(self.file):
+            found = on_grids(self.model, config)
+        return {self.local(name): weights for name, weights in found.items()}
 
     def missing(self, found: Mapping[str, StoredTensor]) -> list[str]:
         """The names of the parameters that no tensor is stored for, nor for what they are tied to.
@@ -305,9 +318,8 @@ def check_shapes(
                     continue
                 values = reader.get_slice(tensor.name)
                 shape = tuple(values.get_shape())
-                if wanted[name].is_floating_point() and not values.get_dtype().startswith(
-                    ("F", "BF")
-                ):
+                floats = values.get_dtype().startswith(("F", "BF"))
+                if wanted[name].is_floating_point() and not (floats or tensor.coding):
                     raise FormatError(
                         f"{tensor.place}: it holds numbers of type {values.get_dtype()}, the model "
                         "wants floats. The file is damaged: copy or download it again."
@@ -315,7 +327,7 @@ def check_shapes(
                 if tensor.compressed:
                     layout = reader.get_tensor(join(tensor.name, "layout"))
                     with locate(tensor.place):
-                        known = FORMATS[tensor.format].read_layout(layout)
+                        known = layout_in(tensor.parts, layout)
                     shape = known.shape
                 if shape != (meant := tuple(wanted[name].shape)):
                     raise FormatError(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_sparse.checkpoint.on_grids import OnGrid
 from hf_sparse.checkpoint.promised import (
     CONFIG_NAME,
     QUANT_METHOD,
@@ -88,6 +89,7 @@ class SparseHfQuantizer(Restorer):
         self._errors: list[FormatError] = []
         self._check_unchanged = watch([])
         self._targets: Mapping[str, tuple[TargetLayer, ...]] = {}
+        self._grids: Mapping[str, OnGrid] = {}
         self._own_conversions = 0
 
     @property
@@ -123,6 +125,7 @@ class SparseHfQuantizer(Restorer):
             promised = promised_by(files[0].parent, stored, model.config)
             promised.check(stored)
             self._targets = promised.targets(self.quantization_config.sparsity)
+            self._grids = promised.grids(self.quantization_config.sparsity)
             _check_blocks(model, stored)
         self._dtype_plan = dtype_plan(model, dtype)
         self._own_conversions = number_of_conversions(model)
@@ -179,8 +182,9 @@ class SparseHfQuantizer(Restorer):
                     )
                 FORMATS[layout.format].check_direction(layout, transposed)
                 weight = decompress(parts)
+                coded = layout.coding is not None
                 promised = local in self._targets or is_target(
-                    stored.name if stored else name, True, config
+                    stored.name if stored else name, True, config, coded=coded
                 )
                 if FORMATS[layout.format].proves(pattern):
                     known = pattern.parameters(layout.rows, layout.columns)
@@ -190,6 +194,8 @@ class SparseHfQuantizer(Restorer):
                 matrices = [layer.part(weight) for layer in layers or ()]
                 for matrix in matrices or oriented(weight, transposed):
                     _check_promise(matrix, pattern)
+            if local in self._grids:
+                self._grids[local].check_stored(parts, weight)
         return weight
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:

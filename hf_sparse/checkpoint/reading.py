@@ -18,6 +18,8 @@ from hf_sparse.configuration_sparse import SparsityConfig, matches
 from hf_sparse.formats import (
     FORMATS,
     FormatError,
+    are_complete,
+    coding_of,
     decompress,
     format_of,
     group_parts,
@@ -97,15 +99,25 @@ class StoredTensor:
         """The format that it is stored in."""
         return format_of(self.parts)
 
+    @property
+    def coding(self) -> str | None:
+        """The coding of its values; None: they are stored as they are."""
+        return coding_of(self.parts)
 
-def is_target(name: str, compressed: bool, config: SparsityConfig | None) -> bool:
+
+def is_target(
+    name: str, compressed: bool, config: SparsityConfig | None, *, coded: bool = False
+) -> bool:
     """Whether a matrix of a checkpoint is one that its config promises zeros in, as names tell.
 
     Args:
         name: in the file.
         compressed: how it is stored: outside the blocks nothing but targets is compressed.
         config: of the checkpoint; None: every matrix in numbered blocks.
+        coded: whether its values are codes: so are embeddings that are no targets.
     """
+    if config is not None and config.embedding_bits is not None and coded:
+        compressed = False
     layer, in_blocks = name.removesuffix(".weight"), re.search(r"\.\d+\.", name) is not None
     if layer == name and not name.endswith(ENDINGS):
         return False
@@ -134,11 +146,11 @@ def read_headers(files: Sequence[Path]) -> list[StoredTensor]:
         for name, parts in group_parts(names).items():
             stored = StoredTensor(name, tuple(parts), file)
             orphan = split_name(name)[1]
-            if orphan or (stored.compressed and ("layout" not in parts or len(parts) != 3)):
+            if orphan or (stored.compressed and not are_complete(parts)):
                 raise FormatError(
                     f"{stored.place}: found the parts {[part or 'values' for part in parts]}; "
-                    "a compressed tensor has values, layout and one array of positions. The "
-                    "checkpoint is incomplete: copy or download it again."
+                    "a compressed tensor has values, layout and one array of positions, or scales of "
+                    "coded values. The checkpoint is incomplete: copy or download it again."
                 )
             if name in tensors:
                 raise FormatError(
@@ -180,10 +192,10 @@ def watch(files: Sequence[Path]) -> Callable[[], None]:
 
 def _version(file: Path) -> tuple[int, ...] | None:
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_parts(stored: StoredTensor) -> dict[str, Tensor]:

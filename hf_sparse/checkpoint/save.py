@@ -37,7 +37,7 @@ from hf_sparse.checkpoint.writing import (
 )
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.files.atomic import replacing
-from hf_sparse.formats import format_of
+from hf_sparse.formats import storage_of
 from hf_sparse.patterns import Pattern
 from hf_sparse.provenance.record import remember_
 from hf_sparse.provenance.values import Metric, Provenance
@@ -98,8 +98,8 @@ def save_model(
     check_folder(folder, variant)
     known = described(model, report, base_model, card_data, tags)
     plan = _plan(model, config, state_dict, known)
-    if plan.filled is not None:
-        warnings.warn(plan.filled.warning, stacklevel=3)
+    for told in plan.warnings:
+        warnings.warn(told, stacklevel=3)
     watch, old_compiled = MetricsWatch(known, metrics, folder), compiled_files(folder)
     with replacing(
         folder, lambda name: is_weight_file(name, variant) or name in old_compiled
@@ -148,13 +148,21 @@ class _Plan:
         targets: of the config that the model is saved with.
         tensors: the weights by name, without tied ones; each is taken out when it is written.
         patterns: what the weights were pruned to, by name.
-        filled: what was lost of the promise, if no config was given.
+        filled: what was lost of the promised zeros, if no config was given.
+        left_grid: a warning that weights left the grid that was promised of them.
     """
 
     targets: Targets
     tensors: dict[str, Tensor]
     patterns: Mapping[str, Pattern]
     filled: Filled | None
+    left_grid: str | None = None
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the caller is to know before anything is written."""
+        filled = None if self.filled is None else self.filled.warning
+        return [warning for warning in (filled, self.left_grid) if warning is not None]
 
 
 def _plan(
@@ -164,11 +172,12 @@ def _plan(
     known: Provenance,
 ) -> _Plan:
     """Choose the config, and find what it is about."""
-    stored, filled = tensors_to_store(model, state_dict), None
+    stored, filled, left_grid = tensors_to_store(model, state_dict), None, None
     if config is None:
-        config, filled = implied_config(model, stored)
+        config, filled, left_grid = implied_config(model, stored)
     targets = Targets.of(model, config)
-    return _Plan(targets, stored, patterns_by_weight(model, targets, known.steps), filled)
+    patterns = patterns_by_weight(model, targets, known.steps)
+    return _Plan(targets, stored, patterns, filled, left_grid)
 
 
 @dataclass
@@ -180,7 +189,7 @@ class _Written:
         counts: of the targets.
         others: counts of the other matrices of the blocks.
         other_zeros: the zeros of all that is no target.
-        formats: how many targets are stored in each.
+        formats: how many targets are stored in each, and by codes of how many bits.
     """
 
     held: Held
@@ -203,7 +212,7 @@ def _write(
         written.counts += part.targets
         written.others += part.others
         if part.targets:
-            written.formats[format_of(part.parts)] += 1
+            written.formats[storage_of(part.parts)] += 1
     writer.close(num_parameters(model))
     return written
 

@@ -87,11 +87,11 @@ class SparseConfigMixin:
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """As the family's; the config of a dense checkpoint is taken for one of this class."""
         config, unused = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
-        found = config.get("model_type", "")
-        if found.startswith("sparse_") and found != cls.model_type:
+        model_type = config.get("model_type", "")
+        if model_type.startswith("sparse_") and model_type != cls.model_type:
             raise ValueError(
-                f"the checkpoint is of type '{found}', but {cls.__name__} is of '{cls.model_type}'. "
-                "Load it with AutoModel, or the classes of its own family."
+                f"the checkpoint is of type '{model_type}', but {cls.__name__} is of "
+                f"'{cls.model_type}'. Load it with AutoModel, or the classes of its own family."
             )
         if config.get("model_type") == cls.base_model_type:
             config["model_type"] = cls.model_type

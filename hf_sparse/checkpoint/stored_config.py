@@ -75,12 +75,13 @@ def sparse_config(model: PreTrainedModel, config: SparsityConfig) -> PreTrainedC
 def check_rebuilds(model: PreTrainedModel) -> None:
     """Refuse a model that its config does not describe: a checkpoint of it would not load.
 
-    Families whose blocks are known by name are looked at when they are loaded.
+    Families whose blocks are known by name are looked at when they are loaded, but for parts of them.
 
     Raises:
         ValueError: the config cannot be read again, or gives a model of other weights.
     """
-    if parts_of(model.config) is not None:
+    if (parts := parts_of(model.config)) is not None:
+        _check_whole(model, parts.stack)
         return
     place, kind = Path("config.json"), type(model).__name__
     values = json.loads(sparse_config(model, SparsityConfig("unstructured", 0.0)).to_json_string())
@@ -103,6 +104,19 @@ def check_rebuilds(model: PreTrainedModel) -> None:
                 "would not load: change the config to the model's sizes, or save it with "
                 "format='dense'."
             )
+
+
+def _check_whole(model: PreTrainedModel, stack: str) -> None:
+    """Refuse a part of a family's model that no Auto class builds, such as OPT's decoder alone."""
+    base: nn.Module = model.base_model
+    if stack not in {name for name, _ in base.named_modules()}:
+        kind = type(model).__name__
+        whole = first_class_of(base_config_class(model.config.model_type))
+        raise ValueError(
+            f"{kind} is a part of a model of type '{model.config.model_type}': it has no blocks at "
+            f"{stack}, and AutoModel would build a {whole.__name__}, which its weights do not fit. "
+            f"Save the whole model, or save it with format='dense', for {kind}.from_pretrained."
+        )
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

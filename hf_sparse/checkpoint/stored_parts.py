@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_sparse.checkpoint.implied import load_offloaded
+from hf_sparse.checkpoint.on_grids import OnGrid, named, on_grids
 from hf_sparse.checkpoint.overview import count_other
 from hf_sparse.checkpoint.source import MetricsWatch
 from hf_sparse.configuration_sparse import SparsityConfig
@@ -49,7 +50,7 @@ def stored_parts(
     """Every tensor with its parts and counts.
 
     Other matrices of the blocks, which an earlier pruning may have left zeros in, are compressed
-    where that is smaller.
+    where that is smaller. Weights that the config promises few bits of are stored as codes.
 
     Args:
         model: the model that is saved.
@@ -60,9 +61,11 @@ def stored_parts(
         watch: is shown every weight.
 
     Raises:
+        OffGridError: weights that the config promises few bits of have others; the message names them.
         ValueError: a target breaks the pattern that the config promises; the message names it.
     """
     config = chosen.config
+    grids = on_grids(model, chosen)
     targets = chosen.by_parameter(model)
     others = by_parameter(model, chosen.others)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -76,15 +79,19 @@ def stored_parts(
             for layer in others.get(name, ())
         )
         if own:
-            parts, counts = _compress(name, tensor, own, config, whole=not rest)
+            coded = grids.get(name)
+            parts, counts = _compress(name, tensor, own, config, coded, whole=not rest)
             for layer in own:
                 held.add(layer.weight_name, layer.part(tensor))
             zeros = sum(count.zeros for count in rest)
             stored = Stored(name, parts, counts, rest, zeros)
         elif name in parameters:
-            zeros = int((tensor == 0).sum())
+            zeros = int((tensor == 0).count_nonzero())
             stored = replace(stored, others=rest, other_zeros=zeros)
-            if rest and zeros and can_compress(tensor):
+            if name in grids:
+                with named(name):
+                    stored = replace(stored, parts=compress(tensor, grid=grids[name].grid))
+            elif rest and zeros and can_compress(tensor):
                 stored = replace(stored, parts=compress(tensor))
         if config.format == "dense":
             dense[name] = tensor
@@ -96,22 +103,34 @@ def stored_parts(
 
 
 def _compress(
-    name: str, tensor: Tensor, layers: Sequence[TargetLayer], config: SparsityConfig, *, whole: bool
+    name: str,
+    tensor: Tensor,
+    layers: Sequence[TargetLayer],
+    config: SparsityConfig,
+    coded: OnGrid | None,
+    *,
+    whole: bool,
 ) -> tuple[dict[str, Tensor], tuple[TensorSparsity, ...]]:
     """The parts of a tensor, and the counts of the targets in it.
+
+    A stack some of whose matrices are no targets is stored by values, whatever their bits.
 
     Args:
         name: of the tensor.
         tensor: a matrix, or a stack of them.
         layers: the targets in it.
         config: what they were pruned to, and the format.
+        coded: the grid of its weights; None: they may have any values.
         whole: whether it holds nothing else.
     """
-    pattern = config.pattern
-    try:
-        parts = compress(tensor, config.format, pattern, transposed=layers[0].transposed)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    pattern, grid = config.pattern, None
+    if coded is not None and coded.is_whole(tensor):
+        grid = coded.grid
+    elif coded is not None:
+        coded.check(tensor)
+    with named(name):
+        transposed = layers[0].transposed
+        parts = compress(tensor, config.format, pattern, transposed=transposed, grid=grid)
     if whole and (pattern.implied_sparsity is None or FORMATS[format_of(parts)].proves(pattern)):
         anything = Unstructured()
         return parts, tuple(

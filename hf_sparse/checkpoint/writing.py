@@ -176,7 +176,7 @@ def _sort_metadata(file: Path, metadata: Mapping[str, str]) -> None:
     ordered = json.dumps(metadata, separators=(",", ":"), sort_keys=True)
     with file.open("r+b") as opened:
         opened.seek(8)  # the header's length
-        found = opened.read(len(first) + len(ordered)).decode()
-        if found.startswith(first) and json.loads(found.removeprefix(first)) == metadata:
+        header = opened.read(len(first) + len(ordered)).decode()
+        if header.startswith(first) and json.loads(header.removeprefix(first)) == metadata:
             opened.seek(8 + len(first))
             opened.write(ordered.encode())

@@ -30,17 +30,22 @@ from hf_sparse.cli.loading import (
 from hf_sparse.cli.messages import messages
 from hf_sparse.cli.printing import print_saved, without
 from hf_sparse.cli.pushing import push
+from hf_sparse.cli.quantizing import quantize
 from hf_sparse.cli.shrinking import shrink
 from hf_sparse.cli.slimming import slim
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY
 from hf_sparse.exporters.can_export import check_can_export
+from hf_sparse.exporters.gguf_export import check_can_export_gguf
+from hf_sparse.pruning.experts import check_experts
 from hf_sparse.pruning.methods import Recipe
 from hf_sparse.pruning.streaming import check_run
 from hf_sparse.pruning.uniform import check_uniform
 from hf_sparse.report import format_table
+from hf_sparse.structure.grids import gridded
 from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.targets import Targets
 from hf_sparse.timing import profile
+from hf_sparse_cli.quantizing import grid_options
 from hf_sparse_cli.usage import method_options, needs_calibration
 
 
@@ -82,12 +87,16 @@ def _checked(options: argparse.Namespace) -> tuple[hf_sparse.SparsityConfig, Any
         options.ignore,
         options.format,
         options.uniform,
+        **grid_options(options),
     )
     own = method_options(options)
     recipe = Recipe.of(options.method, config.pattern, own)
     bones = skeleton(options.model, options)
     if config.uniform:
         check_uniform(bones, Targets.of(bones, config), recipe)
+    gridded(bones, config)  # tells of groups that do not divide a weight
+    if config.pattern.whole_matrices:
+        check_experts(bones, Targets.of(bones, config), recipe.all_options["scope"])
     check_can_save(bones, options.output, config)
     if options.stream:
         check_run(options.model, options.output, config, options.method, own, options.resume)
@@ -99,7 +108,8 @@ def _calibration(options: argparse.Namespace, bones: Any) -> tuple[Any, list[Any
 
     The data are windows of text, or labelled texts.
     """
-    needed = needs_calibration(options)
+    rounds = options.bits is not None and bool(options.calibration or options.labels)
+    needed = needs_calibration(options) or rounds
     tokenizer = optional_tokenizer(options, bones.config, needed=needed)
     return tokenizer, batches_of(options, bones, tokenizer) if needed else None
 
@@ -140,7 +150,7 @@ def _in_memory(
     hf_sparse.save_pretrained(
         model,
         options.output,
-        config,
+        None if config.pattern.whole_matrices else config,  # a share of few experts is rounded
         tokenizer=tokenizer,
         report=report,
         base_model=options.base_model,
@@ -221,16 +231,20 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def inspect(options: argparse.Namespace) -> int:
     """Print what a checkpoint folder holds."""
-    found = hf_sparse.inspect_checkpoint(options.folder)
-    report = found.report
+    inspection = hf_sparse.inspect_checkpoint(options.folder)
+    report = inspection.report
     if options.json:
-        described = dataclasses.asdict(found)
-        described["config"] = found.config.to_dict() if found.config else None
+        described = dataclasses.asdict(inspection)
+        described["config"] = inspection.config.to_dict() if inspection.config else None
         described["report"] = json.loads(report.to_json())
         print(json.dumps(described, indent=2))
     else:
-        print(found.table() if options.tensors else found)
-    if found.config is not None and found.config.pattern.implied_sparsity and report.violations:
+        print(inspection.table() if options.tensors else inspection)
+    if (
+        inspection.config is not None
+        and inspection.config.pattern.implied_sparsity
+        and report.violations
+    ):
         print(
             f"hf-sparse: error: {report.violations} groups break the promised pattern "
             f"'{report.pattern}'",
@@ -247,26 +261,38 @@ def bench(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     shape = options.batch, options.tokens, options.repeats
     if options.profile:
-        profiles = profile(model, *shape)
+        profiles = profile(model, *shape, options.bits)
         if options.json:
-            print(json.dumps({kind: dataclasses.asdict(found) for kind, found in profiles.items()}))
+            print(
+                json.dumps(
+                    {kind: dataclasses.asdict(timings) for kind, timings in profiles.items()}
+                )
+            )
             return 0
-        print("\n\n".join(f"{kind}: {found}" for kind, found in profiles.items()))
+        print("\n\n".join(f"{kind}: {timings}" for kind, timings in profiles.items()))
         return 0
-    found = hf_sparse.benchmark(model, *shape)
+    timings = hf_sparse.benchmark(model, *shape, options.bits)
     if options.json:
-        print(json.dumps(found.to_dict()))
+        print(json.dumps(timings.to_dict()))
         return 0
     if options.explain:
-        compiled: Any = hf_sparse.compile(model)
+        compiled: Any = hf_sparse.compile(model, bits=options.bits)
         print(compiled.explain(options.batch * options.tokens), end="\n\n")
-    print(found)
+    print(timings)
     return 0
 
 
 def export(options: argparse.Namespace) -> int:
-    """Export a model as an ONNX graph."""
+    """Export a model as an ONNX graph, or as a GGUF file."""
     bones = skeleton(options.model, options)
+    if options.gguf:
+        check_can_export_gguf(bones, options.output)
+        tokenizer = optional_tokenizer(options, bones.config, needed=False)
+        model, _ = load(options.model, options, needs_tokenizer=False)
+        written = hf_sparse.export_gguf(model, options.output, tokenizer=tokenizer)
+        told = f"{written}{without(tokenizer)}"
+        print(json.dumps(written.to_dict()) if options.json else told)
+        return 0
     check_can_export(bones, options.output)
     tokenizer = optional_tokenizer(options, bones.config, needed=bool(options.calibration))
     batches = None
@@ -302,6 +328,7 @@ COMMANDS = {
     "bench": bench,
     "shrink": shrink,
     "slim": slim,
+    "quantize": quantize,
     "export": export,
     "push": push,
     "convert": convert,

@@ -9,9 +9,8 @@ import hf_sparse
 from hf_sparse.checkpoint.can_save import check_can_save
 from hf_sparse.cli.loading import batches_of, load, optional_tokenizer, skeleton
 from hf_sparse.cli.printing import print_json, without
-from hf_sparse.dropping.blocks import number_of_blocks
+from hf_sparse.dropping.counts import number_of_some
 from hf_sparse.dropping.experts import number_of_experts
-from hf_sparse.dropping.hidden import number_of_features
 from hf_sparse.structure.depth import Depth
 from hf_sparse.structure.hidden import HiddenPlan, hidden_size_of
 from hf_sparse.structure.mixtures import Mixtures
@@ -41,13 +40,13 @@ def shrink(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace, bones: Any) -> None:
     """Refuse counts that the model cannot lose, before its weights are read."""
     if options.blocks is not None:
-        number_of_blocks(options.blocks, len(Depth.of(bones).blocks))
+        number_of_some(options.blocks, len(Depth.of(bones).blocks), "block")
     if options.experts is not None:
         mixtures = Mixtures.of(bones)
         mixtures.check(mixtures.number - number_of_experts(options.experts, mixtures))
     if options.hidden is not None:
         size = hidden_size_of(bones)
-        HiddenPlan.of(bones, size - number_of_features(options.hidden, size))
+        HiddenPlan.of(bones, size - number_of_some(options.hidden, size, "hidden feature"))
 
 
 def _shrunk(options: argparse.Namespace, model: Any, batches: list[Any] | None) -> Any:

@@ -14,6 +14,7 @@ import json
 import secrets
 import warnings
 from collections.abc import Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,16 @@ from hf_sparse.compiled_files.skeleton import (
 from hf_sparse.files.atomic import replacing
 from hf_sparse.files.disk import disk_errors
 from hf_sparse.formats import FormatError
+from hf_sparse.quantization import Grid
 from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE
 from hf_sparse.runtime.llvm.target import named
+from hf_sparse.runtime.model.coded_head import CodedHead
 from hf_sparse.runtime.model.compiled import assemble, stack_of
 from hf_sparse.runtime.model.configured import check_config
 from hf_sparse.runtime.model.single_layers import CompiledLinear
 from hf_sparse.runtime.model.state import LAYOUT, restore_stack, stack_state
 from hf_sparse.runtime.weights.memory import Shelf
+from hf_sparse.runtime.weights.rounding import Coding
 from hf_sparse.version import __version__
 
 _STACK, _REST, _BUFFER, _ID = "stack.", "model.", "buffer.", "id"
@@ -90,6 +94,7 @@ def save_compiled(model: PreTrainedModel, folder: Path | str) -> Path:
     stored |= {f"{_REST}{name}": tensor for name, tensor in rest.items()}
     stored |= {f"{_BUFFER}{name}": tensor for name, tensor in unsaved_buffers(model).items()}
     stored = _apart(stored)
+    head = model.get_output_embeddings()
     described = {
         "layout": LAYOUT,
         "hf_sparse": __version__,
@@ -99,6 +104,7 @@ def save_compiled(model: PreTrainedModel, folder: Path | str) -> Path:
         "tied": tied,
         "types": {name: [str(t.dtype), list(t.shape)] for name, t in stored.items()},
         "generation": model.generation_config.to_dict() if model.can_generate() else None,
+        "head": list(astuple(head.coding)) if isinstance(head, CodedHead) else None,
         **description,
     }
     folder = Path(folder)
@@ -144,11 +150,12 @@ def load_compiled(
         model = build_skeleton(described["class"], described["config"], stack)
         fill(model, rest, _under(_BUFFER, tensors))
         set_generation(model, described["generation"])
+        coding = _head_coding(described.get("head"))
     except Exception as error:  # a damaged description can make any class of a config fail
         raise FormatError(f"{folder}: {error or repr(error)}") from error
     if old:
         warnings.warn(_UNTIED.format(folder=folder), stacklevel=2)
-    return assemble(model, stack, chosen, None if cache is None else Path(cache))
+    return assemble(model, stack, chosen, None if cache is None else Path(cache), coding)
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -172,9 +179,20 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return described
 
 
+def _head_coding(told: Any) -> Coding | None:
+    """How the output head became codes, which are made again."""
+    if told is None:
+        return None
+    grid, exact = told
+    if not isinstance(exact, bool):
+        raise ValueError(f"its head is {told!r}")
+    return Coding(Grid(*grid), exact)
+
+
 def _is_known(layout: Any) -> bool:
-    # That of 4 knew no windows (`weights/shuffled.py`), and is the same for the rest.
-    return layout in (LAYOUT, [4, *LAYOUT[1:]]) or is_old(layout)
+    # That of 4 knew no windows (`weights/shuffled.py`), those of 4 and 5 no codes of few bits; what
+    # they knew is the same.
+    return layout in ([number, *LAYOUT[1:]] for number in (4, 5, LAYOUT[0])) or is_old(layout)
 
 
 def _instead(folder: Path) -> str:

@@ -33,7 +33,7 @@ from hf_sparse.calibration.block_scores import Batches, Influence, mean_loss, sk
 from hf_sparse.calibration.losses import check_labels
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.windows import checked_batches, fingerprint
-from hf_sparse.dropping.counts import number_of
+from hf_sparse.dropping.counts import number_of_some
 from hf_sparse.dropping.report import DropReport
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
@@ -85,7 +85,7 @@ def drop_blocks_(
     depth = Depth.of(model)
     names = tuple(f"{name}.{number}" for name, number in depth.places)
     total = len(names)
-    wanted = number_of_blocks(count, total)
+    wanted = number_of_some(count, total, "block")
     inputs: Batches = checked_batches(batches, model, by)
     if by == "loss":
         check_labels(by, None, model, inputs)
@@ -110,24 +110,6 @@ def drop_blocks_(
     data = Calibration.of(inputs, fingerprint(inputs))
     record_(model, Step.of(report.method, report.options, calibration=data))
     return report
-
-
-def number_of_blocks(count: int | float, total: int) -> int:
-    """How many blocks a number or a fraction of them means.
-
-    Raises:
-        ValueError: none of them, or all.
-    """
-    most = f"at most {total - 1} of the {total} blocks, or a fraction of them in (0, 1)"
-    found = number_of(count, total, "blocks", most)
-    if found < 1:
-        raise ValueError(
-            f"count is {count}, which is no block of {total}; wanted {most}. The smallest "
-            f"fraction that is a block is {1 / total:.4g}."
-        )
-    if found >= total:
-        raise ValueError(f"count is {count}, which is every block of {total}; wanted {most}.")
-    return found
 
 
 @dataclass(frozen=True)
@@ -227,8 +209,8 @@ def _by_similarity(choice: Choice, wanted: int, batches: Batches) -> _Chosen:
             influence.masks = _masks(batch, choice.depth)
             needs_none = len(choice.depth.lists) == 1  # a decoder's inputs are made of labels
             model(**{k: v for k, v in batch.items() if not needs_none or k != "labels"})
-    found = influence.values()
-    if not all(map(math.isfinite, found)):
+    influences = influence.values()
+    if not all(map(math.isfinite, influences)):
         raise ValueError(
             f"hidden states of this {type(model).__name__} are not finite on the calibration data. "
             "Load the model in float32, or look at the data."
@@ -243,9 +225,9 @@ def _by_similarity(choice: Choice, wanted: int, batches: Batches) -> _Chosen:
                 f"no more than {len(removed)} blocks of this {type(model).__name__} can go: its config "
                 f"cannot tell the model without one of the other {len(kept)}. Ask for fewer."
             )
-        removed.append(min(candidates, key=lambda number: (found[number], number)))
-    every = [value if number in able else None for number, value in enumerate(found)]
-    return removed, [found[number] for number in removed], every, None
+        removed.append(min(candidates, key=lambda number: (influences[number], number)))
+    every = [value if number in able else None for number, value in enumerate(influences)]
+    return removed, [influences[number] for number in removed], every, None
 
 
 def _masks(batch: Mapping[str, Any], depth: Depth) -> list[Tensor | None]:

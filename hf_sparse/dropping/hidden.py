@@ -18,10 +18,9 @@ along, those that give least.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,10 +32,10 @@ from hf_sparse.calibration.block_scores import hidden_in
 from hf_sparse.calibration.hidden_scores import HiddenUse
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.windows import checked_batches, fingerprint
-from hf_sparse.dropping.counts import number_of
+from hf_sparse.dropping.counts import number_of_some
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
-from hf_sparse.report import format_table
+from hf_sparse.report import StepReport, format_table
 from hf_sparse.structure.changeable import check_changeable
 from hf_sparse.structure.gains import norms_of
 from hf_sparse.structure.hidden import HiddenPlan, hidden_size_of
@@ -45,8 +44,8 @@ from hf_sparse.structure.parts import head_size
 from hf_sparse.structure.units import find_units
 
 
-@dataclass(frozen=True)
-class HiddenReport:
+@dataclass(frozen=True, repr=False)
+class HiddenReport(StepReport):
     """What `drop_hidden_` removed.
 
     Attributes:
@@ -59,6 +58,9 @@ class HiddenReport:
             their own are left out.
     """
 
+    # The name of the step on the model card.
+    method = "drop_hidden"
+
     size: tuple[int, int]
     heads: tuple[int, int]
     parameters: tuple[int, int]
@@ -67,18 +69,9 @@ class HiddenReport:
     gains: dict[str, float]
 
     @property
-    def method(self) -> str:
-        """The name of the step on the model card."""
-        return "drop_hidden"
-
-    @property
     def options(self) -> dict[str, Any]:
         """What the card tells of it."""
         return {"hidden size": f"{self.size[1]} of {self.size[0]}"}
-
-    def to_json(self) -> str:
-        """All of it as JSON text."""
-        return json.dumps(asdict(self), indent=2)
 
     def summary(self) -> str:
         """The totals in a few lines."""
@@ -89,12 +82,6 @@ class HiddenReport:
         if self.heads[0] != self.heads[1]:
             lines[0] += f"; each block keeps {self.heads[1]} of {self.heads[0]} heads"
         return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        return f"<HiddenReport: {' '.join(self.summary().splitlines())}>"
-
-    def __str__(self) -> str:
-        return self.table()
 
     def table(self) -> str:
         """What each norm's gain was multiplied by, and the totals."""
@@ -136,7 +123,7 @@ def drop_hidden_(
     check_changeable(model, "drop_hidden_", "drop hidden features")
     _check_promise(model)
     size = hidden_size_of(model)
-    left = size - number_of_features(count, size)
+    left = size - number_of_some(count, size, "hidden feature")
     plan = HiddenPlan.of(model, left)
     inputs = checked_batches(batches, model, "drop_hidden_")
     for name, parameter in model.named_parameters():
@@ -171,20 +158,6 @@ def drop_hidden_(
     data = Calibration.of(inputs, fingerprint(inputs))
     record_(model, Step.of(report.method, report.options, calibration=data))
     return report
-
-
-def number_of_features(count: int | float, total: int) -> int:
-    """How many hidden features a number or a fraction of them means.
-
-    Raises:
-        ValueError: none of them, or all.
-    """
-    most = f"at most {total - 1} of the {total} hidden features, or a fraction of them in (0, 1)"
-    found = number_of(count, total, "features", most)
-    if not 1 <= found < total:
-        which = "no hidden feature" if found < 1 else "every hidden feature"
-        raise ValueError(f"count is {count}, which is {which} of {total}; wanted {most}.")
-    return found
 
 
 def _check_promise(model: nn.Module) -> None:

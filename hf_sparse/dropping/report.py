@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from hf_sparse.report import format_table
+from hf_sparse.report import StepReport, format_table
 
 
-@dataclass(frozen=True)
-class DropReport:
+@dataclass(frozen=True, repr=False)
+class DropReport(StepReport):
     """Which blocks `drop_blocks_` removed.
 
     Attributes:
@@ -28,6 +27,9 @@ class DropReport:
         names: of all blocks of the whole model.
     """
 
+    # The name of the step on the model card.
+    method = "drop_blocks"
+
     name: str
     by: str
     removed: tuple[int, ...]
@@ -39,18 +41,9 @@ class DropReport:
     names: tuple[str, ...]
 
     @property
-    def method(self) -> str:
-        """The name of the step on the model card."""
-        return "drop_blocks"
-
-    @property
     def options(self) -> dict[str, Any]:
         """What the card tells of it."""
         return {"by": self.by, "removed": self._told(self.removed)}
-
-    def to_json(self) -> str:
-        """All of it as JSON text."""
-        return json.dumps(asdict(self), indent=2)
 
     def summary(self) -> str:
         """The totals in a few lines."""
@@ -64,12 +57,6 @@ class DropReport:
                 f"loss on the calibration data: {self.loss[0]:.4f} before, {self.loss[1]:.4f} after"
             )
         return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        return f"<DropReport: {' '.join(self.summary().splitlines()[:2])}>"
-
-    def __str__(self) -> str:
-        return self.table()
 
     def table(self) -> str:
         """A row for each block of the whole model, and the totals."""

@@ -117,11 +117,11 @@ def _rename_caches(graph: onnx_ir.Graph) -> None:
     """Name keys and values as Optimum does: `past_key_values.0.key` and `present.0.key`."""
     for values, start in ((graph.inputs, _PAST), (graph.outputs, "present")):
         for value in values:
-            found = re.fullmatch(
+            match = re.fullmatch(
                 rf".*({'|'.join(CACHE_NAMES)})\.layers\.(\d+)\.(key|value)s", value.name or ""
             )
-            if found:
-                value.name = f"{start}.{found[2]}.{found[3]}"
+            if match:
+                value.name = f"{start}.{match[2]}.{match[3]}"
 
 
 def _name_axes(graph: onnx_ir.Graph, head: Head) -> None:

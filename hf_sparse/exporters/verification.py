@@ -55,13 +55,13 @@ def compare(model: PreTrainedModel, head: Head, file: Path) -> Difference:
         feed = {
             spec.name: _array(given.arrays, spec, case).numpy() for spec in session.get_inputs()
         }
-        found = session.run(None, feed)
+        outputs = session.run(None, feed)
         wanted = named_outputs(model(**given.inputs))
         if set(wanted) != set(names):
             raise ValueError(
                 f"the graph gives {', '.join(names)}; the model gives {', '.join(wanted)}."
             )
-        for name, array in zip(names, found, strict=True):
+        for name, array in zip(names, outputs, strict=True):
             worst = max(
                 worst, _difference(name, torch.from_numpy(array), wanted[name]), key=_relative
             )

@@ -69,6 +69,39 @@ def replacing(folder: Path, is_stale: Callable[[str], bool] = lambda name: False
 
 
 @contextmanager
+def replacing_file(file: Path) -> Iterator[Path]:
+    """Give the name of a hidden file to write; it takes the place of `file` when the block ends.
+
+    Args:
+        file: that is to be written, or a link to it.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written. `file` is as it was then, as after
+            any error inside the block.
+    """
+    file = Path(os.path.realpath(file))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.saving-", dir=file.parent)
+    os.close(descriptor)
+    fresh = Path(name)
+    try:
+        yield fresh
+        fresh.chmod(0o666 & ~_umask())
+        sync_file(fresh)
+        fresh.replace(file)
+        sync_file(file.parent)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The bits that new files do not get."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
 def _hidden_folder(parent: Path, name: str) -> Iterator[Path]:
     """An empty folder for the new files of the folder `name`: locked, and removed at the end."""
     held = None

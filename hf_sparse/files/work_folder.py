@@ -149,15 +149,15 @@ def read_json(file: Path) -> dict[str, Any]:
         ValueError: it is missing or damaged.
     """
     try:
-        found = json.loads(file.read_text())
+        stored = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{file} cannot be read ({error}): {file.parent} is damaged, or no work folder of "
             "hf_sparse. Remove the folder and start again."
         ) from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a {type(found).__name__}. Remove {file.parent}.")
-    return found
+    if not isinstance(stored, dict):
+        raise ValueError(f"{file} holds a {type(stored).__name__}. Remove {file.parent}.")
+    return stored
 
 
 def sampled_hash(file: Path) -> str:

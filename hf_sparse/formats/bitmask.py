@@ -41,10 +41,16 @@ def decode(values: Bits, packed: NDArray[np.uint8], rows: int, columns: int) -> 
     return bits.place(values, mask)
 
 
+def count(packed: NDArray[np.uint8], rows: int, columns: int) -> int:
+    """The number of values."""
+    return int(np.bitwise_count(packed).sum(dtype=np.int64))
+
+
 BITMASK = Format(
     "bitmask",
     "one bit per weight",
     encode,
     decode,
     least=lambda weight: nonzeros_and(weight, -(-weight.mask.size // 8)),
+    count=count,
 )

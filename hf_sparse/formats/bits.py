@@ -64,3 +64,27 @@ def pack_mask(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
 def unpack_mask(packed: NDArray[np.uint8], count: int) -> NDArray[np.bool_]:
     """Undo `pack_mask` for `count` entries."""
     return np.unpackbits(packed, count=count, bitorder="little").view(bool)
+
+
+def halves(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The halves of bytes, the low one of each first."""
+    parts = np.empty(2 * packed.size, np.uint8)
+    parts[0::2], parts[1::2] = packed & 15, packed >> 4
+    return parts
+
+
+def as_halves(numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Numbers below 16, an even number of them, as halves of bytes: undoes `halves`."""
+    return np.bitwise_or(numbers[0::2], np.left_shift(numbers[1::2], np.uint8(4)))
+
+
+def pack(numbers: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """Numbers of 8 or 4 bits as bytes; of 4 bits two in each, filled up with a zero."""
+    if width == 8:
+        return numbers
+    return as_halves(np.append(numbers, np.zeros(numbers.size % 2, np.uint8)))
+
+
+def unpack(packed: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """Undo `pack`, with what fills up the last byte."""
+    return packed if width == 8 else halves(packed)

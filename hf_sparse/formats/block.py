@@ -71,6 +71,11 @@ def decode(
     return np.ascontiguousarray(tiles).reshape(rows, columns)
 
 
+def count(packed: NDArray[np.uint8], rows: int, columns: int, height: int, width: int) -> int:
+    """The number of values."""
+    return int(np.bitwise_count(packed).sum(dtype=np.int64)) * height * width
+
+
 def fits(pattern: Pattern) -> bool:
     """Whether zeros come in blocks."""
     return isinstance(pattern, GroupPattern)
@@ -93,4 +98,5 @@ BLOCK = Format(
     structured=True,
     fits=fits,
     stores="block, row, column and head patterns",
+    count=count,
 )

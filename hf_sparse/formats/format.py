@@ -30,12 +30,21 @@ class Weight:
     """A weight to be stored, and what several formats want to know of it.
 
     Attributes:
-        tensor: 2-D, or 3-D: a stack of matrices; on the CPU, as the model has it.
+        tensor: 2-D, or 3-D: a stack of matrices; on the CPU, as the model has it. Of a weight whose
+            values are coded, the numbers that are packed, as int16.
         transposed: each matrix is `(in_features, out_features)`.
+        value_bits: bits that a coded value takes in a file; None: values are stored as they are.
     """
 
     tensor: Tensor
     transposed: bool = False
+    value_bits: int | None = None
+
+    def value_bytes(self, count: int) -> int:
+        """The bytes that so many values take in a file."""
+        if self.value_bits is None:
+            return count * self.tensor.element_size()
+        return -(-count * self.value_bits // 8)
 
     @property
     def oriented(self) -> Tensor:
@@ -81,6 +90,7 @@ class Layout:
         transposed: the model's weight is the transpose of the stored matrix.
         parameters: of the format.
         matrices: how many are stacked; None: it is one, and no stack.
+        coding: the name of the coding of its values; None: they are stored as they are.
     """
 
     format: str
@@ -89,6 +99,7 @@ class Layout:
     transposed: bool
     parameters: tuple[int, ...]
     matrices: int | None = None
+    coding: str | None = None
 
     @property
     def all_rows(self) -> int:
@@ -127,6 +138,14 @@ def _no_bound(weight: Weight) -> int:
     return 0
 
 
+def _any_weight(weight: Weight) -> bool:
+    return True
+
+
+def _all_weights(positions: NDArray[np.uint8], rows: int, columns: int) -> int:
+    return rows * columns
+
+
 @dataclass(frozen=True)
 class Format:
     """A row of the table `hf_sparse.formats.FORMATS`.
@@ -146,6 +165,9 @@ class Format:
         fits: whether it stores weights of a pattern.
         stores: the patterns that fit, for errors.
         least: bytes that `encode` needs at the very least: what cannot win is not tried.
+        count: `(positions, rows, columns, *parameters)` gives the number of values, of positions that
+            nobody has checked yet.
+        offered: whether format `auto` may choose it for a weight.
     """
 
     name: str
@@ -158,6 +180,8 @@ class Format:
     fits: Callable[[Pattern], bool] = _any_pattern
     stores: str = "any pattern"
     least: Callable[[Weight], int] = _no_bound
+    count: Callable[..., int] = _all_weights
+    offered: Callable[[Weight], bool] = _any_weight
 
     def compress(self, weight: Weight, pattern: Pattern) -> Encoded:
         """The weight in this format.
@@ -210,31 +234,44 @@ class Format:
         Raises:
             FormatError: the weight would come back transposed.
         """
-        wanted = self.structured and transposed
+        turned = self.structured or layout.coding is not None
+        wanted = turned and transposed
         if layout.transposed != wanted:
-            stored = "(out_features, in_features)" if self.structured else "the weight as it stands"
+            stored = "(out_features, in_features)" if turned else "the weight as it stands"
             raise FormatError(
                 f"the layout has transposed={int(layout.transposed)}, its layer wants {int(wanted)}: "
-                f"'{self.name}' stores {stored}. The file is damaged: copy or download it again."
+                f"'{layout.coding or self.name}' stores {stored}. The file is damaged: copy or "
+                "download it again."
             )
 
 
-def by_mask(name: str, weight: Weight, positions: NDArray[np.uint8]) -> Encoded:
+def by_mask(
+    name: str, weight: Weight, positions: NDArray[np.uint8], parameters: tuple[int, ...] = ()
+) -> Encoded:
     """A weight as its nonzeros and their positions, for formats of any pattern."""
 
     def parts() -> Parts:
         values = bits.take(weight.flat, weight.mask)
         return _parts(name, values, positions, weight.tensor, layout)
 
-    layout = _layout(weight, weight.tensor.shape[-2:], False, ())
-    return Encoded(nonzeros_and(weight, positions.nbytes), parts)
+    layout = _layout(weight, weight.tensor.shape[-2:], False, parameters)
+    return Encoded(nonzeros_and(weight, positions.nbytes, len(parameters)), parts)
 
 
-def nonzeros_and(weight: Weight, positions: int) -> int:
+def nonzeros_and(weight: Weight, positions: int, num_parameters: int = 0) -> int:
     """The bytes that `by_mask` takes with so many bytes of positions."""
     stacked = 0 if weight.matrices is None else 1
-    size = weight.tensor.element_size()
-    return weight.num_nonzeros * size + positions + 8 * (_FIXED + stacked)
+    numbers = _FIXED + num_parameters + stacked
+    return weight.value_bytes(weight.num_nonzeros) + positions + 8 * numbers
+
+
+def as_it_is(weight: Weight) -> Encoded:
+    """A weight with its zeros; with a layout if its values are coded, for they are packed then."""
+    if weight.value_bits is None:
+        return Encoded(weight.tensor.nbytes, lambda: {"": weight.tensor})
+    layout = _layout(weight, weight.tensor.shape[-2:], False, ())
+    nbytes = weight.value_bytes(weight.tensor.numel()) + layout.nbytes
+    return Encoded(nbytes, lambda: {"": weight.tensor.reshape(-1), LAYOUT: layout})
 
 
 def by_groups(
@@ -247,7 +284,8 @@ def by_groups(
     """A weight as the values of its groups and their positions, for structured formats."""
     layout = _layout(weight, weight.matrix_shape, weight.transposed, parameters)
     parts = _parts(name, values, positions, weight.oriented, layout)
-    return Encoded(num_bytes(parts), lambda: parts)
+    nbytes = weight.value_bytes(values.size) + positions.nbytes + layout.nbytes
+    return Encoded(nbytes, lambda: parts)
 
 
 def num_bytes(parts: Mapping[str, Tensor]) -> int:

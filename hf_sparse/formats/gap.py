@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_sparse.formats import bits
 from hf_sparse.formats.bits import Bits
 from hf_sparse.formats.error import FormatError
 from hf_sparse.formats.format import Encoded, Format, Weight, by_mask, nonzeros_and
@@ -44,8 +45,7 @@ def codes_of(mask: NDArray[np.bool_], width: int) -> NDArray[np.uint8]:
         return codes
     if codes.size % 2:
         codes = np.append(codes, np.uint8(skip))
-    low, high = codes[0::2], codes[1::2]
-    return np.bitwise_or(low, np.left_shift(high, np.uint8(4)))
+    return bits.as_halves(codes)
 
 
 def decode(width: int, values: Bits, coded: NDArray[np.uint8], rows: int, columns: int) -> Bits:
@@ -56,11 +56,7 @@ def decode(width: int, values: Bits, coded: NDArray[np.uint8], rows: int, column
             the last value.
     """
     count, skip = rows * columns, 2**width - 1
-    if width == 8:
-        codes = coded
-    else:
-        codes = np.empty(2 * coded.size, np.uint8)
-        codes[0::2], codes[1::2] = coded & 15, coded >> 4
+    codes = coded if width == 8 else bits.halves(coded)
     places = codes != skip
     placed = int(np.count_nonzero(places))
     if placed != values.size:
@@ -82,6 +78,11 @@ def decode(width: int, values: Bits, coded: NDArray[np.uint8], rows: int, column
     return weights
 
 
+def _count(width: int, coded: NDArray[np.uint8], rows: int, columns: int) -> int:
+    codes = coded if width == 8 else bits.halves(coded)
+    return int(np.count_nonzero(codes != 2**width - 1))
+
+
 def _least(width: int, weight: Weight) -> int:
     return nonzeros_and(weight, -(-weight.num_nonzeros * width // 8))
 
@@ -93,6 +94,7 @@ def _gaps(width: int) -> Format:
         partial(encode, width),
         partial(decode, width),
         least=partial(_least, width),
+        count=partial(_count, width),
     )
 
 

@@ -157,6 +157,11 @@ def _unpack(packed: NDArray[np.uint8], groups: int, n: int, m: int) -> NDArray[n
     return mask.reshape(-1)[: groups * m]
 
 
+def count(packed: NDArray[np.uint8], rows: int, columns: int, n: int, m: int) -> int:
+    """The number of values."""
+    return rows * columns // m * n
+
+
 def fits(pattern: Pattern) -> bool:
     """Whether it is an N:M pattern that the tables are made for."""
     return isinstance(pattern, NM) and pattern.m <= LARGEST_M
@@ -177,4 +182,5 @@ NM_RANKS = Format(
     structured=True,
     fits=fits,
     stores=f"N:M patterns with M <= {LARGEST_M}",
+    count=count,
 )

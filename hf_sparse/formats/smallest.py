@@ -21,9 +21,11 @@ def smallest_of(formats: Sequence[Format]) -> Format:
 
 def _encode(formats: Sequence[Format], weight: Weight, pattern: Pattern) -> Encoded:
     best = None
-    worth = weight.tensor.nbytes  # what is larger than this is not the smallest
+    # What is larger than the dense weight is not the smallest.
+    worth = min(form.least(weight) for form in formats if form.decode is None)
     for form in formats:
-        if not form.fits(pattern) or form.least(weight) > worth:
+        tried = form.fits(pattern) and form.offered(weight)
+        if not tried or form.least(weight) > worth:
             continue
         try:
             encoded = form.encode(weight, pattern)

@@ -5,6 +5,7 @@ What happens at each step stands in `step_mask.py`. The number of zeros is the s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from hf_sparse.optim.notes import note_fine_tuning_
 from hf_sparse.optim.sharding import local_part
 from hf_sparse.optim.step_mask import StepMask
 from hf_sparse.optim.zeros import sparse_layers, zeros_hash
-from hf_sparse.structure.layers import parameters_of
+from hf_sparse.structure.layers import parameters_of, promised_config
 from hf_sparse.suggestions import deprecated_name
 
 _ATTACHED = "_hf_sparse_frozen_mask"
@@ -55,6 +56,14 @@ def keep_zeros_(
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
     mask = FrozenMask(optimizer, model, config)
+    promised = promised_config(model)
+    if promised is not None and (promised.bits or promised.embedding_bits):
+        warnings.warn(
+            "the model is quantised, and an optimizer moves its weights off their grid: their zeros "
+            "are kept, their bits are not. Train it by hf_sparse.recover_, which keeps both, or "
+            "quantise it again at the end: hf_sparse.quantize_(model, ..., batches=...).",
+            stacklevel=2,
+        )
     note_fine_tuning_(optimizer, model)
     return mask
 

@@ -39,17 +39,11 @@ class KeepZeros(TrainerCallback):
         return f"KeepZeros({'' if self.config is None else repr(self.config)})"
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Freeze the zeros of a new run or a resumed one."""
         check_training(KEEPING, args)
-        self.mask = keep_zeros_(optimizer, model, self.config)
+        self.mask = keep_zeros_(kwargs["optimizer"], kwargs["model"], self.config)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -59,18 +53,12 @@ class KeepZeros(TrainerCallback):
         self.mask.check()
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the zeros, take the hooks off the optimizer, and note the step for the model card."""
         assert self.mask is not None
         self.mask.check()
         self.mask.remove()
-        optimizer = getattr(optimizer, "optimizer", optimizer)
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
         step = fine_tuning(optimizer, steps=state.global_step, seed=args.seed)
-        record_optimizer_(optimizer, step, model)
+        record_optimizer_(optimizer, step, kwargs["model"])

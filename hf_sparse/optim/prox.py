@@ -262,12 +262,12 @@ def _nm_prox(groups: Tensor, tau: float | Tensor, n: int) -> Tensor:
 
 def _sorted(columns: Sequence[Tensor]) -> list[Tensor]:
     """The values of each group in descending order, by exchanges of neighbours."""
-    found = list(columns)
-    for end in range(len(found) - 1, 0, -1):
+    ordered = list(columns)
+    for end in range(len(ordered) - 1, 0, -1):
         for i in range(end):
-            pair = found[i : i + 2]
-            found[i : i + 2] = torch.maximum(*pair), torch.minimum(*pair)
-    return found
+            pair = ordered[i : i + 2]
+            ordered[i : i + 2] = torch.maximum(*pair), torch.minimum(*pair)
+    return ordered
 
 
 def _in_ranks_of(columns: Sequence[Tensor], ordered: Sequence[Tensor]) -> list[Tensor]:

@@ -74,6 +74,11 @@ def check_group(group: Group) -> None:
     if group["pattern"] is None:
         return
     pattern = Pattern.parse(group["pattern"])
+    if pattern.whole_matrices:
+        raise ValueError(
+            f"pattern '{pattern}' takes whole experts, which no optimizer chooses: their matrices "
+            "would be shrunk apart. Use hf_sparse.drop_experts_, then train what is left."
+        )
     group["pattern"] = str(pattern)
     group["penalty"] = group["penalty"] or default_penalty(pattern)
     check_strength(group)

@@ -203,7 +203,7 @@ def freeze_zeros_(optimizer: Optimizer) -> None:
     """From now on the zeros of the sparse groups stay zero, and nothing is shrunk.
 
     Fine-tunes a sparse model without filling its zeros. The zeros that the weights have at each
-    step are kept, whatever made them, and no others come: as with `keep_zeros`, a weight that lands
+    step are kept, whatever made them, and no others come: as with `keep_zeros_`, a weight that lands
     on exactly 0 becomes the least normal number, and may move away from 0 again.
 
     Args:

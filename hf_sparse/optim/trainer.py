@@ -24,7 +24,9 @@ from hf_sparse.optim.settings import SETTINGS, is_unsteered
 from hf_sparse.optim.shrinkage import add_shrinkage_, freeze_zeros_
 from hf_sparse.optim.sparse_optimizers import SparseAdamW, SparseMixin
 from hf_sparse.optim.sparsifier import Sparsifier
+from hf_sparse.optim.straight_through import StraightThrough
 from hf_sparse.report import SparsityReport
+from hf_sparse.structure.grids import check_whole_weights, gridded
 from hf_sparse.structure.layers import PRUNED_WITH
 from hf_sparse.structure.targets import Targets
 from hf_sparse.suggestions import check_name, shortened
@@ -128,6 +130,10 @@ class SparsityCallback(TrainerCallback):
     taking a checkpoint of before the end of the schedule for the best one, and checks at the end
     that the promised zeros are there. Training resumes from checkpoints without further ado.
 
+    With `bits` in the config training is quantisation-aware from the end of the schedule on: the
+    weights lie on the grid whenever the model runs, and the optimizer moves unrounded ones
+    (straight-through). Checkpoints hold the rounded ones, with which a resumed run goes on.
+
     >>> sparsity = SparsityCallback(config)                                   # doctest: +SKIP
     >>> trainer = Trainer(..., callbacks=[sparsity],                          # doctest: +SKIP
     ...     optimizer_cls_and_kwargs=trainer_optimizer(config, lr=2e-4))
@@ -166,6 +172,7 @@ class SparsityCallback(TrainerCallback):
         self.sparsifier: Sparsifier | None = None
         self.report: SparsityReport | None = None
         self._start = 0.0
+        self._on_grid: StraightThrough | None = None
 
     def __repr__(self) -> str:
         options = "".join(f", {name}={value!r}" for name, value in self._arguments.items())
@@ -197,6 +204,8 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         """Set up the Sparsifier, for a new run or a resumed one."""
         check_training(SHRINKING, args)
+        check_whole_weights(gridded(model, self.config))
+        self._on_grid = None
         self._start = time.perf_counter()
         self.sparsifier = Sparsifier(
             optimizer, self.config, state.max_steps, schedule=self.schedule, **self._arguments
@@ -232,8 +241,29 @@ class SparsityCallback(TrainerCallback):
                 "SparsityConfig to trainer_optimizer and SparsityCallback."
             )
 
-    def on_step_end(
+    def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the optimizer the weights that it moves, of which the model ran with rounded ones."""
+        if self._on_grid is not None:
+            self._on_grid.restore_()
+
+    def _round(self, model: nn.Module) -> None:
+        """Once the zeros are frozen, put the weights on the grid of the config, if it tells bits."""
+        assert self.sparsifier is not None
+        if not self.sparsifier.finished:
+            return
+        if self._on_grid is None:
+            self._on_grid = StraightThrough(gridded(model, self.config), fit=True)
+        self._on_grid.round_()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
     ) -> None:
         """Follow one optimizer step."""
         assert self.sparsifier is not None
@@ -242,6 +272,7 @@ class SparsityCallback(TrainerCallback):
         if not finished:
             # A model with too few zeros is not a candidate for the best one.
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+        self._round(model)
 
     def on_log(
         self,
@@ -277,6 +308,9 @@ class SparsityCallback(TrainerCallback):
                 stacklevel=2,
             )
             self.sparsifier.finish()
+        self._on_grid = None  # the best model may have been loaded
+        self._round(model)
+        self._on_grid = None
         self.sparsifier.check()
         self.sparsifier.record(model, args.seed)
         vars(model)[PRUNED_WITH] = self.config

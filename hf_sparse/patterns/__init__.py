@@ -11,6 +11,7 @@ A pattern is parsed once from its notation into an immutable value and printed b
 | `column`       | whole columns: one input feature                           | columns           |
 | `head:D`       | D consecutive rows: the output features of one head        | heads             |
 | `head_in:D`    | D consecutive columns: the input features of one head      | heads             |
+| `expert`       | whole experts of a mixture, all matrices of each           | experts           |
 
 `head` without a size is completed by `Pattern.with_size(head_dim)` from the model's config. Where an
 attention head is a unit of its own, it is `head_in:D` of the projection behind attention.
@@ -20,7 +21,7 @@ Every tensor here is `(out_features, in_features)`; layers that store the transp
 """
 
 from hf_sparse.patterns.elements import NM, Unstructured
-from hf_sparse.patterns.groups import Block, Column, GroupPattern, Head, Row
+from hf_sparse.patterns.groups import Block, Column, Expert, GroupPattern, Head, Row
 from hf_sparse.patterns.pattern import Pattern
 from hf_sparse.patterns.ranking import lowest
 
@@ -28,6 +29,7 @@ __all__ = [
     "NM",
     "Block",
     "Column",
+    "Expert",
     "GroupPattern",
     "Head",
     "Pattern",

@@ -1,4 +1,4 @@
-"""Patterns of whole groups: blocks, rows, columns and heads."""
+"""Patterns of whole groups: blocks, rows, columns, heads and experts."""
 
 from __future__ import annotations
 
@@ -183,3 +183,24 @@ class Head(GroupPattern):
                 "pattern 'head' has no size. Write it with the rows of one head, as 'head:64'."
             )
         return (max(rows, 1), self.head_dim) if self.inputs else (self.head_dim, max(columns, 1))
+
+
+@dataclass(frozen=True)
+class Expert(GroupPattern):
+    """Whole experts of a mixture: all matrices of one are zero, or none.
+
+    A matrix is one unit, so that none alone tells which experts go: `hf_sparse.prune_` chooses.
+    """
+
+    whole_matrices: ClassVar[bool] = True
+    notations: ClassVar[tuple[str, ...]] = ("expert",)
+
+    @classmethod
+    def read(cls, notation: str) -> Expert | None:
+        return cls() if notation == "expert" else None
+
+    def __str__(self) -> str:
+        return "expert"
+
+    def group_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        return max(rows, 1), max(columns, 1)

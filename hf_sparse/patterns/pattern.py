@@ -19,12 +19,14 @@ class Pattern(ABC):
         elementwise: zeros are single weights anywhere, so that any shape and order of weights does.
         unit_layer: the layer of a block where a unit is a whole neuron or head: a field of
             `hf_sparse.structure.parts.Parts`. None: units mean nothing to a block.
+        whole_matrices: a unit is a whole matrix, and which units go is a choice among matrices.
         notations: how the pattern is written, for errors and help.
         violation: what a group does that breaks the pattern, for errors: it follows "groups".
     """
 
     elementwise: ClassVar[bool] = False
     unit_layer: ClassVar[str | None] = None
+    whole_matrices: ClassVar[bool] = False
     notations: ClassVar[tuple[str, ...]] = ()
 
     @classmethod

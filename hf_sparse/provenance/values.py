@@ -138,6 +138,7 @@ class Step:
                 "ignore": tuple(map(line, config.ignore))[:LONGEST_LIST],
             }
             options = {**options, "uniform": True} if config.uniform else options
+            options = {**options, **config.grid_values()}
         return cls(
             line(method),
             pairs(options),

@@ -70,14 +70,14 @@ def layer_sparsities(allocation: str, task: Task) -> dict[str, float]:
             blocks[id(step.block)] = layers_in(step.block, task.layers)
             scores[id(step.block)] = outlier_share(step, blocks[id(step.block)], norms)
     sparsity = task.config.sparsity
-    found = dict.fromkeys((layer.name for layer in task.layers), sparsity)
+    sparsities = dict.fromkeys((layer.name for layer in task.layers), sparsity)
     used = {key: inside for key, inside in blocks.items() if inside}
     if used:
         sizes = [sum(layer.weight.numel() for layer in inside) for inside in used.values()]
         shares = block_sparsities([scores[key] for key in used], sizes, sparsity, allocation)
         for inside, share in zip(used.values(), shares, strict=True):
-            found.update(dict.fromkeys((layer.name for layer in inside), share))
-    return found
+            sparsities.update(dict.fromkeys((layer.name for layer in inside), share))
+    return sparsities
 
 
 def outlier_share(step: BlockStep, layers: Sequence[TargetLayer], norms: Norms) -> float:
@@ -121,13 +121,13 @@ def block_sparsities(
         sparsity: the mean over all weights.
         allocation: `"owl"` or `"alpha"`, which tells how far the sparsities spread.
     """
-    found = torch.tensor(scores, dtype=torch.float64)
+    importance = torch.tensor(scores, dtype=torch.float64)
     shares = torch.tensor(sizes, dtype=torch.float64)
     width = _OWL_SPREAD if allocation == "owl" else _ALPHA_SPREAD * sparsity
-    reach = float(found.max() - found.min())
+    reach = float(importance.max() - importance.min())
     if not reach:
         return [sparsity] * len(scores)
-    wanted = -2 * width * (found - found.min()) / reach
+    wanted = -2 * width * (importance - importance.min()) / reach
     return list(_shifted(wanted, shares / shares.sum(), sparsity).tolist())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,11 +11,13 @@ import torch
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
-from hf_sparse.calibration.input_statistics import Grams, InputStatistics, Seen
+from hf_sparse.calibration.input_statistics import Grams, InputStatistics, Norms, Seen
 from hf_sparse.calibration.walk import BlockStep, Observer, run_model, walk
+from hf_sparse.pruning import few_bits
 from hf_sparse.pruning.problem import Notes, Problem, Solver, by_scores
 from hf_sparse.pruning.reconstruction import reconstruct_
 from hf_sparse.pruning.task import Task
+from hf_sparse.quantization import Grid
 from hf_sparse.structure.layers import TargetLayer, layers_in, layers_outside
 
 # The norm of a feature over so many tokens is uncertain by an eighth, if they are like normal values.
@@ -34,16 +36,21 @@ class LayerPruner:
         solver: what prunes a layer.
         options: of the solver.
         refinements: applied to a problem and its pruned weights, in order.
+        grid: that the kept weights are rounded to; None: they may have any values.
+        feedback: whether rounding looks at Gram matrices; else at the norms of the inputs alone.
     """
 
     task: Task
     solver: Solver
     options: Mapping[str, Any]
     refinements: Sequence[Refinement] = ()
+    grid: Grid | None = None
+    feedback: bool = True
 
     def statistics(self) -> InputStatistics:
         """What is to be collected for the solver and its refinements."""
-        kind = Grams if self.refinements else self.solver.statistic
+        rounds = self.grid is not None and self.feedback
+        kind = Grams if self.refinements or rounds else self.solver.statistic
         return kind(self.task.accelerator)
 
     def prune(
@@ -118,6 +125,24 @@ class LayerPruner:
 
     def pruned(self, problem: Problem) -> list[Tensor]:
         """The pruned weights of a problem; by magnitude if its layers saw no token."""
+        pruned = self._on_the_grid(problem)
+        if self.grid is not None:
+            errors = few_bits.relative_error(problem, pruned)
+            problem.notes.errors.update(zip(problem.names, errors, strict=True))
+        return pruned
+
+    def _on_the_grid(self, problem: Problem) -> list[Tensor]:
+        """The pruned weights, rounded if there is a grid: by the solver itself, or behind it."""
+        if self.grid is None:
+            return self._solved(problem)
+        on_grid = replace(problem, grid=self.grid)
+        joint = self.solver.rounds and not self.refinements and problem.tokens > 0
+        pruned = self._solved(on_grid if joint else problem)
+        return few_bits.rounded(on_grid, pruned, is_rounded=joint)
+
+    def _solved(self, problem: Problem) -> list[Tensor]:
+        if not problem.tokens and self.solver.is_decided:
+            return self.solver.solve(problem, **self.options)
         if not problem.tokens:
             problem.note("saw no calibration token and was pruned by magnitude.")
             return by_scores(problem, [weight.abs() for weight in problem.weights])
@@ -149,6 +174,20 @@ def _cost(seen: Seen) -> float:
     return columns**2 * (columns + rows)
 
 
+def _kept(problem: Problem) -> list[Tensor]:
+    """The weights as they are."""
+    return list(problem.weights)
+
+
+# What prunes nothing, so that layers are only rounded.
+KEEP = Solver(_kept, Norms, updates=False, is_decided=True)
+
+
+def rounder(task: Task, *, feedback: bool = True) -> LayerPruner:
+    """What rounds layers to the grid of a task's config, zeros kept."""
+    return LayerPruner(task, KEEP, {}, grid=task.config.grid, feedback=feedback)
+
+
 PruneBlock = Callable[[LayerPruner, BlockStep, Sequence[TargetLayer]], None]
 
 
@@ -166,14 +205,16 @@ def prune(
         pruner: prunes a layer.
         prune_block: prunes the layers of one block.
         reconstruct: passes over the calibration data in which each block is trained then; see
-            `reconstruct_`.
+            `reconstruct_`. Only what that leaves is rounded to the pruner's grid.
 
     Memory: see `walk`; the statistics of one block, what the solver needs for one group of layers.
 
     Raises:
         ValueError: a layer's inputs are not finite; the message names it.
     """
-    task = pruner.task
+    task, whole = pruner.task, pruner
+    if reconstruct:
+        pruner = replace(pruner, grid=None)
     lowered = []
     for step in walk(**task.data, follow_dense=reconstruct > 0):
         if task.residence.restore(step):
@@ -182,6 +223,8 @@ def prune(
         prune_block(pruner, step, chosen)
         if reconstruct and chosen:
             lowered.append(reconstruct_(step, chosen, reconstruct, accelerator=task.accelerator))
+            if whole.grid is not None:
+                prune_layers(rounder(task), step, chosen)
         task.residence.finish(step)
     if lowered:
         before, after = (sum(errors) / len(lowered) for errors in zip(*lowered, strict=True))
@@ -192,4 +235,4 @@ def prune(
         )
 
     outside = layers_outside(task.stacks, task.layers)
-    pruner.prune(partial(run_model, task.model, task.batches), outside, stop=False)
+    whole.prune(partial(run_model, task.model, task.batches), outside, stop=False)

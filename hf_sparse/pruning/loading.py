@@ -24,13 +24,13 @@ def dense_model_class(source: str, config: PreTrainedConfig | None = None) -> An
     """
     config = AutoConfig.from_pretrained(source) if config is None else config
     name = (config.architectures or [""])[0]
-    found = model_class_named(name, type(config))
-    if found is None:
+    model_class = model_class_named(name, type(config))
+    if model_class is None:
         raise ValueError(
             f"{source}: config.json names the class {name!r}, which is not in transformers "
             f"{transformers.__version__}. Save the model again with a current version."
         )
-    return found
+    return model_class
 
 
 def restored(source: str, config: PreTrainedConfig) -> dict[str, Any]:

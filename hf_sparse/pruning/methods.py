@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_sparse.arguments import check_not_inference
+from hf_sparse.calibration import expert_scores
 from hf_sparse.calibration.input_statistics import Grams, Norms
 from hf_sparse.optim.sharding import check_shardable, local_part
 from hf_sparse.patterns import Pattern
 from hf_sparse.pruning import (
     alps,
+    experts,
     layerwise,
     magnitude,
     prox_local,
@@ -30,6 +32,7 @@ from hf_sparse.pruning import (
     wanda,
 )
 from hf_sparse.pruning.allocation import check_allocation, layer_sparsities
+from hf_sparse.pruning.few_bits import round_nearest_
 from hf_sparse.pruning.layerwise import LayerPruner, PruneBlock, Refinement, prune_layers
 from hf_sparse.pruning.options import check_bounds, check_types
 from hf_sparse.pruning.problem import Problem, Solver
@@ -87,18 +90,18 @@ def options_of(function: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
+_SPARSEGPT = Solver(sparsegpt.solve, Grams, updates=True, rounds=True)
+
 METHODS = {
     "magnitude": Method("smallest weights", masks=magnitude.masks, needs_calibration=False),
     "wanda": Method("smallest |weight| x input norm", Solver(wanda.solve, Norms, updates=False)),
     "taylor": Method(
         "smallest effect on the model's loss, to first order", masks=taylor.masks, trains=True
     ),
-    "sparsegpt": Method(
-        "least output error, column after column", Solver(sparsegpt.solve, Grams, updates=True)
-    ),
+    "sparsegpt": Method("least output error, column after column", _SPARSEGPT),
     "sparsellm": Method(
         "SparseGPT with feed-forward networks pruned as a whole",
-        Solver(sparsegpt.solve, Grams, updates=True),
+        _SPARSEGPT,
         prune_block=sparsellm.prune_block,
     ),
     "alps": Method("least output error, by ADMM", Solver(alps.solve, Grams, updates=True)),
@@ -116,7 +119,13 @@ METHODS = {
     ),
 }
 
-
+# The methods of pattern `expert`.
+EXPERT_METHODS = {
+    name: Method(summary, masks=getattr(experts, name), needs_calibration=looks)
+    for (name, looks), summary in zip(
+        expert_scores.METHODS.items(), experts.SUMMARIES.values(), strict=True
+    )
+}
 REFINEMENTS = ("swaps", "refit")
 
 
@@ -150,6 +159,11 @@ class Composition:
 
     def check(self, pattern: Pattern) -> None:
         """Raise a ValueError for an unknown value, or one that the pattern does not allow."""
+        if pattern.whole_matrices and self != Composition():
+            raise ValueError(
+                f"nothing goes with pattern '{pattern}': between its zeros and shrink_ the model is "
+                "another one. Leave allocation, refine and reconstruct out, and train what is left."
+            )
         check_allocation(self.allocation, pattern)
         if self.refine not in (None, *REFINEMENTS):
             raise ValueError(
@@ -170,11 +184,13 @@ class Recipe:
 
     Attributes:
         name: of the method.
+        method: it.
         composition: see there.
         options: of the method, those that were given.
     """
 
     name: str
+    method: Method
     composition: Composition
     options: Mapping[str, Any]
 
@@ -186,8 +202,8 @@ class Recipe:
             ValueError: unknown method or option, a value out of range, or a composition that the
                 pattern does not allow.
         """
-        check_name(name, METHODS, "method", "methods")
-        own, composed = METHODS[name].options(), asdict(Composition())
+        method = _method_named(name, pattern)
+        own, composed = method.options(), asdict(Composition())
         if unknown := sorted(set(options) - set(own) - set(composed)):
             raise ValueError(
                 f"method '{name}' has no option {', '.join(unknown)}. "
@@ -199,14 +215,9 @@ class Recipe:
         composition.check(pattern)
         mine = {name: value for name, value in options.items() if name in own}
         check_bounds(mine, pattern, composition.allocation)
-        if METHODS[name].nm_only:
+        if method.nm_only:
             check_learnable(name, pattern)
-        return cls(name, composition, mine)
-
-    @property
-    def method(self) -> Method:
-        """The method."""
-        return METHODS[self.name]
+        return cls(name, method, composition, mine)
 
     @property
     def needs_calibration(self) -> bool:
@@ -244,7 +255,7 @@ class Recipe:
         Raises:
             ValueError: see `prune_`.
         """
-        if self.needs_calibration:
+        if self.needs_calibration or task.batches:
             _check_inputs(task.layers)
             if torch.is_inference_mode_enabled() and self.needs_gradients:
                 raise ValueError(
@@ -269,13 +280,20 @@ class Recipe:
         self._walk(task, solver, of_solver, partial(self.method.prune_block, **of_block))
 
     def _prune_by_masks(self, task: Task, masks: Masks) -> None:
-        """Set the zeros that are chosen; then walk through the blocks if something is composed."""
-        if not self.composition.walks:
+        """Set the zeros that are chosen; then walk through the blocks if something is composed.
+
+        Weights of few bits are rounded in the walk; without data to the nearest codes.
+        """
+        grid = task.config.grid
+        if not self.composition.walks and (grid is None or not task.batches):
             for layer, mask in masks:
                 local_part(layer.weight).masked_fill_(~mask, 0.0)
+            if grid is not None:
+                round_nearest_([(layer, grid) for layer in task.layers], task.notes)
             return
         by_name = {layer.name: mask for layer, mask in masks}
-        self._walk(task, Solver(partial(_apply, by_name), Norms, updates=False), {}, prune_layers)
+        decided = Solver(partial(_apply, by_name), Norms, updates=False, is_decided=True)
+        self._walk(task, decided, {}, prune_layers)
 
     def _walk(
         self, task: Task, solver: Solver, options: Mapping[str, Any], prune_block: PruneBlock
@@ -286,11 +304,35 @@ class Recipe:
             "refit": refit.refine,
         }
         chosen = self.composition.refine
+        refinements = [refine[chosen]] if chosen else []
         layerwise.prune(
-            LayerPruner(task, solver, options, [refine[chosen]] if chosen else []),
+            LayerPruner(task, solver, options, refinements, task.config.grid),
             prune_block=prune_block,
             reconstruct=self.composition.reconstruct,
         )
+
+
+def _method_named(name: str, pattern: Pattern) -> Method:
+    """The method of a name, for a pattern.
+
+    Raises:
+        ValueError: there is none of that name, or it is not for the pattern.
+    """
+    if pattern.whole_matrices:
+        if name in METHODS and name not in EXPERT_METHODS:
+            raise ValueError(
+                f"method '{name}' prunes inside of matrices, and pattern '{pattern}' takes whole "
+                f"experts. Use method {', '.join(map(repr, EXPERT_METHODS))}."
+            )
+        check_name(name, EXPERT_METHODS, f"method of pattern '{pattern}'", "methods")
+        return EXPERT_METHODS[name]
+    if name in EXPERT_METHODS and name not in METHODS:
+        raise ValueError(
+            f"method '{name}' chooses whole experts of a mixture, and the pattern is '{pattern}'. Use "
+            "pattern 'expert', or another method."
+        )
+    check_name(name, METHODS, "method", "methods")
+    return METHODS[name]
 
 
 def _check_inputs(layers: Sequence[TargetLayer]) -> None:

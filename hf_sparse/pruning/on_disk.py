@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,11 +27,16 @@ from hf_sparse.checkpoint.reading import (
 )
 from hf_sparse.files.atomic import sync_file
 from hf_sparse.formats import FormatError, compress, decompress, join, locate
+from hf_sparse.patterns import Unstructured
 from hf_sparse.pruning.problem import Notes
+from hf_sparse.quantization import rounded
 from hf_sparse.report import TensorSparsity, count_zeros
+from hf_sparse.structure.grids import Gridded
 from hf_sparse.structure.layers import TargetLayer, by_identity, layers_in
 from hf_sparse.structure.targets import Targets
 from hf_sparse.upstream.accelerate import files_of, hook_of, read_through_
+
+_EMBEDDINGS = "embeddings.safetensors"
 
 
 class OnDisk(Residence):
@@ -59,9 +64,9 @@ class OnDisk(Residence):
             converted: the folder of weights that were converted while they were loaded, which are no
                 files of the source; those that they were made from lie beside the source's others.
         """
-        found = files_of(self._weights.source)
-        own = {file for file in found if file.parent != converted}
-        if own == found:
+        files = files_of(self._weights.source)
+        own = {file for file in files if file.parent != converted}
+        if own == files:
             return own
         return own | {file for one in own for file in one.parent.glob("*.safetensors")}
 
@@ -162,6 +167,23 @@ class OnDisk(Residence):
         fresh.replace(file)
         self._publish(file, counts)
 
+    def round(self, layers: Iterable[Gridded]) -> None:
+        """Round weights outside the blocks to their grids, and read them from the work folder then.
+
+        Args:
+            layers: weights that no block holds, and their grids.
+        """
+        tensors = {}
+        for layer, grid in layers:
+            name, parameter = layer.parameter_name, layer.parameter
+            found = rounded(self._weights.source[name].to(parameter.dtype), grid)
+            parts = compress(found, "auto", Unstructured())
+            tensors.update({join(name, part): one.contiguous() for part, one in parts.items()})
+        if tensors:
+            file = self.work / _EMBEDDINGS
+            save_file(tensors, file)
+            self._publish(file, [])
+
     def _parameters(self, step: BlockStep) -> list[tuple[TargetLayer, ...]]:
         """The layers of a block that are pruned, by the parameters that hold them."""
         return list(by_identity(layers_in(step.block, self._layers)).values())
@@ -186,8 +208,11 @@ class _Weights(Mapping[str, Tensor]):
         if name not in self.pruned:
             return self.source[name]
         stored = self.pruned[name]
+        parts = read_parts(stored)
+        if not stored.compressed:
+            return parts[""]
         with locate(stored.place):
-            return decompress(read_parts(stored))
+            return decompress(parts)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.source)

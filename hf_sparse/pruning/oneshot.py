@@ -19,14 +19,18 @@ from hf_sparse.checkpoint.can_save import check_not_quantized
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
+from hf_sparse.pruning.experts import check_experts, clear_biases_, notes_on_experts
 from hf_sparse.pruning.methods import Recipe
+from hf_sparse.pruning.quantized import bits_notes, check_can_round, round_embeddings_
 from hf_sparse.pruning.task import Task
 from hf_sparse.pruning.uniform import check_uniform
 from hf_sparse.report import SparsityReport, count_targets
+from hf_sparse.structure.grids import with_kept_grid
 from hf_sparse.structure.layers import (
     PRUNED_WITH,
     check_divides,
     left_out,
+    promised_config,
 )
 from hf_sparse.structure.promise import Held
 from hf_sparse.structure.targets import Targets
@@ -51,10 +55,14 @@ def prune_(
         model: any transformers model. Shared weights (ALBERT's layers) are pruned once; tied
             weights stay tied.
         config: pattern, sparsity and targets. With `head` or `column` and no targets whole heads or
-            neurons go: the columns that they enter, and also the rows and biases that feed those.
+            neurons go: the columns that they enter, and also the rows and biases that feed those. With
+            `expert` whole experts of a mixture go.
+            With `bits` what is kept is rounded to a grid, as `quantize_` does it: by `sparsegpt` while
+            it prunes, else behind the method, with batches so that the layer's outputs change little.
         method: one of the table below.
         batches: calibration inputs of the model, dicts or `input_ids` `(batch, tokens)`: see
-            `hf_sparse.calibration_batches`. Needed by every method but magnitude.
+            `hf_sparse.calibration_batches`. Needed by every method but magnitude; of that, rounding
+            alone looks at them.
         accelerator: an `accelerate.Accelerator`: blocks run on its device. Its processes must be
             given the same batches, and share them.
         **options: the method's own, and for every method how the sparsity is shared by the blocks,
@@ -75,6 +83,8 @@ def prune_(
 `iterations=60`, `damping=0.01` |
     | `proxsparse` | N:M masks learned from the loss | `lam=0.01`, `relative_lr=0.01`, \
 `preserve=0.0`, `epochs=1`, `accumulate=2`, `gradient_checkpointing=False`, `state=None` |
+    | `reap`, `frequency`, `magnitude` | of pattern `expert` alone: the experts that add least, that \
+get the fewest tokens, of the smallest weights | `scope="layer"` (or `"global"`) |
 
     docs/pruning.md tells which to take when.
 
@@ -104,14 +114,19 @@ def prune_(
     recipe = Recipe.of(method, targets.pattern, options)
     recipe.check_sharding(targets.layers, targets.pattern)
     _check_layers(targets)
+    before = promised_config(model)
+    check_can_round(model, targets, before)
     blocks = find_units(model) if targets.whole_units else []
     for units in blocks:  # refuse what could not be cleared below
         check_whole(units.layers)
     if targets.whole_units and options.get("scope") != "global":
         _check_units(targets)
+    if whole_experts := targets.pattern.whole_matrices:
+        check_experts(model, targets, recipe.all_options["scope"])
     check_uniform(model, targets, recipe)
     start = time.perf_counter()
-    inputs = checked_batches(batches, model, method) if recipe.needs_calibration else []
+    looks = recipe.needs_calibration or (config.bits is not None and batches is not None)
+    inputs = checked_batches(batches, model, method) if looks else []
     task = Task(
         model,
         targets,
@@ -122,8 +137,11 @@ def prune_(
     with switched(model, training=False, use_cache=False):
         recipe.prune(task)
     clear_unused_(blocks)  # what fed the heads or neurons that went goes too
+    if whole_experts:
+        clear_biases_(targets.layers)
+    round_embeddings_(model, targets)
     held = Held.by(targets.config, targets.layers)
-    vars(model)[PRUNED_WITH] = held.promise
+    vars(model)[PRUNED_WITH] = with_kept_grid(model, held.promise, before)
     data = Calibration.of(inputs, fingerprint(inputs)) if inputs else None
     record_(model, Step.of(method, recipe.all_options, config, data))
     return replace(
@@ -131,7 +149,12 @@ def prune_(
         method=method,
         options=recipe.all_options,
         seconds=time.perf_counter() - start,
-        notes=(*task.notes.lines(), *notes_on(targets), *held.notes()),
+        notes=(
+            *task.notes.lines(),
+            *notes_on(targets),
+            *(notes_on_experts(targets) if whole_experts else held.notes()),
+            *bits_notes(model, targets),
+        ),
     )
 
 

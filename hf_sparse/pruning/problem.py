@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_sparse.calibration.input_statistics import InputStatistics, Seen
 from hf_sparse.calibration.linalg import regularised
 from hf_sparse.patterns import Pattern
+from hf_sparse.quantization import Grid
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Notes:
     def __init__(self) -> None:
         self._layers: dict[str, list[str]] = {}
         self._few: dict[str, FewTokens] = {}
+        self.errors: dict[str, float] = {}  # of layers that were rounded, relative
 
     def add(self, layers: Sequence[str], remark: str) -> None:
         """Note something about layers, as a sentence that goes on after their names."""
@@ -60,6 +62,7 @@ class Notes:
         """Take over the remarks of others."""
         for other in others:
             self._few.update(other._few)
+            self.errors.update(other.errors)
             for remark, layers in other._layers.items():
                 self.add(layers, remark)
 
@@ -91,6 +94,7 @@ class Problem:
         pattern: of the zeros.
         sparsities: of each weight.
         notes: for the report.
+        grid: that kept weights are rounded to; None: they may have any values.
     """
 
     names: Sequence[str]
@@ -100,6 +104,7 @@ class Problem:
     pattern: Pattern
     sparsities: Sequence[float]
     notes: Notes = field(default_factory=Notes)
+    grid: Grid | None = None
 
     @classmethod
     def of(
@@ -188,11 +193,15 @@ class Solver:
         solve: `solve(problem, **options)`.
         statistic: `Norms` or `Grams`.
         updates: whether it changes the weights that it keeps.
+        rounds: whether it rounds them to a problem's grid, too.
+        is_decided: whether it knows the zeros, whatever the layers see.
     """
 
     solve: Solve
     statistic: type[InputStatistics]
     updates: bool
+    rounds: bool = False
+    is_decided: bool = False
 
 
 def by_scores(problem: Problem, scores: Sequence[Tensor]) -> list[Tensor]:

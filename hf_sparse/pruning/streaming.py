@@ -56,6 +56,7 @@ from hf_sparse.pruning.problem import Notes
 from hf_sparse.pruning.task import Task
 from hf_sparse.pruning.uniform import check_uniform
 from hf_sparse.report import SparsityReport
+from hf_sparse.structure.grids import gridded
 from hf_sparse.structure.layers import layers_outside, num_parameters
 from hf_sparse.structure.targets import Targets
 from hf_sparse.upstream.accelerate import expecting_weights_on_disk
@@ -86,7 +87,7 @@ def prune_checkpoint(
         folder: for the sparse model. `<folder>.unfinished` beside it is the work folder: it holds
             the finished blocks and the hidden states of the calibration data, and is removed at
             the end.
-        config: pattern, sparsity and targets, all of them in the blocks.
+        config: pattern, sparsity and targets, all of them in the blocks; and bits, see `prune_`.
         method: one that goes through the blocks: not `magnitude` or `proxsparse`.
         batches: see `prune_`.
         resume: go on with the work folder of a run that was stopped, made with the same arguments.
@@ -136,7 +137,7 @@ def prune_checkpoint(
         run = {**asked, **_described(model, residence.files(work / CONVERTED), inputs)}
         describe_run(work, run)
         task = Task(model, targets, inputs, notes=notes, residence=residence)
-        _prune(work, recipe, task)
+        _prune(work, recipe, task, residence)
         seconds = time.perf_counter() - start
         data = Calibration.of(inputs, run["calibration"])
         record_(model, Step.of(method, recipe.all_options, config, data))
@@ -160,12 +161,18 @@ def prune_checkpoint(
     return report if saved is None else _with_saved(report, saved)
 
 
-def _prune(work: Path, recipe: Recipe, task: Task) -> None:
-    """Prune a task's blocks, with hidden states and sparsities in the work folder."""
+def _prune(work: Path, recipe: Recipe, task: Task, residence: OnDisk) -> None:
+    """Prune a task's blocks, with hidden states and sparsities in the work folder.
+
+    What the config puts on a grid outside the blocks is rounded at the end.
+    """
     task.store = on_disk(work / HIDDEN_STATES)
     with switched(task.model, training=False, use_cache=False):
         task.sparsities = _sparsities(work, recipe, task)
         recipe.prune(task)
+    own = {id(layer.parameter) for layer in task.layers}
+    pairs = gridded(task.model, task.targets)
+    residence.round((layer, grid) for layer, grid in pairs if id(layer.parameter) not in own)
 
 
 def _with_saved(report: SparsityReport, saved: SparsityReport) -> SparsityReport:
@@ -244,7 +251,7 @@ def _load(
 
 
 def _targets_in_blocks(model: PreTrainedModel, config: SparsityConfig, recipe: Recipe) -> Targets:
-    """What to prune; a target outside the blocks, and uniform blocks that cannot be, are refused."""
+    """What to prune; what cannot be pruned, or rounded to the config's bits, is refused."""
     targets = Targets.of(model, config)
     if outside := layers_outside(targets.stacks, targets.layers):
         raise ValueError(
@@ -252,6 +259,7 @@ def _targets_in_blocks(model: PreTrainedModel, config: SparsityConfig, recipe: R
             "prune the model in memory with prune_."
         )
     check_uniform(model, targets, recipe)
+    gridded(model, targets)  # tells of groups that do not divide a weight
     return targets
 
 
@@ -271,9 +279,9 @@ def _sparsities(work: Path, recipe: Recipe, task: Task) -> dict[str, float]:
     """The sparsity of each layer, from the work folder if they are there."""
     file = work / "sparsities.json"
     if not file.exists():
-        found = layer_sparsities(recipe.composition.allocation, task)
+        sparsities = layer_sparsities(recipe.composition.allocation, task)
         fresh = file.with_suffix(".new")
-        fresh.write_text(json.dumps(found))
+        fresh.write_text(json.dumps(sparsities))
         sync_file(fresh)
         fresh.replace(file)
     known: dict[str, float] = read_json(file)

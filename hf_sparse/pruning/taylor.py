@@ -50,12 +50,12 @@ def masks(task: Task, *, scope: str = "layer") -> Iterator[tuple[TargetLayer, Te
     """
     check_labels("taylor", "wanda", task.model, task.batches)
     pattern = task.config.pattern
-    found = {
+    unit_scores = {
         name: summed(score, task.accelerator).sqrt() for name, score in _unit_scores(task).items()
     }
 
     def score(layer: TargetLayer) -> Tensor:
-        return pattern.spread(found[layer.name], layer.weight.shape)
+        return pattern.spread(unit_scores[layer.name], layer.weight.shape)
 
     yield from by_scope(task, score, scope)
 

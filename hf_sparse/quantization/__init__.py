@@ -8,16 +8,24 @@ float32, and known again in bfloat16 and float16.
 
 from hf_sparse.quantization.codes import Codes, OffGridError, codes_of
 from hf_sparse.quantization.grid import BITS, GROUP_SIZES, Grid
-from hf_sparse.quantization.rounding import fitted_scales, nearest_codes, rounded
+from hf_sparse.quantization.rounding import (
+    SMALLEST_SCALE,
+    fitted_scales,
+    lowest_codes,
+    nearest_codes,
+    rounded,
+)
 
 __all__ = [
     "BITS",
     "GROUP_SIZES",
+    "SMALLEST_SCALE",
     "Codes",
     "Grid",
     "OffGridError",
     "codes_of",
     "fitted_scales",
+    "lowest_codes",
     "nearest_codes",
     "rounded",
 ]

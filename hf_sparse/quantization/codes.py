@@ -35,7 +35,15 @@ class Codes:
 
 
 class OffGridError(ValueError):
-    """Weights that are not on the grid that they are said to be on."""
+    """Weights that are not on the grid that they are said to be on.
+
+    Attributes:
+        weights: how many.
+    """
+
+    def __init__(self, message: str, weights: int = 0) -> None:
+        super().__init__(message)
+        self.weights = weights
 
 
 def codes_of(weight: Tensor, grid: Grid) -> Codes:
@@ -64,7 +72,7 @@ def codes_of(weight: Tensor, grid: Grid) -> Codes:
     scales = torch.ones(rows, per_row, device=weight.device)
     step = max(1, _CHUNK // max(columns, 1))
     off = 0
-    for start in range(0, rows, step):
+    for start in range(0, rows if columns else 0, step):
         part = slice(start, start + step)
         grouped = weight[part].reshape(-1, size)
         found, fits = _scales(grouped, grid)
@@ -75,7 +83,8 @@ def codes_of(weight: Tensor, grid: Grid) -> Codes:
         raise OffGridError(
             f"{off * size:,} of {weight.numel():,} weights lie in groups that are not on the grid "
             f"({grid}). They changed after the model was quantised: quantise it again, "
-            "hf_sparse.quantize_(model, ...)."
+            "hf_sparse.quantize_(model, ...).",
+            off * size,
         )
     return Codes(codes, scales)
 

@@ -61,6 +61,11 @@ class Grid:
             return 127 if self.bits == 8 else 7
         return int(2**self.bits) - 1
 
+    @property
+    def span(self) -> int:
+        """The codes of a group lie between its lowest one and this many above it."""
+        return self.highest_code - self.lowest_code if self.symmetric else self.highest_code
+
     def columns_per_scale(self, columns: int) -> int:
         """The inputs that share a scale, in a weight with so many inputs.
 

@@ -46,6 +46,20 @@ def fitted_scales(weight: Tensor, grid: Grid, importance: Tensor | None = None) 
     return best
 
 
+def lowest_codes(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
+    """The lowest code of each group, `(out_features, groups)`, as floats; the highest follows from it.
+
+    Args:
+        weight: `(out_features, in_features)`; with zero points its lowest values tell them.
+        scales: of its groups.
+        grid: what it is to be rounded to.
+    """
+    if grid.symmetric:
+        return torch.full_like(scales, grid.lowest_code)
+    grouped = weight.float().reshape(*scales.shape, -1)
+    return -(-grouped.amin(-1) / scales).round_().clamp_(0, grid.highest_code)
+
+
 def nearest_codes(weight: Tensor, scales: Tensor, grid: Grid) -> Codes:
     """The code nearest to each weight: `(out_features, in_features)`, with scales of its groups."""
     rows, groups = scales.shape
@@ -78,10 +92,6 @@ def _rounded_up(scales: Tensor) -> Tensor:
 
 def _nearest(grouped: Tensor, scales: Tensor, grid: Grid) -> Tensor:
     """The codes `(rows, groups, size)`, as floats."""
+    lowest = lowest_codes(grouped, scales, grid)[..., None]
     codes = (grouped / scales[..., None]).round_()
-    if grid.symmetric:
-        return codes.clamp_(grid.lowest_code, grid.highest_code)
-    zeros = (
-        (-grouped.amin(-1, keepdim=True) / scales[..., None]).round_().clamp_(0, 2**grid.bits - 1)
-    )
-    return torch.clamp(codes, -zeros, 2**grid.bits - 1 - zeros)
+    return torch.clamp(codes, lowest, lowest + grid.span)

@@ -1,10 +1,11 @@
 """What a model of fewer or smaller blocks costs: its weights to the last one, or its time.
 
 Time is that of a forward pass of the first calibration sequence in plain torch, with the threads that
-torch has. Models of the family with fewer blocks, neurons and heads are built and timed in turns, and
-what lies between is taken to be
+torch has. Models of the family with fewer blocks, neurons, heads and experts are built and timed in
+turns, and what lies between is taken to be
 
-    base + blocks * (one block + heads of keys * one head + neurons * one neuron)
+    base + blocks * (one block + heads of keys * one head + neurons * one neuron
+                     + experts * one expert)
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import torch
 from torch import nn
 
 from hf_sparse.calibration.modes import switched
+from hf_sparse.slimming.experts import counts_of, is_possible, weights_by_block
 from hf_sparse.structure.depth import Depth, shorten_
 from hf_sparse.structure.layers import num_parameters
+from hf_sparse.structure.mixtures import Mixtures
 from hf_sparse.structure.own_config import is_expressible, set_size_
 from hf_sparse.structure.parts import BlockSize
 from hf_sparse.structure.units import BlockUnits
@@ -33,8 +36,13 @@ _TURNS = 7
 class Costs(Protocol):
     """What models cost."""
 
-    def of(self, removed: Sequence[int], size: BlockSize | None) -> float:
-        """The cost without some blocks, the others of a size; None: of the size that they have."""
+    def of(
+        self, removed: Sequence[int], size: BlockSize | None, experts: int | None = None
+    ) -> float:
+        """The cost without some blocks, the others of a size and with so many experts.
+
+        None: as they are.
+        """
         ...
 
 
@@ -49,6 +57,8 @@ class Weights:
         size: of the blocks now; None: their size is not looked at.
         scale: what one weight costs.
         unit: "weights" or "MB".
+        expert: of each block, weights of an expert.
+        experts: of each block now.
     """
 
     total: int
@@ -58,10 +68,17 @@ class Weights:
     size: BlockSize | None
     scale: float
     unit: str
+    expert: tuple[int, ...] = ()
+    experts: int | None = None
 
     @classmethod
     def in_model(
-        cls, model: Any, modules: Sequence[nn.Module], units: Sequence[BlockUnits], unit: str
+        cls,
+        model: Any,
+        modules: Sequence[nn.Module],
+        units: Sequence[BlockUnits],
+        unit: str,
+        mixtures: Mixtures | None = None,
     ) -> Weights:
         """Count the weights of a model's blocks."""
         blocks = [sum(p.numel() for p in module.parameters()) for module in modules]
@@ -75,9 +92,13 @@ class Weights:
             units[0].size if units else None,
             scale,
             unit,
+            () if mixtures is None else weights_by_block(mixtures, modules),
+            None if mixtures is None else mixtures.number,
         )
 
-    def of(self, removed: Sequence[int], size: BlockSize | None) -> float:
+    def of(
+        self, removed: Sequence[int], size: BlockSize | None, experts: int | None = None
+    ) -> float:
         """The weights that are left."""
         left = self.total - sum(self.blocks[number] for number in removed)
         if size is not None and self.size is not None:
@@ -86,6 +107,9 @@ class Weights:
             for number in range(len(self.blocks)):
                 if number not in removed:
                     left -= groups * self.groups[number] + neurons * self.neurons[number]
+        if experts is not None and self.experts is not None:
+            gone = self.experts - experts
+            left -= gone * sum(n for place, n in enumerate(self.expert) if place not in removed)
         return left * self.scale
 
 
@@ -98,6 +122,8 @@ class Times:
         block, group, neuron: of one in each block.
         count: of blocks in the whole model.
         size: of them.
+        expert: of one in each block.
+        experts: of each block.
     """
 
     base: float
@@ -107,10 +133,15 @@ class Times:
     count: int
     size: BlockSize | None
     unit: str = "ms"
+    expert: float = 0.0
+    experts: int | None = None
 
-    def of(self, removed: Sequence[int], size: BlockSize | None) -> float:
+    def of(
+        self, removed: Sequence[int], size: BlockSize | None, experts: int | None = None
+    ) -> float:
         """The time with what is left."""
         one, size = self.block, size or self.size
+        one += self.expert * (experts or self.experts or 0)
         if size is not None:
             one += self.group * size.key_heads + self.neuron * size.neurons
         return self.base + (self.count - len(removed)) * one
@@ -134,7 +165,11 @@ def _of_units(units: BlockUnits) -> tuple[int, int]:
 
 
 def times_of(
-    model: Any, depth: Depth | None, units: Sequence[BlockUnits], batch: Mapping[str, Any]
+    model: Any,
+    depth: Depth | None,
+    units: Sequence[BlockUnits],
+    batch: Mapping[str, Any],
+    mixtures: Mixtures | None = None,
 ) -> Times:
     """Time a model and smaller ones of its family.
 
@@ -143,11 +178,14 @@ def times_of(
         depth: its blocks, if some of them may go.
         units: of its blocks, if these may.
         batch: of which the first sequence is taken.
+        mixtures: its experts, if these may.
     """
     inputs = {k: v[:1] for k, v in batch.items() if isinstance(v, torch.Tensor) and k != "labels"}
     if getattr(model.config, "is_encoder_decoder", False) and "labels" in batch:
         inputs["labels"] = batch["labels"][:1]
     count = len(depth.blocks) if depth is not None else len(units)
+    if mixtures is not None and not count:
+        count = len(mixtures.mixtures)
     size = units[0].size if units else None
     configs: dict[str, Any] = {"whole": model.config}
     if depth is not None:
@@ -162,17 +200,35 @@ def times_of(
         for name, smaller in sizes.items():
             configs[name] = copy.deepcopy(model.config)
             set_size_(configs[name], smaller)
-    found = _timed({name: (type(model), config) for name, config in configs.items()}, inputs)
-    whole = found["whole"]
+    experts = None if mixtures is None else _fewer_experts(mixtures)
+    if mixtures is not None and experts is not None:
+        configs["experts"] = mixtures.config(experts)
+    times = _timed({name: (type(model), config) for name, config in configs.items()}, inputs)
+    whole = times["whole"]
     left = count - len(_half(depth)) if depth is not None else 0
-    each = max((whole - found["blocks"]) / left, 0.0) if depth is not None else whole / count
+    each = max((whole - times["blocks"]) / left, 0.0) if depth is not None else whole / count
     neuron = group = 0.0
     if size is not None:
-        neuron = max((whole - found["neurons"]) / (count * (size.neurons // 2)), 0.0)
+        neuron = max((whole - times["neurons"]) / (count * (size.neurons // 2)), 0.0)
     if size is not None and "groups" in sizes:
-        group = max((whole - found["groups"]) / (count * (size.key_heads - 1)), 0.0)
+        group = max((whole - times["groups"]) / (count * (size.key_heads - 1)), 0.0)
     block = each if size is None else each - group * size.key_heads - neuron * size.neurons
-    return Times(whole - count * each, block, group, neuron, count, size)
+    expert = 0.0
+    if mixtures is not None and experts is not None:
+        gone = count * (mixtures.number - experts)
+        expert = min(max((whole - times["experts"]) / gone, 0.0), each / mixtures.number)
+        block -= expert * mixtures.number
+    number = None if mixtures is None else mixtures.number
+    return Times(
+        whole - count * each, block, group, neuron, count, size, expert=expert, experts=number
+    )
+
+
+def _fewer_experts(mixtures: Mixtures) -> int | None:
+    """About half of the experts, a number that the config can tell; None: there is none."""
+    half = mixtures.number // 2
+    able = sorted(counts_of(mixtures)[:-1], key=lambda count: abs(count - half))
+    return next((count for count in able if is_possible(mixtures, count)), None)
 
 
 def _half(depth: Depth) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_sparse.provenance.values import Calibration
 from hf_sparse.report import format_table
+from hf_sparse.slimming.experts import ExpertRanking
 from hf_sparse.slimming.width import Ranking
 from hf_sparse.structure.parts import BlockSize
 
@@ -22,12 +23,14 @@ class SlimChoice:
         size: of the blocks that stay; None: their size is not looked at.
         cost: in the plan's unit.
         loss: on the calibration data.
+        experts: of each block; None: they are not looked at.
     """
 
     removed: tuple[int, ...]
     size: BlockSize | None
     cost: float
     loss: float
+    experts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,17 @@ class SlimPlan:
     Attributes:
         kind: the class of the model.
         budget: as it was asked for, such as "params=0.7".
-        axes: that may be cut.
+        axes: what may be cut, keys of `AXES`.
         unit: of costs: "weights", "MB" or "ms".
         limit: the cost that the budget allows.
-        cost, loss: of the whole model.
-        blocks: how many it has.
-        size: of its blocks; None: it is not looked at.
-        choices: that keep to the budget.
+        cost, loss: those of the whole model.
+        blocks: the number of blocks of the whole model.
+        size: the size of its blocks; None where only their number may be cut.
+        choices: the mixes that keep to the budget.
         calibration: the data that losses were measured on.
         ranking: which units of each block stay.
+        experts: how many each block has; None: they are not looked at.
+        expert_ranking: which of them stay.
     """
 
     kind: str
@@ -60,6 +65,8 @@ class SlimPlan:
     choices: tuple[SlimChoice, ...]
     calibration: Calibration
     ranking: Ranking | None = field(repr=False)
+    experts: int | None = None
+    expert_ranking: ExpertRanking | None = field(default=None, repr=False)
 
     @property
     def best(self) -> SlimChoice:
@@ -75,11 +82,14 @@ class SlimPlan:
             told["removed"] = ", ".join(map(str, sorted(best.removed)))
         if best.size is not None and best.size != self.size:
             told |= {"heads": best.size.heads, "neurons": best.size.neurons}
+        if best.experts is not None and best.experts != self.experts:
+            told["experts"] = f"{best.experts} of {self.experts}"
         return told
 
     def to_json(self) -> str:
-        """All but the ranking as JSON text."""
-        values = {name: value for name, value in vars(self).items() if name != "ranking"}
+        """All but the rankings as JSON text."""
+        left_out = ("ranking", "expert_ranking")
+        values = {name: value for name, value in vars(self).items() if name not in left_out}
         values["choices"] = [asdict(choice) for choice in self.choices]
         for name in ("size", "calibration"):
             values[name] = None if values[name] is None else asdict(values[name])
@@ -88,6 +98,7 @@ class SlimPlan:
     def __repr__(self) -> str:
         best = self.best
         size = "" if best.size is None else f" of {_told(best.size)}"
+        size += "" if best.experts is None else f" of {best.experts} experts"
         return (
             f"<SlimPlan for {self.budget}: {self.blocks - len(best.removed)} of {self.blocks} blocks"
             f"{size}, {best.cost:,.6g} of {self.cost:,.6g} {self.unit}, loss {self.loss:.4f} -> "
@@ -99,21 +110,15 @@ class SlimPlan:
 
     def table(self) -> str:
         """A row for each mix, the best one marked, and what it means."""
-        whole = _row(self, self.blocks, self.size, self.cost, self.loss, "whole model")
-        rows = [
-            _row(
-                self,
-                self.blocks - len(choice.removed),
-                choice.size,
-                choice.cost,
-                choice.loss,
-                "best" if choice is self.best else "",
-            )
-            for choice in self.choices
+        whole = SlimChoice((), self.size, self.cost, self.loss, self.experts)
+        rows = [_row(self, whole, "whole model")]
+        rows += [
+            _row(self, choice, "best" if choice is self.best else "") for choice in self.choices
         ]
-        head = ("blocks", "heads", "neurons", self.unit, "loss", "")
+        parts = ("heads", "neurons") if self.experts is None else ("experts",)
+        head = ("blocks", *parts, self.unit, "loss", "")
         lines = [
-            format_table(head, [whole, *rows]),
+            format_table(head, rows),
             f"{self.budget}: at most {self.limit:,.6g} of {self.cost:,.6g} {self.unit}, by "
             f"{' and '.join(self.axes)}",
         ]
@@ -127,17 +132,15 @@ class SlimReport:
     """What `slim_` did.
 
     Attributes:
-        plan: that it followed.
+        plan: the plan that was followed.
         parameters: weights in the whole model, before and after.
     """
 
+    # The name of the step on the model card.
+    method = "slim"
+
     plan: SlimPlan
     parameters: tuple[int, int]
-
-    @property
-    def method(self) -> str:
-        """The name of the step on the model card."""
-        return "slim"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -160,13 +163,13 @@ class SlimReport:
         return f"{self.plan.table()}\n{self.summary()}"
 
 
-def _row(
-    plan: SlimPlan, blocks: int, size: BlockSize | None, cost: float, loss: float, note: str
-) -> tuple[str, ...]:
-    heads = "" if size is None else str(size.heads)
-    neurons = "" if size is None else str(size.neurons)
-    shown = f"{cost:,.0f}" if plan.unit == "weights" else f"{cost:,.2f}"
-    return (str(blocks), heads, neurons, shown, f"{loss:.4f}", note)
+def _row(plan: SlimPlan, choice: SlimChoice, note: str) -> tuple[str, ...]:
+    size, blocks = choice.size, str(plan.blocks - len(choice.removed))
+    parts = ["", ""] if size is None else [str(size.heads), str(size.neurons)]
+    if plan.experts is not None:
+        parts = [str(choice.experts)]
+    shown = f"{choice.cost:,.0f}" if plan.unit == "weights" else f"{choice.cost:,.2f}"
+    return (blocks, *parts, shown, f"{choice.loss:.4f}", note)
 
 
 def _told(size: BlockSize) -> str:

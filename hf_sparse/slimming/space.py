@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -13,10 +14,19 @@ from hf_sparse.calibration.block_scores import Batches, mean_loss, skipping
 from hf_sparse.dropping.blocks import Choice, by_loss
 from hf_sparse.slimming.budget import Budget
 from hf_sparse.slimming.costs import Costs, Weights, times_of
+from hf_sparse.slimming.experts import (
+    ExpertRanking,
+    counts_of,
+    is_possible,
+    keep_experts_,
+    mixtures_of,
+    without_experts,
+)
 from hf_sparse.slimming.plan import SlimChoice, SlimPlan
 from hf_sparse.slimming.width import Ranking, without_units
 from hf_sparse.structure.depth import Depth
 from hf_sparse.structure.layers import PRUNED_WITH
+from hf_sparse.structure.mixtures import Mixtures
 from hf_sparse.structure.own_config import is_expressible, set_size_, tell_modules_
 from hf_sparse.structure.parts import BlockSize, parts_of
 from hf_sparse.structure.targets import promised_layers, renew_promise_
@@ -28,6 +38,8 @@ LEAST = 0.25
 _DEPTHS = 5
 # Neurons come in such numbers, which kernels like.
 _STEP = 16
+# Which units stay, and which experts.
+Rankings = tuple[Ranking | None, ExpertRanking | None]
 
 
 @dataclass(frozen=True)
@@ -39,25 +51,26 @@ class Space:
         depth: its blocks; None: they stay.
         choice: which of them can go.
         units: the units of each block; empty: they stay.
+        mixtures: the experts; None: they stay.
     """
 
     model: PreTrainedModel
     depth: Depth | None
     choice: Choice | None
     units: tuple[BlockUnits, ...]
+    mixtures: Mixtures | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel, axes: Sequence[str]) -> Space:
-        """Look what can go.
+        """Look what can go, of a model that may be without values.
 
         Raises:
             ValueError: the model lacks an axis.
         """
         depth = Depth.of(model) if "depth" in axes else None
         choice = None if depth is None else Choice.of(depth, 1)
+        mixtures = mixtures_of(model) if "experts" in axes else None
         units = tuple(find_units(model)) if "width" in axes else ()
-        for one in units:
-            check_whole(one.layers)
         sizes = list({one.size for one in units})
         if len(sizes) > 1:
             raise ValueError(
@@ -70,7 +83,12 @@ class Space:
                 f"a config of type '{model.config.model_type}' tells no number of neurons but "
                 f"{sizes[0].neurons}, so that axis 'width' is not open. Take axes=('depth',)."
             )
-        return cls(model, depth, choice, units)
+        return cls(model, depth, choice, units, mixtures)
+
+    def check_values(self) -> None:
+        """Refuse weights that cannot be cut: see `check_whole`."""
+        for one in self.units:
+            check_whole(one.layers)
 
     @property
     def size(self) -> BlockSize | None:
@@ -80,7 +98,14 @@ class Space:
     @property
     def count(self) -> int:
         """How many blocks there are."""
-        return len(self.units) if self.depth is None else len(self.depth.blocks)
+        if self.depth is not None:
+            return len(self.depth.blocks)
+        return len(self.units) or (0 if self.mixtures is None else len(self.mixtures.mixtures))
+
+    @property
+    def experts(self) -> int | None:
+        """Of each block; None: they are not looked at."""
+        return None if self.mixtures is None else self.mixtures.number
 
     @property
     def most(self) -> int:
@@ -96,18 +121,23 @@ class Space:
             return [None]
         queries, fixed = size.heads // size.key_heads, self.units[0].parts.fixed
         least = size.key_heads if fixed else math.ceil(LEAST * size.key_heads)
-        found = [
+        sizes = [
             BlockSize(groups * queries, groups, size.neurons)
             for groups in _spread(least, size.key_heads, _DEPTHS)
         ]
-        return [one for one in found if one == size or is_expressible(self.model, one)]
+        return [one for one in sizes if one == size or is_expressible(self.model, one)]
 
     def costs(self, unit: str, batches: Batches) -> Costs:
         """What smaller models cost."""
         if unit == "ms":
-            return times_of(self.model, self.depth, self.units, batches[0])
-        modules = [one.block for one in self.units] if self.depth is None else self.depth.blocks
-        return Weights.in_model(self.model, modules, self.units, unit)
+            return times_of(self.model, self.depth, self.units, batches[0], self.mixtures)
+        if self.depth is not None:
+            modules = list(self.depth.blocks)
+        elif self.units or self.mixtures is None:
+            modules = [one.block for one in self.units]
+        else:
+            modules = [self.model.get_submodule(one.around) for one in self.mixtures.mixtures]
+        return Weights.in_model(self.model, modules, self.units, unit, self.mixtures)
 
     def check_possible(self, budget: Budget, limit: float, costs: Costs) -> None:
         """Refuse a budget that is met already, or cannot be kept, before losses are measured."""
@@ -117,20 +147,24 @@ class Space:
                 f"{budget.told} is met already: this {type(self.model).__name__} has {whole:,.6g} "
                 f"{budget.unit}. Ask for less."
             )
-        least = costs.of(range(self.most), _with(self.sizes()[0], self._least_neurons()))
+        smallest = _with(self.sizes()[0], self._least_neurons())
+        least = costs.of(range(self.most), smallest, self._least_experts())
         if limit < least:
             raise ValueError(
-                f"{budget.told} cannot be kept: with a quarter of its blocks, heads and neurons, as "
-                f"far as the axes {', '.join(self._axes())} reach, this {type(self.model).__name__} "
+                f"{budget.told} cannot be kept: with a quarter of its blocks, heads, neurons, experts, "
+                f"as far as the axes {', '.join(self._axes())} reach, this {type(self.model).__name__} "
                 f"has {least:,.6g} of {whole:,.6g} {budget.unit}. The nearest is "
                 f"{budget.nearest(least, whole)}."
             )
 
     def run(
         self, limit: float, costs: Costs, batches: Batches
-    ) -> tuple[float, Ranking | None, list[SlimChoice]]:
+    ) -> tuple[float, Rankings, list[SlimChoice]]:
         """Measure the loss of the model, rank its units, and measure the mixes."""
-        ranking = Ranking.of(self.model, self.units, batches) if self.units else None
+        ranking = (
+            Ranking.of(self.model, self.units, batches) if self.units else None,
+            None if self.mixtures is None else ExpertRanking.of(self.mixtures, batches),
+        )
         order: list[int] = []
         if self.choice is not None:
             wanted = next(
@@ -140,17 +174,12 @@ class Space:
             order, _, _, _ = by_loss(self.choice, wanted, batches)
         loss = mean_loss(self.model, batches)
         mixes = list(self._mixes(order, limit, costs))
-        found = []
-        for removed, size in tqdm(mixes, desc="Measuring mixes"):
-            found.append(
-                SlimChoice(
-                    removed,
-                    size,
-                    costs.of(removed, size),
-                    self._loss(removed, size, ranking, batches),
-                )
-            )
-        finite = [choice for choice in found if math.isfinite(choice.loss)]
+        choices = []
+        for removed, size, experts in tqdm(mixes, desc="Measuring mixes"):
+            cost = costs.of(removed, size, experts)
+            lost = self._loss(removed, size, experts, ranking, batches)
+            choices.append(SlimChoice(removed, size, cost, lost, experts))
+        finite = [choice for choice in choices if math.isfinite(choice.loss)]
         if not finite:
             raise ValueError(
                 f"no mix of {', '.join(self._axes())} keeps to the budget with a finite loss. Allow "
@@ -159,23 +188,47 @@ class Space:
         return loss, ranking, finite
 
     def _axes(self) -> list[str]:
-        return [name for name, there in (("depth", self.depth), ("width", self.units)) if there]
+        open_ones = (("depth", self.depth), ("width", self.units), ("experts", self.mixtures))
+        return [name for name, there in open_ones if there]
+
+    def _least_experts(self) -> int | None:
+        if self.mixtures is None:
+            return None
+        return next(n for n in counts_of(self.mixtures) if is_possible(self.mixtures, n))
 
     def _least_neurons(self) -> int:
         return math.ceil(LEAST * self.size.neurons) if self.size is not None else 0
 
     def _mixes(
         self, order: Sequence[int], limit: float, costs: Costs
-    ) -> Iterator[tuple[tuple[int, ...], BlockSize | None]]:
-        """The mixes that keep to the budget, with as many neurons as it allows."""
+    ) -> Iterator[tuple[tuple[int, ...], BlockSize | None, int | None]]:
+        """The mixes that keep to the budget, with as many neurons or experts as it allows."""
         for count in _spread(0, len(order), _DEPTHS):
             removed = tuple(order[:count])
             for size in reversed(self.sizes()):
                 if costs.of(removed, size) <= limit:
-                    yield removed, size
+                    yield removed, size, self.experts
                     break  # fewer heads would only be less
                 if size is not None and (fits := self._neurons(removed, size, limit, costs)):
-                    yield removed, fits
+                    yield removed, fits, self.experts
+                experts = self._experts(removed, size, limit, costs)
+                if experts is not None:
+                    yield removed, size, experts
+
+    def _experts(
+        self, removed: Sequence[int], size: BlockSize | None, limit: float, costs: Costs
+    ) -> int | None:
+        """As many experts as the budget allows; None: fewer than may stay, or blocks have none."""
+        if self.mixtures is None:
+            return None
+        return next(
+            (
+                count
+                for count in reversed(counts_of(self.mixtures)[:-1])
+                if costs.of(removed, size, count) <= limit and is_possible(self.mixtures, count)
+            ),
+            None,
+        )
 
     def _neurons(
         self, removed: Sequence[int], size: BlockSize, limit: float, costs: Costs
@@ -190,16 +243,19 @@ class Space:
         self,
         removed: Sequence[int],
         size: BlockSize | None,
-        ranking: Ranking | None,
+        experts: int | None,
+        rankings: Rankings,
         batches: Batches,
     ) -> float:
         """The loss without what goes."""
+        units, of_experts = rankings
         blocks = [] if self.depth is None else [self.depth.blocks[number] for number in removed]
-        with skipping(blocks):
-            if size is None or ranking is None:
-                return mean_loss(self.model, batches)
-            with without_units(self.units, ranking, size):
-                return mean_loss(self.model, batches)
+        with skipping(blocks), ExitStack() as cut:
+            if size is not None and units is not None:
+                cut.enter_context(without_units(self.units, units, size))
+            if self.mixtures is not None and experts is not None and of_experts is not None:
+                cut.enter_context(without_experts(self.mixtures, of_experts, experts))
+            return mean_loss(self.model, batches)
 
     def apply(self, plan: SlimPlan) -> None:
         """Remove from the model what the plan says."""
@@ -208,6 +264,8 @@ class Space:
         if self.depth is not None and best.removed:
             self.depth.keep_(kept)
             renew_promise_(self.model, targets)
+        if self.mixtures is not None and plan.expert_ranking is not None:
+            keep_experts_(self.model, self.mixtures, plan.expert_ranking, best.experts)
         if best.size is None or best.size == self.size or plan.ranking is None:
             return
         for number in kept:

@@ -116,8 +116,8 @@ def _network(block: nn.Module) -> dict[str, Any] | None:
                 return _network_at(module, path, named)
         for up, down in _JOINED:
             if _has(module, (up, down)):
-                found = _network_at(module, path, {"up": up, "down": down})
-                return None if found is None else {**found, "joined": True}
+                network = _network_at(module, path, {"up": up, "down": down})
+                return None if network is None else {**network, "joined": True}
         for up, down in _PLAIN:
             if _has(module, (up, down)):
                 return _network_at(module, path, {"up": up, "down": down})
@@ -155,10 +155,10 @@ def _has(module: nn.Module, paths: tuple[str, ...]) -> bool:
     """Whether a module has matrices of these names."""
     for path in paths:
         try:
-            found = module.get_submodule(path)
+            part = module.get_submodule(path)
         except AttributeError:
             return False
-        if not is_matrix(found):
+        if not is_matrix(part):
             return False
     return True
 

@@ -37,5 +37,5 @@ def configs_in(config: Any) -> Iterator[Any]:
 def own_configs(model: nn.Module) -> list[Any]:
     """The configs that a model and its modules hold, each once."""
     held = [getattr(module, "config", None) for module in model.modules()]
-    found = [part for config in held if config is not None for part in configs_in(config)]
-    return list({id(config): config for config in found}.values())
+    configs = [part for config in held if config is not None for part in configs_in(config)]
+    return list({id(config): config for config in configs}.values())

@@ -193,12 +193,14 @@ class Depth:
                 return None
             for place, number in enumerate(kept):
                 block = blocks[list_name][place]
-                found = places_told(
+                places = places_told(
                     dict(described(whole[number])), number, dict(described(block)), place
                 )
-                if found is None:
+                if places is None:
                     return None
-                changes += [(mine[number].get_submodule(path), name, place) for path, name in found]
+                changes += [
+                    (mine[number].get_submodule(path), name, place) for path, name in places
+                ]
         around = self._around(short)
         return None if around is None else changes + around
 

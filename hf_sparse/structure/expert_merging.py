@@ -25,10 +25,10 @@ def nearest(rows: Tensor, kept: Sequence[int]) -> list[int]:
     """
     units = torch.nn.functional.normalize(rows.double(), dim=1)
     cosines = units @ units[list(kept)].T
-    found = [kept[place] for place in cosines.argmax(dim=1).tolist()]
+    nearest_kept = [kept[place] for place in cosines.argmax(dim=1).tolist()]
     for expert in kept:
-        found[expert] = expert
-    return found
+        nearest_kept[expert] = expert
+    return nearest_kept
 
 
 @torch.no_grad()

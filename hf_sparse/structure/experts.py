@@ -7,6 +7,9 @@
 
 JetMoE has a module for each product, with a `weight` of `(experts, out_features, in_features)`.
 
+LongCat Flash has experts that give back what they get, behind the others: rows of `gate_up_proj` that
+nothing is multiplied by.
+
 Some families (GPT-OSS, Llama 4) hold each matrix the other way round, `(experts, in_features,
 out_features)`. Which way it is, modules tell that transformers runs by its `ExpertsInterface`; of
 others with a gate the shapes do. A module of another kind has no stack that is known here.
@@ -76,7 +79,7 @@ class ExpertStack:
     @property
     def number(self) -> int:
         """How many experts there are."""
-        return len(getattr(self.module, self.entry))
+        return len(getattr(self.module, self.parameters[-1]))
 
 
 def _multiplies_alone(module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
@@ -91,7 +94,8 @@ def _fit(entry: Any, down: Any, gated: bool, transposed: bool) -> bool:
     """Whether two stacks have the shapes of one network, if they are stored so."""
     wide, hidden = (entry.shape[2], entry.shape[1]) if transposed else entry.shape[1:]
     out, inner = (down.shape[2], down.shape[1]) if transposed else down.shape[1:]
-    return len(entry) == len(down) and hidden == out and wide == inner * (2 if gated else 1)
+    fits = hidden == out and wide == inner * (2 if gated else 1)
+    return fits and len(entry) >= len(down)
 
 
 def routes(name: str, module: nn.Module) -> bool:

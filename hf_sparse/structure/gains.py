@@ -68,7 +68,7 @@ class Norm:
 
 def norms_of(model: nn.Module, size: int) -> list[Norm]:
     """The norms over hidden features, each module once."""
-    found = []
+    norms = []
     for name, module in model.named_modules():
         if "Norm" not in type(module).__name__ or any(True for _ in module.children()):
             continue
@@ -80,5 +80,5 @@ def norms_of(model: nn.Module, size: int) -> list[Norm]:
         if width == (size,) and shape in (None, (size,)):
             norm = Norm.of(name, module, size)
             if norm is not None:
-                found.append(norm)
-    return found
+                norms.append(norm)
+    return norms

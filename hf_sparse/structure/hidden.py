@@ -58,10 +58,10 @@ class HiddenPlan:
                 nearest that it can.
         """
         size = hidden_size_of(model)
-        found = cls._possible(model, size, left)
-        if isinstance(found, HiddenPlan):
-            return found
-        reason, nearest = found, None
+        reason = cls._possible(model, size, left)
+        if isinstance(reason, HiddenPlan):
+            return reason
+        nearest = None
         head = head_size(model.config)
         able = sorted(range(head, size, head), key=lambda other: (abs(other - left), -other))
         for other in able[:3]:

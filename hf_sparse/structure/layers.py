@@ -309,8 +309,8 @@ def left_out(stacks: Sequence[Stack]) -> int:
     """Weights in the blocks that are stacks of matrices of no known kind, such as convolutions."""
     known = {id(getattr(layer.module, layer.attribute)) for layer in layers_of(stacks)}
     blocks = [block for stack in stacks for block in stack.blocks]
-    found = {id(p): p.numel() for block in blocks for p in block.parameters() if p.ndim > 2}
-    return sum(size for key, size in found.items() if key not in known)
+    sizes = {id(p): p.numel() for block in blocks for p in block.parameters() if p.ndim > 2}
+    return sum(size for key, size in sizes.items() if key not in known)
 
 
 def num_parameters(model: nn.Module) -> int:

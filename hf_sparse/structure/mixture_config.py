@@ -99,5 +99,5 @@ def routing_of(model: nn.Module, around: str) -> Routing:
 
 def _first(holders: list[Any], names: tuple[str, ...]) -> int | None:
     """The first whole number of one of these names."""
-    found = (vars(holder).get(name) for name in names for holder in holders)
-    return next((value for value in found if type(value) is int and value > 0), None)
+    values = (vars(holder).get(name) for name in names for holder in holders)
+    return next((value for value in values if type(value) is int and value > 0), None)

@@ -8,7 +8,8 @@ from the config with all experts and with fewer, without values, and compared te
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -43,6 +44,18 @@ class Mixture:
     def around(self) -> str:
         """The name of the module that routes to them."""
         return self.name.rpartition(".")[0]
+
+    @property
+    def zero(self) -> Tensor:
+        """Which experts give nothing, all their weights and biases being zero, `(experts,)`."""
+        zero = torch.ones(self.stack.number, dtype=torch.bool)
+        for name in self.stack.parameters:
+            for held in (name, f"{name}_bias"):
+                tensor = getattr(self.stack.module, held, None)
+                if tensor is not None:
+                    own = tensor.detach()[: self.stack.number]
+                    zero &= (own == 0).flatten(1).all(dim=1).cpu()
+        return zero
 
 
 @dataclass(frozen=True)
@@ -145,6 +158,33 @@ class Mixtures:
                 if getattr(config, name) == self.number:
                     setattr(config, name, count)
 
+    def holders(self, count: int) -> list[tuple[nn.Module, str]]:
+        """The tensors with an entry for each expert: their modules and names.
+
+        Args:
+            count: of experts, a smaller number that `check` allows.
+        """
+        return [(self.model.get_submodule(path), name) for path, name, _ in self._found(count)[0]]
+
+    @contextmanager
+    def kept(self, kept: Sequence[Sequence[int]]) -> Iterator[None]:
+        """As `keep_`, for a while: afterwards the model has all its experts again."""
+        self.check(len(kept[0]))
+        holders = self.holders(len(kept[0]))
+        holders += [
+            (self.model.get_submodule(p), name) for p, name, _ in self._found(len(kept[0]))[1]
+        ]
+        before = [(module, name, getattr(module, name)) for module, name in holders]
+        names = told_counts(self.model.config, self.number)
+        configs = own_configs(self.model)
+        told = [(c, n, getattr(c, n)) for c in configs for n in names & vars(c).keys()]
+        try:
+            self.keep_(kept)
+            yield
+        finally:
+            for holder, name, value in [*before, *told]:
+                setattr(holder, name, value)
+
     def router(self, mixture: Mixture) -> Tensor | None:
         """A router's rows for its experts, `(experts, hidden)`; None if it is not one matrix."""
         places, _ = self._found(self._other)
@@ -168,13 +208,13 @@ class Mixtures:
 
     @cached_property
     def _whole(self) -> dict[str, Any]:
-        return dict(described(built(self.model, self._config(self.number))))
+        return dict(described(built(self.model, self.config(self.number))))
 
     @cached_property
     def _known(self) -> dict[int, Any]:
         return {}
 
-    def _config(self, count: int) -> Any:
+    def config(self, count: int) -> Any:
         """The model's config with another number of experts, as a file of it is read."""
         config = copy.deepcopy(self.model.config)
         names = told_counts(config, self.number)
@@ -199,7 +239,7 @@ class Mixtures:
         return found
 
     def _compared(self, count: int) -> tuple[list[Place], list[tuple[str, str, Any]]] | str:
-        fewer = dict(described(built(self.model, self._config(count))))
+        fewer = dict(described(built(self.model, self.config(count))))
         if fewer.keys() != self._whole.keys():
             return "transformers builds other modules then"
         places: list[Place] = []

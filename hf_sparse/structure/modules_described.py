@@ -46,7 +46,7 @@ def places_told(
     """
     if one.keys() != other.keys():
         return None
-    found = []
+    changes = []
     for path, (shapes, values) in one.items():
         other_shapes, others = other[path]
         if shapes != other_shapes or values.keys() != others.keys():
@@ -54,7 +54,7 @@ def places_told(
         for name, value in values.items():
             told = type(value) is int and (value, others[name]) == (number, place)
             if told and number != place:
-                found.append((path, name))
+                changes.append((path, name))
             elif value != others[name]:
                 return None
-    return found
+    return changes

@@ -39,48 +39,42 @@ class Parts:
     fixed: str | None = None
 
 
+def attention(path: str, *qkv: str, out: str) -> dict[str, Any]:
+    """The names of projections in a module at `path`."""
+    return {"qkv": tuple(f"{path}.{name}" for name in qkv), "out": f"{path}.{out}"}
+
+
+def perceptron(up: str, down: str, act: str, gate: str | None = None) -> dict[str, Any]:
+    """The names of a feed-forward network's modules."""
+    return {"up": up, "down": down, "act": act, "gate": gate}
+
+
 _LLAMA = Parts(
     stack="layers",
-    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    out="self_attn.o_proj",
-    up="mlp.up_proj",
-    down="mlp.down_proj",
-    gate="mlp.gate_proj",
-    act="mlp.act_fn",
+    **attention("self_attn", "q_proj", "k_proj", "v_proj", out="o_proj"),
+    **perceptron("mlp.up_proj", "mlp.down_proj", act="mlp.act_fn", gate="mlp.gate_proj"),
 )
 
 PARTS = {
     "bert": Parts(
         stack="encoder.layer",
-        qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
-        out="attention.output.dense",
-        up="intermediate.dense",
-        down="output.dense",
-        act="intermediate.intermediate_act_fn",
+        **attention("attention", "self.query", "self.key", "self.value", out="output.dense"),
+        **perceptron("intermediate.dense", "output.dense", act="intermediate.intermediate_act_fn"),
     ),
     "albert": Parts(
         stack="encoder.albert_layer_groups",
-        qkv=("attention.query", "attention.key", "attention.value"),
-        out="attention.dense",
-        up="ffn",
-        down="ffn_output",
-        act="activation",
+        **attention("attention", "query", "key", "value", out="dense"),
+        **perceptron("ffn", "ffn_output", act="activation"),
     ),
     "gpt2": Parts(
         stack="h",
-        qkv=("attn.c_attn",),
-        out="attn.c_proj",
-        up="mlp.c_fc",
-        down="mlp.c_proj",
-        act="mlp.act",
+        **attention("attn", "c_attn", out="c_proj"),
+        **perceptron("mlp.c_fc", "mlp.c_proj", act="mlp.act"),
     ),
     "opt": Parts(
         stack="decoder.layers",
-        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        out="self_attn.out_proj",
-        up="fc1",
-        down="fc2",
-        act="activation_fn",
+        **attention("self_attn", "q_proj", "k_proj", "v_proj", out="out_proj"),
+        **perceptron("fc1", "fc2", act="activation_fn"),
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,

@@ -24,13 +24,14 @@ class Held:
     Attributes:
         config: what is asked of them.
         zero, units: units that are zero, and all of them.
-        least: units that the config's sparsity makes zero, rounded down in each weight.
+        least: units that the config's sparsity makes zero, rounded down in each weight, unless that is
+            a unit itself.
     """
 
     config: SparsityConfig
     zero: int = 0
     units: int = 0
-    least: int = 0
+    least: float = 0
 
     @classmethod
     def by(cls, config: SparsityConfig, layers: Iterable[TargetLayer]) -> Held:
@@ -46,14 +47,17 @@ class Held:
         Raises:
             ValueError: the pattern cannot divide the weight; the message names it.
         """
-        if self.config.pattern.implied_sparsity is not None:
+        pattern = self.config.pattern
+        if pattern.implied_sparsity is not None:
             return
-        check_divides(self.config.pattern, name, *weight.shape)
-        zero = self.config.pattern.units((weight != 0).float()) == 0
-        units = zero.numel()
-        self.zero += int(zero.sum())
+        check_divides(pattern, name, *weight.shape)
+        # Where units are single weights, they are counted without a copy.
+        nonzero = weight if pattern.elementwise else pattern.units((weight != 0).float())
+        units = nonzero.numel()
+        self.zero += int((nonzero == 0).count_nonzero())
         self.units += units
-        self.least += math.floor(self.config.sparsity * units)
+        least = self.config.sparsity * units
+        self.least += least if self.config.pattern.whole_matrices else math.floor(least)
 
     @property
     def share(self) -> float:
@@ -68,8 +72,12 @@ class Held:
 
     @property
     def exceeds(self) -> bool:
-        """Whether more units are zero than the config asks for."""
-        return self.units > 0 and self.share > self.config.sparsity + _MARGIN
+        """Whether more units are zero than the config asks for.
+
+        Weights of few bits that rounding made zero are no promise.
+        """
+        more = self.units > 0 and self.share > self.config.sparsity + _MARGIN
+        return more and self.config.bits is None
 
     def is_less_than(self, sparsity: float) -> bool:
         """Whether the share is below a sparsity by more than a few zeros."""

@@ -143,9 +143,9 @@ def plans_of(blocks: Sequence[BlockUnits], uniform: bool) -> list[Plan]:
     Raises:
         ValueError: the blocks are to be of one size and cannot: some have lost more already.
     """
-    found = [Removable.of(units) for units in blocks]
-    kept = _kept_by_all(found) if uniform else None
-    plans = [Plan.of(removable, kept) for removable in found]
+    removables = [Removable.of(units) for units in blocks]
+    kept = _kept_by_all(removables) if uniform else None
+    plans = [Plan.of(removable, kept) for removable in removables]
     sizes = {plan.size: plan.units.name for plan in plans}
     if uniform and len(sizes) > 1:
         one, other, *_ = sizes.items()

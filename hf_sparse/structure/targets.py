@@ -23,6 +23,7 @@ from hf_sparse.structure.layers import (
     choose_layers,
     find_stacks,
     layers_of,
+    matrices,
     promised_config,
 )
 from hf_sparse.structure.parts import PARTS, Parts, full_size, head_size, parts_of, sizes_in
@@ -53,7 +54,8 @@ class Targets:
         can be removed whole (see `hf_sparse.shrink`): `head` an attention head, where it enters the
         projection behind attention (of grouped queries, a head of keys with all its queries);
         `column` and `row` a neuron of the feed-forward network, where it enters the layer `down` or
-        leaves `up`. The targets of a config that was found so are the same again.
+        leaves `up`; `expert` all matrices of an expert. The targets of a config that was found so are
+        the same again.
 
         Args:
             model: any model. Weights shared by several names are listed under the first of them.
@@ -66,10 +68,12 @@ class Targets:
                 is one whose heads have to stay; the model is compiled.
         """
         check_config(config)
+        if config.targets is None and config.pattern.whole_matrices:
+            config = _with_experts(config, model)
         whole = config.targets is None and config.pattern.unit_layer is not None
-        found = _with_units(config, model) if whole else _with_size(config, model)
+        completed = _with_units(config, model) if whole else _with_size(config, model)
         stacks = find_stacks(model)
-        return cls(found, tuple(choose_layers(model, stacks, found)), tuple(stacks), whole)
+        return cls(completed, tuple(choose_layers(model, stacks, completed)), tuple(stacks), whole)
 
     @classmethod
     def in_blocks(cls, model: nn.Module) -> Targets:
@@ -144,6 +148,20 @@ def _with_units(config: SparsityConfig, model: nn.Module) -> SparsityConfig:
     # The number before the path keeps out what ends alike inside the block.
     targets = {f"*[0-9].{getattr(parts, unit_layer)}": None for parts in known}
     return replace(config, pattern=pattern, targets=tuple(targets))
+
+
+def _with_experts(config: SparsityConfig, model: nn.Module) -> SparsityConfig:
+    """A config of whole experts with the matrices of all of them."""
+    found = [layer.parameter_name for layer in matrices(model) if layer.stack is not None]
+    if not found:
+        raise ValueError(
+            f"pattern '{config.pattern}' means whole experts, and no experts were found in this "
+            f"{type(model).__name__}; wanted a mixture whose experts are stacked in 3-D parameters, as "
+            "transformers 5 holds them."
+        )
+    # The module's own name and that of the parameter, which are the same in all blocks.
+    targets = {".".join(name.split(".")[-2:]): None for name in found}
+    return replace(config, targets=tuple(targets))
 
 
 def _known_parts(model: nn.Module) -> list[Parts]:

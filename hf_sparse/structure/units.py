@@ -173,15 +173,34 @@ def find_units(model: Any) -> list[BlockUnits]:
         )
     prefix = next((f"{n}." for n, m in model.named_modules() if m is model.base_model and n), "")
     found: list[BlockUnits] = []
-    for index, block in enumerate(model.base_model.get_submodule(parts.stack)):
+    stack = _stack_in(model.base_model, parts.stack)
+    for index, block in enumerate(model.base_model.get_submodule(stack)):
         inner = getattr(block, "albert_layers", None)  # ALBERT's items are groups of blocks
         listed = [("", block)] if inner is None else list(inner.named_children())
         for number, item in listed:
-            name = f"{prefix}{parts.stack}.{index}"
+            name = f"{prefix}{stack}.{index}"
             name = f"{name}.albert_layers.{number}" if number else name
             found.append(BlockUnits(name, item, parts, head_size(model.config)))
     for units in found:
         _check_plain(model, units)
+    return found
+
+
+def _stack_in(base: nn.Module, path: str) -> str:
+    """The path of the blocks in a model of a family, or in a part of it, such as its decoder.
+
+    Raises:
+        ValueError: they are not there.
+    """
+    known = {name for name, _ in base.named_modules()}
+    steps = path.split(".")
+    tails = [".".join(steps[first:]) for first in range(len(steps))]
+    found = next((tail for tail in tails if tail in known), None)
+    if found is None:
+        raise ValueError(
+            f"this {type(base).__name__} has no blocks at {path}, where its family has them; wanted a "
+            "model whose modules are as transformers makes them."
+        )
     return found
 
 
@@ -214,13 +233,13 @@ def resize_(model: Any, sizes: Sequence[BlockSize]) -> None:
     Raises:
         ValueError: there are more or fewer sizes than blocks.
     """
-    found = find_units(model)
-    if len(found) != len(sizes):
+    blocks_found = find_units(model)
+    if len(blocks_found) != len(sizes):
         raise ValueError(
-            f"block_sizes in the config: {len(sizes)} sizes for the {len(found)} blocks of "
+            f"block_sizes in the config: {len(sizes)} sizes for the {len(blocks_found)} blocks of "
             f"{type(model).__name__}. The file is damaged or was changed by hand: save the model again."
         )
-    for units, size in zip(found, sizes, strict=True):
+    for units, size in zip(blocks_found, sizes, strict=True):
         numbers = (size.heads, size.key_heads, size.neurons)
         units.keep_(*(torch.arange(number) for number in numbers))
 

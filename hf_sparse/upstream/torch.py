@@ -165,3 +165,9 @@ def is_compiled(model: nn.Module) -> bool:
 def is_layer_of_torch(kind: type) -> bool:
     """Whether a class is one of the modules in `torch.nn`."""
     return kind.__module__.startswith("torch.nn.modules.")
+
+
+def times_written(tensor: Tensor) -> int:
+    """How often torch has written into a tensor's memory; 0 for those of inference mode, which do not
+    count it."""
+    return 0 if tensor.is_inference() else tensor._version

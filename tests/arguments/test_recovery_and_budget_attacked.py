@@ -9,6 +9,7 @@ import torch
 
 import hf_sparse
 from tests.support.tiny_models import tiny_batches, tiny_model
+from tests.support.unchanged import unchanged
 
 IDS = torch.full((1, 8), 3)
 LABELS: list[tuple[Any, str]] = [
@@ -30,11 +31,9 @@ def pruned() -> Any:
 @pytest.mark.parametrize(("labels", "wanted"), LABELS)
 def test_labels_that_are_no_tokens_are_refused_before_training(labels: Any, wanted: str) -> None:
     model = pruned()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
     good = {"input_ids": IDS, "labels": IDS}
-    with pytest.raises(ValueError, match=wanted):
+    with unchanged(model), pytest.raises(ValueError, match=wanted):
         hf_sparse.recover_(model, [good, {"input_ids": IDS, "labels": labels}])
-    assert all((model.state_dict()[name] == value).all() for name, value in before.items())
 
 
 @pytest.mark.parametrize(

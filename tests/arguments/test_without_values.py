@@ -10,10 +10,10 @@ import peft
 import pytest
 import torch
 from accelerate import cpu_offload
-from torch import nn
 
 import hf_sparse
 from hf_sparse import SparsityConfig
+from tests.arguments import test_arguments
 from tests.support.exporting import skip_unless_exports
 from tests.support.tiny_models import (
     prose,
@@ -24,6 +24,11 @@ from tests.support.tiny_models import (
 )
 
 CONFIG = SparsityConfig("2:4")
+EVERY_CALL = {**test_arguments.CALLS, **test_arguments.TRANSFORMERS_ONLY}
+WITHOUT_LOOKING_AT_WEIGHTS = {
+    *("sparse_param_groups", "merge_adapters_", "labelled_batches"),
+    *("push_to_hub", "save_compiled"),  # which need a model that is saved, or compiled
+}
 
 
 def sparse_model() -> Any:
@@ -32,36 +37,18 @@ def sparse_model() -> Any:
     return model
 
 
+# Those that take any model, and those with more in their arguments than a model without values.
 CALLS: dict[str, Callable[[Any, Path], Any]] = {
-    "prune_": lambda model, _: hf_sparse.prune_(model, CONFIG, "magnitude"),
-    "measure_sparsity": lambda model, _: hf_sparse.measure_sparsity(model),
-    "recover_": lambda model, _: hf_sparse.recover_(model, tiny_batches("llama")),
+    **{name: call for name, call in EVERY_CALL.items() if name not in WITHOUT_LOOKING_AT_WEIGHTS},
     "teacher": lambda model, _: hf_sparse.recover_(
         sparse_model(), tiny_batches("llama"), teacher=model
-    ),
-    "keep_zeros_": lambda model, _: hf_sparse.keep_zeros_(
-        torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0), model
     ),
     "get_peft_model": lambda model, _: hf_sparse.get_peft_model(
         model, peft.LoraConfig(target_modules=["up_proj"])
     ),
-    "load_adapter": lambda model, folder: hf_sparse.load_adapter(model, folder),
-    "Distillation": lambda model, _: hf_sparse.Distillation(model),
-    "allocate": lambda model, _: hf_sparse.allocate(model, 0.5),
     "perplexity": lambda model, _: hf_sparse.perplexity(
         model, tiny_tokenizer(), prose()[:2000], 16
     ),
-    "accuracy": lambda model, _: hf_sparse.accuracy(model, tiny_tokenizer(), ["a"], [0]),
-    "save_pretrained": lambda model, folder: hf_sparse.save_pretrained(model, folder, CONFIG),
-    "drop_blocks_": lambda model, _: hf_sparse.drop_blocks_(model, 1, tiny_batches("llama")),
-    "drop_experts_": lambda model, _: hf_sparse.drop_experts_(model, 1, tiny_batches("llama")),
-    "drop_hidden_": lambda model, _: hf_sparse.drop_hidden_(model, 1, tiny_batches("llama")),
-    "plan_slim": lambda model, _: hf_sparse.plan_slim(model, tiny_batches("llama"), params=0.7),
-    "slim_": lambda model, _: hf_sparse.slim_(model, tiny_batches("llama"), params=0.7),
-    "shrink_": lambda model, _: hf_sparse.shrink_(model),
-    "benchmark": lambda model, _: hf_sparse.benchmark(model),
-    "export_onnx": lambda model, folder: hf_sparse.export_onnx(model, folder),
-    "compile": lambda model, _: hf_sparse.compile(model),
     "freeze_zeros_": lambda model, _: hf_sparse.freeze_zeros_(
         hf_sparse.SparseAdamW(hf_sparse.sparse_param_groups(model, CONFIG))
     ),

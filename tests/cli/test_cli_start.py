@@ -20,8 +20,10 @@ from hf_sparse.formats import FORMATS
 from hf_sparse.patterns import Pattern
 from hf_sparse.pruning import on_disk, streaming
 from hf_sparse.pruning.allocation import ALLOCATIONS
-from hf_sparse.pruning.methods import METHODS, REFINEMENTS, Composition
+from hf_sparse.pruning.methods import EXPERT_METHODS, METHODS, REFINEMENTS, Composition
 from hf_sparse.pruning.options import SCOPES
+from hf_sparse.pruning.quantize import ROUNDINGS
+from hf_sparse.quantization import BITS, GROUP_SIZES
 from hf_sparse.recovery import RECOVERIES
 from hf_sparse_cli import choices, main
 from hf_sparse_cli.parser import make_parser
@@ -170,8 +172,12 @@ def test_the_start_loads_nothing_slow(arguments: list[str]) -> None:
 
 def test_the_choices_are_those_of_the_package() -> None:
     assert list(choices.METHODS) == list(METHODS)
-    for name, method in METHODS.items():
-        told = choices.METHODS[name]
+    assert list(choices.EXPERT_METHODS) == list(EXPERT_METHODS)
+    for told, (name, method) in zip(
+        (*choices.METHODS.values(), *choices.EXPERT_METHODS.values()),
+        (*METHODS.items(), *EXPERT_METHODS.items()),
+        strict=True,
+    ):
         assert told.summary == method.summary
         assert dict(told.options) == method.options(), name
         assert told.needs_calibration == method.needs_calibration
@@ -180,6 +186,8 @@ def test_the_choices_are_those_of_the_package() -> None:
     assert asdict(Composition()) == choices.COMPOSITION
     assert {name: recovery.summary for name, recovery in RECOVERIES.items()} == choices.RECOVERIES
     assert {name: row.summary for name, row in FORMATS.items()} == choices.FORMATS
+    assert choices.ROUNDINGS == ROUNDINGS
+    assert (choices.BITS, (None, *choices.GROUP_SIZES)) == (BITS, GROUP_SIZES)
     ours = (choices.SCOPES, choices.ALLOCATIONS, choices.REFINEMENTS, choices.QUANTIZATIONS)
     assert ours == (SCOPES, ALLOCATIONS, REFINEMENTS, QUANTIZATIONS)
     [parsers] = [
@@ -193,6 +201,7 @@ def test_the_choices_are_those_of_the_package() -> None:
 @pytest.mark.parametrize(
     "notation",
     ["unstructured", "2:4", "4:8", "1:16", "block:4x1", "block:16x16", "row", "column", "head"]
+    + ["expert", "expert:2", "experts"]
     + ["head:64", "head_in:64", "", "N:M", "block:RxC", "2:2", "4:2", "0:4", "2:4 ", "02:4"]
     + ["block:4", "block:4x", "heads", "head:", "Row", "12345:99999", "\u0662:\u0664"],
 )

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,13 +16,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import hf_sparse
 from hf_sparse import SparsityConfig, drop_blocks_
 from hf_sparse.cli import main
-from hf_sparse.dropping.blocks import METHODS, number_of_blocks
+from hf_sparse.dropping.blocks import METHODS
+from hf_sparse.dropping.counts import number_of_some
 from hf_sparse.provenance.record import provenance_of
-from hf_sparse.structure.depth import Depth
 from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.units import find_units
 from hf_sparse_cli.choices import BLOCK_CHOICES
-from tests.support.processes import run
+from tests.support.deep_models import adapted, deep_model, loss_of, quantized
+from tests.support.plain_models import check_plain
 from tests.support.tiny_models import (
     prose,
     tiny_batches,
@@ -31,24 +31,9 @@ from tests.support.tiny_models import (
     tiny_model,
     tiny_tokenizer,
 )
+from tests.support.unchanged import unchanged
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
-
-
-def deep(family: str = "llama", **changes: Any) -> PreTrainedModel:
-    """A model of four blocks that differ in what they do."""
-    model = tiny_model(family, **{"num_hidden_layers": 4, **changes})
-    with torch.no_grad():
-        for number, block in enumerate(Depth.of(model).blocks):
-            for parameter in block.parameters():
-                parameter.mul_(1 + 2 * (number % 3)) if parameter.ndim > 1 else None
-    return model
-
-
-@torch.no_grad()
-def loss_of(model: PreTrainedModel, batches: list[Any]) -> float:
-    losses = [model(**batch, labels=batch["input_ids"]).loss for batch in batches]
-    return float(torch.stack(losses).mean())
 
 
 def without(model: PreTrainedModel, numbers: list[int]) -> PreTrainedModel:
@@ -62,7 +47,7 @@ def without(model: PreTrainedModel, numbers: list[int]) -> PreTrainedModel:
 
 
 def test_the_blocks_go_without_which_the_loss_is_lowest() -> None:
-    model, batches = deep(), tiny_batches("llama")
+    model, batches = deep_model(), tiny_batches("llama")
     wanted: list[int] = []
     for _ in range(2):
         left = [number for number in range(4) if number not in wanted]
@@ -83,7 +68,7 @@ def test_the_blocks_go_without_which_the_loss_is_lowest() -> None:
 
 @torch.no_grad()
 def test_influence_is_that_of_the_paper_over_all_tokens_but_padding() -> None:
-    model, batches = deep(), tiny_batches("llama", padded=True)
+    model, batches = deep_model(), tiny_batches("llama", padded=True)
     sums, tokens = torch.zeros(3, dtype=torch.float64), 0
     for batch in batches:
         mask = batch["attention_mask"].bool()
@@ -105,7 +90,7 @@ def test_what_is_left_loads_and_generates_without_the_package(tmp_path: Path) ->
     ids = tiny_batches("llama")[0]["input_ids"]
     labelled = [{"input_ids": ids, "labels": torch.tensor([0, 2])}]
     models = {
-        "llama": deep(),
+        "llama": deep_model(),
         "gpt2": tiny_model("gpt2"),
         "qwen2": tiny_model("qwen2"),  # its config has the kind of attention of each block
         "gemma": tiny_model("gemma"),
@@ -123,20 +108,13 @@ def test_what_is_left_loads_and_generates_without_the_package(tmp_path: Path) ->
         hf_sparse.save_pretrained(model, tmp_path / family)
         if family != "bert":
             generated[family] = model.generate(ids, **SETTINGS).tolist()
-    done = run("load_plain_models", *(tmp_path / family for family in models))
-    assert done.returncode == 0, done.stderr
-    for family, line in zip(models, done.stdout.splitlines(), strict=True):
-        answer = json.loads(line)
-        assert (answer["type"], answer["errors"]) == (family, 0)
-        assert answer["class"] == type(models[family]).__name__
-        assert answer["difference"] < 1e-4
-        assert answer.get("generated") == generated.get(family)
+    check_plain(tmp_path, models, generated)
     config = json.loads((tmp_path / "qwen2" / "config.json").read_text())
     assert config["num_hidden_layers"] == len(config["layer_types"]) == 2
 
 
 def test_a_promise_of_zeros_stays_and_the_model_is_stored_sparse(tmp_path: Path) -> None:
-    model = deep()
+    model = deep_model()
     hf_sparse.prune_(model, SparsityConfig("2:4"), "magnitude")
     drop_blocks_(model, 1, tiny_batches("llama"), by="similarity")
     hf_sparse.save_pretrained(model, tmp_path)
@@ -156,7 +134,7 @@ def test_a_promise_of_zeros_stays_and_the_model_is_stored_sparse(tmp_path: Path)
 
 
 def test_a_promise_that_names_blocks_by_number_is_forgotten() -> None:
-    model = deep(num_hidden_layers=3)
+    model = deep_model(num_hidden_layers=3)
     config = SparsityConfig("unstructured", 0.5, ["layers.0.*", "layers.1.*"])
     hf_sparse.prune_(model, config, "magnitude")
     report = drop_blocks_(model, 1, tiny_batches("llama"), by="similarity")
@@ -164,7 +142,7 @@ def test_a_promise_that_names_blocks_by_number_is_forgotten() -> None:
 
 
 def test_sizes_of_shrunk_blocks_stay_with_their_blocks(tmp_path: Path) -> None:
-    model = deep()
+    model = deep_model()
     with torch.no_grad():
         for number, units in enumerate(find_units(model)):
             units.down.weight[:, : 4 + number] = 0
@@ -185,48 +163,36 @@ def test_blocks_that_would_be_others_at_another_place_have_to_stay() -> None:
     assert "has to stay" in str(report)
 
 
-def quantized() -> PreTrainedModel:
-    model = deep()
-    model.hf_quantizer = type("Quantizer", (), {"quantization_config": None})()
-    return model
-
-
-def adapted() -> PreTrainedModel:
-    model = deep()
-    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
-    return model
-
-
 def sharing() -> PreTrainedModel:
-    model: Any = deep()
+    model: Any = deep_model()
     model.model.layers[1].mlp = model.model.layers[0].mlp
     return model
 
 
 def compiled() -> PreTrainedModel:
-    model = deep()
+    model = deep_model()
     model.compile()
     return model
 
 
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
-    (deep, {"count": 4}, "every block of 4"),
-    (deep, {"count": 0.9}, "every block of 4"),
-    (deep, {"count": 0}, "no block of 4"),
-    (deep, {"count": 0.1}, r"no block of 4; .* fraction that is a block is 0\.25"),
-    (deep, {"count": 1.5}, r"count is 1\.5; wanted at most 3"),
-    (deep, {"count": True}, "count is True"),
-    (deep, {"count": "2"}, "count is '2'"),
-    (deep, {"by": "losss"}, "Did you mean 'loss'"),
-    (deep, {"batches": []}, "needs calibration data"),
+    (deep_model, {"count": 4}, "every block of 4"),
+    (deep_model, {"count": 0.9}, "every block of 4"),
+    (deep_model, {"count": 0}, "no block of 4"),
+    (deep_model, {"count": 0.1}, r"no block of 4; .* fraction that is a block is 0\.25"),
+    (deep_model, {"count": 1.5}, r"count is 1\.5; wanted at most 3"),
+    (deep_model, {"count": True}, "count is True"),
+    (deep_model, {"count": "2"}, "count is '2'"),
+    (deep_model, {"by": "losss"}, "Did you mean 'loss'"),
+    (deep_model, {"batches": []}, "needs calibration data"),
     (tiny_classifier, {}, "and the batches have no labels"),
     (lambda: tiny_model("albert"), {}, "they run several times with the same weights"),
     (lambda: tiny_model("t5"), {}, "the batches have no labels"),
     (sharing, {}, "shares a weight"),
-    (adapted, {}, "has adapters"),
-    (quantized, {}, "is quantized"),
+    (lambda: adapted(deep_model()), {}, "has adapters"),
+    (lambda: quantized(deep_model()), {}, "is quantized"),
     (compiled, {}, r"compiled by torch\.compile"),
-    (lambda: deep().to("meta"), {}, "meta device"),
+    (lambda: deep_model().to("meta"), {}, "meta device"),
     (lambda: nn.Linear(2, 2), {}, "takes a transformers model"),
 ]
 
@@ -234,18 +200,14 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("make", "changes", "message"), REFUSED, ids=[row[2] for row in REFUSED])
 def test_it_is_refused_before_work(make: Any, changes: dict[str, Any], message: str) -> None:
     model = make()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
     arguments = {"count": 1, "batches": tiny_batches("llama"), **changes}
-    with pytest.raises(ValueError, match=message):
+    with unchanged(model), pytest.raises(ValueError, match=message):
         drop_blocks_(model, **arguments)
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(value.is_meta or torch.equal(value, before[name]) for name, value in after.items())
 
 
 @torch.no_grad()
 def test_a_loss_that_is_not_finite_is_refused_and_nothing_is_lost() -> None:
-    model: Any = deep()
+    model: Any = deep_model()
     weight: Tensor = model.model.layers[2].mlp.down_proj.weight
     weight[0, 0] = torch.nan
     for by, message in (("loss", "calibration data is nan"), ("similarity", "not finite")):
@@ -255,7 +217,7 @@ def test_a_loss_that_is_not_finite_is_refused_and_nothing_is_lost() -> None:
 
 
 def test_a_number_or_a_fraction_of_blocks() -> None:
-    assert [number_of_blocks(count, 30) for count in (1, 29, 0.25, 0.125, 0.375)] == [
+    assert [number_of_some(count, 30, "block") for count in (1, 29, 0.25, 0.125, 0.375)] == [
         1,
         29,
         8,
@@ -266,7 +228,7 @@ def test_a_number_or_a_fraction_of_blocks() -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(BLOCK_CHOICES) == list(METHODS)
-    hf_sparse.save_pretrained(deep(), tmp_path / "dense", tokenizer=tiny_tokenizer())
+    hf_sparse.save_pretrained(deep_model(), tmp_path / "dense", tokenizer=tiny_tokenizer())
     (tmp_path / "text.txt").write_text(prose()[:4000])
     names = [str(tmp_path / "dense"), str(tmp_path / "small")]
     data = ["--calibration", str(tmp_path / "text.txt"), "--num-samples", "2", "--window", "16"]

@@ -7,12 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_sparse
 from hf_sparse import SparsityConfig, drop_experts_
@@ -23,9 +22,17 @@ from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.mixtures import Mixtures
 from hf_sparse_cli.choices import EXPERT_CHOICES
 from tests.support.any_models import tiny_config
-from tests.support.mixtures import MIXTURES, SeparateExperts, mixture_batches, tiny_mixture
-from tests.support.processes import run
+from tests.support.deep_models import adapted, quantized
+from tests.support.mixtures import (
+    MIXTURES,
+    SeparateExperts,
+    grouped_mixture,
+    mixture_batches,
+    tiny_mixture,
+)
+from tests.support.plain_models import check_plain
 from tests.support.tiny_models import prose, tiny_model, tiny_tokenizer
+from tests.support.unchanged import unchanged
 
 
 def blocks_of(model: Any) -> list[Any]:
@@ -133,13 +140,7 @@ def test_what_is_left_loads_and_generates_without_the_package(tmp_path: Path) ->
         settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
         generated[family] = model.generate(ids, **settings).tolist()
         models[family] = model
-    done = run("load_plain_models", *(tmp_path / family for family in models))
-    assert done.returncode == 0, done.stderr
-    for family, line in zip(models, done.stdout.splitlines(), strict=True):
-        answer = json.loads(line)
-        assert (answer["type"], answer["errors"]) == (family, 0)
-        assert answer["difference"] < 1e-4
-        assert answer["generated"] == generated[family]
+    check_plain(tmp_path, models, generated)
     card = (tmp_path / "mixtral" / "README.md").read_text()
     assert "drop_experts" in card
     assert "3 of 4" in card
@@ -212,22 +213,8 @@ def test_merging_equal_experts_changes_nothing_where_their_router_rows_are_equal
     torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=1e-5, rtol=1e-4)
 
 
-def grouped(**changes: Any) -> PreTrainedModel:
-    """DeepSeek-V3 with 8 experts in 2 groups, of which a token gets 2 from 1 group."""
-    config = {**tiny_config("deepseek_v3").to_dict(), "n_routed_experts": 8, "n_group": 2}
-    config |= {"topk_group": 1, "num_experts_per_tok": 2, "num_key_value_heads": 4}
-    config |= {"first_k_dense_replace": 1, **changes}
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(DeepseekV3Config(**config)).eval()
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "gate.weight" in name or "correction_bias" in name:
-                tensor.copy_(0.3 * torch.randn_like(tensor))
-    return model
-
-
 def test_as_many_of_each_group_go_and_corrections_with_them(tmp_path: Path) -> None:
-    model: Any = grouped()
+    model: Any = grouped_mixture()
     was = copy.deepcopy(model)
     report = drop_experts_(model, 4, mixture_batches())
     for gone in report.removed:
@@ -248,7 +235,7 @@ def test_as_many_of_each_group_go_and_corrections_with_them(tmp_path: Path) -> N
         (6, "2 best|two best"),
     ):
         with pytest.raises(ValueError, match=message):
-            drop_experts_(grouped(), count, mixture_batches())
+            drop_experts_(grouped_mixture(), count, mixture_batches())
 
 
 FAMILIES = ["deepseek_v2", "qwen2_moe", "olmoe", "granitemoe", "phimoe", "glm4_moe", "jamba"]
@@ -275,16 +262,8 @@ def test_what_belongs_to_experts_is_found_from_the_structure(family: str) -> Non
     assert report.experts == (4, 3)
 
 
-def adapted() -> PreTrainedModel:
-    model = tiny_mixture("mixtral")
-    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
-    return model
-
-
-def quantized() -> PreTrainedModel:
-    model: Any = tiny_mixture("mixtral")
-    model.hf_quantizer = type("Quantizer", (), {"quantization_config": None})()
-    return model
+def mixtral() -> PreTrainedModel:
+    return tiny_mixture("mixtral")
 
 
 def of_two_sizes() -> PreTrainedModel:
@@ -307,10 +286,6 @@ def pruned() -> PreTrainedModel:
     return model
 
 
-def mixtral() -> PreTrainedModel:
-    return tiny_mixture("mixtral")
-
-
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (mixtral, {"count": 4}, "leaves 0 experts; wanted at most 2 of the 4"),
     (mixtral, {"count": 3}, "leaves 1 experts; .* each token is given 2"),
@@ -328,8 +303,8 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: tiny_model("llama"), {}, "no experts were found"),
     (of_two_sizes, {}, r"have \[3, 4\] experts"),
     (sharing, {}, "shares a weight"),
-    (adapted, {}, "has adapters"),
-    (quantized, {}, "is quantized"),
+    (lambda: adapted(mixtral()), {}, "has adapters"),
+    (lambda: quantized(mixtral()), {}, "is quantized"),
     (lambda: mixtral().to("meta"), {}, "meta device"),
     (lambda: nn.Linear(2, 2), {}, "takes a transformers model"),
 ]
@@ -338,13 +313,9 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("make", "changes", "message"), REFUSED, ids=[row[2] for row in REFUSED])
 def test_it_is_refused_before_work(make: Any, changes: dict[str, Any], message: str) -> None:
     model = make()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
     arguments = {"count": 1, "batches": mixture_batches(1), **changes}
-    with pytest.raises(ValueError, match=message):
+    with unchanged(model), pytest.raises(ValueError, match=message):
         drop_experts_(model, **arguments)
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(value.is_meta or torch.equal(value, before[name]) for name, value in after.items())
 
 
 def test_tables_of_experts_by_number_are_refused() -> None:

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,13 +16,14 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 import hf_sparse
 from hf_sparse import SparsityConfig, drop_hidden_
 from hf_sparse.cli import main
-from hf_sparse.dropping.hidden import number_of_features
+from hf_sparse.dropping.counts import number_of_some
 from hf_sparse.provenance.record import provenance_of
 from hf_sparse.structure.gains import norms_of
 from hf_sparse.structure.units import find_units
 from tests.support.any_models import tiny_config
+from tests.support.deep_models import adapted
 from tests.support.mixtures import tiny_mixture
-from tests.support.processes import run
+from tests.support.plain_models import check_plain
 from tests.support.tiny_models import (
     prose,
     tiny_batches,
@@ -31,6 +31,7 @@ from tests.support.tiny_models import (
     tiny_model,
     tiny_tokenizer,
 )
+from tests.support.unchanged import unchanged
 
 # Of the 32 hidden features of the small models.
 GONE = [1, 4, 5, 11, 17, 20, 30, 31]
@@ -181,23 +182,11 @@ def test_what_is_left_loads_and_generates_without_the_package(tmp_path: Path) ->
         settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
         if family != "bert":
             generated[family] = model.generate(ids(), **settings).tolist()
-    done = run("load_plain_models", *(tmp_path / family for family in models))
-    assert done.returncode == 0, done.stderr
-    for family, line in zip(models, done.stdout.splitlines(), strict=True):
-        answer = json.loads(line)
-        assert (answer["type"], answer["errors"]) == (family, 0)
-        assert answer["difference"] < 1e-4
-        assert answer.get("generated") == generated.get(family)
+    check_plain(tmp_path, models, generated)
     assert provenance_of(models["llama"]).steps[-1].method == "drop_hidden"
     card = (tmp_path / "llama" / "README.md").read_text()
     assert "drop_hidden" in card
     assert "24 of 32" in card
-
-
-def adapted() -> PreTrainedModel:
-    model = model_of("llama")
-    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
-    return model
 
 
 def pruned() -> PreTrainedModel:
@@ -221,7 +210,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: model_of("llama"), {"count": "2"}, "count is '2'"),
     (lambda: model_of("llama"), {"batches": []}, "needs calibration data"),
     (lambda: model_of("bloom"), {}, "config of type 'bloom'"),
-    (adapted, {}, "has adapters"),
+    (lambda: adapted(model_of("llama")), {}, "has adapters"),
     (pruned, {}, "promises zeros of pattern '2:4'"),
     (shrunk, {}, "sizes of their own"),
     (lambda: model_of("llama").to("meta"), {}, "meta device"),
@@ -232,17 +221,13 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("make", "changes", "message"), REFUSED, ids=[row[2] for row in REFUSED])
 def test_it_is_refused_before_work(make: Any, changes: dict[str, Any], message: str) -> None:
     model = make()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
     arguments = {"count": 8, "batches": [ids()], **changes}
-    with pytest.raises(ValueError, match=message):
+    with unchanged(model), pytest.raises(ValueError, match=message):
         drop_hidden_(model, **arguments)
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(value.is_meta or torch.equal(value, before[name]) for name, value in after.items())
 
 
 def test_encoders_and_numbers_of_features() -> None:
-    assert [number_of_features(count, 576) for count in (1, 64, 0.25)] == [1, 64, 144]
+    assert [number_of_some(count, 576, "hidden feature") for count in (1, 64, 0.25)] == [1, 64, 144]
     torch.manual_seed(0)
     model = AutoModel.from_config(copy.deepcopy(tiny_config("modernbert"))).eval()
     hidden = model.config.hidden_size

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_sparse.formats import COMPANIONS, FORMATS, Format, FormatError, Weight, bits, smallest_of
+from hf_sparse.formats import FORMATS, POSITIONS, Format, FormatError, Weight, bits, smallest_of
 from hf_sparse.formats.format import Encoded, Layout, by_mask
 from hf_sparse.patterns import NM, Block, Pattern, Unstructured
 
@@ -47,10 +47,10 @@ def test_the_bytes_that_are_told_are_those_of_the_parts() -> None:
 def test_a_row_says_what_its_name_says() -> None:
     assert all(form.name == name for name, form in FORMATS.items())
     coded = [name for name, form in FORMATS.items() if form.decode is not None]
-    assert tuple(coded) == COMPANIONS[:-1]
+    assert tuple(coded) == POSITIONS
 
 
-@pytest.mark.parametrize("name", COMPANIONS[:-1])
+@pytest.mark.parametrize("name", POSITIONS)
 def test_a_layout_that_no_weight_has_is_refused_by_its_format(name: str) -> None:
     numbers = [4, 8, 0, 2, 4][: 3 + FORMATS[name].num_parameters]
     assert FORMATS[name].read_layout(torch.tensor(numbers)).shape == (4, 8)

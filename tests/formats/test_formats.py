@@ -346,6 +346,8 @@ def test_auto_is_never_larger_than_another_format(notation, dtype, density, shap
     pattern = Pattern.parse(notation)
     smallest = num_bytes(compress(weight.to(dtype), "auto", pattern, transposed=transposed))
     for name in FORMATS:
+        if name == "rice":  # for coded values: of others, older versions read what `auto` writes
+            continue
         try:
             parts = compress(weight.to(dtype), name, pattern, transposed=transposed)
         except ValueError:
@@ -458,7 +460,7 @@ def test_wrong_layouts_are_refused(name):
     valid = parts["layout"].tolist()
     wrong = [[-6, -8], [-6, 8], [6, -8], [2**31, 8], [6, 2**31], [2**62, 4], [2**30, 2**30], [0, 0]]
     wrong += [[6, 0], [0, 8], [-1, 0], [2, 8]]
-    if name not in ("gap4", "gap8"):
+    if name not in ("gap4", "gap8", "rice"):
         wrong += [[60, 8], [6, 80]]
     for rows, columns in wrong:
         refused({**parts, "layout": torch.tensor([rows, columns, *valid[2:]])})
@@ -486,7 +488,7 @@ def test_layouts_too_large_for_the_machine_are_refused():
     refused({**nothing, "layout": one_block, "block": torch.zeros(1, dtype=torch.uint8)})
 
 
-@pytest.mark.parametrize("name", ["gap4", "gap8", "block"])
+@pytest.mark.parametrize("name", ["gap4", "gap8", "block", "rice"])
 def test_a_weight_that_does_not_fit_in_memory_is_refused(name, monkeypatch):
     def zeros(*args, **kwargs):
         raise MemoryError
@@ -594,7 +596,7 @@ def test_damaged_parts_give_a_format_error_or_the_right_shape(name, damages):
     assert sorted(restored[restored != 0].tolist()) == sorted(nonzero.tolist())
 
 
-@pytest.mark.parametrize("name", ["bitmask", "gap4", "gap8", "nm", "block"])
+@pytest.mark.parametrize("name", CODED)
 def test_every_single_changed_byte_is_refused_or_moves_a_value(name):
     """No byte of the positions is ignored: a change is noticed or gives another weight."""
     parts = valid_parts(name)

@@ -15,7 +15,19 @@ from safetensors.torch import load, save
 from hf_sparse.configuration_sparse import CONFIG_VERSION, SparsityConfig
 from hf_sparse.formats import FORMATS, compress, decompress, join
 from hf_sparse.patterns import NM, Pattern
-from tests.golden.make_golden import FOLDER, NAME, PATTERNS, WEIGHT, golden_bytes, golden_parts
+from hf_sparse.quantization import Grid, rounded
+from tests.golden.make_golden import (
+    CODED_FILES,
+    CODED_WEIGHT,
+    FOLDER,
+    NAME,
+    PATTERNS,
+    WEIGHT,
+    coded_bytes,
+    coded_parts,
+    golden_bytes,
+    golden_parts,
+)
 
 SPECIFICATION = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 CODED = [name for name in FORMATS if name not in ("auto", "dense")]
@@ -30,13 +42,22 @@ def read_by_the_specification(data: bytes, name: str) -> list[list[float]]:
         start, end = header[key]["data_offsets"]
         return [value for (value,) in struct.iter_unpack(code, data[8 + length :][start:end])]
 
-    (form,) = (form for form in CODED if f"{name}.{form}" in header)
-    assert header[name]["dtype"] == "F32"
-    values = iter(tensor(name, "<f"))
+    (form,) = [form for form in CODED if f"{name}.{form}" in header] or ["dense"]
+    bits = next((bits for bits in (8, 4) if f"{name}.scales{bits}" in header), None)
     rows, columns, transposed, *parameters = tensor(f"{name}.layout", "<q")
-    positions = tensor(f"{name}.{form}", "<B")
+    positions = tensor(f"{name}.{form}", "<B") if form != "dense" else []
+    if bits is None:
+        assert header[name]["dtype"] == "F32"
+        values = iter(tensor(name, "<f"))
+    else:
+        assert header[name]["dtype"] == "U8"
+        values = iter(numbers_of(tensor(name, "<B"), bits))
     weights = [0.0] * (rows * columns)
-    if form == "bitmask":
+    if bits is not None:
+        weights = [0] * (rows * columns)
+    if form == "dense":
+        weights = [next(values) for _ in weights]
+    elif form == "bitmask":
         for index in range(len(weights)):
             if positions[index // 8] >> index % 8 & 1:
                 weights[index] = next(values)
@@ -51,6 +72,18 @@ def read_by_the_specification(data: bytes, name: str) -> list[list[float]]:
             if code != skip:
                 weights[position] = next(values)
                 position += 1
+    elif form == "rice":
+        low, count = parameters
+        flags = [byte >> i & 1 for byte in positions for i in range(8)]
+        remainders = flags[: count * low]
+        quotients = iter(flags[-(-count * low // 8) * 8 :])
+        position = 0
+        for i in range(count):
+            gap = sum(bit << j for j, bit in enumerate(remainders[i * low : (i + 1) * low]))
+            while not next(quotients):
+                gap += 2**low
+            weights[position + gap] = next(values)
+            position += gap + 1
     elif form == "nm":
         n, m = parameters
         masks = [mask for mask in range(2**m) if mask.bit_count() == n]
@@ -70,9 +103,28 @@ def read_by_the_specification(data: bytes, name: str) -> list[list[float]]:
                 for i in range(height * width):
                     row = block // across * height + i // width
                     weights[row * columns + block % across * width + i % width] = next(values)
+    assert not next(values, 0)  # half a byte may fill up
     assert next(values, None) is None
+    if bits is not None:
+        scales = [
+            struct.unpack("<f", struct.pack("<HH", 0, half))[0]
+            for half in tensor(f"{name}.scales{bits}", "<H")
+        ]
+        zero_points = [2 ** (bits - 1)] * len(scales)
+        if f"{name}.zero_points" in header:
+            zero_points = numbers_of(tensor(f"{name}.zero_points", "<B"), bits)
+        size = rows * columns // len(scales)
+        for index, stored in enumerate(weights):
+            zero_point = zero_points[index // size]
+            code = (stored + zero_point) % 2**bits - zero_point
+            weights[index] = code * scales[index // size]
     matrix = [weights[row * columns : (row + 1) * columns] for row in range(rows)]
     return [list(column) for column in zip(*matrix, strict=True)] if transposed else matrix
+
+
+def numbers_of(stored: list[int], width: int) -> list[int]:
+    """Numbers of 8 or 4 bits in bytes, the low half first."""
+    return stored if width == 8 else [half for byte in stored for half in (byte & 15, byte >> 4)]
 
 
 def word_of(sets: int) -> tuple[int, int]:
@@ -122,10 +174,47 @@ def test_a_reader_written_from_the_specification_reads_the_golden_file(name):
     assert read_by_the_specification(data, NAME) == WEIGHT.tolist()
 
 
+def test_there_is_a_golden_file_for_every_coding():
+    stems = sorted(path.stem for path in (FOLDER / "codes").glob("*.safetensors"))
+    assert stems == sorted(CODED_FILES)
+    assert {form for form, _ in CODED_FILES.values()} == {"dense", *CODED}
+    kinds = {(grid.bits, grid.symmetric) for _, grid in CODED_FILES.values()}
+    assert kinds == {(8, True), (8, False), (4, True), (4, False)}
+
+
+@pytest.mark.parametrize("name", CODED_FILES)
+def test_today_gives_the_bytes_of_the_golden_file_of_few_bits(name):
+    data = (FOLDER / "codes" / f"{name}.safetensors").read_bytes()
+    assert coded_bytes(name) == data
+    assert read_by_the_specification(data, NAME) == CODED_WEIGHT.tolist()
+    stored = load(data)
+    parts = {key.removeprefix(NAME).removeprefix("."): stored[key] for key in stored}
+    assert torch.equal(decompress(parts), CODED_WEIGHT)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     ("name", "notation"),
-    [("bitmask", "unstructured"), ("gap4", "unstructured"), ("gap8", "unstructured")]
+    [(name, "unstructured") for name in ("dense", "bitmask", "gap4", "gap8", "rice")]
+    + [("nm", "2:4"), ("block", "block:3x2")],
+)
+def test_a_reader_written_from_the_specification_reads_codes(name, notation, transposed, symmetric):
+    pattern = Pattern.parse(notation)
+    weight = torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).add_(0.3)
+    weight *= pattern.keep(weight.abs(), 0.5)
+    for grid in (Grid(8, 32, symmetric), Grid(4, 64, symmetric), Grid(4, None, symmetric)):
+        exact = rounded(weight, grid)
+        stored = exact.T.contiguous() if transposed else exact
+        parts = compress(stored, name, pattern, transposed=transposed, grid=grid)
+        data = save({join("a.weight", part): tensor for part, tensor in parts.items()})
+        assert read_by_the_specification(data, "a.weight") == stored.tolist()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "notation"),
+    [(name, "unstructured") for name in ("bitmask", "gap4", "gap8", "rice")]
     + [("nm", notation) for notation in ("1:2", "1:4", "2:4", "1:8", "4:8", "1:16", "8:16")]
     + [("block", notation) for notation in ("block:3x2", "block:1x16", "row", "column", "head:6")],
 )
@@ -152,6 +241,20 @@ def test_the_first_example_of_the_specification(name):
     assert documented[name] == hexed(parts[name])
     assert documented["layout"].split() == [str(number) for number in parts["layout"].tolist()]
     assert [float(value) for value in documented["values"].split()] == parts[""].tolist()
+
+
+def test_the_examples_of_coded_values():
+    weight, *shown = examples("Coded values")
+    rows = [[float(value) for value in " ".join(line).split()] for line in weight]
+    assert rows == CODED_WEIGHT.tolist()
+    files = ["bitmask-scales4", "bitmask-scales4-zero_points", "nm-scales8"]
+    for name, documented in zip(files, map(dict, shown), strict=True):
+        parts = coded_parts(name)
+        parts["values"] = parts.pop("")
+        assert parts.keys() == documented.keys()
+        assert documented.pop("layout").split() == list(map(str, parts.pop("layout").tolist()))
+        for part, text in documented.items():
+            assert text == hexed(parts[part].view(torch.uint8).reshape(-1)), part
 
 
 def test_the_weight_of_the_specification_is_the_golden_one():
@@ -212,7 +315,7 @@ def position_bits(density):
 
 
 def test_the_size_table_of_the_specification():
-    rows = re.findall(r"^\| (0\.\d+) \| .*$", SPECIFICATION, re.M)
+    rows = re.findall(r"^\| (0\.\d+) \|(?:[^|]*\|){7}$", SPECIFICATION, re.M)
     assert len(rows) == 9
     for sparsity in rows:
         density = round(1 - float(sparsity), 6)
@@ -239,6 +342,24 @@ def test_the_2_4_sizes_of_the_specification():
     sizes = [(2 * value + 8 / 3) / (2 * value + math.log2(6)) for value in (32, 16)]
     wording = f"2:4 takes {sizes[0]:.3f} times the bound in fp32 and {sizes[1]:.3f} times in bf16"
     assert wording in " ".join(SPECIFICATION.split())
+
+
+def test_the_size_table_of_coded_values():
+    rows = re.findall(r"^\| (0\.\d+) \|(?:[^|]*\|){5}$", SPECIFICATION, re.M)
+    assert len(rows) == 9
+    for sparsity in rows:
+        density = round(1 - float(sparsity), 6)
+        q = 1 - density
+        entropy, taken = position_bits(density)
+        taken["rice"] = min(density * (1 + low + q**2**low / (1 - q**2**low)) for low in range(12))
+        shortest = min(taken, key=taken.get)
+        ratios = [
+            (density * bits + taken[shortest] + 0.5) / (density * bits + entropy + 0.5)
+            for bits in (8, 4)
+        ]
+        cells = [f"{entropy:.3f}", f"{taken['rice']:.3f}", f"`{shortest}`"]
+        cells += [f"{ratio:.3f}" for ratio in ratios]
+        assert f"| {sparsity} | {' | '.join(cells)} |" in SPECIFICATION
 
 
 def test_the_config_of_the_specification_is_what_we_write():

@@ -58,6 +58,18 @@ def run(
     return optimizer, sparsifier
 
 
+def sparsities(model: nn.Module, optimizer: Any, sparsifier: Sparsifier, steps: int) -> list[float]:
+    """After each step of training a tiny GPT-2."""
+    reached = []
+    for batch in tiny_batches("gpt2", steps):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sparsifier.step()
+        reached.append(sparsifier.sparsity)
+    return reached
+
+
 @cross("method, pattern, family", TRAINING_METHODS, PATTERNS, ["gpt2", "llama"])
 def test_the_target_is_reached_exactly_and_kept(method: str, pattern: str, family: str) -> None:
     model = tiny_model(family)
@@ -259,16 +271,10 @@ def test_a_short_run_adjusts_more_often(method: str) -> None:
     optimizer = SparseAdamW(sparse_param_groups(model, config), lr=1e-3, penalty="l0")
     sparsifier = Sparsifier(optimizer, config, 15, method=method, schedule=Schedule(end=0.6))
     assert sparsifier.interval == 1
-    found = []
-    for batch in tiny_batches("gpt2", 15):
-        model(**batch, labels=batch["input_ids"]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        sparsifier.step()
-        found.append(sparsifier.sparsity)
-    assert found[-1] == pytest.approx(0.6, abs=1e-4)
+    reached = sparsities(model, optimizer, sparsifier, 15)
+    assert reached[-1] == pytest.approx(0.6, abs=1e-4)
     if method != "movement":
-        assert 0 < found[3] < found[5] < 0.6
+        assert 0 < reached[3] < reached[5] < 0.6
 
 
 @pytest.mark.parametrize(
@@ -346,11 +352,5 @@ def test_l0_holds_its_zeros_when_no_more_are_due(scale: str) -> None:
     optimizer = SparseAdamW(groups, lr=1e-3, penalty="l0", scale=scale)
     schedule = Schedule("constant", 0.0, 1.0)
     sparsifier = Sparsifier(optimizer, config, 60, schedule=schedule, interval=2)
-    found = []
-    for batch in tiny_batches("gpt2", 50):
-        model(**batch, labels=batch["input_ids"]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        sparsifier.step()
-        found.append(sparsifier.sparsity)
-    assert min(found[10:]) > 0.55
+    reached = sparsities(model, optimizer, sparsifier, 50)
+    assert min(reached[10:]) > 0.55

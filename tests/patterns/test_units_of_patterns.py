@@ -138,3 +138,28 @@ def test_a_config_of_heads_of_another_size_than_the_optimizer_has_is_refused() -
         hf_sparse.Sparsifier(optimizer, other, total_steps=100)
     unsized = hf_sparse.SparsityConfig("head", 0.5, targets=["q_proj"])
     hf_sparse.Sparsifier(optimizer, unsized, total_steps=100)
+
+
+@pytest.mark.parametrize(("notation", "shape"), GROUPS.items())
+def test_whole_columns_are_units_that_span_all_rows(notation: str, shape: tuple[int, int]) -> None:
+    assert Pattern.parse(notation).whole_columns == (shape[0] == ROWS)
+
+
+@pytest.mark.parametrize(
+    ("notation", "rows", "columns", "shape"),
+    [
+        ("row", 3, 1, (1, 1)),
+        ("column", 1, 3, (1, 1)),
+        ("head:4", 8, 1, (4, 1)),
+        ("head_in:4", 1, 8, (1, 4)),
+        # A matrix without rows or columns has no units, and the size of one is no zero.
+        ("row", 3, 0, (1, 1)),
+        ("column", 0, 3, (1, 1)),
+        ("head:4", 8, 0, (4, 1)),
+        ("head_in:4", 0, 8, (1, 4)),
+    ],
+)
+def test_units_of_the_thinnest_matrices(
+    notation: str, rows: int, columns: int, shape: tuple[int, int]
+) -> None:
+    assert Pattern.parse(notation).group_shape(rows, columns) == shape

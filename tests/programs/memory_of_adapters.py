@@ -13,19 +13,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_sparse
 from tests.support.peak_memory import extra
+from tests.support.tiny_models import SIZES
 
 torch.set_num_threads(1)
 
 
 def train(layers: int, adapt: Callable[..., Any]) -> dict[str, float]:
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=256,
-    )
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    config = LlamaConfig(**SIZES | sizes | heads)
     torch.set_default_dtype(torch.bfloat16)  # at once: what is freed would hide what is needed
     model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)

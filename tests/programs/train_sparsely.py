@@ -5,22 +5,24 @@ from __future__ import annotations
 import sys
 
 from accelerate import Accelerator
+from torch import nn
 
 from hf_sparse import SparseAdamW, Sparsifier, SparsityConfig, sparse_param_groups
-from tests.support.sharding import sharded
 from tests.support.tiny_models import tiny_model
-from tests.support.training import save_whole, shares
+from tests.support.training import prepared, save_whole, shares
 
 folder, kind, pattern, method = sys.argv[1:]
 accelerator = Accelerator(cpu=True)
 model = tiny_model("llama", tie_word_embeddings=False)
 config = SparsityConfig(pattern, None if ":" in pattern and pattern[0].isdigit() else 0.6)
-if kind == "fsdp2":  # Accelerate has FSDP for accelerators only
-    sharded(model, model.model.layers)
-groups = sparse_param_groups(model, config)
-optimizer = SparseAdamW(groups, lr=1e-3, penalty="l0", scale="adaptive")
-if kind != "fsdp2":
-    model, optimizer = accelerator.prepare(model, optimizer)
+
+
+def optimizer_of(model: nn.Module) -> SparseAdamW:
+    groups = sparse_param_groups(model, config)
+    return SparseAdamW(groups, lr=1e-3, penalty="l0", scale="adaptive")
+
+
+model, optimizer = prepared(accelerator, kind, model, optimizer_of)
 sparsifier = Sparsifier(optimizer, config, 12, method=method, interval=2)
 model.train()
 for ids in shares(accelerator, 12):

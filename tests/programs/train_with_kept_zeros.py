@@ -8,19 +8,19 @@ import torch
 from accelerate import Accelerator
 
 import hf_sparse
-from tests.support.sharding import sharded
 from tests.support.tiny_models import tiny_model
-from tests.support.training import save_whole, shares
+from tests.support.training import prepared, save_whole, shares
 
 folder, kind = sys.argv[1:]
 accelerator = Accelerator(cpu=True)
 model = tiny_model("llama", tie_word_embeddings=False)
 hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", 0.6), "magnitude")
-if kind == "fsdp2":
-    sharded(model, model.model.layers)
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.3)
-if kind != "fsdp2":
-    model, optimizer = accelerator.prepare(model, optimizer)
+model, optimizer = prepared(
+    accelerator,
+    kind,
+    model,
+    lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2, weight_decay=0.3),
+)
 mask = hf_sparse.keep_zeros_(optimizer, model)
 model.train()
 for ids in shares(accelerator, 6):

@@ -26,7 +26,7 @@ ALONE = [
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what pages name, calls that take tiny models, and no Hub."""
-    for package in ("peft", "llvmlite", "onnx", "onnxruntime", "transformers.exporters"):
+    for package in ("peft", "llvmlite", "onnx", "onnxruntime", "gguf", "transformers.exporters"):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     documents.folders()
@@ -60,8 +60,7 @@ def test_a_page_runs_from_its_first_block_to_its_last(page: str, place: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("block", ALONE, ids=str)
 def test_a_block_runs(block: Block, place: Path) -> None:
-    beside = documents.BESIDE.get(str(block), dict)
-    names = {**documents.given(), **beside()}
+    names = {**documents.given(), **documents.beside(block.code)}
     exec(compile(block.code, str(block), "exec"), names)
 
 

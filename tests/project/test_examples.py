@@ -149,13 +149,15 @@ def test_the_commands_of_the_reference(exported: bool, dense: Path, tmp_path: Pa
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("hf-sparse")]
     names = [command[0] for command in commands]
     tried = ["prune", "prune", "recover", "eval", "inspect", "bench", "bench", "prune", "shrink"]
-    tried += ["shrink", "slim", "export"]
+    tried += ["shrink", "slim", "prune", "quantize", "export"]
     assert names == [*tried, "push", "convert"]
     instead = {
         "MODEL": str(dense),
         "OUTPUT": str(tmp_path / "sparse"),
         "OUTPUT-2": str(tmp_path / "sparse-2"),
         "OUTPUT-3": str(tmp_path / "sparse-3"),
+        "OUTPUT-4": str(tmp_path / "sparse-4"),
+        "OUTPUT-8": str(tmp_path / "sparse-8"),
         "SMALLER": str(tmp_path / "smaller"),
         "SHALLOWER": str(tmp_path / "shallower"),
         "SLIMMER": str(tmp_path / "slimmer"),

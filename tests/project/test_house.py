@@ -1,4 +1,4 @@
-"""Files that can be read in one sitting, and functions that fit on a screen."""
+"""Files for one sitting, functions for one screen, and patterns that know themselves."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 import hf_sparse
+from hf_sparse import patterns
 
 ROOT = Path(hf_sparse.__file__).parents[1]
 MOST_LINES_OF_A_FILE = 350
 MOST_LINES_OF_A_FUNCTION = 60
+# Places that ask a pattern for its class: the mathematics of N:M and of heads, and formats.
+MOST_CHECKS_OF_PATTERNS = 19
 FILES = [
     str(file.relative_to(ROOT))
     for package in ("hf_sparse", "hf_sparse_cli")
@@ -67,3 +70,26 @@ def test_a_file_and_its_functions_are_short(file: str) -> None:
     assert length <= MOST_LINES_OF_A_FILE, f"{file} has {length} lines"
     too_long = long_functions(source)
     assert not too_long, f"{file}: these functions are too long: {too_long}"
+
+
+def checks_of_patterns(source: str) -> int:
+    """How often code asks whether something is of a class of patterns."""
+    classes = {name for name, value in vars(patterns).items() if isinstance(value, type)}
+    return sum(
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "isinstance"
+        and any(isinstance(n, ast.Name) and n.id in classes for n in ast.walk(node.args[1]))
+        for node in ast.walk(ast.parse(source))
+    )
+
+
+def test_patterns_are_seldom_asked_for_their_class() -> None:
+    """What a pattern allows, and what its unit is, it tells by its own methods."""
+    assert (
+        checks_of_patterns("isinstance(p, NM)\nisinstance(p, Head | int)\nisinstance(3, int)") == 2
+    )
+    counts = {file: checks_of_patterns((ROOT / file).read_text()) for file in FILES}
+    outside = {file: n for file, n in counts.items() if n and "/patterns/" not in file}
+    assert outside, "none was found: are the classes still in hf_sparse.patterns?"
+    assert sum(outside.values()) <= MOST_CHECKS_OF_PATTERNS, outside

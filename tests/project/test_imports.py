@@ -36,12 +36,11 @@ FLOORS = [
         "distillation",
         "evaluation",
         "recovery",
-        "shrinking",
         "dropping",
         "budget",
         "timing",
     ],
-    ["recover", "slimming"],
+    ["recover", "slimming", "shrinking"],
     ["saving"],
     ["hub"],
     ["models"],
@@ -53,7 +52,10 @@ RUNTIME = ["llvm", "kernels", "weights", "programs", "model"]
 # The public page, whose names everything above the floors may use, and the files that it is made of.
 PUBLIC_PAGE = "hf_sparse"
 USES_THE_PUBLIC_PAGE = ["cli"]
-OPTIONAL = ("datasets", "evaluate", "peft", "onnx", "onnxruntime", "llvmlite", "matplotlib")
+OPTIONAL = (
+    *("datasets", "evaluate", "peft", "onnx", "onnxruntime", "llvmlite", "matplotlib"),
+    "gguf",
+)
 HEAVY = ("transformers.modeling_utils", "transformers.trainer")
 FILES = {
     ".".join(("hf_sparse", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(

@@ -320,4 +320,5 @@ def test_every_example_is_tested() -> None:
     folder = Path(__file__).parents[1]
     tested = "".join((folder / f"{name}.py").read_text() for name in tests)
     for file in EXAMPLES.glob("*.py"):
-        assert file.stem in tested, file
+        if "__main__" in file.read_text():  # the others hold what some of these share
+            assert file.stem in tested, file

@@ -60,12 +60,20 @@ def loop(model: nn.Module, optimizer: Any, sparsifier: Any = None, steps: int = 
             sparsifier.step()
 
 
+def trained_by_callback(
+    folder: Path, method: str, lr: float = 1e-3
+) -> tuple[Any, hf_sparse.SparsityCallback]:
+    """A classifier that Trainer made sparse, and the callback that told it how."""
+    model = tiny_classifier()
+    factory = hf_sparse.trainer_optimizer(CONFIG, lr=lr)
+    callback = hf_sparse.SparsityCallback(CONFIG, method=method)
+    train(folder, model, optimizer_cls_and_kwargs=factory, callbacks=[callback])
+    return model, callback
+
+
 @pytest.mark.parametrize("method", ["proximal", "magnitude"])
 def test_training_with_the_callback_is_told_without_a_report(tmp_path: Path, method: str) -> None:
-    model = tiny_classifier()
-    factory = hf_sparse.trainer_optimizer(CONFIG, lr=1e-3)
-    callback = hf_sparse.SparsityCallback(CONFIG, method=method)
-    train(tmp_path, model, optimizer_cls_and_kwargs=factory, callbacks=[callback])
+    model, callback = trained_by_callback(tmp_path, method)
     facts = rows(card_of(model, tmp_path / "saved"))
     assert facts["method"] == ("SparseAdamW" if method == "proximal" else "magnitude")
     assert facts.get("option penalty") == ("l0" if method == "proximal" else None)

@@ -23,6 +23,7 @@ from tests.provenance.test_provenance_of_producers import (
     rows,
     steps_of,
     train,
+    trained_by_callback,
 )
 from tests.support.tiny_models import tiny_batches, tiny_classifier, tiny_model
 
@@ -137,10 +138,7 @@ def test_recovery_tells_of_its_teacher_in_one_place(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["proximal", "magnitude"])
 def test_the_learning_rate_of_sparse_training_is_told(tmp_path: Path, method: str) -> None:
-    model = tiny_classifier()
-    factory = hf_sparse.trainer_optimizer(CONFIG, lr=2e-3)
-    callback = hf_sparse.SparsityCallback(CONFIG, method=method)
-    train(tmp_path, model, optimizer_cls_and_kwargs=factory, callbacks=[callback])
+    model, _ = trained_by_callback(tmp_path, method, lr=2e-3)
     assert (
         rows(card_of(model, tmp_path / "saved"))["option lr"] == "0.002"
     )  # not the scheduler's last

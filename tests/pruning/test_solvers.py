@@ -287,3 +287,16 @@ def test_notes_about_many_layers_are_one_line() -> None:
     other.add(["b", "c"], "is odd.")
     notes.merge([other])
     assert notes.lines() == ("a and 2 more is odd.",)
+
+
+def test_masks_of_sparsegpt_are_chosen_for_whole_groups() -> None:
+    """In blocks of at least the width that was asked for, and less than a group more."""
+    shape = torch.Size((8, 96))
+    for notation in ("unstructured", "2:4", "4:8", "block:2x6", "row"):
+        pattern = Pattern.parse(notation)
+        group = pattern.group_shape(*shape)[1]
+        for asked in (1, 12, 50):
+            width = sparsegpt._block_width(pattern, shape, asked)
+            assert width % group == 0
+            assert asked <= width < asked + group
+    assert sparsegpt._block_width(Pattern.parse("column"), shape, 12) == 96

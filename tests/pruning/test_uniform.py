@@ -18,7 +18,7 @@ from hf_sparse.cli import main
 from hf_sparse.provenance.record import provenance_of
 from hf_sparse.structure.parts import BlockSize
 from hf_sparse.structure.units import find_units
-from tests.support.processes import run
+from tests.support.plain_models import check_plain
 from tests.support.tiny_models import CONFIGS, tiny_batches, tiny_classifier, tiny_model
 
 GROUPED = ("llama", "mistral", "qwen2", "qwen3")
@@ -44,7 +44,7 @@ def first_output(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 def test_every_family_loads_as_a_plain_model_without_the_package(tmp_path: Path) -> None:
     ids = tiny_batches("llama")[0]["input_ids"]
-    wanted, classes, generated = {}, {}, {}
+    wanted, models, generated = {}, {}, {}
     for family in CONFIGS:
         model = small_model(family)
         before = first_output(model, ids)
@@ -54,7 +54,7 @@ def test_every_family_loads_as_a_plain_model_without_the_package(tmp_path: Path)
         assert getattr(model.config, "block_sizes", None) is None
         wanted[family] = first_output(model, ids)
         torch.testing.assert_close(wanted[family], before, atol=2e-5, rtol=1e-4)
-        classes[family] = type(model).__name__
+        models[family] = model
         if family in GROUPED:
             [size] = {units.size for units in find_units(model)}
             assert size == BlockSize(2, 1, 48)
@@ -62,16 +62,8 @@ def test_every_family_loads_as_a_plain_model_without_the_package(tmp_path: Path)
             generated[family] = model.generate(ids, **settings).tolist()
         hf_sparse.save_pretrained(model, tmp_path / family)
         save_file({"input_ids": ids, "output": wanted[family]}, tmp_path / f"{family}.safetensors")
-    done = run("load_plain_models", *(tmp_path / family for family in CONFIGS))
-    assert done.returncode == 0, done.stderr
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert classes["bert"] == BertForSequenceClassification.__name__
-    for family, answer in zip(CONFIGS, answers, strict=True):
-        assert (answer["class"], answer["type"]) == (classes[family], family)
-        assert answer["errors"] == 0
-        assert answer["difference"] < 1e-4
-        if family in GROUPED:
-            assert answer["generated"] == generated[family]
+    assert type(models["bert"]) is BertForSequenceClassification
+    check_plain(tmp_path, models, generated)
     config = json.loads((tmp_path / "qwen2" / "config.json").read_text())
     sizes = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim")
     assert [config[name] for name in sizes] == [2, 1, 48, 8]

@@ -17,9 +17,9 @@ from hf_sparse import plan_slim, slim_
 from hf_sparse.cli import main
 from hf_sparse.provenance.record import provenance_of
 from hf_sparse.slimming.search import AXES
-from hf_sparse.structure.depth import Depth
 from hf_sparse.structure.units import find_units
 from tests.support.any_models import build, tiny_config
+from tests.support.deep_models import adapted, deep_model, loss_of
 from tests.support.tiny_models import (
     prose,
     tiny_batches,
@@ -27,22 +27,11 @@ from tests.support.tiny_models import (
     tiny_model,
     tiny_tokenizer,
 )
+from tests.support.unchanged import unchanged
 
 
-def deep(family: str = "llama", **changes: Any) -> Any:
-    """A model of four blocks that differ in what they do."""
-    model = tiny_model(family, **{"num_hidden_layers": 4, **changes})
-    with torch.no_grad():
-        for number, block in enumerate(Depth.of(model).blocks):
-            for parameter in block.parameters():
-                parameter.mul_(2 + 2 * (number % 3)) if parameter.ndim > 1 else None
-    return model
-
-
-@torch.no_grad()
-def loss_of(model: Any, batches: list[Any]) -> float:
-    losses = [model(**batch, labels=batch["input_ids"]).loss for batch in batches]
-    return float(torch.stack(losses).mean())
+def deep(family: str = "llama") -> Any:
+    return deep_model(family, least=2)
 
 
 @pytest.mark.parametrize(
@@ -141,13 +130,6 @@ def test_milliseconds_are_measured() -> None:
         plan_slim(deep(), tiny_batches("llama"), ms=1e6)
 
 
-def adapted() -> Any:
-    peft = pytest.importorskip("peft")
-    model = deep()
-    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
-    return model
-
-
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (deep, {}, "the budget is missing"),
     (deep, {"params": 0.7, "mb": 1}, "the budget is params, mb"),
@@ -164,10 +146,14 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (deep, {"params": 0.7, "axes": "depth"}, "axes"),
     (deep, {"params": 0.7, "axes": ("depth", "depth")}, "named twice"),
     (lambda: tiny_model("albert"), {"params": 0.7}, "run several times with the same weights"),
-    (lambda: build(tiny_config("mixtral"), _causal("mixtral")), {"params": 0.9}, "Known families"),
+    (
+        lambda: build(tiny_config("mixtral"), _causal("mixtral")),
+        {"params": 0.9, "axes": ("width",)},
+        "Known families",
+    ),
     (tiny_classifier, {"params": 0.7}, "the batches have no labels"),
     (lambda: deep().to("meta"), {"params": 0.7}, "meta device"),
-    (adapted, {"params": 0.7}, "has adapters"),
+    (lambda: adapted(deep()), {"params": 0.7}, "has adapters"),
     (lambda: nn.Linear(2, 2), {"params": 0.7}, "takes a transformers model"),
 ]
 
@@ -181,12 +167,8 @@ def _causal(model_type: str) -> Any:
 @pytest.mark.parametrize(("make", "changes", "message"), REFUSED)
 def test_it_is_refused_before_work(make: Any, changes: dict[str, Any], message: str) -> None:
     model = make()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=message):
+    with unchanged(model), pytest.raises(ValueError, match=message):
         slim_(model, tiny_batches("llama"), **changes)
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(value.is_meta or torch.equal(value, before[name]) for name, value in after.items())
 
 
 def test_a_budget_that_is_told_as_the_nearest_can_be_kept() -> None:
@@ -227,7 +209,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(command) == 1
     assert "is not empty" in capsys.readouterr().err
     assert main([*command[:2], str(tmp_path / "other"), "--params", "0.05", *command[5:]]) == 1
-    assert "The nearest is params=" in capsys.readouterr().err
+    assert "The nearest is --params 0." in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 

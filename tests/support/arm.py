@@ -35,6 +35,8 @@ from tests.support.memory_in_sight import Block, Image, Sight, blocks_in_sight
 
 # A CPU of the first version of the architecture: what it lacks is an illegal instruction.
 QEMU, CPU, COMPILER = "qemu-aarch64", "cortex-a53", "aarch64-linux-gnu-gcc"
+# One that has the row's extras.
+LATER_CPU = "cortex-a76"
 RUNNER = Path(__file__).parents[1] / "programs/run_kernels.c"
 # Where the emulated process has the copies; nothing else of it lies there.
 _BASE = 0x20_0000_0000
@@ -62,19 +64,20 @@ def missing() -> list[str]:
     return [name for name in (QEMU, COMPILER) if shutil.which(name) is None]
 
 
-def arm_target() -> target.Target:
+def arm_target(extras: bool = False) -> target.Target:
     """The row for ARM."""
-    return next(target.elsewhere(row) for row in target.INSTRUCTION_SETS if row.name == "neon")
+    row = next(row for row in target.INSTRUCTION_SETS if row.name == "neon")
+    return target.elsewhere(row, extras=extras)
 
 
-def install() -> None:
-    """Make ARM the only target, and let its code run under qemu."""
-    chosen = arm_target()
+def install(extras: bool = False) -> None:
+    """Make ARM the only target, and let its code run under qemu; of a later CPU with `extras`."""
+    chosen = arm_target(extras)
     target.targets = functools.cache(lambda: {chosen.name: chosen})
     target.host = functools.cache(lambda: chosen)
     jit.Code = _code  # type: ignore[assignment, misc]
     # The times of an emulator tell nothing.
-    rates.calibrate = lambda chosen, cache: rates.NOMINAL[chosen.name]  # type: ignore[assignment]
+    rates.calibrate = lambda chosen, cache: rates.nominal(chosen)  # type: ignore[assignment]
 
 
 def _code(chosen: target.Target, objects: bytes, functions: Sequence[Function]) -> Any:
@@ -109,7 +112,7 @@ class Emulated:
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
-            [QEMU, "-cpu", CPU, self._program],
+            [QEMU, "-cpu", LATER_CPU if target.host().has.signed_dot else CPU, self._program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -257,7 +260,9 @@ class EmulatedCode:
         for one in WEIGHT_TYPES.values():
             if one.suffix and any(name.endswith(one.suffix) for name in self.parameters):
                 kept = one
-        return jit.compile_kernels(kernel_functions(wide, kept), wide)  # type: ignore[no-any-return]
+        codes = "quantise_row" in self.parameters
+        functions = kernel_functions(wide, kept, codes)
+        return jit.compile_kernels(functions, wide)  # type: ignore[no-any-return]
 
     def _twin_image(self, kernel: str, blocks: Sequence[Block], place: int) -> Image | None:
         """What the kernel of this machine does to the same memory."""

@@ -11,45 +11,34 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from hf_sparse import SparsityConfig, prune_
+from tests.support.tiny_models import SIZES, VOCABULARY
 
-VOCABULARY = 256
-_SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 128,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 1,
-}
-_GROUPED: dict[str, Any] = {**_SIZES, "num_key_value_heads": 2}
+_GROUPED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2}
 _LOCAL: dict[str, Any] = {"sliding_window": 8}
 _TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 
 # What is told to the config of each family beside its type.
 ENCODERS: dict[str, dict[str, Any]] = {
-    "roberta": _SIZES,
-    "xlm-roberta": _SIZES,
-    "camembert": _SIZES,
-    "electra": {**_SIZES, "embedding_size": 16},
-    "mpnet": _SIZES,
+    "roberta": SIZES,
+    "xlm-roberta": SIZES,
+    "camembert": SIZES,
+    "electra": {**SIZES, "embedding_size": 16},
+    "mpnet": SIZES,
     "distilbert": {
-        **{k: v for k, v in _SIZES.items() if not k.startswith(("hidden", "inter", "num_"))},
+        **{k: v for k, v in SIZES.items() if not k.startswith(("hidden", "inter", "num_"))},
         "dim": 32,
         "hidden_dim": 64,
         "n_layers": 3,
         "n_heads": 4,
     },
     "vit": {
-        **{k: _SIZES[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers")},
+        **{k: SIZES[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers")},
         "num_attention_heads": 4,
         "image_size": 48,
         "patch_size": 8,
     },
     "modernbert": {
-        **_SIZES,
+        **SIZES,
         "local_attention": 16,
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
         "cls_token_id": 2,
@@ -57,7 +46,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     },
 }
 DECODERS: dict[str, dict[str, Any]] = {
-    "gpt_neox": {**_SIZES, "hidden_size": 64},
+    "gpt_neox": {**SIZES, "hidden_size": 64},
     "phi": {**_GROUPED, "hidden_size": 64},
     "phi3": {**_GROUPED, **_LOCAL, "hidden_size": 64, "partial_rotary_factor": 0.75},
     "gemma": {**_GROUPED, "head_dim": 16},

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import GPT2Config, PreTrainedModel
 
 import hf_sparse
 from tests.support.sparse_models import random_model
+from tests.support.tiny_models import tiny_config
 
 DECODER: dict[str, Any] = {"vocab_size": 32, "bos_token_id": 0, "eos_token_id": 0}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -27,14 +28,11 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     # Four chunks of rows, gates, and two-byte weights.
     "llama": lambda: random_model(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=2400,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+        tiny_config(
+            "llama",
+            **{**DECODER, "intermediate_size": 2400, "num_hidden_layers": 1},
             max_position_embeddings=64,
-            **DECODER,
+            tie_word_embeddings=False,
         ),
         0.9,
     ).bfloat16(),

@@ -123,15 +123,28 @@ def classifier_given() -> dict[str, Any]:
     }
 
 
+def quantized_given() -> dict[str, Any]:
+    """A model of few bits; the tiny tokenizer is no byte-level one, which GGUF files want."""
+    model = tiny_model("llama")
+    hf_sparse.quantize_(model, bits=8)
+    return {"model": model, "tokenizer": None}
+
+
 _OPTIMIZING = ("SparseAdamW", "sparse_param_groups")
-# What a block needs beside, or instead: by its name.
+# What a block needs beside, or instead: by what stands in it.
 BESIDE: dict[str, Callable[[], dict[str, Any]]] = {
-    **dict.fromkeys(("reference-4", "structured-1"), classifier_given),
-    "nn-pruning-1": lambda: {"model": tiny_model("llama", num_hidden_layers=2)},
-    "structured-5": lambda: {"model": tiny_mixture("mixtral")},
-    "structured-6": lambda: {"model": transformers.AutoModelForCausalLM.from_pretrained(CAUSAL)},
-    "training-3": lambda: {name: getattr(hf_sparse, name) for name in _OPTIMIZING},
+    "labelled_batches(": classifier_given,
+    "export_gguf(": quantized_given,
+    "drop_experts_(": lambda: {"model": tiny_mixture("mixtral")},
+    "drop_hidden_(": lambda: {"model": transformers.AutoModelForCausalLM.from_pretrained(CAUSAL)},
+    "optimize_model(": lambda: {"model": tiny_model("llama", num_hidden_layers=2)},
+    "freeze_zeros_(": lambda: {name: getattr(hf_sparse, name) for name in _OPTIMIZING},
 }
+
+
+def beside(code: str) -> dict[str, Any]:
+    """What a block needs beside what is given."""
+    return next((make() for text, make in BESIDE.items() if text in code), {})
 
 
 def shortened(call: Callable[..., Any], **most: int) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     GptOssConfig,
     MixtralConfig,
     PreTrainedConfig,
@@ -17,21 +18,14 @@ from transformers import (
 )
 
 from hf_sparse.structure.experts import ExpertStack
+from tests.support.any_models import tiny_config
+from tests.support.tiny_models import SIZES
 
 EXPERTS = 4
 _SHAPE: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 256,
-    "max_position_embeddings": 128,
-    "num_local_experts": EXPERTS,
-    "num_experts_per_tok": 2,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 1,
+    **SIZES,
+    **{"intermediate_size": 48, "num_hidden_layers": 2, "num_key_value_heads": 2},
+    **{"num_local_experts": EXPERTS, "num_experts_per_tok": 2},
 }
 _OF_QWEN: dict[str, Any] = {
     **{name: size for name, size in _SHAPE.items() if name != "num_local_experts"},
@@ -56,6 +50,20 @@ def tiny_mixture(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
             if parameter.ndim == 1 or name.endswith(("_bias", "gate.weight", "router.weight")):
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.eval()
+    return model
+
+
+def grouped_mixture(**changes: Any) -> PreTrainedModel:
+    """DeepSeek-V3 with 8 experts in 2 groups, of which a token gets 2 from 1 group."""
+    config = {**tiny_config("deepseek_v3").to_dict(), "n_routed_experts": 8, "n_group": 2}
+    config |= {"topk_group": 1, "num_experts_per_tok": 2, "num_key_value_heads": 4}
+    config |= {"first_k_dense_replace": 1, **changes}
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(DeepseekV3Config(**config)).eval()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "gate.weight" in name or "correction_bias" in name:
+                tensor.copy_(0.3 * torch.randn_like(tensor))
     return model
 
 

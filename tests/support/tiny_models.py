@@ -30,7 +30,8 @@ from transformers import (
 )
 
 VOCABULARY = 256
-_DECODER: dict[str, Any] = {
+# What most families call the sizes of a model.
+SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 3,
@@ -41,12 +42,12 @@ _DECODER: dict[str, Any] = {
     "eos_token_id": 0,
     "pad_token_id": 1,
 }
-_GROUPED: dict[str, Any] = {**_DECODER, "num_key_value_heads": 2}
+_GROUPED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2}
 
 # Every family that has Sparse classes.
 CONFIGS: dict[str, PreTrainedConfig] = {
-    "bert": BertConfig(**_DECODER),
-    "albert": AlbertConfig(**_DECODER, embedding_size=16),
+    "bert": BertConfig(**SIZES),
+    "albert": AlbertConfig(**SIZES, embedding_size=16),
     "gpt2": GPT2Config(
         n_embd=32,
         n_layer=3,
@@ -58,7 +59,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         pad_token_id=1,
     ),
     "opt": OPTConfig(
-        **{k: v for k, v in _DECODER.items() if k != "intermediate_size"},
+        **{k: v for k, v in SIZES.items() if k != "intermediate_size"},
         ffn_dim=64,
         word_embed_proj_dim=32,
     ),
@@ -71,7 +72,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 # Families that `PARTS` does not list; the last two are compiled layer by layer.
 UNKNOWN: dict[str, PreTrainedConfig] = {
-    "gpt_neox": GPTNeoXConfig(**_DECODER),
+    "gpt_neox": GPTNeoXConfig(**SIZES),
     "gemma": GemmaConfig(**_GROUPED, head_dim=8),
     "stablelm": StableLmConfig(**_GROUPED, use_qkv_bias=True),
     "t5": T5Config(  # type: ignore[call-arg] # its start token is one of any config's settings
@@ -111,7 +112,7 @@ def tiny_classifier() -> BertForSequenceClassification:
     """A random classifier of three classes that tells texts apart, in eval mode."""
     torch.manual_seed(0)
     changes: dict[str, Any] = {"num_labels": 3, "initializer_range": 0.5, "num_hidden_layers": 2}
-    model = BertForSequenceClassification(BertConfig(**{**_DECODER, **changes}))
+    model = BertForSequenceClassification(BertConfig(**{**SIZES, **changes}))
     model.eval()
     return model
 

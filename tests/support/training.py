@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +10,19 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from tests.support.sharding import sharded
+
+
+def prepared(
+    accelerator: Accelerator, kind: str, model: Any, optimizer_of: Callable[[Any], Any]
+) -> tuple[Any, Any]:
+    """A model, on shards for `fsdp2`, and an optimizer of it that is made once it is."""
+    if kind == "fsdp2":  # Accelerate has FSDP for accelerators only
+        sharded(model, model.model.layers)
+        return model, optimizer_of(model)
+    model, optimizer = accelerator.prepare(model, optimizer_of(model))
+    return model, optimizer
 
 
 def shares(accelerator: Accelerator, steps: int) -> Iterator[Tensor]:

@@ -138,6 +138,16 @@ def test_torch_keeps_what_is_in_a_module_in_places_by_name() -> None:
     assert [name for name, _ in model.named_children()] == ["1"]
 
 
+def test_torch_counts_writes_into_a_tensor() -> None:
+    weight = nn.Linear(2, 2).weight
+    before = of_torch.times_written(weight)
+    with torch.no_grad():
+        weight[0] = 1.0
+    assert of_torch.times_written(weight) > before
+    with torch.inference_mode():
+        assert of_torch.times_written(torch.zeros(2)) == 0
+
+
 def test_torch_tells_of_parameters_as_they_are_registered() -> None:
     names: list[str] = []
     hook = of_torch.on_parameters(lambda module, name, parameter: names.append(name))

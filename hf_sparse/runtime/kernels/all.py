@@ -10,6 +10,8 @@ from hf_sparse.runtime.kernels import (
     activation,
     addition,
     attention,
+    byte_tiles,
+    code_rows,
     dense,
     experts,
     normalisation,
@@ -27,8 +29,10 @@ from hf_sparse.runtime.llvm.jit import Code, compile_kernels
 from hf_sparse.runtime.llvm.target import Target
 
 
-def kernel_functions(target: Target, weight_type: WeightType = FLOAT32) -> list[Function]:
-    """Every kernel that a program may name whose weights are of type `weight_type`."""
+def kernel_functions(
+    target: Target, weight_type: WeightType = FLOAT32, codes: bool = False
+) -> list[Function]:
+    """Every kernel that a program may name whose weights are of type `weight_type`, or `codes`."""
     functions = [
         worker.worker(target, parallel=parallel, timed=timed)
         for parallel in (True, False)
@@ -56,10 +60,21 @@ def kernel_functions(target: Target, weight_type: WeightType = FLOAT32) -> list[
             tiles.from_tile(target, vectors),
             tiles.rotary(target, vectors),
         ]
+    if codes:
+        functions += code_rows.code_functions(target) + byte_tiles.byte_tile_functions(target)
     return functions
 
 
 @functools.cache
-def kernels(target: Target, cache: Path | None, weight_type: WeightType = FLOAT32) -> Code:
-    """The compiled kernels of a target and a type of weights, once per process."""
-    return compile_kernels(kernel_functions(target, weight_type), target, cache)
+def kernels(
+    target: Target, cache: Path | None, weight_type: WeightType = FLOAT32, codes: bool = False
+) -> Code:
+    """The compiled kernels of a target and a type of weights, once per process.
+
+    Args:
+        target: what the code is for.
+        cache: folder of the machine code, or None.
+        weight_type: of the weights that are no codes.
+        codes: some weights are codes of few bits.
+    """
+    return compile_kernels(kernel_functions(target, weight_type, codes), target, cache)

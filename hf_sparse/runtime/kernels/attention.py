@@ -29,25 +29,14 @@ UNSEEN = -1e30
 _FEATURES = 4
 
 
-SIGNATURE = Signature(
-    (
-        "ptr q",
-        "ptr out",
-        "i64 heads",
-        "i64 head_dim",
-        "i64 k_first",
-        "i64 v_first",
-        "i64 group",
-        "ptr table",
-        "i64 key_tiles",
-        "ptr mask",
-        "i64 key_count",
-        "i64 first_query",
-        "i64 window",
-        "float scale",
-    ),
-    ("q", "out"),
+# What kernels of attention have in common: heads and their keys, and which keys queries see.
+HEADS = ("ptr q", "ptr out", "i64 heads", "i64 head_dim", "i64 k_first", "i64 v_first", "i64 group")
+SEEN = ("ptr table", "i64 key_tiles", "ptr mask", "i64 key_count", "i64 first_query", "i64 window")
+SEEN_BY_ONE = (
+    *("ptr table", "i64 width", "ptr mask", "i64 key_count", "i64 window"),
+    *("ptr scores", "float scale"),
 )
+SIGNATURE = Signature((*HEADS, *SEEN, "float scale"), ("q", "out"))
 
 
 def name(vectors: int) -> str:

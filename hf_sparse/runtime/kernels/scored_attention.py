@@ -21,7 +21,7 @@ tiles of queries and keys.
 from __future__ import annotations
 
 from hf_sparse.runtime.kernels.activation import exponential
-from hf_sparse.runtime.kernels.attention import UNSEEN
+from hf_sparse.runtime.kernels.attention import SEEN, SEEN_BY_ONE, UNSEEN
 from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.kernels.weighted_values import weighted_values
 from hf_sparse.runtime.llvm.ir import Function
@@ -33,44 +33,11 @@ _FEATURES = 4
 # Twice a score over the cap, up to which e^x is taken: beyond, the cap is reached.
 _STEEPEST = 60.0
 
+_HEAD = ("ptr q", "ptr out", "i64 head_dim", "i64 k_first", "i64 v_first")
 SIGNATURE = Signature(
-    (
-        "ptr q",
-        "ptr out",
-        "i64 head_dim",
-        "i64 k_first",
-        "i64 v_first",
-        "ptr table",
-        "i64 key_tiles",
-        "ptr mask",
-        "i64 key_count",
-        "i64 first_query",
-        "i64 window",
-        "i64 ahead",
-        "float scale",
-        "float cap",
-        "ptr bias",
-    ),
-    ("q", "out"),
+    (*_HEAD, *SEEN, "i64 ahead", "float scale", "float cap", "ptr bias"), ("q", "out")
 )
-ROW = Signature(
-    (
-        "ptr q",
-        "ptr out",
-        "i64 head_dim",
-        "i64 k_first",
-        "i64 v_first",
-        "ptr table",
-        "i64 width",
-        "ptr mask",
-        "i64 key_count",
-        "i64 window",
-        "ptr scores",
-        "float scale",
-        "float cap",
-    ),
-    ("q", "out"),
-)
+ROW = Signature((*_HEAD, *SEEN_BY_ONE, "float cap"), ("q", "out"))
 
 
 def name(vectors: int) -> str:

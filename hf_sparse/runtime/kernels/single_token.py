@@ -21,7 +21,7 @@ multiple of 16), add.
 from __future__ import annotations
 
 from hf_sparse.runtime.kernels import normalisation, tiles
-from hf_sparse.runtime.kernels.attention import UNSEEN
+from hf_sparse.runtime.kernels.attention import HEADS, SEEN_BY_ONE, UNSEEN
 from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.kernels.weight_types import BFLOAT16, WeightType
 from hf_sparse.runtime.kernels.weighted_values import weighted_values
@@ -59,25 +59,7 @@ DENSE_ROWS = Signature(
     ),
     ("x", "y"),
 )
-ATTENTION = Signature(
-    (
-        "ptr q",
-        "ptr out",
-        "i64 heads",
-        "i64 head_dim",
-        "i64 k_first",
-        "i64 v_first",
-        "i64 group",
-        "ptr table",
-        "i64 width",
-        "ptr mask",
-        "i64 key_count",
-        "i64 window",
-        "ptr scores",
-        "float scale",
-    ),
-    ("q", "out"),
-)
+ATTENTION = Signature((*HEADS, *SEEN_BY_ONE), ("q", "out"))
 
 
 def _finish(
@@ -146,16 +128,16 @@ def _shuffled(
 def _shuffles(size: int) -> bytes:
     """For each mask of 16 / `size` lanes, the byte that each byte of the lanes takes; 128: zero."""
     lanes = 16 // size
-    found = bytearray()
+    table = bytearray()
     for mask in range(1 << lanes):
         taken = 0
         for lane in range(lanes):
             if mask >> lane & 1:
-                found += bytes(range(size * taken, size * (taken + 1)))
+                table += bytes(range(size * taken, size * (taken + 1)))
                 taken += 1
             else:
-                found += bytes([128] * size)
-    return bytes(found)
+                table += bytes([128] * size)
+    return bytes(table)
 
 
 def sparse_rows(target: Target, weight_type: WeightType) -> Function:

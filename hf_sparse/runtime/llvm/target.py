@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import platform
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,14 @@ class Instructions:
         permute: a register of floats, each lane of which takes the one that a register of i32 names;
             bits beyond the number of lanes do not count.
         lookup: as `shuffle`, from `{tables}` registers, up to 4, that stand behind one another.
+        wide_shuffle: as `shuffle`, in each 16 bytes of a register.
+        unsigned_dot: u8 times s8, the sums of four added to i32.
+        pair_products: u8 times s8, the sums of two as i16, which saturate.
+        pair_sums: i16 times i16, the sums of two as i32.
+        signed_as: bytes times the signs of others.
+        signed_dot: s8 times s8, the sums of four added to i32.
+        long_product, long_pairs, add_pairs: s8 times s8 as i16; the sums of pairs of i16 as i32; those
+            of pairs of i32.
     """
 
     shuffle: str
@@ -36,6 +46,15 @@ class Instructions:
     reciprocal: str = ""
     permute: str = ""
     lookup: str = ""
+    wide_shuffle: str = ""
+    unsigned_dot: str = ""
+    pair_products: str = ""
+    pair_sums: str = ""
+    signed_as: str = ""
+    signed_dot: str = ""
+    long_product: str = ""
+    long_pairs: str = ""
+    add_pairs: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,8 @@ class InstructionSet:
         cpu: LLVM's CPU, or empty for this machine's own with all its features.
         features: more of LLVM's features.
         without: beginnings of the features that are switched off.
+        extras: features of LLVM's that some of these CPUs have beyond the row, with the field of
+            `Instructions` that each fills, and by what.
     """
 
     name: str
@@ -63,6 +84,7 @@ class InstructionSet:
     cpu: str = ""
     features: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    extras: tuple[tuple[str, str, str], ...] = ()
 
 
 _X86, _ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
@@ -77,7 +99,10 @@ INSTRUCTION_SETS = (
         _X86,
         lanes=16,
         registers=32,
-        needs=("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi2", "bmi2", "fma"),
+        needs=(
+            *("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi2", "avx512vnni"),
+            *("bmi2", "fma"),
+        ),
         has=Instructions(
             _PSHUFB,
             _TSC,
@@ -88,6 +113,8 @@ INSTRUCTION_SETS = (
             scale="llvm.x86.avx512.mask.scalef.ps.512",
             reciprocal="llvm.x86.avx512.rcp14.ps.512",
             permute="llvm.x86.avx512.permvar.sf.512",
+            wide_shuffle="llvm.x86.avx512.pshuf.b.512",
+            unsigned_dot="llvm.x86.avx512.vpdpbusd.512",
         ),
         # Full 512-bit vectors, or half of the registers' width is lost.
         features=("-prefer-256-bit",),
@@ -98,9 +125,20 @@ INSTRUCTION_SETS = (
         lanes=8,
         registers=16,
         needs=("avx2", "fma", "f16c", "bmi2"),
-        has=Instructions(_PSHUFB, _TSC, _PAUSE, half=True, permute="llvm.x86.avx2.permps"),
+        has=Instructions(
+            _PSHUFB,
+            _TSC,
+            _PAUSE,
+            half=True,
+            permute="llvm.x86.avx2.permps",
+            wide_shuffle="llvm.x86.avx2.pshuf.b",
+            pair_products="llvm.x86.avx2.pmadd.ub.sw",
+            pair_sums="llvm.x86.avx2.pmadd.wd",
+            signed_as="llvm.x86.avx2.psign.b",
+        ),
         cpu="x86-64-v3",
         without=("avx512", "avx10"),
+        extras=(("avxvnni", "unsigned_dot", "llvm.x86.avx512.vpdpbusd.256"),),
     ),
     InstructionSet(
         "portable",
@@ -108,7 +146,15 @@ INSTRUCTION_SETS = (
         lanes=4,
         registers=16,
         needs=("ssse3", "sse4.1", "sse4.2"),
-        has=Instructions(_PSHUFB, _TSC, _PAUSE),
+        has=Instructions(
+            _PSHUFB,
+            _TSC,
+            _PAUSE,
+            wide_shuffle=_PSHUFB,
+            pair_products="llvm.x86.ssse3.pmadd.ub.sw.128",
+            pair_sums="llvm.x86.sse2.pmadd.wd",
+            signed_as="llvm.x86.ssse3.psign.b.128",
+        ),
         cpu="x86-64-v2",
     ),
     InstructionSet(
@@ -117,14 +163,24 @@ INSTRUCTION_SETS = (
         lanes=4,
         registers=32,
         needs=(),  # NEON is in every CPU of this architecture
-        has=Instructions(_TBL.format(tables=1), _STEADY, half=True, lookup=_TBL),
+        has=Instructions(
+            _TBL.format(tables=1),
+            _STEADY,
+            half=True,
+            lookup=_TBL,
+            wide_shuffle=_TBL.format(tables=1),
+            long_product="llvm.aarch64.neon.smull.v8i16",
+            long_pairs="llvm.aarch64.neon.saddlp.v4i32.v8i16",
+            add_pairs="llvm.aarch64.neon.addp.v4i32",
+        ),
+        extras=(("dotprod", "signed_dot", "llvm.aarch64.neon.sdot.v4i32.v16i8"),),
     ),
 )
 
 
 @dataclass(frozen=True)
 class Capability:
-    """What some CPUs have beyond the rows of `INSTRUCTION_SETS`, and no kernel uses.
+    """What some CPUs have, to be told to people: some of it kernels use, by the table above.
 
     Attributes:
         name: for people.
@@ -233,14 +289,14 @@ def capabilities() -> tuple[str, ...]:
 def _rows() -> list[InstructionSet]:
     """The rows for this machine."""
     machine = platform.machine().lower()
-    found = [row for row in INSTRUCTION_SETS if machine in row.machines]
-    if not found:
+    rows = [row for row in INSTRUCTION_SETS if machine in row.machines]
+    if not rows:
         known = dict.fromkeys(name for row in INSTRUCTION_SETS for name in row.machines)
         raise ValueError(
             f"this machine is a {machine!r}, for which there are no kernels. "
             f"Wanted one of {', '.join(known)}."
         )
-    return found
+    return rows
 
 
 def _target(row: InstructionSet) -> Target:
@@ -249,21 +305,29 @@ def _target(row: InstructionSet) -> Target:
     flags = binding.get_host_cpu_features()
     features = [] if row.cpu else [flags.flatten()]
     features += row.features
+    has, found = _has(row, [flag for flag, _, _ in row.extras if flags.get(flag)])
+    features += found
     features += [f"-{flag}" for flag in flags if flag.startswith(row.without)]
     cpu = row.cpu or binding.get_host_cpu_name()
-    return Target(row.name, row.lanes, row.registers, row.has, cpu, ",".join(features))
+    return Target(row.name, row.lanes, row.registers, has, cpu, ",".join(features))
 
 
-def elsewhere(row: InstructionSet) -> Target:
+def _has(row: InstructionSet, flags: Sequence[str]) -> tuple[Instructions, list[str]]:
+    """The instructions of a row with the extras of some features, and these for LLVM."""
+    more: dict[str, Any] = {name: told for flag, name, told in row.extras if flag in flags}
+    return replace(row.has, **more), [f"+{flag}" for flag in flags]
+
+
+def elsewhere(row: InstructionSet, *, extras: bool = False) -> Target:
     """The target of a row on any machine with Linux: of a CPU that has what the row needs, and no more.
 
-    Kernels for it are made by `jit.object_code`; this process does not run them.
+    With `extras`, of one that has these, too. Kernels for it are made by `jit.object_code`; this
+    process does not run them.
     """
-    features = ",".join([*(f"+{feature}" for feature in row.needs), *row.features])
-    triple = f"{row.machines[0]}-unknown-linux-gnu"
-    return Target(
-        row.name, row.lanes, row.registers, row.has, row.cpu or "generic", features, triple
-    )
+    has, found = _has(row, [flag for flag, _, _ in row.extras if extras])
+    features = ",".join([*(f"+{feature}" for feature in row.needs), *found, *row.features])
+    triple, cpu = f"{row.machines[0]}-unknown-linux-gnu", row.cpu or "generic"
+    return Target(row.name, row.lanes, row.registers, has, cpu, features, triple)
 
 
 def named(name: str | None) -> Target:

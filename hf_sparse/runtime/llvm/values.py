@@ -85,6 +85,9 @@ class Value:
     def __or__(self, other: Value | Number) -> Value:
         return self._binary("or", other)
 
+    def __xor__(self, other: Value | Number) -> Value:
+        return self._binary("xor", other)
+
     def __lshift__(self, other: Value | Number) -> Value:
         return self._binary("shl", other)
 

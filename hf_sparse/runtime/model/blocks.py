@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse.arguments import check_finite
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
+from hf_sparse.runtime.model.coding import ModelCoding
 from hf_sparse.runtime.model.configured import (
     multiplier_of,
     numbers_of,
@@ -27,6 +29,8 @@ from hf_sparse.runtime.weights.rates import Rates
 from hf_sparse.runtime.weights.stack import Block, Expert, Mixture, Norm, Stack
 from hf_sparse.structure.layers import is_conv1d
 
+_AS_IT_IS = ModelCoding()
+
 
 def find_blocks(base: PreTrainedModel, family: Blocks) -> tuple[nn.Module, str, list[nn.Module]]:
     """The module that owns the list of blocks, the list's name, and the blocks as they run."""
@@ -41,9 +45,14 @@ def find_blocks(base: PreTrainedModel, family: Blocks) -> tuple[nn.Module, str, 
 
 
 def pack_blocks(
-    config: Any, family: Blocks, modules: list[nn.Module], prefix: str, rates: Rates
+    config: Any,
+    family: Blocks,
+    modules: list[nn.Module],
+    prefix: str,
+    rates: Rates,
+    coding: ModelCoding = _AS_IT_IS,
 ) -> Stack:
-    """Pack the weights of all blocks. The modules are read, not kept."""
+    """Pack the weights of all blocks, or their codes. The modules are read, not kept."""
     packed: dict[int, Block] = {}
     rows_shelf = Shelf() if family.causal else None
     packer = _Packer(
@@ -55,6 +64,7 @@ def pack_blocks(
         sizes_of(config)[2],
         multiplier_of(config, family),
         *routing_of(config, family),
+        coding,
     )
     blocks = []
     for index, module in enumerate(modules):
@@ -74,9 +84,9 @@ def pack_blocks(
 
 def _common_type(modules: list[nn.Module]) -> torch.dtype:
     """The type of all matrices, if kernels can read it; else, or if they differ, float32."""
-    found = {p.dtype for module in modules for p in module.parameters() if p.ndim > 1}
-    common = next(iter(found))
-    return common if len(found) == 1 and common in WEIGHT_TYPES else torch.float32
+    dtypes = {p.dtype for module in modules for p in module.parameters() if p.ndim > 1}
+    common = next(iter(dtypes))
+    return common if len(dtypes) == 1 and common in WEIGHT_TYPES else torch.float32
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,7 @@ class _Packer:
         head_dim: features of a head.
         chosen, normalised: of a mixture's experts.
         multiplier: by which the residual that norms see is divided.
+        coding: which weights become codes; routers do not.
     """
 
     family: Blocks
@@ -103,6 +114,7 @@ class _Packer:
     multiplier: float
     chosen: int
     normalised: bool
+    coding: ModelCoding
 
     def block(
         self, module: nn.Module, name: str, index: int, window: int, rotation: int | None
@@ -142,22 +154,22 @@ class _Packer:
         family = self.family
         path, _, last = family.down.rpartition(".")
         experts: Any = module.get_submodule(path)
-        entry = getattr(experts, family.up.rpartition(".")[2]).detach().to(self.dtype)
-        ending = getattr(experts, last).detach().to(self.dtype)
+        of = [getattr(experts, family.up.rpartition(".")[2]), getattr(experts, last)]
+        entry, ending = (parameter.detach().to(self.dtype) for parameter in of)
         found = []
         for number, (both, down) in enumerate(zip(entry, ending, strict=True)):
             place = f"{name}.{path}.{number}"
             gate, up = both.chunk(2)
             found.append(
                 Expert(
-                    self._pack(f"{place}.gate", gate, None),
-                    self._pack(f"{place}.up", up, None),
-                    self._pack(f"{place}.down", down, None, CHUNK_ROWS),
+                    self._pack(f"{place}.gate", gate, None, of=of[:1]),
+                    self._pack(f"{place}.up", up, None, of=of[:1]),
+                    self._pack(f"{place}.down", down, None, CHUNK_ROWS, of=of[1:]),
                 )
             )
         weight: Any = module.get_submodule(router).weight
         return Mixture(
-            self._pack(f"{name}.{router}", weight.detach().to(self.dtype), None),
+            self._pack(f"{name}.{router}", weight.detach().to(self.dtype), None, of=()),
             tuple(found),
             self.chosen,
             self.normalised,
@@ -174,7 +186,7 @@ class _Packer:
         weights = weight.chunk(2)
         biases = (None, None) if bias is None else bias.chunk(2)
         first, second = (
-            self._pack(f"{name}.{up} ({half})", one, other, None)
+            self._pack(f"{name}.{up} ({half})", one, other, of=_parameters(module, up))
             for half, one, other in zip(("gate", "up"), weights, biases, strict=True)
         )
         return first, second
@@ -194,7 +206,9 @@ class _Packer:
         self, module: nn.Module, name: str, path: str, column_chunk: int | None = None
     ) -> Linear:
         weight, bias = self._weight(module, name, path)
-        return self._pack(f"{name}.{path}", weight, bias, column_chunk)
+        return self._pack(
+            f"{name}.{path}", weight, bias, column_chunk, of=_parameters(module, path)
+        )
 
     def _joined(self, module: nn.Module, name: str, paths: tuple[str, ...]) -> Linear:
         """Layers that read the same features, as one."""
@@ -205,7 +219,8 @@ class _Packer:
         filled = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts]
         joined = "+".join([paths[0], *(path.split(".")[-1] for path in paths[1:])])
         weight = torch.cat([weight for weight, _ in parts])
-        return self._pack(f"{name}.{joined}", weight, torch.cat(filled) if biased else None)
+        bias = torch.cat(filled) if biased else None
+        return self._pack(f"{name}.{joined}", weight, bias, of=_parameters(module, *paths))
 
     def _by_kind(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """All queries before all keys and all values, which lie head by head."""
@@ -225,8 +240,17 @@ class _Packer:
         return _normed(layer, f"{name}.{path}", self.family.norm_offset, self.multiplier)
 
     def _pack(
-        self, name: str, weight: Tensor, bias: Tensor | None, column_chunk: int | None = None
+        self,
+        name: str,
+        weight: Tensor,
+        bias: Tensor | None,
+        column_chunk: int | None = None,
+        *,
+        of: Sequence[Tensor],
     ) -> Linear:
+        """Pack a weight, made of some parameters of the model; of none that may become codes if ()."""
+        only = self.coding.only
+        coded = bool(of) and (only is None or all(id(parameter) in only for parameter in of))
         return pack_linear(
             name,
             weight,
@@ -235,7 +259,14 @@ class _Packer:
             rows_shelf=self.rows_shelf,
             shelf=self.shelf,
             rates=self.rates,
+            coding=self.coding.blocks if coded else None,
         )
+
+
+def _parameters(module: nn.Module, *paths: str) -> list[Tensor]:
+    """The weights of some layers of a block."""
+    layers: list[Any] = [module.get_submodule(path) for path in paths]
+    return [layer.weight for layer in layers]
 
 
 def _normed(layer: Any, name: str, offset: float, divisor: float) -> Norm:

@@ -21,6 +21,8 @@ from hf_sparse.arguments import check_finite, check_kinds
 from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE
 from hf_sparse.runtime.llvm.target import Target, named
 from hf_sparse.runtime.model.blocks import find_blocks, pack_blocks
+from hf_sparse.runtime.model.coded_head import CodedHead
+from hf_sparse.runtime.model.coding import coding_of
 from hf_sparse.runtime.model.configured import why_not_compiled
 from hf_sparse.runtime.model.copying import with_modules
 from hf_sparse.runtime.model.explain import Explanation, explain_layers
@@ -49,7 +51,8 @@ from hf_sparse.runtime.programs.program import Program
 from hf_sparse.runtime.programs.runner import Runner
 from hf_sparse.runtime.weights.linear import Linear, pack_linear
 from hf_sparse.runtime.weights.memory import Shelf
-from hf_sparse.runtime.weights.rates import NOMINAL
+from hf_sparse.runtime.weights.rates import nominal
+from hf_sparse.runtime.weights.rounding import Coding
 from hf_sparse.runtime.weights.stack import Stack
 from hf_sparse.structure.families import base_type
 from hf_sparse.structure.layers import PACKED, target_layers
@@ -69,7 +72,11 @@ def _as_given(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -
 
 
 def compile(
-    model: PreTrainedModel, *, target: str | None = None, cache: Path | str | None = DEFAULT_CACHE
+    model: PreTrainedModel,
+    *,
+    bits: int | None = None,
+    target: str | None = None,
+    cache: Path | str | None = DEFAULT_CACHE,
 ) -> PreTrainedModel:
     """Compile a model's blocks for this CPU; zeros in the weights become speed.
 
@@ -83,8 +90,14 @@ def compile(
     one, and torch does the rest. `compiled.explain()` tells which, and prints per layer the pattern
     that was found, the kernel, bytes, and predicted and measured time.
 
+    With `bits`, the weights of the blocks are kept as codes of 8 or 4 bits, the nearest to what they
+    are, with a scale for every 64 or 32 inputs; zeros stay zeros. What they are multiplied with is
+    rounded to 8 bits as well, 64 features at a time; for single tokens the output head has 8 bits, too.
+    Where the model was quantised already, its own codes are used, whatever `bits` is.
+
     Args:
         model: a transformers model on the CPU.
+        bits: 8 or 4; None leaves weights as they are.
         target: `avx512`, `avx2` or `portable`, on ARM `neon`; what the CPU can do best by default.
         cache: folder that keeps the machine code, or None to keep none.
 
@@ -95,8 +108,9 @@ def compile(
         ImportError: llvmlite is not installed.
         ValueError: the model is not on the CPU, one of its parameters is not finite or of a type
             that torch cannot compute with, or it is not compiled as a whole and no layer of its
-            blocks has enough zeros; or its blocks do something else than what transformers makes
-            of its config: modules that were exchanged or changed, hooks, adapters.
+            blocks has enough zeros, or `bits` are asked for; or its blocks do something else than
+            what transformers makes of its config: modules that were exchanged or changed, hooks,
+            adapters.
     """
     check_kinds(compile, locals())
     chosen = named(target)
@@ -111,6 +125,11 @@ def compile(
     check_no_global_hooks()
     check_dropout(model)
     reason = why_not_compiled(model.config) or why_other_attention(model.config)
+    if reason is not None and bits is not None:
+        raise ValueError(
+            f"bits is {bits}, and {type(model).__name__} is not compiled as a whole: {reason}. Wanted "
+            "a model whose blocks are; leave `bits` out."
+        )
     if reason is not None:
         return _compile_layers(model, reason, chosen, folder)
     family = COMPILED[base_type(model.config.model_type)]
@@ -119,16 +138,27 @@ def compile(
     owner, name, modules = find_blocks(base, family)
     blocks = getattr(owner, name)
     check_parents(model, [blocks])
-    stack = pack_blocks(model.config, family, modules, family.stack, NOMINAL[chosen.name])
+    coding, rates = coding_of(model, bits), nominal(chosen)
+    stack = pack_blocks(model.config, family, modules, family.stack, rates, coding)
     rest = with_modules(model, {blocks: nn.ModuleList()})
     check_parameters(rest)
-    return assemble(rest, stack, chosen, folder)
+    return assemble(rest, stack, chosen, folder, coding.head)
 
 
 def assemble(
-    model: PreTrainedModel, stack: Stack, target: Target, cache: Path | None
+    model: PreTrainedModel,
+    stack: Stack,
+    target: Target,
+    cache: Path | None,
+    head_coding: Coding | None = None,
 ) -> PreTrainedModel:
-    """Put a packed stack into a model that has an empty list of blocks."""
+    """Put a packed stack into a model that has an empty list of blocks.
+
+    Args:
+        model, stack: which.
+        target, cache: as `compile`'s.
+        head_coding: how the output head becomes codes; None: not at all.
+    """
     set_attention_(model.config, ATTENTION)
     register_mask(ATTENTION, _as_given)
     family = COMPILED[base_type(model.config.model_type)]
@@ -155,8 +185,14 @@ def assemble(
         owner.config = copy.copy(owner.config)
         owner.config.num_hidden_layers = owner.config.num_hidden_groups = len(layers)
     head = model.get_output_embeddings()
-    if stack.causal and CompiledHead.suits(head) and why_not_plain(head) is None:
-        model.set_output_embeddings(CompiledHead(head, target, cache))
+    if stack.causal:
+        made: CompiledHead | None = None
+        if head_coding is not None:
+            made = CodedHead.of(head, target, cache, head_coding)
+        if made is None and CompiledHead.suits(head) and why_not_plain(head) is None:
+            made = CompiledHead(head, target, cache)
+        if made is not None:
+            model.set_output_embeddings(made)
     if family.last_norm is not None and head is not None and model.can_generate():
         model.__dict__["generate"] = types.MethodType(generate, model)
     return _finished(model, None, target, cache)
@@ -178,7 +214,7 @@ def _compile_layers(
             left = f" {layer.name} is left to torch: it is no plain Linear, or it has hooks."
         elif zeros >= MIN_SPARSITY:
             bias: Any = layer.module.bias
-            packed = pack_linear(layer.name, weight, bias, shelf=shelf, rates=NOMINAL[target.name])
+            packed = pack_linear(layer.name, weight, bias, shelf=shelf, rates=nominal(target))
             replaced[layer.module] = CompiledLinear(packed, target, cache, pool)
     if not replaced:
         raise ValueError(

@@ -141,9 +141,9 @@ def check_config(stack: Stack, config: Any) -> None:
     if len(stack.blocks) != len(order):
         raise ValueError(f"there are {len(stack.blocks)} blocks, the config has {len(order)}")
     places: dict[int, int] = {}
-    found = [places.setdefault(id(block), len(places)) for block in stack.blocks]
-    if found != order:
-        raise ValueError(f"the blocks run in the order {found}, the config's family in {order}")
+    turns = [places.setdefault(id(block), len(places)) for block in stack.blocks]
+    if turns != order:
+        raise ValueError(f"the blocks run in the order {turns}, the config's family in {order}")
     for name, value in numbers_of(config, family).items():
         if getattr(stack, name) != value:
             raise ValueError(f"the blocks have {name}={getattr(stack, name)}, the config {value}")
@@ -168,9 +168,9 @@ def _check_block(block: Block, index: int, config: Any, family: Blocks) -> None:
         if getattr(block, name) != value:
             raise ValueError(f"block {index} has {name}={getattr(block, name)}, the config {value}")
     mixture = block.mixture
-    found = (0, False) if mixture is None else (mixture.chosen, mixture.normalised)
-    if found != (wanted := routing_of(config, family)):
-        raise ValueError(f"block {index} routes by {found}, the config by {wanted}")
+    routing = (0, False) if mixture is None else (mixture.chosen, mixture.normalised)
+    if routing != (wanted := routing_of(config, family)):
+        raise ValueError(f"block {index} routes by {routing}, the config by {wanted}")
     epsilon = epsilon_of(config, family)
     for norm in (*block.norms, *(block.head_norms or ()), *(block.added_norms or ())):
         if norm is not None and norm.epsilon != epsilon:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_sparse.runtime.model.description import Blocks
-from hf_sparse.structure.parts import PARTS
+from hf_sparse.structure.parts import PARTS, attention, perceptron
 
 _LLAMA = vars(PARTS["llama"])
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
@@ -46,10 +46,12 @@ def _mixture(**described: Any) -> Blocks:
     """Llama's, with experts in place of the perceptron."""
     return _llama(
         router="mlp.gate",
-        gate="mlp.experts.gate_up_proj",
-        up="mlp.experts.gate_up_proj",
-        down="mlp.experts.down_proj",
-        act="mlp.experts.act_fn",
+        **perceptron(
+            "mlp.experts.gate_up_proj",
+            "mlp.experts.down_proj",
+            act="mlp.experts.act_fn",
+            gate="mlp.experts.gate_up_proj",
+        ),
         **described,
     )
 
@@ -80,12 +82,9 @@ DECODERS = {
     "qwen3": _llama(head_norms=_HEAD_NORMS, windows=True),
     "gpt_neox": Blocks(
         stack="layers",
-        qkv=("attention.query_key_value",),
+        **attention("attention", "query_key_value", out="dense"),
         interleaved=True,
-        out="attention.dense",
-        up="mlp.dense_h_to_4h",
-        down="mlp.dense_4h_to_h",
-        act="mlp.act",
+        **perceptron("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", act="mlp.act"),
         norms=("input_layernorm", "post_attention_layernorm"),
         parallel="use_parallel_residual",
         rotary=True,
@@ -94,11 +93,8 @@ DECODERS = {
     ),
     "phi": Blocks(
         stack="layers",
-        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        out="self_attn.dense",
-        up="mlp.fc1",
-        down="mlp.fc2",
-        act="mlp.activation_fn",
+        **attention("self_attn", "q_proj", "k_proj", "v_proj", out="dense"),
+        **perceptron("mlp.fc1", "mlp.fc2", act="mlp.activation_fn"),
         norms=("input_layernorm", None),
         parallel=True,
         rotary=True,
@@ -142,11 +138,8 @@ DECODERS = {
     ),
     "starcoder2": Blocks(
         stack="layers",
-        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        out="self_attn.o_proj",
-        up="mlp.c_fc",
-        down="mlp.c_proj",
-        act="mlp.act",
+        **attention("self_attn", "q_proj", "k_proj", "v_proj", out="o_proj"),
+        **perceptron("mlp.c_fc", "mlp.c_proj", act="mlp.act"),
         norms=("input_layernorm", "post_attention_layernorm"),
         rotary=True,
         windows=True,

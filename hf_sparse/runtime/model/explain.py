@@ -142,10 +142,12 @@ def explain_layers(
         raise ValueError(f"tokens is {tokens}; wanted at least 1.")
     threads = torch.get_num_threads()
     width, rates = target.widths[0], calibrate(target, cache)
-    found = []
-    for linear in linears:
+    layers_explained, every = [], list(linears)
+    for linear in every:
         # Tiles go to threads whole; time is that of the thread with the most.
-        code = kernels(target, cache, WEIGHT_TYPES[linear.dtype])
+        code = kernels(
+            target, cache, WEIGHT_TYPES[linear.dtype], any(one.codes is not None for one in every)
+        )
         tiles = math.ceil(tokens / width)
         rounds = math.ceil(tiles / threads)
         size = linear.rows * linear.columns
@@ -153,7 +155,7 @@ def explain_layers(
         for height in {packed.height for packed in linear.packed}:
             stored = sum(packed.stored for packed in linear.packed if packed.height == height)
             predicted += 2 * stored * width * rounds / rates.rate(height, stored / size) / 1e3
-        found.append(
+        layers_explained.append(
             LayerExplanation(
                 linear.name,
                 (linear.rows, linear.columns),
@@ -167,7 +169,7 @@ def explain_layers(
             )
         )
     left = tuple(name for name, module in model.named_modules() if type(module) is nn.Linear)
-    return Explanation(tuple(found), tokens, threads, target.name, reason, left)
+    return Explanation(tuple(layers_explained), tokens, threads, target.name, reason, left)
 
 
 def _measure(linear: Linear, code: Code, width: int) -> float:

@@ -168,9 +168,9 @@ def _check_activation(activation: Any, family: Blocks, config: Any) -> None:
     name = getattr(config, family.activation)
     x = torch.linspace(-6, 6, 49, dtype=torch.float32, device="cpu")
     with torch.no_grad():
-        found = activation(x).double()
+        result = activation(x).double()
     wanted = torch.from_numpy(activation_ref(ACTIVATION_NAMES[name], x.numpy()))
-    if not torch.allclose(found, wanted, atol=1e-5):
+    if not torch.allclose(result, wanted, atol=1e-5):
         raise ValueError(
             f"transformers' activation '{name}' is a {named(type(activation))} here, which computes "
             "something else: it was registered anew."

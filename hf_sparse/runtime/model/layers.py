@@ -228,9 +228,9 @@ class CompiledLayer(nn.Module):
         if not self.family.rotary:
             return []
         kinds = self.family.kinds(self._config)
-        found = [getattr(_ROTATIONS, "found", {}).get(kind) for kind in kinds[1:]]
+        rotations = [getattr(_ROTATIONS, "found", {}).get(kind) for kind in kinds[1:]]
         # This is the first block: it was given its own.
-        every = [given.get("position_embeddings"), *found]
+        every = [given.get("position_embeddings"), *rotations]
         return [rotation for rotation in every if rotation is not None]
 
 

@@ -23,7 +23,7 @@ from hf_sparse.runtime.weights.memory import aligned
 
 _REPEATS, _ROUNDS = 5, 200_000
 # Beginnings of the names of kernels that multiply by weights.
-_PRODUCTS = ("spmm", "dense", "sparse_rows", "shuffled")
+_PRODUCTS = ("spmm", "dense", "sparse_rows", "shuffled", "code_")
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _work(model: nn.Module, tokens: int, single: bool) -> tuple[float, float]:
             linears = [one for block in module.runner.stack.blocks for one in block.linears]
         if isinstance(module, CompiledHead) and single:
             operations += 2 * module.weight.numel() * tokens
-            nbytes += module.weight.nbytes
+            nbytes += module.read_bytes
     for linear in linears:
         kept = linear.rows * linear.columns - linear.zeros
         stored = kept if single else sum(packed.stored for packed in linear.packed)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.runtime.kernels.all import kernels
-from hf_sparse.runtime.kernels.call import Operation, Slot
+from hf_sparse.runtime.kernels.call import Argument, Operation, Slot
 from hf_sparse.runtime.kernels.single_token import COLUMNS, DENSE_ROWS, GROUP
 from hf_sparse.runtime.kernels.tiles import TRANSPOSE
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
@@ -63,11 +63,13 @@ class _Layer(nn.Module):
     in_features: int
     out_features: int
 
-    def _register(self, dtype: torch.dtype, target: Target, cache: Path | None) -> None:
+    def _register(
+        self, dtype: torch.dtype, target: Target, cache: Path | None, codes: bool = False
+    ) -> None:
         self._number = next(_NUMBERS)
         _LAYERS[self._number] = self  # type: ignore[assignment]
         self.target, self._cache = target, cache
-        self.code = kernels(target, cache, WEIGHT_TYPES[dtype])
+        self.code = kernels(target, cache, WEIGHT_TYPES[dtype], codes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Layer:
         """Nothing in it changes: copies of a model share it."""
@@ -155,24 +157,15 @@ class CompiledLinear(_Layer):
         columns, rows = self.in_features, self.out_features
         y = x + 4 * columns * self.target.widths[0]
         source, goal = Slot("x", 4 * columns * tile.start), Slot("y", 4 * rows * tile.start)
+
+        def transpose(kernel: str, x: Argument, y: Argument, features: int) -> Operation:
+            sizes = {"features": features, "tokens": tile.tokens, "stride": 4 * features}
+            return TRANSPOSE.operation(f"{kernel}{tile.vectors}", x=x, y=y, **sizes)
+
         return [
-            TRANSPOSE.operation(
-                f"to_tile{tile.vectors}",
-                x=source,
-                y=x,
-                features=columns,
-                tokens=tile.tokens,
-                stride=4 * columns,
-            ),
+            transpose("to_tile", source, x, columns),
             *self.packed.operations(x, y, tile.vectors),
-            TRANSPOSE.operation(
-                f"from_tile{tile.vectors}",
-                x=y,
-                y=goal,
-                features=rows,
-                tokens=tile.tokens,
-                stride=4 * rows,
-            ),
+            transpose("from_tile", y, goal, rows),
         ]
 
 
@@ -190,16 +183,19 @@ class CompiledHead(_Layer):
         cache: folder of the machine code, or None.
     """
 
+    # Whether kernels read codes in place of the weight.
+    CODES = False
+
     def __init__(self, linear: nn.Linear, target: Target, cache: Path | None) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._dtype = linear.weight.dtype
-        self._register(self._dtype, target, cache)
+        self._register(self._dtype, target, cache, self.CODES)
         self._programs: Pool[Program] = Pool(_HEAD_BYTES)
 
-    @staticmethod
-    def suits(linear: nn.Module | None) -> bool:
+    @classmethod
+    def suits(cls, linear: nn.Module | None) -> bool:
         """Whether a head is a Linear of whole vectors and groups of rows that kernels can read."""
         if type(linear) is not nn.Linear or linear.weight.dtype not in WEIGHT_TYPES:
             return False
@@ -208,6 +204,11 @@ class CompiledHead(_Layer):
             return False
         whole = not (linear.in_features % COLUMNS or linear.out_features % GROUP)
         return whole and linear.weight.is_contiguous()
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that kernels read for a token."""
+        return self.weight.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
         """`x (..., in_features)` to `(..., out_features)`."""
@@ -231,9 +232,13 @@ class CompiledHead(_Layer):
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = copy.deepcopy(self.weight, memo)
         linear.bias = copy.deepcopy(self.bias, memo)
-        twin = CompiledHead(linear, self.target, self._cache).train(self.training)
+        twin = self._with(linear).train(self.training)
         copy_forward_hooks_(self, twin)
         return twin
+
+    def _with(self, linear: nn.Linear) -> CompiledHead:
+        """Such a head with another weight and bias, of the same content."""
+        return CompiledHead(linear, self.target, self._cache)
 
     def multiply(self, x: Tensor) -> Tensor:
         """The operation itself."""

@@ -30,9 +30,13 @@ import torch
 from torch import Tensor
 
 from hf_sparse.arguments import check_finite
+from hf_sparse.runtime.kernels.code_formats import BLOCK
 from hf_sparse.runtime.kernels.single_token import COLUMNS, GROUP
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
 from hf_sparse.runtime.model.stack_shapes import check_stack, norm_sizes, require_floats
+from hf_sparse.runtime.weights.code_checks import check_codes
+from hf_sparse.runtime.weights.code_part import CodePart
+from hf_sparse.runtime.weights.codes import CodeWeight
 from hf_sparse.runtime.weights.damage import require
 from hf_sparse.runtime.weights.dense_weight import DenseWeight
 from hf_sparse.runtime.weights.linear import Linear
@@ -57,8 +61,8 @@ def check_restored(stack: Stack) -> None:
             single = linear.single is not None or not stack.causal
             require(single, place, "its weight for single tokens is missing")
         for norm, size in norm_sizes(stack, block):
-            found = {len(norm.weight), len(norm.bias)}
-            require(found == {size}, f"blocks.{number}.norms", f"{found} numbers, not {size}")
+            lengths = {len(norm.weight), len(norm.bias)}
+            require(lengths == {size}, f"blocks.{number}.norms", f"{lengths} numbers, not {size}")
     check_stack(stack)
     most = max(block.up.rows for block in stack.blocks)
     require(stack.intermediate == most, "stack", f"{stack.intermediate} neurons, and {most}")
@@ -77,7 +81,13 @@ def check_linear(linear: Linear, place: str) -> None:
     require(straight and len(edges) == len(linear.parts) + 1, place, f"its edges {edges}")
     for number, part in enumerate(linear.parts):
         for packed in part:
-            if isinstance(packed, DenseWeight):
+            if isinstance(packed, CodePart):
+                own = len(part) == 1 and packed.weight is linear.codes
+                require(own, place, "its codes are one of several weights")
+                begins = type(packed.first_column) is int and packed.first_column == edges[number]
+                fits = begins and not packed.first_column % BLOCK
+                require(fits and type(packed.columns) is int, place, "the columns of its codes")
+            elif isinstance(packed, DenseWeight):
                 require(len(part) == 1, place, "a dense weight is one of several")
                 require_matrix(packed.weight, linear.dtype, place)
                 require(DenseWeight.suits(packed.weight), place, f"{packed.rows} dense rows")
@@ -95,17 +105,23 @@ def check_linear(linear: Linear, place: str) -> None:
     require(zeros, place, f"{linear.zeros} zeros of {rows} x {columns}")
     whole = -(-rows // GROUP) * GROUP, -(-columns // COLUMNS) * COLUMNS
     if linear.bias is not None:
-        found = len(linear.bias)
-        require(found == whole[0], place, f"its bias has {found} numbers, not {whole[0]}")
+        length = len(linear.bias)
+        require(length == whole[0], place, f"its bias has {length} numbers, not {whole[0]}")
         require_floats(linear.bias, place, whole[0])
-    if isinstance(linear.single, Tensor):
+    if linear.codes is not None:
+        same = linear.codes.columns == columns and linear.single in (None, linear.codes)
+        require(same, place, "its codes have another shape, or single tokens have other ones")
+        check_codes(linear.codes)
+    elif isinstance(linear.single, Tensor):
         require_matrix(linear.single, linear.dtype, place)
         fits = tuple(linear.single.shape) == whole
         require(fits, place, f"its weight for single tokens is not {whole}")
     elif linear.single is not None:
         same = (linear.single.rows, linear.single.columns) == (rows, columns)
         require(same, place, "its weight for single tokens has another shape")
-        if isinstance(linear.single, ShuffledWeight):
+        if isinstance(linear.single, CodeWeight):
+            require(False, place, "only single tokens have codes")
+        elif isinstance(linear.single, ShuffledWeight):
             check_shuffled(linear.single, weight_type)
         else:
             check_decode(linear.single, weight_type)

@@ -113,13 +113,13 @@ def _check_linear(stack: Stack, linear: Linear, shape: tuple[int, int], place: s
 def norm_sizes(stack: Stack, block: Block) -> list[tuple[Norm, int]]:
     """A block's norms, and how many features each of them is for."""
     wide = [norm for norm in chain(block.norms, block.added_norms or ()) if norm is not None]
-    found = [(norm, stack.hidden) for norm in wide]
+    sized = [(norm, stack.hidden) for norm in wide]
     if block.head_norms is None:
-        return found
+        return sized
     sizes = (stack.head_dim, stack.head_dim)
     if len(block.head_norms[0].weight) != stack.head_dim:
         sizes = stack.rows_of(block)
-    return [*found, *zip(block.head_norms, sizes, strict=True)]
+    return [*sized, *zip(block.head_norms, sizes, strict=True)]
 
 
 def require_floats(tensor: Tensor, place: str, size: int) -> None:

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_sparse.runtime.kernels.code_formats import CodeFormat
 from hf_sparse.runtime.kernels.shuffled_rows import Window
 from hf_sparse.runtime.kernels.spmm import INDEX_BYTES, SIDE_BY_SIDE, UNROLL
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
 from hf_sparse.runtime.model.stack_checks import check_restored
+from hf_sparse.runtime.weights.code_part import CodePart
+from hf_sparse.runtime.weights.codes import CodeWeight
 from hf_sparse.runtime.weights.damage import require
 from hf_sparse.runtime.weights.dense_weight import DenseWeight
-from hf_sparse.runtime.weights.linear import Linear
+from hf_sparse.runtime.weights.linear import Linear, TileWeight
 from hf_sparse.runtime.weights.panels import CHUNK_ROWS, PANEL_COLUMNS, PackedWeight
 from hf_sparse.runtime.weights.rows import DECODE_ROWS, DecodeWeight
 from hf_sparse.runtime.weights.shuffled import ShuffledWeight
@@ -27,10 +30,11 @@ from hf_sparse.runtime.weights.single_rows import SingleWeight
 from hf_sparse.runtime.weights.stack import Block, Expert, Mixture, Norm, Stack
 
 # Files of another layout are not read: compiling again is quick.
-LAYOUT = [5, CHUNK_ROWS, PANEL_COLUMNS, DECODE_ROWS]
+LAYOUT = [6, CHUNK_ROWS, PANEL_COLUMNS, DECODE_ROWS]
 LAYOUT += [each[height] for each in (UNROLL, SIDE_BY_SIDE, INDEX_BYTES) for height in sorted(each)]
 
 _NUMBERS = ("rows", "columns", "height", "nonzeros")
+_CODE_STREAMS = ("codes", "code_places", "code_scales", "code_starts")
 _STREAMS = ("panels", "groups", "values", "indices", "order", "chunks", "chunk_rows")
 
 
@@ -105,11 +109,18 @@ def _block_state(block: Block, prefix: str, tensors: dict[str, Tensor]) -> dict[
             if isinstance(packed, DenseWeight):
                 tensors[f"{place}.dense"] = packed.weight
                 continue
+            if isinstance(packed, CodePart):
+                continue
             for stream in _STREAMS:
                 tensors[f"{place}.{number}.{stream}"] = torch.from_numpy(getattr(packed, stream))
         if linear.bias is not None:
             tensors[f"{place}.bias"] = linear.bias
-        if isinstance(linear.single, DecodeWeight):
+        if linear.codes is not None:
+            described["linears"][name]["format"] = list(dataclasses.astuple(linear.codes.form))
+            described["linears"][name]["rows"] = linear.codes.rows
+            for stream, array in zip(_CODE_STREAMS, linear.codes.streams, strict=True):
+                tensors[f"{place}.{stream}"] = torch.from_numpy(array)
+        elif isinstance(linear.single, DecodeWeight):
             tensors[f"{place}.words"] = torch.from_numpy(linear.single.words)
             tensors[f"{place}.single_values"] = torch.from_numpy(linear.single.values)
             tensors[f"{place}.starts"] = torch.from_numpy(linear.single.starts)
@@ -118,7 +129,7 @@ def _block_state(block: Block, prefix: str, tensors: dict[str, Tensor]) -> dict[
             tensors[f"{place}.single_values"] = torch.from_numpy(linear.single.values)
             window = linear.single.window
             described["linears"][name]["window"] = [window.columns, window.kept]
-        elif linear.single is not None and not linear.shares:
+        elif isinstance(linear.single, Tensor) and not linear.shares:
             tensors[f"{place}.single"] = linear.single
         described["linears"][name]["shared"] = linear.shares
     if block.mixture is not None:
@@ -143,8 +154,8 @@ def _block_state(block: Block, prefix: str, tensors: dict[str, Tensor]) -> dict[
     return described
 
 
-def _numbers(packed: PackedWeight | DenseWeight) -> dict[str, int]:
-    if isinstance(packed, DenseWeight):
+def _numbers(packed: TileWeight) -> dict[str, int]:
+    if isinstance(packed, DenseWeight | CodePart):
         return {"first_column": packed.first_column, "columns": packed.columns}
     return {name: getattr(packed, name) for name in _NUMBERS}
 
@@ -196,9 +207,9 @@ def _restore_mixture(described: Mapping[str, Any], linears: dict[str, Linear]) -
 
 def _pair(norms: tuple[Norm | None, ...], place: str) -> tuple[Norm, Norm] | None:
     """Two norms, or none of them."""
-    found = [norm for norm in norms if norm is not None]
-    require(len(found) == len(norms) and len(norms) in (0, 2), place, "a norm is missing")
-    return (found[0], found[1]) if found else None
+    present = [norm for norm in norms if norm is not None]
+    require(len(present) == len(norms) and len(norms) in (0, 2), place, "a norm is missing")
+    return (present[0], present[1]) if present else None
 
 
 def _restore_linear(
@@ -207,8 +218,12 @@ def _restore_linear(
     by_name = {str(dtype): weight_type for dtype, weight_type in WEIGHT_TYPES.items()}
     weight_type = by_name[described["dtype"]]
     dense, streams = tensors.get(f"{place}.dense"), itertools.count()
+    edges = tuple(described["edges"])
+    codes = _restore_codes(described, edges, place, tensors) if "format" in described else None
 
-    def part(numbers: Mapping[str, Any]) -> PackedWeight | DenseWeight:
+    def part(numbers: Mapping[str, Any]) -> TileWeight:
+        if codes is not None:
+            return CodePart(codes, **numbers)
         if dense is not None:
             return DenseWeight(dense, **numbers)
         prefix = f"{place}.{next(streams)}"
@@ -216,10 +231,9 @@ def _restore_linear(
         return PackedWeight(**numbers, **found)
 
     parts = tuple(tuple(part(numbers) for numbers in summands) for summands in described["parts"])
-    edges = tuple(described["edges"])
     single: SingleWeight | None = tensors.get(f"{place}.single")
     if described["shared"]:
-        single = dense
+        single = dense if codes is None else codes
     if f"{place}.words" in tensors:
         names = ("words", "single_values", "starts")
         words, values, starts = (tensors[f"{place}.{name}"].numpy() for name in names)
@@ -240,3 +254,13 @@ def _restore_linear(
         weight_type.dtype,
         single,
     )
+
+
+def _restore_codes(
+    described: Mapping[str, Any], edges: tuple[int, ...], place: str, tensors: Mapping[str, Tensor]
+) -> CodeWeight:
+    numbers, rows = described["format"], described["rows"]
+    fits = isinstance(numbers, list) and len(numbers) == 4 and type(rows) is int
+    require(fits, place, f"its format is {numbers!r}, with {rows!r} rows")
+    streams = (tensors[f"{place}.{stream}"].numpy() for stream in _CODE_STREAMS)
+    return CodeWeight(rows, edges[-1], CodeFormat(*numbers), *streams)

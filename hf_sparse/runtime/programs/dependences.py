@@ -54,12 +54,12 @@ def sections(steps: Iterable[Item], uses: Callable[[Item], Iterable[Use]]) -> li
 def needed_behind(steps: Sequence[Uses]) -> list[frozenset[str]]:
     """For each step, the names of the buffers whose content is read behind it."""
     needed: frozenset[str] = frozenset()
-    found = []
+    parts = []
     for step in reversed(steps):
-        found.append(needed)
+        parts.append(needed)
         needed = needed - {buffer.name for buffer in step.writes}
         needed |= {buffer.name for buffer in step.reads}
-    return found[::-1]
+    return parts[::-1]
 
 
 def apart(steps: Sequence[Uses]) -> set[tuple[str, str]]:

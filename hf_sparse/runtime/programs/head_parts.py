@@ -1,10 +1,11 @@
-"""Which heads a thread has, where a vector holds the queries, keys and values of all."""
+"""Which heads a thread has, where a vector holds the queries, keys and values of all; rotated heads."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hf_sparse.runtime.programs.step import Heads
+from hf_sparse.runtime.programs.step import Buffer, Heads
 
 
 @dataclass(frozen=True)
@@ -37,3 +38,15 @@ class HeadPart:
     def turned(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Where queries and keys are, and how many heads of each."""
         return (self.queries_at, self.queries), (self.keys_at, self.keys)
+
+
+def rotated_at_once(heads: int, dim: int, cos: Buffer) -> Iterator[tuple[int, int]]:
+    """A kernel turns whole heads, so it takes all of them, or the first features of each by itself.
+
+    Yields:
+        The first head of each call, and how many it turns.
+    """
+    if cos.features == dim:
+        yield 0, heads
+    else:
+        yield from ((head, 1) for head in range(heads))

@@ -17,6 +17,8 @@ from hf_sparse.runtime.programs import mixture_tiles
 from hf_sparse.runtime.programs.attending import Attending
 from hf_sparse.runtime.programs.block import all_angles, residual, steps
 from hf_sparse.runtime.programs.dependences import ALL, Use, sections
+from hf_sparse.runtime.programs.eight_bits import in_eight_bits, quantised, with_rooms
+from hf_sparse.runtime.programs.head_parts import rotated_at_once
 from hf_sparse.runtime.programs.key_tables import cache_tables, table_addresses, tile_tables
 from hf_sparse.runtime.programs.nested import Nested
 from hf_sparse.runtime.programs.program import Program
@@ -36,7 +38,6 @@ from hf_sparse.runtime.programs.step import (
     Step,
     Uses,
     WidthNorms,
-    rotated_at_once,
 )
 from hf_sparse.runtime.programs.tile_buffers import TURNS, TileBuffers
 from hf_sparse.runtime.programs.tiling import Tile, cut, share
@@ -95,8 +96,8 @@ class TileProgram:
         lists = share(whole, shape.threads)
         numbered = list(_numbered(stack, shape))
         keys = {step.x.name for _, step in numbered if isinstance(step, Attend)}
-        found = sections(numbered, lambda item: _uses(*item, keys, shape.cached))
-        plain = [[step for _, step in section] for section in found]
+        between_waits = sections(numbered, lambda item: _uses(*item, keys, shape.cached))
+        plain = [[step for _, step in section] for section in between_waits]
         self._buffers = TileBuffers(plain, lists, widths[0], keys)
         self.masks = aligned(shape.batch, shape.capacity)
         self.masked = False
@@ -115,7 +116,7 @@ class TileProgram:
                 ]
                 for part in lists
             ]
-            for section in found
+            for section in between_waits
         ]
         memory = [stack, self._buffers.memory, self.masks, self.tables, self.biases]
         memory.append(self._nested.memory)
@@ -151,8 +152,9 @@ class TileProgram:
                 x, y = at[step.x.name], at[step.y.name]
                 return [step.norm.operation(name, x, y, step.x.features)]
             case Multiply():
-                x, y = at[step.x.name], at[step.y.name]
-                return step.linear.operations(x, y, tile.vectors, add=step.add)
+                x, y = in_eight_bits(step, at), at[step.y.name]
+                product = step.linear.operations(x, y, tile.vectors, add=step.add)
+                return [*quantised(step, tile, at), *product]
             case Add():
                 x, y, vectors = at[step.x.name], at[step.y.name], step.x.features * tile.vectors
                 return [addition.SIGNATURE.operation("add", x=x, y=y, vectors=vectors)]
@@ -249,7 +251,7 @@ def _numbered(stack: Stack, shape: Shape) -> Iterator[Numbered]:
     for angle in all_angles(stack):
         yield 0, Load(angle.name, angle)
     for index, block in enumerate(stack.blocks):
-        for step in steps(stack, block):
+        for step in map(with_rooms, steps(stack, block)):
             for one in _without_overlap(step):
                 yield index, one
         if shape.states or index == len(stack.blocks) - 1:
@@ -259,7 +261,10 @@ def _numbered(stack: Stack, shape: Shape) -> Iterator[Numbered]:
 def _without_overlap(step: Step) -> list[TileStep]:
     """A feed-forward that reads one buffer and adds to another: `down` adds to its goal while
     `opening` still reads, for later chunks, what was there."""
-    if not isinstance(step, FeedForward) or step.down.y not in [one.x for one in step.opening]:
+    if not isinstance(step, FeedForward):
+        return [step]
+    # What is in eight bits was read before `down` begins.
+    if step.down.y not in [one.x for one in step.opening if one.room is None]:
         return [step]
     source = Buffer("source", step.down.y.features)
     opening = tuple(replace(layer, x=source) for layer in step.opening)
@@ -316,14 +321,15 @@ def _feed_forward(step: FeedForward, tile: Tile, at: Places) -> list[Operation]:
     """A chunk of the intermediate features at a time, while it is in cache."""
     activate, down = step.activate, step.down
     x, other = at[activate.x.name], at[activate.other.name]
-    found: list[Operation] = []
+    found = quantised(step.opening[0], tile, at)
     for chunk, (start, stop) in enumerate(step.opening[0].linear.chunk_rows):
         back = 4 * tile.width * start  # kernels count rows from the first one
         for layer in step.opening:
-            source, goal = at[layer.x.name], at[layer.y.name] - back
+            source, goal = in_eight_bits(layer, at), at[layer.y.name] - back
             found += layer.linear.operations(source, goal, tile.vectors, chunk=chunk)
         count = -(-(stop - start) * tile.vectors // activation.UNROLL) * activation.UNROLL
         found.append(activation.SIGNATURE.operation(activate.kernel, x=x, y=other, vectors=count))
-        source, goal = at[down.x.name], at[down.y.name]
+        found += quantised(down, tile, at, stop - start)
+        source, goal = in_eight_bits(down, at), at[down.y.name]
         found += down.linear.operations(source, goal, tile.vectors, add=down.add, part=chunk)
     return found

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from hf_sparse.runtime.kernels import activation
 from hf_sparse.runtime.kernels.call import Operation
+from hf_sparse.runtime.kernels.code_formats import BLOCK
+from hf_sparse.runtime.kernels.code_rows import QUANTISE_ROW
 from hf_sparse.runtime.kernels.experts import ROUTE, WEIGH, WHEN
 from hf_sparse.runtime.programs.nested import Nested
 from hf_sparse.runtime.programs.step import CloseExperts, OpenExperts, Route
@@ -88,17 +90,24 @@ def close_experts(
     step: CloseExperts,
     part: tuple[int, int],
     nested: Nested,
-    places: Sequence[tuple[int, int, int]],
+    places: Sequence[tuple[int, int, int, int]],
 ) -> list[Operation]:
-    """A thread's rows of the experts' last layers; `places` are those of counts, gates and goal."""
+    """A thread's rows of the experts' last layers; `places` of counts, gates, goal, and of the room
+    for features in eight bits."""
     thread, threads = part
     first, last = share_rows(step.goal.features, threads)[thread]
     if first >= last:
         return []
     found: list[Operation] = []
     for number, expert in enumerate(step.experts):
-        for counts, gates, goal in places:
-            own = gates + 4 * step.width * number
-            down = expert.down.linear.row_operation(own, goal, first, last, add=True)
-            found.append(_if_chosen(nested, counts + 8 * number, [down]))
+        for counts, gates, goal, room in places:
+            own, operations = gates + 4 * step.width * number, []
+            if step.room is not None:
+                blocks = -(-expert.down.linear.columns // BLOCK)
+                operations.append(
+                    QUANTISE_ROW.operation("quantise_row", x=own, records=room, blocks=blocks)
+                )
+                own = room
+            operations.append(expert.down.linear.row_operation(own, goal, first, last, add=True))
+            found.append(_if_chosen(nested, counts + 8 * number, operations))
     return found

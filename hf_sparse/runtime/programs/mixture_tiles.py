@@ -52,26 +52,21 @@ def run_experts(
         vectors = 1
         while vectors <= tile.vectors:
             narrow = replace(tile, width=vectors * tile.lanes)
-            moves = {"weights": weights, "features": step.goal.features, "tokens": tile.tokens}
-            wide_rows, narrow_rows = 4 * tile.width, 4 * narrow.width
-            gather = MOVE.operation(
-                "gather",
-                x=at[step.source.name],
-                y=at[step.packed.name],
-                x_row_bytes=wide_rows,
-                y_row_bytes=narrow_rows,
-                **moves,
+            move = partial(
+                MOVE.operation, weights=weights, features=step.goal.features, tokens=tile.tokens
             )
-            scatter = MOVE.operation(
-                "scatter",
-                x=at[step.result.name],
-                y=at[step.goal.name],
-                x_row_bytes=narrow_rows,
-                y_row_bytes=wide_rows,
-                **moves,
+            wide_rows, narrow_rows = 4 * tile.width, 4 * narrow.width
+            source, packed = at[step.source.name], at[step.packed.name]
+            result, goal = at[step.result.name], at[step.goal.name]
+            gather = move(
+                "gather", x=source, y=packed, x_row_bytes=wide_rows, y_row_bytes=narrow_rows
+            )
+            scatter = move(
+                "scatter", x=result, y=goal, x_row_bytes=narrow_rows, y_row_bytes=wide_rows
             )
             # All tiles of a thread compute in the same buffers, and share these operations.
-            buffers = tuple(at[buffer.name] for buffer in (*step.inner, step.packed, step.result))
+            own = (*step.inner, *expert.rooms, step.packed, step.result)
+            buffers = tuple(at[buffer.name] for buffer in own)
             middle = nested.shared(
                 (id(expert), vectors, *buffers),
                 partial(feed_forward, expert, narrow, at),

@@ -7,20 +7,30 @@ has a group of heads rotates, stores and attends for them alone.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 from hf_sparse.runtime.kernels import activation, addition, scored_attention, single_token, tiles
-from hf_sparse.runtime.kernels.call import Operation, Slot
+from hf_sparse.runtime.kernels.call import Argument, Operation, Slot
+from hf_sparse.runtime.kernels.code_formats import BLOCK
+from hf_sparse.runtime.kernels.code_rows import QUANTISE_ROW
 from hf_sparse.runtime.llvm.jit import Code
 from hf_sparse.runtime.programs import mixture_rows
-from hf_sparse.runtime.programs.block import all_angles, residual, steps
-from hf_sparse.runtime.programs.dependences import ALL, Use, sections
-from hf_sparse.runtime.programs.head_parts import HeadPart
+from hf_sparse.runtime.programs.block import all_angles, residual
+from hf_sparse.runtime.programs.dependences import sections
+from hf_sparse.runtime.programs.head_parts import HeadPart, rotated_at_once
 from hf_sparse.runtime.programs.key_tables import cache_tables, table_addresses
 from hf_sparse.runtime.programs.nested import Nested
 from hf_sparse.runtime.programs.program import Program
 from hf_sparse.runtime.programs.row_buffers import RowBuffers
+from hf_sparse.runtime.programs.row_steps import (
+    Mixing,
+    Numbered,
+    RowStep,
+    numbered_steps,
+    own_buffers,
+    uses,
+)
 from hf_sparse.runtime.programs.shape import Shape
 from hf_sparse.runtime.programs.step import (
     Activate,
@@ -29,36 +39,19 @@ from hf_sparse.runtime.programs.step import (
     Attend,
     Buffer,
     CloseExperts,
-    Experts,
-    FeedForward,
     HeadNorms,
     HeadStep,
     Multiply,
     Normalise,
     OpenExperts,
+    Quantise,
     Rotate,
     Route,
     WidthNorms,
-    rotated_at_once,
 )
 from hf_sparse.runtime.weights.memory import aligned
 from hf_sparse.runtime.weights.rows import DECODE_ROWS, share_rows
 from hf_sparse.runtime.weights.stack import Stack
-
-Mixing = Route | OpenExperts | CloseExperts
-RowStep = Normalise | Multiply | Add | WidthNorms | HeadStep | Activate | Mixing
-# A step, and the number of its block.
-Numbered = tuple[int, RowStep]
-
-
-def fits(stack: Stack) -> bool:
-    """Whether a stack's single tokens can be computed by rows: else they go as narrow tiles."""
-    every = [step for _, step in _numbered(stack)]
-    own = _own(every)
-    others = [step for step in every if not isinstance(step, Normalise | Route)]
-    alone = all(own.isdisjoint(step.writes) for step in others)
-    attending = [step for step in every if isinstance(step, Attend)]
-    return alone and all(step.causal and not step.biased for step in attending)
 
 
 class RowProgram:
@@ -71,9 +64,9 @@ class RowProgram:
 
     def __init__(self, stack: Stack, code: Code, lanes: int, width: int, shape: Shape) -> None:
         self.shape, self._lanes, self._width = shape, lanes, width
-        numbered = list(_numbered(stack))
+        numbered = list(numbered_steps(stack))
         every = [step for _, step in numbered]
-        own = _own(every)
+        own = own_buffers(every)
         used = dict.fromkeys(buffer for step in every for buffer in (*step.reads, *step.writes))
         given = all_angles(stack)
         buffers = [buffer for buffer in used if buffer not in given]
@@ -89,7 +82,7 @@ class RowProgram:
         self._table_at = table_addresses(self.tables)
         phases = [
             [self._lower(section, thread) for thread in range(shape.threads)]
-            for section in sections(numbered, lambda item: _uses(item[1], own))
+            for section in sections(numbered, lambda item: uses(item[1], own))
         ]
         memory = [stack, self._buffers.memory, self.masks, self._scores, self.tables]
         memory.append(self._nested.memory)
@@ -121,6 +114,8 @@ class RowProgram:
                 return [step.norm.operation(name, x, y, features) for x, y in places]
             case Multiply():
                 return self._multiply(step, thread)
+            case Quantise():
+                return self._quantise(step, thread)
             case Activate():
                 return self._activate(step, thread)
             case Add():
@@ -140,8 +135,7 @@ class RowProgram:
             case Append():
                 return self._append(step, part, self._table_at[index][b])
             case Attend():
-                attend = self._attend if step.plain else self._attend_capped
-                return attend(step, part, index, thread, b)
+                return self._attend(step, part, index, thread, b)
 
     def _at(self, buffer: Buffer, thread: int) -> list[int]:
         return self._buffers.of(buffer, thread)
@@ -158,6 +152,15 @@ class RowProgram:
             linear.row_operation(x[b], y[b], start, min(start + unit, last), add=step.add)
             for start in range(first, last, unit)
             for b in range(batch)
+        ]
+
+    def _quantise(self, step: Quantise, thread: int) -> list[Operation]:
+        """Every thread makes records of all features for itself: that is quicker than a wait."""
+        blocks = -(-step.x.features // BLOCK)
+        places = zip(self._at(step.x, thread), self._at(step.y, thread), strict=True)
+        return [
+            QUANTISE_ROW.operation("quantise_row", x=x, records=records, blocks=blocks)
+            for x, records in places
         ]
 
     def _activate(self, step: Activate, thread: int) -> list[Operation]:
@@ -197,20 +200,22 @@ class RowProgram:
                 opened = list(zip(*each, strict=True))
                 return mixture_rows.open_experts(step, part, self._lanes, self._nested, opened)
             case CloseExperts():
-                used = (step.route.counts, step.gates, step.goal)
+                used = (step.route.counts, step.gates, step.goal, step.room or step.gates)
                 closed = list(zip(*(self._at(buffer, thread) for buffer in used), strict=True))
                 return mixture_rows.close_experts(step, part, self._nested, closed)
 
     def _norm_widths(self, step: WidthNorms, thread: int) -> list[Operation]:
         """The first thread norms the queries, the last one the keys."""
-        heads, found = step.heads, []
+        heads, operations = step.heads, []
         for place in self._at(step.x, thread):
             keys = place + 4 * heads.query_rows
             if thread == 0:
-                found.append(step.queries.operation("rms_norm_row", place, place, heads.query_rows))
+                operations.append(
+                    step.queries.operation("rms_norm_row", place, place, heads.query_rows)
+                )
             if thread == self.shape.threads - 1:
-                found.append(step.keys.operation("rms_norm_row", keys, keys, heads.key_rows))
-        return found
+                operations.append(step.keys.operation("rms_norm_row", keys, keys, heads.key_rows))
+        return operations
 
     def _append(self, step: Append, part: HeadPart, table: int) -> list[Operation]:
         dim, key_rows = step.heads.dim, step.heads.key_rows
@@ -232,54 +237,45 @@ class RowProgram:
     def _attend(
         self, step: Attend, part: HeadPart, index: int, thread: int, b: int
     ) -> list[Operation]:
-        heads = step.heads
-        first = part.first * heads.dim
-        operation = single_token.ATTENTION.operation(
-            "attention_row",
-            q=part.queries_at,
-            out=self._at(step.y, thread)[b] + 4 * first * heads.group,
-            heads=part.keys * heads.group,
-            head_dim=heads.dim,
-            k_first=first,
-            v_first=heads.key_rows + first,
-            group=heads.group,
-            table=self._table_at[index][b],
-            width=self._width,
-            mask=self.masks[b].data_ptr(),
-            key_count=Slot("past", 1),
-            window=step.window,
-            scores=self._scores[thread].data_ptr(),
-            scale=step.scale,
-        )
-        return [operation]
+        """All heads of a part at once; with a cap, one after the other."""
+        heads, out = step.heads, self._at(step.y, thread)[b]
+        shared: dict[str, Argument] = {
+            "head_dim": heads.dim,
+            "table": self._table_at[index][b],
+            "width": self._width,
+            "mask": self.masks[b].data_ptr(),
+            "key_count": Slot("past", 1),
+            "window": step.window,
+            "scores": self._scores[thread].data_ptr(),
+            "scale": step.scale,
+        }
 
-    def _attend_capped(
-        self, step: Attend, part: HeadPart, index: int, thread: int, b: int
-    ) -> list[Operation]:
-        heads = step.heads
-        out = self._at(step.y, thread)[b]
-        found = []
-        for query in range(part.queries):
-            number = part.first * heads.group + query
-            k_first = number // heads.group * heads.dim
-            operation = scored_attention.ROW.operation(
+        def rows(keys: int) -> dict[str, Argument]:
+            return {"k_first": keys * heads.dim, "v_first": heads.key_rows + keys * heads.dim}
+
+        if step.plain:
+            operation = single_token.ATTENTION.operation(
+                "attention_row",
+                q=part.queries_at,
+                out=out + 4 * part.first * heads.dim * heads.group,
+                heads=part.keys * heads.group,
+                group=heads.group,
+                **rows(part.first),
+                **shared,
+            )
+            return [operation]
+        first = part.first * heads.group
+        return [
+            scored_attention.ROW.operation(
                 "capped_row",
                 q=part.queries_at + 4 * query * heads.dim,
-                out=out + 4 * number * heads.dim,
-                head_dim=heads.dim,
-                k_first=k_first,
-                v_first=heads.key_rows + k_first,
-                table=self._table_at[index][b],
-                width=self._width,
-                mask=self.masks[b].data_ptr(),
-                key_count=Slot("past", 1),
-                window=step.window,
-                scores=self._scores[thread].data_ptr(),
-                scale=step.scale,
+                out=out + 4 * (first + query) * heads.dim,
                 cap=step.softcap,
+                **rows((first + query) // heads.group),
+                **shared,
             )
-            found.append(operation)
-        return found
+            for query in range(part.queries)
+        ]
 
 
 def _norm_heads(step: HeadNorms, part: HeadPart) -> list[Operation]:
@@ -299,48 +295,3 @@ def _rotate(step: Rotate, part: HeadPart, b: int) -> list[Operation]:
         for at, count in part.turned
         for head, some in rotated_at_once(count, dim, step.cos)
     ]
-
-
-def _numbered(stack: Stack) -> Iterator[Numbered]:
-    """All steps with their blocks' numbers."""
-    for index, block in enumerate(stack.blocks):
-        for step in steps(stack, block):
-            for one in step.parts if isinstance(step, FeedForward | Experts) else (step,):
-                yield index, one
-
-
-def _own(every: Sequence[RowStep]) -> set[Buffer]:
-    """The buffers that each thread has for itself: every thread norms all features."""
-    normed = {step.y for step in every if isinstance(step, Normalise)}
-    return normed.union(*(step.writes for step in every if isinstance(step, Route)))
-
-
-def _uses(step: RowStep, own: set[Buffer]) -> Iterator[Use]:
-    """A norm reads all features, and so does a weight; else a thread uses its rows, or its heads."""
-    part: Hashable
-    match step:
-        case Multiply():
-            part = step.linear.rows
-        case Activate() | Add():
-            part = step.x.features
-        case Normalise():
-            part = ALL
-        case Route():
-            part = ALL
-        case OpenExperts():
-            part = "rows of each expert"
-        case CloseExperts():
-            part = step.goal.features
-        case WidthNorms():
-            part = "the first and the last thread"
-        case _:
-            part = step.heads
-    whole: tuple[Buffer, ...] = ()
-    if isinstance(step, Multiply | CloseExperts):
-        whole = (step.x,) if isinstance(step, Multiply) else (step.gates,)
-    for buffer in step.reads:
-        if buffer not in own:
-            yield Use(buffer, ALL if buffer in whole else part, False)
-    for buffer in step.writes:
-        if buffer not in own:
-            yield Use(buffer, part, True)

@@ -13,12 +13,12 @@ from torch import Tensor
 from hf_sparse.runtime.kernels.all import kernels
 from hf_sparse.runtime.kernels.attention import UNSEEN
 from hf_sparse.runtime.llvm.target import Target
-from hf_sparse.runtime.programs import one_token
 from hf_sparse.runtime.programs.block import all_angles
 from hf_sparse.runtime.programs.cache import TileLayer, tile_layers
 from hf_sparse.runtime.programs.many_tokens import TileProgram
 from hf_sparse.runtime.programs.one_token import RowProgram
 from hf_sparse.runtime.programs.pool import KEPT_BYTES, Pool
+from hf_sparse.runtime.programs.row_steps import fits
 from hf_sparse.runtime.programs.shape import Shape
 from hf_sparse.runtime.weights.stack import Stack
 from hf_sparse.upstream.transformers.caches import Cache
@@ -34,7 +34,7 @@ class Runner:
 
     def __init__(self, stack: Stack, target: Target, cache: Path | None) -> None:
         self.stack, self.target = stack, target
-        self.code = kernels(target, cache, stack.weight_type)
+        self.code = kernels(target, cache, stack.weight_type, stack.has_codes)
         self._key_rows = [2 * stack.rows_of(block)[1] for block in stack.blocks]
         # What the first block computed, for the others: of each calling thread.
         self.results = threading.local()
@@ -117,9 +117,9 @@ class Runner:
                 f"position_embeddings have {sorted(widths)} features; wanted {self.stack.rotary_dim}."
             )
         wanted = (self.stack.heads, 2 * tokens - 1) if self.stack.biased else None
-        found = None if bias is None else tuple(bias.shape)
-        if found != wanted:
-            raise ValueError(f"the bias by distance has the shape {found}; wanted {wanted}.")
+        shape = None if bias is None else tuple(bias.shape)
+        if shape != wanted:
+            raise ValueError(f"the bias by distance has the shape {shape}; wanted {wanted}.")
 
     def _run(
         self,
@@ -158,7 +158,7 @@ class Runner:
     def _make(self, shape: Shape) -> TileProgram | RowProgram:
         single = shape.tokens == 1 and shape.cached and not shape.states
         widths = self.target.widths
-        if single and one_token.fits(self.stack):
+        if single and fits(self.stack):
             return RowProgram(self.stack, self.code, self.target.lanes, widths[0], shape)
         return TileProgram(self.stack, self.code, widths, shape)
 

@@ -5,7 +5,6 @@ Each tells what it reads and what it changes; how it becomes operations, the pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -78,16 +77,33 @@ class Normalise(Uses):
 
 @dataclass(frozen=True, eq=False)
 class Multiply(Uses):
-    """`y = W x + bias`; with `add`, `y += W x + bias`."""
+    """`y = W x + bias`; with `add`, `y += W x + bias`.
+
+    Attributes:
+        room: where a program for many tokens puts `x` in eight bits, for weights of few bits.
+    """
 
     linear: Linear
     x: Buffer
     y: Buffer
     add: bool = False
+    room: Buffer | None = None
 
     @property
     def reads(self) -> tuple[Buffer, ...]:
         return (self.x, self.y) if self.add else (self.x,)
+
+    @property
+    def writes(self) -> tuple[Buffer, ...]:
+        return (self.y,) if self.room is None else (self.y, self.room)
+
+
+@dataclass(frozen=True, eq=False)
+class Quantise(Uses):
+    """`y = x` in eight bits, for weights of few bits; one token's alone."""
+
+    x: Buffer
+    y: Buffer
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +116,8 @@ class Add(Uses):
 
 
 @dataclass(frozen=True, eq=False)
-class WidthNorms(Uses):
-    """Norm all queries in `x` together, and all keys, in place."""
+class QueryKeyNorms(Uses):
+    """Norm queries and keys in `x`, in place."""
 
     heads: Heads
     x: Buffer
@@ -110,15 +126,12 @@ class WidthNorms(Uses):
     WRITES = ("x",)
 
 
-@dataclass(frozen=True, eq=False)
-class HeadNorms(Uses):
-    """Norm each head of the queries in `x`, and each of the keys, in place."""
+class WidthNorms(QueryKeyNorms):
+    """All queries of a token together, and all keys."""
 
-    heads: Heads
-    x: Buffer
-    queries: Norm
-    keys: Norm
-    WRITES = ("x",)
+
+class HeadNorms(QueryKeyNorms):
+    """Each head of the queries, and each of the keys."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,8 +228,13 @@ class FeedForward(Uses):
         return tuple(buffer for buffer in outer if buffer not in self.inner)
 
     @property
+    def rooms(self) -> tuple[Buffer, ...]:
+        """Where features are put in eight bits."""
+        return tuple(layer.room for layer in (*self.opening, self.down) if layer.room is not None)
+
+    @property
     def writes(self) -> tuple[Buffer, ...]:
-        return (*self.inner, self.down.y)
+        return (*self.inner, *self.rooms, self.down.y)
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +281,7 @@ class Experts(Uses):
 
     @property
     def writes(self) -> tuple[Buffer, ...]:
-        return (self.packed, self.result, *self.inner, self.goal)
+        return (self.packed, self.result, *self.inner, *self.experts[0].rooms, self.goal)
 
     @property
     def parts(self) -> tuple[OpenExperts, CloseExperts]:
@@ -301,13 +319,14 @@ class OpenExperts(Uses):
 
 @dataclass(frozen=True, eq=False)
 class CloseExperts(Uses):
-    """`goal +=` what `down` of the experts makes of their features."""
+    """`goal +=` what `down` of the experts makes of their features; these in eight bits in `room`."""
 
     route: Route
     goal: Buffer
     experts: tuple[FeedForward, ...]
     gates: Buffer
     width: int
+    room: Buffer | None = None
 
     @property
     def reads(self) -> tuple[Buffer, ...]:
@@ -315,20 +334,8 @@ class CloseExperts(Uses):
 
     @property
     def writes(self) -> tuple[Buffer, ...]:
-        return (self.goal,)
+        return (self.goal,) if self.room is None else (self.goal, self.room)
 
 
 HeadStep = HeadNorms | Rotate | Append | Attend
 Step = Normalise | Multiply | Add | WidthNorms | HeadStep | FeedForward | Route | Experts
-
-
-def rotated_at_once(heads: int, dim: int, cos: Buffer) -> Iterator[tuple[int, int]]:
-    """A kernel turns whole heads, so it takes all of them, or the first features of each by itself.
-
-    Yields:
-        The first head of each call, and how many it turns.
-    """
-    if cos.features == dim:
-        yield 0, heads
-    else:
-        yield from ((head, 1) for head in range(heads))

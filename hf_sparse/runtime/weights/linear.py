@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,17 +11,21 @@ import torch
 from torch import Tensor
 
 from hf_sparse.arguments import check_finite
+from hf_sparse.quantization import OffGridError
 from hf_sparse.runtime.kernels import spmm
 from hf_sparse.runtime.kernels.call import Argument, Operation
 from hf_sparse.runtime.kernels.dense import ROWS
 from hf_sparse.runtime.kernels.shuffled_rows import Window
 from hf_sparse.runtime.kernels.single_token import GROUP
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
+from hf_sparse.runtime.weights.code_part import CodePart
+from hf_sparse.runtime.weights.codes import CodeWeight
 from hf_sparse.runtime.weights.dense_weight import DenseWeight
 from hf_sparse.runtime.weights.found import find_pattern
 from hf_sparse.runtime.weights.memory import Shelf, aligned
 from hf_sparse.runtime.weights.panels import PackedWeight, pack_many
 from hf_sparse.runtime.weights.rates import DENSE, Rates
+from hf_sparse.runtime.weights.rounding import Coding, pack_nearest
 from hf_sparse.runtime.weights.single_rows import (
     SingleWeight,
     can_share,
@@ -29,6 +33,9 @@ from hf_sparse.runtime.weights.single_rows import (
     pack_single,
     row_operation,
 )
+
+# What multiplies tiles.
+TileWeight = PackedWeight | DenseWeight | CodePart
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,14 +50,15 @@ class Linear:
         edges: `len(parts) + 1` columns, where the parts begin and end.
         bias: `(rows,)`, or None.
         zeros: weights that are zero.
-        dtype: of the weight, a key of `WEIGHT_TYPES`; packed values have it too, but for blocks.
+        dtype: of the weight, a key of `WEIGHT_TYPES`; packed values have it too, but for blocks, and
+            for weights of few bits.
         single: the weight for single tokens: packed, or as it is, `(rows, columns)` in whole
             vectors; None if there are no single tokens.
     """
 
     name: str
     pattern: str
-    parts: tuple[tuple[PackedWeight | DenseWeight, ...], ...]
+    parts: tuple[tuple[TileWeight, ...], ...]
     edges: tuple[int, ...]
     bias: Tensor | None
     zeros: int
@@ -74,7 +82,7 @@ class Linear:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed weight; those of a dense one, which is torch's own, once."""
+        """Bytes of the packed weight; what tiles and single tokens share once."""
         rows_weight = 0 if self.single is None or self.shares else self.single.nbytes
         return sum(packed.nbytes for packed in self.packed) + rows_weight
 
@@ -85,12 +93,18 @@ class Linear:
 
     @property
     def shares(self) -> bool:
-        """Whether single tokens read the same dense weight as tiles."""
+        """Whether single tokens read the same weight as tiles."""
         first = self.parts[0][0]
-        return isinstance(first, DenseWeight) and first.weight is self.single
+        return not isinstance(first, PackedWeight) and first.weight is self.single
 
     @property
-    def packed(self) -> list[PackedWeight | DenseWeight]:
+    def codes(self) -> CodeWeight | None:
+        """The weight, if it is one of few bits."""
+        first = self.parts[0][0]
+        return first.weight if isinstance(first, CodePart) else None
+
+    @property
+    def packed(self) -> list[TileWeight]:
         """All packed weights."""
         return [packed for part in self.parts for packed in part]
 
@@ -99,6 +113,8 @@ class Linear:
         """The kernels that multiply it."""
         if self.is_dense:
             return "dense"
+        if self.codes is not None:
+            return self.codes.form.name
         heights = dict.fromkeys(f"{packed.height}x1" for packed in self.packed)
         return f"spmm {' + '.join(heights)}"
 
@@ -145,7 +161,7 @@ class Linear:
         """Multiply rows `first` to `last` (multiples of `SHARED_ROWS`, or all) with one token.
 
         Args:
-            x: address of the token's features, in whole vectors.
+            x: address of the token's features, in whole vectors; for codes, in eight bits.
             y: address of all output features.
             first, last: which rows.
             add: onto what is in `y`.
@@ -213,6 +229,7 @@ def pack_linear(
     rows_shelf: Shelf | None = None,
     shelf: Shelf,
     rates: Rates,
+    coding: Coding | None = None,
 ) -> Linear:
     """Pack a weight `(out_features, in_features)`.
 
@@ -224,8 +241,10 @@ def pack_linear(
         rows_shelf: also pack it for single tokens, on this shelf.
         shelf: where the packed weight is put.
         rates: speed of the kernels, by which the one to use is chosen.
+        coding: keep codes in place of the weight.
 
     Raises:
+        OffGridError: the weight is not on the grid on which it should be.
         ValueError: the weight or the bias has values that are not finite.
     """
     if weight.dtype not in WEIGHT_TYPES:
@@ -234,16 +253,20 @@ def pack_linear(
     for tensor, part in ((weight, "weight"), (bias, "bias")):
         if tensor is not None:
             check_finite(f"{name}: its {part}", tensor)
-    array = weight.float().numpy()
-    columns = array.shape[1]
+    columns = weight.shape[1]
     edges = tuple(range(0, columns, column_chunk or columns)) + (columns,)
+    if coding is not None:
+        coded = _coded(name, weight, bias, edges, coding, rates, rows_shelf or shelf)
+        if coded is not None:
+            return coded if rows_shelf is not None else replace(coded, single=None)
+    array = weight.float().numpy()
     zeros = array.size - int(np.count_nonzero(array))
     summands = split_by_kernel(array, rates)
     kernel: str | Window = ""
     if rows_shelf is not None:
         kernel = choose_kernel(array, zeros, weight_type, rates.rows)
     columns_of = list(pairwise(edges))
-    parts: tuple[tuple[PackedWeight | DenseWeight, ...], ...]
+    parts: tuple[tuple[TileWeight, ...], ...]
     if summands[0][0] == 0:
         parts = tuple((DenseWeight(weight, start, stop - start),) for start, stop in columns_of)
         if kernel == DENSE and can_share(array):
@@ -254,7 +277,8 @@ def pack_linear(
         wanted = [
             (part[:, start:stop], height) for start, stop in columns_of for height, part in summands
         ]
-        packed = [one.on(shelf) for one in pack_many(wanted, torch.get_num_threads(), weight_type)]
+        threads, panel = torch.get_num_threads(), rates.panel_columns
+        packed = [one.on(shelf) for one in pack_many(wanted, threads, weight_type, panel)]
         each = len(summands)
         parts = tuple(tuple(packed[i : i + each]) for i in range(0, len(packed), each))
     rows_weight = None
@@ -263,6 +287,28 @@ def pack_linear(
     return Linear(
         name, _label(weight), parts, edges, _padded(bias), zeros, weight_type.dtype, rows_weight
     )
+
+
+def _coded(
+    name: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    edges: tuple[int, ...],
+    coding: Coding,
+    rates: Rates,
+    shelf: Shelf,
+) -> Linear | None:
+    """A weight as codes of a grid; None if kernels have no room for them."""
+    try:
+        found = coding.codes(weight)
+    except OffGridError as error:
+        raise OffGridError(f"{name}: {error}") from error
+    codes = pack_nearest(found, coding.grid, rates.rows, shelf)
+    if codes is None:
+        return None
+    parts = tuple((CodePart(codes, first, last - first),) for first, last in pairwise(edges))
+    zeros = weight.numel() - int(torch.count_nonzero(weight))
+    return Linear(name, _label(weight), parts, edges, _padded(bias), zeros, weight.dtype, codes)
 
 
 def _label(weight: Tensor) -> str:

@@ -12,7 +12,7 @@ from hf_sparse.runtime.kernels.weight_types import WeightType, type_of
 from hf_sparse.runtime.weights.damage import require
 from hf_sparse.runtime.weights.panels import (
     CHUNK_ROWS,
-    PANEL_COLUMNS,
+    PANEL_UNIT,
     Array,
     PackedWeight,
     chunk_edges,
@@ -86,8 +86,9 @@ def _check_chunk(packed: PackedWeight, chunk: int) -> None:
     require(int(groups_of.sum()) == len(groups), "panels and groups do not match")
     right = len(panels) > 0 and starts[0] == 1 and not starts[1:].any()
     require(right, "panels begin in the wrong place")
-    width = PANEL_COLUMNS if INDEX_BYTES[height] == 1 else packed.columns
-    inside = (begin >= 0) & (begin < packed.columns) & (begin % width == 0)
+    narrow = INDEX_BYTES[height] == 1
+    width, unit = (1 << 8, PANEL_UNIT) if narrow else (packed.columns, packed.columns)
+    inside = (begin >= 0) & (begin < packed.columns) & (begin % unit == 0)
     require(bool(inside.all()), "a panel begins at a column that none begins at")
     require(bool(((remainder >= 0) & (remainder < unroll)).all()), "a remainder is too large")
     require(bool(((pairs >= 0) & (rounds >= 0)).all()), "a count is negative")

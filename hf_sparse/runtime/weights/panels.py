@@ -25,8 +25,8 @@ Array = NDArray
 
 # Rows that are finished before the next ones begin: their sums stay in L2.
 CHUNK_ROWS = 768
-# Columns of a panel: 128 rows of a 64-token tile are 32 KB, which stay in L1.
-PANEL_COLUMNS = 128
+# Columns of a panel where rates tell no other number, and what panels begin at multiples of.
+PANEL_COLUMNS, PANEL_UNIT = 128, 64
 # Bytes that kernels may read beyond a stream's end.
 PADDING = 64
 
@@ -129,7 +129,10 @@ def pack(weight: Array, height: int = 1, weight_type: WeightType = FLOAT32) -> P
 
 
 def pack_many(
-    weights: Sequence[tuple[Array, int]], threads: int = 1, weight_type: WeightType = FLOAT32
+    weights: Sequence[tuple[Array, int]],
+    threads: int = 1,
+    weight_type: WeightType = FLOAT32,
+    panel_columns: int = PANEL_COLUMNS,
 ) -> list[PackedWeight]:
     """Pack several weights; what is zero is not stored.
 
@@ -138,6 +141,7 @@ def pack_many(
             of `spmm.UNROLL`. Blocks that are only partly zero are stored whole.
         threads: chunks of rows that are packed at the same time.
         weight_type: the type that the weights came from, in which single ones are stored.
+        panel_columns: of a panel, a multiple of `PANEL_UNIT`, at most 256.
 
     Raises:
         ValueError: a height does not divide the rows, or there are too many columns.
@@ -147,7 +151,7 @@ def pack_many(
         rows, columns = weight.shape
         if rows % height:
             raise ValueError(f"{rows} rows cannot be divided into blocks of {height} x 1.")
-        panel = PANEL_COLUMNS if INDEX_BYTES[height] == 1 else columns
+        panel = panel_columns if INDEX_BYTES[height] == 1 else columns
         if panel > 1 << 16:
             raise ValueError(f"{columns} columns: blocks are packed for at most {1 << 16}.")
         tasks += [

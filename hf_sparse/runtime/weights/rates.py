@@ -16,7 +16,7 @@ from hf_sparse.runtime.kernels.call import run
 from hf_sparse.runtime.kernels.weight_types import WeightType
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.weights.memory import aligned
-from hf_sparse.runtime.weights.panels import pack
+from hf_sparse.runtime.weights.panels import PANEL_COLUMNS, pack_many
 
 # A layer of BERT-base's size, tokens of one tile.
 _ROWS, _COLUMNS, _REPEATS = 768, 768, 9
@@ -34,10 +34,12 @@ class RowRates:
         bandwidth: bytes that it reads from memory in a nanosecond, while others read, too.
         speeds: by kernel, the nanoseconds for 1000 weights that are in its cache, zeros counted: of
             four bytes, and of two.
+        codes: the same for codes of few bits, by the names of their formats.
     """
 
     bandwidth: float
     speeds: dict[str, tuple[float, float]]
+    codes: dict[str, float]
 
     def nanoseconds(
         self, kernel: str, nbytes: float, weights: int, weight_type: WeightType
@@ -45,6 +47,10 @@ class RowRates:
         """The time for a weight that comes from memory, which overlaps in part with computing."""
         computing = self.speeds[kernel][weight_type.size == 2] * weights / 1000
         return math.hypot(nbytes / self.bandwidth, computing)
+
+    def code_nanoseconds(self, name: str, nbytes: float, weights: int) -> float:
+        """The same for codes of a format."""
+        return math.hypot(nbytes / self.bandwidth, self.codes[name] * weights / 1000)
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,13 @@ class Rates:
         rows: speed of the kernels for single tokens.
         densities: fractions of blocks that are not zero, ascending.
         speeds: for each height of a block, a speed at each density.
+        panel_columns: of a weight, whose rows of a tile stay in L1 together with the sums.
     """
 
     densities: tuple[float, ...]
     speeds: dict[int, tuple[float, ...]]
     rows: RowRates
+    panel_columns: int = PANEL_COLUMNS
 
     def rate(self, height: int, density: float) -> float:
         """GF/s of stored weights, interpolated."""
@@ -69,8 +77,8 @@ class Rates:
 _DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 # By the target's name. For tiles: AVX-512 of the machine in docs/results.md, AVX2 of a Zen 3, portable
-# of a Sapphire Rapids' SSE, as all of those for single tokens (`benchmarks/one_token.py`). Only their
-# proportions matter for choosing a kernel.
+# of a Sapphire Rapids' SSE, as all of those for single tokens (`benchmarks/one_token.py`); those of
+# codes are of a Zen 5. Only their proportions matter for choosing a kernel.
 NOMINAL = {
     "avx512": Rates(
         _DENSITIES,
@@ -87,6 +95,16 @@ NOMINAL = {
                 "2 of 8": (15.0, 16.0),
                 "4 of 8": (38.0, 36.0),
                 "8 of 16": (39.0, 33.0),
+            },
+            {
+                "int8 dense": 6.2,
+                "int8 2 of 4": 3.6,
+                "int8 8 of 16": 4.2,
+                "int8 4 of 16": 2.3,
+                "int8 mask": 8.0,
+                "int4 dense": 3.9,
+                "int4 2 of 4": 4.1,
+                "int4 4 of 16": 3.1,
             },
         ),
     ),
@@ -106,7 +124,18 @@ NOMINAL = {
                 "4 of 8": (46.0, 50.0),
                 "8 of 16": (60.0, 62.0),
             },
+            {
+                "int8 dense": 10.2,
+                "int8 2 of 4": 10.1,
+                "int8 8 of 16": 8.6,
+                "int8 4 of 16": 4.7,
+                "int8 mask": 110.0,
+                "int4 dense": 8.3,
+                "int4 2 of 4": 11.0,
+                "int4 4 of 16": 4.9,
+            },
         ),
+        panel_columns=192,
     ),
     "portable": Rates(
         _DENSITIES,
@@ -124,11 +153,27 @@ NOMINAL = {
                 "4 of 8": (280.0, 280.0),
                 "8 of 16": (450.0, 450.0),
             },
+            {
+                "int8 dense": 21.7,
+                "int8 2 of 4": 21.1,
+                "int8 8 of 16": 17.5,
+                "int8 4 of 16": 9.9,
+                "int8 mask": 140.0,
+                "int4 dense": 17.5,
+                "int4 2 of 4": 25.4,
+                "int4 4 of 16": 11.2,
+            },
         ),
     ),
 }
-# Not measured: vectors and dense kernels are of the same shape.
-NOMINAL["neon"] = NOMINAL["portable"]
+# The lanes of what was measured.
+_LANES = {"avx512": 16, "avx2": 8, "portable": 4}
+
+
+def nominal(target: Target) -> Rates:
+    """The rates of a target, or where it was not measured those of vectors like its own."""
+    alike = min(_LANES, key=lambda name: abs(_LANES[name] - target.lanes))
+    return NOMINAL.get(target.name, NOMINAL[alike])
 
 
 @functools.cache
@@ -143,19 +188,19 @@ def calibrate(target: Target, cache: Path | None) -> Rates:
     width = target.widths[0]
     x, y = aligned(_COLUMNS, width).fill_(1.0), aligned(_ROWS, width)
     speeds: dict[int, tuple[float, ...]] = {}
-    nominal = NOMINAL[target.name]
-    for height in nominal.speeds:
-        found = []
-        for density in nominal.densities:
+    usual = nominal(target)
+    for height in usual.speeds:
+        measured = []
+        for density in usual.densities:
             kept = random.random((_ROWS // height, _COLUMNS)) < density
             weight = np.repeat(kept, height, axis=0).astype(np.float32)
-            packed = pack(weight, height)
+            (packed,) = pack_many([(weight, height)], panel_columns=usual.panel_columns)
             operation = packed.operation(0, 4, x.data_ptr(), y.data_ptr(), 0, spmm.START_SUM)
             times = []
             for _ in range(_REPEATS):
                 start = time.perf_counter()
                 run(code, operation)
                 times.append(time.perf_counter() - start)
-            found.append(2 * packed.stored * width / min(times) / 1e9)
-        speeds[height] = tuple(found)
-    return replace(nominal, speeds=speeds)
+            measured.append(2 * packed.stored * width / min(times) / 1e9)
+        speeds[height] = tuple(measured)
+    return replace(usual, speeds=speeds)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -29,30 +31,26 @@ def share_rows(rows: int, threads: int) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True, eq=False)
-class DecodeWeight:
-    """A weight `(rows, columns)` as the streams that `sparse_rows` of `single_token.py` reads.
+class RowWeight(ABC):
+    """A weight `(rows, columns)` as the streams that a kernel for single tokens reads."""
 
-    Attributes:
-        words: `(ceil(rows / 4), ceil(columns / 16))` uint64, 16 bits for each row of a group.
-        values: the nonzeros: by groups, by words, by rows; of one of the `WEIGHT_TYPES`.
-        starts: where every `DECODE_ROWS` rows begin in `values`, and where the last ones end.
-    """
+    # The fields that are streams.
+    STREAMS: ClassVar[tuple[str, ...]]
 
     rows: int
     columns: int
-    words: Array
-    values: Array
-    starts: Array
 
-    def on(self, shelf: Shelf) -> DecodeWeight:
+    def on(self, shelf: Shelf) -> Self:
         """The same weight with its streams on a shelf."""
-        return replace(self, words=shelf.place(self.words), values=shelf.place(self.values))
+        placed: dict[str, Any] = {name: shelf.place(getattr(self, name)) for name in self.STREAMS}
+        return replace(self, **placed)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all streams."""
-        return self.words.nbytes + self.values.nbytes
+        return sum(getattr(self, name).nbytes for name in self.STREAMS)
 
+    @abstractmethod
     def operation(
         self, x: int, y: int, bias: int, first: int, last: int, *, add: bool
     ) -> Operation:
@@ -63,6 +61,27 @@ class DecodeWeight:
             first, last: which rows.
             add: onto what is in `y`.
         """
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeWeight(RowWeight):
+    """A weight `(rows, columns)` as the streams that `sparse_rows` of `single_token.py` reads.
+
+    Attributes:
+        words: `(ceil(rows / 4), ceil(columns / 16))` uint64, 16 bits for each row of a group.
+        values: the nonzeros: by groups, by words, by rows; of one of the `WEIGHT_TYPES`.
+        starts: where every `DECODE_ROWS` rows begin in `values`, and where the last ones end.
+    """
+
+    STREAMS = ("words", "values")
+
+    words: Array
+    values: Array
+    starts: Array
+
+    def operation(
+        self, x: int, y: int, bias: int, first: int, last: int, *, add: bool
+    ) -> Operation:
         weight_type, row_words = type_of(self.values), self.words.shape[1]
         unit = first // DECODE_ROWS
         before = self.words[unit * DECODE_ROWS // GROUP : first // GROUP]

@@ -18,14 +18,14 @@ from hf_sparse.runtime.kernels.shuffled_rows import (
 )
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType, type_of
 from hf_sparse.runtime.weights.damage import require
-from hf_sparse.runtime.weights.memory import Shelf
 from hf_sparse.runtime.weights.panel_checks import check_values
+from hf_sparse.runtime.weights.rows import RowWeight
 
 Array = NDArray
 
 
 @dataclass(frozen=True, eq=False)
-class ShuffledWeight:
+class ShuffledWeight(RowWeight):
     """A weight `(rows, columns)` as the streams that `shuffled_rows` reads.
 
     Rows go in groups of `window.rows`. A group has for each window `UNITS` units of 8 lanes; lane
@@ -38,31 +38,15 @@ class ShuffledWeight:
             from the lowest bits on.
     """
 
-    rows: int
-    columns: int
+    STREAMS = ("values", "words")
+
     window: Window
     values: Array
     words: Array
 
-    def on(self, shelf: Shelf) -> ShuffledWeight:
-        """The same weight with its streams on a shelf."""
-        return replace(self, values=shelf.place(self.values), words=shelf.place(self.words))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both streams."""
-        return self.values.nbytes + self.words.nbytes
-
     def operation(
         self, x: int, y: int, bias: int, first: int, last: int, *, add: bool
     ) -> Operation:
-        """Multiply rows `first` (of whole groups) to `last` with one token.
-
-        Args:
-            x, y, bias: addresses of all features; no bias is 0.
-            first, last: which rows.
-            add: onto what is in `y`.
-        """
         group = first // self.window.rows
         return SHUFFLED_ROWS.operation(
             self.window.kernel(type_of(self.values)),

@@ -10,12 +10,14 @@ from hf_sparse.runtime.kernels.call import Operation
 from hf_sparse.runtime.kernels.shuffled_rows import Window
 from hf_sparse.runtime.kernels.single_token import COLUMNS, DENSE_ROWS, GROUP
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES, WeightType
+from hf_sparse.runtime.weights.codes import CodeWeight
 from hf_sparse.runtime.weights.memory import Shelf
 from hf_sparse.runtime.weights.rates import DENSE, MASK, RowRates
 from hf_sparse.runtime.weights.rows import DecodeWeight, pack_decode
 from hf_sparse.runtime.weights.shuffled import ShuffledWeight, find_window, pack_shuffled
 
-SingleWeight = DecodeWeight | ShuffledWeight | Tensor
+# Those of codes read features in eight bits, the others floats.
+SingleWeight = DecodeWeight | ShuffledWeight | CodeWeight | Tensor
 
 # Zeros must save this fraction of the dense kernel's time: predictions are no closer than that.
 MIN_GAIN = 0.1
@@ -72,6 +74,8 @@ def pack_single(
 
 def kernel_of(single: SingleWeight) -> str:
     """What `explain` calls the kernel that multiplies it."""
+    if isinstance(single, CodeWeight):
+        return single.form.name
     if isinstance(single, ShuffledWeight):
         return f"shuffled {single.window.name}"
     return MASK if isinstance(single, DecodeWeight) else DENSE

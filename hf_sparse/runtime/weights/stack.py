@@ -185,3 +185,8 @@ class Stack:
     def weight_type(self) -> WeightType:
         """The type of all weights."""
         return WEIGHT_TYPES[self.blocks[0].qkv.dtype]
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether some weights are codes of few bits."""
+        return any(linear.codes is not None for linear in self.linears)

@@ -44,14 +44,14 @@ def mapped_classes(auto_class: Any, config_class: type) -> tuple[Any, ...]:
     mapping = auto_class._model_mapping
     if config_class not in mapping:
         return ()
-    found = mapping[config_class]
-    return tuple(found) if isinstance(found, tuple | list) else (found,)
+    classes = mapping[config_class]
+    return tuple(classes) if isinstance(classes, tuple | list) else (classes,)
 
 
 def register_classes_(auto_class: Any, config_class: type, classes: Sequence[Any]) -> None:
     """Let an Auto class make models of these classes from configs of a class; the first is usual."""
-    found = classes[0] if len(classes) == 1 else tuple(classes)
-    auto_class._model_mapping.register(config_class, found, exist_ok=True)
+    usual_first = classes[0] if len(classes) == 1 else tuple(classes)
+    auto_class._model_mapping.register(config_class, usual_first, exist_ok=True)
 
 
 def tokenizers_of(config_class: type) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from hf_sparse.runtime.kernels import activation, attention, normalisation, single_token, spmm
 from hf_sparse.runtime.kernels import tiles as tile_kernels
 from hf_sparse.runtime.kernels.all import kernels
-from hf_sparse.runtime.kernels.call import Slot, run
+from hf_sparse.runtime.kernels.call import Operation, Slot, run
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WEIGHT_TYPES, WeightType
 from hf_sparse.runtime.llvm import target
 from hf_sparse.runtime.llvm.jit import Code
@@ -164,6 +165,18 @@ def test_two_bytes_give_what_float32_gives(
         assert torch.equal(one, other)
 
 
+def results_of_starts(
+    weight: np.ndarray, x: torch.Tensor, before: torch.Tensor, bias: np.ndarray
+) -> dict[int, np.ndarray]:
+    """What a product gives that starts with what is there, with the bias, or with both."""
+    product = weight.astype(np.float64) @ x.double().numpy()
+    return {
+        spmm.START_SUM: before.numpy() + product,
+        spmm.START_BIAS: bias[:, None] + product,
+        spmm.START_SUM_BIAS: before.numpy() + bias[:, None] + product,
+    }
+
+
 @pairwise("rows, columns, vectors, height", SIZES, [1, 2, 4], spmm.UNROLL)
 def test_spmm(
     code: Code, chosen: target.Target, rows: int, columns: int, vectors: int, height: int
@@ -173,12 +186,7 @@ def test_spmm(
     x = random_tile(columns, vectors * chosen.lanes)
     before = random_tile(rows, vectors * chosen.lanes, seed=1)
     bias = np.random.default_rng(0).standard_normal(rows).astype(np.float32)
-    product = weight.astype(np.float64) @ x.double().numpy()
-    wanted = {
-        spmm.START_SUM: before.numpy() + product,
-        spmm.START_BIAS: bias[:, None] + product,
-        spmm.START_SUM_BIAS: before.numpy() + bias[:, None] + product,
-    }
+    wanted = results_of_starts(weight, x, before, bias)
     for start, reference in wanted.items():
         y = aligned(*before.shape).copy_(before)
         call_spmm(code, packed, vectors, x, y, bias, start)
@@ -192,12 +200,7 @@ def test_dense(code: Code, chosen: target.Target, rows: int, columns: int, vecto
     x = random_tile(columns, vectors * chosen.lanes)
     before = random_tile(rows, vectors * chosen.lanes, seed=1)
     bias = np.random.default_rng(0).standard_normal(rows).astype(np.float32)
-    product = weight.astype(np.float64) @ x.double().numpy()
-    wanted = {
-        spmm.START_SUM: before.numpy() + product,
-        spmm.START_BIAS: bias[:, None] + product,
-        spmm.START_SUM_BIAS: before.numpy() + bias[:, None] + product,
-    }
+    wanted = results_of_starts(weight, x, before, bias)
     packed = DenseWeight(torch.from_numpy(whole), 2, columns)
     for start, reference in wanted.items():
         y = aligned(*before.shape).copy_(before)
@@ -331,6 +334,17 @@ ATTENTION = [
 ]
 
 
+def call_attention(
+    code: Code, operation: Callable[..., Operation], q: torch.Tensor, rows: int, **others: Any
+) -> torch.Tensor:
+    """The result for queries `q`; keys begin at row 0 of their tiles, values at `rows`."""
+    out = aligned(*q.shape)
+    places = {name: address(value) for name, value in others.items() if hasattr(value, "shape")}
+    numbers = {**others, **places, "k_first": 0, "v_first": rows}
+    run(code, operation(q=address(q), out=address(out), **numbers))
+    return out
+
+
 @cross("vectors, case", [1, 2, 4], [(case,) for case in ATTENTION])
 def test_attention(code: Code, chosen: target.Target, vectors: int, case: tuple) -> None:
     heads, key_heads, dim, tokens, causal, window = case
@@ -340,29 +354,18 @@ def test_attention(code: Code, chosen: target.Target, vectors: int, case: tuple)
     tiles, table = key_tiles(keys, values, chosen.widths[0])
     mask = np.zeros(len(tiles) * chosen.widths[0], np.float32)
     mask[1:tokens:5] = attention.UNSEEN
-    q, out = random_tile(heads * dim, width), aligned(heads * dim, width)
+    q = random_tile(heads * dim, width)
     first = max(tokens - width, 0) if causal else 1 << 29
     window = window or 1 << 30
     group = heads // key_heads
-    run(
+    out = call_attention(
         code,
-        attention.SIGNATURE.operation(
-            attention.name(vectors),
-            q=address(q),
-            out=address(out),
-            heads=heads,
-            head_dim=dim,
-            k_first=0,
-            v_first=key_heads * dim,
-            group=group,
-            table=address(table),
-            key_tiles=len(table),
-            mask=address(mask),
-            key_count=tokens,
-            first_query=first,
-            window=window,
-            scale=dim**-0.5,
-        ),
+        partial(attention.SIGNATURE.operation, attention.name(vectors)),
+        q,
+        key_heads * dim,
+        **{"heads": heads, "head_dim": dim, "group": group, "scale": dim**-0.5},
+        **{"table": table, "key_tiles": len(table), "mask": mask, "key_count": tokens},
+        **{"first_query": first, "window": window},
     )
     wanted = attention_ref(
         q.view(heads, dim, width).transpose(1, 2).numpy(),
@@ -386,28 +389,17 @@ def test_attention_of_one_token(code: Code, chosen: target.Target, case: tuple) 
     tiles, table = key_tiles(keys, values, width)
     mask = np.zeros(len(tiles) * width, np.float32)
     mask[1:tokens:5] = attention.UNSEEN
-    q, out = aligned(heads * dim), aligned(heads * dim)
+    q = aligned(heads * dim)
     q.copy_(torch.from_numpy(random.standard_normal(heads * dim)))
     scores, window, group = aligned(len(mask)), window or 1 << 30, heads // key_heads
-    run(
+    out = call_attention(
         code,
-        single_token.ATTENTION.operation(
-            "attention_row",
-            q=address(q),
-            out=address(out),
-            heads=heads,
-            head_dim=dim,
-            k_first=0,
-            v_first=key_heads * dim,
-            group=group,
-            table=address(table),
-            width=width,
-            mask=address(mask),
-            key_count=tokens,
-            window=window,
-            scores=address(scores),
-            scale=dim**-0.5,
-        ),
+        partial(single_token.ATTENTION.operation, "attention_row"),
+        q,
+        key_heads * dim,
+        **{"heads": heads, "head_dim": dim, "group": group, "scale": dim**-0.5},
+        **{"table": table, "width": width, "mask": mask, "key_count": tokens},
+        **{"window": window, "scores": scores},
     )
     wanted = attention_ref(
         q.view(heads, 1, dim).numpy(),

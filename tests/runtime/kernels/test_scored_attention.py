@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from hf_sparse.runtime.kernels.call import run
 from hf_sparse.runtime.llvm import target
 from hf_sparse.runtime.llvm.jit import Code, compile_kernels
 from hf_sparse.runtime.weights.memory import aligned
-from tests.runtime.kernels.test_kernels import key_tiles
+from tests.runtime.kernels.test_kernels import call_attention, key_tiles
 from tests.support.crosses import cross
 from tests.support.kernel_references import scored_attention_ref
 
@@ -59,28 +61,17 @@ def test_scored_attention(code: Code, chosen: target.Target, vectors: int, case:
     mask = np.zeros(len(tiles) * chosen.widths[0], np.float32)
     mask[1:tokens:5] = UNSEEN
     bias = random.standard_normal(1024).astype(np.float32)
-    q, out = aligned(dim, width), aligned(dim, width)
+    q = aligned(dim, width)
     q.copy_(torch.from_numpy(random.standard_normal((dim, width))))
-    run(
+    out = call_attention(
         code,
-        scored_attention.SIGNATURE.operation(
-            scored_attention.name(vectors),
-            q=q.data_ptr(),
-            out=out.data_ptr(),
-            head_dim=dim,
-            k_first=0,
-            v_first=dim,
-            table=table.ctypes.data,
-            key_tiles=len(table),
-            mask=mask.ctypes.data,
-            key_count=tokens,
-            first_query=first,
-            window=window,
-            ahead=ahead,
-            scale=dim**-0.5,
-            cap=cap,
-            bias=bias.ctypes.data + 4 * 512 if biased else 0,
-        ),
+        partial(scored_attention.SIGNATURE.operation, scored_attention.name(vectors)),
+        q,
+        dim,
+        **{"head_dim": dim, "scale": dim**-0.5, "cap": cap},
+        **{"table": table, "key_tiles": len(table), "mask": mask, "key_count": tokens},
+        **{"first_query": first, "window": window, "ahead": ahead},
+        bias=bias.ctypes.data + 4 * 512 if biased else 0,
     )
     wanted = expected(q.T.numpy(), keys, values, mask, case, bias)
     sees = (
@@ -98,26 +89,16 @@ def test_capped_attention_of_one_token(code: Code, chosen: target.Target, case: 
     tiles, table = key_tiles(keys, values, width)
     mask = np.zeros(len(tiles) * width, np.float32)
     mask[1:tokens:5] = UNSEEN
-    q, out, scores = aligned(dim), aligned(dim), aligned(len(mask))
+    q, scores = aligned(dim), aligned(len(mask))
     q.copy_(torch.from_numpy(random.standard_normal(dim)))
-    run(
+    out = call_attention(
         code,
-        scored_attention.ROW.operation(
-            "capped_row",
-            q=q.data_ptr(),
-            out=out.data_ptr(),
-            head_dim=dim,
-            k_first=0,
-            v_first=dim,
-            table=table.ctypes.data,
-            width=width,
-            mask=mask.ctypes.data,
-            key_count=tokens,
-            window=window,
-            scores=scores.data_ptr(),
-            scale=dim**-0.5,
-            cap=cap,
-        ),
+        partial(scored_attention.ROW.operation, "capped_row"),
+        q,
+        dim,
+        **{"head_dim": dim, "scale": dim**-0.5, "cap": cap},
+        **{"table": table, "width": width, "mask": mask, "key_count": tokens},
+        **{"window": window, "scores": scores},
     )
     last = (dim, tokens, tokens - 1, window, 0, cap, False)
     wanted = expected(q[None].numpy(), keys, values, mask, last, np.zeros(2, np.float32))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_sparse.runtime.kernels import activation, single_token, tiles, worker
+from hf_sparse.runtime.kernels import activation, code_rows, single_token, tiles, worker
 from hf_sparse.runtime.kernels.all import kernel_functions
 from hf_sparse.runtime.kernels.shuffled_rows import WINDOWS, shuffled_rows
 from hf_sparse.runtime.kernels.weight_types import BFLOAT16, FLOAT16, WEIGHT_TYPES, WeightType
@@ -37,6 +37,7 @@ def test_every_instruction_of_the_table_compiles(
             activation.activation(chosen, "silu", gated=False),
             single_token.sparse_rows(chosen, BFLOAT16),
             *(shuffled_rows(chosen, window, FLOAT16) for window in WINDOWS),
+            *code_rows.code_functions(chosen),
         ],
     )
     assert (
@@ -48,7 +49,20 @@ def test_every_instruction_of_the_table_compiles(
 @pytest.mark.parametrize("kept", WEIGHT_TYPES.values(), ids=lambda kept: str(kept.dtype)[6:])
 @pytest.mark.parametrize("row", ROWS)
 def test_every_kernel_compiles(row: target.InstructionSet, kept: WeightType) -> None:
-    check(row, kernel_functions(target.elsewhere(row), kept))
+    check(row, kernel_functions(target.elsewhere(row), kept, codes=True))
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in target.INSTRUCTION_SETS if row.extras], ids=lambda row: row.name
+)
+def test_extras_are_used(row: target.InstructionSet) -> None:
+    plain, later = target.elsewhere(row), target.elsewhere(row, extras=True)
+    code = [object_code(code_rows.code_functions(one), one) for one in (plain, later)]
+    assert code[0] != code[1]
+    for flag, field, name in row.extras:
+        assert f"+{flag}" in later.features.split(",")
+        assert f"+{flag}" not in plain.features.split(",")
+        assert (getattr(plain.has, field), getattr(later.has, field)) == ("", name)
 
 
 def test_features_of_capabilities_are_known_to_llvm(capfd: pytest.CaptureFixture[str]) -> None:

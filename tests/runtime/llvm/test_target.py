@@ -19,7 +19,7 @@ CPUS = [
     (V3, "avx2", ()),
     ((*V3, "avxvnni"), "avx2", ("AVX-VNNI",)),
     (V4, "avx2", ("AVX-512",)),  # without VBMI2
-    ((*V4, "avx512vbmi2"), "avx512", ("AVX-512", "AVX-512 VBMI2")),
+    ((*V4, "avx512vbmi2"), "avx2", ("AVX-512", "AVX-512 VBMI2")),  # without VNNI
     (
         (*V4, "avx512vbmi2", "avx512vnni", "amx-tile", "amx-int8"),
         "avx512",

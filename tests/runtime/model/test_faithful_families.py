@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import hf_sparse
 from hf_sparse.runtime.model.families import COMPILED
-from tests.runtime.model.test_faithful import Double, changed
+from tests.runtime.model.test_faithful import change_each_attribute, part_that_does_more
 from tests.support.compiled_families import DECODERS, FAMILIES, inputs_of, model_of
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-3}
@@ -23,25 +21,15 @@ EACH = [
 
 @pytest.mark.parametrize("family", EACH)
 def test_an_attribute_of_any_module_is_refused_or_makes_no_difference(family: str) -> None:
-    model, seen = model_of(family), {*vars(nn.Module()), "config"}
-    given, refused = inputs_of(family, 1, 12), 0
+    model, given = model_of(family), inputs_of(family, 1, 12)
     given |= {"use_cache": False} if family in DECODERS else {}
-    for module in model.get_submodule(COMPILED[family].stack)[-1].modules():
-        for name, value in list(vars(module).items()):
-            if name in seen or (type(module), name) in seen:
-                continue
-            seen.add((type(module), name))
-            vars(module)[name] = changed(value)
-            try:
-                compiled = hf_sparse.compile(model)
-            except ValueError as error:
-                refused += f".{name} is " in str(error)
-            else:
-                with torch.no_grad():
-                    pair = (one(**given)[0] for one in (compiled, model))
-                    torch.testing.assert_close(*pair, **TOLERANCE)
-            vars(module)[name] = value
-    assert refused > 6
+
+    @torch.no_grad()
+    def result(one: nn.Module) -> Tensor:
+        return one(**given)[0]
+
+    block = model.get_submodule(COMPILED[family].stack)[-1]
+    assert change_each_attribute(model, block, result) > 6
     hf_sparse.compile(model)
 
 
@@ -54,16 +42,7 @@ def test_any_module_that_is_changed_is_refused(family: str, how: str) -> None:
     block = model.get_submodule(COMPILED[family].stack)[-1]
     for name in [name for name, _ in block.named_modules() if name]:
         before = block.get_submodule(name)
-        part = copy.deepcopy(before, {id(model.config): model.config})
-        if how == "subclass":
-            part.__class__ = type("Mine", (type(part),), {})
-        elif how == "wrapped":
-            part = Double(part)
-        elif how == "hook":
-            part.register_forward_hook(lambda *given: None, with_kwargs=True)
-        else:
-            vars(part)["forward"] = part.forward.__func__.__get__(before)
-        block.set_submodule(name, part)
+        block.set_submodule(name, part_that_does_more(model, before, how))
         with pytest.raises(ValueError, match=rf"\.{name} (is|has)"):
             hf_sparse.compile(model)
         block.set_submodule(name, before)

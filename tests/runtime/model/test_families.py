@@ -28,7 +28,7 @@ import hf_sparse
 from hf_sparse.runtime.llvm import target
 from hf_sparse.runtime.model.compiled import CompiledLayer, stack_of
 from hf_sparse.runtime.model.families import COMPILED
-from hf_sparse.runtime.programs import one_token
+from hf_sparse.runtime.programs import row_steps
 from hf_sparse.upstream.transformers.caches import cache_name
 from tests.support.closeness import same
 from tests.support.compiled_families import (
@@ -145,7 +145,7 @@ def test_generate(family: str, options: dict[str, Any]) -> None:
 def test_a_cache_goes_on_from_any_position(family: str) -> None:
     """Several tokens at a time, and single ones by rows, on more threads than one."""
     model, compiled = pair(family, AutoModelForCausalLM)
-    assert one_token.fits(stack_of(compiled))
+    assert row_steps.fits(stack_of(compiled))
     ids = inputs_of(family, 2, 84)["input_ids"]
     torch.set_num_threads(2)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 import hf_sparse
 from hf_sparse.runtime.kernels.worker import PHASES
 from hf_sparse.runtime.model.compiled import CompiledLayer
-from hf_sparse.runtime.programs import block, many_tokens, one_token
+from hf_sparse.runtime.programs import block, many_tokens, row_steps
 from hf_sparse.runtime.programs.dependences import Use, apart, needed_behind, sections
 from hf_sparse.runtime.programs.shape import Shape
 from hf_sparse.runtime.programs.step import Buffer, FeedForward, Multiply, Normalise, Uses
@@ -129,7 +129,7 @@ def test_another_order_of_steps_is_all_that_a_parallel_block_needs(
     family: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(many_tokens, "steps", parallel_steps)
-    monkeypatch.setattr(one_token, "steps", parallel_steps)
+    monkeypatch.setattr(row_steps, "steps", parallel_steps)
     model = tiny_model(family)
     compiled = hf_sparse.compile(model)
     for layer in model.model.layers:
@@ -156,7 +156,7 @@ def test_another_order_of_steps_is_all_that_a_parallel_block_needs(
 def test_the_waits_of_a_block_follow_from_its_steps(
     order: Any, waits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(one_token, "steps", order)
+    monkeypatch.setattr(row_steps, "steps", order)
     monkeypatch.setattr(many_tokens, "steps", order)
     compiled = hf_sparse.compile(tiny_model("llama"))
     runner = next(m.runner for m in compiled.modules() if isinstance(m, CompiledLayer))

@@ -1,0 +1,33 @@
+"""The command that rounds a model to few bits."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+import hf_sparse
+from hf_sparse.checkpoint.can_save import check_can_save
+from hf_sparse.cli.loading import batches_of, load, optional_tokenizer, skeleton
+from hf_sparse.cli.printing import print_saved
+from hf_sparse.structure.grids import gridded
+from hf_sparse.structure.layers import promised_config
+from hf_sparse_cli.quantizing import grid_options
+
+
+def quantize(options: argparse.Namespace) -> int:
+    """Round a model to few bits, its zeros kept, and save it."""
+    bones = skeleton(options.model, options)
+    check_can_save(bones, options.output)
+    known = promised_config(bones) or hf_sparse.SparsityConfig("unstructured", 0.0)
+    gridded(bones, replace(known, **grid_options(options)))  # tells of groups that do not divide
+    looks = bool(options.calibration or options.labels)
+    tokenizer = optional_tokenizer(options, bones.config, needed=looks)
+    batches = batches_of(options, bones, tokenizer) if looks else None
+    model, _ = load(options.model, options, needs_tokenizer=False)
+    report = hf_sparse.quantize_(
+        model, **grid_options(options), batches=batches, method=options.method
+    )
+    hf_sparse.save_pretrained(
+        model, options.output, tokenizer=tokenizer, base_model=options.base_model
+    )
+    return print_saved(report, options, options.model, tokenizer)

@@ -1,0 +1,108 @@
+"""The flags that tell a grid of few bits, and those of `hf-sparse quantize`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hf_sparse_cli.choices import BITS, GROUP_SIZES, ROUNDINGS
+from hf_sparse_cli.flags import (
+    add_calibration,
+    add_loading,
+    add_printing,
+    add_saving,
+    command_parser,
+    named_list,
+    output_group,
+)
+
+
+def add_grid(group: Any) -> None:
+    """The grid that weights are rounded to."""
+    group.add_argument(
+        "--bits", type=int, choices=BITS, help="of the targets (default: as they are)"
+    )
+    group.add_argument(
+        "--group-size",
+        type=int,
+        choices=GROUP_SIZES,
+        help="inputs of a row that share a scale (default: the whole row)",
+    )
+    group.add_argument("--asymmetric", action="store_true", help="a zero point for each group, too")
+    group.add_argument(
+        "--embedding-bits",
+        type=int,
+        choices=BITS,
+        help="of the input embeddings and the output head (default: as they are)",
+    )
+
+
+def add_quantize(commands: Any) -> None:
+    """Add the command `quantize`."""
+    command = command_parser(
+        commands,
+        "quantize",
+        "round a dense or sparse model to few bits, its zeros kept, and save it",
+        "MODEL OUTPUT --bits 8|4 [--group-size N] [--calibration FILE ...]",
+        [
+            "MODEL OUTPUT --bits 8 --embedding-bits 8",
+            "MODEL OUTPUT --bits 4 --group-size 32 --calibration text.jsonl",
+        ],
+    )
+    what = command.add_argument_group("what to quantise")
+    what.add_argument("model", metavar="MODEL", help="folder or Hub name")
+    add_loading(what)
+    how = command.add_argument_group("grid", named_list("methods", ROUNDINGS))
+    add_grid(how)
+    how.add_argument(
+        "--method",
+        choices=ROUNDINGS,
+        metavar="NAME",
+        help="see above (default gptq with --calibration, else nearest)",
+    )
+    add_calibration(command, "Texts whose activations errors are measured on.", required=False)
+    output = output_group(command, "folder to save the quantised model in")
+    add_saving(output)
+    add_printing(output, tensors=True)
+
+
+def check_grid(options: argparse.Namespace, *, needed: bool) -> None:
+    """Refuse flags of a grid that tell no bits.
+
+    Args:
+        options: of the command.
+        needed: whether the command does nothing without bits.
+
+    Raises:
+        ValueError: see there.
+    """
+    if options.bits is not None or options.embedding_bits is not None:
+        return
+    if needed:
+        raise ValueError("no bits are given: --bits 8, --bits 4, or --embedding-bits 8.")
+    for flag, given in (("--group-size", options.group_size), ("--asymmetric", options.asymmetric)):
+        if given:
+            raise ValueError(f"{flag} tells of a grid, and no bits are given: add --bits 4.")
+
+
+def check_quantize(options: argparse.Namespace) -> None:
+    """Refuse what `hf-sparse quantize` cannot do.
+
+    Raises:
+        ValueError: no bits, or a method that needs data without any.
+    """
+    check_grid(options, needed=True)
+    if options.method == "gptq" and not options.calibration and not options.labels:
+        raise ValueError(
+            "method 'gptq' needs calibration text: --calibration FILE, or of a classifier --labels FILE"
+        )
+
+
+def grid_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The values of `SparsityConfig` that the flags of a grid give."""
+    return {
+        "bits": options.bits,
+        "group_size": options.group_size,
+        "symmetric": not options.asymmetric,
+        "embedding_bits": options.embedding_bits,
+    }

@@ -1,0 +1,82 @@
+"""The flags of few bits, and `hf-sparse quantize`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from hf_sparse import SparsityConfig
+from hf_sparse.cli import main
+from hf_sparse.structure.grids import check_grid
+from tests.support.tiny_models import prose, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> str:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(prose()[:8000])
+    return str(tmp_path / "dense")
+
+
+def calibration(folder: Path) -> list[str]:
+    text = str(folder / "text.txt")
+    return ["--calibration", text, "--num-samples", "2", "--window", "32"]
+
+
+def test_prune_takes_bits(dense: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    grid = ["--bits", "4", "--group-size", "32", "--asymmetric", "--embedding-bits", "8"]
+    arguments = ["prune", dense, out, "--pattern", "2:4", "--method", "magnitude", *grid]
+    assert main([*arguments, *calibration(tmp_path)]) == 0
+    assert "22 weights were rounded to int4" in capsys.readouterr().out
+    config = SparsityConfig("2:4", bits=4, group_size=32, symmetric=False, embedding_bits=8)
+    check_grid(AutoModelForCausalLM.from_pretrained(out), config)
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_quantize_saves_what_it_rounded(
+    data: bool, dense: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    more = calibration(tmp_path) if data else []
+    assert main(["quantize", dense, out, "--bits", "8", "--json", *more]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["method"], len(told["tensors"])) == ("gptq" if data else "nearest", 21)
+    config = SparsityConfig("unstructured", 0.0, bits=8)
+    check_grid(AutoModelForCausalLM.from_pretrained(out), config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize"], "no bits are given"),
+        (["quantize", "--group-size", "32"], "no bits are given"),
+        (["quantize", "--bits", "5"], "invalid choice"),
+        (["quantize", "--bits", "8", "--method", "gptq"], "needs calibration text"),
+        (["quantize", "--bits", "8", "--group-size", "128"], "128 does not divide the 32 inputs"),
+        (["prune", "--sparsity", "0.5", "--group-size", "32"], "--group-size tells of a grid"),
+        (["prune", "--sparsity", "0.5", "--asymmetric"], "--asymmetric tells of a grid"),
+    ],
+)
+def test_wrong_usage_is_told_and_nothing_written(
+    arguments: list[str],
+    message: str,
+    dense: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    command, *flags = arguments
+    if command == "prune":
+        flags += ["--method", "magnitude"]
+    try:
+        code = main([command, dense, str(out), *flags])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code
+    assert message in capsys.readouterr().err
+    assert not out.exists()
