@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 INSTALL := $(PIP) install -q -c constraints.txt
 
-.PHONY: demo test test-slow test-optimum test-newest test-oldest test-other-cpu test-arm quality style \
+.PHONY: demo docs docs-serve test test-slow test-optimum test-newest test-oldest test-other-cpu test-arm quality style \
 	bench bench-pruning bench-peers sst2 clean
 
 demo: $(VENV)/demo
@@ -78,8 +78,19 @@ sst2: $(VENV)/demo $(VENV)/dev
 	$(BIN)/python benchmarks/glue_sparsity.py --data $(DATA) --save bench_output/minilm-sst2-sparse \
 		--work bench_output/glue --out bench_output/sst2.jsonl --threads 2
 
+# Builds the documentation site in site/, without the network once the packages are there. A broken link
+# or anchor is an error. `make docs-serve` shows it, and builds again what is edited.
+docs: $(VENV)/docs
+	$(MKDOCS) build --strict
+	@echo "site/index.html"
+
+MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+
+docs-serve: $(VENV)/docs
+	$(MKDOCS) serve
+
 clean:
-	rm -rf $(VENV) .optimum .newest .oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .optimum .newest .oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/base: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -90,6 +101,10 @@ $(VENV)/dev: $(VENV)/base
 	$(INSTALL) -e .[dev,onnx,peft,plots,runtime,train]
 	touch $@
 
+$(VENV)/docs: $(VENV)/base
+	$(INSTALL) -e .[docs]
+	touch $@
+
 .optimum/ready:
 	$(PYTHON) -m venv .optimum
 	.optimum/bin/pip --disable-pip-version-check install -q torch==2.13.0 onnxruntime==1.31.1 \
@@ -97,7 +112,7 @@ $(VENV)/dev: $(VENV)/base
 	touch $@
 
 # What setup.cfg requires of other packages, as pip's requirements, one a line.
-REQUIRED = sed -nE 's/^ +([A-Za-z_-]+)>=([0-9.]+)(,<[0-9.]+)?$$/\1>=\2/p' setup.cfg
+REQUIRED = sed -nE 's/^ +([A-Za-z_-]+)>=([0-9.]+)(,<[0-9.]+)?$$/\1>=\2/p' setup.cfg | grep -v '^mkdocs'
 
 .newest/ready: setup.cfg constraints.txt
 	$(PYTHON) -m venv .newest

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.utils.logging import tqdm
 
 from hf_sparse.arguments import check_model
 from hf_sparse.calibration.modes import switched
@@ -246,7 +247,7 @@ def _decode(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
 def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> tuple[Measurement, ...]:
     """Time calls by name, one of each in every turn: what slows the machine slows them all."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(_WARM_UP + repeats):
+    for turn in tqdm(range(_WARM_UP + repeats), desc="Timing"):
         for name, call in calls.items():
             start = time.perf_counter()
             call()

@@ -11,18 +11,25 @@ import os
 import sys
 from collections.abc import Sequence
 
+from hf_sparse_cli.messages import (
+    BROKEN_PIPE,
+    INTERRUPTED,
+    has,
+    tell_error,
+    warn,
+    warnings_in_words,
+)
 from hf_sparse_cli.parser import make_parser
 from hf_sparse_cli.places import unfinished
-from hf_sparse_cli.usage import check, doubts
+from hf_sparse_cli.tour import tour
+from hf_sparse_cli.usage import check, doubts, unfinished
 from hf_sparse_cli.words import in_flags
 
 __all__ = ["main"]
 
-_INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as shells tell it
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Run the command line; without arguments, show what there is.
 
     Returns:
         The exit code: 0 done, 1 failed, 130 interrupted, 141 nobody reads the output any more.
@@ -30,27 +37,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: 0 after `--help`, 2 for arguments that cannot be parsed.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
     options = argparse.Namespace()
     try:
         try:
-            make_parser().parse_args(arguments, options)
-            check(options)
-            for doubt in doubts(options):
-                print(f"hf-sparse: {doubt}", file=sys.stderr)
-            from hf_sparse.cli.commands import run
-
-            return run(options)
+            with warnings_in_words(options):
+                return _run(given, options)
         finally:
             print(end="", flush=True)  # a broken pipe is noticed here, not when Python ends
     except BrokenPipeError:
         _leave_stdout()
-        return _BROKEN_PIPE
-    except (ValueError, OSError, ImportError) as error:
-        print(f"hf-sparse: error: {in_flags(str(error))}", file=sys.stderr)
-        return 1
+        return BROKEN_PIPE
     except KeyboardInterrupt:
         print(f"\nhf-sparse: interrupted.{_hint(options)}", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
+    except Exception as error:
+        return tell_error(error, options)
+
+
+def _run(given: Sequence[str], options: argparse.Namespace) -> int:
+    """Do what the arguments say; they are parsed into the options."""
+    parser = make_parser()
+    if not given:
+        print(tour(parser))
+        return 0
+    parser.parse_args(given, options)
+    check(options)
+    if not has(options, "quiet"):
+        for doubt in doubts(options):
+            warn(doubt)
+    from hf_sparse.cli.commands import run
+
+    return run(options)
 
 
 def _hint(options: argparse.Namespace) -> str:

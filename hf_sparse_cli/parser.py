@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
 from hf_sparse_cli.choices import (
@@ -30,21 +29,19 @@ from hf_sparse_cli.flags import (
     named_list,
     output_group,
 )
+from hf_sparse_cli.messages import add_messages
 from hf_sparse_cli.names import Parser, fraction
 from hf_sparse_cli.quantizing import add_grid, add_quantize
 from hf_sparse_cli.reporting import add_report
 from hf_sparse_cli.shrinking import add_shrink
 from hf_sparse_cli.slimming import add_slim
+from hf_sparse_cli.top import top_parser
+from hf_sparse_cli.upstream import commands_of
 
 
 def make_parser() -> Parser:
     """The parser of the whole command line; `options.command` names the command."""
-    parser = Parser(
-        prog="hf-sparse",
-        description="Make language models sparse, measure, inspect and publish them.",
-        epilog="hf-sparse COMMAND --help tells the flags of a command.",
-    )
-    parser.add_argument("--version", action=_Version)
+    parser = top_parser()
     commands = parser.add_subparsers(
         title="commands", required=True, metavar="COMMAND", dest="command"
     )
@@ -60,20 +57,9 @@ def make_parser() -> Parser:
     _add_export(commands)
     _add_push(commands)
     _add_convert(commands)
+    for command in commands_of(parser).values():
+        add_messages(command)
     return parser
-
-
-class _Version(argparse.Action):
-    """Prints the installed version; reading it takes some time, so that it is read only here."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
-        super().__init__(option_strings, dest, nargs=0, help="print the version and exit")
-
-    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
-        from importlib.metadata import version
-
-        print(f"hf_sparse {version('hf_sparse')}")
-        parser.exit()
 
 
 def _add_prune(commands: Any) -> None:
@@ -230,7 +216,8 @@ def _add_inspect(commands: Any) -> None:
     command = command_parser(
         commands, "inspect", "read a checkpoint's sparsity from its files", "FOLDER", ["SPARSE"]
     )
-    command.add_argument("folder", metavar="FOLDER", help="checkpoint folder")
+    what = command.add_argument_group("what to read")
+    what.add_argument("folder", metavar="FOLDER", help="checkpoint folder")
     add_printing(command.add_argument_group("output"), tensors=True)
 
 
@@ -333,7 +320,8 @@ def _add_convert(commands: Any) -> None:
         "FOLDER OUTPUT",
         ["OLD_FOLDER NEW_FOLDER"],
     )
-    command.add_argument("folder", metavar="FOLDER", help="the old checkpoint folder")
+    what = command.add_argument_group("what to convert")
+    what.add_argument("folder", metavar="FOLDER", help="the old checkpoint folder")
     output = output_group(command, "folder to save the converted model in")
     output.add_argument(
         "--format", default="auto", choices=FORMATS, metavar="NAME", help="storage (default auto)"

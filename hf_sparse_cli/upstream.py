@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-__all__ = ["ChoosyParser", "commands_of", "flags_of"]
+__all__ = ["ChoosyParser", "actions_of", "commands_of", "flags_of"]
 
 
 def flags_of(parser: argparse.ArgumentParser) -> list[str]:
     """The flags of a parser, as they are written."""
     return list(parser._option_string_actions)
+
+
+def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The arguments and flags of a parser."""
+    return list(parser._actions)
 
 
 def commands_of(parser: argparse.ArgumentParser) -> dict[str, Any]:

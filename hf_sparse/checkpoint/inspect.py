@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
+from transformers.utils.logging import tqdm
 
 from hf_sparse.arguments import check_path
 from hf_sparse.checkpoint.bounds import Size
@@ -143,7 +144,7 @@ def read_checkpoint(
     counts: list[TensorSparsity] = []
     formats, sizes, parameters, other_zeros = {}, {}, 0, 0
     bits, weights = {}, {}
-    for tensor in stored:
+    for tensor in tqdm(stored, desc="Reading"):
         parts = read_parts(tensor)
         if tensor.compressed and config is None:
             raise FormatError(

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate.utils import convert_file_size_to_int
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
 
 from hf_sparse.arguments import check_has_values, check_kinds, check_model, check_saves
 from hf_sparse.checkpoint.can_save import check_not_quantized
@@ -203,7 +204,9 @@ def _write(
 ) -> _Written:
     """Write all weights."""
     written = _Written(Held(plan.targets.config))
-    for part in stored_parts(model, plan.targets, plan.tensors, plan.patterns, written.held, watch):
+    count = len(plan.tensors)  # each is taken out when it is written
+    parts = stored_parts(model, plan.targets, plan.tensors, plan.patterns, written.held, watch)
+    for part in tqdm(parts, desc="Saving", total=count):
         writer.add(part.name, part.parts)
         written.other_zeros += part.other_zeros
         written.counts += part.targets

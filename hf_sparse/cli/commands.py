@@ -27,6 +27,7 @@ from hf_sparse.cli.loading import (
     skeleton,
     windows,
 )
+from hf_sparse.cli.messages import messages
 from hf_sparse.cli.printing import print_saved, without
 from hf_sparse.cli.pushing import push
 from hf_sparse.cli.quantizing import quantize
@@ -55,12 +56,9 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError, ImportError: what is wrong, told for people.
     """
-    if options.json:
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
     try:
-        return COMMANDS[options.command](options)
+        with messages(options):
+            return COMMANDS[options.command](options)
     except SafetensorError as error:
         raise ValueError(str(error)) from error
     except HfHubHTTPError:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
 
 from hf_sparse.arguments import check_kinds, check_path, check_saves
 from hf_sparse.calibration.modes import switched
@@ -168,8 +169,10 @@ def export_onnx(
     provenance = described(model, report, base_model)
     promised = _promised_codes(model, quantize)
     plain = switched(model, training=False, **_PLAIN)
-    with plain, replacing(folder, written_files(folder).__contains__) as fresh:
+    stages = tqdm(total=3, desc="Exporting")  # tracing, packing and writing, comparing
+    with plain, stages, replacing(folder, written_files(folder).__contains__) as fresh:
         exported = trace(model, head, quantize, batches)
+        stages.update()
         program = exported.components["model"].program
         coded = code_(program, model, promised) if promised is not None else Counter[str]()
         packing = pack_(program) if pack else Packing()
@@ -179,7 +182,9 @@ def export_onnx(
         exported.save_pretrained(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
+        stages.update()
         difference = compare(model, head, fresh / GRAPH_NAME, EXACT if coded else None)
+        stages.update()
         if tolerance is None and quantize is None:
             tolerance = TOLERANCES[model.dtype]
         _check_difference(difference, tolerance)

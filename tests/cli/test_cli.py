@@ -271,8 +271,6 @@ def test_missing_files_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert run("eval", tmp_path, "--text", tmp_path / "none.txt") == 1
     with pytest.raises(SystemExit, match="2"):
         run("eval", tmp_path)
-    with pytest.raises(SystemExit, match="2"):
-        run()
 
 
 def test_a_graph_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

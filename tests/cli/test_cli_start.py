@@ -34,7 +34,7 @@ from tests.support.tiny_models import prose, tiny_model, tiny_tokenizer
 
 # Arguments that are refused, and what is told. OLD: an earlier output, FILE: a text, EMPTY: a folder.
 USAGE = [
-    ("", "the following arguments are required: COMMAND"),
+    ("--quiet", "the following arguments are required: COMMAND"),
     ("prun", "invalid choice: 'prun'.*Did you mean 'prune'?"),
     ("prun a b --sparsity 0.5", "Did you mean 'prune'?"),
     ("--verison", "unknown flag --verison. Did you mean '--version'?"),

@@ -16,7 +16,7 @@ import yaml
 import hf_sparse
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("model_cards/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("model_cards/**/*.md")])
 FORMS = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
 RELEASE = ROOT / ".github/workflows/release.yml"
 PINNED = dict(
@@ -132,7 +132,8 @@ def test_the_files_that_agents_and_reporters_read_are_there() -> None:
 
 
 def test_data_of_results_lie_beside_the_benchmarks() -> None:
-    assert not [file for file in (ROOT / "docs").iterdir() if file.suffix != ".md"]
+    pages = [path for path in (ROOT / "docs").rglob("*") if path.is_file()]
+    assert not [file for file in pages if file.suffix != ".md"]
     scripts = "".join(file.read_text() for file in (ROOT / "benchmarks").glob("*.py"))
     for name in re.findall(r'"(benchmarks/results/[^"]+)"', scripts):
         assert (ROOT / name).exists(), name

@@ -55,6 +55,7 @@ def test_argparse_tells_flags_and_commands_and_asks_for_choices() -> None:
     parser.add_argument("--kind", choices=["one", "two"])
     assert of_argparse.flags_of(parser) == ["-h", "--help", "--kind"]
     assert of_argparse.commands_of(parser) == {}
+    assert [action.dest for action in of_argparse.actions_of(parser)] == ["help", "kind"]
     command = parser.add_subparsers().add_parser("run")
     assert of_argparse.commands_of(parser) == {"run": command}
     parser.parse_args(["--kind", "two", "run"])
