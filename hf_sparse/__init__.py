@@ -70,8 +70,11 @@ if TYPE_CHECKING:
     from hf_sparse.slimming.search import plan_slim as plan_slim
     from hf_sparse.slimming.search import slim_ as slim_
     from hf_sparse.timing import benchmark as benchmark
+    from hf_sparse.zeroshot.choices import evaluate_choices as evaluate_choices
+    from hf_sparse.zeroshot.report import ChoiceReport as ChoiceReport
 
 _PUBLIC = {
+    "ChoiceReport": "hf_sparse.zeroshot.report",
     "Distillation": "hf_sparse.distillation",
     "DropReport": "hf_sparse.dropping.report",
     "ExpertReport": "hf_sparse.dropping.experts",
@@ -100,6 +103,7 @@ _PUBLIC = {
     "drop_blocks_": "hf_sparse.dropping.blocks",
     "drop_experts_": "hf_sparse.dropping.experts",
     "drop_hidden_": "hf_sparse.dropping.hidden",
+    "evaluate_choices": "hf_sparse.zeroshot.choices",
     "export_onnx": "hf_sparse.exporters.onnx_export",
     "freeze_zeros_": "hf_sparse.optim.shrinkage",
     "get_peft_model": "hf_sparse.adapters.loading",

@@ -32,6 +32,7 @@ from hf_sparse_cli.flags import (
 from hf_sparse_cli.names import Parser, fraction
 from hf_sparse_cli.shrinking import add_shrink
 from hf_sparse_cli.slimming import add_slim
+from hf_sparse_cli.tasks import add_tasks
 
 
 def make_parser() -> Parser:
@@ -196,9 +197,13 @@ def _add_eval(commands: Any) -> None:
     command = command_parser(
         commands,
         "eval",
-        "measure perplexity or accuracy",
-        "MODEL (--text FILE ... | --labels FILE ...) [--dense MODEL]",
-        ["SPARSE --dense MODEL --text held_out.txt", "SPARSE --labels rows.jsonl"],
+        "measure perplexity, accuracy, or zero-shot tasks",
+        "MODEL (--text FILE ... | --labels FILE ... | --tasks NAMES) [--dense MODEL]",
+        [
+            "SPARSE --dense MODEL --text held_out.txt",
+            "SPARSE --labels rows.jsonl",
+            "SPARSE --dense MODEL --tasks arc_easy,piqa --task-data FOLDER --record",
+        ],
     )
     what = command.add_argument_group("what to measure")
     what.add_argument("model", metavar="MODEL", help="folder or Hub name")
@@ -208,9 +213,18 @@ def _add_eval(commands: Any) -> None:
     data = on.add_mutually_exclusive_group(required=True)
     data.add_argument("--text", nargs="+", metavar="FILE", help=f"for perplexity: {TEXT}")
     add_labels(on, data)
+    data.add_argument("--tasks", metavar="NAMES", help="zero-shot tasks below, by commas")
     on.add_argument("--max-windows", type=int, help="use only the first windows")
-    add_windows(on)
-    add_printing(command.add_argument_group("output"))
+    on.add_argument("--window", type=int, default=512, help="tokens in a window (default 512)")
+    on.add_argument(
+        "--batch-size", type=int, help="windows or texts at a time (default 1, of --tasks 16)"
+    )
+    add_tasks(command)
+    output = command.add_argument_group("output")
+    output.add_argument(
+        "--record", action="store_true", help="tell the figures of --tasks in MODEL's card"
+    )
+    add_printing(output)
 
 
 def _add_inspect(commands: Any) -> None:

@@ -20,12 +20,13 @@ from hf_sparse_cli.choices import (
 )
 from hf_sparse_cli.names import did_you_mean, suggestions
 from hf_sparse_cli.shrinking import check_parts
+from hf_sparse_cli.tasks import check_tasks
 
 _SIZED = (r"\d{1,4}:\d{1,4}", r"block:\d{1,6}x\d{1,6}", r"head(?:_in)?:\d{1,6}")
 # Flags whose values are counts, and the least of them.
 _COUNTS = {
     **dict.fromkeys(("num_samples", "batch_size", "max_windows", "epochs", "accumulate", "r"), 1),
-    **dict.fromkeys(("batch", "tokens", "repeats", "threads", "window"), 1),
+    **dict.fromkeys(("batch", "tokens", "repeats", "threads", "window", "limit"), 1),
     "reconstruct": 0,
 }
 # Flags that name files to read.
@@ -117,6 +118,7 @@ def _check_export(options: argparse.Namespace) -> None:
 _CHECKS: dict[str, Callable[[argparse.Namespace], None]] = {
     "prune": _check_prune,
     "recover": _check_recover,
+    "eval": check_tasks,
     "shrink": _check_shrink,
     "slim": _check_slim,
     "convert": _check_convert,

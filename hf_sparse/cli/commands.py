@@ -31,6 +31,7 @@ from hf_sparse.cli.printing import print_saved, without
 from hf_sparse.cli.pushing import push
 from hf_sparse.cli.shrinking import shrink
 from hf_sparse.cli.slimming import slim
+from hf_sparse.cli.tasks import evaluate_tasks
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY
 from hf_sparse.exporters.can_export import check_can_export
 from hf_sparse.pruning.methods import Recipe
@@ -201,6 +202,8 @@ def _stored_in(
 
 def evaluate(options: argparse.Namespace) -> int:
     """Measure a model, and the dense one beside it."""
+    if options.tasks is not None:
+        return evaluate_tasks(options)
     measure = measurement(options)
     sources = [source for source in (options.model, options.dense) if source is not None]
     for source in sources:  # what is missing is told before the first one is measured

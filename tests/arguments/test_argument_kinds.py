@@ -97,6 +97,11 @@ CALLS: dict[str, Callable[[Path], dict[str, Any]]] = {
         "text": prose()[:2000],
     },
     "plan_slim": lambda _: {"model": tiny_model("llama"), "batches": tiny_batches("llama")},
+    "evaluate_choices": lambda _: {
+        "model": tiny_model("llama"),
+        "tokenizer": tiny_tokenizer(),
+        "tasks": {"pairs": [{"good": "a b", "bad": "b a"}]},
+    },
     "prune_": lambda _: {"model": tiny_model("llama"), "config": CONFIG},
     "prune_checkpoint": lambda folder: {
         "source": folder / "dense",
@@ -115,7 +120,15 @@ CALLS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 # Calls without a parameter of a kind that is checked, and values that calls return.
 WITHOUT = {
-    *("DropReport", "ExpertReport", "FormatError", "HiddenReport", "KeepZeros", "Pattern"),
+    *(
+        "ChoiceReport",
+        "DropReport",
+        "ExpertReport",
+        "FormatError",
+        "HiddenReport",
+        "KeepZeros",
+        "Pattern",
+    ),
     *("SlimPlan", "SlimReport"),
     *("ShrinkReport", "SparsityConfig", "SparsityReport"),
     *("add_shrinkage_", "freeze_zeros_", "keep_zeros_", "measure_sparsity"),

@@ -23,6 +23,7 @@ from hf_sparse.pruning.allocation import ALLOCATIONS
 from hf_sparse.pruning.methods import METHODS, REFINEMENTS, Composition
 from hf_sparse.pruning.options import SCOPES
 from hf_sparse.recovery import RECOVERIES
+from hf_sparse.zeroshot.tasks import TASKS
 from hf_sparse_cli import choices, main
 from hf_sparse_cli.parser import make_parser
 from hf_sparse_cli.usage import implied_sparsity, unfinished
@@ -106,7 +107,13 @@ USAGE = [
     ("recover EMPTY out --data FILE --lr 0", "--lr is 0.0; wanted a number > 0"),
     ("recover EMPTY out --data FILE --r 4", "--r is for the methods lora and shira"),
     ("recover EMPTY out --data FILE --epochs 0", "--epochs is 0; wanted at least 1"),
-    ("eval EMPTY", "one of the arguments --text --labels is required"),
+    ("eval EMPTY", "one of the arguments --text --labels --tasks is required"),
+    ("eval EMPTY --tasks piqa,arc_esay", "unknown task 'arc_esay'.*Did you mean 'arc_easy'?"),
+    ("eval EMPTY --tasks piqa --task-data none", "no such folder: none"),
+    ("eval user/name --tasks piqa --record", "--record writes into MODEL's folder"),
+    ("eval EMPTY --tasks piqa --limit 0", "--limit is 0; wanted at least 1"),
+    ("eval EMPTY --text FILE --record", "--record is for --tasks alone"),
+    ("eval EMPTY --text FILE --limit 3", "--limit is for --tasks alone"),
     ("eval EMPTY --text none.txt", "no such file: none.txt"),
     ("inspect none", "no such folder: none"),
     ("inspect odl", "no such folder: odl. Did you mean old?"),
@@ -180,6 +187,9 @@ def test_the_choices_are_those_of_the_package() -> None:
     assert asdict(Composition()) == choices.COMPOSITION
     assert {name: recovery.summary for name, recovery in RECOVERIES.items()} == choices.RECOVERIES
     assert {name: row.summary for name, row in FORMATS.items()} == choices.FORMATS
+    assert list(TASKS) == list(choices.TASKS)
+    others = {other: name for name, task in TASKS.items() for other in task.others}
+    assert others == choices.TASK_ALIASES
     ours = (choices.SCOPES, choices.ALLOCATIONS, choices.REFINEMENTS, choices.QUANTIZATIONS)
     assert ours == (SCOPES, ALLOCATIONS, REFINEMENTS, QUANTIZATIONS)
     [parsers] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -148,8 +149,11 @@ def test_the_commands_of_the_reference(exported: bool, dense: Path, tmp_path: Pa
     assert {line for line in short if line.startswith("hf-sparse")} <= set(lines)
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("hf-sparse")]
     names = [command[0] for command in commands]
-    tried = ["prune", "prune", "recover", "eval", "inspect", "bench", "bench", "prune", "shrink"]
-    tried += ["shrink", "slim", "export"]
+    tried = ["prune", "prune", "recover", "eval", "eval", "inspect", "bench", "bench", "prune"]
+    tried += ["shrink", "shrink", "slim", "export"]
+    row = {"context": "a b", "choices": ["c", "d"], "label": 0}
+    for name in ("arc_easy", "piqa"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
     assert names == [*tried, "push", "convert"]
     instead = {
         "MODEL": str(dense),
@@ -161,6 +165,7 @@ def test_the_commands_of_the_reference(exported: bool, dense: Path, tmp_path: Pa
         "SLIMMER": str(tmp_path / "slimmer"),
         "GRAPH": str(tmp_path / "graph"),
         "RECOVERED": str(tmp_path / "recovered"),
+        "FOLDER": str(tmp_path),
         "text.jsonl": str(tmp_path / "text.txt"),
         "held_out.txt": str(tmp_path / "text.txt"),
     }

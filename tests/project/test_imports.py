@@ -41,7 +41,7 @@ FLOORS = [
         "budget",
         "timing",
     ],
-    ["recover", "slimming"],
+    ["recover", "slimming", "zeroshot"],
     ["saving"],
     ["hub"],
     ["models"],
