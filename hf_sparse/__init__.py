@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from hf_sparse.dropping.hidden import HiddenReport as HiddenReport
     from hf_sparse.dropping.hidden import drop_hidden_ as drop_hidden_
     from hf_sparse.dropping.report import DropReport as DropReport
+    from hf_sparse.effort.plan import SparsifyPlan as SparsifyPlan
+    from hf_sparse.effort.run import plan_sparsify as plan_sparsify
+    from hf_sparse.effort.run import sparsify_ as sparsify_
     from hf_sparse.evaluation import accuracy as accuracy
     from hf_sparse.evaluation import perplexity as perplexity
     from hf_sparse.exporters.onnx_export import export_onnx as export_onnx
@@ -90,6 +93,7 @@ _PUBLIC = {
     "SparseAdamW": "hf_sparse.optim.sparse_optimizers",
     "SparseSGD": "hf_sparse.optim.sparse_optimizers",
     "Sparsifier": "hf_sparse.optim.sparsifier",
+    "SparsifyPlan": "hf_sparse.effort.plan",
     "SparsityCallback": "hf_sparse.optim.trainer",
     "SparsityConfig": "hf_sparse.configuration_sparse",
     "SparsityReport": "hf_sparse.report",
@@ -116,6 +120,7 @@ _PUBLIC = {
     "merge_adapters_": "hf_sparse.adapters.merging",
     "perplexity": "hf_sparse.evaluation",
     "plan_slim": "hf_sparse.slimming.search",
+    "plan_sparsify": "hf_sparse.effort.run",
     "prune_": "hf_sparse.pruning.oneshot",
     "prune_checkpoint": "hf_sparse.pruning.streaming",
     "push_to_hub": "hf_sparse.hub",
@@ -125,6 +130,7 @@ _PUBLIC = {
     "shrink_": "hf_sparse.shrinking",
     "slim_": "hf_sparse.slimming.search",
     "sparse_param_groups": "hf_sparse.optim.groups",
+    "sparsify_": "hf_sparse.effort.run",
     "sparsity_for": "hf_sparse.budget",
     "trainer_optimizer": "hf_sparse.optim.trainer",
 }

@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _hint(options: argparse.Namespace) -> str:
     """How to go on after an interruption, if something was kept."""
-    if not getattr(options, "stream", False):
+    by_effort = getattr(options, "effort", None) or getattr(options, "recipe", None)
+    if not getattr(options, "stream", False) and not by_effort:
         return ""
     work = unfinished(options.output)
     if not any(work.glob("*.safetensors")):

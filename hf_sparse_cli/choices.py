@@ -99,6 +99,12 @@ SLIM_AXES = {
     "depth": "whole blocks",
     "width": "heads and neurons, as many in each block",
 }
+# The efforts of `hf_sparse.sparsify_`.
+EFFORTS = {
+    "seconds": "a solver in one pass",
+    "minutes": "a better solver, and every block trained with its zeros fixed",
+    "hours": "that, and the whole model trained with its zeros fixed on all the data",
+}
 # The tasks of `hf_sparse.evaluate_choices`: how their examples are asked.
 TASKS = {
     "arc_easy": "questions of school science, easy ones",

@@ -17,6 +17,7 @@ from hf_sparse_cli.choices import (
     REFINEMENTS,
     SCOPES,
 )
+from hf_sparse_cli.effort import add_effort
 from hf_sparse_cli.flags import (
     TEXT,
     add_labels,
@@ -83,10 +84,12 @@ def _add_prune(commands: Any) -> None:
             "MODEL OUTPUT --sparsity 0.7 --method alps --calibration text.jsonl --stream",
             "MODEL OUTPUT --pattern column --sparsity 0.5 --method taylor --labels rows.jsonl",
             "MODEL OUTPUT --sparsity 0.5 --method magnitude",
+            "MODEL OUTPUT --sparsity 0.5 --effort minutes --calibration text.jsonl",
         ],
     )
     _add_targets(command)
     _add_method(command)
+    add_effort(command)
     _add_calibration(command)
     output = output_group(
         command, "folder to save the sparse model in", named_list("formats", FORMATS)
@@ -118,13 +121,7 @@ def _add_targets(command: argparse.ArgumentParser) -> None:
 def _add_method(command: argparse.ArgumentParser) -> None:
     summaries = {name: method.summary for name, method in METHODS.items()}
     how = command.add_argument_group("how to prune", named_list("methods", summaries))
-    how.add_argument(
-        "--method",
-        default="wanda",
-        choices=METHODS,
-        metavar="NAME",
-        help="see above (default wanda)",
-    )
+    how.add_argument("--method", choices=METHODS, metavar="NAME", help="see above (default wanda)")
     how.add_argument(
         "--scope", choices=SCOPES, help="magnitude, taylor: where weights compete (default layer)"
     )
@@ -141,7 +138,9 @@ def _add_method(command: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--stream", action="store_true", help="prune block by block from the disk: any size"
     )
-    how.add_argument("--resume", action="store_true", help="go on with a stopped --stream run")
+    how.add_argument(
+        "--resume", action="store_true", help="go on with a stopped run of --stream or --effort"
+    )
 
 
 def _add_calibration(command: argparse.ArgumentParser) -> None:
@@ -152,7 +151,7 @@ def _add_calibration(command: argparse.ArgumentParser) -> None:
     data.add_argument("--calibration", nargs="+", metavar="FILE", help=TEXT)
     add_labels(calibration, data)
     calibration.add_argument(
-        "--num-samples", type=int, default=128, help="windows, or rows at most (default 128)"
+        "--num-samples", type=int, help="windows, or rows at most (default 128; of --effort all)"
     )
     add_windows(calibration)
 

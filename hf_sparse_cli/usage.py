@@ -18,6 +18,7 @@ from hf_sparse_cli.choices import (
     PATTERNS,
     SCOPES,
 )
+from hf_sparse_cli.effort import by_effort, check_effort
 from hf_sparse_cli.names import did_you_mean, suggestions
 from hf_sparse_cli.shrinking import check_parts
 from hf_sparse_cli.tasks import check_tasks
@@ -55,6 +56,17 @@ def check(options: argparse.Namespace) -> None:
 
 
 def _check_prune(options: argparse.Namespace) -> None:
+    check_effort(options)
+    goes_on = options.resume and unfinished(options.output).exists()
+    if by_effort(options):
+        if options.recipe is None:
+            _check_sparsity(options.pattern, options.sparsity, implied_sparsity(options.pattern))
+        return _check_output(options, "model", "the dense model", asked=goes_on)
+    _check_method(options)
+    return _check_output(options, "model", "the dense model", asked=goes_on)
+
+
+def _check_method(options: argparse.Namespace) -> None:
     implied = implied_sparsity(options.pattern)
     _check_sparsity(options.pattern, options.sparsity, implied)
     own = method_options(options)
@@ -76,14 +88,12 @@ def _check_prune(options: argparse.Namespace) -> None:
             f"Leave --stream out, or use one that goes through the blocks: {names}."
         )
     if options.resume and not options.stream:
-        raise ValueError("--resume goes on with a streamed run: give --stream too.")
+        raise ValueError("--resume goes on with a run of --stream or --effort: give --stream too.")
     if needs_calibration(options) and not options.calibration and not options.labels:
         raise ValueError(
             f"method '{options.method}' needs calibration text: --calibration FILE, or of a classifier "
             "--labels FILE"
         )
-    goes_on = options.resume and unfinished(options.output).exists()
-    _check_output(options, "model", "the dense model", asked=goes_on)
 
 
 def _check_recover(options: argparse.Namespace) -> None:

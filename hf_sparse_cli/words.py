@@ -14,7 +14,7 @@ _START, _END = r"(?<![\w./-])", r"(?![\w/])"
 # Arguments of calls that are flags of the same name.
 _FLAGS = (
     *("sparsity", "method", "allocation", "refine", "scope", "r", "quantize", "dtype", "format"),
-    "by",
+    *("by", "effort"),
 )
 _LISTS = ("targets", "ignore")
 _CONFIG = (
@@ -60,6 +60,7 @@ _PHRASES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"hf_sparse\.prune_checkpoint", "hf-sparse prune --stream"),
     (r"hf_sparse\.prune_", "hf-sparse prune"),
     (r"hf_sparse\.recover_", "hf-sparse recover"),
+    (r"Give smaller batches, or take effort=", "Give more text, or take effort="),
     (r"hf_sparse\.shrink_\(model, uniform=True\)", "hf-sparse shrink --uniform"),
     (r"hf_sparse\.shrink_", "hf-sparse shrink"),
     (r"hf_sparse\.drop_blocks_", "hf-sparse shrink --blocks"),

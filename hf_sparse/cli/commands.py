@@ -17,6 +17,7 @@ import hf_sparse
 from hf_sparse.calibration.documents import read_documents
 from hf_sparse.calibration.windows import token_windows
 from hf_sparse.checkpoint.can_save import check_can_save, check_not_quantized
+from hf_sparse.cli.effort import prune_by_effort
 from hf_sparse.cli.loading import (
     batches_of,
     load,
@@ -41,6 +42,7 @@ from hf_sparse.report import format_table
 from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.targets import Targets
 from hf_sparse.timing import profile
+from hf_sparse_cli.effort import by_effort
 from hf_sparse_cli.usage import method_options, needs_calibration
 
 
@@ -69,6 +71,8 @@ def run(options: argparse.Namespace) -> int:
 
 def prune(options: argparse.Namespace) -> int:
     """Prune a model and save it."""
+    if by_effort(options):
+        return prune_by_effort(options)
     config, bones = _checked(options)
     tokenizer, batches = _calibration(options, bones)
     pruned = _streamed if options.stream else _in_memory

@@ -92,6 +92,20 @@ def prune_(
             being tied, no calibration where it is needed, weights or activations that are not
             finite. All but the last are found before the model is changed.
     """
+    return prune_kept(model, config, method, batches, accelerator, options)
+
+
+@torch.no_grad()
+def prune_kept(
+    model: nn.Module,
+    config: SparsityConfig,
+    method: str,
+    batches: Iterable[Mapping[str, Tensor] | Tensor] | None,
+    accelerator: Any,
+    options: Mapping[str, Any],
+    residence: Residence | None = None,
+) -> SparsityReport:
+    """`prune_`, with a residence that may keep finished blocks and give them back."""
     check_model(model, "prune_")
     if accelerator is not None and not hasattr(accelerator, "num_processes"):
         raise ValueError(
@@ -117,7 +131,7 @@ def prune_(
         targets,
         own_batches(inputs, accelerator),
         accelerator,
-        residence=Residence(None if accelerator is None else accelerator.device),
+        residence=residence or Residence(None if accelerator is None else accelerator.device),
     )
     with switched(model, training=False, use_cache=False):
         recipe.prune(task)

@@ -115,6 +115,12 @@ CALLS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "shrink_": lambda _: {"model": tiny_model("llama")},
     "slim_": lambda _: {"model": tiny_model("llama"), "batches": tiny_batches("llama")},
     "sparse_param_groups": lambda _: {"model": tiny_model("llama"), "config": CONFIG},
+    "sparsify_": lambda folder: {
+        "model": tiny_model("llama"),
+        "config": CONFIG,
+        "batches": tiny_batches("llama"),
+        "folder": folder,
+    },
     "sparsity_for": lambda _: {"budget": 0.5, "pattern": "unstructured"},
     "trainer_optimizer": lambda _: {"config": CONFIG, "lr": 1e-3},
 }
@@ -129,7 +135,7 @@ WITHOUT = {
         "KeepZeros",
         "Pattern",
     ),
-    *("SlimPlan", "SlimReport"),
+    *("SlimPlan", "SlimReport", "SparsifyPlan", "plan_sparsify"),
     *("ShrinkReport", "SparsityConfig", "SparsityReport"),
     *("add_shrinkage_", "freeze_zeros_", "keep_zeros_", "measure_sparsity"),
 }

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from hf_sparse.cli import commands
+from hf_sparse.effort.stages import EFFORTS
 from hf_sparse.exporters import QUANTIZATIONS
 from hf_sparse.formats import FORMATS
 from hf_sparse.patterns import Pattern
@@ -102,6 +103,21 @@ USAGE = [
     ("prune EMPTY OLD --sparsity 0.5 --calibration FILE", "holds config.json and 1 more.*--overwr"),
     ("prune EMPTY FILE --sparsity 0.5 --calibration FILE", "is a file; wanted a folder to save in"),
     ("prune EMPTY FILE/out --sparsity 0.5 --calibration FILE", "is a file; wanted a folder to sav"),
+    ("prune EMPTY out --sparsity 0.5 --effort minute", "Did you mean 'minutes'?"),
+    ("prune EMPTY out --effort minutes --calibration FILE", "needs a sparsity: --sparsity 0.5"),
+    ("prune EMPTY out --pattern 2:4 --effort hours", "--effort needs calibration text"),
+    (
+        "prune EMPTY out --pattern 2:4 --effort hours --method alps --calibration FILE",
+        "--effort chooses what --method tells",
+    ),
+    (
+        "prune EMPTY out --pattern 2:4 --effort hours --stream --calibration FILE",
+        "--effort chooses what --stream tells",
+    ),
+    ("prune EMPTY out --recipe none.json --calibration FILE", "no such recipe: none.json"),
+    ("prune EMPTY out --recipe FILE --effort hours --calibration FILE", "give one of them"),
+    ("prune EMPTY out --recipe FILE --pattern 2:4 --calibration FILE", "--recipe tells pattern"),
+    ("prune EMPTY out --sparsity 0.5 --save-recipe a --calibration FILE", "is for --effort and"),
     ("recover EMPTY out", "required: --data"),
     ("recover EMPTY OLD --data FILE", "--overwrite"),
     ("recover EMPTY out --data FILE --lr 0", "--lr is 0.0; wanted a number > 0"),
@@ -187,6 +203,7 @@ def test_the_choices_are_those_of_the_package() -> None:
     assert asdict(Composition()) == choices.COMPOSITION
     assert {name: recovery.summary for name, recovery in RECOVERIES.items()} == choices.RECOVERIES
     assert {name: row.summary for name, row in FORMATS.items()} == choices.FORMATS
+    assert EFFORTS == choices.EFFORTS
     assert list(TASKS) == list(choices.TASKS)
     others = {other: name for name, task in TASKS.items() for other in task.others}
     assert others == choices.TASK_ALIASES

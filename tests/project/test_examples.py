@@ -149,7 +149,18 @@ def test_the_commands_of_the_reference(exported: bool, dense: Path, tmp_path: Pa
     assert {line for line in short if line.startswith("hf-sparse")} <= set(lines)
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("hf-sparse")]
     names = [command[0] for command in commands]
-    tried = ["prune", "prune", "recover", "eval", "eval", "inspect", "bench", "bench", "prune"]
+    tried = [
+        "prune",
+        "prune",
+        "prune",
+        "recover",
+        "eval",
+        "eval",
+        "inspect",
+        "bench",
+        "bench",
+        "prune",
+    ]
     tried += ["shrink", "shrink", "slim", "export"]
     row = {"context": "a b", "choices": ["c", "d"], "label": 0}
     for name in ("arc_easy", "piqa"):
@@ -159,6 +170,8 @@ def test_the_commands_of_the_reference(exported: bool, dense: Path, tmp_path: Pa
         "MODEL": str(dense),
         "OUTPUT": str(tmp_path / "sparse"),
         "OUTPUT-2": str(tmp_path / "sparse-2"),
+        "OUTPUT-4": str(tmp_path / "sparse-4"),
+        "recipe.json": str(tmp_path / "recipe.json"),
         "OUTPUT-3": str(tmp_path / "sparse-3"),
         "SMALLER": str(tmp_path / "smaller"),
         "SHALLOWER": str(tmp_path / "shallower"),
@@ -175,6 +188,9 @@ def test_the_commands_of_the_reference(exported: bool, dense: Path, tmp_path: Pa
         if command[0] == "export" and (WHY_NOT or not exported):
             continue  # which takes long
         arguments = [instead.get(argument, argument) for argument in command]
+        if "--effort" in command:  # which wants all the text
+            assert main([*arguments, "--window", "32"]) == 0
+            continue
         fewer = small.get(command[0], windows if "--calibration" in command else [])
         assert main([*arguments, *fewer]) == 0
 

@@ -42,6 +42,7 @@ FLOORS = [
         "timing",
     ],
     ["recover", "slimming", "zeroshot"],
+    ["effort"],
     ["saving"],
     ["hub"],
     ["models"],

@@ -211,3 +211,13 @@ def test_the_card_tells_the_figures_while_the_weights_are_the_same(tmp_path: Pat
     assert {metric.name.split(",")[0] for metric in provenance_of(model).metrics} == {
         "zero-shot new"
     }
+
+
+def test_a_compiled_model_has_the_same_figures() -> None:
+    pytest.importorskip("llvmlite")
+    model, tasks = tiny_model("llama"), {"mine": choice_rows()}
+    hf_sparse.prune_(model, hf_sparse.SparsityConfig("unstructured", 0.5), "magnitude")
+    expected = hf_sparse.evaluate_choices(model, tiny_tokenizer(), tasks)["mine"]
+    compiled = hf_sparse.compile(model)
+    found = hf_sparse.evaluate_choices(compiled, tiny_tokenizer(), tasks)["mine"]
+    assert (found.acc, found.acc_norm) == (expected.acc, expected.acc_norm)
