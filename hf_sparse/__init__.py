@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from hf_sparse.dropping.hidden import HiddenReport as HiddenReport
     from hf_sparse.dropping.hidden import drop_hidden_ as drop_hidden_
     from hf_sparse.dropping.report import DropReport as DropReport
+    from hf_sparse.effort.plan import SparsifyPlan as SparsifyPlan
+    from hf_sparse.effort.run import plan_sparsify as plan_sparsify
+    from hf_sparse.effort.run import sparsify_ as sparsify_
     from hf_sparse.evaluation import accuracy as accuracy
     from hf_sparse.evaluation import perplexity as perplexity
     from hf_sparse.exporters.gguf_export import export_gguf as export_gguf
@@ -75,8 +78,11 @@ if TYPE_CHECKING:
     from hf_sparse.slimming.search import plan_slim as plan_slim
     from hf_sparse.slimming.search import slim_ as slim_
     from hf_sparse.timing import benchmark as benchmark
+    from hf_sparse.zeroshot.choices import evaluate_choices as evaluate_choices
+    from hf_sparse.zeroshot.report import ChoiceReport as ChoiceReport
 
 _PUBLIC = {
+    "ChoiceReport": "hf_sparse.zeroshot.report",
     "Distillation": "hf_sparse.distillation",
     "DropReport": "hf_sparse.dropping.report",
     "ExpertReport": "hf_sparse.dropping.expert_report",
@@ -94,6 +100,7 @@ _PUBLIC = {
     "SparseAdamW": "hf_sparse.optim.sparse_optimizers",
     "SparseSGD": "hf_sparse.optim.sparse_optimizers",
     "Sparsifier": "hf_sparse.optim.sparsifier",
+    "SparsifyPlan": "hf_sparse.effort.plan",
     "SparsityCallback": "hf_sparse.optim.trainer",
     "SparsityConfig": "hf_sparse.configuration_sparse",
     "SparsityReport": "hf_sparse.counts",
@@ -107,6 +114,7 @@ _PUBLIC = {
     "drop_blocks_": "hf_sparse.dropping.blocks",
     "drop_experts_": "hf_sparse.dropping.experts",
     "drop_hidden_": "hf_sparse.dropping.hidden",
+    "evaluate_choices": "hf_sparse.zeroshot.choices",
     "export_gguf": "hf_sparse.exporters.gguf_export",
     "export_onnx": "hf_sparse.exporters.onnx_export",
     "freeze_zeros_": "hf_sparse.optim.shrinkage",
@@ -120,6 +128,7 @@ _PUBLIC = {
     "merge_adapters_": "hf_sparse.adapters.merging",
     "perplexity": "hf_sparse.evaluation",
     "plan_slim": "hf_sparse.slimming.search",
+    "plan_sparsify": "hf_sparse.effort.run",
     "prune_": "hf_sparse.pruning.oneshot",
     "prune_checkpoint": "hf_sparse.pruning.streaming",
     "push_to_hub": "hf_sparse.hub",
@@ -131,6 +140,7 @@ _PUBLIC = {
     "shrink_": "hf_sparse.shrinking",
     "slim_": "hf_sparse.slimming.search",
     "sparse_param_groups": "hf_sparse.optim.groups",
+    "sparsify_": "hf_sparse.effort.run",
     "sparsity_for": "hf_sparse.budget",
     "trainer_optimizer": "hf_sparse.optim.trainer",
 }

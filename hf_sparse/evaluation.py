@@ -59,13 +59,13 @@ def perplexity(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; wanted 1 or more.")
     windows = token_windows(tokenizer, text, window, max_windows)
-    device = _input_device(model)
+    device = input_device(model)
     total = 0.0
     with switched(model, training=False):
-        _check_causal(model, windows[:1].to(device))
+        check_causal(model, windows[:1].to(device))
         for batch in tqdm(windows.split(batch_size), desc="Perplexity"):
             ids = batch.to(device)
-            for scores, target in zip(_logits(model, ids)[:, :-1], ids[:, 1:], strict=True):
+            for scores, target in zip(logits_of(model, ids)[:, :-1], ids[:, 1:], strict=True):
                 total += float(nn.functional.cross_entropy(scores.float(), target))
     if math.isnan(total):
         raise ValueError(
@@ -76,13 +76,13 @@ def perplexity(
     return math.exp(mean) if mean < 700 else math.inf
 
 
-def _input_device(model: nn.Module) -> torch.device:
+def input_device(model: nn.Module) -> torch.device:
     """Where inputs go; Accelerate moves those of a model that is on the disk."""
     device = next(model.parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits over the vocabulary `(batch, tokens, vocabulary)` for ids `(batch, tokens)`."""
     try:
         with FastProducts():
@@ -103,12 +103,12 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     return logits
 
 
-def _check_causal(model: nn.Module, ids: Tensor) -> None:
+def check_causal(model: nn.Module, ids: Tensor) -> None:
     """Refuse a model whose output for a token depends on later ones: it sees what it predicts."""
     ids = ids[:, :16]
     changed = ids.clone()
     changed[:, -1] = (ids[:, -1] - 1).abs()  # another id of the vocabulary
-    before, after = _logits(model, ids)[:, :-1], _logits(model, changed)[:, :-1]
+    before, after = logits_of(model, ids)[:, :-1], logits_of(model, changed)[:, :-1]
     if (before - after).abs().max() > 1e-4 * before.abs().max():
         raise ValueError(
             f"{type(model).__name__} sees the tokens that it is to predict; wanted a causal language "
@@ -151,7 +151,7 @@ def accuracy(
             raise ValueError(f"{name} is {value}; wanted 1 or more.")
     check_tokenizer(tokenizer)
     indices = class_indices(model, texts, labels)
-    device = _input_device(model)
+    device = input_device(model)
     order = sorted(range(len(texts)), key=lambda index: sum(map(len, texts[index])))
     right = 0
     with switched(model, training=False):

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils.logging import tqdm
 
 from hf_sparse.adapters.loading import get_peft_model
 from hf_sparse.adapters.merging import merge_
 from hf_sparse.adapters.on_layers import adapter_on, shira_rank
 from hf_sparse.calibration.losses import fast_autocast
 from hf_sparse.calibration.modes import switched
+from hf_sparse.calibration.progress import steps
 from hf_sparse.optim.keep_zeros import FrozenMask
 from hf_sparse.optim.straight_through import StraightThrough
 from hf_sparse.structure.grids import Gridded
@@ -145,7 +145,7 @@ class Recovery:
         )
         trained.train()
         losses: list[float] = []
-        for group in tqdm(groups, desc="Recovering"):
+        for group in steps(groups, "Recovering"):
             total = 0.0
             on_grids.round_()
             for index in group:

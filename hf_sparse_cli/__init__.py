@@ -22,8 +22,7 @@ from hf_sparse_cli.messages import (
 from hf_sparse_cli.parser import make_parser
 from hf_sparse_cli.places import unfinished
 from hf_sparse_cli.tour import tour
-from hf_sparse_cli.usage import check, doubts, unfinished
-from hf_sparse_cli.words import in_flags
+from hf_sparse_cli.usage import check, doubts
 
 __all__ = ["main"]
 
@@ -73,7 +72,8 @@ def _run(given: Sequence[str], options: argparse.Namespace) -> int:
 
 def _hint(options: argparse.Namespace) -> str:
     """How to go on after an interruption, if something was kept."""
-    if not getattr(options, "stream", False):
+    by_effort = getattr(options, "effort", None) or getattr(options, "recipe", None)
+    if not getattr(options, "stream", False) and not by_effort:
         return ""
     work = unfinished(options.output)
     if not any(work.glob("*.safetensors")):

@@ -113,6 +113,26 @@ SLIM_AXES = {
     "width": "heads and neurons, as many in each block",
     "experts": "experts of a mixture, as many in each block",
 }
+# The efforts of `hf_sparse.sparsify_`.
+EFFORTS = {
+    "seconds": "a solver in one pass",
+    "minutes": "a better solver, and every block trained with its zeros fixed",
+    "hours": "that, and the whole model trained with its zeros fixed on all the data",
+}
+# The tasks of `hf_sparse.evaluate_choices`: how their examples are asked.
+TASKS = {
+    "arc_easy": "questions of school science, easy ones",
+    "arc_challenge": "questions of school science, hard ones",
+    "piqa": "which of two ways of doing something works",
+    "openbookqa": "questions of elementary science",
+    "boolq": "yes or no, about a passage",
+    "hellaswag": "how a description goes on",
+    "winogrande": "whom a pronoun means",
+    "lambada_openai": "the last word of a passage",
+    "blimp": "which of two sentences is grammatical",
+}
+# Other names of them.
+TASK_ALIASES = {"openbook_qa": "openbookqa", "obqa": "openbookqa", "lambada": "lambada_openai"}
 FORMATS = {
     "auto": "the smallest of the others",
     "dense": "the weight as it is, zeros included",

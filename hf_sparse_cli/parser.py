@@ -17,6 +17,7 @@ from hf_sparse_cli.choices import (
     REFINEMENTS,
     SCOPES,
 )
+from hf_sparse_cli.effort import add_effort
 from hf_sparse_cli.flags import (
     TEXT,
     add_labels,
@@ -35,6 +36,7 @@ from hf_sparse_cli.quantizing import add_grid, add_quantize
 from hf_sparse_cli.reporting import add_report
 from hf_sparse_cli.shrinking import add_shrink
 from hf_sparse_cli.slimming import add_slim
+from hf_sparse_cli.tasks import add_tasks
 from hf_sparse_cli.top import top_parser
 from hf_sparse_cli.upstream import commands_of
 
@@ -74,11 +76,13 @@ def _add_prune(commands: Any) -> None:
             "MODEL OUTPUT --pattern column --sparsity 0.5 --method taylor --labels rows.jsonl",
             "MODEL OUTPUT --sparsity 0.5 --method magnitude",
             "MODEL OUTPUT --pattern 2:4 --bits 4 --group-size 32 --calibration text.jsonl",
+            "MODEL OUTPUT --sparsity 0.5 --effort minutes --calibration text.jsonl",
         ],
     )
     _add_targets(command)
     _add_method(command)
     add_grid(command.add_argument_group("bits of what is kept"))
+    add_effort(command)
     _add_calibration(command)
     output = output_group(
         command, "folder to save the sparse model in", named_list("formats", FORMATS)
@@ -116,7 +120,6 @@ def _add_method(command: argparse.ArgumentParser) -> None:
     )
     how.add_argument(
         "--method",
-        default="wanda",
         choices=list(dict.fromkeys((*METHODS, *EXPERT_METHODS))),
         metavar="NAME",
         help="see above (default wanda)",
@@ -139,7 +142,9 @@ def _add_method(command: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--stream", action="store_true", help="prune block by block from the disk: any size"
     )
-    how.add_argument("--resume", action="store_true", help="go on with a stopped --stream run")
+    how.add_argument(
+        "--resume", action="store_true", help="go on with a stopped run of --stream or --effort"
+    )
 
 
 def _add_calibration(command: argparse.ArgumentParser) -> None:
@@ -150,7 +155,7 @@ def _add_calibration(command: argparse.ArgumentParser) -> None:
     data.add_argument("--calibration", nargs="+", metavar="FILE", help=TEXT)
     add_labels(calibration, data)
     calibration.add_argument(
-        "--num-samples", type=int, default=128, help="windows, or rows at most (default 128)"
+        "--num-samples", type=int, help="windows, or rows at most (default 128; of --effort all)"
     )
     add_windows(calibration)
 
@@ -195,9 +200,13 @@ def _add_eval(commands: Any) -> None:
     command = command_parser(
         commands,
         "eval",
-        "measure perplexity or accuracy",
-        "MODEL (--text FILE ... | --labels FILE ...) [--dense MODEL]",
-        ["SPARSE --dense MODEL --text held_out.txt", "SPARSE --labels rows.jsonl"],
+        "measure perplexity, accuracy, or zero-shot tasks",
+        "MODEL (--text FILE ... | --labels FILE ... | --tasks NAMES) [--dense MODEL]",
+        [
+            "SPARSE --dense MODEL --text held_out.txt",
+            "SPARSE --labels rows.jsonl",
+            "SPARSE --dense MODEL --tasks arc_easy,piqa --task-data FOLDER --record",
+        ],
     )
     what = command.add_argument_group("what to measure")
     what.add_argument("model", metavar="MODEL", help="folder or Hub name")
@@ -207,9 +216,18 @@ def _add_eval(commands: Any) -> None:
     data = on.add_mutually_exclusive_group(required=True)
     data.add_argument("--text", nargs="+", metavar="FILE", help=f"for perplexity: {TEXT}")
     add_labels(on, data)
+    data.add_argument("--tasks", metavar="NAMES", help="zero-shot tasks below, by commas")
     on.add_argument("--max-windows", type=int, help="use only the first windows")
-    add_windows(on)
-    add_printing(command.add_argument_group("output"))
+    on.add_argument("--window", type=int, default=512, help="tokens in a window (default 512)")
+    on.add_argument(
+        "--batch-size", type=int, help="windows or texts at a time (default 1, of --tasks 16)"
+    )
+    add_tasks(command)
+    output = command.add_argument_group("output")
+    output.add_argument(
+        "--record", action="store_true", help="tell the figures of --tasks in MODEL's card"
+    )
+    add_printing(output)
 
 
 def _add_inspect(commands: Any) -> None:

@@ -19,6 +19,7 @@ from hf_sparse_cli.choices import (
     SCOPES,
     Method,
 )
+from hf_sparse_cli.effort import by_effort, check_effort
 from hf_sparse_cli.names import did_you_mean, suggestions
 from hf_sparse_cli.places import (
     check_files,
@@ -31,12 +32,13 @@ from hf_sparse_cli.places import (
 from hf_sparse_cli.quantizing import check_grid, check_quantize
 from hf_sparse_cli.reporting import check_report
 from hf_sparse_cli.shrinking import check_parts
+from hf_sparse_cli.tasks import check_tasks
 
 _SIZED = (r"\d{1,4}:\d{1,4}", r"block:\d{1,6}x\d{1,6}", r"head(?:_in)?:\d{1,6}")
 # Flags whose values are counts, and the least of them.
 _COUNTS = {
     **dict.fromkeys(("num_samples", "batch_size", "max_windows", "epochs", "accumulate", "r"), 1),
-    **dict.fromkeys(("batch", "tokens", "repeats", "threads", "window"), 1),
+    **dict.fromkeys(("batch", "tokens", "repeats", "threads", "window", "limit"), 1),
     "reconstruct": 0,
 }
 # Flags that name files to read.
@@ -67,6 +69,17 @@ def check(options: argparse.Namespace) -> None:
 
 
 def _check_prune(options: argparse.Namespace) -> None:
+    check_effort(options)
+    goes_on = options.resume and unfinished(options.output).exists()
+    if by_effort(options):
+        if options.recipe is None:
+            _check_sparsity(options.pattern, options.sparsity, implied_sparsity(options.pattern))
+        return check_output(options, "model", "the dense model", asked=goes_on)
+    _check_method(options)
+    return check_output(options, "model", "the dense model", asked=goes_on)
+
+
+def _check_method(options: argparse.Namespace) -> None:
     implied = implied_sparsity(options.pattern)
     _check_sparsity(options.pattern, options.sparsity, implied)
     method = _method(options)
@@ -88,15 +101,13 @@ def _check_prune(options: argparse.Namespace) -> None:
             f"Leave --stream out, or use one that goes through the blocks: {names}."
         )
     if options.resume and not options.stream:
-        raise ValueError("--resume goes on with a streamed run: give --stream too.")
+        raise ValueError("--resume goes on with a run of --stream or --effort: give --stream too.")
     check_grid(options, needed=False)
     if needs_calibration(options) and not options.calibration and not options.labels:
         raise ValueError(
             f"method '{options.method}' needs calibration text: --calibration FILE, or of a classifier "
             "--labels FILE"
         )
-    goes_on = options.resume and unfinished(options.output).exists()
-    check_output(options, "model", "the dense model", asked=goes_on)
 
 
 def _check_recover(options: argparse.Namespace) -> None:
@@ -135,6 +146,7 @@ def _check_export(options: argparse.Namespace) -> None:
 _CHECKS: dict[str, Callable[[argparse.Namespace], None]] = {
     "prune": _check_prune,
     "recover": _check_recover,
+    "eval": check_tasks,
     "shrink": _check_shrink,
     "slim": lambda options: check_output(options, "model", "the larger model"),
     "quantize": _check_quantize,

@@ -14,7 +14,7 @@ _START, _END = r"(?<![\w./-])", r"(?![\w/])"
 # Arguments of calls that are flags of the same name.
 _FLAGS = (
     *("sparsity", "method", "allocation", "refine", "scope", "r", "quantize", "dtype", "format"),
-    *("by", "params", "ms", "mb", "bits"),
+    *("by", "params", "ms", "mb", "bits", "effort"),
 )
 _LISTS = ("targets", "ignore")
 _CONFIG = (
@@ -66,6 +66,7 @@ _PHRASES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"embedding_bits, or a config with them", "--embedding-bits"),
     (r"hf_sparse\.quantize_", "hf-sparse quantize"),
     (rf"{_START}quantize_{_END}", "hf-sparse quantize"),
+    (r"Give smaller batches, or take effort=", "Give more text, or take effort="),
     (r"hf_sparse\.shrink_\(model, uniform=True\)", "hf-sparse shrink --uniform"),
     (r"hf_sparse\.shrink_", "hf-sparse shrink"),
     (r"hf_sparse\.drop_blocks_", "hf-sparse shrink --blocks"),

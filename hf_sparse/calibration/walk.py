@@ -17,9 +17,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.logging import tqdm
 
 from hf_sparse.calibration.activations import Store, in_memory
+from hf_sparse.calibration.progress import steps
 from hf_sparse.calibration.recording import Batch, Sample, TokenMasks, record, token_masks
 from hf_sparse.structure.layers import Stack
 
@@ -185,9 +185,8 @@ def walk(
             samples = record(model, stack, batches, store, residence.running)
         order = [call.block for call in samples[0].calls]
         position = 0
-        for block_index, repeats in tqdm(
-            [(index, len(list(same))) for index, same in groupby(order)], desc=description
-        ):
+        turns = [(index, len(list(same))) for index, same in groupby(order)]
+        for block_index, repeats in steps(turns, description):
             block, calls = stack.blocks[block_index], slice(position, position + repeats)
             position += repeats
             name = f"{stack.name}.{block_index}"

@@ -72,7 +72,7 @@ class Card:
             "## What was done",
             *self._steps(),
             METRICS_TITLE,
-            _metrics(self.provenance.metrics),
+            metrics_table(self.provenance.metrics),
             "## How to load",
             self.usage or self._usage(),
             *self._reproduction(),
@@ -292,7 +292,8 @@ def _figures(metric: Metric) -> str:
     return f"{metric.sparse:.4g}{dense}"
 
 
-def _metrics(metrics: Sequence[Metric]) -> str:
+def metrics_table(metrics: Sequence[Metric]) -> str:
+    """What a card's section of metrics says."""
     if not metrics:
         return NO_METRICS
     rows = [

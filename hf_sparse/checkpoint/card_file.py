@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_sparse.checkpoint.card import METRICS_TITLE, NO_METRICS, OUR_FACT, Card
+from hf_sparse.checkpoint.card import METRICS_TITLE, NO_METRICS, OUR_FACT, Card, metrics_table
 from hf_sparse.files.single import write_file
+from hf_sparse.provenance.values import Metric
 
 _PICTURES_TITLE = "## Pictures"
 # Metadata that an older card may have got by hand, and that its successor keeps.
@@ -44,7 +45,7 @@ def settle(new: str, old: str | None, place: str) -> tuple[str, str | None]:
     if not missing and _covers(_metadata(old), _metadata(new)):
         return old, None
     if missing == [NO_METRICS] and METRICS_TITLE in old:
-        return _without_metrics(old), None
+        return _with_section(old, NO_METRICS), None
     return new, None
 
 
@@ -87,11 +88,18 @@ def _alt(text: str) -> str:
     return re.sub(r"([\\`\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
-def _without_metrics(text: str) -> str:
-    """A card with nothing in its section of metrics."""
+def with_metrics(text: str, metrics: Sequence[Metric]) -> str | None:
+    """A card of ours with these figures in its section of metrics; None if it is no card of ours."""
+    if OUR_FACT not in text or METRICS_TITLE not in text:
+        return None
+    return _with_section(text, metrics_table(metrics))
+
+
+def _with_section(text: str, section: str) -> str:
+    """A card with another text in its section of metrics."""
     before, title, rest = text.partition(METRICS_TITLE)
     _, next_title, after = rest.partition("\n## ")
-    return f"{before}{title}\n\n{NO_METRICS}\n{next_title}{after}"
+    return f"{before}{title}\n\n{section}\n{next_title}{after}"
 
 
 def _body(text: str) -> str:

@@ -17,6 +17,7 @@ import hf_sparse
 from hf_sparse.calibration.documents import read_documents
 from hf_sparse.calibration.windows import token_windows
 from hf_sparse.checkpoint.can_save import check_can_save, check_not_quantized
+from hf_sparse.cli.effort import prune_by_effort
 from hf_sparse.cli.loading import (
     batches_of,
     load,
@@ -34,6 +35,7 @@ from hf_sparse.cli.quantizing import quantize
 from hf_sparse.cli.reporting import report
 from hf_sparse.cli.shrinking import shrink
 from hf_sparse.cli.slimming import slim
+from hf_sparse.cli.tasks import evaluate_tasks
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY
 from hf_sparse.counts import format_table
 from hf_sparse.exporters.can_export import check_can_export
@@ -46,6 +48,7 @@ from hf_sparse.structure.grids import gridded
 from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.targets import Targets
 from hf_sparse.timing import profile
+from hf_sparse_cli.effort import by_effort
 from hf_sparse_cli.quantizing import grid_options
 from hf_sparse_cli.usage import method_options, needs_calibration
 
@@ -72,6 +75,8 @@ def run(options: argparse.Namespace) -> int:
 
 def prune(options: argparse.Namespace) -> int:
     """Prune a model and save it."""
+    if by_effort(options):
+        return prune_by_effort(options)
     config, bones = _checked(options)
     tokenizer, batches = _calibration(options, bones)
     pruned = _streamed if options.stream else _in_memory
@@ -210,6 +215,8 @@ def _stored_in(
 
 def evaluate(options: argparse.Namespace) -> int:
     """Measure a model, and the dense one beside it."""
+    if options.tasks is not None:
+        return evaluate_tasks(options)
     measure = measurement(options)
     sources = [source for source in (options.model, options.dense) if source is not None]
     for source in sources:  # what is missing is told before the first one is measured

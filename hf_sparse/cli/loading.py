@@ -173,11 +173,11 @@ def measurement(options: argparse.Namespace) -> Callable[[Any, Any], float]:
             documents,
             options.window,
             max_windows=options.max_windows,
-            batch_size=options.batch_size,
+            batch_size=options.batch_size or 1,
         )
     texts, labels = labelled_texts(options)
     return lambda model, tokenizer: hf_sparse.accuracy(
-        model, tokenizer, texts, labels, batch_size=options.batch_size
+        model, tokenizer, texts, labels, batch_size=options.batch_size or 1
     )
 
 

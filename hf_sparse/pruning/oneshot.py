@@ -101,6 +101,20 @@ get the fewest tokens, of the smallest weights | `scope="layer"` (or `"global"`)
             being tied, no calibration where it is needed, weights or activations that are not
             finite. All but the last are found before the model is changed.
     """
+    return prune_kept(model, config, method, batches, accelerator, options)
+
+
+@torch.no_grad()
+def prune_kept(
+    model: nn.Module,
+    config: SparsityConfig,
+    method: str,
+    batches: Iterable[Mapping[str, Tensor] | Tensor] | None,
+    accelerator: Any,
+    options: Mapping[str, Any],
+    residence: Residence | None = None,
+) -> SparsityReport:
+    """`prune_`, with a residence that may keep finished blocks and give them back."""
     _check_given(model, config, accelerator)
     targets = Targets.of(model, config)
     recipe = Recipe.of(method, targets.pattern, options)
@@ -122,7 +136,7 @@ get the fewest tokens, of the smallest weights | `scope="layer"` (or `"global"`)
         targets,
         own_batches(inputs, accelerator),
         accelerator,
-        residence=Residence(None if accelerator is None else accelerator.device),
+        residence=residence or Residence(None if accelerator is None else accelerator.device),
     )
     with switched(model, training=False, use_cache=False):
         recipe.prune(task)

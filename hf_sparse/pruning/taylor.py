@@ -19,11 +19,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from transformers.utils.logging import tqdm
 
 from hf_sparse.calibration.losses import check_labels, loss_of
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.processes import summed
+from hf_sparse.calibration.progress import steps
 from hf_sparse.patterns import Pattern
 from hf_sparse.pruning.magnitude import by_scope
 from hf_sparse.pruning.task import Task
@@ -66,7 +66,7 @@ def _unit_scores(task: Task) -> dict[str, Tensor]:
     parameters = parameters_of(task.layers)
     found: dict[str, Tensor] = {}
     with switched(task.model, trained=parameters):
-        for batch in tqdm(task.batches, desc="Measuring gradients"):
+        for batch in steps(task.batches, "Measuring gradients"):
             grads = torch.autograd.grad(loss_of(task.model, batch), parameters, allow_unused=True)
             by_parameter = {id(p): grad for p, grad in zip(parameters, grads, strict=True)}
             for layer in task.layers:

@@ -97,6 +97,11 @@ CALLS: dict[str, Callable[[Path], dict[str, Any]]] = {
         "text": prose()[:2000],
     },
     "plan_slim": lambda _: {"model": tiny_model("llama"), "batches": tiny_batches("llama")},
+    "evaluate_choices": lambda _: {
+        "model": tiny_model("llama"),
+        "tokenizer": tiny_tokenizer(),
+        "tasks": {"pairs": [{"good": "a b", "bad": "b a"}]},
+    },
     "prune_": lambda _: {"model": tiny_model("llama"), "config": CONFIG},
     "prune_checkpoint": lambda folder: {
         "source": folder / "dense",
@@ -110,13 +115,27 @@ CALLS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "shrink_": lambda _: {"model": tiny_model("llama")},
     "slim_": lambda _: {"model": tiny_model("llama"), "batches": tiny_batches("llama")},
     "sparse_param_groups": lambda _: {"model": tiny_model("llama"), "config": CONFIG},
+    "sparsify_": lambda folder: {
+        "model": tiny_model("llama"),
+        "config": CONFIG,
+        "batches": tiny_batches("llama"),
+        "folder": folder,
+    },
     "sparsity_for": lambda _: {"budget": 0.5, "pattern": "unstructured"},
     "trainer_optimizer": lambda _: {"config": CONFIG, "lr": 1e-3},
 }
 # Calls without a parameter of a kind that is checked, and values that calls return.
 WITHOUT = {
-    *("DropReport", "ExpertReport", "FormatError", "HiddenReport", "KeepZeros", "Pattern"),
-    *("SlimPlan", "SlimReport"),
+    *(
+        "ChoiceReport",
+        "DropReport",
+        "ExpertReport",
+        "FormatError",
+        "HiddenReport",
+        "KeepZeros",
+        "Pattern",
+    ),
+    *("SlimPlan", "SlimReport", "SparsifyPlan", "plan_sparsify"),
     *("ShrinkReport", "SparsityConfig", "SparsityReport"),
     *("add_shrinkage_", "freeze_zeros_", "keep_zeros_", "measure_sparsity"),
 }

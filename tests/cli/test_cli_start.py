@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from hf_sparse.cli import commands
+from hf_sparse.effort.stages import EFFORTS
 from hf_sparse.exporters import QUANTIZATIONS
 from hf_sparse.formats import FORMATS
 from hf_sparse.patterns import Pattern
@@ -25,6 +26,7 @@ from hf_sparse.pruning.options import SCOPES
 from hf_sparse.pruning.quantize import ROUNDINGS
 from hf_sparse.quantization import BITS, GROUP_SIZES
 from hf_sparse.recovery import RECOVERIES
+from hf_sparse.zeroshot.tasks import TASKS
 from hf_sparse_cli import choices, main
 from hf_sparse_cli.parser import make_parser
 from hf_sparse_cli.places import unfinished
@@ -104,12 +106,33 @@ USAGE = [
     ("prune EMPTY OLD --sparsity 0.5 --calibration FILE", "holds config.json and 1 more.*--overwr"),
     ("prune EMPTY FILE --sparsity 0.5 --calibration FILE", "is a file; wanted a folder to save in"),
     ("prune EMPTY FILE/out --sparsity 0.5 --calibration FILE", "is a file; wanted a folder to sav"),
+    ("prune EMPTY out --sparsity 0.5 --effort minute", "Did you mean 'minutes'?"),
+    ("prune EMPTY out --effort minutes --calibration FILE", "needs a sparsity: --sparsity 0.5"),
+    ("prune EMPTY out --pattern 2:4 --effort hours", "--effort needs calibration text"),
+    (
+        "prune EMPTY out --pattern 2:4 --effort hours --method alps --calibration FILE",
+        "--effort chooses what --method tells",
+    ),
+    (
+        "prune EMPTY out --pattern 2:4 --effort hours --stream --calibration FILE",
+        "--effort chooses what --stream tells",
+    ),
+    ("prune EMPTY out --recipe none.json --calibration FILE", "no such recipe: none.json"),
+    ("prune EMPTY out --recipe FILE --effort hours --calibration FILE", "give one of them"),
+    ("prune EMPTY out --recipe FILE --pattern 2:4 --calibration FILE", "--recipe tells pattern"),
+    ("prune EMPTY out --sparsity 0.5 --save-recipe a --calibration FILE", "is for --effort and"),
     ("recover EMPTY out", "required: --data"),
     ("recover EMPTY OLD --data FILE", "--overwrite"),
     ("recover EMPTY out --data FILE --lr 0", "--lr is 0.0; wanted a number > 0"),
     ("recover EMPTY out --data FILE --r 4", "--r is for the methods lora and shira"),
     ("recover EMPTY out --data FILE --epochs 0", "--epochs is 0; wanted at least 1"),
-    ("eval EMPTY", "one of the arguments --text --labels is required"),
+    ("eval EMPTY", "one of the arguments --text --labels --tasks is required"),
+    ("eval EMPTY --tasks piqa,arc_esay", "unknown task 'arc_esay'.*Did you mean 'arc_easy'?"),
+    ("eval EMPTY --tasks piqa --task-data none", "no such folder: none"),
+    ("eval user/name --tasks piqa --record", "--record writes into MODEL's folder"),
+    ("eval EMPTY --tasks piqa --limit 0", "--limit is 0; wanted at least 1"),
+    ("eval EMPTY --text FILE --record", "--record is for --tasks alone"),
+    ("eval EMPTY --text FILE --limit 3", "--limit is for --tasks alone"),
     ("eval EMPTY --text none.txt", "no such file: none.txt"),
     ("inspect none", "no such folder: none"),
     ("inspect odl", "no such folder: odl. Did you mean old?"),
@@ -189,6 +212,10 @@ def test_the_choices_are_those_of_the_package() -> None:
     assert {name: row.summary for name, row in FORMATS.items()} == choices.FORMATS
     assert choices.ROUNDINGS == ROUNDINGS
     assert (choices.BITS, (None, *choices.GROUP_SIZES)) == (BITS, GROUP_SIZES)
+    assert EFFORTS == choices.EFFORTS
+    assert list(TASKS) == list(choices.TASKS)
+    others = {other: name for name, task in TASKS.items() for other in task.others}
+    assert others == choices.TASK_ALIASES
     ours = (choices.SCOPES, choices.ALLOCATIONS, choices.REFINEMENTS, choices.QUANTIZATIONS)
     assert ours == (SCOPES, ALLOCATIONS, REFINEMENTS, QUANTIZATIONS)
     [parsers] = [

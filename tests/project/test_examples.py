@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -149,21 +150,27 @@ def test_the_commands_of_the_reference(exported: bool, dense: Path, tmp_path: Pa
     assert {line for line in short if line.startswith("hf-sparse")} <= set(lines)
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("hf-sparse")]
     names = [command[0] for command in commands]
-    tried = ["prune", "prune", "recover", "eval", "inspect", "report", "bench", "bench", "bench"]
+    tried = ["prune", "prune", "prune", "recover", "eval", "eval", "inspect", "report"]
+    tried += ["bench", "bench", "bench"]
     tried += ["prune", "shrink", "shrink", "slim", "prune", "quantize", "export"]
+    row = {"context": "a b", "choices": ["c", "d"], "label": 0}
+    for name in ("arc_easy", "piqa"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
     assert names == [*tried, "push", "convert"]
     instead = {
         "MODEL": str(dense),
         "OUTPUT": str(tmp_path / "sparse"),
         "OUTPUT-2": str(tmp_path / "sparse-2"),
-        "OUTPUT-3": str(tmp_path / "sparse-3"),
         "OUTPUT-4": str(tmp_path / "sparse-4"),
+        "recipe.json": str(tmp_path / "recipe.json"),
+        "OUTPUT-3": str(tmp_path / "sparse-3"),
         "OUTPUT-8": str(tmp_path / "sparse-8"),
         "SMALLER": str(tmp_path / "smaller"),
         "SHALLOWER": str(tmp_path / "shallower"),
         "SLIMMER": str(tmp_path / "slimmer"),
         "GRAPH": str(tmp_path / "graph"),
         "RECOVERED": str(tmp_path / "recovered"),
+        "FOLDER": str(tmp_path),
         "text.jsonl": str(tmp_path / "text.txt"),
         "held_out.txt": str(tmp_path / "text.txt"),
         "report.html": str(tmp_path / "report.html"),
@@ -176,6 +183,9 @@ def test_the_commands_of_the_reference(exported: bool, dense: Path, tmp_path: Pa
         if command[0] == "report" and importlib.util.find_spec("matplotlib") is None:
             continue  # the extra plots is not installed
         arguments = [instead.get(argument, argument) for argument in command]
+        if "--effort" in command:  # which wants all the text
+            assert main([*arguments, "--window", "32"]) == 0
+            continue
         fewer = small.get(command[0], windows if "--calibration" in command else [])
         assert main([*arguments, *fewer]) == 0
 
