@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_sparse.arguments import check_kinds, check_path, check_saves
@@ -30,6 +32,7 @@ from hf_sparse.exporters.can_export import (
     check_weights,
     written_files,
 )
+from hf_sparse.exporters.codes import EXACT, code_
 from hf_sparse.exporters.heads import Head
 from hf_sparse.exporters.packing import Packing, pack_
 from hf_sparse.exporters.tracing import trace
@@ -62,6 +65,7 @@ class ExportReport:
         packing: the weights that are packed in the graph.
         difference: between ONNX Runtime and torch.
         tolerance: what was allowed; None for quantized graphs.
+        codes: how many weights are stored as codes of which type.
     """
 
     folder: Path
@@ -70,6 +74,7 @@ class ExportReport:
     packing: Packing
     difference: Difference
     tolerance: float | None
+    codes: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -92,6 +97,9 @@ class ExportReport:
             if packing.formats
             else "no weight is smaller packed"
         )
+        if self.codes:
+            told = ", ".join(f"{count} {name}" for name, count in sorted(self.codes.items()))
+            packed = f"{told} weights are codes; {packed}"
         return (
             f"{self.folder}: {self.task}, {self.bytes / 1e6:.1f} MB; {packed}; ONNX Runtime and torch "
             f"differ by {self.difference.absolute:.1e} at most ({self.difference.output})"
@@ -118,6 +126,9 @@ def export_onnx(
     places and rebuilt by standard operators, which ONNX Runtime folds while it loads. Batch and
     length are dynamic; causal models take and give keys and values. Before the folder is put in
     place the graph is run in ONNX Runtime on several sizes and compared with the model.
+
+    Weights of a model of few bits are stored as its codes, which ONNX Runtime multiplies with as they
+    are (see docs/onnx.md); the comparison is in float32.
 
     Args:
         model: a transformers model in fp32 or fp16 on the CPU, with a head of `HEADS`; Sparse or not.
@@ -155,17 +166,20 @@ def export_onnx(
     check_quantization(quantize, batches)
     _check_tolerance(tolerance)
     provenance = described(model, report, base_model)
+    promised = _promised_codes(model, quantize)
     plain = switched(model, training=False, **_PLAIN)
     with plain, replacing(folder, written_files(folder).__contains__) as fresh:
         exported = trace(model, head, quantize, batches)
-        packing = pack_(exported.components["model"].program) if pack else Packing()
+        program = exported.components["model"].program
+        coded = code_(program, model, promised) if promised is not None else Counter[str]()
+        packing = pack_(program) if pack else Packing()
         _describe_(exported, model, head)
         if head.caches and (untold := _set_key_heads_(exported.config, model)):
             warnings.warn(untold, stacklevel=2)
         exported.save_pretrained(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
-        difference = compare(model, head, fresh / GRAPH_NAME)
+        difference = compare(model, head, fresh / GRAPH_NAME, EXACT if coded else None)
         if tolerance is None and quantize is None:
             tolerance = TOLERANCES[model.dtype]
         _check_difference(difference, tolerance)
@@ -177,7 +191,15 @@ def export_onnx(
         if warning := write_card(card, fresh / CARD_NAME, folder / CARD_NAME):
             warnings.warn(warning, stacklevel=2)
         size = sum(path.stat().st_size for path in fresh.glob(f"{GRAPH_NAME}*"))
-    return ExportReport(folder, head.task, size, packing, difference, tolerance)
+    return ExportReport(folder, head.task, size, packing, difference, tolerance, dict(coded))
+
+
+def _promised_codes(model: PreTrainedModel, quantize: str | None) -> SparsityConfig | None:
+    """The config whose codes a graph holds; None: its weights are floats, or 8-bit by `quantize`."""
+    promised = promised_config(model)
+    if promised is None or not (promised.bits or promised.embedding_bits) or quantize is not None:
+        return None
+    return promised if model.dtype == torch.float32 else None
 
 
 def _check_tolerance(tolerance: float | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,13 +32,16 @@ class Difference:
 
 
 @torch.no_grad()
-def compare(model: PreTrainedModel, head: Head, file: Path) -> Difference:
+def compare(
+    model: PreTrainedModel, head: Head, file: Path, settings: Mapping[str, str] | None = None
+) -> Difference:
     """Run a graph in ONNX Runtime on the CPU and the model in torch, on inputs of several sizes.
 
     Args:
         model: in eval mode, on the CPU.
         head: of the model.
         file: the graph.
+        settings: of ONNX Runtime's session.
 
     Raises:
         ValueError: the outputs have other names or shapes, or are not finite.
@@ -47,6 +50,8 @@ def compare(model: PreTrainedModel, head: Head, file: Path) -> Difference:
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    for key, setting in (settings or {}).items():
+        options.add_session_config_entry(key, setting)
     session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     worst = Difference(0.0, 0.0, names[0])

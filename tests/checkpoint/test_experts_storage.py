@@ -18,7 +18,7 @@ from tests.support.closeness import same
 from tests.support.mixtures import EXPERTS, MIXTURES, tiny_mixture
 
 HELD = {"bitmask": "unstructured", "gap4": "unstructured", "gap8": "unstructured", "nm": "2:4"}
-HELD |= {"block": "block:2x4", "dense": "2:4", "auto": "2:4"}
+HELD |= {"block": "block:2x4", "dense": "2:4", "auto": "2:4", "rice": "unstructured"}
 KEPT_BY = ("bitmask", "gap4", "gap8", "nm", "block")
 
 
