@@ -68,27 +68,46 @@ def code_(program: onnx_ir.Model, model: PreTrainedModel, config: SparsityConfig
     known = dict(_known(model, config))
     done: Counter[str] = Counter()
     found: dict[str, _Known] = {}
-    held: dict[int, list[Any]] = {}
     for name, value in program.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or len(tensor.shape) != 2 or tensor.dtype != ir.DataType.FLOAT:
             continue
         if (one := known.get(_key(tensor.numpy()))) is not None:
             found[name] = one
-    # Products first: embeddings that are the output head, too, are looked up in its codes.
-    for name, one in sorted(found.items(), key=lambda item: not item[1].turned):
+    for name, one in found.items():
         value = program.graph.initializers[name]
-        uses = {(node.op_type, index) for node, index in value.uses()}
-        if uses == {("MatMul", 1)} and one.turned:
-            held[id(one.weight)] = _multiply(ir, program.graph, value, one)
-        elif uses == {("Gather", 0)} and not one.turned and one.grid.bits == 8:
-            _look_up(ir, program.graph, value, one, held.get(id(one.weight)))
-        else:
-            continue
-        done[f"int{one.grid.bits}"] += 1
+        for weight in _weights_of_products(value, one):
+            _multiply(ir, program.graph, weight, one)
+            done[f"int{one.grid.bits}"] += 1
+        if value.uses() and not one.turned and one.grid.bits == 8 and _is_looked_up(value):
+            _look_up(ir, program.graph, value, one)
+            done[f"int{one.grid.bits}"] += 1
+        if not value.uses():
+            del program.graph.initializers[name]
     if done:
         program.opset_imports[""] = max(program.opset_imports[""], _OPSET)
     return done
+
+
+def _weights_of_products(value: Any, one: _Known) -> list[Any]:
+    """The values `(in_features, out_features)` that are a known weight, and only that of products.
+
+    The exporter transposes small weights itself, and leaves it to the graph for large ones.
+    """
+    if one.turned:
+        candidates = [value]
+    else:
+        users = [node for node, _ in value.uses() if node.op_type == "Transpose"]
+        candidates = [node.outputs[0] for node in users]
+    return [
+        weight
+        for weight in candidates
+        if {(node.op_type, index) for node, index in weight.uses()} == {("MatMul", 1)}
+    ]
+
+
+def _is_looked_up(value: Any) -> bool:
+    return {(node.op_type, index) for node, index in value.uses()} == {("Gather", 0)}
 
 
 def _known(model: PreTrainedModel, config: SparsityConfig) -> Iterator[tuple[bytes, _Known]]:
@@ -134,12 +153,8 @@ def _dtype(grid: Grid) -> Any:
     return np.dtype(ml_dtypes.int4 if grid.symmetric else ml_dtypes.uint4)
 
 
-def _multiply(ir: Any, graph: onnx_ir.Graph, value: Any, one: _Known) -> list[Any]:
-    """Put `DequantizeLinear` in place of a product's weight `(in_features, out_features)`.
-
-    Returns:
-        The constants; none if they are no blocks.
-    """
+def _multiply(ir: Any, graph: onnx_ir.Graph, value: Any, one: _Known) -> None:
+    """Put `DequantizeLinear` in place of a product's weight `(in_features, out_features)`."""
     codes, scales, points = _arrays(one)
     arrays = [codes.T, scales.T] + ([] if points is None else [points.T])
     per_row = scales.shape[1] == 1
@@ -152,36 +167,24 @@ def _multiply(ir: Any, graph: onnx_ir.Graph, value: Any, one: _Known) -> list[An
     ]
     node = ir.node("DequantizeLinear", inputs, attributes=attributes)
     _replace(ir, graph, value, [node])
-    return [] if per_row else inputs
 
 
-def _look_up(
-    ir: Any, graph: onnx_ir.Graph, value: Any, one: _Known, held: list[Any] | None
-) -> None:
+def _look_up(ir: Any, graph: onnx_ir.Graph, value: Any, one: _Known) -> None:
     """Look up codes and scales of embeddings, and multiply what was found.
 
-    Args:
-        held: the constants of the same weight, transposed, that the graph has already.
+    The constants are its own: ONNX Runtime makes no `MatMulNBits` of codes that have another use.
     """
-    constants = list(held or ())
-    if not held:
-        codes, scales, points = _arrays(one)
-        arrays = [codes, scales] + ([] if points is None else [points])
-        constants = [
-            _constant(ir, graph, f"{value.name}.{name}", array)
-            for name, array in zip(("codes", "scales", "zero_points"), arrays, strict=False)
-        ]
+    codes, scales, points = _arrays(one)
+    arrays = [codes, scales] + ([] if points is None else [points])
+    constants = [
+        _constant(ir, graph, f"{value.name}.{name}", array)
+        for name, array in zip(("codes", "scales", "zero_points"), arrays, strict=False)
+    ]
     for user, _ in list(value.uses()):
-        axis, blocks = (1, 0) if held else (0, -1)
-        made = [
-            ir.node("Gather", [constant, user.inputs[1]], attributes={"axis": axis})
-            for constant in constants
-        ]
+        made = [ir.node("Gather", [constant, user.inputs[1]]) for constant in constants]
         found = [row.outputs[0] for row in made]
-        given = {"axis": blocks, "block_size": _size(one)}
-        made.append(ir.node("DequantizeLinear", found, attributes=given))
-        if held:
-            made.append(ir.node("Transpose", [made[-1].outputs[0]], attributes={"perm": [1, 2, 0]}))
+        blocks = {"axis": -1, "block_size": _size(one)}
+        made.append(ir.node("DequantizeLinear", found, attributes=blocks))
         last = made[-1].outputs[0]
         last.shape, last.type = user.outputs[0].shape, user.outputs[0].type
         for index, node in enumerate(made):
@@ -189,7 +192,6 @@ def _look_up(
         ir.convenience.replace_nodes_and_values(
             graph, user, [user], made, list(user.outputs), [last]
         )
-    del graph.initializers[value.name]
 
 
 def _size(one: _Known) -> int:
@@ -206,9 +208,10 @@ def _constant(ir: Any, graph: onnx_ir.Graph, name: str, array: NDArray[Any]) -> 
 
 
 def _replace(ir: Any, graph: onnx_ir.Graph, value: Any, nodes: list[Any]) -> None:
-    """Put the output of nodes in place of an initializer."""
+    """Put the output of nodes in place of an initializer, or of its transpose."""
     made = nodes[-1].outputs[0]
     made.name, made.shape, made.type = f"{value.name}.weight", value.shape, value.type
     ir.convenience.replace_all_uses_with(value, made)
-    del graph.initializers[value.name]
+    if (producer := value.producer()) is not None:
+        graph.remove(producer, safe=True)
     graph.insert_before(graph[0], nodes)

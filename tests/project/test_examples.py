@@ -162,6 +162,7 @@ def test_the_commands_of_the_reference(exported: bool, dense: Path, tmp_path: Pa
         "OUTPUT": str(tmp_path / "sparse"),
         "OUTPUT-2": str(tmp_path / "sparse-2"),
         "OUTPUT-4": str(tmp_path / "sparse-4"),
+        "OUTPUT-5": str(tmp_path / "sparse-5"),
         "recipe.json": str(tmp_path / "recipe.json"),
         "OUTPUT-3": str(tmp_path / "sparse-3"),
         "OUTPUT-8": str(tmp_path / "sparse-8"),

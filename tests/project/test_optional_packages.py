@@ -41,6 +41,7 @@ CALLS: list[tuple[str, str, str, Callable[[Any, Path], Any]]] = [
             "push_to_hub": lambda model, _: hf_sparse.push_to_hub(model, "user/name", onnx=True),
         }.items()
     ],
+    ("gguf", "gguf", "export_gguf", lambda model, f: hf_sparse.export_gguf(model, f / "m.gguf")),
     ("llvmlite", "runtime", "compile", lambda model, _: hf_sparse.compile(model)),
     ("llvmlite", "runtime", "load_compiled", lambda _, folder: hf_sparse.load_compiled(folder)),
     ("llvmlite", "runtime", "benchmark", lambda model, _: hf_sparse.benchmark(model, repeats=1)),
