@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import textwrap
@@ -91,7 +92,7 @@ def given() -> dict[str, Any]:
     rows = [row for batch in batches for row in batch["input_ids"]]
     return {
         **dict.fromkeys(("dense", "dense_model", "whole"), dense),
-        **{"model": model, "sparse_base": model, "config": config, "report": report},
+        **{"model": model, "sparse_base": copy.deepcopy(model), "config": config, "report": report},
         **{"batches": batches, "loader": loader, "inputs": batches[0]},
         "tokenizer": tiny_tokenizer(),
         "texts": prose()[:12_000].split("\n\n"),
