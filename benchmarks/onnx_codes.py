@@ -11,6 +11,7 @@ output. The forms are measured in turns. `integer` has 8-bit activations made in
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,11 +25,15 @@ if __name__ == "__main__":  # help and wrong usage need no slow import
     parser.add_argument("--repeats", type=int, default=12, help="calls of each (default 12)")
     options = parser.parse_args()
 
-import ml_dtypes
 import numpy as np
-import onnx
-import onnx_ir as ir
-import onnxruntime as ort
+
+try:
+    import ml_dtypes
+    import onnx
+    import onnx_ir as ir
+    import onnxruntime as ort
+except ImportError as error:
+    sys.exit(f"{error}: pip install 'hf_sparse[onnx]'")
 from hf_sparse.report import format_table
 from real_models import machine
 
