@@ -27,6 +27,7 @@ from real_models import machine
 from hf_sparse.counts import format_table
 from hf_sparse.runtime.kernels import spmm
 from hf_sparse.runtime.kernels.all import kernels
+from hf_sparse.runtime.kernels.byte_tiles import QUANTISE_TILE, record_features
 from hf_sparse.runtime.kernels.call import Operation, run
 from hf_sparse.runtime.kernels.code_formats import FORMATS
 from hf_sparse.runtime.kernels.single_token import DENSE_ROWS, GROUP, SPARSE_ROWS
@@ -124,12 +125,19 @@ def compare(kind: str, sparsity: float, target: Target) -> list[tuple[str, ...]]
     ]
 
 
-def unpacked(target: Target) -> list[tuple[str, ...]]:
-    """A row for each format of codes that a tile is multiplied with, beside the dense kernel."""
+def of_codes(target: Target) -> list[tuple[str, ...]]:
+    """A row for each format of codes that a tile is multiplied with, beside the dense kernel.
+
+    The time of codes has that of putting the tile in eight bits, which weights that share it share.
+    """
     random = np.random.default_rng(0)
     x, y = (aligned(size, target.widths[0]).fill_(1.0) for size in (COLUMNS, ROWS))
-    ends = {"x": x.data_ptr(), "y": y.data_ptr(), "bias": 0}
+    records = aligned(record_features(COLUMNS), target.widths[0])
+    ends = {"y": y.data_ptr(), "bias": 0}
     code, shelf = kernels(target, DEFAULT_CACHE, codes=True), Shelf()
+    quantise = QUANTISE_TILE.operation(
+        "quantise_tile4", x=x.data_ptr(), records=records.data_ptr(), columns=COLUMNS
+    )
     ready: dict[str, list[Any]] = {
         "float32": [
             DenseWeight(
@@ -149,13 +157,18 @@ def unpacked(target: Target) -> list[tuple[str, ...]]:
     times: dict[str, list[float]] = {name: [] for name in ready}
     for turn in range(REPEATS):
         for name, copies in ready.items():
-            operation = copies[turn % COPIES].operation(0, 4, **ends, start=spmm.START_SUM)
+            source = x if name == "float32" else records
+            operation = copies[turn % COPIES].operation(
+                0, 4, x=source.data_ptr(), **ends, start=spmm.START_SUM
+            )
             start = time.perf_counter()
+            if name != "float32":
+                run(code, quantise)
             run(code, operation)
             times[name].append(time.perf_counter() - start)
     wide = min(times["float32"])
     return [
-        ("tile, unpacked", "", name, f"{min(found) * 1e6:.0f}", f"{wide / min(found):.2f}")
+        ("tile, codes", "", name, f"{min(found) * 1e6:.0f}", f"{wide / min(found):.2f}")
         for name, found in times.items()
     ]
 
@@ -171,7 +184,7 @@ def main(args: argparse.Namespace) -> None:
     rows = [
         row for kind, levels in cases for level in levels for row in compare(kind, level, target)
     ]
-    rows += unpacked(target)
+    rows += of_codes(target)
     print(format_table((f"{ROWS} x {COLUMNS}", "zeros", "weights", "us", "float32 / it"), rows))
 
 
