@@ -24,7 +24,7 @@ from typing import Any
 if __name__ == "__main__":  # help and wrong usage need no slow import
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", type=Path, help="folder with WikiText-2 and C4 texts")
-    parser.add_argument("--out", type=Path, default=Path("bench_output/quantize.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantize.jsonl"))
     parser.add_argument("--table", action="store_true", help="print what is there and stop")
     parser.add_argument("--only", nargs="+", metavar="GROUP", help='such as "alps 2:4"')
     parser.add_argument("--num-samples", type=int, default=64, help="calibration windows")
