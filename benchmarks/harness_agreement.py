@@ -21,15 +21,19 @@ if __name__ == "__main__":  # help and wrong usage need no slow import
     parser.add_argument("--limit", type=int, default=24, help="examples of each task (default 24)")
     options = parser.parse_args()
 
-import datasets
-import lm_eval
-from lm_eval.models.huggingface import HFLM
 from real_models import dense_smollm2, machine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 import hf_sparse
 from hf_sparse.report import format_table
+
+try:
+    import datasets
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+except ImportError as error:
+    raise SystemExit("lm-eval is needed: pip install lm-eval") from error
 
 _LETTERS = "ABCDEFGH"
 _PARADIGM = "adjunct_island"
