@@ -49,12 +49,10 @@ def check_effort(options: argparse.Namespace) -> None:
     if options.recipe is not None:
         if not Path(options.recipe).is_file():
             raise FileNotFoundError(f"no such recipe: {options.recipe}")
-        given = ("sparsity", "targets", "ignore")
-        if any(getattr(options, name) for name in given) or options.pattern != "unstructured":
-            raise ValueError(
-                "--recipe tells pattern, sparsity and layers: leave --pattern, --sparsity, --targets "
-                "and --ignore out."
-            )
+        usual = {"pattern": "unstructured", "format": "auto", "uniform": False}
+        for name in ("pattern", "sparsity", "targets", "ignore", "uniform", "format"):
+            if getattr(options, name) not in (None, usual.get(name)):
+                raise ValueError(f"--recipe tells what --{name} does: leave it out.")
     if not options.calibration and not options.labels:
         raise ValueError(
             f"{flag} needs calibration text: --calibration FILE, or of a classifier --labels FILE"

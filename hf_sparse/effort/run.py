@@ -314,10 +314,13 @@ def _recover(
     after = _loss(model, held)
     told = f"loss on {len(held)} held-out batches: {before:.3f}, recovered {after:.3f}"
     if after < before:
+        losses = {"held_out_loss_before": round(before, 3), "held_out_loss": round(after, 3)}
+        _add_options_(model, losses)
         return replace(report, notes=(*report.notes, told))
     for name, tensor in tensors_to_store(model).items():
         tensor.data.copy_(kept[name])
     remember_(model, known)
+    _add_options_(model, {f"recovery by {stage.method}": f"taken back: {told}"})
     counted = measure_sparsity(model)
     return replace(counted, notes=(f"{told}: it did not help, and was taken back",))
 
@@ -332,13 +335,15 @@ def _loss(model: nn.Module, batches: Batches) -> float:
 
 def _name_recipe(model: nn.Module, plan: SparsifyPlan, number: int) -> None:
     """Let the step of a stage name the recipe that it is a part of, for the card."""
+    if "recipe" in dict(provenance_of(model).steps[-1].options):
+        return  # of an earlier stage: this one was taken back
+    place = f"stage {number + 1} of {len(plan.stages)}"
+    _add_options_(model, {"effort": plan.effort, "recipe": f"{plan.digest}, {place}"})
+
+
+def _add_options_(model: nn.Module, more: Mapping[str, Any]) -> None:
+    """Tell more of the last step that a model remembers."""
     known = provenance_of(model)
     step = known.steps[-1]
-    if any(name == "recipe" for name, _ in step.options):
-        return  # of an earlier stage: this one was taken back
-    named = {
-        "effort": plan.effort,
-        "recipe": f"{plan.digest}, stage {number + 1} of {len(plan.stages)}",
-    }
-    options = pairs({**dict(step.options), **named})
-    remember_(model, replace(known, steps=(*known.steps[:-1], replace(step, options=options))))
+    step = replace(step, options=pairs({**dict(step.options), **more}))
+    remember_(model, replace(known, steps=(*known.steps[:-1], step)))

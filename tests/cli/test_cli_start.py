@@ -119,7 +119,11 @@ USAGE = [
     ),
     ("prune EMPTY out --recipe none.json --calibration FILE", "no such recipe: none.json"),
     ("prune EMPTY out --recipe FILE --effort hours --calibration FILE", "give one of them"),
-    ("prune EMPTY out --recipe FILE --pattern 2:4 --calibration FILE", "--recipe tells pattern"),
+    (
+        "prune EMPTY out --recipe FILE --pattern 2:4 --calibration FILE",
+        "--recipe tells what --pattern",
+    ),
+    ("prune EMPTY out --recipe FILE --format gap8 --calibration FILE", "--recipe tells what --for"),
     ("prune EMPTY out --sparsity 0.5 --save-recipe a --calibration FILE", "is for --effort and"),
     ("recover EMPTY out", "required: --data"),
     ("recover EMPTY OLD --data FILE", "--overwrite"),
