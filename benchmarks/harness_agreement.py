@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 import hf_sparse
-from hf_sparse.report import format_table
+from hf_sparse.counts import format_table
 
 try:
     import datasets

@@ -34,8 +34,9 @@ try:
     import onnxruntime as ort
 except ImportError as error:
     sys.exit(f"{error}: pip install 'hf_sparse[onnx]'")
-from hf_sparse.report import format_table
 from real_models import machine
+
+from hf_sparse.counts import format_table
 
 BLOCK = 32
 _LEVEL = "session.qdq_matmulnbits_accuracy_level"

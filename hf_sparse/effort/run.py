@@ -25,6 +25,7 @@ from hf_sparse.checkpoint.can_save import check_not_quantized
 from hf_sparse.checkpoint.same_weights import hash_weights
 from hf_sparse.checkpoint.save import tensors_to_store
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
+from hf_sparse.counts import SparsityReport, measure_sparsity
 from hf_sparse.effort.plan import SparsifyPlan
 from hf_sparse.effort.probe import estimated
 from hf_sparse.effort.stages import EFFORTS, PRUNE, Stage, is_causal, stages_for
@@ -35,7 +36,6 @@ from hf_sparse.provenance.values import Calibration, pairs
 from hf_sparse.pruning.oneshot import prune_kept
 from hf_sparse.recover import recover_
 from hf_sparse.recovery import RECOVERIES
-from hf_sparse.report import SparsityReport, measure_sparsity
 from hf_sparse.structure.changeable import check_changeable
 from hf_sparse.structure.targets import Targets
 from hf_sparse.suggestions import did_you_mean, shortened

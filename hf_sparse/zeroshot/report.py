@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hf_sparse.counts import format_table
 from hf_sparse.provenance.values import Metric
-from hf_sparse.report import format_table
 from hf_sparse.zeroshot.examples import Example
 from hf_sparse.zeroshot.likelihood import Likelihood
 
