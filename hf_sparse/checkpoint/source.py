@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -98,11 +99,11 @@ def _of_base(config: PreTrainedConfig) -> dict[str, str | tuple[str, ...]]:
     """
     name = config.name_or_path or ""
     file: Any = Path(name) / "README.md"
-    if not name or (not Path(name).is_dir() and name.count("/") > 1):
+    if not name or (not os.path.isdir(name) and name.count("/") > 1):
         return {}
-    if not Path(name).is_dir():
+    if not os.path.isdir(name):
         file = try_to_load_from_cache(name, "README.md")
-    if not isinstance(file, str | Path) or not Path(file).is_file():
+    if not isinstance(file, str | Path) or not os.path.isfile(file):
         return {}
     try:
         text = Path(file).read_text(encoding="utf-8", errors="replace")
@@ -121,7 +122,7 @@ def base_model(config: PreTrainedConfig) -> str:
         return ""  # it was loaded from a checkpoint of ours, whose name is no dense model's
     name = config.name_or_path or ""
     # A local folder tells nobody much.
-    return "" if Path(name).exists() or name.count("/") > 1 else name
+    return "" if os.path.exists(name) or name.count("/") > 1 else name
 
 
 def checked_card_data(values: Mapping[str, Any]) -> dict[str, str | tuple[str, ...]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_sparse.adapters.loading import import_peft
 from hf_sparse.adapters.on_layers import adaptable
@@ -62,6 +63,7 @@ def plan_sparsify(
     Raises:
         ValueError: as `sparsify_`.
     """
+    check_model(model, "plan_sparsify", PreTrainedModel)
     return planned(model, config, batches, effort)[0]
 
 
@@ -115,6 +117,7 @@ def sparsify_(
             work of a run with other data, or what `prune_` and `recover_` refuse. The model has not
             changed then, unless its loss became infinite in training.
     """
+    check_model(model, "sparsify_", PreTrainedModel)
     check_kinds(sparsify_, locals())
     if resume and folder is None:
         raise ValueError(
@@ -140,7 +143,6 @@ def _chosen(
     effort: str | os.PathLike[str] | SparsifyPlan,
 ) -> tuple[list[dict[str, Any]], Targets, SparsifyPlan]:
     """The batches, the targets, and the plan without estimates; all that can be refused is."""
-    check_model(model, "sparsify_")
     check_has_values(model, "sparsify_")
     check_changeable(model, "sparsify_", "sparsify")
     check_not_quantized(model)

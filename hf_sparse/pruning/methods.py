@@ -318,6 +318,8 @@ def _method_named(name: str, pattern: Pattern) -> Method:
     Raises:
         ValueError: there is none of that name, or it is not for the pattern.
     """
+    if not isinstance(name, str):
+        check_name(name, METHODS, "method", "methods")
     if pattern.whole_matrices:
         if name in METHODS and name not in EXPERT_METHODS:
             raise ValueError(

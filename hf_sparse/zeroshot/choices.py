@@ -60,11 +60,11 @@ def evaluate_choices(
             can take, a tokenizer or a model of another kind.
         OSError: a file is missing, or the Hub cannot be reached.
     """
-    check_model(model, "evaluate_choices")
+    check_model(model, "evaluate_choices", PreTrainedModel)
     check_has_values(model, "evaluate_choices", offloaded=True)
     check_kinds(evaluate_choices, locals())
     if dense is not None:
-        check_model(dense, "evaluate_choices")
+        check_model(dense, "evaluate_choices", PreTrainedModel)
         check_has_values(dense, "evaluate_choices", offloaded=True)
     for name, value in (("batch_size", batch_size), ("limit", limit)):
         if value is not None and value < 1:

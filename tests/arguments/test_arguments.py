@@ -21,6 +21,7 @@ CONFIG = SparsityConfig("2:4")
 # Every call that takes a model; the folder never comes to be.
 CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "prune_": lambda model, _: hf_sparse.prune_(model, CONFIG, "magnitude"),
+    "quantize_": lambda model, _: hf_sparse.quantize_(model, bits=8),
     "measure_sparsity": lambda model, _: hf_sparse.measure_sparsity(model),
     "recover_": lambda model, _: hf_sparse.recover_(model, tiny_batches("llama")),
     "sparse_param_groups": lambda model, _: hf_sparse.sparse_param_groups(model, CONFIG),
@@ -45,9 +46,19 @@ TRANSFORMERS_ONLY: dict[str, Callable[[Any, Path], Any]] = {
     "drop_experts_": lambda model, _: hf_sparse.drop_experts_(model, 1, tiny_batches("llama")),
     "drop_hidden_": lambda model, _: hf_sparse.drop_hidden_(model, 1, tiny_batches("llama")),
     "plan_slim": lambda model, _: hf_sparse.plan_slim(model, tiny_batches("llama"), params=0.7),
+    "plan_sparsify": lambda model, _: hf_sparse.plan_sparsify(
+        model, CONFIG, tiny_batches("llama"), "seconds"
+    ),
+    "sparsify_": lambda model, _: hf_sparse.sparsify_(
+        model, CONFIG, tiny_batches("llama"), "seconds"
+    ),
+    "evaluate_choices": lambda model, _: hf_sparse.evaluate_choices(
+        model, tiny_tokenizer(), {"pairs": [{"good": "a b", "bad": "b a"}]}
+    ),
     "slim_": lambda model, _: hf_sparse.slim_(model, tiny_batches("llama"), params=0.7),
     "shrink_": lambda model, _: hf_sparse.shrink_(model),
     "benchmark": lambda model, _: hf_sparse.benchmark(model),
+    "export_gguf": lambda model, folder: hf_sparse.export_gguf(model, folder / "model.gguf"),
     "export_onnx": lambda model, folder: hf_sparse.export_onnx(model, folder),
     "save_compiled": lambda model, folder: hf_sparse.save_compiled(model, folder),
     "compile": lambda model, _: hf_sparse.compile(model),

@@ -25,6 +25,7 @@ ACCURACY = Metric("accuracy, SST-2", 0.9, 0.92, dataset="nyu-mll/glue", task="ss
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the stand-in is here
     with HubStandIn(lfs=False) as hub:
         hub.api = HfApi(endpoint=hub.endpoint, token="hf_dummy")  # type: ignore[attr-defined]
         monkeypatch.setattr(pushing, "HfApi", lambda: hub.api)  # type: ignore[attr-defined]
