@@ -52,8 +52,11 @@ def logits(graph, model, ids: np.ndarray) -> np.ndarray:
     [
         INT4,
         SparsityConfig("unstructured", 0.0, bits=8, group_size=32, embedding_bits=8),
-        SparsityConfig("2:4", bits=4, group_size=32, symmetric=False, embedding_bits=8),
-        SparsityConfig("2:4", bits=8),
+        pytest.param(
+            SparsityConfig("2:4", bits=4, group_size=32, symmetric=False, embedding_bits=8),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(SparsityConfig("2:4", bits=8), marks=pytest.mark.slow),
     ],
     ids=repr,
 )
@@ -77,6 +80,7 @@ def test_a_graph_holds_codes_and_gives_what_the_model_gives(tmp_path, config):
     assert np.abs(found - wanted).max() < 0.1 * np.abs(wanted).max()
 
 
+@pytest.mark.slow
 def test_a_graph_is_smaller_by_its_codes(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     config = SparsityConfig("2:4", bits=4, group_size=32, embedding_bits=8)
@@ -85,6 +89,7 @@ def test_a_graph_is_smaller_by_its_codes(tmp_path):
     assert report.bytes < 1.2 * coded < 4000 * 64 * 4
 
 
+@pytest.mark.slow
 def test_without_bits_nothing_is_coded(tmp_path):
     model = quantised()
     del model._hf_sparse_pruned_with
