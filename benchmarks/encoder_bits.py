@@ -27,7 +27,6 @@ if __name__ == "__main__":  # help and wrong usage need no slow import
     parser.add_argument("--target", help="of the compiled models; this CPU's best by default")
     options = parser.parse_args()
 
-import onnxruntime
 import torch
 from real_models import machine
 from transformers import BertConfig, BertModel
@@ -35,6 +34,11 @@ from transformers.utils.logging import disable_progress_bar
 
 import hf_sparse
 from hf_sparse.counts import format_table
+
+try:
+    import onnxruntime
+except ImportError as error:
+    raise SystemExit("ONNX Runtime is needed: pip install 'hf_sparse[onnx]'") from error
 
 
 def main(options: argparse.Namespace) -> None:

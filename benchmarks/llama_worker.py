@@ -5,11 +5,22 @@
 Decoding is the mean of N tokens behind a prompt of 32, each the likeliest one; a prompt is one call.
 """
 
+import argparse
 import sys
 import time
 
+if __name__ == "__main__":  # help and wrong usage need no slow import
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("file", help="GGUF")
+    parser.add_argument("threads", type=int)
+    options = parser.parse_args()
+
 import numpy as np
-from llama_cpp import Llama
+
+try:
+    from llama_cpp import Llama
+except ImportError as error:
+    raise SystemExit("llama.cpp is needed: pip install llama-cpp-python") from error
 
 PROMPT = 32
 
@@ -46,4 +57,4 @@ def main(file, threads):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(options.file, options.threads)

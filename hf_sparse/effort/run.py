@@ -329,10 +329,9 @@ def _recover(
 
 @torch.no_grad()
 def _loss(model: nn.Module, batches: Batches) -> float:
-    if not batches:
-        return math.nan
     with switched(model, training=False):
-        return sum(float(loss_of(model, batch)) for batch in batches) / len(batches)
+        losses = [float(loss_of(model, batch)) for batch in batches]
+    return sum(losses) / len(losses) if losses else math.nan
 
 
 def _name_recipe(model: nn.Module, plan: SparsifyPlan, number: int) -> None:

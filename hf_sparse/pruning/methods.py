@@ -318,23 +318,18 @@ def _method_named(name: str, pattern: Pattern) -> Method:
     Raises:
         ValueError: there is none of that name, or it is not for the pattern.
     """
-    if not isinstance(name, str):
-        check_name(name, METHODS, "method", "methods")
-    if pattern.whole_matrices:
-        if name in METHODS and name not in EXPERT_METHODS:
-            raise ValueError(
-                f"method '{name}' prunes inside of matrices, and pattern '{pattern}' takes whole "
-                f"experts. Use method {', '.join(map(repr, EXPERT_METHODS))}."
-            )
-        check_name(name, EXPERT_METHODS, f"method of pattern '{pattern}'", "methods")
-        return EXPERT_METHODS[name]
-    if name in EXPERT_METHODS and name not in METHODS:
+    known = EXPERT_METHODS if pattern.whole_matrices else METHODS
+    others = {**METHODS, **EXPERT_METHODS}.keys() - known.keys()
+    if isinstance(name, str) and name in others:
+        way = "chooses whole experts, as pattern 'expert' does"
+        way = "prunes inside of matrices" if pattern.whole_matrices else way
         raise ValueError(
-            f"method '{name}' chooses whole experts of a mixture, and the pattern is '{pattern}'. Use "
-            "pattern 'expert', or another method."
+            f"method '{name}' {way}, and the pattern is '{pattern}'. Use another pattern, or method "
+            f"{', '.join(map(repr, known))}."
         )
-    check_name(name, METHODS, "method", "methods")
-    return METHODS[name]
+    what = f"method of pattern '{pattern}'" if pattern.whole_matrices else "method"
+    check_name(name, known, what, "methods")
+    return known[name]
 
 
 def _check_inputs(layers: Sequence[TargetLayer]) -> None:
