@@ -88,7 +88,7 @@ def models(folder: Path, options: argparse.Namespace) -> dict[str, Timed]:
         coded = copy.deepcopy(dense)
         hf_sparse.quantize_(coded, bits=bits, group_size=32, embedding_bits=8)
         file = options.work / f"smollm2-int{bits}.gguf"
-        hf_sparse.export_gguf(coded, file, tokenizer=tokenizer)
+        hf_sparse.export_gguf(coded, file, tokenizer=tokenizer, overwrite=True)
         megabytes = file.stat().st_size / 1e6
         name = f"llama.cpp {'Q8_0' if bits == 8 else 'Q4_0'} ({megabytes:.0f} MB)"
         found[name] = in_llama_cpp(options.python, file, options.threads)

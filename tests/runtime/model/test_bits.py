@@ -78,7 +78,7 @@ def test_every_target_gives_the_same(name: str) -> None:
     model = model_for("llama", "2:4")
     wanted = logits(hf_sparse.compile(model, bits=4))
     found = logits(hf_sparse.compile(model, bits=4, target=name))
-    assert distance(found, wanted) < 5e-3
+    assert distance(found, wanted) < 1e-2
 
 
 @pytest.mark.parametrize(
