@@ -46,6 +46,12 @@ def check_effort(options: argparse.Namespace) -> None:
     for name in _CHOSEN:
         if getattr(options, name):
             raise ValueError(f"{flag} chooses what --{name} tells: leave one of them out.")
+    for name in ("bits", "group_size", "asymmetric", "embedding_bits"):
+        if getattr(options, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')}: {flag} chooses for weights of full precision. Leave it "
+                "out, and round what is saved: hf-sparse quantize."
+            )
     if options.recipe is not None:
         if not Path(options.recipe).is_file():
             raise FileNotFoundError(f"no such recipe: {options.recipe}")

@@ -51,6 +51,7 @@ def add_quantize(commands: Any) -> None:
     )
     what = command.add_argument_group("what to quantise")
     what.add_argument("model", metavar="MODEL", help="folder or Hub name")
+    what.add_argument("--ignore", nargs="+", metavar="GLOB", help="layers to leave out")
     add_loading(what)
     how = command.add_argument_group("grid", named_list("methods", ROUNDINGS))
     add_grid(how)

@@ -51,6 +51,11 @@ _PHRASES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"add bits=8 or bits=4", "add --bits 8 or --bits 4"),
     (r"SparsityConfig\(\.\.\., format='dense'\)", "--format dense"),
     (r"SparsityConfig\(\.\.\., targets=\[\.\.\.\]\)", "--targets GLOB"),
+    (r"SparsityConfig\(\.\.\., ignore=\[\.\.\.\]\)", "--ignore GLOB"),
+    (
+        r"is there already\. Give another name, or overwrite=True\.",
+        "is there already. Give another name.",
+    ),
     (rf", or save with {_CONFIG}\.", "."),
     (
         rf"hf_sparse\.prune_\(model, {_CONFIG}, \.\.\.\)",

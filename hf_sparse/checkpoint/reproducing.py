@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from hf_sparse.provenance.values import Provenance, Step, Value
+from hf_sparse.provenance.values import OF_CONFIG, Provenance, Step, Value
 
 # The methods of `prune_` (a test compares), and what can be combined with them: the papers to cite.
 METHODS = {
@@ -69,6 +69,8 @@ def reproduction(provenance: Provenance, auto: str, saved: str) -> str:
             lines += [*_data(step), f"hf_sparse.recover_(model, batches, {method!r})"]
         elif step.method == "shrink":
             lines.append("hf_sparse.shrink_(model)")
+        elif step.method == "quantize":
+            lines += _quantized(step)
         else:
             left.append((number, step.method))
             lines.append(f"...  # step {number}: {_unquoted(step.method)}")
@@ -92,8 +94,7 @@ def _pruned(step: Step) -> list[str]:
     if step.ignore:
         told.append(f"ignore={list(step.ignore)!r}")
     options = dict(step.options)
-    if options.pop("uniform", False) is True:
-        told.append("uniform=True")
+    told += [f"{name}={options.pop(name)!r}" for name in OF_CONFIG if name in options]
     given = [f"{name}={value!r}" for name, value in options.items() if value is not None]
     config = f"config = hf_sparse.SparsityConfig({', '.join(told)})"
     call = f"hf_sparse.prune_(model, config, {step.method!r}"
@@ -108,6 +109,18 @@ def _pruned(step: Step) -> list[str]:
             lines[-1] += part
     lines[-1] += ")"
     return [config, *data, *lines]
+
+
+def _quantized(step: Step) -> list[str]:
+    """The call of `quantize_` of a step, for the targets that it has by default."""
+    options, data = dict(step.options), _data(step)
+    told = [f"{name}={options[name]!r}" for name in OF_CONFIG if name in options]
+    told += ["batches=batches"] if data else []
+    return [*data, f"hf_sparse.quantize_(model, {', '.join([*told, _rounding(options)])})"]
+
+
+def _rounding(options: Mapping[str, Value]) -> str:
+    return f"method={options.get('rounding', 'nearest')!r}"
 
 
 def _is_head(step: Step) -> bool:

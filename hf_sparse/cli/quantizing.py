@@ -19,14 +19,14 @@ def quantize(options: argparse.Namespace) -> int:
     bones = skeleton(options.model, options)
     check_can_save(bones, options.output)
     known = promised_config(bones) or hf_sparse.SparsityConfig("unstructured", 0.0)
-    gridded(bones, replace(known, **grid_options(options)))  # tells of groups that do not divide
+    ignored = (*known.ignore, *(options.ignore or ()))
+    config = replace(known, **grid_options(options), ignore=ignored)
+    gridded(bones, config)  # tells of groups that do not divide
     looks = bool(options.calibration or options.labels)
     tokenizer = optional_tokenizer(options, bones.config, needed=looks)
     batches = batches_of(options, bones, tokenizer) if looks else None
     model, _ = load(options.model, options, needs_tokenizer=False)
-    report = hf_sparse.quantize_(
-        model, **grid_options(options), batches=batches, method=options.method
-    )
+    report = hf_sparse.quantize_(model, config, batches=batches, method=options.method)
     hf_sparse.save_pretrained(
         model, options.output, tokenizer=tokenizer, base_model=options.base_model
     )

@@ -109,6 +109,10 @@ class Calibration:
         return cls(windows, length or None, tokens or None, fingerprint and fingerprint[:16])
 
 
+# Options of a step that its `SparsityConfig` tells.
+OF_CONFIG = ("uniform", "bits", "group_size", "symmetric", "embedding_bits")
+
+
 @dataclass(frozen=True)
 class Step:
     """One thing that was done to a model.
@@ -172,7 +176,8 @@ class Step:
     def is_told_by(self, other: Step) -> bool:
         """Whether another step has this method and all of these options; older files have texts."""
         theirs = {name: str(value) for name, value in other.options}
-        mine = {name: str(value) for name, value in self.options}
+        # What the config tells is in no report's options.
+        mine = {name: str(value) for name, value in self.options if name not in OF_CONFIG}
         return self.method == other.method and mine.items() <= theirs.items()
 
 

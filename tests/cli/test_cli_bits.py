@@ -80,3 +80,35 @@ def test_wrong_usage_is_told_and_nothing_written(
     assert code
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_the_card_of_a_rounded_pruning_has_one_step_and_its_code_runs(
+    dense: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["prune", dense, str(out), "--pattern", "2:4", "--bits", "4", "--group-size", "32"]
+    assert main([*arguments, "--method", "wanda", *calibration(tmp_path)]) == 0
+    card = (out / "README.md").read_text()
+    assert "Step 2" not in card
+    assert "SparsityConfig('2:4', bits=4, group_size=32)" in card
+    assert "hf_sparse.prune_(model, config, 'wanda', batches" in card
+    assert "bits" not in card.partition("hf_sparse.prune_(")[2].partition(")")[0]
+
+
+def test_the_card_of_a_quantised_model_calls_quantize(dense: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ignored = ["--ignore", "up_proj"]
+    assert (
+        main(["quantize", dense, str(out), "--bits", "8", "--embedding-bits", "8", *ignored]) == 0
+    )
+    card = (out / "README.md").read_text()
+    assert "hf_sparse.quantize_(model, bits=8, embedding_bits=8, method='nearest')" in card
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    config = SparsityConfig("unstructured", 0.0, bits=8, embedding_bits=8, ignore="up_proj")
+    check_grid(loaded, config)
+
+
+def test_an_effort_takes_no_bits(dense: str, tmp_path: Path, capsys) -> None:
+    arguments = ["prune", dense, str(tmp_path / "out"), "--pattern", "2:4", "--effort", "seconds"]
+    assert main([*arguments, "--bits", "4", "--calibration", str(tmp_path / "text.txt")]) == 1
+    assert "--bits: --effort chooses for weights of full precision" in capsys.readouterr().err
