@@ -128,7 +128,9 @@ class SparsityConfig:
         """What of bits, groups, zero points and embeddings is not the default."""
         names = ("bits", "group_size", "symmetric", "embedding_bits")
         values = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in values.items() if value not in (None, True)}
+        return {
+            name: value for name, value in values.items() if value is not None and value is not True
+        }
 
     def ignores(self, layer: str) -> bool:
         """Whether `ignore` names the layer."""

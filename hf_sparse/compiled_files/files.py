@@ -38,7 +38,7 @@ from hf_sparse.compiled_files.skeleton import (
 from hf_sparse.files.atomic import replacing
 from hf_sparse.files.disk import disk_errors
 from hf_sparse.formats import FormatError
-from hf_sparse.quantization import Grid
+from hf_sparse.quantization import Grid, OffGridError
 from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE
 from hf_sparse.runtime.llvm.target import named
 from hf_sparse.runtime.model.coded_head import CodedHead
@@ -155,7 +155,12 @@ def load_compiled(
         raise FormatError(f"{folder}: {error or repr(error)}") from error
     if old:
         warnings.warn(_UNTIED.format(folder=folder), stacklevel=2)
-    return assemble(model, stack, chosen, None if cache is None else Path(cache), coding)
+    try:
+        return assemble(model, stack, chosen, None if cache is None else Path(cache), coding)
+    except OffGridError as error:
+        raise FormatError(
+            f"{folder}: its head is on another grid than it tells: {error}"
+        ) from error
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

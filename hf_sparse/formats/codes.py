@@ -26,6 +26,7 @@ from hf_sparse.formats.coding import Coding
 from hf_sparse.formats.error import FormatError
 from hf_sparse.formats.format import Parts
 from hf_sparse.quantization import GROUP_SIZES, Codes, Grid, codes_of
+from hf_sparse.quantization.grid import LARGEST_SCALE, SMALLEST_SCALE
 
 ZERO_POINTS = "zero_points"
 # Numbers that are looked at together: bounds the memory beside the codes.
@@ -67,11 +68,11 @@ def check(bits: int, parts: Mapping[str, Tensor], rows: int, columns: int) -> No
             "all columns"
         )
     values = scales.float()
-    if not bool((torch.isfinite(values) & (values > 0)).all()):
-        wrong = int((~(torch.isfinite(values) & (values > 0))).sum())
+    usable = (values >= SMALLEST_SCALE) & (values <= LARGEST_SCALE)  # False of NaN
+    if not bool(usable.all()):
         raise FormatError(
-            f"{wrong} of {values.numel()} scales in '{name}' are zero, negative, infinite or NaN; "
-            "wanted positive numbers"
+            f"{int((~usable).sum())} of {values.numel()} scales in '{name}' are zero, negative, too "
+            f"small, too large or NaN; wanted from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}"
         )
     _check_zero_points(bits, parts.get(ZERO_POINTS), scales.numel())
 

@@ -20,6 +20,7 @@ from hf_sparse.structure.grids import (
     check_whole_weights,
     gridded,
 )
+from hf_sparse.structure.layers import TargetLayer
 from hf_sparse.structure.targets import Targets
 from hf_sparse.structure.weights import check_matrices
 
@@ -128,8 +129,22 @@ def check_can_round(model: nn.Module, targets: Targets) -> list[Gridded]:
     check_matrices([layer for layer, _ in layers])
     for layer, _ in layers:
         check_finite(layer.weight_name, layer.weight)
+        _check_room(layer)
     check_not_on_another(model, targets.config)
     return layers
+
+
+def _check_room(layer: TargetLayer) -> None:
+    """Refuse weights that a step further are infinite: scales are rounded up."""
+    weight = layer.weight
+    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    most = torch.finfo(weight.dtype).max
+    if largest > 0.9 * most:
+        raise ValueError(
+            f"{layer.weight_name} has a weight of {largest:g}, too large to be rounded in "
+            f"{weight.dtype}, which ends at {most:g}. Use a type with more room, or leave the layer "
+            "out: SparsityConfig(..., ignore=[...])."
+        )
 
 
 @torch.no_grad()

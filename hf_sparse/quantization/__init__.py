@@ -7,9 +7,8 @@ float32, and known again in bfloat16 and float16.
 """
 
 from hf_sparse.quantization.codes import Codes, OffGridError, codes_of, lies_on
-from hf_sparse.quantization.grid import BITS, GROUP_SIZES, Grid
+from hf_sparse.quantization.grid import BITS, GROUP_SIZES, SMALLEST_SCALE, Grid
 from hf_sparse.quantization.rounding import (
-    SMALLEST_SCALE,
     fitted_scales,
     lowest_codes,
     nearest_codes,

@@ -9,6 +9,8 @@ from hf_sparse.suggestions import shortened
 BITS = (8, 4)
 # Inputs that share a scale; None is a whole row.
 GROUP_SIZES = (None, 128, 64, 32)
+# Scales of weights: normal numbers, whose products with codes are finite.
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-100, 2.0**118
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from hf_sparse.quantization.codes import Codes, lies_on
-from hf_sparse.quantization.grid import Grid
+from hf_sparse.quantization.grid import SMALLEST_SCALE, Grid
 
 # The shares of the widest scale that a search tries: 1, 0.97, ..., 0.85. Smaller ones clip the largest
 # weights so much that models lose by it, though the squared error of the weights is smaller.
 _SHARES = tuple(1 - 0.03 * step for step in range(6))
-# The smallest scale: a normal float16, so that files for other runtimes can hold it too.
-SMALLEST_SCALE = 2.0**-14
 
 
 def fitted_scales(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Tensor:

@@ -151,7 +151,7 @@ def refused(parts, message):
 def test_scales_that_are_no_positive_numbers_are_refused(value):
     parts = valid_parts()
     parts["scales8"][1, 1] = value
-    refused(parts, r"1 of 10 scales in 'scales8' are zero, negative, infinite or NaN")
+    refused(parts, r"1 of 10 scales in 'scales8' are zero, negative, too small, too large or NaN")
 
 
 def test_scales_of_other_shapes_are_refused():

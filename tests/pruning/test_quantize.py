@@ -214,3 +214,21 @@ def test_classifiers_keep_their_heads() -> None:
     quantize_(model, bits=8, embedding_bits=8)
     assert torch.equal(model.classifier.weight, head)
     codes_of(model.get_input_embeddings().weight.detach(), Grid(8))
+
+
+def test_small_weights_keep_their_size() -> None:
+    model = copy.deepcopy(tiny_model("llama"))
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight.mul_(2.0**-30)
+    before = weight.detach().clone()
+    quantize_(model, bits=8)
+    assert (weight - before).norm() < 0.02 * before.norm()
+
+
+def test_weights_at_the_end_of_their_type_are_refused() -> None:
+    model = copy.deepcopy(tiny_model("llama")).half()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 65504
+    with pytest.raises(ValueError, match=r"up_proj\.weight has a weight of 65504, too large"):
+        quantize_(model, bits=8)

@@ -52,3 +52,18 @@ def test_the_steps_are_those_of_generate() -> None:
     assert torch.equal(found, wanted)
     assert int(met["logits"][0, -1].argmax()) == int(wanted[0, 4])
     assert int(met["padding"]) == 1
+
+
+def test_a_model_generates_as_usual_unless_it_has_steps_of_its_own() -> None:
+    model = copy.deepcopy(tiny_model("llama"))
+    assert generation.generates_as_usual(model)
+    model.prepare_inputs_for_generation = model.prepare_inputs_for_generation
+    assert not generation.generates_as_usual(model)
+
+    class Own(type(tiny_model("llama"))):  # type: ignore[misc]
+        def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+            return super().prepare_inputs_for_generation(*args, **kwargs)
+
+    other = copy.deepcopy(tiny_model("llama"))
+    other.__class__ = Own
+    assert not generation.generates_as_usual(other)

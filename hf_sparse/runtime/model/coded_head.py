@@ -12,6 +12,7 @@ from hf_sparse.runtime.kernels.call import Operation, Slot
 from hf_sparse.runtime.kernels.code_formats import BLOCK, RECORD
 from hf_sparse.runtime.kernels.code_rows import QUANTISE_ROW
 from hf_sparse.runtime.kernels.single_token import GROUP
+from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.model.plain import why_not_plain
 from hf_sparse.runtime.model.single_layers import CompiledHead
@@ -71,7 +72,7 @@ class CodedHead(CompiledHead):
         """As `CompiledHead`'s; of any size if it has no bias."""
         if type(linear) is nn.Linear and linear.bias is None:
             weight = linear.weight
-            return weight.is_floating_point() and weight.is_contiguous() and weight.numel() > 0
+            return weight.dtype in WEIGHT_TYPES and weight.is_contiguous() and weight.numel() > 0
         return super().suits(linear)
 
     @property

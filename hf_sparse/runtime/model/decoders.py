@@ -107,6 +107,7 @@ DECODERS = {
         gate="mlp.gate_up_proj",
         up="mlp.gate_up_proj",
         act="mlp.activation_fn",
+        last_norm=None,  # it drops its cache where its rotations change
         partial_rotary=True,
         windows=True,
         supported={"layer_types": (None,)},

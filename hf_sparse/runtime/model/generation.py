@@ -21,9 +21,10 @@ from hf_sparse.runtime.model.description import Blocks
 from hf_sparse.runtime.model.layers import CompiledBlocks
 from hf_sparse.runtime.programs.cache import alone_with
 from hf_sparse.runtime.programs.runner import Runner
-from hf_sparse.upstream.torch import forward_hooks
+from hf_sparse.upstream.torch import forward_hooks, has_global_forward_hooks
 from hf_sparse.upstream.transformers.caches import cache_in
 from hf_sparse.upstream.transformers.generation import (
+    generates_as_usual,
     merged_config,
     padding_token,
     prefill,
@@ -33,7 +34,7 @@ from hf_sparse.upstream.transformers.generation import (
 
 # Positions whose rotations are computed together.
 _AHEAD = 256
-# Rotations of these kinds change with the length of the sequence: they are computed at each step.
+# Rotations of these kinds change with the length of the sequence: transformers' loop follows them.
 _CHANGING = ("dynamic", "longrope")
 # What `generate` may be asked for, and only transformers' loop gives.
 _RECORDED = ("return_dict_in_generate", "output_hidden_states", "output_attentions")
@@ -67,6 +68,10 @@ class Ends:
         changed = any("forward" in vars(module) for module in around)
         if changed or not all(map(_is_own, hooks)) or not layers.is_whole or layers[0].is_watched:
             return None
+        if has_global_forward_hooks() or not generates_as_usual(model):
+            return None
+        if getattr(base.rotary_emb, "rope_type", None) in _CHANGING:
+            return None
         return cls(model, layers[0].family, layers[0].runner)
 
     def logits(
@@ -91,15 +96,14 @@ class Ends:
         base: Any = self.model.base_model
         like = next(self.model.get_input_embeddings().parameters())[:1]
         kinds = self.family.kinds(self.model.config)
-        ahead = 1 if getattr(base.rotary_emb, "rope_type", None) in _CHANGING else _AHEAD
         while True:
-            positions = first + torch.arange(ahead)
+            positions = first + torch.arange(_AHEAD)
             tables = [
                 base.rotary_emb(like, positions, *kind) for kind in [[k] for k in kinds] or [[]]
             ]
-            for step in range(ahead):
+            for step in range(_AHEAD):
                 yield [(cos[:, step : step + 1], sin[:, step : step + 1]) for cos, sin in tables]
-            first = first + ahead
+            first = first + _AHEAD
 
 
 def _is_own(hook: Any) -> bool:

@@ -260,7 +260,8 @@ def _restore_codes(
     described: Mapping[str, Any], edges: tuple[int, ...], place: str, tensors: Mapping[str, Tensor]
 ) -> CodeWeight:
     numbers, rows = described["format"], described["rows"]
-    fits = isinstance(numbers, list) and len(numbers) == 4 and type(rows) is int
+    fits = isinstance(numbers, list) and len(numbers) == 4
+    fits = fits and all(type(number) is int for number in (*numbers, rows))
     require(fits, place, f"its format is {numbers!r}, with {rows!r} rows")
     streams = (tensors[f"{place}.{stream}"].numpy() for stream in _CODE_STREAMS)
     return CodeWeight(rows, edges[-1], CodeFormat(*numbers), *streams)

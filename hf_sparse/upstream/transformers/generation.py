@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 __all__ = [
+    "generates_as_usual",
     "merged_config",
     "padding_token",
     "prefill",
@@ -18,6 +20,13 @@ __all__ = [
     "takes_one_token_after_the_other",
 ]
 
+# What the loop calls on a model: where its class, or itself, has another one, that one is to be called.
+_STEPS = (
+    "prepare_inputs_for_generation",
+    "_prefill",
+    "_sample",
+    "_update_model_kwargs_for_generation",
+)
 _PLAIN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
@@ -31,6 +40,16 @@ def merged_config(model: Any, given: Any, options: Mapping[str, Any]) -> Any:
         if hasattr(config, name):
             setattr(config, name, options[name])
     return config
+
+
+def generates_as_usual(model: Any) -> bool:
+    """Whether a model's loop and its forward are transformers' own, without changes for its family."""
+    usual = all(
+        getattr(type(model), name, None) is getattr(GenerationMixin, name, None)
+        and name not in vars(model)
+        for name in _STEPS
+    )
+    return usual and type(model).forward.__module__.startswith("transformers.")
 
 
 def takes_one_token_after_the_other(config: Any, assistant: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -80,7 +81,7 @@ def test_every_family_gives_the_tokens_of_transformers_loop(
 
 def test_which_families_are_left_to_transformers_loop() -> None:
     left = {name for name, blocks in COMPILED.items() if blocks.causal and not blocks.last_norm}
-    assert left == {"gpt2", "opt", "gemma2", "gemma3_text", "granite"}
+    assert left == {"gpt2", "opt", "gemma2", "gemma3_text", "granite", "phi3"}
 
 
 @pytest.mark.parametrize(
@@ -243,3 +244,42 @@ def test_a_conversation_goes_on_with_its_cache(steps: list[int]) -> None:
         )
     assert torch.equal(*results)
     assert steps
+
+
+def test_a_class_with_a_forward_of_its_own_is_called_for_every_token(steps: list[int]) -> None:
+    original = model_of("olmo2", AutoModelForCausalLM)
+
+    class Louder(type(original)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = -output.logits
+            return output
+
+    original.__class__ = Louder
+    model, given = hf_sparse.compile(original), inputs_of("olmo2", 1, 7)
+    wanted = by_transformers(model, **given, **LENGTH, do_sample=False)
+    assert torch.equal(model.generate(**given, **LENGTH, do_sample=False), wanted)
+    assert not steps
+
+
+def test_rotations_that_change_with_the_length_are_left_to_transformers(steps: list[int]) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    original = model_of(
+        "olmo2", AutoModelForCausalLM, rope_parameters=rope, max_position_embeddings=8
+    )
+    model, given = hf_sparse.compile(original), inputs_of("olmo2", 1, 7)
+    wanted = original.generate(**given, **LENGTH, do_sample=False)
+    assert torch.equal(model.generate(**given, **LENGTH, do_sample=False), wanted)
+    assert not steps
+
+
+def test_a_hook_on_every_module_is_heard(steps: list[int]) -> None:
+    heard: list[int] = []
+    model = compiled("olmo2")
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: heard.append(1))
+    try:
+        model.generate(**inputs_of("olmo2", 1, 7), **LENGTH, do_sample=False)
+    finally:
+        handle.remove()
+    assert heard
+    assert not steps
