@@ -98,7 +98,7 @@ $(VENV)/base: setup.cfg constraints.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(INSTALL) -e .[dev,onnx,peft,plots,runtime,train]
+	$(INSTALL) -e .[dev,gguf,onnx,peft,plots,runtime,train]
 	touch $@
 
 $(VENV)/docs: $(VENV)/base

@@ -16,6 +16,8 @@ needs_export = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "exports work
 
 
 def skip_unless_exports(call: str) -> None:
-    """Skip a case of a test of several calls where `export_onnx` does not work."""
+    """Skip a case of a test of several calls where `export_onnx` or `export_gguf` does not work."""
     if call == "export_onnx" and WHY_NOT:
         pytest.skip(WHY_NOT)
+    if call == "export_gguf":
+        pytest.importorskip("gguf")
