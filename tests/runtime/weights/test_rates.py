@@ -23,6 +23,8 @@ def test_a_target_that_was_measured_has_its_own_rates(name: str) -> None:
 def test_a_new_row_of_instruction_sets_is_all_that_compile_needs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if not hasattr(target.host, "cache_clear"):
+        pytest.skip("a target was asked for")
     row = next(row for row in target.INSTRUCTION_SETS if row.name == target.host().name)
     monkeypatch.setattr(target, "INSTRUCTION_SETS", (replace(row, name="new"),))
     target.targets.cache_clear()
