@@ -17,6 +17,7 @@ import hf_sparse
 from hf_sparse.calibration.documents import read_documents
 from hf_sparse.calibration.windows import token_windows
 from hf_sparse.checkpoint.can_save import check_can_save, check_not_quantized
+from hf_sparse.cli.asked import asked_config
 from hf_sparse.cli.effort import prune_by_effort
 from hf_sparse.cli.loading import (
     batches_of,
@@ -49,7 +50,6 @@ from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.targets import Targets
 from hf_sparse.timing import profile
 from hf_sparse_cli.effort import by_effort
-from hf_sparse_cli.quantizing import grid_options
 from hf_sparse_cli.usage import method_options, needs_calibration
 
 
@@ -86,15 +86,7 @@ def prune(options: argparse.Namespace) -> int:
 
 def _checked(options: argparse.Namespace) -> tuple[hf_sparse.SparsityConfig, Any]:
     """The config of a pruning run and the model without weights; bad options are refused here."""
-    config = hf_sparse.SparsityConfig(
-        options.pattern,
-        options.sparsity,
-        options.targets,
-        options.ignore,
-        options.format,
-        options.uniform,
-        **grid_options(options),
-    )
+    config = asked_config(options)
     own = method_options(options)
     recipe = Recipe.of(options.method, config.pattern, own)
     bones = skeleton(options.model, options)

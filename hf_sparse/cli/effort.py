@@ -10,6 +10,7 @@ import hf_sparse
 from hf_sparse.calibration.documents import read_documents
 from hf_sparse.calibration.windows import token_windows
 from hf_sparse.checkpoint.can_save import check_can_save, check_not_quantized
+from hf_sparse.cli.asked import asked_config
 from hf_sparse.cli.loading import batches_of, load, optional_tokenizer, skeleton
 from hf_sparse.cli.printing import print_saved
 from hf_sparse.effort.run import described_run, follow, planned
@@ -19,7 +20,7 @@ from hf_sparse.files.work_folder import check_work_folder, work_folder
 def prune_by_effort(options: argparse.Namespace) -> int:
     """Plan, tell the plan, follow it, and save the model; finished work is kept until it is saved."""
     recipe = None if options.recipe is None else hf_sparse.SparsifyPlan.load(options.recipe)
-    config = recipe.config if recipe is not None else _config(options)
+    config = recipe.config if recipe is not None else asked_config(options)
     folder = Path(options.output)
     check_work_folder(folder, {}, resume=options.resume)
     bones = skeleton(options.model, options)
@@ -41,17 +42,6 @@ def prune_by_effort(options: argparse.Namespace) -> int:
             model, folder, plan.config, tokenizer=tokenizer, base_model=options.base_model
         )
     return print_saved(report, options, options.model, tokenizer)
-
-
-def _config(options: argparse.Namespace) -> hf_sparse.SparsityConfig:
-    return hf_sparse.SparsityConfig(
-        options.pattern,
-        options.sparsity,
-        options.targets,
-        options.ignore,
-        options.format,
-        options.uniform,
-    )
 
 
 def _batches(options: argparse.Namespace, bones: Any, tokenizer: Any) -> list[Any]:

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_sparse.calibration.walk import BlockStep, Residence
 from hf_sparse.checkpoint.save import tensors_to_store
 from hf_sparse.configuration_sparse import SparsityConfig
-from hf_sparse.files.atomic import sync_file
+from hf_sparse.files.work_folder import write_work
 from hf_sparse.formats.error import FormatError
 from hf_sparse.provenance.entry import from_dict, to_dict
 from hf_sparse.provenance.record import provenance_of, remember_
@@ -105,16 +104,8 @@ def write(file: Path, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) ->
     Raises:
         OSError: the disk is full, say.
     """
-    fresh = file.with_suffix(".new")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(plain, fresh, {"told": json.dumps(told)})
-    except SafetensorError as error:  # what safetensors makes of a full disk
-        raise OSError(
-            f"{file} cannot be written: {error}. Finished work is kept: free space, and resume."
-        ) from error
-    sync_file(fresh)
-    fresh.replace(file)
+    write_work(file, plain, {"told": json.dumps(told)})
 
 
 def read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -10,10 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_sparse.files.atomic import sync_file
 
 try:
     import fcntl
@@ -86,6 +92,30 @@ def is_stopped(folder: Path) -> bool:
 
 def _beside(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.unfinished")
+
+
+def write_work(
+    file: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write finished work to a file of a work folder, so that a kill leaves the whole file, or none.
+
+    Args:
+        file: `.safetensors`.
+        tensors: on the CPU, contiguous.
+        metadata: texts beside them.
+
+    Raises:
+        OSError: the disk is full, say.
+    """
+    fresh = file.with_suffix(".new")
+    try:
+        save_file(tensors, fresh, None if metadata is None else dict(metadata))
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(
+            f"{file} cannot be written: {error}. Finished work is kept: free space, and resume."
+        ) from error
+    sync_file(fresh)
+    fresh.replace(file)
 
 
 def check_work_folder(folder: Path, run: dict[str, Any], *, resume: bool) -> Path:

@@ -11,8 +11,6 @@ from typing import Any
 
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from accelerate.utils import set_module_tensor_to_device
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_sparse.arguments import check_finite
@@ -26,7 +24,7 @@ from hf_sparse.checkpoint.reading import (
     restore_state_dict,
 )
 from hf_sparse.counts import TensorSparsity, count_zeros
-from hf_sparse.files.atomic import sync_file
+from hf_sparse.files.work_folder import write_work
 from hf_sparse.formats import FormatError, compress, decompress, join, locate
 from hf_sparse.patterns import Unstructured
 from hf_sparse.pruning.problem import Notes
@@ -151,20 +149,12 @@ class OnDisk(Residence):
             for layer in layers:
                 counts.append(asdict(count_zeros(layer.weight_name, layer.weight, self._pattern)))
         file = self._file(step)
-        fresh = file.with_suffix(".new")
         run = {
             "counts": counts,
             "notes": self.all_notes,
             "sha256": fingerprint([tensors]),
         }
-        try:
-            save_file(tensors, fresh, {"run": json.dumps(run)})
-        except SafetensorError as error:  # what safetensors makes of a full disk
-            raise OSError(
-                f"{file} cannot be written: {error}. Finished blocks are kept: free space, and resume."
-            ) from error
-        sync_file(fresh)
-        fresh.replace(file)
+        write_work(file, tensors, {"run": json.dumps(run)})
         self._publish(file, counts)
 
     def round(self, layers: Iterable[Gridded]) -> None:
@@ -181,7 +171,7 @@ class OnDisk(Residence):
             tensors.update({join(name, part): one.contiguous() for part, one in parts.items()})
         if tensors:
             file = self.work / _EMBEDDINGS
-            save_file(tensors, file)
+            write_work(file, tensors)
             self._publish(file, [])
 
     def _parameters(self, step: BlockStep) -> list[tuple[TargetLayer, ...]]:

@@ -137,7 +137,7 @@ def check_can_round(model: nn.Module, targets: Targets) -> list[Gridded]:
 def _check_room(layer: TargetLayer) -> None:
     """Refuse weights that a step further are infinite: scales are rounded up."""
     weight = layer.weight
-    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    largest = max(map(abs, map(float, weight.aminmax()))) if weight.numel() else 0.0
     most = torch.finfo(weight.dtype).max
     if largest > 0.9 * most:
         raise ValueError(

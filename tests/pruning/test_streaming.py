@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_sparse import SparsityConfig, prune_, prune_checkpoint
 from hf_sparse.cli import main
+from hf_sparse.files import work_folder
 from hf_sparse.pruning import on_disk
 from tests.support.closeness import nearly_same, nearly_the_same_zeros
 from tests.support.processes import run
@@ -127,19 +128,19 @@ def test_what_cannot_stream_is_refused_before_work_begins(dense: Path, tmp_path:
 
 
 def test_a_full_disk_keeps_the_finished_blocks(dense: Path, tmp_path: Path, monkeypatch) -> None:
-    batches, real = tiny_batches("llama"), on_disk.save_file
+    batches, real = tiny_batches("llama"), work_folder.save_file
     written: list[Path] = []
 
     def full(tensors, path, metadata) -> None:
         if len(written) == 1:
-            raise on_disk.SafetensorError("No space left on device")
+            raise work_folder.SafetensorError("No space left on device")
         written.append(path)
         real(tensors, path, metadata)
 
-    monkeypatch.setattr(on_disk, "save_file", full)
+    monkeypatch.setattr(work_folder, "save_file", full)
     with pytest.raises(OSError, match="free space, and resume"):
         prune_checkpoint(dense, tmp_path / "out", CONFIG, "wanda", batches)
-    monkeypatch.setattr(on_disk, "save_file", real)
+    monkeypatch.setattr(work_folder, "save_file", real)
     assert (tmp_path / "out.unfinished" / "model.layers.0.safetensors").exists()
     report = prune_checkpoint(dense, tmp_path / "out", CONFIG, "wanda", batches, resume=True)
     assert report.sparsity == pytest.approx(0.6, abs=1e-3)

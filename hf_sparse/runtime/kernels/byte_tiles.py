@@ -24,6 +24,7 @@ from hf_sparse.runtime.kernels import spmm
 from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.kernels.code_formats import BLOCK, FORMATS, ROWS, UNIT
 from hf_sparse.runtime.kernels.code_rows import LARGEST, scales_of
+from hf_sparse.runtime.kernels.tile_sums import begun_sums, store_sums
 from hf_sparse.runtime.kernels.unpack_bytes import unpack_bytes
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
@@ -195,7 +196,9 @@ class _Kernel:
         scales = self.scales.at(block * (2 * ROWS * parts)).at(r * 2)
         each = BLOCK // UNIT // parts
         for first in range(0, self.vectors, self.width):
-            totals = self._begin(mode, row + r, outputs, first)
+            totals = begun_sums(
+                f, self.target, mode, self.bias, row + r, outputs, first, self.width
+            )
             for part in range(parts):
                 sums = self._open(record, height, first, part, parts)
                 with f.range(
@@ -206,27 +209,7 @@ class _Kernel:
                 for i in range(height):
                     scale = scales_of(f, scales.at(2 * ROWS * part), 0, i, 1)
                     self._close(record, scale, sums[i], totals[i], first)
-            for output, of_row in zip(outputs, totals, strict=True):
-                for v, total in enumerate(of_row):
-                    output.at(self.size * (first + v)).store(total.get(), self.size)
-
-    def _begin(
-        self, mode: Value, row: Value, outputs: list[Value], first: int
-    ) -> list[list[Variable]]:
-        """The floats to add to, vectors `first ..` of the tile, as `mode` says."""
-        f, zero = self.f, self.f.constant(0.0, self.kind)
-        totals = [[f.variable(zero) for _ in range(self.width)] for _ in outputs]
-        for case in f.cases(mode, 3):
-            for i, (output, of_row) in enumerate(zip(outputs, totals, strict=True)):
-                for v, total in enumerate(of_row):
-                    value = zero
-                    if case in (spmm.START_SUM, spmm.START_SUM_BIAS):
-                        value = output.at(self.size * (first + v)).load(self.kind, self.size)
-                    if case in (spmm.START_BIAS, spmm.START_SUM_BIAS):
-                        added = self.bias.at((row + i) * 4).load("float")
-                        value = value + added.splat(self.lanes)
-                    total.set(value)
-        return totals
+            store_sums(self.target, outputs, totals, first)
 
     def _open(
         self, record: Value, height: int, first: int, part: int, parts: int

@@ -10,8 +10,8 @@ difference is a multiple of 4), X, Y, bias, start (`START_*`).
 
 from __future__ import annotations
 
-from hf_sparse.runtime.kernels import spmm
 from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.tile_sums import begun_sums, store_sums
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
@@ -67,7 +67,6 @@ class _Kernel:
         self.width = vectors
         while ROWS * self.width > target.registers // 2:
             self.width //= 2
-        self.zero = function.constant(0.0, self.kind)
         self.widened = None if weight_type is FLOAT32 else function.scratch(4 * ROWS * _WIDENED)
 
     def write(self) -> None:
@@ -75,30 +74,14 @@ class _Kernel:
             places = [self.weight.at((row + r) * self.row_bytes) for r in range(ROWS)]
             outputs = [self.y.at((row + r) * self.tile_row) for r in range(ROWS)]
             for first in range(0, self.vectors, self.width):
-                sums = self._begin(row, outputs, first)
+                sums = begun_sums(
+                    self.f, self.target, self.start, self.bias, row, outputs, first, self.width
+                )
                 if self.widened is None:
                     self._multiply(places, self.x, self.columns, sums, first, ahead=True)
                 else:
                     self._multiply_widened(places, self.widened, sums, first)
-                for r in range(ROWS):
-                    for v, total in enumerate(sums[r]):
-                        outputs[r].at(self.size * (first + v)).store(total.get(), self.size)
-
-    def _begin(self, row: Value, outputs: list[Value], first: int) -> list[list[Variable]]:
-        """The sums of 4 rows, vectors `first ..` of the tile, as `start` says."""
-        f = self.f
-        sums = [[f.variable(self.zero) for _ in range(self.width)] for _ in range(ROWS)]
-        for mode in f.cases(self.start, 3):
-            for r in range(ROWS):
-                for v, total in enumerate(sums[r]):
-                    value = self.zero
-                    if mode in (spmm.START_SUM, spmm.START_SUM_BIAS):
-                        value = outputs[r].at(self.size * (first + v)).load(self.kind, self.size)
-                    if mode in (spmm.START_BIAS, spmm.START_SUM_BIAS):
-                        added = self.bias.at(row * 4 + 4 * r).load("float")
-                        value = value + added.splat(self.target.lanes)
-                    total.set(value)
-        return sums
+                store_sums(self.target, outputs, sums, first)
 
     def _multiply(
         self,

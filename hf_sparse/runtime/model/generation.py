@@ -129,13 +129,12 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _decode(model: Any, input_ids: Tensor, *, ends: Ends, streamer: Any, **given: Any) -> Any:
     """The tokens of the prompts and of their continuations: what transformers' `_sample` gives."""
+    assert takes_one_token_after_the_other(given["generation_config"], None)
+    if cache_in(given) is None or given.get("inputs_embeds") is not None:
+        return sample(model, input_ids, {**given, "streamer": streamer})
     config, process, stops = (
         given.pop(name) for name in ("generation_config", "logits_processor", "stopping_criteria")
     )
-    loop = {"generation_config": config, "logits_processor": process, "stopping_criteria": stops}
-    assert takes_one_token_after_the_other(config, None)
-    if cache_in(given) is None or given.get("inputs_embeds") is not None:
-        return sample(model, input_ids, {**loop, **given, "streamer": streamer})
     outputs = prefill(model, input_ids, config, given)
     cache, logits = cache_in(outputs), outputs.logits[:, -1]
     del outputs

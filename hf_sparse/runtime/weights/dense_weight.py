@@ -4,29 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_sparse.runtime.kernels.call import Argument, Operation
 from hf_sparse.runtime.kernels.dense import ROWS, SIGNATURE, name
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
-from hf_sparse.runtime.weights.panels import CHUNK_ROWS, chunk_edges
+from hf_sparse.runtime.weights.columns import Columns
 
 
 @dataclass(frozen=True, eq=False)
-class DenseWeight:
-    """Columns of a weight that is computed densely; stands beside `PackedWeight`.
-
-    Attributes:
-        weight: `(rows, all columns)` of one of the `WEIGHT_TYPES`, contiguous.
-        first_column, columns: which columns.
-    """
-
-    weight: Tensor
-    first_column: int
-    columns: int
-    height: int = ROWS
+class DenseWeight(Columns[Tensor]):
+    """Columns of a weight `(rows, all columns)` of one of the `WEIGHT_TYPES`, contiguous."""
 
     @staticmethod
     def suits(weight: Tensor) -> bool:
@@ -39,26 +27,14 @@ class DenseWeight:
         return self.weight.shape[0]
 
     @property
-    def stored(self) -> int:
-        """Weights that are multiplied."""
-        return self.rows * self.columns
-
-    @property
     def nbytes(self) -> int:
         """Bytes of these columns."""
         return self.weight.itemsize * self.stored
-
-    @property
-    def chunk_rows(self) -> NDArray[np.int64]:
-        """Where the chunks of rows begin, and where the last one ends."""
-        return chunk_edges(self.rows)
 
     def operation(
         self, chunk: int, vectors: int, x: Argument, y: Argument, bias: int, start: int
     ) -> Operation:
         """Multiply one chunk of rows; addresses as `PackedWeight.operation`'s."""
-        first = chunk * CHUNK_ROWS
-        last = min(first + CHUNK_ROWS, self.rows)
         weight_type = WEIGHT_TYPES[self.weight.dtype]
         stride = weight_type.size * self.weight.shape[1]
         weight = self.weight.data_ptr() + weight_type.size * self.first_column
@@ -67,8 +43,7 @@ class DenseWeight:
             weight=weight,
             row_bytes=stride,
             columns=self.columns,
-            first=first,
-            last=last,
+            **self.rows_of(chunk),
             x=x,
             y=y,
             bias=bias,

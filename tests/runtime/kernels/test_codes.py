@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise as neighbours
 
 import numpy as np
 import pytest
@@ -27,6 +26,7 @@ from tests.support.code_references import (
 )
 from tests.support.coded_weights import random_codes, random_scales
 from tests.support.crosses import cross
+from tests.support.single_tokens import check_rows
 
 # Rows, columns: tiny, odd, no whole groups and blocks, real.
 SIZES = [(4, 1), (13, 70), (70, 24), (36, 129), (516, 256), (192, 576)]
@@ -119,19 +119,6 @@ def test_one_token(
     packed = pack_codes(codes, scales, form.group, form)
     x = features(columns, extreme)
     records = records_of(code, x)
-    bias, before = torch.randn(2, -(-rows // 4) * 4)
     product = product_ref(codes, scales, form.group, x[:columns].numpy())
     limit = 2e-6 * float(np.abs(product).max() + 1)
-    half = rows // 32 * 16
-    for edges in ((0, rows), (0, half, rows)):  # also as two threads do
-        for add in (False, True):
-            y = before.clone()
-            for first, last in neighbours(edges):
-                ends = records.data_ptr(), y.data_ptr(), bias.data_ptr()
-                run(code, packed.operation(*ends, first, last, add=add))
-            wanted = product + bias[:rows].numpy() + (before[:rows].numpy() if add else 0)
-            np.testing.assert_allclose(y[:rows].numpy(), wanted, atol=limit)
-    y = before.clone()
-    run(code, packed.operation(records.data_ptr(), y.data_ptr(), 0, 0, rows, add=False))
-    np.testing.assert_allclose(y[:rows].numpy(), product, atol=limit)
-    assert not y[rows:].any()  # what the next weight reads behind the last feature
+    check_rows(code, packed, records.data_ptr(), product, [rows // 32 * 16], limit)

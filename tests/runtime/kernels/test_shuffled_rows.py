@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise as neighbours
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from transformers import LlamaConfig
 import hf_sparse
 from hf_sparse.formats import FormatError
 from hf_sparse.runtime.kernels.all import kernels
-from hf_sparse.runtime.kernels.call import run
 from hf_sparse.runtime.kernels.shuffled_rows import WINDOWS, Window
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WEIGHT_TYPES, WeightType
 from hf_sparse.runtime.llvm import target
@@ -34,6 +32,7 @@ from tests.support.closeness import same
 from tests.support.compiled_folders import DECODER, logits
 from tests.support.crosses import cross
 from tests.support.kernel_references import unpack_shuffled
+from tests.support.single_tokens import check_nan_stays_in_its_sequence, check_rows
 from tests.support.sparse_models import random_model
 
 TYPES = list(WEIGHT_TYPES.values())
@@ -68,21 +67,9 @@ def test_shuffled_rows(
     assert np.array_equal(unpack_shuffled(packed), weight)
     x = aligned(-(-columns // 64) * 64)
     x[:columns] = torch.randn(columns)
-    bias, before = torch.randn(2, -(-rows // 4) * 4)
     product = weight.astype(np.float64) @ x[:columns].double().numpy()
     groups = rows // window.rows * window.rows // 2 // window.rows * window.rows
-    for edges in ((0, rows), (0, groups, rows)):  # also as two threads do
-        for add in (False, True):
-            y = before.clone()
-            for first, last in neighbours(edges):
-                ends = x.data_ptr(), y.data_ptr(), bias.data_ptr()
-                run(code, packed.operation(*ends, first, last, add=add))
-            wanted = product + bias[:rows].numpy() + (before[:rows].numpy() if add else 0)
-            np.testing.assert_allclose(y[:rows].numpy(), wanted, atol=1e-5 * columns**0.5)
-    y = before.clone()
-    run(code, packed.operation(x.data_ptr(), y.data_ptr(), 0, 0, rows, add=False))
-    np.testing.assert_allclose(y[:rows].numpy(), product, atol=1e-5 * columns**0.5)
-    assert not y[rows:].any()  # what the next weight reads behind the last feature
+    check_rows(code, packed, x.data_ptr(), product, [groups], 1e-5 * columns**0.5)
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=lambda window: window.name)
@@ -197,14 +184,4 @@ def test_a_window_in_a_file_that_its_streams_do_not_fit_is_refused(pruned, tmp_p
 
 
 def test_nan_stays_in_its_sequence(pruned) -> None:
-    compiled = hf_sparse.compile(pruned)
-    ids = torch.arange(12).view(2, 6)
-    with torch.no_grad():
-        compiled.get_input_embeddings().weight[30] = torch.nan
-        first = compiled(input_ids=ids, use_cache=True)
-        token = torch.tensor([[30], [3]])
-        both = compiled(input_ids=token, past_key_values=first.past_key_values).logits
-        alone = compiled(input_ids=ids[1:], use_cache=True)
-        one = compiled(input_ids=token[1:], past_key_values=alone.past_key_values).logits
-    assert both[0].isnan().all()
-    torch.testing.assert_close(both[1:], one)
+    check_nan_stays_in_its_sequence(hf_sparse.compile(pruned))

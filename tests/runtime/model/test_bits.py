@@ -28,6 +28,7 @@ from tests.support.closeness import same
 from tests.support.compiled_families import DECODERS, ENCODERS, inputs_of, model_of
 from tests.support.compiled_folders import DECODER, logits
 from tests.support.rounded_models import rounded_model
+from tests.support.single_tokens import check_nan_stays_in_its_sequence
 from tests.support.sparse_models import random_model
 
 TARGETS = list(target.targets())
@@ -215,17 +216,7 @@ def test_a_head_whose_weight_is_changed_multiplies_with_the_new_one() -> None:
 
 
 def test_nan_stays_in_its_sequence() -> None:
-    compiled = hf_sparse.compile(model_for("llama", "2:4"), bits=8)
-    ids = torch.arange(12).view(2, 6)
-    with torch.no_grad():
-        compiled.get_input_embeddings().weight[30] = torch.nan
-        first = compiled(input_ids=ids, use_cache=True)
-        token = torch.tensor([[30], [3]])
-        both = compiled(input_ids=token, past_key_values=first.past_key_values).logits
-        alone = compiled(input_ids=ids[1:], use_cache=True)
-        one = compiled(input_ids=token[1:], past_key_values=alone.past_key_values).logits
-    assert both[0].isnan().all()
-    torch.testing.assert_close(both[1:], one)
+    check_nan_stays_in_its_sequence(hf_sparse.compile(model_for("llama", "2:4"), bits=8))
 
 
 def test_one_copy_of_a_weight_serves_both_kinds_of_kernels() -> None:
