@@ -20,6 +20,7 @@ from hf_sparse.checkpoint.promised import CONFIG_NAME, QUANT_METHOD, Promised, p
 from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
 from hf_sparse.checkpoint.reading import (
     StoredTensor,
+    check_digests,
     check_is_checkpoint,
     checkpoint_files,
     is_target,
@@ -141,6 +142,8 @@ def read_checkpoint(
     check_unchanged = watch(files)
     stored = read_headers(files)
     known = Known.of(folder, stored, config)
+    check_digests(files)
+    check_digests(files)
     counts: list[TensorSparsity] = []
     formats, sizes, parameters, other_zeros = {}, {}, 0, 0
     bits, weights = {}, {}

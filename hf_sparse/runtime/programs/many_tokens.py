@@ -118,7 +118,7 @@ class TileProgram:
             ]
             for section in between_waits
         ]
-        memory = [stack, self._buffers.memory, self.masks, self.tables, self.biases]
+        memory = [stack, self._buffers.memory, list(self.masks), self.tables, list(self.biases)]
         memory.append(self._nested.memory)
         self.program = Program(code, phases, memory)
 

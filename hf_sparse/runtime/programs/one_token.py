@@ -84,7 +84,7 @@ class RowProgram:
             [self._lower(section, thread) for thread in range(shape.threads)]
             for section in sections(numbered, lambda item: uses(item[1], own))
         ]
-        memory = [stack, self._buffers.memory, self.masks, self._scores, self.tables]
+        memory = [stack, self._buffers.rows, list(self.masks), list(self._scores), self.tables]
         memory.append(self._nested.memory)
         self.program = Program(code, phases, memory)
 

@@ -143,16 +143,22 @@ class Runner:
         angles = [one.float().expand(shaped).contiguous() for pair in rotations for one in pair]
         for buffer, one in zip(all_angles(self.stack), angles, strict=True):
             addresses[buffer.name] = one.data_ptr()
+        tiles = [layer.tiles for layer in layers]
         if layers:
             _fill(program, layers)
         if isinstance(program, RowProgram):
             program.residual.copy_(hidden[:, 0])
-            program.program.run(**addresses)
+            program.program.run([angles, tiles], **addresses)
             return program.residual[:, None].clone()
         hidden = hidden.contiguous()
         sizes = (len(self.stack.blocks),) if shape.states else ()
         output = torch.empty(*sizes, *hidden.shape, dtype=torch.float32, device="cpu")
-        program.program.run(hidden=hidden.data_ptr(), output=output.data_ptr(), **addresses)
+        program.program.run(
+            [hidden, output, angles, tiles],
+            hidden=hidden.data_ptr(),
+            output=output.data_ptr(),
+            **addresses,
+        )
         return output
 
     def _make(self, shape: Shape) -> TileProgram | RowProgram:
