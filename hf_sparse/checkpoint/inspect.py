@@ -14,10 +14,9 @@ from transformers.utils.logging import tqdm
 from hf_sparse.arguments import check_path
 from hf_sparse.checkpoint.bounds import Size
 from hf_sparse.checkpoint.candidates import Candidates, candidates_of, dense_model_in
-from hf_sparse.checkpoint.index import read_object
+from hf_sparse.checkpoint.index import read_object, read_sparsity
 from hf_sparse.checkpoint.on_grids import OnGrid, bits_in_words
 from hf_sparse.checkpoint.promised import CONFIG_NAME, QUANT_METHOD, Promised, promised_by
-from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
 from hf_sparse.checkpoint.reading import (
     StoredTensor,
     check_digests,
@@ -304,5 +303,4 @@ def read_sparsity_config(folder: Path) -> SparsityConfig | None:
         raise FormatError(f"{path}: quantization_config is {entry!r}, wanted an object")
     if entry.get("quant_method") != QUANT_METHOD:
         return None
-    with locate(str(path)):
-        return SparseCheckpointConfig(**entry).sparsity
+    return read_sparsity(path, entry)
