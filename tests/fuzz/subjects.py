@@ -115,7 +115,7 @@ def _save(folder: Path, config: SparsityConfig, **options: Any) -> None:
 
 
 def _make_plan(folder: Path) -> None:
-    batches = tiny_batches("llama", count=1)
+    batches = tiny_batches("llama", length=48)
     plan = hf_sparse.plan_sparsify(tiny_model("llama"), SparsityConfig("2:4"), batches)
     plan.save(folder / "recipe.json")
 
@@ -209,3 +209,4 @@ SUBJECTS: dict[str, Subject] = {
 }
 
 logging.set_verbosity_error()
+logging.disable_progress_bar()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,9 @@ class Example:
     tiles: list[np.ndarray] = field(default_factory=list)
 
 
-def _floats(count: int) -> np.ndarray:
+@cache
+def _floats(count: int, name: str = "") -> np.ndarray:
+    """Random numbers, the same memory for each name: kernels only ever see copies."""
     random = np.random.default_rng(count)
     found = aligned(count).numpy()
     found[:] = random.uniform(-1, 1, count)
@@ -77,7 +80,7 @@ def _example(
 
 
 def _room(*names: str) -> dict[str, np.ndarray]:
-    return {name: _floats(1 << 14) for name in names}
+    return {name: _floats(1 << 14, name) for name in names}
 
 
 def plain_calls(target: Target) -> Iterator[Example]:
@@ -116,6 +119,7 @@ def _mixtures() -> Iterator[Example]:
         yield _example(experts.ROUTE, "route", pointers, **numbers, **chosen)
         for kernel in ("gather", "scatter"):
             pointers = _room("x", "y", "weights")
+            pointers["weights"] = pointers["weights"].copy()
             pointers["weights"][:tokens:2] = 0
             numbers = {"features": count, "tokens": tokens}
             strides = {"x_row_bytes": 4 * tokens, "y_row_bytes": 4 * tokens + 4}
@@ -133,7 +137,9 @@ def attention_calls(target: Target) -> Iterator[Example]:
             width = widest if vectors != 1 else target.lanes
             count = -(-keys // width)
             rows, heads, group = 6 * head_dim, 4, 2
-            key_tiles = [_floats(rows * width).reshape(rows, width) for _ in range(count)]
+            key_tiles = [
+                _floats(rows * width, str(tile)).reshape(rows, width) for tile in range(count)
+            ]
             table = np.zeros((count, 3), np.int64)
             table[:, 0] = [tile.ctypes.data for tile in key_tiles]
             table[:, 1], table[:, 2] = 4 * width, width
@@ -154,7 +160,7 @@ def attention_calls(target: Target) -> Iterator[Example]:
             yield _example(attention.SIGNATURE, kernel, given, key_tiles, **tile, **several)
             signature, kernel = scored_attention.SIGNATURE, scored_attention.name(vectors)
             scored: dict[str, int | float] = {"ahead": 1, "cap": 2.0}
-            biases = _floats(1 << 14)
+            biases = _floats(1 << 14, "biases")
             for bias in (0, biases[1 << 13 :].ctypes.data):
                 example = _example(signature, kernel, given, key_tiles, **tile, **scored, bias=bias)
                 example.memory.append(biases)
@@ -178,7 +184,7 @@ def _weight(rows: int, columns: int, kept: WeightType) -> np.ndarray:
 
 
 def _rows(width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return _floats(256 * width), _floats(256 * width), _floats(256)
+    return _floats(256 * width, "x"), _floats(256 * width, "y"), _floats(256, "bias")
 
 
 def weight_calls(target: Target, kept: WeightType) -> Iterator[Example]:
@@ -226,7 +232,7 @@ def code_calls(target: Target) -> Iterator[Example]:
         yield _example(code_rows.QUANTISE_ROW, "quantise_row", given, blocks=blocks)
     for vectors in (1, 2, 4):
         for columns in (1, 64, 70):
-            given = {"x": _floats(1 << 14), "records": _floats(1 << 14)}
+            given = _room("x", "records")
             kernel = f"quantise_tile{vectors}"
             yield _example(byte_tiles.QUANTISE_TILE, kernel, given, columns=columns)
     for form in FORMATS:
@@ -247,7 +253,7 @@ def code_calls(target: Target) -> Iterator[Example]:
 
 
 def _first_block(at: dict[str, int], suffix: str, packed: object) -> Iterator[Example]:
-    room = _floats(256)
+    room = _floats(256, "room")
     operation = unpack_bytes.UNPACK_BYTES.operation(
         f"unpack_bytes{suffix}", codes=at["codes"], places=at["places"], room=room.ctypes.data
     )

@@ -9,10 +9,12 @@ import pytest
 
 from hf_sparse.runtime.kernels import checking, tiles
 from hf_sparse.runtime.kernels.all import kernel_functions, kernels
+from hf_sparse.runtime.kernels.byte_tiles import byte_tile_functions
+from hf_sparse.runtime.kernels.code_rows import code_functions
 from hf_sparse.runtime.kernels.extents import OutOfBoundsError
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WEIGHT_TYPES, WeightType
 from hf_sparse.runtime.llvm import target
-from hf_sparse.runtime.llvm.jit import Code
+from hf_sparse.runtime.llvm.jit import Code, compile_kernels
 from hf_sparse.runtime.programs.program import Program
 from tests.support.exact_memory import call_of, died, pointers_of, run_exactly
 from tests.support.kernel_calls import (
@@ -25,10 +27,11 @@ from tests.support.kernel_calls import (
 
 TYPES = list(WEIGHT_TYPES.values())
 Calls = Callable[[target.Target], Iterator[Example]]
-CALLS: dict[str, tuple[Calls, WeightType]] = {
+# The calls, and the type of weights that the kernels are for; None: codes.
+CALLS: dict[str, tuple[Calls, WeightType | None]] = {
     "plain": (plain_calls, FLOAT32),
     "attention": (attention_calls, FLOAT32),
-    "codes": (code_calls, FLOAT32),
+    "codes": (code_calls, None),
     **{
         f"weights{kept.suffix}": (lambda chosen, kept=kept: weight_calls(chosen, kept), kept)
         for kept in TYPES
@@ -37,13 +40,22 @@ CALLS: dict[str, tuple[Calls, WeightType]] = {
 
 
 def code_for(
-    chosen: target.Target, kept: WeightType, tmp_path_factory: pytest.TempPathFactory
+    chosen: target.Target, kept: WeightType | None, tmp_path_factory: pytest.TempPathFactory
 ) -> Code:
     folder = tmp_path_factory.getbasetemp().parent / "kernels"
-    return kernels(chosen, folder, kept, kept is FLOAT32)
+    if kept is None:
+        functions = code_functions(chosen) + byte_tile_functions(chosen)
+        return compile_kernels(functions, chosen, folder)
+    return kernels(chosen, folder, kept)
 
 
-@pytest.mark.parametrize("at_end", [True, False], ids=["before a page", "behind a page"])
+@pytest.mark.parametrize(
+    "at_end",
+    [
+        pytest.param(True, id="before a page"),
+        pytest.param(False, id="behind a page", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", CALLS)
 def test_kernels_stay_in_their_memory(
     chosen: target.Target, name: str, at_end: bool, tmp_path_factory: pytest.TempPathFactory
