@@ -127,7 +127,7 @@ def _of_plan(folder: Path) -> str:
 
 def _export(folder: Path, seed: int) -> None:
     model = _rows_of_32(seed)
-    hf_sparse.export_gguf(model, folder / "model.gguf")
+    hf_sparse.export_gguf(model, folder / "model.gguf", overwrite=True)
 
 
 @cache

@@ -71,8 +71,7 @@ def change_bytes(content: bytes, choices: Choices) -> bytes:
 
 
 def change_json(values: Any, choices: Choices) -> Any:
-    """Change one value somewhere in a tree: replaced, removed, moved, or nested too deeply."""
-    values = copy.deepcopy(values)
+    """Change one value somewhere in a tree, in place: replaced, removed, moved, or nested deeply."""
     owner: Any = values
     while True:
         if not isinstance(owner, dict | list) or not owner:
@@ -103,7 +102,7 @@ def _change_entry(owner: Any, key: Any, choices: Choices) -> None:
             old[:at] + choices.pick(["", "*", "\\", "/", "[", "é", "0", ":"]) + old[at + 1 :]
         )
     elif how == 5:
-        for _ in range(1 + choices.number(900)):
+        for _ in range(1 + choices.number(300)):
             old = [old]
         owner[key] = old
     elif how == 6 and isinstance(owner, dict):

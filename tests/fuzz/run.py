@@ -3,7 +3,7 @@
     python -m tests.fuzz.run --minutes 10 [--subject NAME] [--seed N] [--guided]
 
 Each subject gets its share of the time, in processes of their own: one that crashes, or takes longer
-than ten seconds for an input, is a finding as well. Inputs that found something are kept in
+than ten seconds of the CPU for an input, is a finding as well. Inputs that found something are kept in
 `tests/fuzz/corpus/SUBJECT/`, where the tests read them again. With --guided the fast subjects are
 driven by the coverage that atheris sees (`pip install atheris`), the others by chance.
 """
@@ -86,7 +86,7 @@ def fuzz(name: str, seconds: float, seed: int) -> Counter[str]:
             counts[verdict] += int.from_bytes(shared[8 * number : 8 * number + 8], "little")
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
-            told = "takes too long" if number == signal.SIGALRM else signal.Signals(number).name
+            told = "takes too long" if number == signal.SIGPROF else signal.Signals(number).name
             _keep(name, _last_input(shared), told)
             counts["finding"] += 1
         elif os.WEXITSTATUS(status):
@@ -112,13 +112,15 @@ def _child(name: str, seconds: float, seed: int, shared: mmap.mmap) -> int:
     while time.monotonic() < end:
         data = chance.randbytes(chance.randrange(8, _LONGEST))
         shared[64 : 72 + len(data)] = len(data).to_bytes(8, "little") + data
-        signal.alarm(_SECONDS)
+        signal.setitimer(
+            signal.ITIMER_PROF, _SECONDS
+        )  # of this process, however busy the machine is
         try:
             verdict = trial(name, data)
         except FindingError as error:
             verdict = "finding"
             _keep(name, data, str(error))
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         place = 8 * _VERDICTS.index(verdict)
         count = int.from_bytes(shared[place : place + 8], "little") + 1
         shared[place : place + 8] = count.to_bytes(8, "little")
