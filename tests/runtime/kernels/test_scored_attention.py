@@ -93,7 +93,7 @@ def test_capped_attention_of_one_token(code: Code, chosen: target.Target, case: 
     q.copy_(torch.from_numpy(random.standard_normal(dim)))
     out = call_attention(
         code,
-        partial(scored_attention.ROW.operation, "capped_row"),
+        partial(scored_attention.ROW.operation, "scored_row"),
         q,
         dim,
         **{"head_dim": dim, "scale": dim**-0.5, "cap": cap},
