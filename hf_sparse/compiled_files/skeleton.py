@@ -20,11 +20,10 @@ from hf_sparse import models
 from hf_sparse.arguments import check_finite
 from hf_sparse.runtime.model.configured import check_config, why_not_compiled
 from hf_sparse.runtime.model.description import Blocks
-from hf_sparse.runtime.model.families import NAMES, families_in, families_of, seen_by
+from hf_sparse.runtime.model.families import families_in, families_of, seen_by
 from hf_sparse.runtime.model.plain import check_parameters, check_types
 from hf_sparse.runtime.model.references import LAYERS
 from hf_sparse.runtime.weights.stack import Stack
-from hf_sparse.structure.families import base_type
 from hf_sparse.upstream.torch import saved_tensors
 from hf_sparse.upstream.transformers.models import set_attention_
 
@@ -90,9 +89,6 @@ def _set_counts_(copied: Any, config: Any, family: Blocks) -> None:
 
 def _check_counts(described: Mapping[str, Any], blocks: int) -> None:
     """Refuse counts by which transformers builds lists, unless there are as many things."""
-    family = base_type(described["model_type"])
-    if family not in NAMES:
-        raise ValueError(f"family {family!r} is not one of {', '.join(NAMES)}")
     for name in ("num_hidden_layers", "n_layer", "n_layers", "inner_group_num"):
         count = described.get(name, 1)
         if type(count) is not int or not 0 < count <= blocks:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_sparse.runtime.model.families import COMPILED
+from hf_sparse.runtime.model.families import COMPILED, NAMES
 from hf_sparse.runtime.model.state import restore_stack, stack_state
 from hf_sparse.runtime.weights.damage import require
 from hf_sparse.runtime.weights.stack import Stack
@@ -50,18 +50,20 @@ def restore_stacks(
     Raises:
         ValueError: something is missing, or does not fit; the message names it.
     """
+    if base_type(family) not in NAMES:
+        raise ValueError(f"family {base_type(family)!r} is not one of {', '.join(NAMES)}")
     if base_type(family) in COMPILED:
         place = COMPILED[base_type(family)].stack
         return {place: restore_stack(under(_ONE, tensors), described)}
-    listed = described["stacks"]
+    listed = described.get("stacks")
     require(isinstance(listed, list) and 1 <= len(listed) <= 2, "file", "the number of its stacks")
     packed = [name for name in tensors if name.startswith(PREFIXES)]
-    known = tuple(f"{_SEVERAL}{number}." for number in range(len(listed)))
+    known = tuple(f"{_SEVERAL}{number}." for number, _ in enumerate(listed or []))
     extra = [name for name in packed if not name.startswith(known)]
     require(not extra, "file", f"the tensors {extra[:3]}, which it does not need")
     return {
-        str(one["place"]): restore_stack(under(prefix, tensors), one)
-        for prefix, one in zip(known, listed, strict=True)
+        str(one.get("place")): restore_stack(under(prefix, tensors), one)
+        for prefix, one in zip(known, listed or [], strict=True)
     }
 
 
