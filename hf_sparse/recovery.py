@@ -149,7 +149,7 @@ class Recovery:
             total = 0.0
             on_grids.round_()
             for index in group:
-                with fast_autocast(next(trained.parameters())):
+                with fast_autocast(trained):
                     loss = trained(**batches[index]).loss
                 (loss / len(group)).backward()
                 total += float(loss.detach()) / len(group)

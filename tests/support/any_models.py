@@ -70,7 +70,14 @@ _STAGES: tuple[tuple[str, int], ...] = (
     (r"depths|encoder_depths|stage_num_blocks|blocks_per_stage|num_blocks|layers_per_stage", 1),
 )
 # What the rules do not find; a name with dots is in a part of the config.
-_OVERRIDES: dict[str, dict[str, Any]] = {}
+_OVERRIDES: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "attn_config.rope_theta": 1e4,
+        "attn_config.kv_n_heads": 2,
+        "attn_config.clip_qkv": 8.0,
+        "ffn_config.moe_top_k": 2,
+    },
+}
 
 
 def model_types() -> list[str]:
