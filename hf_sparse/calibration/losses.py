@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.calibration.calling import run_on
 from hf_sparse.calibration.recording import Batch
 from hf_sparse.upstream.torch import onednn
 from hf_sparse.upstream.transformers.experts import runs_in_autocast
@@ -101,7 +102,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     """
     inputs = with_labels(batch)
     with fast_autocast(model):
-        loss: Tensor = model(**inputs).loss
+        loss: Tensor = run_on(model, inputs).loss
     check_predicts(inputs)
     if not torch.isfinite(loss):
         raise ValueError(
