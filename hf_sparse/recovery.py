@@ -18,6 +18,7 @@ from torch import nn
 from hf_sparse.adapters.loading import get_peft_model
 from hf_sparse.adapters.merging import merge_
 from hf_sparse.adapters.on_layers import adapter_on, shira_rank
+from hf_sparse.calibration.calling import run_on
 from hf_sparse.calibration.losses import fast_autocast
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.progress import steps
@@ -149,8 +150,8 @@ class Recovery:
             total = 0.0
             on_grids.round_()
             for index in group:
-                with fast_autocast(next(trained.parameters())):
-                    loss = trained(**batches[index]).loss
+                with fast_autocast(trained):
+                    loss = run_on(trained, batches[index]).loss
                 (loss / len(group)).backward()
                 total += float(loss.detach()) / len(group)
             if not math.isfinite(total):
