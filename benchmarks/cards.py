@@ -3,8 +3,8 @@
     python benchmarks/cards.py            # or: make cards
     python benchmarks/cards.py --check    # tells which differ, and exits with 1 if any does
 
-A result file holds the checkpoint's `config.json` (with its provenance and figures), exact counts of its
-weights, and how they are stored: all that the card of the checkpoint was made of.
+A result file holds the checkpoint's `config.json` (with its provenance and figures), exact counts of
+its weights, and how they are stored: all that the card of the checkpoint was made of.
 """
 
 from __future__ import annotations
