@@ -46,6 +46,7 @@ EXAMPLES = ("What is the capital of France?", "Name three colours.", "Write a li
 CSS = """
 .gradio-container {max-width: 1100px !important; margin: auto}
 table {width: 100%; font-variant-numeric: tabular-nums}
+th, td {word-break: normal !important; overflow-wrap: normal !important; padding: 6px !important}
 """
 
 
@@ -171,7 +172,8 @@ def page(models: list[str]) -> gr.Blocks:
         )
         choice = gr.State(None, time_to_live=3600, delete_callback=forget)
         with gr.Row():
-            name = gr.Dropdown(models, value=models[0], label="Model")
+            named = [(Path(model).name, model) for model in models]
+            name = gr.Dropdown(named, value=models[0], label="Model", min_width=240)
             pattern = gr.Dropdown(
                 list(PATTERNS),
                 value="2:4",
@@ -186,22 +188,24 @@ def page(models: list[str]) -> gr.Blocks:
                 label="Sparsity",
                 info="patterns like 2:4 have their own",
                 interactive=False,
+                min_width=240,
             )
             effort = gr.Radio(
                 [(f"{key}: {told}", key) for key, told in EFFORTS.items()],
                 value="seconds",
                 label="Effort",
+                min_width=240,
             )
         start = gr.Button("Prune", variant="primary")
         told = gr.Markdown("Nothing is pruned yet.", elem_id="told", min_height=60)
         with gr.Row():
-            text = gr.Textbox(EXAMPLES[0], label="Text", lines=2, scale=3)
-            length = gr.Slider(8, 128, value=32, step=8, label="New tokens", scale=1)
+            text = gr.Textbox(EXAMPLES[0], label="Text", lines=2, scale=3, min_width=240)
+            length = gr.Slider(8, 128, value=32, step=8, label="New tokens", scale=1, min_width=240)
         gr.Examples([[example] for example in EXAMPLES], text)
         ask = gr.Button("Answer", interactive=False)
         with gr.Row():
-            of_dense = gr.Textbox(label="Dense", lines=4, elem_id="dense")
-            of_sparse = gr.Textbox(label="Sparse", lines=4, elem_id="sparse")
+            of_dense = gr.Textbox(label="Dense", lines=4, min_width=240, elem_id="dense")
+            of_sparse = gr.Textbox(label="Sparse", lines=4, min_width=240, elem_id="sparse")
         table = gr.Markdown(elem_id="table")
         folder = gr.DownloadButton("Download the sparse model", interactive=False)
         pattern.change(
