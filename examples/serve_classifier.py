@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_sparse[runtime]"]
+#
+# [tool.uv.sources]
+# hf_sparse = { path = ".." }
+# ///
 """Answer requests with a compiled sparse model, over HTTP on this machine, and report latencies.
 
     python examples/serve_classifier.py --model FOLDER --port 8000
