@@ -232,10 +232,14 @@ def _add_eval(commands: Any) -> None:
 
 def _add_inspect(commands: Any) -> None:
     command = command_parser(
-        commands, "inspect", "read a checkpoint's sparsity from its files", "FOLDER", ["SPARSE"]
+        commands,
+        "inspect",
+        "read a checkpoint's sparsity from its files",
+        "FOLDER",
+        ["SPARSE", "user/name-sparse --tensors"],
     )
     what = command.add_argument_group("what to read")
-    what.add_argument("folder", metavar="FOLDER", help="checkpoint folder")
+    what.add_argument("folder", metavar="FOLDER", help="folder, or user/name on the Hub")
     add_printing(command.add_argument_group("output"), tensors=True)
 
 
