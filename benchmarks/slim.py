@@ -7,7 +7,9 @@
 
 12.5, 25 and 37.5 % of the blocks' weights go. `plan_slim` is called once for each size: "depth",
 "width" and "both" are the best of its mixes that take no heads and neurons, no blocks, or half as many
-blocks as depth alone; "slim" is the best of all. Baselines, from the papers' formulas:
+blocks as depth alone; "slim" is the best of all. Where the CPU multiplies bfloat16, the search looks at
+the model in it, and perplexities are of models in it; what is left is cut from the float32 weights, and
+trained in float32. Baselines, from the papers' formulas:
 
 ShortGPT (https://arxiv.org/abs/2403.03853): the blocks of least influence 1 - E[cos(x_i, x_{i+1})] go,
 as many as depth takes. 2SSP (https://arxiv.org/abs/2501.17771, equation 5, which the authors' code,
@@ -56,6 +58,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import hf_sparse
 from hf_sparse.calibration.block_scores import mean_loss
+from hf_sparse.calibration.losses import multiplies_bfloat16
 from hf_sparse.slimming.plan import SlimChoice, SlimPlan
 from hf_sparse.structure.depth import Depth
 
@@ -148,6 +151,11 @@ def block_weights(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.model.layers.parameters())
 
 
+def faster() -> torch.dtype:
+    """The type in which this CPU multiplies faster."""
+    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
+
+
 def make_ours(share: float, options: argparse.Namespace) -> None:
     """Search the mixes for a size, and save the models of the best ones."""
     told = options.work / f"plan-{share:g}.json"
@@ -156,8 +164,9 @@ def make_ours(share: float, options: argparse.Namespace) -> None:
     model = dense(options)
     limit = model.num_parameters() - round(share * block_weights(model))
     start = time.process_time()
-    inputs = windows(options, options.calibration, SEARCH_WINDOW)
-    plan = hf_sparse.plan_slim(model, inputs, params=limit)
+    single = windows(options, options.calibration, SEARCH_WINDOW)
+    together = {name: torch.cat([one[name] for one in single]) for name in single[0]}
+    plan = hf_sparse.plan_slim(copy.deepcopy(model).to(faster()), [together], params=limit)
     seconds = time.process_time() - start
     print(plan, flush=True)
     most = max(len(choice.removed) for choice in plan.choices)
@@ -311,6 +320,8 @@ def measure(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         if cell.method in OURS:
             folder = folder_of(cell, options)
             hf_sparse.save_pretrained(model, folder.with_name(f"{folder.name}-healed"))
+    model.to(faster())
+    row["measured in"] = str(faster()).removeprefix("torch.")
     row["perplexity"] = {
         name: hf_sparse.perplexity(model, tokenizer, text, WINDOW, max_windows=options.max_windows)
         for name, text in texts(options.data)[1].items()
@@ -323,7 +334,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     if not rows:
         raise SystemExit("no results yet")
     print(
-        f"{rows[0]['machine']}\n{rows[0]['data']}, {rows[0]['max_windows']} windows of {WINDOW}\n"
+        f"{rows[0]['machine']}\n{rows[0]['data']}, {rows[0]['max_windows']} windows of {WINDOW}, "
+        f"measured in {rows[0]['measured in']}\n"
     )
     names = list(rows[0]["perplexity"])
     columns = [f"{when}: {name}" for when in ("before", "after training") for name in names]
