@@ -17,10 +17,10 @@ github.com/FabrizioSandri/2SSP at 88ab660, writes the same): of B blocks
 round(B * sparsity^((|FFN| / |attention|) / 1.5)) lose their attention, one after another, without which
 the perplexity of one sample is lowest; before that the neurons of least mean L2 norm over each
 sample's tokens go, as many in each block as the rest of the weights asks for. Theirs are samples of
-2,048 tokens; all rows here look at the same, shorter ones. No config of transformers
-tells a block without attention: 2SSP's models are made anew in memory.
+2,048 tokens; all rows here look at the same, shorter ones, `--calibration` windows. No config of
+transformers tells a block without attention: 2SSP's models are made anew in memory.
 
-Then each is trained on 131,072 tokens with the whole model as teacher. Results go into a file of JSON
+Then each is trained on `--tokens` with the whole model as teacher. Results go into a file of JSON
 lines; cells that it has are skipped, so that a run can be stopped and started again. Every cell runs in
 a process of its own. Models are kept in `--work`.
 """
@@ -51,20 +51,17 @@ if __name__ == "__main__":  # help and wrong usage need no slow import
     options = parser.parse_args()
 
 import torch
-from real_models import dense_smollm2, machine, texts
+from real_models import dense_smollm2, faster, machine, texts
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 import hf_sparse
 from hf_sparse.calibration.block_scores import mean_loss
-from hf_sparse.calibration.losses import multiplies_bfloat16
 from hf_sparse.slimming.plan import SlimChoice, SlimPlan
 from hf_sparse.structure.depth import Depth
 
 WINDOW = 512
-# Windows that the search looks at are shorter: it passes over them hundreds of times.
-SEARCH_WINDOW = 128
 SHARES = (0.125, 0.25, 0.375)
 OURS = ("slim", "depth", "width", "both")
 ALPHA = 1.5
@@ -151,11 +148,6 @@ def block_weights(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.model.layers.parameters())
 
 
-def faster() -> torch.dtype:
-    """The type in which this CPU multiplies faster."""
-    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
-
-
 def make_ours(share: float, options: argparse.Namespace) -> None:
     """Search the mixes for a size, and save the models of the best ones."""
     told = options.work / f"plan-{share:g}.json"
@@ -164,9 +156,10 @@ def make_ours(share: float, options: argparse.Namespace) -> None:
     model = dense(options)
     limit = model.num_parameters() - round(share * block_weights(model))
     start = time.process_time()
-    single = windows(options, options.calibration, SEARCH_WINDOW)
-    together = {name: torch.cat([one[name] for one in single]) for name in single[0]}
-    plan = hf_sparse.plan_slim(copy.deepcopy(model).to(faster()), [together], params=limit)
+    single = windows(options, options.calibration, WINDOW)
+    halves = [single[: len(single) // 2], single[len(single) // 2 :]]
+    inputs = [{name: torch.cat([one[name] for one in half]) for name in half[0]} for half in halves]
+    plan = hf_sparse.plan_slim(copy.deepcopy(model).to(faster()), inputs, params=limit)
     seconds = time.process_time() - start
     print(plan, flush=True)
     most = max(len(choice.removed) for choice in plan.choices)
@@ -229,7 +222,7 @@ def without_least_influence(model: Any, share: float, options: argparse.Namespac
         return hook
 
     handles = [layer.register_forward_hook(look(n)) for n, layer in enumerate(layers)]
-    for batch in windows(options, options.calibration, SEARCH_WINDOW):
+    for batch in windows(options, options.calibration, WINDOW):
         model(**batch, use_cache=False)
     for handle in handles:
         handle.remove()
@@ -266,7 +259,7 @@ def two_stages(model: Any, share: float, options: argparse.Namespace) -> Any:
 
         return hook
 
-    inputs = windows(options, options.calibration, SEARCH_WINDOW)
+    inputs = windows(options, options.calibration, WINDOW)
     handles = [
         layer.mlp.down_proj.register_forward_pre_hook(look(n)) for n, layer in enumerate(layers)
     ]
@@ -303,7 +296,7 @@ def measure(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     row: dict[str, Any] = {
         "data": "prose" if options.data is None else "WikiText-2, C4",
         "max_windows": options.max_windows,
-        "calibration": options.calibration * SEARCH_WINDOW,
+        "calibration": options.calibration * WINDOW,
         "parameters": model.num_parameters(),
         "removed": 1 - block_weights(model) / block_weights(whole),
         "blocks": len(model.model.layers),

@@ -174,7 +174,7 @@ class Space:
                 (n for n in range(1, self.most + 1) if costs.of(range(n), self.size) <= limit),
                 self.most,
             )
-            order, _, _, _ = by_loss(self.choice, wanted, batches, _SHORTLIST)
+            order, _, _, _ = by_loss(self.choice, wanted, _half(batches), _SHORTLIST)
         loss = mean_loss(self.model, batches)
         mixes = list(self._mixes(order, limit, costs))
         choices = []
@@ -295,6 +295,11 @@ def _depth_of(model: PreTrainedModel) -> Depth:
         raise ValueError(
             f"axis 'depth' is not open: {error} axes=('width',) leaves the number of blocks as it is."
         ) from error
+
+
+def _half(batches: Batches) -> Batches:
+    """The first half of the batches: what blocks are ordered on."""
+    return batches[: -(-len(batches) // 2)]
 
 
 def _spread(first: int, last: int, most: int) -> list[int]:
