@@ -15,6 +15,7 @@ from hf_sparse_cli.choices import (
     QUANTIZATIONS,
     REFINEMENTS,
     SCOPES,
+    TOKEN_WEIGHTS,
 )
 from hf_sparse_cli.effort import add_effort
 from hf_sparse_cli.flags import (
@@ -135,6 +136,9 @@ def _add_method(command: argparse.ArgumentParser) -> None:
     how.add_argument("--refine", choices=REFINEMENTS, help="improve each layer with its zeros")
     how.add_argument(
         "--reconstruct", type=int, metavar="EPOCHS", help="train each block with its zeros fixed"
+    )
+    how.add_argument(
+        "--token-weights", choices=TOKEN_WEIGHTS, help="tokens count by the loss's gradients"
     )
     how.add_argument(
         "--option", action="append", metavar="NAME=VALUE", help="an option of the method"

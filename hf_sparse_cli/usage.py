@@ -222,6 +222,7 @@ def _method(options: argparse.Namespace) -> Method:
 def needs_calibration(options: argparse.Namespace) -> bool:
     """Whether a pruning looks at data."""
     composed = options.allocation == "owl" or options.refine or options.reconstruct
+    composed = composed or options.token_weights
     return _method(options).needs_calibration or bool(composed)
 
 
