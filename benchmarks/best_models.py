@@ -60,6 +60,7 @@ class Cell(Keyed):
         changed = "".join(f" {key}={value}" for key, value in self.recovery.items())
         windows = f" {self.windows} windows" if self.windows != 64 else ""
         method = f" {self.method}" if self.method != "alps" else ""
+        method += "" if "reconstruct" in self.options or self.zeros == "0 %" else " unreconstructed"
         return f"{self.zeros}{method}{windows}" + (
             f" {self.tokens}{changed}" if self.tokens else ""
         )
@@ -70,7 +71,8 @@ class Cell(Keyed):
         if self.zeros == "0 %":
             return "dense"
         short = self.zeros.replace(":", "-").replace(" %", "")
-        return f"{self.method}-{short}-{self.windows}"
+        plain = "" if "reconstruct" in self.options else "-plain"
+        return f"{self.method}-{short}-{self.windows}{plain}"
 
 
 def cells() -> Iterator[Cell]:
@@ -82,6 +84,9 @@ def cells() -> Iterator[Cell]:
         yield Cell(zeros, **start)
         yield Cell(zeros, 131_072, **start)
         yield Cell(zeros, 460_800, **start)
+    for zeros in ("50 %", "70 %"):  # cheaper starts
+        yield Cell(zeros)
+        yield Cell(zeros, 131_072)
     for changes in (
         {"lr": 1e-4},
         {"lr": 1e-3},

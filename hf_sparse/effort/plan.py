@@ -23,7 +23,9 @@ _FORMAT = "hf_sparse recipe"
 _VERSION = 1
 _KEYS = ("format", "version", "hf_sparse", "effort", "family", "config", "data", "stages")
 # What a recovery may be told by a recipe.
-_RECOVERY_OPTIONS = ("epochs", "accumulate", "lr", "r", "seed", "logits", "distilled")
+_RECOVERY_OPTIONS = (
+    *("epochs", "accumulate", "lr", "r", "seed", "logits", "hidden", "temperature", "distilled"),
+)
 
 
 @dataclass(frozen=True)
