@@ -148,11 +148,15 @@ def attention_calls(target: Target) -> Iterator[Example]:
             numbers |= {"k_first": head_dim, "v_first": 3 * head_dim, "window": 3, "scale": 0.5}
             seen = {"first_query": keys - 1, "key_tiles": count} if vectors else {"width": width}
             several = {"heads": heads, "group": group}
+            biases = _floats(1 << 14, "biases")
             if vectors == 0:
                 signature, row = single_token.ATTENTION, {**numbers, **seen}
                 yield _example(signature, "attention_row", given, key_tiles, **row, **several)
                 signature = scored_attention.ROW
-                yield _example(signature, "capped_row", given, key_tiles, **row, cap=3.0)
+                for cap, bias in ((3.0, 0), (0.0, biases[1 << 13 :].ctypes.data)):
+                    yield _example(
+                        signature, "scored_row", given, key_tiles, **row, cap=cap, bias=bias
+                    )
                 yield from _appends(head_dim, keys, width, key_tiles, table)
                 continue
             tile = {**numbers, **seen}
@@ -160,7 +164,6 @@ def attention_calls(target: Target) -> Iterator[Example]:
             yield _example(attention.SIGNATURE, kernel, given, key_tiles, **tile, **several)
             signature, kernel = scored_attention.SIGNATURE, scored_attention.name(vectors)
             scored: dict[str, int | float] = {"ahead": 1, "cap": 2.0}
-            biases = _floats(1 << 14, "biases")
             for bias in (0, biases[1 << 13 :].ctypes.data):
                 example = _example(signature, kernel, given, key_tiles, **tile, **scored, bias=bias)
                 example.memory.append(biases)
