@@ -57,9 +57,9 @@ def test_memory_does_not_grow(name: str) -> None:
 
 def test_growth_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = []
-    grow = (lambda room: lambda number: kept.append(torch.ones(1 << 20)), 0)
+    grow = (lambda room: lambda number: kept.append(torch.ones(1 << 21)), 0)
     monkeypatch.setitem(RUNS, "growing", grow)
-    assert grows(*plateau("growing", 20))
+    assert grows(*plateau("growing", 10))
 
 
 def test_eight_threads_share_a_model(model: Any) -> None:

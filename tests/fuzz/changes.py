@@ -157,7 +157,7 @@ def _change_numbers(entry: Any, body: bytearray, choices: Choices) -> None:
     try:
         begin, end = (int(place) for place in entry["data_offsets"])
         size = {"64": 8, "32": 4, "16": 2}.get(str(entry["dtype"])[-2:], 1)
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError, OverflowError):
         return
     begin, end = max(min(begin, len(body)), 0), max(min(end, len(body)), 0)
     count = (end - begin) // size

@@ -15,6 +15,7 @@ import hashlib
 import mmap
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -130,9 +131,12 @@ def _child(name: str, seconds: float, seed: int, shared: mmap.mmap) -> int:
 def _keep(name: str, data: bytes, told: str) -> None:
     folder = CORPUS / name
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / hashlib.sha256(data).hexdigest()[:12]
-    file.write_bytes(data)
-    print(f"FOUND {file.relative_to(CORPUS)}: {told[:600]}", flush=True)
+    # One input for each kind of finding: what is told, but for numbers and names of files.
+    kind = re.sub(r"\d+|\[.*?\] changed", "", told)
+    file = folder / hashlib.sha256(kind.encode()).hexdigest()[:12]
+    if not file.exists():
+        file.write_bytes(data)
+        print(f"FOUND {file.relative_to(CORPUS)}: {told[:600]}", flush=True)
 
 
 if __name__ == "__main__":

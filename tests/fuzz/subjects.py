@@ -39,7 +39,7 @@ class Subject:
         read: reads a folder, and gives what was found as text.
         refuses: what reading may raise.
         fast: a reading takes milliseconds at most: guided fuzzing pays.
-        sealed: names of files that have a digest of their content: a change must be found.
+        sealed: names, as globs, of files that have a digest of their content: a change must be found.
     """
 
     make: Callable[[Path], None]
@@ -191,7 +191,7 @@ SUBJECTS: dict[str, Subject] = {
     "checkpoint-shards": Subject(
         lambda folder: _save(folder, SparsityConfig("2:4"), max_shard_size="20KB"),
         _loaded,
-        sealed=("model-00001-of-00004.safetensors", "model-00002-of-00004.safetensors"),
+        sealed=("model-*.safetensors",),
     ),
     "inspect": Subject(lambda folder: _save(folder, SparsityConfig("2:4")), _inspected),
     "adapter-lora": Subject(partial(_make_adapter, kind="lora"), _adapted),

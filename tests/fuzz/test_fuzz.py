@@ -56,6 +56,7 @@ def test_what_is_no_refusal_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return str(len(text) // len(text[:22]) and 1 // text.count("3"))
 
     monkeypatch.setitem(SUBJECTS, "careless", Subject(make, read))
+    monkeypatch.setattr(trials, "_is_ours", lambda error: True)
     with pytest.raises(trials.FindingError, match="ZeroDivisionError"):
         many_trials("careless")
     trials.honest.cache_clear()
