@@ -74,7 +74,7 @@ def read_index(path: Path) -> Index:
         FormatError: it is no such index, or it names files that are not in its folder.
     """
     values = read_object(path)
-    files, metadata = values.get("weight_map"), values.get("metadata") or {}
+    files, metadata = values.get("weight_map"), values.get("metadata")
     if not isinstance(files, dict) or not files or not isinstance(metadata, dict):
         raise FormatError(
             f"{path} is no shard index: wanted an object with weight_map and metadata"
