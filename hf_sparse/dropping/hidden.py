@@ -163,6 +163,11 @@ def drop_hidden_(
 
 def _check_promise(model: nn.Module) -> None:
     promised = promised_config(model)
+    if promised is not None and promised.bits:
+        raise ValueError(
+            f"this {type(model).__name__} lies on a grid of {promised.bits} bits, whose groups "
+            "would be others. Remove hidden features first, then quantize."
+        )
     if promised is not None:
         raise ValueError(
             f"this {type(model).__name__} promises zeros of pattern '{promised.pattern}', and columns "
