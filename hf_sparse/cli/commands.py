@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 from typing import Any
 
@@ -19,11 +18,11 @@ from hf_sparse.calibration.windows import token_windows
 from hf_sparse.checkpoint.can_save import check_can_save, check_not_quantized
 from hf_sparse.cli.asked import asked_config
 from hf_sparse.cli.effort import prune_by_effort
+from hf_sparse.cli.evaluating import evaluate
 from hf_sparse.cli.loading import (
     batches_of,
     load,
     load_tokenizer,
-    measurement,
     model_config,
     optional_tokenizer,
     skeleton,
@@ -36,9 +35,7 @@ from hf_sparse.cli.quantizing import quantize
 from hf_sparse.cli.reporting import report
 from hf_sparse.cli.shrinking import shrink
 from hf_sparse.cli.slimming import slim
-from hf_sparse.cli.tasks import evaluate_tasks
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY
-from hf_sparse.counts import format_table
 from hf_sparse.exporters.can_export import check_can_export
 from hf_sparse.exporters.gguf_export import check_can_export_gguf
 from hf_sparse.pruning.experts import check_experts
@@ -203,30 +200,6 @@ def _stored_in(
     if promised is None:
         promised = hf_sparse.SparsityConfig("unstructured", min(sparsity, HIGHEST_SPARSITY))
     return hf_sparse.SparsityConfig.from_dict({**promised.to_dict(), "format": format})
-
-
-def evaluate(options: argparse.Namespace) -> int:
-    """Measure a model, and the dense one beside it."""
-    if options.tasks is not None:
-        return evaluate_tasks(options)
-    measure = measurement(options)
-    sources = [source for source in (options.model, options.dense) if source is not None]
-    for source in sources:  # what is missing is told before the first one is measured
-        load_tokenizer(source, options, model_config(source, options))
-    figures = {}
-    for name, source in (("sparse", options.model), ("dense", options.dense)):
-        if source is not None:
-            figures[name] = measure(*load(source, options))
-    metric = "accuracy" if options.labels else "perplexity"
-    if options.json:
-        finite = {name: f if math.isfinite(f) else None for name, f in figures.items()}
-        print(json.dumps({"metric": metric, "window": options.window, **finite}))
-    else:
-        rows = [(name, f"{figure:.4f}") for name, figure in figures.items()]
-        print(format_table(("model", metric), rows))
-        if "dense" not in figures:
-            print("Give --dense MODEL to see the dense model's figure beside it.")
-    return 0
 
 
 def inspect(options: argparse.Namespace) -> int:
