@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,9 +66,28 @@ def run(options: argparse.Namespace) -> int:
         raise
     except Exception as error:
         # What went wrong on the network has no common class: the client's library decides it.
-        if type(error).__module__.startswith(("httpx", "httpcore")):
-            raise OSError(f"the Hub could not be reached: {error}") from error
-        raise
+        cause = next((e for e in _with_causes(error) if _is_of_the_network(e)), None)
+        if cause is None:
+            raise
+        told = str(error) if error is cause else f"{error} ({cause})"
+        again = " The same command again goes on: what has arrived is not sent twice."
+        raise OSError(
+            f"the Hub could not be reached: {told}{again if options.command == 'push' else ''}"
+        ) from error
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and what it was raised from."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    """Whether an error is one of the client's library, or the answer of a Hub that is in trouble."""
+    own = type(error).__module__.startswith(("httpx", "httpcore"))
+    return own or isinstance(error, HfHubHTTPError)
 
 
 def prune(options: argparse.Namespace) -> int:
