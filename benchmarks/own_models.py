@@ -143,7 +143,7 @@ def learn(model: Any, optimizer: Any, batches: Iterator[Any], steps: int, sparsi
 def sentences(place: Place, tokenizer: Any) -> tuple[Iterator[dict[str, Tensor]], Data]:
     """Endless batches of SST-2, and its validation set."""
     training, validation = (
-        Data(place.data / "glue" / "sst2", SST2, split, tokenizer)
+        Data(place.data / "glue" / "sst2", SST2, split, tokenizer, most=place.steps * BATCH)
         for split in ("train", "validation")
     )
 
