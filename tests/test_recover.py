@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import hf_sparse
 from hf_sparse import SparsityConfig, recover_
 from hf_sparse.cli import main
-from hf_sparse.recovery import RECOVERIES
+from hf_sparse.recovery.methods import RECOVERIES
 from tests.support.closeness import nearly_same
 from tests.support.sparse_models import assert_same, places, sparse_model
 from tests.support.tiny_models import prose, tiny_batches, tiny_model, tiny_tokenizer
@@ -95,7 +95,7 @@ def test_a_run_that_diverges_leaves_the_base_of_an_adapter() -> None:
         ({"epochs": 0}, "epochs is 0"),
         ({"r": 4}, "trains all weights; r is for"),
         ({"lr": float("nan")}, "lr is nan"),
-        ({"logits": 2.0, "teacher": tiny_model("llama")}, "logits=2.0"),
+        ({"logits": 2.0, "teacher": tiny_model("llama")}, "logits is 2.0"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:

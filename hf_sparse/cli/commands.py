@@ -199,6 +199,10 @@ def recover(options: argparse.Namespace) -> int:
         accumulate=options.accumulate,
         lr=options.lr,
         r=options.r,
+        logits=options.logits,
+        hidden=options.hidden,
+        temperature=options.temperature,
+        held_out=options.held_out,
     )
     config = _stored_in(options.format, promised_config(model), report.sparsity)
     hf_sparse.save_pretrained(model, options.output, config, tokenizer=tokenizer, report=report)

@@ -38,6 +38,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
         2,
     ),
     (r"num_hidden_groups|inner_group_num", 1),
+    (r"first_k_dense_replace|(en|de)coder_sparse_step", 1),
     (r"num_experts_per_tok|num_experts_per_token|moe_k|moe_topk|top_k|router_top_k", 2),
     (r"(n_routed|num_local|num|moe_num|n)_experts|num_experts_total", 4),
     (
@@ -70,7 +71,32 @@ _STAGES: tuple[tuple[str, int], ...] = (
     (r"depths|encoder_depths|stage_num_blocks|blocks_per_stage|num_blocks|layers_per_stage", 1),
 )
 # What the rules do not find; a name with dots is in a part of the config.
-_OVERRIDES: dict[str, dict[str, Any]] = {}
+_MIXED = ["dense", "sparse"]
+_OVERRIDES: dict[str, dict[str, Any]] = {
+    "beam": {"mlp_layer_types": _MIXED},
+    "dbrx": {
+        **{"attn_config.rope_theta": 1e4, "attn_config.kv_n_heads": 2, "attn_config.clip_qkv": 8.0},
+        **{"ffn_config.moe_top_k": 2},
+    },
+    "deepseek_ocr2_text": {"mlp_layer_types": _MIXED},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "flint": {"mlp_only_layers": [0]},
+    "gemma4_text": {
+        **{"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2},
+        **{"moe_intermediate_size": 64},
+    },
+    "granitemoehybrid": {
+        **{"mamba_n_heads": 4, "mamba_n_groups": 1, "layer_types": ["mamba", "attention"]},
+        **{"num_local_experts": 4, "num_experts_per_tok": 2},
+    },
+    "hunyuan_v1_moe": {
+        **{"head_dim": 8, "num_experts": 4, "moe_topk": 2, "num_key_value_heads": 2},
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 64},
+    "step3p5": {"mlp_layer_types": _MIXED},
+    "vitpose_backbone": {"num_experts": 4, "part_features": 8},
+}
 
 
 def model_types() -> list[str]:
