@@ -140,7 +140,7 @@ class SparsityCallback(TrainerCallback):
 
     Args:
         config: the wanted pattern, sparsity and targets; the same as `trainer_optimizer` got.
-        method: `"proximal"`, `"admm"`, `"magnitude"` (gradual magnitude pruning) or `"movement"` (soft).
+        method: `"proximal"`, `"admm"`, `"magnitude"` (gradual) or `"movement"` (soft).
         schedule: a `Schedule`, or its shape: `"cubic"`, `"linear"`, `"constant"`.
         interval: steps between two adjustments.
         **options: the method's own: of `"movement"` `score_lr=0.01`, `threshold=0.1` and `gain=2.0`;
