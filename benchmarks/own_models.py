@@ -124,26 +124,55 @@ def prune_smollm2(place: Place, name: str, config: SparsityConfig, recovered: in
     )
 
 
-def learn(model: Any, optimizer: Any, batches: Iterator[Any], steps: int, sparsifier: Any) -> None:
-    """Train on CPU in float32, with a linear warm-up and decay."""
+def learn(
+    work: Path,
+    model: Any,
+    optimizer: Any,
+    batches: Iterator[Any],
+    steps: int,
+    driven_by: Callable[[Any], Any] = lambda optimizer: None,
+) -> Any:
+    """Train on CPU in float32, with a linear warm-up and decay; goes on where a run was stopped.
+
+    Args:
+        work: file of what a stopped run has left.
+        model, optimizer, batches, steps: of the training.
+        driven_by: makes what drives the optimizer to its zeros.
+
+    Returns:
+        What it made.
+    """
     torch.manual_seed(SEED)
     scheduler = get_scheduler("linear", optimizer, steps // 10, steps)
+    parts, done = (model, optimizer, scheduler), 0
+    if work.exists():
+        done, states = torch.load(work, weights_only=False)
+        for part, state in zip(parts, states, strict=True):
+            part.load_state_dict(state)
+    sparsifier = driven_by(optimizer)
     model.train()
-    for _ in range(steps):
-        model(**next(batches)).loss.backward()
+    for number, batch in zip(range(steps), batches, strict=False):
+        if number < done:
+            continue
+        model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
         if sparsifier is not None:
             sparsifier.step()
+        if number % 25 == 24:
+            work.parent.mkdir(parents=True, exist_ok=True)
+            torch.save((number + 1, [part.state_dict() for part in parts]), work)
+            print(f"{work.stem}: {number + 1} of {steps} steps", flush=True)
     model.eval()
+    return sparsifier
 
 
 def sentences(place: Place, tokenizer: Any) -> tuple[Iterator[dict[str, Tensor]], Data]:
     """Endless batches of SST-2, and its validation set."""
     training, validation = (
-        Data(place.data / "glue" / "sst2", SST2, split, tokenizer)
+        Data(place.data / "glue" / "sst2", SST2, split, tokenizer, most=place.steps * BATCH)
         for split in ("train", "validation")
     )
 
@@ -159,7 +188,7 @@ def dense_classifier(place: Place, folder: Path, model: Any, tokenizer: Any) -> 
     """Train a classifier of SST-2 without zeros."""
     batches, _ = sentences(place, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, weight_decay=0.01)
-    learn(model, optimizer, batches, place.steps, None)
+    learn(folder.with_suffix(".part"), model, optimizer, batches, place.steps)
     hf_sparse.save_pretrained(model, folder, PLAIN, tokenizer=tokenizer)
 
 
@@ -200,13 +229,14 @@ def sparse_classifier(
         hf_sparse.sparse_param_groups(model, config, weight_decay=0.01), lr=2e-4, penalty="l0",
         scale="adaptive",
     )  # fmt: skip
-    sparsifier = Sparsifier(
-        optimizer, config, place.steps, schedule=Schedule("cubic", 0.1, 0.6), interval=10
-    )
     Distillation(teacher, logits=0.5, hidden=1.0, temperature=2.0).attach(model)
-    began = time.perf_counter()
-    learn(model, optimizer, batches, place.steps, sparsifier)
-    report = sparsifier.report(model, time.perf_counter() - began)
+
+    def driven(optimizer: Any) -> Sparsifier:
+        shape = Schedule("cubic", 0.1, 0.6)
+        return Sparsifier(optimizer, config, place.steps, schedule=shape, interval=10)
+
+    work = place.folder / f"{name}.part"
+    report = learn(work, model, optimizer, batches, place.steps, driven).report(model)
     save_classifier(place, name, model, teacher, validation, tokenizer, base, config, report)
 
 
@@ -280,7 +310,7 @@ def dense_gpt2(place: Place, folder: Path) -> None:
                 yield {"input_ids": rows[chunk], "labels": rows[chunk]}
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    learn(model, optimizer, endless(), place.steps, None)
+    learn(folder.with_suffix(".part"), model, optimizer, endless(), place.steps)
     hf_sparse.save_pretrained(model, folder, PLAIN, tokenizer=tokenizer)
 
 

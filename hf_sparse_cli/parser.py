@@ -34,7 +34,7 @@ from hf_sparse_cli.messages import add_messages
 from hf_sparse_cli.names import Parser, fraction
 from hf_sparse_cli.quantizing import add_grid, add_quantize
 from hf_sparse_cli.recovering import add_recover
-from hf_sparse_cli.reporting import add_report
+from hf_sparse_cli.reporting import add_inspect, add_report
 from hf_sparse_cli.shrinking import add_shrink
 from hf_sparse_cli.slimming import add_slim
 from hf_sparse_cli.tasks import add_tasks
@@ -51,7 +51,7 @@ def make_parser() -> Parser:
     _add_prune(commands)
     add_recover(commands)
     _add_eval(commands)
-    _add_inspect(commands)
+    add_inspect(commands)
     add_report(commands)
     _add_bench(commands)
     add_shrink(commands)
@@ -172,6 +172,7 @@ def _add_eval(commands: Any) -> None:
         "MODEL (--text FILE ... | --labels FILE ... | --tasks NAMES) [--dense MODEL]",
         [
             "SPARSE --dense MODEL --text held_out.txt",
+            "SPARSE --dense MODEL --text held_out.txt --record",
             "SPARSE --labels rows.jsonl",
             "SPARSE --dense MODEL --tasks arc_easy,piqa --task-data FOLDER --record",
         ],
@@ -193,22 +194,9 @@ def _add_eval(commands: Any) -> None:
     add_tasks(command)
     output = command.add_argument_group("output")
     output.add_argument(
-        "--record", action="store_true", help="tell the figures of --tasks in MODEL's card"
+        "--record", action="store_true", help="tell the figures in MODEL's card, too"
     )
     add_printing(output)
-
-
-def _add_inspect(commands: Any) -> None:
-    command = command_parser(
-        commands,
-        "inspect",
-        "read a checkpoint's sparsity from its files",
-        "FOLDER",
-        ["SPARSE", "user/name-sparse --tensors"],
-    )
-    what = command.add_argument_group("what to read")
-    what.add_argument("folder", metavar="FOLDER", help="folder, or user/name on the Hub")
-    add_printing(command.add_argument_group("output"), tensors=True)
 
 
 def _add_bench(commands: Any) -> None:

@@ -136,7 +136,7 @@ USAGE = [
     ("eval EMPTY --tasks piqa --task-data none", "no such folder: none"),
     ("eval user/name --tasks piqa --record", "--record writes into MODEL's folder"),
     ("eval EMPTY --tasks piqa --limit 0", "--limit is 0; wanted at least 1"),
-    ("eval EMPTY --text FILE --record", "--record is for --tasks alone"),
+    ("eval user/name --text FILE --record", "--record writes into MODEL's folder"),
     ("eval EMPTY --text FILE --limit 3", "--limit is for --tasks alone"),
     ("eval EMPTY --text none.txt", "no such file: none.txt"),
     ("inspect none", "no such folder: none"),
