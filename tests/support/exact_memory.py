@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import mmap
 import os
 import signal
@@ -159,6 +160,7 @@ def died(work: Callable[[np.ndarray], None]) -> tuple[str, int]:
     number = np.frombuffer(shared, np.int64, 1)
     child = os.fork()
     if child == 0:
+        faulthandler.disable()  # pytest's, which would print where it died
         code = 1
         try:
             work(number)
