@@ -29,7 +29,7 @@ from hf_sparse.checkpoint.sparse_configs import (
     base_config_class,
     sparse_config_class,
 )
-from hf_sparse.formats import FormatError
+from hf_sparse.formats import FormatError, locate
 from hf_sparse.structure.experts import ExpertStack
 from hf_sparse.structure.families import base_type
 from hf_sparse.structure.parts import PARTS, sizes_in
@@ -200,10 +200,11 @@ def _check_choices(model: nn.Module) -> None:
 
 @contextmanager
 def describing(file: Path) -> Iterator[None]:
-    """Turn the errors of building a model from a config into FormatErrors."""
-    try:
-        yield
-    except FormatError as error:
-        raise FormatError(f"{file}: {error}") from error
-    except NOT_MADE as error:
-        raise FormatError(f"{file} describes no model of transformers: {error!r}") from error
+    """Turn the errors of building a model from a config into FormatErrors that name its file."""
+    with locate(str(file)):
+        try:
+            yield
+        except FormatError:
+            raise
+        except NOT_MADE as error:
+            raise FormatError(f"it describes no model of transformers: {error!r}") from error
