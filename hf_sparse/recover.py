@@ -1,7 +1,7 @@
 """Recovery in one call: a pruned language model is trained on text, and its zeros stay.
 
 A model that lost blocks, heads or neurons has no zeros: it is trained as it is. The loop stands in
-`recovery.py`; Trainer does the same with `KeepZeros`, or on what `get_peft_model` returns.
+`recovery_methods.py`; Trainer does the same with `KeepZeros`, or on what `get_peft_model` returns.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from hf_sparse.provenance.record import (
 )
 from hf_sparse.provenance.values import Calibration, Step, pairs
 from hf_sparse.pruning.quantize import round_
-from hf_sparse.recovery import RECOVERIES, Recovery
+from hf_sparse.recovery_methods import RECOVERIES, Recovery
 from hf_sparse.structure.grids import Gridded, check_grid, gridded
 from hf_sparse.structure.layers import (
     TargetLayer,

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import hf_sparse
 from hf_sparse import SparsityConfig, recover_
 from hf_sparse.cli import main
-from hf_sparse.recovery import RECOVERIES
+from hf_sparse.recovery_methods import RECOVERIES
 from tests.support.closeness import nearly_same
 from tests.support.sparse_models import assert_same, places, sparse_model
 from tests.support.tiny_models import prose, tiny_batches, tiny_model, tiny_tokenizer

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from hf_sparse.calibration.recording import TokenMasks, token_masks
-from hf_sparse.structure.gains import Norm
 from hf_sparse.structure.layers import TargetLayer
+from hf_sparse.structure.norms import Norm
 
 
 class HiddenUse:

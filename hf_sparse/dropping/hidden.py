@@ -37,9 +37,9 @@ from hf_sparse.dropping.counts import number_of_some
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.structure.changeable import check_changeable
-from hf_sparse.structure.gains import norms_of
 from hf_sparse.structure.hidden import HiddenPlan, hidden_size_of
 from hf_sparse.structure.layers import find_stacks, num_parameters, promised_config
+from hf_sparse.structure.norms import norms_of
 from hf_sparse.structure.parts import head_size
 from hf_sparse.structure.units import find_units
 

@@ -15,7 +15,7 @@ from hf_sparse.counts import format_table
 from hf_sparse.effort.stages import EFFORTS, PRUNE, RECOVER, Stage
 from hf_sparse.provenance.values import Calibration
 from hf_sparse.pruning.methods import Recipe
-from hf_sparse.recovery import RECOVERIES
+from hf_sparse.recovery_methods import RECOVERIES
 from hf_sparse.suggestions import check_name, shortened
 from hf_sparse.version import __version__
 

@@ -36,7 +36,7 @@ from hf_sparse.provenance.record import provenance_of, remember_
 from hf_sparse.provenance.values import Calibration, pairs
 from hf_sparse.pruning.oneshot import prune_kept
 from hf_sparse.recover import recover_
-from hf_sparse.recovery import RECOVERIES
+from hf_sparse.recovery_methods import RECOVERIES
 from hf_sparse.structure.changeable import check_changeable
 from hf_sparse.structure.targets import Targets
 from hf_sparse.suggestions import did_you_mean, shortened

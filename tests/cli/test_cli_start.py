@@ -25,7 +25,7 @@ from hf_sparse.pruning.methods import EXPERT_METHODS, METHODS, REFINEMENTS, Comp
 from hf_sparse.pruning.options import SCOPES
 from hf_sparse.pruning.quantize import ROUNDINGS
 from hf_sparse.quantization import BITS, GROUP_SIZES
-from hf_sparse.recovery import RECOVERIES
+from hf_sparse.recovery_methods import RECOVERIES
 from hf_sparse.zeroshot.tasks import TASKS
 from hf_sparse_cli import choices, main
 from hf_sparse_cli.parser import make_parser

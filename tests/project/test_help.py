@@ -17,7 +17,7 @@ from hf_sparse.optim.schedules import SHAPES
 from hf_sparse.patterns import Pattern
 from hf_sparse.pruning.allocation import ALLOCATIONS
 from hf_sparse.pruning.methods import METHODS, REFINEMENTS, Composition
-from hf_sparse.recovery import RECOVERIES
+from hf_sparse.recovery_methods import RECOVERIES
 
 
 def told(value: Any) -> str:

@@ -35,7 +35,7 @@ FLOORS = [
     [
         "distillation",
         "evaluation",
-        "recovery",
+        "recovery_methods",
         "dropping",
         "budget",
         "timing",
