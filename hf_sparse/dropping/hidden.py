@@ -95,7 +95,7 @@ def drop_hidden_(
     count: int | float,
     batches: Iterable[Mapping[str, Tensor] | Tensor],
 ) -> HiddenReport:
-    """Remove features of the residual stream, in place: those that the norms give least.
+    """Remove the features of the residual stream that are smallest behind the norms, in place.
 
     What is left is a plain model of its family with a smaller hidden size: its config is changed with
     it, so that transformers loads it alone. It is worse until it is trained, best with the whole model
