@@ -122,11 +122,12 @@ class SparseHfQuantizer(Restorer):
             )
         if self._stored:
             stored = list(self._stored.values())
-            promised = promised_by(files[0].parent, stored, model.config)
+            promised = promised_by(files[0].parent, stored, model)
             promised.check(stored)
             self._targets = promised.targets(self.quantization_config.sparsity)
             self._grids = promised.grids(self.quantization_config.sparsity)
-            _check_blocks(model, stored)
+            if promised.model is not model:
+                _check_blocks(model, stored)
         self._dtype_plan = dtype_plan(model, dtype)
         self._own_conversions = number_of_conversions(model)
 

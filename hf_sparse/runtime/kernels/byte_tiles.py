@@ -21,7 +21,7 @@ group) and last one, records of X, Y, bias, start (`START_*` of `spmm.py`).
 from __future__ import annotations
 
 from hf_sparse.runtime.kernels import spmm
-from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.call import Signature, parameters
 from hf_sparse.runtime.kernels.code_formats import BLOCK, FORMATS, ROWS, UNIT
 from hf_sparse.runtime.kernels.code_rows import LARGEST, scales_of
 from hf_sparse.runtime.kernels.tile_sums import begun_sums, store_sums
@@ -39,20 +39,9 @@ _UNROLL = 4
 
 QUANTISE_TILE = Signature(("ptr x", "ptr records", "i64 columns"))
 BYTE_TILES = Signature(
-    (
-        "i64 format",
-        "ptr codes",
-        "ptr places",
-        "ptr scales",
-        "ptr starts",
-        "i64 row_blocks",
-        "i64 columns",
-        "i64 first",
-        "i64 last",
-        "ptr x",
-        "ptr y",
-        "ptr bias",
-        "i64 start",
+    parameters(
+        "i64 format, ptr codes, ptr places, ptr scales, ptr starts, i64 row_blocks, "
+        "i64 columns, i64 first, i64 last, ptr x, ptr y, ptr bias, i64 start"
     ),
     ("x", "y"),
 )

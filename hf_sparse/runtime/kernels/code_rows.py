@@ -15,7 +15,7 @@ bias, rows, blocks of a row, add. y and bias are written and read four rows at a
 from __future__ import annotations
 
 from hf_sparse.runtime.kernels.byte_products import Features, beside, byte_products
-from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.call import Signature, parameters
 from hf_sparse.runtime.kernels.code_formats import (
     BESIDE,
     BLOCK,
@@ -42,16 +42,8 @@ LARGEST = 127
 
 QUANTISE_ROW = Signature(("ptr x", "ptr records", "i64 blocks"))
 CODE_ROWS = Signature(
-    (
-        "ptr codes",
-        "ptr places",
-        "ptr scales",
-        "ptr x",
-        "ptr y",
-        "ptr bias",
-        "i64 rows",
-        "i64 blocks",
-        "i64 add",
+    parameters(
+        "ptr codes, ptr places, ptr scales, ptr x, ptr y, ptr bias, i64 rows, i64 blocks, i64 add"
     ),
     ("x", "y"),
 )

@@ -10,7 +10,7 @@ difference is a multiple of 4), X, Y, bias, start (`START_*`).
 
 from __future__ import annotations
 
-from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.call import Signature, parameters
 from hf_sparse.runtime.kernels.tile_sums import begun_sums, store_sums
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType
 from hf_sparse.runtime.llvm.ir import Function
@@ -25,16 +25,9 @@ _WIDENED = 64
 
 
 SIGNATURE = Signature(
-    (
-        "ptr weight",
-        "i64 row_bytes",
-        "i64 columns",
-        "i64 first",
-        "i64 last",
-        "ptr x",
-        "ptr y",
-        "ptr bias",
-        "i64 start",
+    parameters(
+        "ptr weight, i64 row_bytes, i64 columns, i64 first, i64 last, ptr x, ptr y, ptr bias, "
+        "i64 start"
     ),
     ("x", "y"),
 )

@@ -12,7 +12,7 @@ Arguments: x, y (they may be the same), features, groups, weight, bias, epsilon.
 
 from __future__ import annotations
 
-from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.call import Signature, parameters
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.llvm.values import Value, vector
@@ -20,15 +20,7 @@ from hf_sparse.runtime.llvm.values import Value, vector
 NORMS = ("layer", "rms")
 # Of this kernel and of the one for single tokens.
 SIGNATURE = Signature(
-    (
-        "ptr x",
-        "ptr y",
-        "i64 features",
-        "i64 groups",
-        "ptr weight",
-        "ptr bias",
-        "float epsilon",
-    ),
+    parameters("ptr x, ptr y, i64 features, i64 groups, ptr weight, ptr bias, float epsilon"),
     ("x", "y"),
 )
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.call import Signature, parameters
 from hf_sparse.runtime.kernels.single_token import GROUP, write_rows
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType
 from hf_sparse.runtime.llvm.ir import Function
@@ -38,16 +38,7 @@ LANES, UNITS = 8, 4
 _AHEAD_VALUES, _AHEAD_WORDS = 4096, 1024
 
 SHUFFLED_ROWS = Signature(
-    (
-        "ptr values",
-        "ptr words",
-        "ptr x",
-        "ptr y",
-        "ptr bias",
-        "i64 rows",
-        "i64 windows",
-        "i64 add",
-    ),
+    parameters("ptr values, ptr words, ptr x, ptr y, ptr bias, i64 rows, i64 windows, i64 add"),
     ("x", "y"),
 )
 

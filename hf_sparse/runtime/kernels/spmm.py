@@ -23,7 +23,7 @@ Nothing is checked here: `weights/panels.py` validates what it reads from files.
 
 from __future__ import annotations
 
-from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.call import Signature, parameters
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
@@ -44,17 +44,9 @@ _AHEAD_VALUES, _AHEAD_INDICES = 2048, 1024
 
 
 SIGNATURE = Signature(
-    (
-        "ptr panels",
-        "i64 panel_count",
-        "ptr groups",
-        "ptr values",
-        "ptr indices",
-        "ptr rows",
-        "ptr x",
-        "ptr y",
-        "ptr bias",
-        "i64 start",
+    parameters(
+        "ptr panels, i64 panel_count, ptr groups, ptr values, ptr indices, ptr rows, ptr x, "
+        "ptr y, ptr bias, i64 start"
     ),
     ("x", "y"),
 )

@@ -7,7 +7,7 @@ lanes repeats its last token; those columns are computed and never read.
 
 from __future__ import annotations
 
-from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.call import Signature, parameters
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.llvm.values import Value, lanes_of, vector
@@ -16,15 +16,9 @@ TRANSPOSE = Signature(("ptr x", "ptr y", "i64 features", "i64 tokens", "i64 stri
 ROTARY = Signature(("ptr x", "i64 heads", "i64 head_dim", "ptr cos", "ptr sin"))
 COPY = Signature(("ptr x", "ptr y", "i64 vectors"))
 APPEND = Signature(
-    (
-        "ptr x",
-        "i64 features",
-        "i64 tokens",
-        "i64 row_bytes",
-        "ptr table",
-        "i64 first",
-        "i64 position",
-        "i64 width",
+    parameters(
+        "ptr x, i64 features, i64 tokens, i64 row_bytes, ptr table, i64 first, i64 position, "
+        "i64 width"
     )
 )
 
