@@ -29,7 +29,9 @@ from hf_sparse.runtime.programs import row_steps
 from hf_sparse.upstream.transformers.caches import cache_name
 from tests.support.closeness import same
 from tests.support.compiled_families import tensors_of
+from tests.support.compiled_folders import in_a_child
 from tests.support.crosses import cross
+from tests.support.guarded_memory import guard_the_runtime
 from tests.support.pairs import CONFIGS, ids_of, inputs_of, pair_of
 
 TOLERANCE = {"atol": 3e-5, "rtol": 1e-4}
@@ -264,6 +266,24 @@ def test_a_saved_model_comes_back(which: tuple[str, Any], tmp_path: Path) -> Non
     if loaded.can_generate():
         found = (one.generate(given["input_ids"], **GENERATED) for one in (compiled, loaded))
         assert torch.equal(*found)
+
+
+def test_kernels_stay_within_their_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it ends at pages without access; a process of its own would end there."""
+    for family in VARIED:
+        hf_sparse.save_compiled(pair(family)[1], tmp_path / family)
+
+    def run() -> None:
+        torch.set_num_threads(1)
+        guard_the_runtime(monkeypatch)
+        for family in VARIED:
+            loaded = hf_sparse.load_compiled(tmp_path / family)
+            given = inputs_of(2, 64, 65)
+            with torch.no_grad():
+                loaded(**given)
+                loaded.generate(given["input_ids"], **GENERATED)
+
+    assert in_a_child(run) == 0
 
 
 def test_the_result_does_not_hang_on_the_number_of_threads() -> None:
