@@ -30,6 +30,7 @@ from transformers.utils.logging import tqdm
 
 from hf_sparse.arguments import check_kinds, check_model
 from hf_sparse.calibration.block_scores import Batches, Influence, mean_loss, skipping
+from hf_sparse.calibration.calling import run_on
 from hf_sparse.calibration.losses import check_labels
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.windows import checked_batches, fingerprint
@@ -237,7 +238,7 @@ def _by_similarity(choice: Choice, wanted: int, batches: Batches) -> _Chosen:
         for batch in tqdm(batches, desc="Measuring the influence of blocks"):
             influence.masks = _masks(batch, choice.depth)
             needs_none = len(choice.depth.lists) == 1  # a decoder's inputs are made of labels
-            model(**{k: v for k, v in batch.items() if not needs_none or k != "labels"})
+            run_on(model, {k: v for k, v in batch.items() if not needs_none or k != "labels"})
     influences = influence.values()
     if not all(map(math.isfinite, influences)):
         raise ValueError(
