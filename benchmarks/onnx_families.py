@@ -226,6 +226,8 @@ def _blame(error: Exception) -> str:
         file, trace = trace.tb_frame.f_code.co_filename, trace.tb_next
     if "/hf_sparse/" not in file:
         return "fails"
+    if str(error).startswith("the graph fixes"):
+        return "fails"
     return "differs" if str(error).startswith(("the graph", "output ")) else "refused"
 
 

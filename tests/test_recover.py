@@ -140,6 +140,7 @@ def test_the_command(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     text.write_text(prose()[:20_000])
     command = ["recover", sparse, out, "--data", str(text), "--method", method, "--window", "32"]
     command += ["--num-samples", "8", "--accumulate", "2", "--teacher", dense, "--json"]
+    command += ["--held-out", "2", "--hidden", "0.5"]
     command += [] if method == "finetune" else ["--r", "2"]
     assert main(command) == 0
     described = json.loads(capsys.readouterr().out)
@@ -148,6 +149,8 @@ def test_the_command(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert_same(places(loaded), places(model))
     assert main(["recover", sparse, sparse, "--data", str(text)]) == 1
+    assert main(["recover", sparse, out, "--data", str(text), "--lr", "search"]) == 1
+    assert "--held-out 16" in capsys.readouterr().err
     again = ["recover", dense, out, "--data", str(text), "--window", "32"]
     assert main(again) == 1
     assert "is not empty: it holds config.json" in capsys.readouterr().err

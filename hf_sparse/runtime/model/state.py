@@ -144,6 +144,18 @@ def _block_state(block: Block, prefix: str, tensors: dict[str, Tensor]) -> dict[
         described["normalised"] = block.mixture.normalised
     if block.rotation != 0:
         described["rotation"] = block.rotation
+    for name, some in _norms_of(block).items():
+        described["epsilons"][name] = [norm and norm.epsilon for norm in some]
+        for number, norm in enumerate(some):
+            if norm is None:
+                continue
+            tensors[f"{prefix}.{name}.{number}.weight"] = norm.weight
+            tensors[f"{prefix}.{name}.{number}.bias"] = norm.bias
+    return described
+
+
+def _norms_of(block: Block) -> dict[str, tuple[Norm | None, ...]]:
+    """The norms of a block by their kinds."""
     norms: dict[str, tuple[Norm | None, ...]] = {
         "norms": block.norms,
         "head_norms": block.head_norms or (),
@@ -152,14 +164,7 @@ def _block_state(block: Block, prefix: str, tensors: dict[str, Tensor]) -> dict[
         norms["added_norms"] = block.added_norms
     if block.cross is not None:
         norms["cross_norm"] = (block.cross.norm,)
-    for name, some in norms.items():
-        described["epsilons"][name] = [norm and norm.epsilon for norm in some]
-        for number, norm in enumerate(some):
-            if norm is None:
-                continue
-            tensors[f"{prefix}.{name}.{number}.weight"] = norm.weight
-            tensors[f"{prefix}.{name}.{number}.bias"] = norm.bias
-    return described
+    return norms
 
 
 def _numbers(packed: TileWeight) -> dict[str, int]:
