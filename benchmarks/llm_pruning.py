@@ -109,6 +109,8 @@ def cells() -> Iterator[Cell]:
         for method in ("wanda", "alps"):
             for allocation in ("owl", "alpha"):
                 yield Cell("SmolLM2", zeros, method, {"allocation": allocation})
+    for method in ("sparsegpt", "alps"):
+        yield Cell("SmolLM2", "2:4", method, {"token_weights": "loss"})
     for zeros in ("50 %", "2:4", "70 %"):
         for method in ("wanda", "alps"):
             yield Cell("SmolLM2", zeros, method, {"refine": "swaps"})

@@ -47,7 +47,8 @@ from transformers.utils.logging import disable_progress_bar
 import hf_sparse
 from hf_sparse import SparsityConfig
 from hf_sparse.optim.zeros import sparse_layers, zeros_hash
-from hf_sparse.recover import RECOVERIES, Recovery
+from hf_sparse.recovery.methods import RECOVERIES, Recovery
+from hf_sparse.recovery.training import train as train_
 
 WINDOW = 512
 CALIBRATION = 64
@@ -192,7 +193,7 @@ def train(
     if cell.method == "stock":
         inputs = [{**batch, "labels": batch["input_ids"]} for batch in batches]
         recovery = Recovery("finetune", lr, None, 1, options.accumulate, seed=0)
-        losses = recovery.run(model, inputs, freeze=False)
+        losses = train_(recovery, model, inputs, freeze=False)
         return f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end", lr
     teacher = None
     if cell.teacher:

@@ -187,7 +187,9 @@ def _sizes_told(config: PreTrainedConfig) -> dict[str, Any]:
 def _check_choices(model: nn.Module) -> None:
     """Raise a FormatError if tokens are to be sent to more experts than there are, or to none."""
     for parent in model.modules():
-        for stack in filter(None, map(ExpertStack.of, parent.children())):
+        for stack in filter(None, map(ExpertStack.called, parent.children())):
+            if stack.shared:
+                continue
             for module in (parent, *parent.children()):
                 for name in _CHOICES:
                     count = vars(module).get(name)

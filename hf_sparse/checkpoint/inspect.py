@@ -29,6 +29,7 @@ from hf_sparse.checkpoint.reading import (
 )
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.counts import SparsityReport, TensorSparsity, count_zeros
+from hf_sparse.files.checkpoint_folder import checkpoint_folder
 from hf_sparse.formats import CODINGS, FormatError, decompress, locate, num_bytes, read_layout
 from hf_sparse.patterns import Pattern, Unstructured
 from hf_sparse.structure.layers import TargetLayer, block_layers, by_identity
@@ -109,17 +110,18 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
     """Read what a checkpoint holds, checking every compressed tensor on the way.
 
     Args:
-        folder: a checkpoint folder, dense or compressed.
+        folder: a checkpoint folder, dense or compressed, or the name of a model on the Hub.
 
     Memory: one tensor.
 
     Raises:
         FileNotFoundError: there is no such folder, or no `config.json` in it.
+        OSError: the Hub does not have the model, or cannot be reached.
         FormatError: the checkpoint is damaged, incomplete, or of another model than config.json
             describes. Groups that break the promised pattern are counted in the report.
     """
     check_path(folder, "inspect_checkpoint")
-    return read_checkpoint(Path(folder))
+    return read_checkpoint(checkpoint_folder(folder))
 
 
 def read_checkpoint(

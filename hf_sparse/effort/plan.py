@@ -15,7 +15,7 @@ from hf_sparse.counts import format_table
 from hf_sparse.effort.stages import EFFORTS, PRUNE, RECOVER, Stage
 from hf_sparse.provenance.values import Calibration
 from hf_sparse.pruning.methods import Recipe
-from hf_sparse.recovery_methods import RECOVERIES
+from hf_sparse.recovery.methods import RECOVERIES
 from hf_sparse.suggestions import check_name, shortened
 from hf_sparse.version import __version__
 
@@ -23,7 +23,9 @@ _FORMAT = "hf_sparse recipe"
 _VERSION = 1
 _KEYS = ("format", "version", "hf_sparse", "effort", "family", "config", "data", "stages")
 # What a recovery may be told by a recipe.
-_RECOVERY_OPTIONS = ("epochs", "accumulate", "lr", "r", "seed", "logits", "distilled")
+_RECOVERY_OPTIONS = (
+    *("epochs", "accumulate", "lr", "r", "seed", "logits", "hidden", "temperature", "distilled"),
+)
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,9 @@ def prune_(
             given the same batches, and share them.
         **options: the method's own, and for every method how the sparsity is shared by the blocks,
             `allocation="uniform"` (or `"owl"`, `"alpha"`); what follows the choice of zeros,
-            `refine=None` (or `"swaps"`, `"refit"`); and passes over the data in which each block is
-            trained with its zeros fixed, `reconstruct=0`.
+            `refine=None` (or `"swaps"`, `"refit"`); passes over the data in which each block is
+            trained with its zeros fixed, `reconstruct=0`; and whether tokens count more in a layer's
+            error where the loss notices it more, `token_weights=None` (or `"loss"`: needs labels).
 
     | method | what goes, or what is done | its options and their defaults |
     |---|---|---|

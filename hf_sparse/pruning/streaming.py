@@ -212,6 +212,11 @@ def check_run(
             f"method '{method}' looks at all layers at once and cannot stream. Use one that goes "
             "through the blocks, such as 'wanda' or 'sparsegpt', or prune_ in memory."
         )
+    if recipe.composition.token_weights:
+        raise ValueError(
+            "token_weights takes gradients through the whole model and cannot stream. Leave it out, or "
+            "prune_ in memory."
+        )
     folder = Path(os.path.abspath(folder))
     if folder.resolve() == Path(source).resolve():
         raise ValueError(f"the output is the source, {source}: the dense model would be lost.")

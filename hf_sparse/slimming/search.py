@@ -197,7 +197,8 @@ def _axes_of(model: PreTrainedModel, axes: Sequence[str] | None) -> tuple[str, .
         ValueError: they are none of those that there are.
     """
     if axes is None:
-        is_mixture = any(ExpertStack.of(module) is not None for module in model.modules())
+        stacks = filter(None, map(ExpertStack.of, model.modules()))
+        is_mixture = any(stack.can_go for stack in stacks)
         return _OF_MIXTURES if is_mixture else _OF_OTHERS
     known = ", ".join(f"'{name}' ({what})" for name, what in AXES.items())
     if isinstance(axes, str) or not axes or any(axis not in AXES for axis in axes):

@@ -14,7 +14,7 @@ import pytest
 from transformers.utils import logging as transformers_logging
 
 from hf_sparse.cli import commands
-from hf_sparse.cli.messages import messages
+from hf_sparse.cli.messages import _Once, messages
 from hf_sparse_cli import main
 from hf_sparse_cli.completion import SHELLS, script
 from hf_sparse_cli.messages import EXIT_CODES
@@ -210,3 +210,19 @@ def test_without_shtab_its_install_line_is_told(
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["--completion", "bash"]) == 1
     assert "pip install 'hf_sparse[completion]'" in capsys.readouterr().err
+
+
+def test_a_hub_that_does_not_answer_is_told_of_once() -> None:
+    once = _Once(logging.WARNING)
+    texts = [
+        "'[Errno -2] Name or service not known' thrown while requesting HEAD an address",
+        "Retrying in 1s [Retry 1/5].",
+        "Retrying in 2s [Retry 2/5].",
+        "another warning",
+    ]
+    records = [logging.makeLogRecord({"msg": text, "levelno": logging.WARNING}) for text in texts]
+    shown = [record.getMessage() for record in records if once.filter(record)]
+    assert shown == [
+        "hf-sparse: the Hub does not answer; trying again, for half a minute at most",
+        "another warning",
+    ]

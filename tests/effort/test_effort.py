@@ -23,6 +23,7 @@ from tests.support.closeness import nearly_same
 from tests.support.tiny_models import tiny_batches, tiny_model
 
 CONFIG = SparsityConfig("2:4")
+TAUGHT = "epochs=1, logits=1.0, temperature=1.0, hidden=1.0, distilled=True"
 
 
 def data(family: str = "llama", count: int = 16) -> list[Any]:
@@ -58,7 +59,7 @@ def chosen(family: str, config: SparsityConfig, effort: str) -> list[str]:
     [
         ("llama", "2:4", None, "seconds", ["sparsegpt"]),
         ("llama", "2:4", None, "minutes", ["alps, reconstruct=2"]),
-        ("llama", "2:4", None, "hours", ["alps, reconstruct=2", "recovery by lora, epochs=1"]),
+        ("llama", "2:4", None, "hours", ["alps, reconstruct=2", f"recovery by finetune, {TAUGHT}"]),
         ("llama", "unstructured", 0.5, "minutes", ["alps, reconstruct=2"]),
         ("llama", "unstructured", 0.7, "minutes", ["alps, allocation=owl, reconstruct=2"]),
         (
@@ -81,10 +82,12 @@ def test_what_is_chosen(
     assert chosen(family, SparsityConfig(pattern, sparsity), effort) == expected
 
 
-def test_without_peft_all_weights_are_recovered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(effort_stages, "find_spec", lambda name: None)
-    assert chosen("llama", CONFIG, "hours")[1] == "recovery by finetune, epochs=1"
+def test_half_precision_is_recovered_by_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
     half = tiny_model("llama").bfloat16()
+    targets = Targets.of(half, CONFIG)
+    assert str(stages_for(half, targets, data(), "hours")[0][1]) == "recovery by lora, epochs=1"
+    monkeypatch.setattr(effort_stages, "find_spec", lambda name: None)
     before = weights(half)
     with pytest.raises(ValueError, match="in half precision small updates are lost"):
         hf_sparse.sparsify_(half, CONFIG, data(), "hours")
@@ -114,7 +117,8 @@ def test_it_does_what_the_single_calls_do() -> None:
     report = hf_sparse.sparsify_(model, config, batches, "hours")
     hf_sparse.prune_(other, config, "alps", batches[:15], reconstruct=2)
     middle = weights(other)
-    hf_sparse.recover_(other, batches[:15], "lora", epochs=1)
+    settings = {"logits": 1.0, "temperature": 1.0, "hidden": 1.0}
+    hf_sparse.recover_(other, batches[:15], "finetune", teacher=tiny_model("llama"), **settings)
     if any("taken back" in note for note in report.notes):
         other.load_state_dict(middle)
     check_nearly_same(model, other)
@@ -138,7 +142,9 @@ def test_a_recovery_that_does_not_help_is_taken_back(monkeypatch: pytest.MonkeyP
     check_nearly_same(model, other)
     [step] = provenance_of(model).steps
     assert step.method == "alps"
-    assert str(dict(step.options)["recovery by lora"]).startswith("taken back: loss on 1 held-out")
+    assert str(dict(step.options)["recovery by finetune"]).startswith(
+        "taken back: loss on 1 held-out"
+    )
     assert report.method == "alps"
 
 

@@ -155,6 +155,19 @@ def test_scales_that_are_no_positive_numbers_are_refused(value):
     refused(parts, r"1 of 10 scales in 'scales8' are zero, negative, too small, too large or NaN")
 
 
+def test_scales_of_4_bits_may_be_negative_but_for_zero_points():
+    parts = valid_parts(grid=Grid(4, 32))
+    weight = decompress(parts)
+    parts["scales4"][1, 1] *= -1
+    weight[1, 32:64] *= -1
+    assert torch.equal(decompress(parts), weight)
+    parts["scales4"][1, 1] = -0.0
+    refused(parts, r"1 of 10 scales in 'scales4' are zero, too small, .*, or their opposites")
+    parts = valid_parts(grid=Grid(4, 32, False))
+    parts["scales4"][1, 1] *= -1
+    refused(parts, r"1 of 10 scales in 'scales4' are zero, negative, too small, too large or NaN")
+
+
 def test_scales_of_other_shapes_are_refused():
     parts = valid_parts()
     scales = parts["scales8"]

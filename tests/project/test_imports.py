@@ -35,7 +35,7 @@ FLOORS = [
     [
         "distillation",
         "evaluation",
-        "recovery_methods",
+        "recovery",
         "dropping",
         "budget",
         "timing",

@@ -71,7 +71,8 @@ def test_an_axis_alone_is_what_the_other_calls_do() -> None:
     model, batches = deep(), tiny_batches("llama")
     plan = plan_slim(model, batches, params=0.8, axes=("depth",))
     dropped = copy.deepcopy(model)
-    report = hf_sparse.drop_blocks_(dropped, len(plan.best.removed), batches)
+    half = batches[:2]  # of three: what blocks are ordered on
+    report = hf_sparse.drop_blocks_(dropped, len(plan.best.removed), half)
     assert report.removed == plan.best.removed
     assert all(choice.size is None for choice in plan.choices)
     slim_(model, plan=plan)
@@ -144,7 +145,11 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (deep, {"params": 0.7, "axes": ()}, "wanted a tuple of some of 'depth'"),
     (deep, {"params": 0.7, "axes": "depth"}, "axes"),
     (deep, {"params": 0.7, "axes": ("depth", "depth")}, "named twice"),
-    (lambda: tiny_model("albert"), {"params": 0.7}, "run several times with the same weights"),
+    (
+        lambda: tiny_model("albert"),
+        {"params": 0.7},
+        r"axis 'depth' is not open: .* run several times",
+    ),
     (
         lambda: build(tiny_config("mixtral"), _causal("mixtral")),
         {"params": 0.9, "axes": ("width",)},

@@ -8,7 +8,7 @@ As `attention.py`, whose tiles and tables these are; that kernel is for scores a
 scores are finished in passes of their own, behind the products: the products keep the registers.
 
     scored_attention   a tile of queries
-    capped_row         one query, whose keys are the lanes; a cap, and no bias
+    scored_row         one query, whose keys are the lanes
 
 Arguments: q, out (the head's first rows), head_dim (a multiple of 4), k_first and v_first (row of the
 head's keys and values in a key tile), keys table, key_tiles, mask, key_count, first_query, window,
@@ -37,7 +37,7 @@ _HEAD = ("ptr q", "ptr out", "i64 head_dim", "i64 k_first", "i64 v_first")
 SIGNATURE = Signature(
     (*_HEAD, *SEEN, "i64 ahead", "float scale", "float cap", "ptr bias"), ("q", "out")
 )
-ROW = Signature((*_HEAD, *SEEN_BY_ONE, "float cap"), ("q", "out"))
+ROW = Signature((*_HEAD, *SEEN_BY_ONE, "float cap", "ptr bias"), ("q", "out"))
 
 
 def name(vectors: int) -> str:
@@ -186,15 +186,17 @@ class _Scored:
                     place.at(feature * self.row_bytes + number * self.size).store(total.get(), 4)
 
 
-def capped_row(target: Target) -> Function:
-    """Attention of one query over tiles of keys, with a cap.
+def scored_row(target: Target) -> Function:
+    """Attention of one query over tiles of keys, with a cap, or a bias, or both.
 
     Arguments: q, out, head_dim, k_first, v_first, table, tokens in a key tile, mask, key_count (the
-    query is the last of them), window, scores (memory for a float per key of all tiles), scale, cap.
+    query is the last of them), window, scores (memory for a float per key of all tiles), scale, cap
+    (0: none), bias (where the float for the query's own key is, and those for keys before it before;
+    there are floats for whole tiles of keys; 0: none).
     """
-    f = ROW.function("capped_row")
+    f = ROW.function("scored_row")
     q, out, head_dim, k_first, v_first, table, width, mask, *rest = f.parameters
-    key_count, window, scores, scale, cap = rest
+    key_count, window, scores, scale, cap, bias = rest
     lanes, kind = target.lanes, vector(target.lanes)
     key_tiles = (key_count + width - 1) / width
     count = key_count.cast("trunc", "i32").splat(lanes)
@@ -202,6 +204,8 @@ def capped_row(target: Target) -> Function:
     unseen, zero = f.constant(UNSEEN, kind), f.constant(0.0, kind)
     largest = f.variable(f.constant(2 * UNSEEN, kind))
     factor, limit, numbers = scale.splat(lanes), cap.splat(lanes), f.lane_numbers(lanes)
+    has_cap = cap.compare("gt", 0.0)
+    has_bias = bias.cast("ptrtoint", "i64").compare("ne", 0)
     with f.range(key_tiles) as tile:
         described = table.at(tile * 24)
         stride = described.at(8).load("i64")
@@ -215,7 +219,13 @@ def capped_row(target: Target) -> Function:
             number = tile * width + j
             position = number.cast("trunc", "i32").splat(lanes) + numbers
             exists = position.compare("lt", count) & position.compare("gt", start)
-            score = capped(f, target, total.get() * factor, limit)
+            total.set(total.get() * factor)
+            with f.when(has_cap):
+                total.set(capped(f, target, total.get(), limit))
+            with f.when(has_bias):
+                place = bias.at((number - key_count + 1) * 4)
+                total.set(total.get() + place.load(kind, 4))
+            score = total.get()
             score = exists.select(score + mask.at(number * 4).load(kind, 4), unseen)
             scores.at(number * 4).store(score, 4)
             largest.set(f.maximum(score, largest.get()))
@@ -226,4 +236,4 @@ def capped_row(target: Target) -> Function:
 
 def functions(target: Target) -> list[Function]:
     """All kernels of this file."""
-    return [*(scored_attention(target, vectors) for vectors in (1, 2, 4)), capped_row(target)]
+    return [*(scored_attention(target, vectors) for vectors in (1, 2, 4)), scored_row(target)]
