@@ -29,6 +29,7 @@ from hf_sparse.runtime.programs import row_steps
 from hf_sparse.upstream.transformers.caches import cache_name
 from tests.support.closeness import same
 from tests.support.compiled_families import tensors_of
+from tests.support.compiled_models import compiled_for
 from tests.support.crosses import cross
 from tests.support.pairs import CONFIGS, ids_of, inputs_of, pair_of
 
@@ -231,10 +232,7 @@ def test_patterns(family: str, pattern: str) -> None:
 @pytest.mark.parametrize("family", some(VARIED, ("t5",)))
 def test_other_vector_widths(family: str, name: str) -> None:
     model, _ = pair(family)
-    try:
-        compiled = hf_sparse.compile(model, target=name)
-    except ValueError as error:
-        pytest.skip(str(error))
+    compiled = compiled_for(name, model)
     ids, mask = ids_of(2, 45, right=4)
     generated = [one.generate(ids, attention_mask=mask, **GENERATED) for one in (model, compiled)]
     assert torch.equal(*generated)
