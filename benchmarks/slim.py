@@ -37,7 +37,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cells import Keyed, add_flags, answer, append, chosen, measured, read
+from cells import Keyed, add_flags, append, chosen, measured, read, table
 
 if __name__ == "__main__":  # help and wrong usage need no slow import
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -94,14 +94,10 @@ def main(options: argparse.Namespace) -> None:
     """Fill the table, print it, or with --cell measure one line in this process."""
     disable_progress_bar()
     torch.set_num_threads(options.threads)
-    if answer(Cell, options, machine(), measure):
-        return
     if options.latency:
         print_latency(options)
         return
-    if not options.table:
-        fill(options)
-    print_table(read(options.out))
+    table(Cell, options, machine(), measure=measure, fill=fill, show=print_table)
 
 
 def fill(options: argparse.Namespace) -> None:

@@ -20,8 +20,10 @@ from hf_sparse_cli.choices import (
 from hf_sparse_cli.effort import add_effort
 from hf_sparse_cli.flags import (
     TEXT,
+    add_folder,
     add_labels,
     add_loading,
+    add_model,
     add_overwrite,
     add_printing,
     add_saving,
@@ -177,10 +179,8 @@ def _add_eval(commands: Any) -> None:
             "SPARSE --dense MODEL --tasks arc_easy,piqa --task-data FOLDER --record",
         ],
     )
-    what = command.add_argument_group("what to measure")
-    what.add_argument("model", metavar="MODEL", help="folder or Hub name")
+    what = add_model(command, "what to measure")
     what.add_argument("--dense", help="the dense model, to be measured beside it")
-    add_loading(what)
     on = command.add_argument_group("data")
     data = on.add_mutually_exclusive_group(required=True)
     data.add_argument("--text", nargs="+", metavar="FILE", help=f"for perplexity: {TEXT}")
@@ -207,9 +207,7 @@ def _add_bench(commands: Any) -> None:
         "MODEL",
         ["SPARSE --tokens 64 --explain"],
     )
-    what = command.add_argument_group("what to time")
-    what.add_argument("model", metavar="MODEL", help="folder or Hub name")
-    add_loading(what, tokenizer=False)
+    add_model(command, "what to time", tokenizer=False)
     how = command.add_argument_group("how to time")
     how.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
     how.add_argument("--tokens", type=int, default=128, help="tokens in each (default 128)")
@@ -238,9 +236,7 @@ def _add_export(commands: Any) -> None:
             "INT4 int4.gguf --gguf",
         ],
     )
-    what = command.add_argument_group("what to export")
-    what.add_argument("model", metavar="MODEL", help="folder or Hub name, of any family")
-    add_loading(what)
+    add_model(command, "what to export", "A model of any family.")
     how = command.add_argument_group("how to export")
     how.add_argument("--quantize", choices=QUANTIZATIONS, help="8-bit weights and activations")
     how.add_argument("--no-pack", action="store_true", help="store zeros as they are")
@@ -263,8 +259,7 @@ def _add_push(commands: Any) -> None:
         "FOLDER REPO_ID",
         ["SPARSE user/name-sparse --dry-run", "SPARSE user/name-sparse --onnx"],
     )
-    what = command.add_argument_group("what to upload")
-    what.add_argument("folder", metavar="FOLDER", help="checkpoint folder, or that of an adapter")
+    what = add_folder(command, "what to upload", "checkpoint folder, or that of an adapter")
     what.add_argument(
         "--base", help="folder or Hub name of the adapter's base model (default: what it names)"
     )
@@ -298,8 +293,7 @@ def _add_convert(commands: Any) -> None:
         "FOLDER OUTPUT",
         ["OLD_FOLDER NEW_FOLDER"],
     )
-    what = command.add_argument_group("what to convert")
-    what.add_argument("folder", metavar="FOLDER", help="the old checkpoint folder")
+    add_folder(command, "what to convert", "the old checkpoint folder")
     output = output_group(command, "folder to save the converted model in")
     output.add_argument(
         "--format", default="auto", choices=FORMATS, metavar="NAME", help="storage (default auto)"

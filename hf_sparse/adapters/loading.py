@@ -116,7 +116,7 @@ def load_adapter(
     is_trainable: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Load an adapter on the sparse model that it was made for: the counterpart of its saving.
+    """Load a saved PEFT adapter on the sparse model that it was trained on.
 
     Args:
         model: the sparse base model, or a PeftModel that has other adapters.

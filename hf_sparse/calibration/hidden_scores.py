@@ -12,8 +12,8 @@ from transformers.utils.logging import tqdm
 
 from hf_sparse.calibration.calling import run_on
 from hf_sparse.calibration.recording import TokenMasks, token_masks
-from hf_sparse.structure.gains import Norm
 from hf_sparse.structure.layers import TargetLayer
+from hf_sparse.structure.norms import Norm
 
 
 class HiddenUse:

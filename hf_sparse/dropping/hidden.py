@@ -38,9 +38,9 @@ from hf_sparse.dropping.counts import number_of_some
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.structure.changeable import check_changeable
-from hf_sparse.structure.gains import norms_of
 from hf_sparse.structure.hidden import HiddenPlan, hidden_size_of
 from hf_sparse.structure.layers import find_stacks, num_parameters, promised_config
+from hf_sparse.structure.norms import norms_of
 from hf_sparse.structure.parts import head_size
 from hf_sparse.structure.units import find_units
 
@@ -96,7 +96,7 @@ def drop_hidden_(
     count: int | float,
     batches: Iterable[Mapping[str, Tensor] | Tensor],
 ) -> HiddenReport:
-    """Remove features of the residual stream, in place: those that the norms give least.
+    """Remove the features of the residual stream that are smallest behind the norms, in place.
 
     What is left is a plain model of its family with a smaller hidden size: its config is changed with
     it, so that transformers loads it alone. It is worse until it is trained, best with the whole model

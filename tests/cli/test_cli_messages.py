@@ -21,7 +21,7 @@ from hf_sparse_cli.messages import EXIT_CODES
 from hf_sparse_cli.parser import make_parser
 from hf_sparse_cli.tour import PURPOSES
 from hf_sparse_cli.upstream import commands_of
-from tests.support.tiny_models import prose, tiny_model, tiny_tokenizer
+from tests.support.dense_folders import dense_folder
 
 
 def run(monkeypatch: pytest.MonkeyPatch, action: Any, *flags: str) -> int:
@@ -171,9 +171,7 @@ def test_what_a_library_logs_is_told_once(given: dict[str, bool], count: int) ->
 def test_a_run_shows_one_bar_for_each_stage_with_the_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny_model("llama").save_pretrained(tmp_path / "dense")
-    tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    (tmp_path / "text.txt").write_text(prose()[:4000])
+    dense_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     line = "prune dense out --pattern 2:4 --calibration text.txt --num-samples 2 --window 16"

@@ -18,7 +18,7 @@ from hf_sparse import SparsityConfig, drop_hidden_
 from hf_sparse.cli import main
 from hf_sparse.dropping.counts import number_of_some
 from hf_sparse.provenance.record import provenance_of
-from hf_sparse.structure.gains import norms_of
+from hf_sparse.structure.norms import norms_of
 from hf_sparse.structure.units import find_units
 from tests.support.any_models import tiny_config
 from tests.support.deep_models import adapted

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from hf_sparse.runtime.kernels import spmm
-from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.call import Signature, parameters
 from hf_sparse.runtime.kernels.code_formats import BLOCK, FORMATS, ROWS, UNIT, CodeFormat
 from hf_sparse.runtime.kernels.code_masks import masked_bytes
 from hf_sparse.runtime.kernels.code_rows import LARGEST, scales_of
@@ -45,20 +45,9 @@ _UNROLL = 4
 
 QUANTISE_TILE = Signature(("ptr x", "ptr records", "i64 columns"))
 BYTE_TILES = Signature(
-    (
-        "i64 format",
-        "ptr codes",
-        "ptr places",
-        "ptr scales",
-        "ptr starts",
-        "i64 row_blocks",
-        "i64 columns",
-        "i64 first",
-        "i64 last",
-        "ptr x",
-        "ptr y",
-        "ptr bias",
-        "i64 start",
+    parameters(
+        "i64 format, ptr codes, ptr places, ptr scales, ptr starts, i64 row_blocks, "
+        "i64 columns, i64 first, i64 last, ptr x, ptr y, ptr bias, i64 start"
     ),
     ("x", "y"),
 )

@@ -125,6 +125,11 @@ class Signature:
         return Operation(kernel, self.parameters, ordered)
 
 
+def parameters(listed: str) -> tuple[str, ...]:
+    """The parameters of a `Signature`, from a list such as `"ptr x, i64 count, float scale"`."""
+    return tuple(listed.split(", "))
+
+
 _LEAST, _MOST = -(1 << 63), (1 << 63) - 1
 _WANTED = {
     "float": "a float",

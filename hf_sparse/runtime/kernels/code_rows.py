@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from hf_sparse.runtime.kernels.byte_products import Features, beside, byte_products
-from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.call import Signature, parameters
 from hf_sparse.runtime.kernels.code_formats import (
     BESIDE,
     BLOCK,
@@ -53,16 +53,8 @@ LARGEST = 127
 
 QUANTISE_ROW = Signature(("ptr x", "ptr records", "i64 blocks"))
 CODE_ROWS = Signature(
-    (
-        "ptr codes",
-        "ptr places",
-        "ptr scales",
-        "ptr x",
-        "ptr y",
-        "ptr bias",
-        "i64 rows",
-        "i64 blocks",
-        "i64 add",
+    parameters(
+        "ptr codes, ptr places, ptr scales, ptr x, ptr y, ptr bias, i64 rows, i64 blocks, i64 add"
     ),
     ("x", "y"),
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.call import Signature, parameters
 from hf_sparse.runtime.kernels.extents import Call, Extent, Extents, rounded_up, strided
 from hf_sparse.runtime.kernels.tile_sums import begun_sums, store_sums
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType
@@ -28,16 +28,9 @@ _WIDENED = 64
 
 
 SIGNATURE = Signature(
-    (
-        "ptr weight",
-        "i64 row_bytes",
-        "i64 columns",
-        "i64 first",
-        "i64 last",
-        "ptr x",
-        "ptr y",
-        "ptr bias",
-        "i64 start",
+    parameters(
+        "ptr weight, i64 row_bytes, i64 columns, i64 first, i64 last, ptr x, ptr y, ptr bias, "
+        "i64 start"
     ),
     ("x", "y"),
 )

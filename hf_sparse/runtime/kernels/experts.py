@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from hf_sparse.runtime.kernels.activation import exponential
-from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.call import Signature, parameters
 from hf_sparse.runtime.kernels.extents import Call, Extent, Extents, strided
 from hf_sparse.runtime.kernels.worker import OPERATION_WORDS
 from hf_sparse.runtime.llvm.ir import Function
@@ -30,26 +30,14 @@ from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.llvm.values import Value, vector
 
 ROUTE = Signature(
-    (
-        "ptr logits",
-        "ptr weights",
-        "ptr counts",
-        "i64 experts",
-        "i64 tokens",
-        "i64 row_bytes",
-        "i64 chosen",
-        "i64 normalised",
+    parameters(
+        "ptr logits, ptr weights, ptr counts, i64 experts, i64 tokens, i64 row_bytes, "
+        "i64 chosen, i64 normalised"
     )
 )
 MOVE = Signature(
-    (
-        "ptr x",
-        "ptr y",
-        "ptr weights",
-        "i64 features",
-        "i64 tokens",
-        "i64 x_row_bytes",
-        "i64 y_row_bytes",
+    parameters(
+        "ptr x, ptr y, ptr weights, i64 features, i64 tokens, i64 x_row_bytes, i64 y_row_bytes"
     )
 )
 WEIGH = Signature(("ptr x", "ptr weight", "i64 vectors"))

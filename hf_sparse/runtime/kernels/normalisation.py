@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.call import Signature, parameters
 from hf_sparse.runtime.kernels.extents import Call, Extent, Extents
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
@@ -23,15 +23,7 @@ from hf_sparse.runtime.llvm.values import Value, vector
 NORMS = ("layer", "rms")
 # Of this kernel and of the one for single tokens.
 SIGNATURE = Signature(
-    (
-        "ptr x",
-        "ptr y",
-        "i64 features",
-        "i64 groups",
-        "ptr weight",
-        "ptr bias",
-        "float epsilon",
-    ),
+    parameters("ptr x, ptr y, i64 features, i64 groups, ptr weight, ptr bias, float epsilon"),
     ("x", "y"),
 )
 

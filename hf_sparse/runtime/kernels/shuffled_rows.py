@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.call import Signature, parameters
 from hf_sparse.runtime.kernels.extents import Call, Extent, Extents, rounded_up, rows_of_four
 from hf_sparse.runtime.kernels.single_token import GROUP, write_rows
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType
@@ -40,16 +40,7 @@ LANES, UNITS = 8, 4
 _AHEAD_VALUES, _AHEAD_WORDS = 4096, 1024
 
 SHUFFLED_ROWS = Signature(
-    (
-        "ptr values",
-        "ptr words",
-        "ptr x",
-        "ptr y",
-        "ptr bias",
-        "i64 rows",
-        "i64 windows",
-        "i64 add",
-    ),
+    parameters("ptr values, ptr words, ptr x, ptr y, ptr bias, i64 rows, i64 windows, i64 add"),
     ("x", "y"),
 )
 

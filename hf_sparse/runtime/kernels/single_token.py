@@ -26,7 +26,7 @@ import numpy as np
 
 from hf_sparse.runtime.kernels import key_extents
 from hf_sparse.runtime.kernels.attention import HEADS, SEEN_BY_ONE, UNSEEN
-from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.call import Signature, parameters
 from hf_sparse.runtime.kernels.extents import (
     Call,
     Extent,
@@ -47,28 +47,12 @@ GROUP, COLUMNS = 4, 16
 _AHEAD = 4096
 
 SPARSE_ROWS = Signature(
-    (
-        "ptr words",
-        "ptr values",
-        "ptr x",
-        "ptr y",
-        "ptr bias",
-        "i64 groups",
-        "i64 row_words",
-        "i64 add",
-    ),
+    parameters("ptr words, ptr values, ptr x, ptr y, ptr bias, i64 groups, i64 row_words, i64 add"),
     ("x", "y"),
 )
 DENSE_ROWS = Signature(
-    (
-        "ptr weight",
-        "i64 row_bytes",
-        "ptr x",
-        "ptr y",
-        "ptr bias",
-        "i64 groups",
-        "i64 columns",
-        "i64 add",
+    parameters(
+        "ptr weight, i64 row_bytes, ptr x, ptr y, ptr bias, i64 groups, i64 columns, i64 add"
     ),
     ("x", "y"),
 )

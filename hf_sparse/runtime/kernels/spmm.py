@@ -28,7 +28,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.call import Signature, parameters
 from hf_sparse.runtime.kernels.extents import Call, Extent
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType
 from hf_sparse.runtime.llvm.ir import Function
@@ -51,17 +51,9 @@ _AHEAD_VALUES, _AHEAD_INDICES = 2048, 1024
 
 
 SIGNATURE = Signature(
-    (
-        "ptr panels",
-        "i64 panel_count",
-        "ptr groups",
-        "ptr values",
-        "ptr indices",
-        "ptr rows",
-        "ptr x",
-        "ptr y",
-        "ptr bias",
-        "i64 start",
+    parameters(
+        "ptr panels, i64 panel_count, ptr groups, ptr values, ptr indices, ptr rows, ptr x, "
+        "ptr y, ptr bias, i64 start"
     ),
     ("x", "y"),
 )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.call import Signature, parameters
 from hf_sparse.runtime.kernels.extents import Call, Extent, Extents, strided
 from hf_sparse.runtime.kernels.extents import vectors as of_vectors
 from hf_sparse.runtime.llvm.ir import Function
@@ -22,15 +22,9 @@ TRANSPOSE = Signature(("ptr x", "ptr y", "i64 features", "i64 tokens", "i64 stri
 ROTARY = Signature(("ptr x", "i64 heads", "i64 head_dim", "ptr cos", "ptr sin"))
 COPY = Signature(("ptr x", "ptr y", "i64 vectors"))
 APPEND = Signature(
-    (
-        "ptr x",
-        "i64 features",
-        "i64 tokens",
-        "i64 row_bytes",
-        "ptr table",
-        "i64 first",
-        "i64 position",
-        "i64 width",
+    parameters(
+        "ptr x, i64 features, i64 tokens, i64 row_bytes, ptr table, i64 first, i64 position, "
+        "i64 width"
     )
 )
 

@@ -21,7 +21,6 @@ from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
 from hf_sparse.runtime.weights.code_part import CodePart
 from hf_sparse.runtime.weights.codes import CodeWeight
 from hf_sparse.runtime.weights.dense_weight import DenseWeight
-from hf_sparse.runtime.weights.found import find_pattern
 from hf_sparse.runtime.weights.memory import Shelf, aligned
 from hf_sparse.runtime.weights.panels import PackedWeight, pack_many
 from hf_sparse.runtime.weights.rates import DENSE, Rates
@@ -33,6 +32,7 @@ from hf_sparse.runtime.weights.single_rows import (
     pack_single,
     row_operation,
 )
+from hf_sparse.runtime.weights.zero_pattern import find_pattern
 
 # What multiplies tiles.
 TileWeight = PackedWeight | DenseWeight | CodePart
