@@ -84,6 +84,9 @@ def test_kernels_need_what_they_declare(
     for example in calls(chosen):
         for pointer in pointers_of(code, example):
             key = example.operation.kernel, pointer
+            # Tables are rewritten here, guard page and all; the example of `when` runs nothing.
+            if pointer in ("table", "operations"):
+                continue
             if not found.get(key):
                 signal, _ = died(
                     lambda _, one=example, short=pointer: run_exactly(
