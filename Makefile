@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 INSTALL := $(PIP) install -q -c constraints.txt
 
 .PHONY: demo docs docs-serve test test-slow test-optimum test-newest test-oldest test-other-cpu test-arm quality style \
-	bench bench-pruning bench-peers cards sst2 clean
+	fuzz fuzz-guided kill-tests endurance test-matrix bench bench-pruning bench-peers cards sst2 clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/prune_and_reload.py
@@ -40,6 +40,30 @@ test-arm: $(VENV)/dev
 	@command -v qemu-aarch64 > /dev/null && command -v aarch64-linux-gnu-gcc > /dev/null || $(MAKE) arm-tools
 	$(BIN)/python -m pytest --arm $(ARM_TESTS)
 	$(BIN)/python -m pytest --arm --arm-extras tests/runtime/kernels/test_codes.py
+
+# Changed files by the thousand; what is found stays in tests/fuzz/corpus: make fuzz MINUTES=60
+fuzz: $(VENV)/dev
+	$(BIN)/python -m tests.fuzz.run --minutes $(or $(MINUTES),10)
+
+# The same, with inputs chosen by the coverage that atheris sees where a reading takes little time.
+fuzz-guided: $(VENV)/fuzz
+	$(BIN)/python -m tests.fuzz.run --minutes $(or $(MINUTES),10) --guided
+
+# Kills at random moments, and every system call that writes failing in turn: make kill-tests COUNT=200
+kill-tests: $(VENV)/dev
+	$(BIN)/python -m tests.faults.kills --count $(or $(COUNT),20)
+	$(BIN)/python -m tests.faults.system_calls
+
+# Memory over 10,000 inferences, 1,000 models compiled, 1,000 loaded and 50 pruned.
+endurance: $(VENV)/dev
+	$(BIN)/python -m tests.endurance.plateaus
+
+# The oldest and the newest releases, with each Python that is asked for: make test-matrix PYTHONS="python3.11"
+PYTHONS ?= python3.11 python3.12 python3.13
+test-matrix:
+	@for python in $(PYTHONS); do for releases in oldest newest; do \
+		rm -rf .$$releases; echo "$$python, $$releases releases"; \
+		$(MAKE) test-$$releases PYTHON=$$python || exit 1; done; done
 
 ARM_TESTS := tests/runtime/kernels tests/runtime/programs tests/runtime/model/test_compile.py
 
@@ -103,6 +127,10 @@ $(VENV)/base: setup.cfg constraints.txt
 
 $(VENV)/dev: $(VENV)/base
 	$(INSTALL) -e .[dev,gguf,onnx,peft,plots,runtime,train]
+	touch $@
+
+$(VENV)/fuzz: $(VENV)/dev
+	$(INSTALL) atheris
 	touch $@
 
 $(VENV)/docs: $(VENV)/base

@@ -14,12 +14,12 @@ from transformers.utils.logging import tqdm
 from hf_sparse.arguments import check_path
 from hf_sparse.checkpoint.bounds import Size
 from hf_sparse.checkpoint.candidates import Candidates, candidates_of, dense_model_in
-from hf_sparse.checkpoint.index import read_object
+from hf_sparse.checkpoint.index import read_object, read_sparsity
 from hf_sparse.checkpoint.on_grids import OnGrid, bits_in_words
 from hf_sparse.checkpoint.promised import CONFIG_NAME, QUANT_METHOD, Promised, promised_by
-from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
 from hf_sparse.checkpoint.reading import (
     StoredTensor,
+    check_digests,
     check_is_checkpoint,
     checkpoint_files,
     is_target,
@@ -143,6 +143,8 @@ def read_checkpoint(
     check_unchanged = watch(files)
     stored = read_headers(files)
     known = Known.of(folder, stored, config)
+    check_digests(files)
+    check_digests(files)
     counts: list[TensorSparsity] = []
     formats, sizes, parameters, other_zeros = {}, {}, 0, 0
     bits, weights = {}, {}
@@ -303,5 +305,4 @@ def read_sparsity_config(folder: Path) -> SparsityConfig | None:
         raise FormatError(f"{path}: quantization_config is {entry!r}, wanted an object")
     if entry.get("quant_method") != QUANT_METHOD:
         return None
-    with locate(str(path)):
-        return SparseCheckpointConfig(**entry).sparsity
+    return read_sparsity(path, entry)

@@ -26,7 +26,8 @@ from hf_sparse.checkpoint.described import (
     describe,
     describing,
 )
-from hf_sparse.checkpoint.index import read_index, read_object
+from hf_sparse.checkpoint.generation_files import check_generation
+from hf_sparse.checkpoint.index import read_index, read_object, read_sparsity
 from hf_sparse.checkpoint.on_grids import OnGrid, on_grids
 from hf_sparse.checkpoint.reading import StoredTensor, open_file, read_headers
 from hf_sparse.checkpoint.sparse_configs import NOT_MADE
@@ -283,7 +284,9 @@ def check_to_load(
             )
     section = values.get("quantization_config")
     compressed = isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
-    if compressed and files[0].is_file():
+    if isinstance(section, dict) and compressed and files[0].is_file():
+        read_sparsity(file, section)
+        check_generation(folder)
         family, kind, exact = class_named(values, file)
         if not exact and values.get("architectures"):
             warnings.warn(

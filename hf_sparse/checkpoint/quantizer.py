@@ -23,7 +23,7 @@ from hf_sparse.checkpoint.promised import (
     check_shapes,
     promised_by,
 )
-from hf_sparse.checkpoint.reading import StoredTensor, is_target, read_headers, watch
+from hf_sparse.checkpoint.reading import StoredTensor, check_digests, is_target, read_headers, watch
 from hf_sparse.checkpoint.source import remember_source_
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import (
@@ -124,6 +124,7 @@ class SparseHfQuantizer(Restorer):
             stored = list(self._stored.values())
             promised = promised_by(files[0].parent, stored, model)
             promised.check(stored)
+            check_digests(files)
             self._targets = promised.targets(self.quantization_config.sparsity)
             self._grids = promised.grids(self.quantization_config.sparsity)
             if promised.model is not model:

@@ -2,10 +2,10 @@
 
 A folder holds `compiled.json` (class, config, numbers of the stack, type and shape of each tensor)
 and `compiled.safetensors` (packed streams, embeddings, heads). Both have the same random `id`, which
-tells that they were saved together (`old_compiled.py`: files that have none). Both can lie beside a
-checkpoint: they touch no other file. A checkpoint that is saved there later removes them, since they
-are of the weights before. The machine code itself is not among them: it is made for the CPU that
-loads.
+tells that they were saved together (`old_layout.py`: files that have none), and the description has the
+digests of both (`digests.py`). Both can lie beside a checkpoint: they touch no other file. A checkpoint
+that is saved there later removes them, since they are of the weights before. The machine code itself is
+not among them: it is made for the CPU that loads.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from hf_sparse.arguments import check_kinds, check_model, check_path
 from hf_sparse.checkpoint.can_save import check_can_write
 from hf_sparse.checkpoint.writing import COMPILED_DESCRIPTION, COMPILED_WEIGHTS
+from hf_sparse.compiled_files.digests import DIGESTS, check_digests, digests
 from hf_sparse.compiled_files.old_layout import check_zeros, is_old, types_of
 from hf_sparse.compiled_files.owned_tensors import Entry, read_header, read_tensor
 from hf_sparse.compiled_files.skeleton import (
@@ -111,6 +112,8 @@ def save_compiled(model: PreTrainedModel, folder: Path | str) -> Path:
         "head": list(astuple(head.coding)) if isinstance(head, CodedHead) else None,
         **description,
     }
+    described = json.loads(json.dumps(described))
+    described[DIGESTS] = digests(described, stored)
     folder = Path(folder)
     with replacing(folder) as fresh:
         with disk_errors():
@@ -125,8 +128,9 @@ def load_compiled(
     """Load a model that `save_compiled` wrote.
 
     The weights are read into memory, and every count, row, column and value in them is checked there
-    before machine code sees it. What happens to the files afterwards does not matter. Files of earlier
-    versions have no id: that both are of one save is checked by sizes and zeros alone, with a warning.
+    before machine code sees it; then both files are compared with their digests. What happens to the
+    files afterwards does not matter. Files of earlier versions have no digests; those without an id are
+    known to be of one save by sizes and zeros alone, with a warning.
 
     Args:
         folder: what `save_compiled` wrote.
@@ -143,6 +147,7 @@ def load_compiled(
     described = _read_description(folder)
     try:
         tensors = _read_weights(folder / COMPILED_WEIGHTS, described)
+        check_digests(described, tensors)
         stacks = restore_stacks(described["config"]["model_type"], tensors, described)
         old = is_old(described["layout"])
         if old:

@@ -90,7 +90,8 @@ class TileProgram:
             ]
             for section in between_waits
         ]
-        memory = [stack, self._buffers.memory, self.seen, self.encoded, self.biases]
+        memory = [stack, self._buffers.memory, self.seen.memory, self.encoded.memory]
+        memory.append([list(biases) for biases in self.biases])
         memory.append(self._nested.memory)
         self.program = Program(code, phases, memory)
 

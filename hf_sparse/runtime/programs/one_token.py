@@ -84,8 +84,9 @@ class RowProgram:
             [self._lower(section, thread) for thread in range(shape.threads)]
             for section in sections(numbered, lambda item: uses(item[1], own))
         ]
-        memory = [stack, self._buffers.memory, self.seen, self.encoded, self._scores]
-        memory += [self._biases, self._nested.memory]
+        memory = [stack, self._buffers.rows, self.seen.memory, self.encoded.memory]
+        memory += [list(self._scores), [list(biases) for biases in self._biases]]
+        memory.append(self._nested.memory)
         self.program = Program(code, phases, memory)
 
     @property

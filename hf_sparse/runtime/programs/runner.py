@@ -110,7 +110,8 @@ class Runner:
                 program.encoded.find(others)
             hidden = hidden / self.stack.multiplier if self.stack.multiplier != 1 else hidden
             addresses = {"past": past, "encoded": others[0].length if others else 0}
-            output = self._run(program, hidden, mask, rotations, layers, addresses)
+            tiles = [layer.tiles for layer in (*layers, *others)]
+            output = self._run(program, hidden, mask, rotations, layers, addresses, tiles)
             output = output * self.stack.multiplier if self.stack.multiplier != 1 else output
         for layer in layers:
             layer.length += tokens
@@ -163,7 +164,8 @@ class Runner:
             layer.reserve(batch, tokens)
         with self._programs.borrow(shape, lambda: self._make(shape)) as program:
             program.seen.find(layers)
-            program.program.run(hidden=states.data_ptr(), past=0)
+            tiles = [layer.tiles for layer in layers]
+            program.program.run([states, *tiles], hidden=states.data_ptr(), past=0)
         for layer in layers:
             layer.length = tokens
 
@@ -175,6 +177,7 @@ class Runner:
         rotations: Sequence[tuple[Tensor, Tensor]],
         layers: list[TileLayer],
         addresses: dict[str, int],
+        lent: list[Tensor],
     ) -> Tensor:
         shape = program.shape
         program.seen.see(mask)
@@ -186,12 +189,17 @@ class Runner:
             program.seen.find(layers)
         if isinstance(program, RowProgram):
             program.residual.copy_(hidden[:, 0])
-            program.program.run(**addresses)
+            program.program.run([angles, *lent], **addresses)
             return program.residual[0][:, None].clone()
         hidden = hidden.contiguous()
         sizes = (len(self.stack.blocks),) if shape.states else ()
         output = torch.empty(*sizes, *hidden.shape, dtype=torch.float32, device="cpu")
-        program.program.run(hidden=hidden.data_ptr(), output=output.data_ptr(), **addresses)
+        program.program.run(
+            [hidden, output, angles, *lent],
+            hidden=hidden.data_ptr(),
+            output=output.data_ptr(),
+            **addresses,
+        )
         return output
 
     def _make(self, shape: Shape) -> TileProgram | RowProgram:

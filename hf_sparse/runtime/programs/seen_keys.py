@@ -39,6 +39,11 @@ class SeenKeys:
         """Bytes of masks and tables."""
         return int(self.masks.nbytes + self.tables.nbytes)
 
+    @property
+    def memory(self) -> list[object]:
+        """The mask of each sequence, and the tables."""
+        return [list(self.masks), self.tables]
+
     def use(self, tables: Tables) -> None:
         """Take other tables."""
         self.tables, self.at = tables, table_addresses(tables)

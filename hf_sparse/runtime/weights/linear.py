@@ -142,7 +142,7 @@ class Linear:
         bias = self.bias if part == 0 else None
         if bias is None:
             if not add and part == 0:
-                bias = _no_bias(self.rows)
+                bias = self.no_bias
             start = spmm.START_SUM if bias is None else spmm.START_BIAS
         else:
             start = spmm.START_SUM_BIAS if add else spmm.START_BIAS
@@ -169,6 +169,11 @@ class Linear:
         assert self.single is not None
         bias = 0 if self.bias is None else self.bias.data_ptr()
         return row_operation(self.single, x, y, bias, first, last, add=add)
+
+    @functools.cached_property
+    def no_bias(self) -> Tensor:
+        """Zeros in place of a bias, which layers of one size share."""
+        return _no_bias(self.rows)
 
     @property
     def chunk_rows(self) -> list[tuple[int, int]]:
