@@ -18,35 +18,9 @@ from tests.support.compiled_folders import MODELS, Tensors, as_old, in_a_child, 
 from tests.support.guarded_memory import guard_the_runtime
 
 # What numbers, texts and lists of a description are replaced by.
-VALUES: list[Any] = [
-    0,
-    -1,
-    1,
-    3,
-    2**31,
-    2**31 - 1,
-    2**32,
-    2**62,
-    2**63,
-    -(2**62),
-    10**30,
-    0.5,
-    1e300,
-]
-VALUES += [
-    float("nan"),
-    float("inf"),
-    True,
-    None,
-    "",
-    "x",
-    "torch.int8",
-    [],
-    {},
-    [0],
-    [[]],
-    {"a": 1},
-]
+VALUES: list[Any] = [0, -1, 1, 3, 2**31, 2**31 - 1, 2**32, 2**62, 2**63, -(2**62), 10**30, 0.5]
+VALUES += [1e300, float("nan"), float("inf"), True, None, "", "x", "torch.int8"]
+VALUES += [[], {}, [0], [[]], {"a": 1}]
 
 
 def change_description(described: Any, chance: random.Random) -> str:

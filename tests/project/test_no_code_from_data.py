@@ -144,14 +144,8 @@ def test_adapters_load_without_it(tmp_path: Path, request: Any) -> None:
     hf_sparse.load_adapter(base, tmp_path)
 
 
-PATHS = [
-    "../other.safetensors",
-    "/etc/passwd",
-    "a/b.safetensors",
-    "..",
-    "x\x00.safetensors",
-    "C:x.safetensors",
-]
+PATHS = ["../other.safetensors", "/etc/passwd", "a/b.safetensors", ".."]
+PATHS += ["x\x00.safetensors", "C:x.safetensors"]
 
 
 @pytest.mark.parametrize("name", PATHS)

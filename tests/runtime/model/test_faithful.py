@@ -135,6 +135,17 @@ def part_that_does_more(model: PreTrainedModel, part: nn.Module, how: str) -> nn
     return copied
 
 
+def check_changed_parts(model: Any, block: Any, how: str) -> None:
+    """Check that a model is refused for each module of a block that does more, and else is not."""
+    for name in [name for name, _ in block.named_modules() if name]:
+        before = block.get_submodule(name)
+        block.set_submodule(name, part_that_does_more(model, before, how))
+        with pytest.raises(ValueError, match=rf"\.{name} (is|has)"):
+            hf_sparse.compile(model)
+        block.set_submodule(name, before)
+    hf_sparse.compile(model)
+
+
 @pytest.mark.parametrize("how", ["subclass", "wrapped", "hook", "pre-hook", "forward", "hidden"])
 @pytest.mark.parametrize("family", ["bert", "albert", "gpt2", "opt", "qwen3"])
 def test_any_module_that_is_changed_is_refused(family: str, how: str) -> None:
