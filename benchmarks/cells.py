@@ -6,7 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -74,6 +74,32 @@ def answer(kind: Any, options: argparse.Namespace, machine: str, measure: Any) -
     cell = kind(**json.loads(options.cell))
     print(json.dumps({"cell": asdict(cell), "machine": machine, **measure(cell, options)}))
     return True
+
+
+def table(
+    kind: Any,
+    options: argparse.Namespace,
+    machine: str,
+    *,
+    measure: Callable[[Any, argparse.Namespace], dict[str, Any]],
+    fill: Callable[[argparse.Namespace], None],
+    show: Callable[[list[dict[str, Any]]], None],
+) -> None:
+    """Fill such a table and print it, or with `--cell` measure one line in this process.
+
+    Args:
+        kind: of the cells.
+        options: flags.
+        machine: what is told of it in each line.
+        measure: a cell in this process.
+        fill: the file with the cells that are missing.
+        show: print the lines of the file.
+    """
+    if answer(kind, options, machine, measure):
+        return
+    if not options.table:
+        fill(options)
+    show(read(options.out))
 
 
 def append(file: Path, row: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cells import Keyed, add_flags, answer, append, measured, missing, read
+from cells import Keyed, add_flags, append, measured, missing, table
 
 if __name__ == "__main__":  # help and wrong usage need no slow import
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -47,7 +47,8 @@ from transformers.utils.logging import disable_progress_bar
 import hf_sparse
 from hf_sparse import SparsityConfig
 from hf_sparse.optim.zeros import sparse_layers, zeros_hash
-from hf_sparse.recover import RECOVERIES, Recovery
+from hf_sparse.recovery.methods import RECOVERIES, Recovery
+from hf_sparse.recovery.training import train as train_
 
 WINDOW = 512
 CALIBRATION = 64
@@ -107,16 +108,12 @@ def main(options: argparse.Namespace) -> None:
     """Fill the table, print it, or with --cell measure one line in this process."""
     disable_progress_bar()
     torch.set_num_threads(options.threads)
-    if answer(Cell, options, machine(), measure):
-        return
     if options.cost:
         print(f"{machine()}\n")
         prepare(options, [Cell("2:4")])
         print_cost(options)
         return
-    if not options.table:
-        fill(options)
-    print_table(read(options.out))
+    table(Cell, options, machine(), measure=measure, fill=fill, show=print_table)
 
 
 def fill(options: argparse.Namespace) -> None:
@@ -196,7 +193,7 @@ def train(
     if cell.method == "stock":
         inputs = [{**batch, "labels": batch["input_ids"]} for batch in batches]
         recovery = Recovery("finetune", lr, None, 1, options.accumulate, seed=0)
-        losses = recovery.run(model, inputs, freeze=False)
+        losses = train_(recovery, model, inputs, freeze=False)
         return f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end", lr
     teacher = None
     if cell.teacher:

@@ -4,7 +4,8 @@
     python benchmarks/streaming.py --kill-after 60    # kill it once, resume, compare bit for bit
     python benchmarks/streaming.py --model mixture --limit-gb 8    # 3 B weights, 64 experts a block
 
-Prints the bound that `prune_checkpoint` promises beside the peak memory (RSS) that was reached. The
+Prints the bound that `prune_checkpoint` promises beside the peak memory (RSS) that was reached, and
+what the files that were written hold: zeros and violations, counted anew. The
 limit is that of a memory control group (Linux, as root): all that the process allocates and the
 pages of files that it uses. Where none can be made, the script says so and only measures.
 """
@@ -85,6 +86,7 @@ def main(options: argparse.Namespace) -> None:
         )
         outputs = [folder / "out"]
         run(options, folder / "dense", outputs[0])
+        print(f"read back: {hf_sparse.inspect_checkpoint(outputs[0])}", flush=True)
         if options.kill_after:
             outputs.append(folder / "resumed")
             run(options, folder / "dense", outputs[1], options.kill_after)
@@ -191,12 +193,13 @@ def run(
     except subprocess.TimeoutExpired:
         print(f"killed after {time.perf_counter() - start:.0f} s")
         return
-    print(done.stdout.strip())
+    print(done.stdout.strip(), flush=True)
 
 
 def prune(options: argparse.Namespace) -> None:
     """In the limited process: prune from disk to disk."""
     limited = enter_group(int(options.limit_gb * 1e9))
+    begin, cpu = time.perf_counter(), time.process_time()
     generator = torch.Generator().manual_seed(0)
     batches = [
         torch.randint(0, SHAPES[options.model].vocab_size, (1, 512), generator=generator)
@@ -211,7 +214,13 @@ def prune(options: argparse.Namespace) -> None:
         resume=options.resume,
     )
     hard = f"hard limit {options.limit_gb} GB" if limited else "no hard limit could be set"
-    print(f"{report.summary()}\npeak RSS {peak_mb() / 1000:.2f} GB, {hard}")
+    taken = [(time.perf_counter() - begin) / 60, (time.process_time() - cpu) / 60]
+    print(report.summary())
+    print(
+        f"{len(batches)} windows of 512 tokens, {torch.get_num_threads()} threads: {taken[0]:.1f} "
+        f"minutes with loading and saving, {taken[1]:.1f} of CPU; peak RSS {peak_mb() / 1000:.2f} GB, "
+        f"{hard}"
+    )
 
 
 def enter_group(limit: int) -> bool:

@@ -4,6 +4,14 @@ Source: Hinton et al., "Distilling the Knowledge in a Neural Network", https://a
 
     loss <- (1 - logits) * loss + logits * T^2 KL(teacher / T || student / T) + hidden * mean_l MSE_l
 
+The errors of hidden states may be relative, as in SquareHead (Kurtic et al., "Sparse Fine-tuning for
+Inference Acceleration of Large Language Models", https://arxiv.org/abs/2310.06927):
+
+    MSE_l = mean over tokens of |h_student - h_teacher|^2 / |h_teacher|^2
+
+The paper divides by the mean of a layer over its tokens; here each token has its own divisor, because
+a few tokens of a language model, the first above all, have states a thousand times as long as others.
+
 For models with one output (regression) the divergence is the mean squared error of the logits.
 """
 
@@ -24,7 +32,7 @@ from hf_sparse.upstream.peft_by_name import has_adapters
 from hf_sparse.upstream.transformers.auto import CAUSAL_LM_NAMES
 
 # Logits whose divergence is computed at once.
-_CHUNK = 1 << 21
+_CHUNK = 1 << 18
 
 # The outputs that transformers' heads call logits: question answering has two.
 _LOGITS = ("logits", "start_logits", "end_logits")
@@ -47,6 +55,10 @@ class Distillation:
         hidden: weight of the hidden states' squared error, embeddings and every block; needs the
             same number and size of blocks.
         temperature: of the softmax, `> 0`.
+        relative: each token's squared error of a hidden state is divided by the squared norm of the
+            teacher's, so that all blocks count alike.
+
+    With `logits=1` a causal model's own loss is not computed.
 
     Memory: the teacher, its activations of one batch (without gradients), and one tensor of the
     logits' size, the teacher's, which turns into their gradient; all else goes by a few tokens.
@@ -62,13 +74,14 @@ class Distillation:
         logits: float = 0.5,
         hidden: float = 0.0,
         temperature: float = 2.0,
+        relative: bool = False,
     ) -> None:
         check_model(teacher, "Distillation")
         check_has_values(teacher, "Distillation")
         check_kinds(Distillation, locals())
         if not 0 <= logits <= 1 or not 0 <= hidden < float("inf") or logits + hidden == 0:
             raise ValueError(
-                f"logits={logits} and hidden={hidden}; wanted 0 <= logits <= 1 and hidden >= 0, "
+                f"logits is {logits} and hidden {hidden}; wanted 0 <= logits <= 1 and hidden >= 0, "
                 "not both 0."
             )
         if not 0 < temperature < float("inf"):
@@ -77,6 +90,8 @@ class Distillation:
         self.logits = logits
         self.hidden = hidden
         self.temperature = temperature
+        self.relative = relative
+        self._labels: Tensor | None = None  # of this forward pass, if the model does not get them
         self._handles: list[Any] = []
         self._student: nn.Module | None = None
 
@@ -117,7 +132,7 @@ class Distillation:
         if self._handles:
             raise ValueError("this Distillation is attached already; make one for each model.")
         self._handles = [
-            model.register_forward_pre_hook(self._ask_for_states, with_kwargs=True),
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._add_loss, with_kwargs=True),
         ]
         self._student = model
@@ -127,7 +142,8 @@ class Distillation:
     @property
     def settings(self) -> dict[str, Any]:
         """The teacher and the weights of the loss, for the model card."""
-        settings = {name: getattr(self, name) for name in ("logits", "hidden", "temperature")}
+        names = ("logits", "hidden", "temperature", *(["relative"] if self.relative else []))
+        settings = {name: getattr(self, name) for name in names}
         return {"model": _name_of(self.teacher), **settings}
 
     def remove(self) -> None:
@@ -139,12 +155,17 @@ class Distillation:
             end_teaching_(self._student)
         self._student = None
 
-    def _ask_for_states(
+    def _before(
         self, model: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
-        if model.training and self.hidden:
-            return args, {**kwargs, "output_hidden_states": True}
-        return None
+        """Ask for the hidden states that are compared, and not for a loss that has no weight."""
+        if not model.training:
+            return None
+        asked = {**kwargs, "output_hidden_states": True} if self.hidden else dict(kwargs)
+        self._labels = None
+        if self.logits == 1 and _is_causal_lm(model) and _is_causal_lm(self.teacher):
+            self._labels = asked.pop("labels", None)
+        return args, asked
 
     def _add_loss(self, model: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
         if not model.training:
@@ -153,29 +174,30 @@ class Distillation:
         named = inputs.pop("kwargs", {})
         inputs = {**inputs, **named}
         inputs.pop("return_dict", None)
-        if getattr(outputs, "loss", None) is None:
+        own = getattr(outputs, "loss", None)
+        if own is None and self._labels is None:
             raise ValueError(
                 "the model returned no loss to add the teacher's to. Give it labels, and leave "
                 "return_dict at True."
             )
-        device = outputs.loss.device
+        device = outputs.logits.device if own is None else own.device
         if next(self.teacher.parameters()).device != device:
             self.teacher.to(device)
         counted = inputs.pop("num_items_in_batch", None)
-        labels = inputs.pop("labels", None)
+        labels = inputs.pop("labels", self._labels)
         for name in ("start_positions", "end_positions"):
             inputs.pop(name, None)
         with torch.no_grad():
             taught = self.teacher(**inputs, return_dict=True)
-        added = outputs.loss.new_zeros(())
+        added = torch.zeros((), device=device)
         if self.logits:
             added = self.logits * self._divergence(outputs, taught, inputs, labels)
         if self.hidden:
-            added = added + self.hidden * _states_error(outputs, taught, inputs)
+            added = added + self.hidden * _states_error(outputs, taught, inputs, self.relative)
         if counted is not None and isinstance(labels, Tensor) and _is_causal_lm(self.teacher):
             # transformers divides summed losses by the labels of all accumulated batches: so do we.
             added = added * int((labels[..., 1:] != -100).sum()) / counted
-        outputs["loss"] = (1 - self.logits) * outputs.loss + added
+        outputs["loss"] = added if own is None else (1 - self.logits) * own + added
         if torch.is_grad_enabled():
             note_taught_(model, has_adapters)
         return outputs
@@ -240,12 +262,15 @@ class _Divergence(torch.autograd.Function):
         scale = 1 / max(int(counts.sum()), 1)
         parts = (part.split(rows) for part in (student, teacher, grad, counts))
         for mine, theirs, out, chosen in zip(*parts, strict=True):
-            weight = chosen[:, None].float()
-            log_q = functional.log_softmax(mine.float() / temperature, dim=-1)
-            log_p = functional.log_softmax(theirs.float() / temperature, dim=-1)
+            log_q = functional.log_softmax(mine.float() / temperature, dim=-1, dtype=torch.float32)
+            log_p = functional.log_softmax(
+                theirs.float() / temperature, dim=-1, dtype=torch.float32
+            )
             p = log_p.exp()
-            total += (p * (log_p - log_q) * weight).sum() * (scale * temperature**2)
-            out.copy_((log_q.exp_() - p) * weight * (scale * temperature))
+            weight = chosen.float()
+            lost = log_p.sub_(log_q).mul_(p).sum(-1)
+            total += (lost * weight).sum() * (scale * temperature**2)
+            out.copy_(log_q.exp_().sub_(p).mul_(weight[:, None] * (scale * temperature)))
         ctx.save_for_backward(grad)
         return total
 
@@ -294,13 +319,14 @@ def _labelled(logits: Tensor, inputs: Mapping[str, Any], labels: Any, shifted: b
     return torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
 
 
-def _states_error(outputs: Any, taught: Any, inputs: Mapping[str, Any]) -> Tensor:
-    """Mean squared error of the hidden states over the tokens that are no padding."""
+def _states_error(outputs: Any, taught: Any, inputs: Mapping[str, Any], relative: bool) -> Tensor:
+    """Mean error of the hidden states over the tokens that are no padding, and over the blocks."""
     student, teacher = outputs.hidden_states, taught.hidden_states
     if len(student) != len(teacher) or student[0].shape != teacher[0].shape:
         raise ValueError(
             f"the model has {len(student)} hidden states of {tuple(student[0].shape)}, the teacher "
-            f"{len(teacher)} of {tuple(teacher[0].shape)}. Wanted the same: use hidden=0."
+            f"{len(teacher)} of {tuple(teacher[0].shape)}. Wanted the same: from "
+            "others learn by the logits alone, with hidden at 0."
         )
     mask = inputs.get("attention_mask")
     flat = [state.flatten(0, -2) for state in (*student, *teacher)]
@@ -308,4 +334,11 @@ def _states_error(outputs: Any, taught: Any, inputs: Mapping[str, Any]) -> Tenso
         kept = mask.reshape(-1).bool()
         flat = [state[kept] for state in flat]
     pairs = zip(flat[: len(student)], flat[len(student) :], strict=True)
-    return torch.stack([functional.mse_loss(a.float(), b.float()) for a, b in pairs]).mean()
+    error = _relative_error if relative else functional.mse_loss
+    return torch.stack([error(a.float(), b.float()) for a, b in pairs]).mean()
+
+
+def _relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """The mean over tokens of the squared error over the teacher's squared norm."""
+    wanted = teacher.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((student - teacher).square().sum(-1) / wanted).mean()

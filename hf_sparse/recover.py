@@ -1,12 +1,11 @@
 """Recovery in one call: a pruned language model is trained on text, and its zeros stay.
 
-A model that lost blocks, heads or neurons has no zeros: it is trained as it is. The loop stands in
-`recovery.py`; Trainer does the same with `KeepZeros`, or on what `get_peft_model` returns.
+A model that lost blocks, heads or neurons has no zeros: it is trained as it is. The loop stands in the
+room `recovery`; Trainer does the same with `KeepZeros`, or on what `get_peft_model` returns.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,41 +15,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.adapters.loading import import_peft
-from hf_sparse.adapters.on_layers import adaptable, left_alone
+from hf_sparse.adapters.on_layers import left_alone
 from hf_sparse.arguments import check_gradients, check_has_values, check_kinds, check_model
-from hf_sparse.calibration.losses import (
-    check_labels,
-    check_predicts,
-    with_labels,
-)
+from hf_sparse.calibration.attending import fast_attention
 from hf_sparse.calibration.windows import checked_batches, fingerprint
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.counts import SparsityReport, measure_sparsity
 from hf_sparse.distillation import Distillation
-from hf_sparse.optim.zeros import is_sparse, sparse_layers
+from hf_sparse.optim.zeros import sparse_layers
 from hf_sparse.provenance.record import (
     forget_teaching_,
-    provenance_of,
     record_,
     record_training_,
 )
 from hf_sparse.provenance.values import Calibration, Step, pairs
 from hf_sparse.pruning.quantize import round_
-from hf_sparse.recovery import RECOVERIES, Recovery
+from hf_sparse.recovery.checks import (
+    check_rate,
+    check_recoverable,
+    check_settings,
+    labelled,
+    split_held_out,
+)
+from hf_sparse.recovery.methods import RECOVERIES, Recovery
+from hf_sparse.recovery.rates import SEARCH, Training
 from hf_sparse.structure.grids import Gridded, check_grid, gridded
 from hf_sparse.structure.layers import (
     TargetLayer,
-    num_parameters,
     parameters_of,
     promised_config,
 )
 from hf_sparse.structure.targets import Targets
 from hf_sparse.suggestions import check_name
 from hf_sparse.upstream.peft_by_name import has_adapters, is_peft_model
-
-# Steps of a model's history that leave it without zeros, and with less to know.
-_SMALLER = ("shrink", "drop_blocks", "drop_experts", "drop_hidden", "slim")
 
 
 def recover_(
@@ -61,9 +58,12 @@ def recover_(
     teacher: nn.Module | None = None,
     epochs: int = 1,
     accumulate: int = 2,
-    lr: float | None = None,
+    lr: float | str | None = None,
     r: int | None = None,
     logits: float = 0.5,
+    hidden: float = 0.0,
+    temperature: float = 2.0,
+    held_out: int = 0,
     seed: int = 0,
 ) -> SparsityReport:
     """Train a sparse or smaller causal language model on text, in place.
@@ -87,17 +87,24 @@ def recover_(
         teacher: the dense model, of any number of blocks; its logits are learned from too.
         epochs: passes over the batches.
         accumulate: batches in an optimizer step.
-        lr: peak learning rate; None: the method's.
+        lr: peak learning rate; None: the method's; `"search"`: of a third of that, that and three times
+            that, the one after whose short run the loss on the held-out batches is least.
         r: rank of LoRA, or ShiRA's measure; None: the method's, and for ShiRA no more than every
             layer has kept weights for.
         logits: the teacher's share of the loss.
+        hidden: weight of the teacher's hidden states, relative as in `Distillation`; its depth and
+            width must be the model's.
+        temperature: of the teacher's logits, `> 0`.
+        held_out: batches at the end of the data that are not trained on. Their loss is measured four
+            times; the weights with the least are kept, those from before too, and training stops when
+            it has not fallen twice in a row.
         seed: of the order of the batches and the start of adapters.
 
     Returns:
         Exact counts, with method, options and time.
 
     Memory: `"finetune"`: gradients and two moments of each weight. Adapters: only of their own
-    weights; the base model may be bfloat16.
+    weights; the base model may be bfloat16. With `held_out` what is trained once more.
 
     Raises:
         ValueError: no zeros to keep in a model that was not made smaller, an unknown method, values
@@ -111,28 +118,28 @@ def recover_(
     check_has_values(model, "recover_")
     if is_peft_model(model) or has_adapters(model):
         raise ValueError("the model has adapters already. Merge them: hf_sparse.merge_adapters_.")
-    if RECOVERIES[method].r is not None:
-        import_peft()
-    _check_settings(method, epochs, accumulate, lr, r, seed)
-    if not 0 <= logits <= 1:
-        raise ValueError(f"logits={logits!r}; wanted the teacher's share, from 0 to 1.")
+    check_settings(method, epochs, accumulate, r, seed)
+    check_rate(lr, held_out)
     check_gradients(model, "recover_")
     given = checked_batches(batches, model, method)
-    inputs = _labelled(given, model, method)
+    inputs, watched = split_held_out(labelled(given, model, method), held_out)
     layers = _trained_layers(model)
-    _check_model(model, layers, method, teacher)
+    check_recoverable(model, layers, method, teacher)
     promised = promised_config(model)
     grids = _grids(model, promised)
     zeros = _zeros_to_keep(layers, promised)
     start = time.perf_counter()
-    distillation = None if teacher is None else Distillation(teacher, logits=logits)
+    distillation = _distillation(teacher, logits, hidden, temperature)
     torch.manual_seed(seed)
     recovery = Recovery.of(method, layers, lr, r, epochs=epochs, accumulate=accumulate, seed=seed)
-    with recovery.prepared(model, layers) as trained, _taught(model, distillation):
-        whole = recovery.r is None
-        losses = recovery.run(
-            trained, inputs, freeze=whole and bool(zeros), grids=grids if whole else ()
-        )
+    whole = recovery.r is None
+    with (
+        fast_attention(model, inputs),
+        recovery.prepared(model, layers) as trained,
+        _taught(model, distillation, inputs),
+    ):
+        kept = whole and bool(zeros), grids if whole else ()
+        recovery, notes = Training(inputs, watched, *kept, lr == SEARCH).of(recovery, trained)
     if grids and promised is not None and not whole:
         round_(model, Targets.of(model, promised), given, "gptq")
     _check_zeros(zeros, may_grow=bool(grids))
@@ -142,19 +149,43 @@ def recover_(
         options={**recovery.options, "distilled": teacher is not None},
         seconds=time.perf_counter() - start,
         notes=(
-            f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end",
-            *(left_alone(layers) if recovery.r is not None else ()),
+            *notes,
+            *(() if whole else left_alone(layers)),
             *(("the merged weights were rounded again",) if grids and not whole else ()),
         ),
     )
-    data = Calibration.of(given, fingerprint(given))
-    step = Step.of(f"recovery by {method}", recovery.options, calibration=data, seed=seed)
-    _record(model, step, distillation)
+    _record(model, recovery, given, distillation)
     return report
 
 
-def _record(model: nn.Module, step: Step, distillation: Distillation | None) -> None:
+def _distillation(
+    teacher: nn.Module | None, logits: float, hidden: float, temperature: float
+) -> Distillation | None:
+    """What is learned from a teacher, if there is one.
+
+    Raises:
+        ValueError: values outside what is allowed.
+    """
+    if not 0 <= logits <= 1:
+        raise ValueError(f"logits is {logits!r}; wanted the teacher's share, from 0 to 1.")
+    if teacher is None:
+        return None
+    return Distillation(
+        teacher, logits=logits, hidden=hidden, temperature=temperature, relative=True
+    )
+
+
+def _record(
+    model: nn.Module,
+    recovery: Recovery,
+    batches: Sequence[Mapping[str, Any]],
+    distillation: Distillation | None,
+) -> None:
     """Let the model remember a recovery, and the teacher that it had."""
+    data = Calibration.of(batches, fingerprint(batches))
+    step = Step.of(
+        f"recovery by {recovery.method}", recovery.options, calibration=data, seed=recovery.seed
+    )
     if distillation is None:
         record_training_(model, step)
     else:
@@ -203,70 +234,10 @@ def _check_zeros(zeros: Sequence[tuple[nn.Parameter, Tensor]], *, may_grow: bool
             )
 
 
-def _check_settings(
-    method: str, epochs: int, accumulate: int, lr: float | None, r: int | None, seed: int
-) -> None:
-    for name, value in (("epochs", epochs), ("accumulate", accumulate), ("r", r)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{name} is {value!r}; wanted a whole number >= 1.")
-    if r is not None and RECOVERIES[method].r is None:
-        raise ValueError(f"method '{method}' trains all weights; r is for 'lora' and 'shira'.")
-    if lr is not None and not 0 < lr < math.inf:
-        raise ValueError(f"lr is {lr!r}; wanted a number > 0.")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed!r}; wanted a whole number from 0 on, below 2**63.")
-
-
-def _labelled(
-    batches: Sequence[dict[str, Any]], model: nn.Module, method: str
-) -> list[dict[str, Any]]:
-    """The batches with labels, each of which has a token to predict."""
-    check_labels(method, None, model, batches)
-    labelled = [with_labels(batch) for batch in batches]
-    for batch in labelled:
-        check_predicts(batch)
-    return labelled
-
-
-def _check_model(
-    model: nn.Module, layers: Sequence[TargetLayer], method: str, teacher: nn.Module | None
-) -> None:
-    """Raise a ValueError unless there is something to recover, and a type that can be trained."""
-    promised = promised_config(model)
-    quantised = promised is not None and promised.bits is not None
-    if not quantised and not any(is_sparse(layer.parameter.detach()) for layer in layers):
-        if not _is_smaller(model, teacher):
-            raise ValueError(
-                f"{type(model).__name__} has no zeros to keep, and is not known to have been made "
-                "smaller. Prune it first: hf_sparse.prune_. Of a smaller model give the whole one as "
-                "teacher."
-            )
-        if RECOVERIES[method].r is not None:
-            raise ValueError(
-                f"{type(model).__name__} has no zeros, which method '{method}' is for: what was made "
-                "smaller needs all its weights to recover. Take method='finetune'."
-            )
-    if RECOVERIES[method].r is not None and not adaptable(layers):
-        raise ValueError(
-            f"the sparse weights of {type(model).__name__} are experts in 3-D parameters, which no "
-            "adapter that keeps zeros reaches. Take method='finetune'."
-        )
-    if method == "finetune" and any(p.dtype != torch.float32 for p in model.parameters()):
-        raise ValueError(
-            "fine-tuning all weights of a model in half precision loses small updates. Load it with "
-            "dtype=torch.float32, or recover by 'lora', whose base model may be bfloat16."
-        )
-
-
-def _is_smaller(model: nn.Module, teacher: nn.Module | None) -> bool:
-    """Whether blocks or parts of them were removed, as its provenance or its teacher's size tells."""
-    if any(step.method in _SMALLER for step in provenance_of(model).steps):
-        return True
-    return teacher is not None and num_parameters(model) < num_parameters(teacher)
-
-
 @contextmanager
-def _taught(model: nn.Module, distillation: Distillation | None) -> Iterator[None]:
+def _taught(
+    model: nn.Module, distillation: Distillation | None, batches: Sequence[dict[str, Any]]
+) -> Iterator[None]:
     """Let a model learn from a teacher for a while, if there is one."""
     if distillation is None:
         yield
@@ -274,6 +245,7 @@ def _taught(model: nn.Module, distillation: Distillation | None) -> Iterator[Non
     try:
         distillation.attach(model)
         forget_teaching_(model)  # the step of the recovery tells of it
-        yield
+        with fast_attention(distillation.teacher, batches):
+            yield
     finally:
         distillation.remove()

@@ -87,10 +87,11 @@ EXPERT_METHODS = {
     ),
 }
 # What can be composed with every method, and its defaults.
-COMPOSITION = {"allocation": "uniform", "refine": None, "reconstruct": 0}
+COMPOSITION = {"allocation": "uniform", "refine": None, "reconstruct": 0, "token_weights": None}
 SCOPES = ("layer", "global")
 ALLOCATIONS = ("uniform", "owl", "alpha")
 REFINEMENTS = ("swaps", "refit")
+TOKEN_WEIGHTS = ("loss",)
 RECOVERIES = {
     "finetune": "all weights, the zeros frozen",
     "lora": "masked LoRA, merged at the end",

@@ -9,7 +9,16 @@ from hf_sparse_cli.choices import EFFORTS
 from hf_sparse_cli.flags import named_list
 
 # What an effort chooses.
-_CHOSEN = ("method", "scope", "allocation", "refine", "reconstruct", "option", "stream")
+_CHOSEN = (
+    "method",
+    "scope",
+    "allocation",
+    "refine",
+    "reconstruct",
+    "option",
+    "stream",
+    "token_weights",
+)
 
 
 def add_effort(command: argparse.ArgumentParser) -> None:

@@ -13,15 +13,16 @@ from hf_sparse_cli.choices import (
     METHODS,
     PATTERNS,
     QUANTIZATIONS,
-    RECOVERIES,
     REFINEMENTS,
     SCOPES,
+    TOKEN_WEIGHTS,
 )
 from hf_sparse_cli.effort import add_effort
 from hf_sparse_cli.flags import (
     TEXT,
     add_labels,
     add_loading,
+    add_model,
     add_overwrite,
     add_printing,
     add_saving,
@@ -33,7 +34,8 @@ from hf_sparse_cli.flags import (
 from hf_sparse_cli.messages import add_messages
 from hf_sparse_cli.names import Parser, fraction
 from hf_sparse_cli.quantizing import add_grid, add_quantize
-from hf_sparse_cli.reporting import add_report
+from hf_sparse_cli.recovering import add_recover
+from hf_sparse_cli.reporting import add_inspect, add_report
 from hf_sparse_cli.shrinking import add_shrink
 from hf_sparse_cli.slimming import add_slim
 from hf_sparse_cli.tasks import add_tasks
@@ -48,9 +50,9 @@ def make_parser() -> Parser:
         title="commands", required=True, metavar="COMMAND", dest="command"
     )
     _add_prune(commands)
-    _add_recover(commands)
+    add_recover(commands)
     _add_eval(commands)
-    _add_inspect(commands)
+    add_inspect(commands)
     add_report(commands)
     _add_bench(commands)
     add_shrink(commands)
@@ -137,6 +139,9 @@ def _add_method(command: argparse.ArgumentParser) -> None:
         "--reconstruct", type=int, metavar="EPOCHS", help="train each block with its zeros fixed"
     )
     how.add_argument(
+        "--token-weights", choices=TOKEN_WEIGHTS, help="tokens count by the loss's gradients"
+    )
+    how.add_argument(
         "--option", action="append", metavar="NAME=VALUE", help="an option of the method"
     )
     how.add_argument(
@@ -160,42 +165,6 @@ def _add_calibration(command: argparse.ArgumentParser) -> None:
     add_windows(calibration)
 
 
-def _add_recover(commands: Any) -> None:
-    command = command_parser(
-        commands,
-        "recover",
-        "train a sparse model, its zeros kept",
-        "FOLDER OUTPUT --data FILE [FILE ...] [--method NAME]",
-        ["SPARSE OUTPUT --data text.jsonl --method lora --teacher DENSE"],
-    )
-    what = command.add_argument_group("what to train")
-    what.add_argument("folder", metavar="FOLDER", help="folder or Hub name of the sparse model")
-    add_loading(what)
-    how = command.add_argument_group("how to train", named_list("methods", RECOVERIES))
-    how.add_argument(
-        "--method",
-        default="finetune",
-        choices=RECOVERIES,
-        metavar="NAME",
-        help="see above (default finetune)",
-    )
-    how.add_argument("--teacher", help="the dense model, to learn from its logits")
-    how.add_argument("--epochs", type=int, default=1, help="passes over the data (default 1)")
-    how.add_argument("--accumulate", type=int, default=2, help="batches in a step (default 2)")
-    how.add_argument("--lr", type=float, help="peak learning rate (default by method)")
-    how.add_argument("--r", type=int, help="rank of lora, or its like of shira")
-    data = command.add_argument_group("data")
-    data.add_argument("--data", nargs="+", required=True, metavar="FILE", help=TEXT)
-    data.add_argument("--num-samples", type=int, help="windows of the data (default all)")
-    add_windows(data)
-    output = output_group(command, "folder to save the recovered model in")
-    output.add_argument(
-        "--format", choices=FORMATS, metavar="NAME", help="storage (default as the model's config)"
-    )
-    add_overwrite(output)
-    add_printing(output, tensors=True)
-
-
 def _add_eval(commands: Any) -> None:
     command = command_parser(
         commands,
@@ -204,14 +173,13 @@ def _add_eval(commands: Any) -> None:
         "MODEL (--text FILE ... | --labels FILE ... | --tasks NAMES) [--dense MODEL]",
         [
             "SPARSE --dense MODEL --text held_out.txt",
+            "SPARSE --dense MODEL --text held_out.txt --record",
             "SPARSE --labels rows.jsonl",
             "SPARSE --dense MODEL --tasks arc_easy,piqa --task-data FOLDER --record",
         ],
     )
-    what = command.add_argument_group("what to measure")
-    what.add_argument("model", metavar="MODEL", help="folder or Hub name")
+    what = add_model(command, "what to measure")
     what.add_argument("--dense", help="the dense model, to be measured beside it")
-    add_loading(what)
     on = command.add_argument_group("data")
     data = on.add_mutually_exclusive_group(required=True)
     data.add_argument("--text", nargs="+", metavar="FILE", help=f"for perplexity: {TEXT}")
@@ -225,18 +193,9 @@ def _add_eval(commands: Any) -> None:
     add_tasks(command)
     output = command.add_argument_group("output")
     output.add_argument(
-        "--record", action="store_true", help="tell the figures of --tasks in MODEL's card"
+        "--record", action="store_true", help="tell the figures in MODEL's card, too"
     )
     add_printing(output)
-
-
-def _add_inspect(commands: Any) -> None:
-    command = command_parser(
-        commands, "inspect", "read a checkpoint's sparsity from its files", "FOLDER", ["SPARSE"]
-    )
-    what = command.add_argument_group("what to read")
-    what.add_argument("folder", metavar="FOLDER", help="checkpoint folder")
-    add_printing(command.add_argument_group("output"), tensors=True)
 
 
 def _add_bench(commands: Any) -> None:
@@ -247,9 +206,7 @@ def _add_bench(commands: Any) -> None:
         "MODEL",
         ["SPARSE --tokens 64 --explain"],
     )
-    what = command.add_argument_group("what to time")
-    what.add_argument("model", metavar="MODEL", help="folder or Hub name")
-    add_loading(what, tokenizer=False)
+    add_model(command, "what to time", tokenizer=False)
     how = command.add_argument_group("how to time")
     how.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
     how.add_argument("--tokens", type=int, default=128, help="tokens in each (default 128)")
@@ -278,9 +235,7 @@ def _add_export(commands: Any) -> None:
             "INT4 int4.gguf --gguf",
         ],
     )
-    what = command.add_argument_group("what to export")
-    what.add_argument("model", metavar="MODEL", help="folder or Hub name, of any family")
-    add_loading(what)
+    add_model(command, "what to export", "A model of any family.")
     how = command.add_argument_group("how to export")
     how.add_argument("--quantize", choices=QUANTIZATIONS, help="8-bit weights and activations")
     how.add_argument("--no-pack", action="store_true", help="store zeros as they are")

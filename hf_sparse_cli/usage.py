@@ -63,7 +63,9 @@ def check(options: argparse.Namespace) -> None:
     for source in given.get("models") or ():
         check_model(source)
     if given.get("folder") is not None:
-        check_model(options.folder, local=options.command != "recover")
+        # Of the Hub, too: what is recovered, and what is inspected under the name of an owner.
+        named = options.command == "inspect" and "/" in options.folder
+        check_model(options.folder, local=options.command != "recover" and not named)
     if options.command in _CHECKS:
         _CHECKS[options.command](options)
 
@@ -111,8 +113,12 @@ def _check_method(options: argparse.Namespace) -> None:
 
 
 def _check_recover(options: argparse.Namespace) -> None:
-    if options.lr is not None and not options.lr > 0:
-        raise ValueError(f"--lr is {options.lr}; wanted a number > 0.")
+    if isinstance(options.lr, float) and not options.lr > 0:
+        raise ValueError(f"--lr is {options.lr}; wanted a number > 0, or search.")
+    if options.lr == "search" and options.held_out < 1:
+        raise ValueError("--lr search compares losses on held-out batches: --held-out 16.")
+    if options.hidden and options.teacher is None:
+        raise ValueError("--hidden compares states with those of a teacher: --teacher DENSE.")
     if options.r is not None and options.method == "finetune":
         raise ValueError("--r is for the methods lora and shira: leave it out.")
     check_output(options, "folder", "the pruned model")
@@ -218,6 +224,7 @@ def _method(options: argparse.Namespace) -> Method:
 def needs_calibration(options: argparse.Namespace) -> bool:
     """Whether a pruning looks at data."""
     composed = options.allocation == "owl" or options.refine or options.reconstruct
+    composed = composed or options.token_weights
     return _method(options).needs_calibration or bool(composed)
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import hf_sparse
 from hf_sparse import SparsityConfig, recover_
 from hf_sparse.cli import main
-from hf_sparse.recovery import RECOVERIES
+from hf_sparse.recovery.methods import RECOVERIES
 from tests.support.closeness import nearly_same
 from tests.support.sparse_models import assert_same, places, sparse_model
 from tests.support.tiny_models import prose, tiny_batches, tiny_model, tiny_tokenizer
@@ -95,7 +95,7 @@ def test_a_run_that_diverges_leaves_the_base_of_an_adapter() -> None:
         ({"epochs": 0}, "epochs is 0"),
         ({"r": 4}, "trains all weights; r is for"),
         ({"lr": float("nan")}, "lr is nan"),
-        ({"logits": 2.0, "teacher": tiny_model("llama")}, "logits=2.0"),
+        ({"logits": 2.0, "teacher": tiny_model("llama")}, "logits is 2.0"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
@@ -140,6 +140,7 @@ def test_the_command(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     text.write_text(prose()[:20_000])
     command = ["recover", sparse, out, "--data", str(text), "--method", method, "--window", "32"]
     command += ["--num-samples", "8", "--accumulate", "2", "--teacher", dense, "--json"]
+    command += ["--held-out", "2", "--hidden", "0.5"]
     command += [] if method == "finetune" else ["--r", "2"]
     assert main(command) == 0
     described = json.loads(capsys.readouterr().out)
@@ -148,6 +149,8 @@ def test_the_command(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert_same(places(loaded), places(model))
     assert main(["recover", sparse, sparse, "--data", str(text)]) == 1
+    assert main(["recover", sparse, out, "--data", str(text), "--lr", "search"]) == 1
+    assert "--held-out 16" in capsys.readouterr().err
     again = ["recover", dense, out, "--data", str(text), "--window", "32"]
     assert main(again) == 1
     assert "is not empty: it holds config.json" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import hf_sparse
 from hf_sparse import SparsityConfig, prune_, quantize_, recover_
 from hf_sparse.optim.straight_through import StraightThrough
 from hf_sparse.quantization import Grid, OffGridError, codes_of
-from hf_sparse.recovery import RECOVERIES
+from hf_sparse.recovery.methods import RECOVERIES
 from hf_sparse.structure.grids import check_grid, gridded
 from hf_sparse.structure.layers import promised_config, target_layers
 from tests.support.mixtures import tiny_mixture

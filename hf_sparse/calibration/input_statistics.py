@@ -21,6 +21,7 @@ from hf_sparse.calibration.layer_inputs import watching
 from hf_sparse.calibration.linalg import add_gram_, mirror_
 from hf_sparse.calibration.processes import is_shared, summed
 from hf_sparse.calibration.recording import TokenMasks
+from hf_sparse.calibration.token_weights import WeightedTokens
 from hf_sparse.calibration.walk import EnoughSeen
 from hf_sparse.structure.layers import TargetLayer
 
@@ -53,12 +54,14 @@ class InputStatistics(ABC):
 
     Args:
         accelerator: its processes add up what they saw.
+        weights: of the tokens; None: all count alike.
 
     Memory: one sum per group of layers, and the inputs of a block's layers for one batch.
     """
 
-    def __init__(self, accelerator: Any = None) -> None:
+    def __init__(self, accelerator: Any = None, weights: WeightedTokens | None = None) -> None:
         self._accelerator = accelerator
+        self._weights = weights
         self._masks = TokenMasks()
         self._layers: Sequence[TargetLayer] = ()
         self._leaders: dict[str, str] = {}  # the layer whose inputs a layer shares; itself if none
@@ -115,6 +118,8 @@ class InputStatistics(ABC):
         self._now, self._called = {}, set()
         self._calls = dict.fromkeys((layer.name for layer in layers), 0)
         self._runs_once = False
+        if self._weights is not None:
+            self._weights.restart()
         try:
             with watching(layers, lambda: self._masks, partial(self._see, stop)):
                 yield
@@ -184,6 +189,8 @@ class InputStatistics(ABC):
         self._tokens[name] = self._tokens.get(name, 0) + len(inputs)
         if name not in self._sums:
             self._sums[name] = self._new(inputs)
+        if self._weights is not None:
+            inputs = self._weights.weighted(name, inputs)
         self._accumulate(self._sums[name], inputs)
 
     @abstractmethod

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.calibration.calling import run_on
 from hf_sparse.calibration.input_statistics import Norms
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.recording import token_masks
@@ -84,7 +85,7 @@ def output_changes(
 def _outputs(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
     """The first output of each batch, hidden states or logits, where it has a token that counts."""
     with torch.no_grad(), switched(model, training=False):
-        return [token_masks(batch).counted(_first(model(**batch))) for batch in batches]
+        return [token_masks(batch).counted(_first(run_on(model, batch))) for batch in batches]
 
 
 def _first(outputs: Any) -> Tensor:

@@ -23,7 +23,7 @@ from hf_sparse.checkpoint.promised import (
     check_shapes,
     promised_by,
 )
-from hf_sparse.checkpoint.reading import StoredTensor, is_target, read_headers, watch
+from hf_sparse.checkpoint.reading import StoredTensor, check_digests, is_target, read_headers, watch
 from hf_sparse.checkpoint.source import remember_source_
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import (
@@ -122,11 +122,13 @@ class SparseHfQuantizer(Restorer):
             )
         if self._stored:
             stored = list(self._stored.values())
-            promised = promised_by(files[0].parent, stored, model.config)
+            promised = promised_by(files[0].parent, stored, model)
             promised.check(stored)
+            check_digests(files)
             self._targets = promised.targets(self.quantization_config.sparsity)
             self._grids = promised.grids(self.quantization_config.sparsity)
-            _check_blocks(model, stored)
+            if promised.model is not model:
+                _check_blocks(model, stored)
         self._dtype_plan = dtype_plan(model, dtype)
         self._own_conversions = number_of_conversions(model)
 

@@ -26,9 +26,9 @@ def report(options: argparse.Namespace) -> int:
         written = {"html": options.html, "bytes": size, "figures": options.figures}
         print(json.dumps({**written, "models": made.titles, "pictures": pictures}, indent=2))
     else:
-        print(
-            f"{options.html}: {len(made.titles)} models, {size / 1e6:.2f} MB; open it in a browser"
-        )
+        count = len(made.titles)
+        models = f"{count} {'model' if count == 1 else 'models'}"
+        print(f"{options.html}: {models}, {size / 1e6:.2f} MB; open it in a browser")
         if options.figures:
             print(f"{len(made.pictures)} pictures in {options.figures}, as SVG and as PNG")
     return 0

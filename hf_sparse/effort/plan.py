@@ -13,9 +13,10 @@ from typing import Any
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.counts import format_table
 from hf_sparse.effort.stages import EFFORTS, PRUNE, RECOVER, Stage
+from hf_sparse.files.single import write_file
 from hf_sparse.provenance.values import Calibration
 from hf_sparse.pruning.methods import Recipe
-from hf_sparse.recovery import RECOVERIES
+from hf_sparse.recovery.methods import RECOVERIES
 from hf_sparse.suggestions import check_name, shortened
 from hf_sparse.version import __version__
 
@@ -23,7 +24,9 @@ _FORMAT = "hf_sparse recipe"
 _VERSION = 1
 _KEYS = ("format", "version", "hf_sparse", "effort", "family", "config", "data", "stages")
 # What a recovery may be told by a recipe.
-_RECOVERY_OPTIONS = ("epochs", "accumulate", "lr", "r", "seed", "logits", "distilled")
+_RECOVERY_OPTIONS = (
+    *("epochs", "accumulate", "lr", "r", "seed", "logits", "hidden", "temperature", "distilled"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,7 @@ class SparsifyPlan:
         """
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name}.new")
-        fresh.write_text(json.dumps(self._plain(), indent=2) + "\n", encoding="utf-8")
-        fresh.replace(path)
+        write_file(path, (json.dumps(self._plain(), indent=2) + "\n").encode())
         return path
 
     @classmethod

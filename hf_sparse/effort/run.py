@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,8 +17,6 @@ from transformers import PreTrainedModel
 from hf_sparse.adapters.loading import import_peft
 from hf_sparse.adapters.on_layers import adaptable
 from hf_sparse.arguments import check_gradients, check_has_values, check_kinds, check_model
-from hf_sparse.calibration.losses import loss_of
-from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.progress import WholeRun, announce
 from hf_sparse.calibration.windows import checked_batches, fingerprint
 from hf_sparse.checkpoint.can_save import check_not_quantized
@@ -36,7 +33,8 @@ from hf_sparse.provenance.record import provenance_of, remember_
 from hf_sparse.provenance.values import Calibration, pairs
 from hf_sparse.pruning.oneshot import prune_kept
 from hf_sparse.recover import recover_
-from hf_sparse.recovery import RECOVERIES
+from hf_sparse.recovery.held_out import mean_loss
+from hf_sparse.recovery.methods import RECOVERIES
 from hf_sparse.structure.changeable import check_changeable
 from hf_sparse.structure.targets import Targets
 from hf_sparse.suggestions import did_you_mean, shortened
@@ -309,11 +307,11 @@ def _recover(
     kept = (
         {name: tensor.clone() for name, tensor in tensors_to_store(model).items()} if held else {}
     )
-    known, before = provenance_of(model), _loss(model, held)
+    known, before = provenance_of(model), mean_loss(model, held)
     report = recover_(model, batches[: stage.batches], stage.method, **options)
     if not held:
         return report
-    after = _loss(model, held)
+    after = mean_loss(model, held)
     told = f"loss on {len(held)} held-out batches: {before:.3f}, recovered {after:.3f}"
     if after < before:
         losses = {"held_out_loss_before": round(before, 3), "held_out_loss": round(after, 3)}
@@ -325,13 +323,6 @@ def _recover(
     _add_options_(model, {f"recovery by {stage.method}": f"taken back: {told}"})
     counted = measure_sparsity(model)
     return replace(counted, notes=(f"{told}: it did not help, and was taken back",))
-
-
-@torch.no_grad()
-def _loss(model: nn.Module, batches: Batches) -> float:
-    with switched(model, training=False):
-        losses = [float(loss_of(model, batch)) for batch in batches]
-    return sum(losses) / len(losses) if losses else math.nan
 
 
 def _name_recipe(model: nn.Module, plan: SparsifyPlan, number: int) -> None:

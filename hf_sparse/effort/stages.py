@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_sparse.adapters.on_layers import adaptable
@@ -94,10 +95,17 @@ def stages_for(
             "on its task with the zeros kept (hf_sparse.KeepZeros), or with SparseAdamW from the start."
         )
     if held:
-        adapts = find_spec("peft") is not None and bool(adaptable(targets.layers))
-        method = "lora" if adapts else "finetune"
-        stages.append(Stage(RECOVER, method, {"epochs": 1}, len(batches) - held, held))
+        stages.append(_of_recovery(model, targets, len(batches) - held, held))
     return stages, notes
+
+
+def _of_recovery(model: nn.Module, targets: Targets, count: int, held: int) -> Stage:
+    """How the whole model is trained: by the dense one, or, in half precision, by adapters."""
+    adapts = find_spec("peft") is not None and bool(adaptable(targets.layers))
+    if adapts and any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        return Stage(RECOVER, "lora", {"epochs": 1}, count, held)
+    taught = {"logits": 1.0, "temperature": 1.0, "hidden": 1.0, "distilled": True}
+    return Stage(RECOVER, "finetune", {"epochs": 1, **taught}, count, held)
 
 
 def _of_weights(targets: Targets, effort: str, count: int) -> Stage:

@@ -5,6 +5,7 @@
 | `proximal`  | SparseOptimizer, https://arxiv.org/abs/2306.15656                               |
 | `magnitude` | gradual magnitude pruning, Zhu and Gupta, https://arxiv.org/abs/1710.01878      |
 | `movement`  | soft movement pruning, Sanh et al., https://arxiv.org/abs/2005.07683            |
+| `admm`      | ADMM as ELSA, https://arxiv.org/abs/2510.01650                                  |
 
 A method is told, from time to time, which share of the units should be zero by now.
 """
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, Protocol
 from torch.optim import Optimizer
 
 from hf_sparse.arguments import Bound, check_kinds
+from hf_sparse.optim.admm import Admm
 from hf_sparse.optim.gradual_magnitude import GradualMagnitude
 from hf_sparse.optim.movement import SoftMovement
 from hf_sparse.optim.proximal import Proximal
@@ -49,6 +51,7 @@ TRAINING_METHODS: dict[str, type[TrainingMethod]] = {
     "proximal": Proximal,
     "magnitude": GradualMagnitude,
     "movement": SoftMovement,
+    "admm": Admm,
 }
 
 

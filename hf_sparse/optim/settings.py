@@ -31,7 +31,10 @@ SETTINGS: dict[str, Any] = {
 }
 # What a saved state must agree on with the optimizer that reads it.
 # What an optimizer keeps of each weight, of its shape.
-_OF_WEIGHTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "alpha")
+_OF_WEIGHTS = (
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "alpha"),
+    *("admm_copy", "admm_dual"),
+)
 _FIXED = ("penalty", "scale", "pattern", "transposed")
 
 

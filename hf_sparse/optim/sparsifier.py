@@ -46,11 +46,12 @@ class Sparsifier:
         optimizer: with sparse groups (`sparse_param_groups`); wrapped by Accelerate is fine.
         config: the wanted pattern and sparsity.
         total_steps: optimizer steps of the whole run.
-        method: a key of `hf_sparse.optim.methods.TRAINING_METHODS`: `"proximal"`, or the baselines
-            `"magnitude"` and `"movement"`, for which `lam` and `penalty` have no meaning.
+        method: a key of `hf_sparse.optim.methods.TRAINING_METHODS`: `"proximal"`, `"admm"`, or the
+            baselines `"magnitude"` and `"movement"`; `lam` and `penalty` have a meaning for the first.
         schedule: a `Schedule`, or its shape.
         interval: steps between two adjustments; fewer where the schedule has not ten of them.
-        **options: the method's own: of `"movement"` `score_lr=0.01`, `threshold=0.1` and `gain=2.0`.
+        **options: the method's own: of `"movement"` `score_lr=0.01`, `threshold=0.1` and `gain=2.0`;
+            of `"admm"` `rho=100.0`.
 
     What it has to remember is kept in the optimizer's param groups, and so in its `state_dict`. A loop
     that stops before `total_steps` calls `finish()`.

@@ -140,10 +140,11 @@ class SparsityCallback(TrainerCallback):
 
     Args:
         config: the wanted pattern, sparsity and targets; the same as `trainer_optimizer` got.
-        method: `"proximal"`, `"magnitude"` (gradual magnitude pruning) or `"movement"` (soft).
+        method: `"proximal"`, `"admm"`, `"magnitude"` (gradual) or `"movement"` (soft).
         schedule: a `Schedule`, or its shape: `"cubic"`, `"linear"`, `"constant"`.
         interval: steps between two adjustments.
-        **options: the method's own: of `"movement"` `score_lr=0.01`, `threshold=0.1` and `gain=2.0`.
+        **options: the method's own: of `"movement"` `score_lr=0.01`, `threshold=0.1` and `gain=2.0`;
+            of `"admm"` `rho=100.0`.
 
     Attributes:
         report: after training, exact counts with method, options and time; None under FSDP2.

@@ -51,7 +51,7 @@ class LayerPruner:
         """What is to be collected for the solver and its refinements."""
         rounds = self.grid is not None and self.feedback
         kind = Grams if self.refinements or rounds else self.solver.statistic
-        return kind(self.task.accelerator)
+        return kind(self.task.accelerator, self.task.token_weights)
 
     def prune(
         self, run: Callable[[Observer], None], layers: Sequence[TargetLayer], *, stop: bool

@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from hf_sparse.arguments import check_not_inference
 from hf_sparse.calibration import expert_scores
 from hf_sparse.calibration.input_statistics import Grams, Norms
+from hf_sparse.calibration.losses import check_labels
+from hf_sparse.calibration.token_weights import WeightedTokens, token_weights
 from hf_sparse.optim.sharding import check_shardable, local_part
 from hf_sparse.patterns import Pattern
 from hf_sparse.pruning import (
@@ -31,7 +33,8 @@ from hf_sparse.pruning import (
     taylor,
     wanda,
 )
-from hf_sparse.pruning.allocation import check_allocation, layer_sparsities
+from hf_sparse.pruning.allocation import layer_sparsities
+from hf_sparse.pruning.composition import Composition
 from hf_sparse.pruning.few_bits import round_nearest_
 from hf_sparse.pruning.layerwise import LayerPruner, PruneBlock, Refinement, prune_layers
 from hf_sparse.pruning.options import check_bounds, check_types
@@ -126,56 +129,6 @@ EXPERT_METHODS = {
         expert_scores.METHODS.items(), experts.SUMMARIES.values(), strict=True
     )
 }
-REFINEMENTS = ("swaps", "refit")
-
-
-@dataclass(frozen=True)
-class Composition:
-    """What can be combined with every method.
-
-    Attributes:
-        allocation: how much of the sparsity each block takes: `"uniform"`, `"owl"` or `"alpha"`
-            (see `hf_sparse.pruning.allocation`).
-        refine: None; `"swaps"`: weights are exchanged for pruned ones while that lowers the
-            error of a layer (see `hf_sparse.pruning.swaps`); `"refit"`: where whole columns go, the
-            others get the best values for the layer (see `hf_sparse.pruning.refit`).
-        reconstruct: passes over the calibration data in which the kept weights of each block are
-            trained to give the dense model's outputs (see `hf_sparse.pruning.reconstruction`).
-    """
-
-    allocation: str = "uniform"
-    refine: str | None = None
-    reconstruct: int = 0
-
-    @property
-    def walks(self) -> bool:
-        """Whether it goes through the blocks with data after the zeros are chosen."""
-        return self.refine is not None or self.reconstruct > 0
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether it looks at data."""
-        return self.allocation == "owl" or self.walks
-
-    def check(self, pattern: Pattern) -> None:
-        """Raise a ValueError for an unknown value, or one that the pattern does not allow."""
-        if pattern.whole_matrices and self != Composition():
-            raise ValueError(
-                f"nothing goes with pattern '{pattern}': between its zeros and shrink_ the model is "
-                "another one. Leave allocation, refine and reconstruct out, and train what is left."
-            )
-        check_allocation(self.allocation, pattern)
-        if self.refine not in (None, *REFINEMENTS):
-            raise ValueError(
-                f"refine is {self.refine!r}; wanted None or one of {', '.join(REFINEMENTS)}."
-                f"{did_you_mean(self.refine, REFINEMENTS)}"
-            )
-        if self.refine:
-            {"swaps": swaps, "refit": refit}[self.refine].check_pattern(pattern)
-        if self.reconstruct < 0:
-            raise ValueError(
-                f"reconstruct is {self.reconstruct!r}; wanted passes over the data, 0 or more."
-            )
 
 
 @dataclass(frozen=True)
@@ -215,6 +168,7 @@ class Recipe:
         composition.check(pattern)
         mine = {name: value for name, value in options.items() if name in own}
         check_bounds(mine, pattern, composition.allocation)
+        composition.check_method(name, solves=method.solver is not None)
         if method.nm_only:
             check_learnable(name, pattern)
         return cls(name, method, composition, mine)
@@ -227,8 +181,8 @@ class Recipe:
     @property
     def needs_gradients(self) -> bool:
         """Whether gradients are computed, of the model or of parts of it."""
-        trains = self.method.trains or self.composition.reconstruct > 0
-        return trains or self.method.prune_block is sparsellm.prune_block
+        composed = self.composition.reconstruct > 0 or self.composition.token_weights is not None
+        return self.method.trains or composed or self.method.prune_block is sparsellm.prune_block
 
     @property
     def all_options(self) -> dict[str, Any]:
@@ -261,14 +215,22 @@ class Recipe:
                 raise ValueError(
                     "there are no gradients inside torch.inference_mode(). Call prune_ outside it."
                 )
-            if self.method.trains or self.composition.reconstruct:
+            if self.method.trains or self.composition.reconstruct or self.composition.token_weights:
                 check_not_inference(task.model, self.name)
+        if self.composition.token_weights:
+            self._weigh(task)
         if not task.sparsities:
             task.sparsities = layer_sparsities(self.composition.allocation, task)
         if self.method.masks is None:
             self._prune_by_solver(task)
         else:
             self._prune_by_masks(task, self.method.masks(task, **self.options))
+
+    def _weigh(self, task: Task) -> None:
+        """Measure how much each token counts, for the walk through the blocks."""
+        check_labels(self.name, "token_weights=None", task.model, task.batches)
+        weights = token_weights(task.model, task.layers, task.batches, task.accelerator)
+        task.token_weights = WeightedTokens(weights)
 
     def _prune_by_solver(self, task: Task) -> None:
         """Prune block after block; each option goes to the function that has it."""

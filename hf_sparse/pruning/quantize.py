@@ -21,16 +21,11 @@ from hf_sparse.patterns import Pattern
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.pruning import layerwise
+from hf_sparse.pruning.bit_counts import TensorBits, mean_bits, tensors_of
 from hf_sparse.pruning.few_bits import round_nearest_
+from hf_sparse.pruning.grid_rounding import check_can_round, round_embeddings_
 from hf_sparse.pruning.oneshot import check_not_compiled
 from hf_sparse.pruning.problem import Notes
-from hf_sparse.pruning.quantized import (
-    TensorBits,
-    check_can_round,
-    mean_bits,
-    round_embeddings_,
-    tensors_of,
-)
 from hf_sparse.pruning.task import Task
 from hf_sparse.structure.grids import is_on_grid
 from hf_sparse.structure.layers import PRUNED_WITH, TargetLayer, promised_config

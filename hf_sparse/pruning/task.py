@@ -11,6 +11,7 @@ from torch import nn
 from hf_sparse.calibration.activations import Store, in_memory
 from hf_sparse.calibration.processes import is_shared
 from hf_sparse.calibration.recording import Batch
+from hf_sparse.calibration.token_weights import WeightedTokens
 from hf_sparse.calibration.walk import Residence
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.pruning.problem import Notes
@@ -31,6 +32,7 @@ class Task:
         notes: for the report.
         residence: where blocks live between their turns.
         store: where hidden states wait for their block.
+        token_weights: how much each token counts in the errors of layers; None: all alike.
     """
 
     model: nn.Module
@@ -41,6 +43,7 @@ class Task:
     notes: Notes = field(default_factory=Notes)
     residence: Residence = field(default_factory=Residence)
     store: Store = in_memory
+    token_weights: WeightedTokens | None = None
 
     @property
     def stacks(self) -> Sequence[Stack]:

@@ -15,7 +15,7 @@ from torch import Tensor
 import hf_sparse
 from hf_sparse import get_peft_model, load_adapter
 from hf_sparse.cli import main
-from hf_sparse.recover import Recovery
+from hf_sparse.recovery.training import train as train_recovery
 from hf_sparse.upstream.peft_by_name import has_adapters
 from tests.adapters.test_adapters import lora, outputs, shira, train
 from tests.support.closeness import same
@@ -210,14 +210,12 @@ def test_an_update_that_overflows(kind: str) -> None:
 def test_a_recovery_that_diverges_in_its_last_step(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Recovery.run
-
-    def diverging(recovery: Recovery, trained: Any, *args: Any, **kwargs: Any) -> list[float]:
-        losses = run(recovery, trained, *args, **kwargs)
+    def diverging(recovery: Any, trained: Any, *args: Any, **kwargs: Any) -> list[float]:
+        losses = train_recovery(recovery, trained, *args, **kwargs)
         trained_weights(trained)[0].fill_(float("nan"))
         return losses
 
-    monkeypatch.setattr(Recovery, "run", diverging)
+    monkeypatch.setattr("hf_sparse.recovery.rates.train", diverging)
     model = sparse_model()
     before = outputs(model)
     with pytest.raises(ValueError, match="has values that are not finite"):

@@ -39,8 +39,8 @@ def test_labels_that_are_no_tokens_are_refused_before_training(labels: Any, want
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ({"logits": -1.0}, "logits=-1.0; wanted"),
-        ({"logits": 2.0}, "logits=2.0; wanted"),
+        ({"logits": -1.0}, "logits is -1.0; wanted"),
+        ({"logits": 2.0}, "logits is 2.0; wanted"),
         ({"seed": -1}, "seed is -1; wanted"),
         ({"seed": 2**70}, "seed is .*; wanted"),
         ({"r": 10**9, "method": "lora"}, "rank 1000000000 is more than"),

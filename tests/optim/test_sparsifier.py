@@ -273,7 +273,7 @@ def test_a_short_run_adjusts_more_often(method: str) -> None:
     assert sparsifier.interval == 1
     reached = sparsities(model, optimizer, sparsifier, 15)
     assert reached[-1] == pytest.approx(0.6, abs=1e-4)
-    if method != "movement":
+    if method not in ("movement", "admm"):  # these become sparse at the end
         assert 0 < reached[3] < reached[5] < 0.6
 
 

@@ -96,6 +96,7 @@ def trainer(
         ("proximal", "2:4"),
         ("magnitude", "unstructured"),
         ("movement", "block:4x1"),
+        ("admm", "2:4"),
     ],
 )
 def test_trainer_gives_the_promised_zeros_and_a_compressed_checkpoint(

@@ -16,8 +16,9 @@ from hf_sparse.optim.penalties import PENALTIES, SCALES
 from hf_sparse.optim.schedules import SHAPES
 from hf_sparse.patterns import Pattern
 from hf_sparse.pruning.allocation import ALLOCATIONS
-from hf_sparse.pruning.methods import METHODS, REFINEMENTS, Composition
-from hf_sparse.recovery import RECOVERIES
+from hf_sparse.pruning.composition import REFINEMENTS, Composition
+from hf_sparse.pruning.methods import METHODS
+from hf_sparse.recovery.methods import RECOVERIES
 
 
 def told(value: Any) -> str:

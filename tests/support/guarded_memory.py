@@ -22,15 +22,26 @@ _PAGE = mmap.PAGESIZE
 def guarded(nbytes: int, alignment: int = 1) -> Any:
     """Bytes between two pages without access, as close to the second one as the alignment allows."""
     body = max(-(-nbytes // _PAGE), 1) * _PAGE
+    base = between_guards(body)
+    start = (base + body - nbytes) // alignment * alignment
+    room = (ctypes.c_ubyte * nbytes).from_address(start)
+    weakref.finalize(room, _LIBC.munmap, base - _PAGE, body + 2 * _PAGE)
+    return np.frombuffer(memoryview(room), np.uint8, nbytes)
+
+
+def between_guards(body: int) -> int:
+    """The address of `body` bytes between two pages without access."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     base = _LIBC.mmap(None, body + 2 * _PAGE, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
     assert base != ctypes.c_void_p(-1).value
     for page in (base, base + _PAGE + body):
-        assert _LIBC.mprotect(page, _PAGE, 0) == 0
-    start = (base + _PAGE + body - nbytes) // alignment * alignment
-    room = (ctypes.c_ubyte * nbytes).from_address(start)
-    weakref.finalize(room, _LIBC.munmap, base, body + 2 * _PAGE)
-    return np.frombuffer(memoryview(room), np.uint8, nbytes)
+        assert protect(page, _PAGE, 0)
+    return int(base) + _PAGE
+
+
+def protect(address: int, nbytes: int, access: int) -> bool:
+    """Allow some access to pages, and no other."""
+    return bool(_LIBC.mprotect(address, nbytes, access) == 0)
 
 
 def guard_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
