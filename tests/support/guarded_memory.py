@@ -47,7 +47,13 @@ def protect(address: int, nbytes: int, access: int) -> bool:
 def guard_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put every packed weight, bias and norm of loaded models, and all buffers, in guarded memory."""
     from hf_sparse.runtime.model import single_layers
-    from hf_sparse.runtime.programs import many_tokens, one_token, row_buffers, tile_buffers
+    from hf_sparse.runtime.programs import (
+        distances,
+        one_token,
+        row_buffers,
+        seen_keys,
+        tile_buffers,
+    )
     from hf_sparse.runtime.weights import linear, memory
 
     def aligned(*shape: int) -> torch.Tensor:
@@ -57,7 +63,8 @@ def guard_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     def room(shelf: Any, nbytes: int) -> Any:
         return guarded(nbytes)
 
-    for module in (linear, one_token, many_tokens, row_buffers, tile_buffers, single_layers):
+    programs = (distances, one_token, row_buffers, seen_keys, tile_buffers)
+    for module in (linear, *programs, single_layers):
         monkeypatch.setattr(module, "aligned", aligned)
     linear._no_bias.cache_clear()
     monkeypatch.setattr(memory.Shelf, "room", room)

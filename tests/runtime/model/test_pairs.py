@@ -29,7 +29,9 @@ from hf_sparse.runtime.programs import row_steps
 from hf_sparse.upstream.transformers.caches import cache_name
 from tests.support.closeness import same
 from tests.support.compiled_families import tensors_of
-from tests.support.crosses import cross
+from tests.support.compiled_folders import in_a_child
+from tests.support.compiled_models import compiled_for
+from tests.support.guarded_memory import guard_the_runtime
 from tests.support.pairs import CONFIGS, ids_of, inputs_of, pair_of
 
 TOLERANCE = {"atol": 3e-5, "rtol": 1e-4}
@@ -53,24 +55,25 @@ def test_every_family_is_tried() -> None:
     assert set(CONFIGS) == set(PAIRS)
 
 
-@cross("tokens, decoded, family", [(1, 1), (90, 5), (7, 70)], CONFIGS)
-def test_hidden_states_of_both_stacks(family: str, tokens: int, decoded: int) -> None:
+@pytest.mark.parametrize("family", some(CONFIGS, ("bart", "umt5")))
+def test_hidden_states_of_both_stacks(family: str) -> None:
     model, compiled = pair(family)
-    given = inputs_of(2, tokens, decoded)
-    with torch.no_grad():
-        wanted = model(**given, output_hidden_states=True)
-        plain = compiled(**given)
-        # As when teachers force: without a cache.
-        found = compiled(**given, output_hidden_states=True, use_cache=False)
-    for name, mask in (("encoder", "attention_mask"), ("decoder", "decoder_attention_mask")):
-        seen = given[mask].bool()
-        states, references = found[f"{name}_hidden_states"], wanted[f"{name}_hidden_states"]
-        assert len(states) == len(references) == 3 + (name == "encoder")
-        for state, reference in zip(states, references, strict=True):
-            torch.testing.assert_close(state[seen], reference[seen], **TOLERANCE)
-    torch.testing.assert_close(plain.logits[seen], wanted.logits[seen], **TOLERANCE)
     assert type(compiled) is type(model)
     assert compiled.explain(tokens=1).reason is None
+    for tokens, decoded in ((1, 1), (90, 5), (7, 70)):
+        given = inputs_of(2, tokens, decoded)
+        with torch.no_grad():
+            wanted = model(**given, output_hidden_states=True)
+            plain = compiled(**given)
+            # As when teachers force: without a cache.
+            found = compiled(**given, output_hidden_states=True, use_cache=False)
+        for name, mask in (("encoder", "attention_mask"), ("decoder", "decoder_attention_mask")):
+            seen = given[mask].bool()
+            states, references = found[f"{name}_hidden_states"], wanted[f"{name}_hidden_states"]
+            assert len(states) == len(references) == 3 + (name == "encoder")
+            for state, reference in zip(states, references, strict=True):
+                torch.testing.assert_close(state[seen], reference[seen], **TOLERANCE)
+        torch.testing.assert_close(plain.logits[seen], wanted.logits[seen], **TOLERANCE)
 
 
 # What else is made of the families' stacks, some of it of one of them.
@@ -90,7 +93,7 @@ HEADS: dict[str, tuple[str, Any]] = {
 
 
 @pytest.mark.parametrize("padding", some(["right", "left"], ["right"]))
-@pytest.mark.parametrize("head", some(HEADS, ("sequence", "causal", "t5 tokens", "t5 question")))
+@pytest.mark.parametrize("head", some(HEADS, ("causal", "t5 tokens")))
 def test_every_head(head: str, padding: str) -> None:
     family, auto = HEADS[head]
     model, compiled = pair(family, auto)
@@ -122,7 +125,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", some(OPTIONS, OPTIONS[:1]), ids=str)
 @pytest.mark.parametrize("padding", some(["left", "right"], ["left"]))
-@pytest.mark.parametrize("family", some(CONFIGS, VARIED))
+@pytest.mark.parametrize("family", some(CONFIGS, ("bart", "umt5")))
 def test_generate(family: str, padding: str, options: dict[str, Any]) -> None:
     ids, mask = ids_of(3, 19, **{padding: 5})
     found = []
@@ -132,7 +135,7 @@ def test_generate(family: str, padding: str, options: dict[str, Any]) -> None:
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("family", some(CONFIGS, VARIED))
+@pytest.mark.parametrize("family", some(CONFIGS, ("bart", "umt5")))
 def test_a_cache_goes_on_from_any_position(family: str) -> None:
     """Several tokens at a time, and single ones by rows, on more threads than one."""
     model, compiled = pair(family)
@@ -161,7 +164,7 @@ def test_a_cache_goes_on_from_any_position(family: str) -> None:
     )
 
 
-@pytest.mark.parametrize("family", some(VARIED, ("t5",)))
+@pytest.mark.parametrize("family", some(VARIED, ("bart",)))
 def test_a_cache_that_the_model_filled_is_taken_over(family: str) -> None:
     model, compiled = pair(family)
     given = inputs_of(2, 23, 9)
@@ -175,7 +178,7 @@ def test_a_cache_that_the_model_filled_is_taken_over(family: str) -> None:
     torch.testing.assert_close(found, wanted, **TOLERANCE)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", some([8, 4], [4]))
 @pytest.mark.parametrize("family", some(VARIED, ("t5",)))
 def test_bits(family: str, bits: int) -> None:
     """All weights of both stacks are codes; many tokens and single ones agree."""
@@ -200,7 +203,7 @@ def test_bits(family: str, bits: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", some(CONFIGS, ("bart",)))
+@pytest.mark.parametrize("family", some(CONFIGS, ()))
 def test_two_byte_models(family: str, kind: torch.dtype) -> None:
     model = pair_of(family).to(kind)
     compiled = hf_sparse.compile(model)
@@ -228,13 +231,10 @@ def test_patterns(family: str, pattern: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in target.targets() if name != "avx512"])
-@pytest.mark.parametrize("family", some(VARIED, ("t5",)))
+@pytest.mark.parametrize("family", some(VARIED, ()))
 def test_other_vector_widths(family: str, name: str) -> None:
     model, _ = pair(family)
-    try:
-        compiled = hf_sparse.compile(model, target=name)
-    except ValueError as error:
-        pytest.skip(str(error))
+    compiled = compiled_for(name, model)
     ids, mask = ids_of(2, 45, right=4)
     generated = [one.generate(ids, attention_mask=mask, **GENERATED) for one in (model, compiled)]
     assert torch.equal(*generated)
@@ -249,7 +249,9 @@ FILES = [*((family, AutoModelForSeq2SeqLM) for family in CONFIGS)]
 FILES += [("t5", T5EncoderModel), ("bart", BartForCausalLM)]
 
 
-@pytest.mark.parametrize("which", some(FILES, [FILES[0], FILES[7], *FILES[-2:]]), ids=str)
+@pytest.mark.parametrize(
+    "which", some(FILES, [("umt5", AutoModelForSeq2SeqLM), FILES[-1]]), ids=str
+)
 def test_a_saved_model_comes_back(which: tuple[str, Any], tmp_path: Path) -> None:
     family, auto = which
     _, compiled = pair(family, auto)
@@ -266,8 +268,27 @@ def test_a_saved_model_comes_back(which: tuple[str, Any], tmp_path: Path) -> Non
         assert torch.equal(*found)
 
 
-def test_the_result_does_not_hang_on_the_number_of_threads() -> None:
+@pytest.mark.slow
+def test_kernels_stay_within_their_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it ends at pages without access; a process of its own would end there."""
     for family in VARIED:
+        hf_sparse.save_compiled(pair(family)[1], tmp_path / family)
+
+    def run() -> None:
+        torch.set_num_threads(1)
+        guard_the_runtime(monkeypatch)
+        for family in VARIED:
+            loaded = hf_sparse.load_compiled(tmp_path / family)
+            given = inputs_of(2, 64, 65)
+            with torch.no_grad():
+                loaded(**given)
+                loaded.generate(given["input_ids"], **GENERATED)
+
+    assert in_a_child(run) == 0
+
+
+def test_the_result_does_not_hang_on_the_number_of_threads() -> None:
+    for family in ("bart", "umt5"):
         _, compiled = pair(family)
         given = inputs_of(3, 70, 70)
         with torch.no_grad():
