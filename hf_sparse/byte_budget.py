@@ -25,7 +25,8 @@ from hf_sparse.calibration.sensitivity import input_norms, output_changes
 from hf_sparse.calibration.windows import checked_batches
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.counts import format_table
-from hf_sparse.pruning.quantized import bits_a_weight, check_can_round
+from hf_sparse.pruning.bit_counts import bits_a_weight
+from hf_sparse.pruning.grid_rounding import check_can_round
 from hf_sparse.quantization import Grid, rounded
 from hf_sparse.structure.layers import TargetLayer, promised_config
 from hf_sparse.structure.targets import Targets

@@ -114,6 +114,18 @@ def test_the_largest_weight_of_4_bits_has_the_code_of_8_steps_whatever_its_sign(
     assert (found - weight).square().sum() < 0.85 * (before - weight).square().sum()
 
 
+def test_codes_above_128_are_found_in_bfloat16_though_it_lies_beside_them():
+    """143 times such a scale is rounded to what is nearer to 142 times it."""
+    grid, scale = Grid(8, 32, symmetric=False), 0.00087738037109375
+    weight = torch.zeros(1, 32)
+    weight[0, :3] = torch.tensor([-143.0, 112.0, 1.0]) * scale
+    held = weight.bfloat16()
+    assert int((held[0, 0].float() / scale).round()) == -142
+    found = codes_of(held, grid)
+    assert torch.equal(found.weight(torch.bfloat16), held)
+    assert found.codes[0, :4].tolist() == [-143, 112, 1, 0]
+
+
 def test_the_scale_of_the_rounding_is_found_again():
     """Of float32: the codes of the rounding, not other ones that give the same values."""
     for grid in (Grid(8, 64), Grid(4, 32)):
