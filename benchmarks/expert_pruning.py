@@ -5,8 +5,9 @@
     python benchmarks/expert_pruning.py MIXTURE                 # prose that Python ships
 
 A quarter and a half of the experts go, by each score of `hf_sparse.drop_experts_`, and merged with
-`--merged`. Prints the perplexity of the mixture and of each smaller one: nothing is trained after
-experts went. With `--out` each row is a line of JSON, too; rows that the file has are skipped.
+`--merged`, in bfloat16 where the CPU multiplies it. Prints the perplexity of the mixture and of each
+smaller one: nothing is trained after experts went. With `--out` each row is a line of JSON, too; rows
+that the file has are skipped.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ if __name__ == "__main__":  # help and wrong usage need no slow import
 
 import torch
 from real_mixture import perplexity
-from real_models import machine, texts
+from real_models import faster, machine, texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
@@ -67,14 +68,14 @@ def main(options: argparse.Namespace) -> None:
         )
         for name in told
     }
-    known = read(options.out)
+    known = [row for row in read(options.out) if row["mixture"] == options.mixture.name]
     ways = {**WAYS, **(MERGED if options.merged else {})}
     cells = [(0.0, "none", {})]
     cells += [(share, name, how) for share in options.shares for name, how in ways.items()]
     for share, name, how in cells:
         if any((row["share"], row["by"]) == (share, name) for row in known):
             continue
-        model = AutoModelForCausalLM.from_pretrained(options.mixture, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(options.mixture, dtype=faster()).eval()
         start = time.process_time()
         if share:
             looks = how["by"] != "magnitude" or "merge" in how
@@ -87,6 +88,8 @@ def main(options: argparse.Namespace) -> None:
             "perplexity": {text: perplexity(model, own) for text, own in measured.items()},
             "windows": options.windows,
             "held_out": options.held_out,
+            "mixture": options.mixture.name,
+            "type": str(faster()).removeprefix("torch."),
             "machine": machine(),
         }
         print(json.dumps(row), flush=True)

@@ -72,18 +72,19 @@ def main(options: argparse.Namespace) -> None:
     for method in options.methods:
         for name, seen in (("their own tokens", None), ("all tokens", every_token)):
             model, start = copy.deepcopy(mixture), time.process_time()
-            original = layer_inputs.routed_tokens
-            with mock.patch.object(layer_inputs, "routed_tokens", seen or original):
+            with mock.patch.object(layer_inputs, "routed", seen or layer_inputs.routed):
                 hf_sparse.prune_(model, config, method, batches)
             rows.append(row(f"{method} 2:4, {name}", model, time.process_time() - start))
     head = ("model", *(f"perplexity, {name}" for name in names), "CPU seconds")
     print(format_table(head, rows))
 
 
-def every_token(stack: Any, args: Any, kwargs: Any, masks: Any) -> Callable[[int], Tensor]:
-    """In the place of `routed_tokens`: every expert sees all tokens."""
+def every_token(
+    stack: Any, args: Any, kwargs: Any, masks: Any
+) -> Callable[[int], tuple[Tensor, None]]:
+    """In the place of `routed`: every expert sees all tokens."""
     inputs = masks.counted(args[0].detach())
-    return lambda expert: inputs
+    return lambda expert: (inputs, None)
 
 
 if __name__ == "__main__":

@@ -42,9 +42,15 @@ class Data:
     """Tokenised examples of one split."""
 
     def __init__(
-        self, folder: Path, task: Task, split: str, tokenizer: Any, device: str = "cpu"
+        self,
+        folder: Path,
+        task: Task,
+        split: str,
+        tokenizer: Any,
+        device: str = "cpu",
+        most: int | None = None,
     ) -> None:
-        lines = (folder / f"{split}.jsonl").read_text().splitlines()
+        lines = (folder / f"{split}.jsonl").read_text().splitlines()[:most]
         rows = [json.loads(line) for line in lines]
         texts = [[row[column] for row in rows] for column in task.texts]
         self.inputs = tokenizer(*texts, truncation=True, max_length=128)["input_ids"]

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cells import Keyed, add_flags, answer, append, measured, missing, read
+from cells import Keyed, add_flags, append, measured, missing, table
 
 if __name__ == "__main__":  # help and wrong usage need no slow import
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -125,11 +125,7 @@ def cells() -> Iterator[Cell]:
 def main(options: argparse.Namespace) -> None:
     """Fill the table, print it, or with --cell measure one line in this process."""
     disable_progress_bar()
-    if answer(Cell, options, machine(options.device), measure):
-        return
-    if not options.table:
-        fill(options)
-    print_table(read(options.out))
+    table(Cell, options, machine(options.device), measure=measure, fill=fill, show=print_table)
 
 
 def fill(options: argparse.Namespace) -> None:

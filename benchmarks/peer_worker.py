@@ -37,7 +37,7 @@ def torch_model(folder, dtype="float32", compiled=False, ours=False):
     model = model_class.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     run = torch.compile(model) if compiled else model
     if ours:
-        run = hf_sparse.compile(model)
+        run = hf_sparse.compile(model, target=os.environ.get("HF_SPARSE_TARGET"))
         del model  # the dense weights are no longer needed
 
     def prepare(batch, tokens):
@@ -64,7 +64,9 @@ def onnxruntime_model(file):
 
     def prepare(batch, tokens):
         ids, mask = inputs(batch, tokens)
-        return lambda: session.run(None, {"input_ids": ids, "attention_mask": mask})
+        every = {"input_ids": ids, "attention_mask": mask, "token_type_ids": ids * 0}
+        feed = {given.name: every[given.name] for given in session.get_inputs()}
+        return lambda: session.run(None, feed)
 
     return prepare
 
@@ -145,6 +147,7 @@ KINDS = {
     "torch-compile-bf16": lambda folder: torch_model(folder, "bfloat16", compiled=True),
     "ours": lambda folder: torch_model(folder, ours=True),
     "onnxruntime": onnxruntime_model,
+    "onnxruntime-int8": onnxruntime_model,
     "openvino": openvino_model,
     "deepsparse": deepsparse_model,
     "tensorflow": tensorflow_model,
@@ -159,9 +162,9 @@ def main():
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("model")
     options = parser.parse_args()
-    prepare = KINDS[options.kind](options.model)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what runtimes print goes to stderr
+    prepare = KINDS[options.kind](options.model)
     print("ready", file=answers)
     calls = {}
     for line in sys.stdin:

@@ -3,19 +3,24 @@
     python benchmarks/peers.py --install            sets up .peers/NAME, an environment per runtime
     python benchmarks/peers.py                      BERT-base's shape, random weights, magnitude
     python benchmarks/peers.py --model FOLDER       a sparse checkpoint, and its zeros made dense
+    python benchmarks/peers.py --target avx2        every runtime that can be is held to AVX2
     python benchmarks/peers.py --table FILE         prints the tables of an earlier run
 
 Every runtime is a process of its own with 2 threads that waits for its turn; in each round all are
 timed once, after a call that is not timed, so that slow phases of the machine meet all of them.
 Medians, and ratios of medians with the quartiles of the rounds' own ratios. TensorFlow has random
 weights, which makes no difference to a dense runtime; IREE and TensorFlow are skipped where only
-sparse weights are compared.
+sparse weights are compared. `int8` is ONNX Runtime's dynamic quantization of the dense model. With
+`--target`, torch and OpenVINO are held by oneDNN's variable. ONNX Runtime has none and keeps what the
+CPU has; DeepSparse is left out, since its products of dense weights are faster with NM_ARCH=avx2 than
+AVX2 can be.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -30,6 +35,8 @@ if __name__ == "__main__":  # help and wrong usage need no slow import
     parser.add_argument("--root", type=Path, default=Path(".peers"), help="their environments")
     parser.add_argument("--work", type=Path, default=Path("bench_output/peers"), help="models")
     parser.add_argument("--model", type=Path, help="a sparse checkpoint instead of random weights")
+    parser.add_argument("--target", choices=["avx2"], help="hold runtimes to instructions")
+    parser.add_argument("--shapes", nargs="+", metavar="BATCHxTOKENS", help="some of SHAPES")
     parser.add_argument("--out", type=Path, help="results as JSON")
     parser.add_argument("--plot", type=Path, help="a picture of the milliseconds")
     parser.add_argument("--table", type=Path, help="only print the tables of this JSON file")
@@ -58,8 +65,17 @@ VARIANTS = {
     "90 % 4x1": ("block:4x1", 0.9),
     "95 % 4x1": ("block:4x1", 0.95),
 }
+Shapes = tuple[tuple[int, int], ...]
 # Batch, tokens: rounds.
 SHAPES = {(1, 128): 15, (1, 384): 7, (8, 128): 5, (32, 128): 3}
+# What holds runtimes to a target; `HF_SPARSE_TARGET` is read by peer_worker.py alone.
+HELD = {
+    "avx2": {
+        "HF_SPARSE_TARGET": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    }
+}
 # Between two calls: threads that still spin come to rest.
 _PAUSE = 0.1
 
@@ -71,7 +87,7 @@ class Peer:
     name: str
     variant: str
     process: subprocess.Popen
-    shapes: tuple[tuple[int, int], ...]
+    shapes: Shapes
 
     def time(self, shape: tuple[int, int]) -> float:
         """Milliseconds of one call."""
@@ -127,7 +143,7 @@ def export(model: Any, file: Path, fixed: bool) -> None:
     model.set_attn_implementation(implementation)
 
 
-def prepare(work: Path, source: Path | None, iree: Path) -> list[str]:
+def prepare(work: Path, source: Path | None, iree: Path | None) -> list[str]:
     """Write every variant as a folder and an ONNX file; returns their names."""
     work.mkdir(parents=True, exist_ok=True)
     names = ["dense", "sparse"] if source else list(VARIANTS)
@@ -145,7 +161,9 @@ def prepare(work: Path, source: Path | None, iree: Path) -> list[str]:
         plain = hf_sparse.SparsityConfig("unstructured", 0.0, format="dense")
         hf_sparse.save_pretrained(model, folder, plain)
         export(model, folder / "model.onnx", fixed=False)
-        if name == "dense" and source is None:
+        if name == "dense":
+            hf_sparse.export_onnx(model, folder / "int8", quantize="dynamic")
+        if name == "dense" and source is None and iree is not None:
             fixed = work / "fixed.onnx"
             export(model, fixed, fixed=True)
             binaries = iree / "bin"
@@ -158,33 +176,44 @@ def prepare(work: Path, source: Path | None, iree: Path) -> list[str]:
     return names
 
 
-def start(work: Path, root: Path, names: list[str], whole: bool, log: Path) -> list[Peer]:
-    """Start every runtime that is to be compared."""
-    everything = tuple(SHAPES)
-    wanted: list[tuple[str, str, tuple]] = [("ours", name, everything) for name in names]
-    dense: list[tuple[str, tuple]] = [
+def start(
+    work: Path,
+    root: Path,
+    names: list[str],
+    everything: Shapes,
+    whole: bool,
+    log: Path,
+    held: dict[str, str],
+) -> list[Peer]:
+    """Start every runtime that is to be compared, with the variables `held` in its environment."""
+    wanted: list[tuple[str, str, Shapes]] = [("ours", name, everything) for name in names]
+    dense: list[tuple[str, Shapes]] = [
         ("torch", everything),
         ("torch-bf16", everything),
         ("torch-compile", everything),
         ("torch-compile-bf16", everything),
         ("onnxruntime", everything),
+        ("onnxruntime-int8", everything),
         ("openvino", everything),
-        ("deepsparse", everything),
     ]
+    if not held:
+        dense.append(("deepsparse", everything))
     if whole:
         dense += [("tensorflow", everything), ("iree", ((1, 128),))]
     wanted += [(kind, "dense", shapes) for kind, shapes in dense]
-    wanted += [
-        ("deepsparse", name, everything) for name in names if name != "dense" and "4x1" not in name
-    ]
+    zeros = [name for name in names if name != "dense" and "4x1" not in name and not held]
+    wanted += [("deepsparse", name, everything) for name in zeros]
     peers = []
     for kind, name, shapes in wanted:
         folder = work / name.replace(" ", "").replace("%", "")
         local = kind == "ours" or kind.startswith("torch")
-        python = sys.executable if local else str(root / kind / "bin" / "python")
+        runtime, _, of = kind.partition("-")
+        python = sys.executable if local else str(root / runtime / "bin" / "python")
         if not Path(python).exists():
             raise FileNotFoundError(f"{python} is not there: run peers.py --install first")
         model = folder if local else folder / ("model.vmfb" if kind == "iree" else "model.onnx")
+        if of == "int8":
+            model = folder / "int8" / "model.onnx"
         worker = Path(__file__).with_name("peer_worker.py")
         with open(log, "a") as errors:
             process = subprocess.Popen(
@@ -193,6 +222,7 @@ def start(work: Path, root: Path, names: list[str], whole: bool, log: Path) -> l
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                env={**os.environ, **held},
             )
         assert process.stdout is not None
         if process.stdout.readline().strip() != "ready":
@@ -208,6 +238,8 @@ def measure(peers: list[Peer]) -> list[dict[str, Any]]:
     for shape, rounds in SHAPES.items():
         chosen = [peer for peer in peers if shape in peer.shapes]
         times: dict[int, list[float]] = {id(peer): [] for peer in chosen}
+        if not chosen:
+            continue
         for peer in chosen:
             peer.time(shape)  # prepares the shape
         for _ in range(rounds):
@@ -278,9 +310,14 @@ def main(args: argparse.Namespace) -> None:
     else:
         torch.set_num_threads(2)
         work = args.work / args.model.name if args.model else args.work / "bert-base"
-        names = prepare(work, args.model, args.root / "iree")
-        peers = start(work, args.root, names, args.model is None, args.work / "log.txt")
-        result = {"machine": machine(), "lines": measure(peers)}
+        whole = args.model is None and args.target is None
+        held = HELD.get(args.target, {})
+        names = prepare(work, args.model, args.root / "iree" if whole else None)
+        chosen = args.shapes or [f"{batch}x{tokens}" for batch, tokens in SHAPES]
+        shapes = tuple(shape for shape in SHAPES if f"{shape[0]}x{shape[1]}" in chosen)
+        peers = start(work, args.root, names, shapes, whole, args.work / "log.txt", held)
+        told = "".join(f", {name}={value}" for name, value in held.items())
+        result = {"machine": f"{machine()}{told}", "lines": measure(peers)}
         if args.out:
             args.out.write_text(json.dumps(result))
     print(tables(result))

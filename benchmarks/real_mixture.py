@@ -12,7 +12,9 @@ after block, on the hidden states that the blocks before it give:
    and a token's experts together give what makes the hidden states those of the dense model: they take
    over what other experts did, and what earlier blocks miss.
 
-With `--train` all weights are then trained on so many windows, with the dense model as teacher. Prints
+With `--train` all weights are then trained on so many windows, with the dense model as teacher and the
+loss that balances the experts' tokens, as mixtures are trained. A mixture that lies in the folder is
+taken, not built anew. Prints
 for each block how much of what all experts give (by squares) goes through those of a token, as the
 router, the best choice and chance choose them, and the error of the hidden states; at the end held-out
 perplexities.
@@ -45,6 +47,10 @@ if __name__ == "__main__":  # help and wrong usage need no slow import
     parser.add_argument("--windows", type=int, default=24, help="to fit on, of 512 tokens")
     parser.add_argument("--train", type=int, default=0, help="windows to train on afterwards")
     parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--balance", type=float, default=0.01, help="weight of the balancing loss")
+    parser.add_argument(
+        "--trained-out", type=Path, help="folder of the trained mixture (default: out)"
+    )
     parser.add_argument("--held-out", type=int, default=8, help="windows to measure on")
     parser.add_argument("--blocks", type=int, help="stop after so many: to look at the errors")
     parser.add_argument("--threads", type=int, default=1)
@@ -104,16 +110,21 @@ def main(options: argparse.Namespace) -> None:
         for name, told in held_out.items()
     }
     start = time.process_time()
-    model = mixture_of(dense, windows[: options.windows], options)
-    if options.blocks is not None:
-        return
-    model.save_pretrained(options.out)
-    tokenizer.save_pretrained(options.out)
-    tell("dense", dense, measured, 0.0)
-    tell("mixture", model, measured, time.process_time() - start)
-    if options.train:
-        train_(model, dense, windows[options.windows :], options.lr)
+    if (options.out / "config.json").exists():
+        model = AutoModelForCausalLM.from_pretrained(options.out).eval()
+    else:
+        model = mixture_of(dense, windows[: options.windows], options)
+        if options.blocks is not None:
+            return
         model.save_pretrained(options.out)
+        tokenizer.save_pretrained(options.out)
+        tell("dense", dense, measured, 0.0)
+        tell("mixture", model, measured, time.process_time() - start)
+    if options.train:
+        start = time.process_time()
+        train_(model, dense, windows[options.windows :], options)
+        model.save_pretrained(options.trained_out or options.out)
+        tokenizer.save_pretrained(options.trained_out or options.out)
         tell("mixture, trained", model, measured, time.process_time() - start)
 
 
@@ -297,13 +308,19 @@ def fitted_router(inputs: Tensor, sizes: Tensor, top_k: int) -> Tensor:
     return found * (_SPREAD / (inputs @ found.T).std(dim=1).mean())
 
 
-def train_(model: Any, dense: Any, windows: list[dict[str, Tensor]], lr: float) -> None:
+def train_(
+    model: Any, dense: Any, windows: list[dict[str, Tensor]], options: argparse.Namespace
+) -> None:
     """Train all weights on windows, once, with the dense model as teacher."""
+    model.router_aux_loss_coef = options.balance / (1 - _TAUGHT)  # of the whole loss
+    model.config.output_router_logits = True
     taught = hf_sparse.Distillation(dense, logits=_TAUGHT, temperature=1.0).attach(model.train())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0
+    )
     steps = len(windows) // _ACCUMULATE
     rates = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=lr, total_steps=steps, pct_start=0.1
+        optimizer, max_lr=options.lr, total_steps=steps, pct_start=0.1
     )
     order = torch.randperm(len(windows)).tolist()
     for step in range(steps):
@@ -320,6 +337,7 @@ def train_(model: Any, dense: Any, windows: list[dict[str, Tensor]], lr: float) 
         rates.step()
         print(f"step {step + 1} of {steps}: loss {total:.3f}", flush=True)
     taught.remove()
+    model.config.output_router_logits = False
     model.eval()
 
 

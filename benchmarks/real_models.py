@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
 from hf_sparse import SparsityConfig
+from hf_sparse.calibration.losses import multiplies_bfloat16
 from hf_sparse.timing import processor_name
 
 PLAIN = SparsityConfig("unstructured", sparsity=0.0, format="dense")
@@ -86,6 +87,11 @@ def machine(device: str = "cpu") -> str:
         f"{transformers.__version__}, safetensors {safetensors.__version__}, Python "
         f"{sys.version.split()[0]}; {processor_name()}, {torch.get_num_threads()} threads{gpu}"
     )
+
+
+def faster() -> torch.dtype:
+    """The type in which this CPU multiplies faster."""
+    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
 
 
 def peak_mb() -> float:

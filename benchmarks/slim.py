@@ -7,7 +7,9 @@
 
 12.5, 25 and 37.5 % of the blocks' weights go. `plan_slim` is called once for each size: "depth",
 "width" and "both" are the best of its mixes that take no heads and neurons, no blocks, or half as many
-blocks as depth alone; "slim" is the best of all. Baselines, from the papers' formulas:
+blocks as depth alone; "slim" is the best of all. Where the CPU multiplies bfloat16, the search looks at
+the model in it, and perplexities are of models in it; what is left is cut from the float32 weights, and
+trained in float32. Baselines, from the papers' formulas:
 
 ShortGPT (https://arxiv.org/abs/2403.03853): the blocks of least influence 1 - E[cos(x_i, x_{i+1})] go,
 as many as depth takes. 2SSP (https://arxiv.org/abs/2501.17771, equation 5, which the authors' code,
@@ -15,10 +17,10 @@ github.com/FabrizioSandri/2SSP at 88ab660, writes the same): of B blocks
 round(B * sparsity^((|FFN| / |attention|) / 1.5)) lose their attention, one after another, without which
 the perplexity of one sample is lowest; before that the neurons of least mean L2 norm over each
 sample's tokens go, as many in each block as the rest of the weights asks for. Theirs are samples of
-2,048 tokens; all rows here look at the same, shorter ones. No config of transformers
-tells a block without attention: 2SSP's models are made anew in memory.
+2,048 tokens; all rows here look at the same, shorter ones, `--calibration` windows. No config of
+transformers tells a block without attention: 2SSP's models are made anew in memory.
 
-Then each is trained on 131,072 tokens with the whole model as teacher. Results go into a file of JSON
+Then each is trained on `--tokens` with the whole model as teacher. Results go into a file of JSON
 lines; cells that it has are skipped, so that a run can be stopped and started again. Every cell runs in
 a process of its own. Models are kept in `--work`.
 """
@@ -35,7 +37,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cells import Keyed, add_flags, answer, append, chosen, measured, read
+from cells import Keyed, add_flags, append, chosen, measured, read, table
 
 if __name__ == "__main__":  # help and wrong usage need no slow import
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -49,7 +51,7 @@ if __name__ == "__main__":  # help and wrong usage need no slow import
     options = parser.parse_args()
 
 import torch
-from real_models import dense_smollm2, machine, texts
+from real_models import dense_smollm2, faster, machine, texts
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -60,8 +62,6 @@ from hf_sparse.slimming.plan import SlimChoice, SlimPlan
 from hf_sparse.structure.depth import Depth
 
 WINDOW = 512
-# Windows that the search looks at are shorter: it passes over them hundreds of times.
-SEARCH_WINDOW = 128
 SHARES = (0.125, 0.25, 0.375)
 OURS = ("slim", "depth", "width", "both")
 ALPHA = 1.5
@@ -94,14 +94,10 @@ def main(options: argparse.Namespace) -> None:
     """Fill the table, print it, or with --cell measure one line in this process."""
     disable_progress_bar()
     torch.set_num_threads(options.threads)
-    if answer(Cell, options, machine(), measure):
-        return
     if options.latency:
         print_latency(options)
         return
-    if not options.table:
-        fill(options)
-    print_table(read(options.out))
+    table(Cell, options, machine(), measure=measure, fill=fill, show=print_table)
 
 
 def fill(options: argparse.Namespace) -> None:
@@ -156,8 +152,10 @@ def make_ours(share: float, options: argparse.Namespace) -> None:
     model = dense(options)
     limit = model.num_parameters() - round(share * block_weights(model))
     start = time.process_time()
-    inputs = windows(options, options.calibration, SEARCH_WINDOW)
-    plan = hf_sparse.plan_slim(model, inputs, params=limit)
+    single = windows(options, options.calibration, WINDOW)
+    halves = [single[: len(single) // 2], single[len(single) // 2 :]]
+    inputs = [{name: torch.cat([one[name] for one in half]) for name in half[0]} for half in halves]
+    plan = hf_sparse.plan_slim(copy.deepcopy(model).to(faster()), inputs, params=limit)
     seconds = time.process_time() - start
     print(plan, flush=True)
     most = max(len(choice.removed) for choice in plan.choices)
@@ -220,7 +218,7 @@ def without_least_influence(model: Any, share: float, options: argparse.Namespac
         return hook
 
     handles = [layer.register_forward_hook(look(n)) for n, layer in enumerate(layers)]
-    for batch in windows(options, options.calibration, SEARCH_WINDOW):
+    for batch in windows(options, options.calibration, WINDOW):
         model(**batch, use_cache=False)
     for handle in handles:
         handle.remove()
@@ -257,7 +255,7 @@ def two_stages(model: Any, share: float, options: argparse.Namespace) -> Any:
 
         return hook
 
-    inputs = windows(options, options.calibration, SEARCH_WINDOW)
+    inputs = windows(options, options.calibration, WINDOW)
     handles = [
         layer.mlp.down_proj.register_forward_pre_hook(look(n)) for n, layer in enumerate(layers)
     ]
@@ -294,7 +292,7 @@ def measure(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     row: dict[str, Any] = {
         "data": "prose" if options.data is None else "WikiText-2, C4",
         "max_windows": options.max_windows,
-        "calibration": options.calibration * SEARCH_WINDOW,
+        "calibration": options.calibration * WINDOW,
         "parameters": model.num_parameters(),
         "removed": 1 - block_weights(model) / block_weights(whole),
         "blocks": len(model.model.layers),
@@ -311,6 +309,8 @@ def measure(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         if cell.method in OURS:
             folder = folder_of(cell, options)
             hf_sparse.save_pretrained(model, folder.with_name(f"{folder.name}-healed"))
+    model.to(faster())
+    row["measured in"] = str(faster()).removeprefix("torch.")
     row["perplexity"] = {
         name: hf_sparse.perplexity(model, tokenizer, text, WINDOW, max_windows=options.max_windows)
         for name, text in texts(options.data)[1].items()
@@ -323,7 +323,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     if not rows:
         raise SystemExit("no results yet")
     print(
-        f"{rows[0]['machine']}\n{rows[0]['data']}, {rows[0]['max_windows']} windows of {WINDOW}\n"
+        f"{rows[0]['machine']}\n{rows[0]['data']}, {rows[0]['max_windows']} windows of {WINDOW}, "
+        f"measured in {rows[0]['measured in']}\n"
     )
     names = list(rows[0]["perplexity"])
     columns = [f"{when}: {name}" for when in ("before", "after training") for name in names]

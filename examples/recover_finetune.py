@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_sparse"]
+#
+# [tool.uv.sources]
+# hf_sparse = { path = ".." }
+# ///
 """Fine-tune a pruned language model in Trainer; its zeros stay zero.
 
     python examples/recover_finetune.py SPARSE OUTPUT --data train.jsonl --held-out wikitext.txt \

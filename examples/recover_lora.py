@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_sparse[peft]"]
+#
+# [tool.uv.sources]
+# hf_sparse = { path = ".." }
+# ///
 """Train an adapter for a pruned language model in Trainer, and merge it; its zeros stay zero.
 
     python examples/recover_lora.py SPARSE OUTPUT --data train.jsonl --held-out wikitext.txt \

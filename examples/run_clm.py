@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_sparse[train]"]
+#
+# [tool.uv.sources]
+# hf_sparse = { path = ".." }
+# ///
 """Fine-tune a causal language model and make it sparse.
 
     python examples/run_clm.py --model_name_or_path gpt2 --dataset_name Salesforce/wikitext \\

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_sparse[train]"]
+#
+# [tool.uv.sources]
+# hf_sparse = { path = ".." }
+# ///
 """Fine-tune a classifier (or a regressor) and make it sparse: GLUE and anything of its shape.
 
     python examples/run_glue.py --model_name_or_path bert-base-uncased --dataset_name nyu-mll/glue \\

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_sparse[train]"]
+#
+# [tool.uv.sources]
+# hf_sparse = { path = ".." }
+# ///
 """Fine-tune a multiple-choice model and make it sparse: RACE and anything of its layout.
 
     python examples/run_multiple_choice.py --model_name_or_path albert-base-v2 \\

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_sparse[train]"]
+#
+# [tool.uv.sources]
+# hf_sparse = { path = ".." }
+# ///
 """Fine-tune an extractive question answering model and make it sparse: SQuAD 1.1 and 2.0.
 
     python examples/run_qa.py --model_name_or_path bert-base-uncased --dataset_name rajpurkar/squad \\

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_sparse"]
+#
+# [tool.uv.sources]
+# hf_sparse = { path = ".." }
+# ///
 """A plain smaller language model for one budget: fewer and smaller blocks, healed by the whole model.
 
     python examples/slim_llm.py MODEL OUTPUT --data train.jsonl --held-out wikitext.txt --params 0.7

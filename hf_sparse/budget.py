@@ -190,7 +190,7 @@ def sparsity_for(
     target: str | None = None,
     cache: Path | str | None = DEFAULT_CACHE,
 ) -> float:
-    """The least sparsity of a pattern whose predicted time keeps to a budget: for training.
+    """The least sparsity at which a pattern's predicted time is within a budget, for training.
 
     `SparsityCallback` and `Sparsifier` let all layers compete for one number of zeros; this is the
     number that a budget asks for.

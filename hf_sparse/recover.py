@@ -1,7 +1,7 @@
 """Recovery in one call: a pruned language model is trained on text, and its zeros stay.
 
-A model that lost blocks, heads or neurons has no zeros: it is trained as it is. The loop stands in
-`recovery.py`; Trainer does the same with `KeepZeros`, or on what `get_peft_model` returns.
+A model that lost blocks, heads or neurons has no zeros: it is trained as it is. The loop stands in the
+room `recovery`; Trainer does the same with `KeepZeros`, or on what `get_peft_model` returns.
 """
 
 from __future__ import annotations

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_sparse.arguments import check_has_values, check_kinds, check_model
+from hf_sparse.arguments import check_kinds, check_model
 from hf_sparse.counts import StepReport, format_table
 from hf_sparse.dropping.expert_report import ExpertReport
 from hf_sparse.dropping.zero_experts import drop_zero_experts_, has_zero_experts
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Step
+from hf_sparse.structure.changeable import check_changeable
 from hf_sparse.structure.layers import PRUNED_WITH, num_parameters, promised_config
 from hf_sparse.structure.own_config import (
     check_expressible,
@@ -142,7 +143,7 @@ def shrink_(model: PreTrainedModel, *, uniform: bool = False) -> ShrinkReport | 
     """
     check_model(model, "shrink_", PreTrainedModel)
     check_kinds(shrink_, locals())
-    check_has_values(model, "shrink_")
+    check_changeable(model, "shrink_", "shrink")
     if has_zero_experts(model):
         return drop_zero_experts_(model, uniform=uniform)
     blocks = find_units(model)

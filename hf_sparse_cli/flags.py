@@ -48,6 +48,13 @@ def add_saving(group: Any) -> None:
     add_overwrite(group)
 
 
+def add_output(command: argparse.ArgumentParser, help: str, tensors: bool = False) -> None:
+    """Add the group of flags of the output: its folder, what is saved beside it, what is printed."""
+    output = output_group(command, help)
+    add_saving(output)
+    add_printing(output, tensors)
+
+
 def add_overwrite(group: Any) -> None:
     """Whether the output may replace what is there."""
     group.add_argument(
@@ -86,11 +93,25 @@ def add_loading(group: Any, tokenizer: bool = True) -> None:
     group.add_argument("--gguf-file", help="GGUF file in the dense model's folder")
 
 
-def add_model(command: argparse.ArgumentParser, title: str) -> None:
-    """Add the group of flags that name a model, and tell how it is loaded."""
-    group = command.add_argument_group(title)
+def add_model(
+    command: argparse.ArgumentParser,
+    title: str,
+    description: str | None = None,
+    *,
+    tokenizer: bool = True,
+) -> Any:
+    """Add the group of flags that name a model, and tell how it is loaded; the group is returned."""
+    group = command.add_argument_group(title, description)
     group.add_argument("model", metavar="MODEL", help="folder or Hub name")
-    add_loading(group)
+    add_loading(group, tokenizer)
+    return group
+
+
+def add_folder(command: argparse.ArgumentParser, title: str, help: str) -> Any:
+    """Add the group of flags that name a checkpoint's folder; the group is returned."""
+    group = command.add_argument_group(title)
+    group.add_argument("folder", metavar="FOLDER", help=help)
+    return group
 
 
 def add_calibration(command: Any, told: str, *, required: bool) -> None:

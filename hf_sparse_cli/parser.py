@@ -20,8 +20,10 @@ from hf_sparse_cli.choices import (
 from hf_sparse_cli.effort import add_effort
 from hf_sparse_cli.flags import (
     TEXT,
+    add_folder,
     add_labels,
     add_loading,
+    add_model,
     add_overwrite,
     add_printing,
     add_saving,
@@ -34,7 +36,7 @@ from hf_sparse_cli.messages import add_messages
 from hf_sparse_cli.names import Parser, fraction
 from hf_sparse_cli.quantizing import add_grid, add_quantize
 from hf_sparse_cli.recovering import add_recover
-from hf_sparse_cli.reporting import add_report
+from hf_sparse_cli.reporting import add_inspect, add_report
 from hf_sparse_cli.shrinking import add_shrink
 from hf_sparse_cli.slimming import add_slim
 from hf_sparse_cli.tasks import add_tasks
@@ -51,7 +53,7 @@ def make_parser() -> Parser:
     _add_prune(commands)
     add_recover(commands)
     _add_eval(commands)
-    _add_inspect(commands)
+    add_inspect(commands)
     add_report(commands)
     _add_bench(commands)
     add_shrink(commands)
@@ -172,14 +174,13 @@ def _add_eval(commands: Any) -> None:
         "MODEL (--text FILE ... | --labels FILE ... | --tasks NAMES) [--dense MODEL]",
         [
             "SPARSE --dense MODEL --text held_out.txt",
+            "SPARSE --dense MODEL --text held_out.txt --record",
             "SPARSE --labels rows.jsonl",
             "SPARSE --dense MODEL --tasks arc_easy,piqa --task-data FOLDER --record",
         ],
     )
-    what = command.add_argument_group("what to measure")
-    what.add_argument("model", metavar="MODEL", help="folder or Hub name")
+    what = add_model(command, "what to measure")
     what.add_argument("--dense", help="the dense model, to be measured beside it")
-    add_loading(what)
     on = command.add_argument_group("data")
     data = on.add_mutually_exclusive_group(required=True)
     data.add_argument("--text", nargs="+", metavar="FILE", help=f"for perplexity: {TEXT}")
@@ -193,18 +194,9 @@ def _add_eval(commands: Any) -> None:
     add_tasks(command)
     output = command.add_argument_group("output")
     output.add_argument(
-        "--record", action="store_true", help="tell the figures of --tasks in MODEL's card"
+        "--record", action="store_true", help="tell the figures in MODEL's card, too"
     )
     add_printing(output)
-
-
-def _add_inspect(commands: Any) -> None:
-    command = command_parser(
-        commands, "inspect", "read a checkpoint's sparsity from its files", "FOLDER", ["SPARSE"]
-    )
-    what = command.add_argument_group("what to read")
-    what.add_argument("folder", metavar="FOLDER", help="checkpoint folder")
-    add_printing(command.add_argument_group("output"), tensors=True)
 
 
 def _add_bench(commands: Any) -> None:
@@ -215,9 +207,7 @@ def _add_bench(commands: Any) -> None:
         "MODEL",
         ["SPARSE --tokens 64 --explain"],
     )
-    what = command.add_argument_group("what to time")
-    what.add_argument("model", metavar="MODEL", help="folder or Hub name")
-    add_loading(what, tokenizer=False)
+    add_model(command, "what to time", tokenizer=False)
     how = command.add_argument_group("how to time")
     how.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
     how.add_argument("--tokens", type=int, default=128, help="tokens in each (default 128)")
@@ -246,9 +236,7 @@ def _add_export(commands: Any) -> None:
             "INT4 int4.gguf --gguf",
         ],
     )
-    what = command.add_argument_group("what to export")
-    what.add_argument("model", metavar="MODEL", help="folder or Hub name, of any family")
-    add_loading(what)
+    add_model(command, "what to export", "A model of any family.")
     how = command.add_argument_group("how to export")
     how.add_argument("--quantize", choices=QUANTIZATIONS, help="8-bit weights and activations")
     how.add_argument("--no-pack", action="store_true", help="store zeros as they are")
@@ -271,8 +259,7 @@ def _add_push(commands: Any) -> None:
         "FOLDER REPO_ID",
         ["SPARSE user/name-sparse --dry-run", "SPARSE user/name-sparse --onnx"],
     )
-    what = command.add_argument_group("what to upload")
-    what.add_argument("folder", metavar="FOLDER", help="checkpoint folder, or that of an adapter")
+    what = add_folder(command, "what to upload", "checkpoint folder, or that of an adapter")
     what.add_argument(
         "--base", help="folder or Hub name of the adapter's base model (default: what it names)"
     )
@@ -306,8 +293,7 @@ def _add_convert(commands: Any) -> None:
         "FOLDER OUTPUT",
         ["OLD_FOLDER NEW_FOLDER"],
     )
-    what = command.add_argument_group("what to convert")
-    what.add_argument("folder", metavar="FOLDER", help="the old checkpoint folder")
+    add_folder(command, "what to convert", "the old checkpoint folder")
     output = output_group(command, "folder to save the converted model in")
     output.add_argument(
         "--format", default="auto", choices=FORMATS, metavar="NAME", help="storage (default auto)"

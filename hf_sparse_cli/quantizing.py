@@ -8,12 +8,10 @@ from typing import Any
 from hf_sparse_cli.choices import BITS, GROUP_SIZES, ROUNDINGS
 from hf_sparse_cli.flags import (
     add_calibration,
-    add_loading,
-    add_printing,
-    add_saving,
+    add_model,
+    add_output,
     command_parser,
     named_list,
-    output_group,
 )
 
 
@@ -49,10 +47,8 @@ def add_quantize(commands: Any) -> None:
             "MODEL OUTPUT --bits 4 --group-size 32 --calibration text.jsonl",
         ],
     )
-    what = command.add_argument_group("what to quantise")
-    what.add_argument("model", metavar="MODEL", help="folder or Hub name")
+    what = add_model(command, "what to quantise")
     what.add_argument("--ignore", nargs="+", metavar="GLOB", help="layers to leave out")
-    add_loading(what)
     how = command.add_argument_group("grid", named_list("methods", ROUNDINGS))
     add_grid(how)
     how.add_argument(
@@ -62,9 +58,7 @@ def add_quantize(commands: Any) -> None:
         help="see above (default gptq with --calibration, else nearest)",
     )
     add_calibration(command, "Texts whose activations errors are measured on.", required=False)
-    output = output_group(command, "folder to save the quantised model in")
-    add_saving(output)
-    add_printing(output, tensors=True)
+    add_output(command, "folder to save the quantised model in", tensors=True)
 
 
 def check_grid(options: argparse.Namespace, *, needed: bool) -> None:

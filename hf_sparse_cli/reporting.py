@@ -1,4 +1,4 @@
-"""The flags of `report`, and what can be told of them before torch is imported."""
+"""The flags of `report` and `inspect`, and what can be told of them before torch is imported."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hf_sparse_cli.flags import add_printing, command_parser
+from hf_sparse_cli.flags import add_folder, add_printing, command_parser
 
 
 def add_report(commands: Any) -> None:
@@ -45,3 +45,16 @@ def check_report(options: argparse.Namespace) -> None:
         raise IsADirectoryError(f"--html {options.html} is a folder; wanted a file for the page.")
     if options.figures is not None and Path(options.figures).is_file():
         raise NotADirectoryError(f"--figures {options.figures} is a file; wanted a folder.")
+
+
+def add_inspect(commands: Any) -> None:
+    """Add the command that reads a folder."""
+    command = command_parser(
+        commands,
+        "inspect",
+        "read a checkpoint's sparsity from its files",
+        "FOLDER",
+        ["SPARSE", "user/name-sparse --tensors"],
+    )
+    add_folder(command, "what to read", "folder, or user/name on the Hub")
+    add_printing(command.add_argument_group("output"), tensors=True)

@@ -8,11 +8,9 @@ from hf_sparse_cli.choices import SLIM_AXES
 from hf_sparse_cli.flags import (
     add_calibration,
     add_model,
-    add_printing,
-    add_saving,
+    add_output,
     command_parser,
     named_list,
-    output_group,
 )
 from hf_sparse_cli.names import number_or_fraction
 
@@ -48,6 +46,4 @@ def add_slim(commands: Any) -> None:
         help="see above (default depth and width, of a mixture depth and experts)",
     )
     add_calibration(command, "Texts that losses are measured on.", required=True)
-    output = output_group(command, "folder to save the smaller model in")
-    add_saving(output)
-    add_printing(output)
+    add_output(command, "folder to save the smaller model in")

@@ -21,8 +21,12 @@ def add_tasks(command: argparse.ArgumentParser) -> None:
 
 def check_tasks(options: argparse.Namespace) -> None:
     """Raise a ValueError or an OSError for tasks that cannot be measured."""
+    if options.record and not Path(options.model).is_dir():
+        raise ValueError(
+            f"--record writes into MODEL's folder, and {options.model} is none here: leave it out."
+        )
     if options.tasks is None:
-        for name in ("task_data", "limit", "record"):
+        for name in ("task_data", "limit"):
             if getattr(options, name):
                 raise ValueError(f"--{name.replace('_', '-')} is for --tasks alone: leave it out.")
         return
@@ -34,10 +38,6 @@ def check_tasks(options: argparse.Namespace) -> None:
             )
     if options.task_data is not None and not Path(options.task_data).is_dir():
         raise FileNotFoundError(f"no such folder: {options.task_data}")
-    if options.record and not Path(options.model).is_dir():
-        raise ValueError(
-            f"--record writes into MODEL's folder, and {options.model} is none here: leave it out."
-        )
 
 
 def task_names(options: argparse.Namespace) -> list[str]:

@@ -63,7 +63,9 @@ def check(options: argparse.Namespace) -> None:
     for source in given.get("models") or ():
         check_model(source)
     if given.get("folder") is not None:
-        check_model(options.folder, local=options.command != "recover")
+        # Of the Hub, too: what is recovered, and what is inspected under the name of an owner.
+        named = options.command == "inspect" and "/" in options.folder
+        check_model(options.folder, local=options.command != "recover" and not named)
     if options.command in _CHECKS:
         _CHECKS[options.command](options)
 

@@ -81,8 +81,8 @@ def test_the_bench_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.slow
-def test_the_serving_example() -> None:
-    command = [sys.executable, ROOT / "examples/serve_cpu.py", "--smoke"]
+def test_the_example_that_serves_a_classifier() -> None:
+    command = [sys.executable, ROOT / "examples/serve_classifier.py", "--smoke"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["requests"] == 50

@@ -116,7 +116,7 @@ def load_adapter(
     is_trainable: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Load an adapter on the sparse model that it was made for: the counterpart of its saving.
+    """Load a saved PEFT adapter on the sparse model that it was trained on.
 
     Args:
         model: the sparse base model, or a PeftModel that has other adapters.
@@ -187,7 +187,18 @@ def _config_of(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
             f"{folder}/{ADAPTER_CONFIG_NAME} has unknown settings {', '.join(unknown)}: a newer "
             "version wrote it. Upgrade: pip install -U hf_sparse peft"
         )
-    return configs[kind](**values)
+    try:
+        return configs[kind](**values)
+    except (TypeError, AttributeError) as error:
+        raise _refused_by_peft(folder, error) from error
+
+
+def _refused_by_peft(folder: str | os.PathLike[str], error: Exception) -> ValueError:
+    """What to tell where PEFT stumbles over a setting."""
+    return ValueError(
+        f"{folder}/{ADAPTER_CONFIG_NAME} has settings that PEFT cannot follow: {error} Correct them, "
+        "or save the adapter again."
+    )
 
 
 def _check_fits(folder: str | os.PathLike[str], config: Any, model: Any, adapter_name: str) -> None:
@@ -270,6 +281,8 @@ def _misfits_explained(folder: str | os.PathLike[str]) -> Iterator[None]:
         raise ValueError(
             f"{folder} is damaged: its tensor {error} is missing. Save it again, or download it again."
         ) from error
+    except (TypeError, AttributeError) as error:
+        raise _refused_by_peft(folder, error) from error
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         if not lines:

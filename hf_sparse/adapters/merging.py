@@ -27,7 +27,7 @@ from hf_sparse.upstream.peft_by_name import is_peft_model
 
 
 def merge_adapters_(model: Any, adapter_names: Sequence[str] | None = None) -> Any:
-    """Merge the adapters of a PeftModel into its base model, whose zeros stay, to the weight.
+    """Merge the adapters of a PeftModel into its base model, and keep exactly its zeros.
 
     Args:
         model: a `peft.PeftModel`; afterwards it has no adapters.

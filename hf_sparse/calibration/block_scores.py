@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.calibration.calling import run_on
 from hf_sparse.calibration.losses import check_predicts, with_labels
 
 Batches = Sequence[Mapping[str, Any]]
@@ -21,7 +22,7 @@ def mean_loss(model: nn.Module, batches: Batches) -> float:
         inputs = with_labels(batch)
         check_predicts(inputs)
         labels = int((inputs["labels"] != -100).sum())
-        total += labels * float(model(**inputs).loss)
+        total += labels * float(run_on(model, inputs).loss)
         count += labels
     return total / count
 

@@ -10,8 +10,10 @@ Counted over the whole model, scores are taken as multiples of the mean of their
 grows with the size of the hidden states.
 
 Source: Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE compression",
-https://arxiv.org/abs/2510.13999. Departures: padding does not count; an expert that gets no token has
-score 0; a router whose families put experts into groups loses as many of each group.
+https://arxiv.org/abs/2510.13999. As in the authors' code (github.com/CerebrasResearch/reap at 1970473)
+the mean is over an expert's own tokens, padding left out, with the weights that its outputs are
+multiplied by: those of the chosen experts sum to 1 where the family has it so. Departures: an expert
+that gets no token has score 0; a router whose families put experts into groups loses as many of each.
 """
 
 from __future__ import annotations

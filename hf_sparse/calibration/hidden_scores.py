@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
+from hf_sparse.calibration.calling import run_on
 from hf_sparse.calibration.recording import TokenMasks, token_masks
-from hf_sparse.structure.gains import Norm
 from hf_sparse.structure.layers import TargetLayer
+from hf_sparse.structure.norms import Norm
 
 
 class HiddenUse:
@@ -69,7 +70,7 @@ class HiddenUse:
                 undo.callback(layer.module.register_forward_pre_hook(look).remove)
             for batch in tqdm(batches, desc="Watching hidden features"):
                 self._masks = token_masks(batch)
-                model(**{name: value for name, value in batch.items() if name != "labels"})
+                run_on(model, {name: value for name, value in batch.items() if name != "labels"})
 
     def _see(self, number: int, given: Tensor, output: Tensor) -> None:
         entered, left = (self._masks.counted(tensor).float() for tensor in (given, output))

@@ -53,7 +53,8 @@ def watching(
             stacks[id(layer.module)].layers.append(layer)
         else:
             stacks[id(layer.module)] = hook = _Experts(layer.stack, [layer], masks, see)
-            hooks.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+            caller = layer.stack.caller
+            hooks.append(caller.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield
     finally:
@@ -86,53 +87,57 @@ class _Experts:
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        routed = routed_tokens(self._stack, args, kwargs, self._masks())
+        stack = self._stack
+        of_expert = routed(stack, args, kwargs, self._masks())
         wanted: dict[int, dict[str, TargetLayer]] = {}
         for layer in self.layers:
             wanted.setdefault(layer.expert, {})[layer.attribute] = layer
-        entry, *behind = self._stack.parameters
+        given = object()
         for expert, layers in wanted.items():
-            tokens = routed(expert)
-            if entry in layers:
-                self._see(layers[entry].name, object(), partial(_itself, tokens))
-            for inner in behind:
+            tokens, factors = of_expert(expert)
+            given = given if stack.shared else object()
+            for entry in stack.entries:
+                if entry in layers:
+                    self._see(layers[entry].name, given, partial(_itself, tokens))
+            for inner in stack.exits:
                 if inner in layers:
-                    activations = partial(inner_activations, self._stack, expert, tokens)
+                    activations = partial(inner_activations, stack, expert, tokens)
+                    if stack.shared and factors is not None:
+                        activations = partial(_multiplied, activations, factors)
                     self._see(layers[inner].name, object(), activations)
+
+
+def _multiplied(activations: Callable[[], Tensor], factors: Tensor) -> Tensor:
+    return activations() * factors[:, None]
 
 
 def _itself(tokens: Tensor) -> Tensor:
     return tokens
 
 
-def routed_tokens(
+def routed(
     stack: ExpertStack, args: tuple[Any, ...], kwargs: dict[str, Any], masks: TokenMasks
-) -> Callable[[int], Tensor]:
-    """The inputs of each expert, `(tokens, hidden)`, for the arguments of its module.
+) -> Callable[[int], tuple[Tensor, Tensor | None]]:
+    """The inputs of each expert, `(tokens, hidden)`, for the arguments of the module that is called.
 
     Modules are called with hidden states and the experts' numbers, `(tokens, top_k)`; or, as Llama 4
     does, with the hidden states of each expert below those of the one before it, where tokens that it
     does not get are zero.
 
     Modules of one product alone are called with the tokens of each expert below those of the one before
-    it, and how many each gets.
+    it, and how many each gets. Modules of shared experts are called with the hidden states and the
+    weights of the experts for each token, `(tokens, experts)`.
+
+    Returns:
+        For the number of an expert its inputs, and what its outputs are multiplied by, `(tokens,)`
+        (of shared experts, the inputs of the last product); None in its place: they are not multiplied,
+        as the inputs are.
 
     Raises:
         ValueError: they are called otherwise, or the experts are spread over processes; or a batch has
             padding that is among the tokens of a module of one product.
     """
-    inputs_of = routed(stack, args, kwargs, masks)
-    return lambda expert: inputs_of(expert)[0]
-
-
-def routed(
-    stack: ExpertStack, args: tuple[Any, ...], kwargs: dict[str, Any], masks: TokenMasks
-) -> Callable[[int], tuple[Tensor, Tensor | None]]:
-    """As `routed_tokens`, with what each expert's outputs are multiplied by, `(tokens,)`.
-
-    None in its place: they are not multiplied, as the inputs are.
-    """
-    module = stack.module
+    module = stack.caller
     if is_spread(module):
         raise ValueError(
             f"the experts of {type(module).__name__} are spread over processes, and their inputs are "
@@ -140,8 +145,10 @@ def routed(
         )
     given = list(inspect.signature(module.forward).bind(*args, **kwargs).arguments.values())
     hidden: Tensor = given[0].detach()
-    if stack.alone:
+    if not stack.exits:
         return _in_order(stack, hidden, given[1], masks)
+    if stack.shared:
+        return _by_all(hidden, given[1], masks)
     if len(given) == 1 and len(hidden) % stack.number == 0:
         own = hidden.view(stack.number, -1, hidden.shape[-1])
 
@@ -151,7 +158,8 @@ def routed(
 
         return nonzero
     chosen = given[1] if len(given) > 1 else None
-    if hidden.ndim != 2 or not isinstance(chosen, Tensor) or chosen.shape[:1] != hidden.shape[:1]:
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    if not isinstance(chosen, Tensor) or chosen.shape[:1] != hidden.shape[:1]:
         raise ValueError(
             f"{type(module).__name__} is not called with hidden states (tokens, hidden) and the "
             "numbers of the experts (tokens, top_k): which tokens an expert gets is not known. Use "
@@ -172,6 +180,15 @@ def routed(
     return chosen_by
 
 
+def _by_all(
+    hidden: Tensor, weights: Tensor, masks: TokenMasks
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """The inputs of experts that get all tokens, and the weight of each token for an expert."""
+    tokens = masks.counted(hidden)
+    factors = masks.counted(weights.detach())
+    return lambda expert: (tokens, factors[:, expert])
+
+
 def _in_order(
     stack: ExpertStack, hidden: Tensor, counts: list[int], masks: TokenMasks
 ) -> Callable[[int], tuple[Tensor, None]]:
@@ -188,24 +205,25 @@ def _in_order(
 def inner_activations(stack: ExpertStack, expert: int, tokens: Tensor) -> Tensor:
     """What enters an expert's last matrix, `(tokens, intermediate)`, for `(tokens, hidden)`."""
     module: Any = stack.module
-    weight = getattr(module, stack.entry)[expert]
-    bias = getattr(module, f"{stack.entry}_bias", None)
-    first = nn.functional.linear(
-        tokens, weight.T if stack.transposed else weight, None if bias is None else bias[expert]
-    )
+    first = [
+        nn.functional.linear(tokens, stack.matrix(name, expert), stack.bias(name, expert))
+        for name in stack.entries
+    ]
+    if len(first) == 2:
+        gate, up = first
+        entered: Tensor = (module.activation_fn if stack.below else module.act_fn)(gate) * up
+        return entered
     if not stack.gated:
-        inner: Tensor = module.act_fn(first)
+        inner: Tensor = module.act_fn(first[0])
         return inner
-    return gated(module, first)
+    return gated(module, first[0])
 
 
 def expert_outputs(stack: ExpertStack, expert: int, tokens: Tensor) -> Tensor:
     """What an expert makes of its tokens `(tokens, hidden)`, before it is multiplied, of that shape."""
-    module: Any = stack.module
-    _, name = stack.parameters
-    weight, bias = getattr(module, name)[expert], getattr(module, f"{name}_bias", None)
+    (name,) = stack.exits
     return nn.functional.linear(
         inner_activations(stack, expert, tokens),
-        weight.T if stack.transposed else weight,
-        None if bias is None else bias[expert],
+        stack.matrix(name, expert),
+        stack.bias(name, expert),
     )

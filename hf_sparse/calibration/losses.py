@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.calibration.calling import run_on
 from hf_sparse.calibration.recording import Batch
 from hf_sparse.upstream.torch import onednn
+from hf_sparse.upstream.transformers.experts import runs_in_autocast
 
 
 def multiplies_bfloat16() -> bool:
@@ -23,9 +25,10 @@ def is_bfloat16_faster(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and multiplies_bfloat16()
 
 
-def fast_autocast(tensor: Tensor) -> torch.autocast:
-    """Products in bfloat16 where those of a CPU's fp32 tensors like this one are faster in it."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=is_bfloat16_faster(tensor))
+def fast_autocast(module: nn.Module) -> torch.autocast:
+    """Products in bfloat16 where a module's weights are fp32 and a CPU multiplies faster in it."""
+    enabled = is_bfloat16_faster(next(module.parameters())) and runs_in_autocast(module)
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
 
 
 def check_labels(
@@ -98,8 +101,8 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
         ValueError: there is no token to predict, or the loss is not finite.
     """
     inputs = with_labels(batch)
-    with fast_autocast(next(model.parameters())):
-        loss: Tensor = model(**inputs).loss
+    with fast_autocast(model):
+        loss: Tensor = run_on(model, inputs).loss
     check_predicts(inputs)
     if not torch.isfinite(loss):
         raise ValueError(

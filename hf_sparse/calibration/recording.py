@@ -19,6 +19,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from hf_sparse.calibration.activations import Store, in_memory
+from hf_sparse.calibration.calling import run_on
 from hf_sparse.calibration.linalg import FastProducts
 from hf_sparse.structure.layers import Stack
 from hf_sparse.upstream.torch import tree_flatten, tree_unflatten
@@ -254,7 +255,7 @@ def _forward_recorded(
             block = stack.blocks[index]
             patches.enter_context(_patched_forward(block, index, record))
         with suppress(_RecordedError), FastProducts():
-            model(**batch)
+            run_on(model, batch)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.calibration.activations import Store, in_memory
+from hf_sparse.calibration.calling import run_on
 from hf_sparse.calibration.progress import steps
 from hf_sparse.calibration.recording import Batch, Sample, TokenMasks, record, token_masks
 from hf_sparse.structure.layers import Stack
@@ -38,7 +39,7 @@ def run_model(model: nn.Module, batches: Sequence[Batch], observer: Observer) ->
     """Show an observer all data on its way through the whole model."""
     for batch in batches:
         observer.on_batch(token_masks(batch))
-        model(**batch)
+        run_on(model, batch)
         observer.end_call()
 
 

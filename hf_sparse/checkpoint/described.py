@@ -29,7 +29,7 @@ from hf_sparse.checkpoint.sparse_configs import (
     base_config_class,
     sparse_config_class,
 )
-from hf_sparse.formats import FormatError
+from hf_sparse.formats import FormatError, locate
 from hf_sparse.structure.experts import ExpertStack
 from hf_sparse.structure.families import base_type
 from hf_sparse.structure.parts import PARTS, sizes_in
@@ -38,7 +38,7 @@ from hf_sparse.upstream.transformers.configs import with_special_floats
 from hf_sparse.upstream.transformers.models import build
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # What the shapes of the weights do not tell, or tell only in part; defaults would be another model.
 _SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
@@ -49,8 +49,10 @@ _COUNTED = {
         "inner_group_num": r"encoder\.albert_layer_groups\.\d+\.albert_layers",
     }
 }
-
-
+# What a config.json tells the loader, and not the model.
+_LOADER_KEYS = ("quantization_config", "auto_map")
+# Where a config was read, and the type of its weights: the model has the same names and shapes.
+_CHANGES_NO_SHAPE = (*_LOADER_KEYS, "_name_or_path", "transformers_version", "dtype")
 # What modules call the number of experts that a token is sent to.
 _CHOICES = ("top_k", "num_experts_per_tok")
 
@@ -125,7 +127,12 @@ def _serves(kind: Any, config_class: Any) -> bool:
 
 
 def describe(
-    values: Mapping[str, Any], kind: Any, family: str, file: Path, stored: Size
+    values: Mapping[str, Any],
+    kind: Any,
+    family: str,
+    file: Path,
+    stored: Size,
+    made: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """The model of a class that a config describes.
 
@@ -134,16 +141,20 @@ def describe(
         kind, family: see `class_named`.
         file: the config's, for errors.
         stored: what there is for the model.
+        made: a model that was made before any weight is loaded; it is returned if it is of the class
+            and the config, so that no second one is made.
 
     Raises:
         FormatError: it describes none, one that is far larger than what is stored, or one that
             chooses more experts than it has.
     """
-    ours = ("quantization_config", "auto_map")
-    values = {key: value for key, value in values.items() if key not in ours}
+    values = {key: value for key, value in values.items() if key not in _LOADER_KEYS}
     with describing(file):
         config_class = sparse_config_class(family)
         config = config_class.from_dict(with_special_floats(config_class, values))
+        if made is not None and _is_of(made, kind, config):
+            _check_choices(made)
+            return made
         sizes = sizes_in(config)
         vars(config)["model_type"] = family  # as the Sparse classes do
         with torch.device("meta"), bounded(stored):
@@ -154,10 +165,31 @@ def describe(
     return model
 
 
+def dense_class_of(model: nn.Module) -> type:
+    """The transformers class of a model, also of one that is of a Sparse class."""
+    own: type = getattr(type(model), "dense_class", type(model))
+    return own
+
+
+def _is_of(model: PreTrainedModel, kind: Any, config: PreTrainedConfig) -> bool:
+    """Whether a model is of the Sparse class of `kind`, and was made of a config."""
+    if type(model) is kind or dense_class_of(model) is not kind:
+        return False  # only the Sparse class makes blocks of other sizes
+    return type(model.config) is type(config) and _sizes_told(model.config) == _sizes_told(config)
+
+
+def _sizes_told(config: PreTrainedConfig) -> dict[str, Any]:
+    """The values of a config, without what changes no name and no shape of a weight."""
+    values = config.to_dict()
+    return {key: value for key, value in values.items() if key not in _CHANGES_NO_SHAPE}
+
+
 def _check_choices(model: nn.Module) -> None:
     """Raise a FormatError if tokens are to be sent to more experts than there are, or to none."""
     for parent in model.modules():
-        for stack in filter(None, map(ExpertStack.of, parent.children())):
+        for stack in filter(None, map(ExpertStack.called, parent.children())):
+            if stack.shared:
+                continue
             for module in (parent, *parent.children()):
                 for name in _CHOICES:
                     count = vars(module).get(name)
@@ -170,10 +202,11 @@ def _check_choices(model: nn.Module) -> None:
 
 @contextmanager
 def describing(file: Path) -> Iterator[None]:
-    """Turn the errors of building a model from a config into FormatErrors."""
-    try:
-        yield
-    except FormatError as error:
-        raise FormatError(f"{file}: {error}") from error
-    except NOT_MADE as error:
-        raise FormatError(f"{file} describes no model of transformers: {error!r}") from error
+    """Turn the errors of building a model from a config into FormatErrors that name its file."""
+    with locate(str(file)):
+        try:
+            yield
+        except FormatError:
+            raise
+        except NOT_MADE as error:
+            raise FormatError(f"it describes no model of transformers: {error!r}") from error

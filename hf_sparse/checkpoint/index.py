@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import FormatError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -73,7 +74,7 @@ def read_index(path: Path) -> Index:
         FormatError: it is no such index, or it names files that are not in its folder.
     """
     values = read_object(path)
-    files, metadata = values.get("weight_map"), values.get("metadata") or {}
+    files, metadata = values.get("weight_map"), values.get("metadata")
     if not isinstance(files, dict) or not files or not isinstance(metadata, dict):
         raise FormatError(
             f"{path} is no shard index: wanted an object with weight_map and metadata"
@@ -104,6 +105,23 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise FormatError(f"{path} is no JSON object: it holds a {type(values).__name__}")
     return values
+
+
+def read_sparsity(path: Path, entry: Mapping[str, Any]) -> SparsityConfig:
+    """The sparsity config that a config.json holds.
+
+    Args:
+        path: of the file, for errors.
+        entry: its `quantization_config`.
+
+    Raises:
+        FormatError: a value is not allowed, a key is not known, or a newer version wrote it.
+    """
+    values = {key: value for key, value in entry.items() if key != "quant_method"}
+    try:
+        return SparsityConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{path}: quantization_config: {error}") from error
 
 
 def _is_file_name(name: Any) -> bool:

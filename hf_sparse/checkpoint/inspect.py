@@ -14,12 +14,12 @@ from transformers.utils.logging import tqdm
 from hf_sparse.arguments import check_path
 from hf_sparse.checkpoint.bounds import Size
 from hf_sparse.checkpoint.candidates import Candidates, candidates_of, dense_model_in
-from hf_sparse.checkpoint.index import read_object
+from hf_sparse.checkpoint.index import read_object, read_sparsity
 from hf_sparse.checkpoint.on_grids import OnGrid, bits_in_words
 from hf_sparse.checkpoint.promised import CONFIG_NAME, QUANT_METHOD, Promised, promised_by
-from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
 from hf_sparse.checkpoint.reading import (
     StoredTensor,
+    check_digests,
     check_is_checkpoint,
     checkpoint_files,
     is_target,
@@ -29,6 +29,7 @@ from hf_sparse.checkpoint.reading import (
 )
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.counts import SparsityReport, TensorSparsity, count_zeros
+from hf_sparse.files.checkpoint_folder import checkpoint_folder
 from hf_sparse.formats import CODINGS, FormatError, decompress, locate, num_bytes, read_layout
 from hf_sparse.patterns import Pattern, Unstructured
 from hf_sparse.structure.layers import TargetLayer, block_layers, by_identity
@@ -109,17 +110,18 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSparsity:
     """Read what a checkpoint holds, checking every compressed tensor on the way.
 
     Args:
-        folder: a checkpoint folder, dense or compressed.
+        folder: a checkpoint folder, dense or compressed, or the name of a model on the Hub.
 
     Memory: one tensor.
 
     Raises:
         FileNotFoundError: there is no such folder, or no `config.json` in it.
+        OSError: the Hub does not have the model, or cannot be reached.
         FormatError: the checkpoint is damaged, incomplete, or of another model than config.json
             describes. Groups that break the promised pattern are counted in the report.
     """
     check_path(folder, "inspect_checkpoint")
-    return read_checkpoint(Path(folder))
+    return read_checkpoint(checkpoint_folder(folder))
 
 
 def read_checkpoint(
@@ -141,6 +143,8 @@ def read_checkpoint(
     check_unchanged = watch(files)
     stored = read_headers(files)
     known = Known.of(folder, stored, config)
+    check_digests(files)
+    check_digests(files)
     counts: list[TensorSparsity] = []
     formats, sizes, parameters, other_zeros = {}, {}, 0, 0
     bits, weights = {}, {}
@@ -301,5 +305,4 @@ def read_sparsity_config(folder: Path) -> SparsityConfig | None:
         raise FormatError(f"{path}: quantization_config is {entry!r}, wanted an object")
     if entry.get("quant_method") != QUANT_METHOD:
         return None
-    with locate(str(path)):
-        return SparseCheckpointConfig(**entry).sparsity
+    return read_sparsity(path, entry)

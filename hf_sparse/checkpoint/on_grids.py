@@ -31,7 +31,8 @@ class OnGrid:
 
     def is_whole(self, tensor: Tensor) -> bool:
         """Whether nothing else is in the tensor."""
-        return tensor.ndim == 2 or len(self.layers) == len(tensor)
+        stack = self.layers[0].stack
+        return stack is None or len(self.layers) == stack.number
 
     def check(self, tensor: Tensor) -> None:
         """Refuse weights that left the grid.

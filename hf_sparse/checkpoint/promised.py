@@ -22,10 +22,12 @@ from hf_sparse.checkpoint.bounds import AGAIN, Size, bounded, check_widths
 from hf_sparse.checkpoint.described import (
     check_counts,
     class_named,
+    dense_class_of,
     describe,
     describing,
 )
-from hf_sparse.checkpoint.index import read_index, read_object
+from hf_sparse.checkpoint.generation_files import check_generation
+from hf_sparse.checkpoint.index import read_index, read_object, read_sparsity
 from hf_sparse.checkpoint.on_grids import OnGrid, on_grids
 from hf_sparse.checkpoint.reading import StoredTensor, open_file, read_headers
 from hf_sparse.checkpoint.sparse_configs import NOT_MADE
@@ -47,7 +49,7 @@ from hf_sparse.upstream.transformers.models import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 CONFIG_NAME = "config.json"
 QUANT_METHOD = "hf_sparse"
@@ -61,7 +63,7 @@ class Promised:
     """The model that a checkpoint's config.json describes, on the meta device.
 
     Attributes:
-        model: of the transformers class that the checkpoint was saved from.
+        model: of the transformers class that the checkpoint was saved from, or of its Sparse class.
         file: the config.json.
         exact: whether that class is known; else the model is the family's base model.
     """
@@ -78,7 +80,7 @@ class Promised:
             if first is not tensor:
                 raise FormatError(
                     f"{tensor.place}: {first.name} is stored, too, and both are the same weight of the "
-                    f"{type(self.model).__name__}. The file is damaged: copy or download it again."
+                    f"{self._kind}. The file is damaged: copy or download it again."
                 )
             found[self.local(tensor.name)] = tensor
         self._check_missing(found)
@@ -139,7 +141,7 @@ class Promised:
         ]
         if missing:
             raise FormatError(
-                f"{self.file.parent} lacks {len(missing)} tensors of the {type(self.model).__name__} "
+                f"{self.file.parent} lacks {len(missing)} tensors of the {self._kind} "
                 f"that {self.file.name} describes, first {missing[0]}. {AGAIN}"
             )
 
@@ -153,9 +155,13 @@ class Promised:
                 continue
             if self.in_blocks(name) or (self.exact and tensor.compressed):
                 raise FormatError(
-                    f"{tensor.place}: the {type(model).__name__} that {self.file.name} describes has "
+                    f"{tensor.place}: the {self._kind} that {self.file.name} describes has "
                     f"no such tensor. {AGAIN}"
                 )
+
+    @property
+    def _kind(self) -> str:
+        return dense_class_of(self.model).__name__
 
     @cached_property
     def _own(self) -> set[str]:
@@ -197,14 +203,15 @@ class Promised:
 
 
 def promised_by(
-    folder: Path, stored: Sequence[StoredTensor], config: PreTrainedConfig | None = None
+    folder: Path, stored: Sequence[StoredTensor], made: PreTrainedModel | None = None
 ) -> Promised:
     """The model that the config.json of a compressed checkpoint describes.
 
     Args:
         folder: of the checkpoint.
         stored: the tensors in its files.
-        config: taken where there is no config.json.
+        made: the model that is about to be loaded, on the meta device. Its config is taken where there
+            is no config.json.
 
     Raises:
         FileNotFoundError: there is neither.
@@ -212,14 +219,14 @@ def promised_by(
             than are stored.
     """
     file = folder / CONFIG_NAME
-    if config is not None and not file.exists():
-        values = json.loads(config.to_json_string())
+    if made is not None and not file.exists():
+        values = json.loads(made.config.to_json_string())
     else:
         values = read_object(file)
     family, kind, exact = class_named(values, file)
     check_counts(values, family, kind, stored, file)
     check_widths(values, size := Size.of(stored), file)
-    return Promised(describe(values, kind, family, file, size), file, exact)
+    return Promised(describe(values, kind, family, file, size, made), file, exact)
 
 
 @contextmanager
@@ -277,7 +284,9 @@ def check_to_load(
             )
     section = values.get("quantization_config")
     compressed = isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
-    if compressed and files[0].is_file():
+    if isinstance(section, dict) and compressed and files[0].is_file():
+        read_sparsity(file, section)
+        check_generation(folder)
         family, kind, exact = class_named(values, file)
         if not exact and values.get("architectures"):
             warnings.warn(

@@ -23,7 +23,7 @@ from hf_sparse.checkpoint.promised import (
     check_shapes,
     promised_by,
 )
-from hf_sparse.checkpoint.reading import StoredTensor, is_target, read_headers, watch
+from hf_sparse.checkpoint.reading import StoredTensor, check_digests, is_target, read_headers, watch
 from hf_sparse.checkpoint.source import remember_source_
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import (
@@ -122,11 +122,13 @@ class SparseHfQuantizer(Restorer):
             )
         if self._stored:
             stored = list(self._stored.values())
-            promised = promised_by(files[0].parent, stored, model.config)
+            promised = promised_by(files[0].parent, stored, model)
             promised.check(stored)
+            check_digests(files)
             self._targets = promised.targets(self.quantization_config.sparsity)
             self._grids = promised.grids(self.quantization_config.sparsity)
-            _check_blocks(model, stored)
+            if promised.model is not model:
+                _check_blocks(model, stored)
         self._dtype_plan = dtype_plan(model, dtype)
         self._own_conversions = number_of_conversions(model)
 
@@ -181,7 +183,7 @@ class SparseHfQuantizer(Restorer):
                         f"{wanted}"
                     )
                 FORMATS[layout.format].check_direction(layout, transposed)
-                weight = decompress(parts)
+                weight = decompress(parts, layout)
                 coded = layout.coding is not None
                 promised = local in self._targets or is_target(
                     stored.name if stored else name, True, config, coded=coded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hf_sparse.checkpoint.digests import digest_in_order
 from hf_sparse.checkpoint.index import DIGEST, INDEX_NAME, index_of, read_index
 from hf_sparse.checkpoint.writing import COMPILED_DESCRIPTION
 from hf_sparse.configuration_sparse import SparsityConfig, matches
@@ -196,6 +197,29 @@ def _version(file: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def check_digests(files: Iterable[Path]) -> None:
+    """Compare the tensors of safetensors files with the digests in their headers.
+
+    Files without a digest, of earlier versions or of others, pass. Memory: one tensor.
+
+    Raises:
+        FormatError: the tensors are not those that were saved.
+    """
+    for file in files:
+        with open_file(file) as reader:
+            promised = (reader.metadata() or {}).get(DIGEST)
+            if promised is None:
+                continue
+            found = digest_in_order(
+                (name, reader.get_tensor(name)) for name in sorted(reader.keys())
+            )
+        if found != promised:
+            raise FormatError(
+                f"{file} was changed since it was saved: its tensors have the digest {found}, and its "
+                f"header tells {str(promised)[:80]}. Copy or download it again."
+            )
 
 
 def read_parts(stored: StoredTensor) -> dict[str, Tensor]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_sparse.checkpoint.card import CARD_NAME
+from hf_sparse.checkpoint.digests import digest_of
 from hf_sparse.checkpoint.index import DIGEST, DIGESTS
 from hf_sparse.formats import join
 
@@ -91,8 +90,9 @@ def check_not_lost(folder: Path) -> None:
 class ShardWriter:
     """Collects tensors into safetensors shards of at most `max_bytes` (a larger tensor has its own).
 
-    All parts of a tensor go into the same shard, so that a shard can be read on its own. Each shard
-    has a digest of its tensors in its header, and so has the index. Memory: the tensors of one shard.
+    All parts of a tensor go into the same shard, so that a shard can be read on its own. Each file has
+    a digest of its tensors in its header, and the index has those of the shards. Memory: the tensors
+    of one shard.
     """
 
     def __init__(self, folder: Path, max_bytes: int, variant: str | None = None) -> None:
@@ -121,7 +121,7 @@ class ShardWriter:
         Args:
             total_parameters: weights in the model, for the index.
         """
-        self._flush(last=True)
+        self._flush()
         if len(self._shards) == 1:
             self._shard(0).rename(self._folder / f"model{self._variant}.safetensors")
             return
@@ -141,11 +141,9 @@ class ShardWriter:
         name = f"model.safetensors.index{self._variant}.json"
         (self._folder / name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
-    def _flush(self, *, last: bool = False) -> None:
-        metadata = {"format": "pt"}
-        if self._shards or not last:  # a file that is alone has no index to agree with
-            metadata[DIGEST] = _digest(self._pending)
-            self._digests.append(metadata[DIGEST])
+    def _flush(self) -> None:
+        metadata = {"format": "pt", DIGEST: digest_of(self._pending)}
+        self._digests.append(metadata[DIGEST])
         try:
             save_file(self._pending, self._shard(len(self._shards)), metadata=metadata)
         except SafetensorError as error:  # what safetensors makes of a full disk
@@ -156,15 +154,6 @@ class ShardWriter:
 
     def _shard(self, number: int) -> Path:
         return self._folder / f"model.shard-{number}"
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """The SHA-256 of the names, types, shapes and bytes of tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _sort_metadata(file: Path, metadata: Mapping[str, str]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ from hf_sparse.calibration.windows import token_windows
 from hf_sparse.checkpoint.can_save import check_can_save, check_not_quantized
 from hf_sparse.cli.asked import asked_config
 from hf_sparse.cli.effort import prune_by_effort
+from hf_sparse.cli.evaluating import evaluate
 from hf_sparse.cli.loading import (
     batches_of,
     load,
     load_tokenizer,
-    measurement,
     model_config,
     optional_tokenizer,
     skeleton,
@@ -36,9 +36,7 @@ from hf_sparse.cli.quantizing import quantize
 from hf_sparse.cli.reporting import report
 from hf_sparse.cli.shrinking import shrink
 from hf_sparse.cli.slimming import slim
-from hf_sparse.cli.tasks import evaluate_tasks
 from hf_sparse.configuration_sparse import HIGHEST_SPARSITY
-from hf_sparse.counts import format_table
 from hf_sparse.exporters.can_export import check_can_export
 from hf_sparse.exporters.gguf_export import check_can_export_gguf
 from hf_sparse.pruning.experts import check_experts
@@ -68,9 +66,28 @@ def run(options: argparse.Namespace) -> int:
         raise
     except Exception as error:
         # What went wrong on the network has no common class: the client's library decides it.
-        if type(error).__module__.startswith(("httpx", "httpcore")):
-            raise OSError(f"the Hub could not be reached: {error}") from error
-        raise
+        cause = next((e for e in _with_causes(error) if _is_of_the_network(e)), None)
+        if cause is None:
+            raise
+        told = str(error) if error is cause else f"{error} ({cause})"
+        again = " The same command again goes on: what has arrived is not sent twice."
+        raise OSError(
+            f"the Hub could not be reached: {told}{again if options.command == 'push' else ''}"
+        ) from error
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and what it was raised from."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    """Whether an error is one of the client's library, or the answer of a Hub that is in trouble."""
+    own = type(error).__module__.startswith(("httpx", "httpcore"))
+    return own or isinstance(error, HfHubHTTPError)
 
 
 def prune(options: argparse.Namespace) -> int:
@@ -207,30 +224,6 @@ def _stored_in(
     if promised is None:
         promised = hf_sparse.SparsityConfig("unstructured", min(sparsity, HIGHEST_SPARSITY))
     return hf_sparse.SparsityConfig.from_dict({**promised.to_dict(), "format": format})
-
-
-def evaluate(options: argparse.Namespace) -> int:
-    """Measure a model, and the dense one beside it."""
-    if options.tasks is not None:
-        return evaluate_tasks(options)
-    measure = measurement(options)
-    sources = [source for source in (options.model, options.dense) if source is not None]
-    for source in sources:  # what is missing is told before the first one is measured
-        load_tokenizer(source, options, model_config(source, options))
-    figures = {}
-    for name, source in (("sparse", options.model), ("dense", options.dense)):
-        if source is not None:
-            figures[name] = measure(*load(source, options))
-    metric = "accuracy" if options.labels else "perplexity"
-    if options.json:
-        finite = {name: f if math.isfinite(f) else None for name, f in figures.items()}
-        print(json.dumps({"metric": metric, "window": options.window, **finite}))
-    else:
-        rows = [(name, f"{figure:.4f}") for name, figure in figures.items()]
-        print(format_table(("model", metric), rows))
-        if "dense" not in figures:
-            print("Give --dense MODEL to see the dense model's figure beside it.")
-    return 0
 
 
 def inspect(options: argparse.Namespace) -> int:

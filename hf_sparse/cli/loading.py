@@ -12,12 +12,12 @@ import transformers
 
 import hf_sparse
 from hf_sparse.calibration.documents import read_documents, read_rows
+from hf_sparse.checkpoint.dense_models import dense_model_class
 from hf_sparse.checkpoint.promised import QUANT_METHOD, check_to_load
 from hf_sparse.checkpoint.quantizer import SparseCheckpointConfig
 from hf_sparse.checkpoint.reading import check_is_checkpoint
 from hf_sparse.checkpoint.source import remember_source_
 from hf_sparse.checkpoint.writing import is_weight_file
-from hf_sparse.pruning.loading import dense_model_class
 from hf_sparse.upstream.transformers.files import cached_file
 from hf_sparse_cli.usage import text_fields
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,8 +80,12 @@ def _logs(options: argparse.Namespace) -> Iterator[None]:
             handler.removeFilter(once)
 
 
+# What the Hub's client logs before each of its tries when the Hub does not answer.
+_RETRY = re.compile(r"Retrying in |'.*' thrown while requesting ", re.DOTALL)
+
+
 class _Once(logging.Filter):
-    """Lets a text through once, if it is of a level or above."""
+    """Lets a text through once, if it is of a level or above; of tries, one sentence."""
 
     def __init__(self, level: int) -> None:
         super().__init__()
@@ -89,6 +94,9 @@ class _Once(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
+        if _RETRY.match(text):
+            text = "hf-sparse: the Hub does not answer; trying again, for half a minute at most"
+            record.msg, record.args = text, ()
         new = record.levelno >= self._level and text not in self._told
         self._told.add(text)
         return new

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import hf_sparse
-from hf_sparse.checkpoint.measured import known_with, record_in_folder
 from hf_sparse.cli.loading import load, load_tokenizer, model_config
+from hf_sparse.cli.recording import record
 from hf_sparse.provenance.record import provenance_of
 from hf_sparse.zeroshot.tasks import examples_of
 from hf_sparse_cli.tasks import task_names
@@ -35,12 +34,7 @@ def evaluate_tasks(options: argparse.Namespace) -> int:
         if options.dense is None:
             print("Give --dense MODEL to see the dense model's figures beside them.")
     if options.record:
-        told = record_in_folder(Path(options.model), known_with(known, report.metrics))
-        if not options.json:
-            place = (
-                "config.json and its card" if told else "config.json; it has no card of hf_sparse"
-            )
-            print(f"recorded in {options.model}: {place}")
+        record(options, known, report.metrics)
     return 0
 
 

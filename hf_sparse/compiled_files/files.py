@@ -2,10 +2,10 @@
 
 A folder holds `compiled.json` (class, config, numbers of the stack, type and shape of each tensor)
 and `compiled.safetensors` (packed streams, embeddings, heads). Both have the same random `id`, which
-tells that they were saved together (`old_compiled.py`: files that have none). Both can lie beside a
-checkpoint: they touch no other file. A checkpoint that is saved there later removes them, since they
-are of the weights before. The machine code itself is not among them: it is made for the CPU that
-loads.
+tells that they were saved together (`old_layout.py`: files that have none), and the description has the
+digests of both (`digests.py`). Both can lie beside a checkpoint: they touch no other file. A checkpoint
+that is saved there later removes them, since they are of the weights before. The machine code itself is
+not among them: it is made for the CPU that loads.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from hf_sparse.arguments import check_kinds, check_model, check_path
 from hf_sparse.checkpoint.can_save import check_can_write
 from hf_sparse.checkpoint.writing import COMPILED_DESCRIPTION, COMPILED_WEIGHTS
+from hf_sparse.compiled_files.digests import DIGESTS, check_digests, digests
 from hf_sparse.compiled_files.old_layout import check_zeros, is_old, types_of
 from hf_sparse.compiled_files.owned_tensors import Entry, read_header, read_tensor
 from hf_sparse.compiled_files.skeleton import (
@@ -35,6 +36,7 @@ from hf_sparse.compiled_files.skeleton import (
     set_generation,
     unsaved_buffers,
 )
+from hf_sparse.compiled_files.stacks import PREFIXES, restore_stacks, stacks_state, under
 from hf_sparse.files.atomic import replacing
 from hf_sparse.files.disk import disk_errors
 from hf_sparse.formats import FormatError
@@ -42,15 +44,16 @@ from hf_sparse.quantization import Grid, OffGridError
 from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE
 from hf_sparse.runtime.llvm.target import named
 from hf_sparse.runtime.model.coded_head import CodedHead
-from hf_sparse.runtime.model.compiled import assemble, stack_of
+from hf_sparse.runtime.model.compiled import assemble, stacks_of
 from hf_sparse.runtime.model.configured import check_config
+from hf_sparse.runtime.model.families import families_in
 from hf_sparse.runtime.model.single_layers import CompiledLinear
-from hf_sparse.runtime.model.state import LAYOUT, restore_stack, stack_state
+from hf_sparse.runtime.model.state import LAYOUT
 from hf_sparse.runtime.weights.memory import Shelf
 from hf_sparse.runtime.weights.rounding import Coding
 from hf_sparse.version import __version__
 
-_STACK, _REST, _BUFFER, _ID = "stack.", "model.", "buffer.", "id"
+_REST, _BUFFER, _ID = "model.", "buffer.", "id"
 _ID_BYTES = 16
 _UNTIED = (
     f"{{folder}} was written by an earlier version of hf_sparse, without an id: nothing tells that "
@@ -84,12 +87,14 @@ def save_compiled(model: PreTrainedModel, folder: Path | str) -> Path:
             "saved: save the model itself, and compile it after loading."
         )
     check_can_write(folder)
-    stack = stack_of(model)
-    check_config(stack, model.config)
-    tensors, description = stack_state(stack)
+    families, stacks = families_in(model.base_model), stacks_of(model)
+    for family, stack in zip(families, stacks, strict=True):
+        check_config(stack, model.config, family)
+    placed = {family.stack: stack for family, stack in zip(families, stacks, strict=True)}
+    tensors, description = stacks_state(model.config.model_type, placed)
     own = secrets.token_bytes(_ID_BYTES)
     stored = {_ID: torch.tensor(list(own), dtype=torch.uint8)}
-    stored |= {f"{_STACK}{name}": tensor for name, tensor in tensors.items()}
+    stored |= tensors
     rest, tied = _untied(plain_state(model))
     stored |= {f"{_REST}{name}": tensor for name, tensor in rest.items()}
     stored |= {f"{_BUFFER}{name}": tensor for name, tensor in unsaved_buffers(model).items()}
@@ -107,6 +112,8 @@ def save_compiled(model: PreTrainedModel, folder: Path | str) -> Path:
         "head": list(astuple(head.coding)) if isinstance(head, CodedHead) else None,
         **description,
     }
+    described = json.loads(json.dumps(described))
+    described[DIGESTS] = digests(described, stored)
     folder = Path(folder)
     with replacing(folder) as fresh:
         with disk_errors():
@@ -121,8 +128,9 @@ def load_compiled(
     """Load a model that `save_compiled` wrote.
 
     The weights are read into memory, and every count, row, column and value in them is checked there
-    before machine code sees it. What happens to the files afterwards does not matter. Files of earlier
-    versions have no id: that both are of one save is checked by sizes and zeros alone, with a warning.
+    before machine code sees it; then both files are compared with their digests. What happens to the
+    files afterwards does not matter. Files of earlier versions have no digests; those without an id are
+    known to be of one save by sizes and zeros alone, with a warning.
 
     Args:
         folder: what `save_compiled` wrote.
@@ -139,24 +147,26 @@ def load_compiled(
     described = _read_description(folder)
     try:
         tensors = _read_weights(folder / COMPILED_WEIGHTS, described)
-        stack = restore_stack(_under(_STACK, tensors), described)
+        stacks = restore_stacks(described["config"]["model_type"], tensors, described)
         old = is_old(described["layout"])
         if old:
-            check_zeros(stack)
-        rest, tied = _under(_REST, tensors), described["tied"]
+            check_zeros(next(iter(stacks.values())))
+        rest, tied = under(_REST, tensors), described["tied"]
         if both := sorted(tied.keys() & rest.keys()):
             raise ValueError(f"{both[0]} is stored, and tied to {tied[both[0]]} as well")
         rest |= {name: rest[source] for name, source in tied.items()}
-        model = build_skeleton(described["class"], described["config"], stack)
-        fill(model, rest, _under(_BUFFER, tensors))
+        model = build_skeleton(described["class"], described["config"], stacks)
+        fill(model, rest, under(_BUFFER, tensors))
         set_generation(model, described["generation"])
         coding = _head_coding(described.get("head"))
+        check_digests(described, tensors)  # last: the other checks tell more of what is wrong
     except Exception as error:  # a damaged description can make any class of a config fail
         raise FormatError(f"{folder}: {error or repr(error)}") from error
     if old:
         warnings.warn(_UNTIED.format(folder=folder), stacklevel=2)
     try:
-        return assemble(model, stack, chosen, None if cache is None else Path(cache), coding)
+        folder_of_code = None if cache is None else Path(cache)
+        return assemble(model, list(stacks.values()), chosen, folder_of_code, coding)
     except OffGridError as error:
         raise FormatError(
             f"{folder}: its head is on another grid than it tells: {error}"
@@ -195,9 +205,9 @@ def _head_coding(told: Any) -> Coding | None:
 
 
 def _is_known(layout: Any) -> bool:
-    # That of 4 knew no windows (`weights/shuffled.py`), those of 4 and 5 no codes of few bits; what
-    # they knew is the same.
-    return layout in ([number, *LAYOUT[1:]] for number in (4, 5, LAYOUT[0])) or is_old(layout)
+    # That of 4 knew no windows (`weights/shuffled.py`), those of 4 and 5 no codes of few bits, those
+    # before 7 no encoders with decoders; what they knew is the same.
+    return layout in ([number, *LAYOUT[1:]] for number in (4, 5, 6, LAYOUT[0])) or is_old(layout)
 
 
 def _instead(folder: Path) -> str:
@@ -236,7 +246,7 @@ def _read_weights(path: Path, described: Mapping[str, Any]) -> dict[str, Tensor]
         _check_entries(entries, types)
         # Packed weights side by side, in the order of their use, which is that of the types.
         return {
-            name: read_tensor(file, entries[name], shelf if name.startswith(_STACK) else None)
+            name: read_tensor(file, entries[name], shelf if name.startswith(PREFIXES) else None)
             for name in types
         }
 
@@ -253,11 +263,6 @@ def _check_entries(entries: Mapping[str, Entry], types: Mapping[str, Any]) -> No
                 f"a compiled model is damaged: {name} is {entry}; it was saved as {dtype} of shape "
                 f"{tuple(shape)}. Compile it again."
             )
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, by the rest of their names."""
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _untied(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -18,27 +18,30 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from hf_sparse import models
 from hf_sparse.arguments import check_finite
-from hf_sparse.runtime.model.compiled import check_parameters, check_types
 from hf_sparse.runtime.model.configured import check_config, why_not_compiled
-from hf_sparse.runtime.model.families import COMPILED
+from hf_sparse.runtime.model.description import Blocks
+from hf_sparse.runtime.model.families import families_in, families_of, seen_by
+from hf_sparse.runtime.model.plain import check_parameters, check_types
+from hf_sparse.runtime.model.references import LAYERS
 from hf_sparse.runtime.weights.stack import Stack
-from hf_sparse.structure.families import base_type
 from hf_sparse.upstream.torch import saved_tensors
 from hf_sparse.upstream.transformers.models import set_attention_
 
 
-def build_skeleton(class_name: str, described: Mapping[str, Any], stack: Stack) -> PreTrainedModel:
-    """The model on `meta`: built with one block, which is then taken out.
+def build_skeleton(
+    class_name: str, described: Mapping[str, Any], stacks: Mapping[str, Stack]
+) -> PreTrainedModel:
+    """The model on `meta`: built with one block in each stack, which is then taken out.
 
     Args:
         class_name: of transformers or hf_sparse.
         described: the config.
-        stack: the blocks that the config must fit.
+        stacks: the blocks that the config must fit, by the places of their lists in the base model.
 
     Raises:
         ValueError: the config is of no model that is compiled, or of another one than the blocks.
     """
-    _check_counts(described, len(stack.blocks))
+    _check_counts(described, max(len(stack.blocks) for stack in stacks.values()))
     config = AutoConfig.for_model(**described)
     reason = why_not_compiled(config)
     if reason is not None:
@@ -50,28 +53,42 @@ def build_skeleton(class_name: str, described: Mapping[str, Any], stack: Stack) 
         raise ValueError(f"{class_name} is no model class")
     if model_class.config_class is not type(config):
         raise ValueError(f"{class_name} is no class of models of type {config.model_type}")
-    check_config(stack, config)
+    families = [family for family in families_of(config) if family.stack in stacks]
+    if [family.stack for family in families] != list(stacks):
+        raise ValueError(f"blocks at {', '.join(stacks)} are not those of {config.model_type}")
+    for family in families:
+        check_config(stacks[family.stack], config, family)
     # What a file names here can be code to download; compiled blocks have an attention of their own.
     set_attention_(config, "eager")
     small = _with_one_block(config)
     with torch.inference_mode(False), torch.device("meta"):
         model: PreTrainedModel = model_class(small)
-    path, _, name = COMPILED[base_type(config.model_type)].stack.rpartition(".")
-    owner: Any = model.base_model.get_submodule(path)
-    setattr(owner, name, nn.ModuleList())
-    if hasattr(owner, "has_sliding_layers"):  # of all blocks, not of the one that was built
-        owner.has_sliding_layers = "sliding_attention" in config.layer_types
+    if [family.stack for family in families_in(model.base_model)] != list(stacks):
+        raise ValueError(f"{class_name} has other stacks of blocks than {', '.join(stacks)}")
+    for family in families:
+        owner: Any = model.base_model.get_submodule(family.holder)
+        setattr(owner, family.list_name, nn.ModuleList())
+        if hasattr(owner, "has_sliding_layers"):  # of all blocks, not of the one that was built
+            owner.has_sliding_layers = "sliding_attention" in config.layer_types
+        if getattr(owner, "config", small) is not small:
+            _set_counts_(owner.config, config, family)
     for module in model.modules():
         if getattr(module, "config", None) is small:
             module.__dict__["config"] = config
     return model
 
 
+def _set_counts_(copied: Any, config: Any, family: Blocks) -> None:
+    """Give the copy of a config that a stack has the numbers of blocks that the whole one has."""
+    for name in LAYERS:
+        if hasattr(config, name):
+            setattr(copied, name, getattr(config, name))
+    # To the stack its own blocks are the only ones.
+    copied.num_hidden_layers = seen_by(config, family).num_hidden_layers
+
+
 def _check_counts(described: Mapping[str, Any], blocks: int) -> None:
     """Refuse counts by which transformers builds lists, unless there are as many things."""
-    family = base_type(described["model_type"])
-    if family not in COMPILED:
-        raise ValueError(f"family {family!r} is not one of {', '.join(COMPILED)}")
     for name in ("num_hidden_layers", "n_layer", "n_layers", "inner_group_num"):
         count = described.get(name, 1)
         if type(count) is not int or not 0 < count <= blocks:
@@ -86,6 +103,9 @@ def _with_one_block(config: Any) -> Any:
     small = copy.deepcopy(config)
     kinds = list(dict.fromkeys(getattr(small, "layer_types", None) or [""]))
     small.num_hidden_layers = len(kinds)  # what is around the blocks may be made for each kind
+    for name in LAYERS - {"num_hidden_layers"}:
+        if hasattr(small, name):
+            setattr(small, name, 1)
     small.block_sizes = None
     for name in ("num_hidden_groups", "inner_group_num"):
         if hasattr(small, name):

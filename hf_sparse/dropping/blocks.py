@@ -19,7 +19,7 @@ and feed-forward network are blocks of their own (Nemotron-H), each can.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from transformers.utils.logging import tqdm
 
 from hf_sparse.arguments import check_kinds, check_model
 from hf_sparse.calibration.block_scores import Batches, Influence, mean_loss, skipping
+from hf_sparse.calibration.calling import run_on
 from hf_sparse.calibration.losses import check_labels
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.windows import checked_batches, fingerprint
@@ -164,8 +165,16 @@ class Choice:
 _Chosen = tuple[list[int], list[float], list[float | None], tuple[float, float] | None]
 
 
-def by_loss(choice: Choice, wanted: int, batches: Batches) -> _Chosen:
-    """Remove the block without which the loss is lowest, and again."""
+def by_loss(choice: Choice, wanted: int, batches: Batches, shortlist: int | None = None) -> _Chosen:
+    """Remove the block without which the loss is lowest, and again.
+
+    Args:
+        choice: which blocks can go.
+        wanted: how many go.
+        batches: model inputs.
+        shortlist: after the first removal only so many blocks are tried again, those without which
+            the loss was lowest when they were tried last; None: all are.
+    """
     model, blocks = choice.depth.model, choice.depth.blocks
     before = mean_loss(model, batches)
     if not math.isfinite(before):
@@ -176,12 +185,12 @@ def by_loss(choice: Choice, wanted: int, batches: Batches) -> _Chosen:
     removed: list[int] = []
     chosen_by: list[float] = []
     every: list[float | None] = [None] * len(blocks)
-    passes = sum(range(len(blocks), len(blocks) - wanted, -1))
-    with tqdm(total=passes, desc="Measuring losses without a block") as progress:
+    known: dict[int, float] = {}
+    with tqdm(total=_passes(len(blocks), wanted, shortlist), desc=_LOOKING) as progress:
         for _ in range(wanted):
             kept = [number for number in range(len(blocks)) if number not in removed]
             losses: dict[int, float] = {}
-            for number in choice.candidates(kept):
+            for number in _nearest(choice.candidates(kept), known, shortlist):
                 with skipping(blocks[other] for other in (*removed, number)):
                     losses[number] = mean_loss(model, batches)
                 progress.update()
@@ -194,10 +203,31 @@ def by_loss(choice: Choice, wanted: int, batches: Batches) -> _Chosen:
                 )
             if not removed:
                 every = [losses.get(number) for number in range(len(blocks))]
+            known |= finite
             best = min(finite, key=lambda number: (finite[number], number))
             removed.append(best)
             chosen_by.append(finite[best])
     return removed, chosen_by, every, (before, chosen_by[-1])
+
+
+_LOOKING = "Measuring losses without a block"
+
+
+def _passes(blocks: int, wanted: int, shortlist: int | None) -> int:
+    """How many blocks are tried in all, if any of them can go."""
+    tried = range(blocks, blocks - wanted, -1)
+    return sum(n if shortlist is None or n == blocks else min(n, shortlist) for n in tried)
+
+
+def _nearest(
+    candidates: Sequence[int], known: Mapping[int, float], shortlist: int | None
+) -> list[int]:
+    """So many of the candidates, in order, of least known loss; those that were never tried as well."""
+    tried = sorted((known[number], number) for number in candidates if number in known)
+    if not known or shortlist is None:
+        return list(candidates)
+    near = {number for _, number in tried[:shortlist]}
+    return [number for number in candidates if number in near or number not in known]
 
 
 def _by_similarity(choice: Choice, wanted: int, batches: Batches) -> _Chosen:
@@ -208,7 +238,7 @@ def _by_similarity(choice: Choice, wanted: int, batches: Batches) -> _Chosen:
         for batch in tqdm(batches, desc="Measuring the influence of blocks"):
             influence.masks = _masks(batch, choice.depth)
             needs_none = len(choice.depth.lists) == 1  # a decoder's inputs are made of labels
-            model(**{k: v for k, v in batch.items() if not needs_none or k != "labels"})
+            run_on(model, {k: v for k, v in batch.items() if not needs_none or k != "labels"})
     influences = influence.values()
     if not all(map(math.isfinite, influences)):
         raise ValueError(

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse.arguments import check_finite, check_kinds, check_model
 from hf_sparse.calibration.block_scores import hidden_in
+from hf_sparse.calibration.calling import run_on
 from hf_sparse.calibration.hidden_scores import HiddenUse
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.windows import checked_batches, fingerprint
@@ -37,9 +38,9 @@ from hf_sparse.dropping.counts import number_of_some
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.structure.changeable import check_changeable
-from hf_sparse.structure.gains import norms_of
 from hf_sparse.structure.hidden import HiddenPlan, hidden_size_of
 from hf_sparse.structure.layers import find_stacks, num_parameters, promised_config
+from hf_sparse.structure.norms import norms_of
 from hf_sparse.structure.parts import head_size
 from hf_sparse.structure.units import find_units
 
@@ -95,7 +96,7 @@ def drop_hidden_(
     count: int | float,
     batches: Iterable[Mapping[str, Tensor] | Tensor],
 ) -> HiddenReport:
-    """Remove features of the residual stream, in place: those that the norms give least.
+    """Remove the features of the residual stream that are smallest behind the norms, in place.
 
     What is left is a plain model of its family with a smaller hidden size: its config is changed with
     it, so that transformers loads it alone. It is worse until it is trained, best with the whole model
@@ -162,6 +163,11 @@ def drop_hidden_(
 
 def _check_promise(model: nn.Module) -> None:
     promised = promised_config(model)
+    if promised is not None and promised.bits:
+        raise ValueError(
+            f"this {type(model).__name__} lies on a grid of {promised.bits} bits, whose groups "
+            "would be others. Remove hidden features first, then quantize."
+        )
     if promised is not None:
         raise ValueError(
             f"this {type(model).__name__} promises zeros of pattern '{promised.pattern}', and columns "
@@ -216,7 +222,7 @@ def _entered(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
 
     hook = stacks[0].blocks[0].register_forward_pre_hook(look, with_kwargs=True)
     try:
-        model(**{name: value for name, value in batch.items() if name != "labels"})
+        run_on(model, {name: value for name, value in batch.items() if name != "labels"})
     except _EnteredError:
         return found[0]
     finally:

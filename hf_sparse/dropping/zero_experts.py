@@ -33,7 +33,8 @@ _ROUTED = (
 def has_zero_experts(model: nn.Module) -> bool:
     """Whether a model is a mixture, and some expert of it is zero as a whole."""
     stacks = ((name, ExpertStack.of(module)) for name, module in model.named_modules())
-    return any(bool(Mixture(name, stack).zero.any()) for name, stack in stacks if stack is not None)
+    known = ((name, stack) for name, stack in stacks if stack is not None and stack.can_go)
+    return any(bool(Mixture(name, stack).zero.any()) for name, stack in known)
 
 
 @torch.no_grad()

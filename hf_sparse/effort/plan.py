@@ -13,6 +13,7 @@ from typing import Any
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.counts import format_table
 from hf_sparse.effort.stages import EFFORTS, PRUNE, RECOVER, Stage
+from hf_sparse.files.single import write_file
 from hf_sparse.provenance.values import Calibration
 from hf_sparse.pruning.methods import Recipe
 from hf_sparse.recovery.methods import RECOVERIES
@@ -71,9 +72,7 @@ class SparsifyPlan:
         """
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name}.new")
-        fresh.write_text(json.dumps(self._plain(), indent=2) + "\n", encoding="utf-8")
-        fresh.replace(path)
+        write_file(path, (json.dumps(self._plain(), indent=2) + "\n").encode())
         return path
 
     @classmethod

@@ -1,3 +1,3 @@
-"""Sparse models as ONNX graphs: `export_onnx`."""
+"""Sparse models in files of other runtimes: ONNX graphs, and GGUF."""
 
 QUANTIZATIONS = ("dynamic", "static")  # of ONNX Runtime's quantizer

@@ -93,6 +93,12 @@ def _check_kind(model: Any) -> Head:
             "(transformers.exporters.OnnxExporter) writes other graphs, with their zeros in place."
         )
     text = model.config.get_text_config()
+    if not isinstance(getattr(text, "vocab_size", None), int):
+        raise ValueError(
+            f"the config of this {type(model).__name__} has no vocab_size; wanted a model of token ids "
+            "from a vocabulary. transformers' own exporter (transformers.exporters.OnnxExporter) "
+            "writes other graphs, with their zeros in place."
+        )
     if "dynamic" in _rope_types(text):
         raise ValueError(
             f"this {type(model).__name__} has rope_type 'dynamic', whose frequencies are computed anew "

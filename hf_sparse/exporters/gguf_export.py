@@ -24,7 +24,7 @@ from hf_sparse.checkpoint.source import described
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.exporters.gguf_blocks import BlockType, block_type, check_columns
 from hf_sparse.exporters.gguf_tokenizer import described_tokenizer, write_tokenizer
-from hf_sparse.files.atomic import replacing_file
+from hf_sparse.files.single import replacing_file
 from hf_sparse.provenance.entry import to_dict
 from hf_sparse.structure.families import base_type
 from hf_sparse.structure.layers import check_has_weights, promised_config

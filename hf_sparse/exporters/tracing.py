@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_sparse.calibration.calling import run_on
 from hf_sparse.exporters.heads import Case, Head, example
 from hf_sparse.upstream.transformers.caches import CACHE_NAMES
 from hf_sparse.upstream.transformers.exporting import (
@@ -52,9 +53,12 @@ def trace(
         batches: that static quantization calibrates on.
 
     Raises:
-        ValueError: static quantization of a model with a cache, or an axis came out fixed.
+        ValueError: static quantization of a model with a cache, or an axis came out fixed; or the model
+            takes more than the inputs of its head.
     """
     given = example(model, head, Case(2, 5, past=4 if head.caches else 0)).inputs
+    with torch.no_grad():
+        run_on(model, given)  # tells of inputs that it takes beside these
     quantizer = None
     if quantize == "dynamic":
         quantizer = dynamic_quantizer()
@@ -129,7 +133,8 @@ def _name_axes(graph: onnx_ir.Graph, head: Head) -> None:
     import onnx_ir as ir
 
     inputs = {value.name: value for value in graph.inputs}
-    wanted: dict[str, tuple[str, ...]] = {"input_ids": head.axes}
+    wanted = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), head.axes)
+    wanted = {name: axes for name, axes in wanted.items() if name in inputs}
     if head.caches:
         caches = [name for name in inputs if name and name.startswith(f"{_PAST}.")]
         wanted |= dict.fromkeys(caches, ("batch_size", "", "past_sequence_length", ""))

@@ -69,46 +69,13 @@ def replacing(folder: Path, is_stale: Callable[[str], bool] = lambda name: False
 
 
 @contextmanager
-def replacing_file(file: Path) -> Iterator[Path]:
-    """Give the name of a hidden file to write; it takes the place of `file` when the block ends.
-
-    Args:
-        file: that is to be written, or a link to it.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written. `file` is as it was then, as after
-            any error inside the block.
-    """
-    file = Path(os.path.realpath(file))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.saving-", dir=file.parent)
-    os.close(descriptor)
-    fresh = Path(name)
-    try:
-        yield fresh
-        fresh.chmod(0o666 & ~_umask())
-        sync_file(fresh)
-        fresh.replace(file)
-        sync_file(file.parent)
-    finally:
-        fresh.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """The bits that new files do not get."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-@contextmanager
 def _hidden_folder(parent: Path, name: str) -> Iterator[Path]:
     """An empty folder for the new files of the folder `name`: locked, and removed at the end."""
     held = None
     while held is None:
         hidden = Path(tempfile.mkdtemp(prefix=_prefix(name), dir=parent))
         try:
-            held = _lock(hidden)  # None: in this moment another process has taken it for a leftover
+            held = lock(hidden)  # None: in this moment another process has taken it for a leftover
         except OSError:  # no locks here: nobody will take it for one
             break
     try:
@@ -125,7 +92,7 @@ def _remove_leftovers(place: Path, name: str) -> None:
     """Remove the hidden folders of processes that were killed, and no folder that looks like one."""
     for path in place.glob(f"{glob.escape(_prefix(name))}*"):
         with suppress(OSError):  # another process removes it, or its file system has no locks
-            if path.is_symlink() or (held := _lock(path)) is None:
+            if path.is_symlink() or (held := lock(path)) is None:
                 continue
             if _is_hidden_folder(path):
                 _remove(path)
@@ -149,11 +116,11 @@ def _remove(hidden: Path) -> None:
         hidden.rmdir()
 
 
-def _lock(folder: Path) -> int | None:
-    """Lock a folder until the descriptor is closed or the process ends.
+def lock(path: Path) -> int | None:
+    """Lock a folder or a file until the descriptor is closed or the process ends.
 
     Returns:
-        The descriptor; None if another process has locked or removed the folder.
+        The descriptor; None if another process has locked or removed it.
 
     Raises:
         OSError: the file system has no locks.
@@ -161,12 +128,12 @@ def _lock(folder: Path) -> int | None:
     if fcntl is None:
         raise OSError("this system has no flock")
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.exists(folder):
+        if os.path.exists(path):
             return descriptor
     except BlockingIOError:
         pass

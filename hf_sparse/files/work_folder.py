@@ -1,30 +1,28 @@
 """The work folder of a run that can be killed and resumed.
 
-It belongs to one run: `run.json` says which, and is locked while the run goes on (where the system
-has `flock`). When the run ends it is removed; an error or an interruption before the first
-finished block removes it too, later ones leave it to be resumed.
+It belongs to one run: `run.json` says which. The folder is locked while the run goes on (where the
+system has `flock`). When the run ends it is renamed, and removed; an error or an interruption before
+the first finished block removes it too, later ones leave it to be resumed. What kills leave of a folder
+that was just begun, or done with, the next run removes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_sparse.files.atomic import sync_file
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
+from hf_sparse.files.atomic import lock, sync_file
+from hf_sparse.files.single import write_file
 
 HIDDEN_STATES = "hidden_states"
 CONVERTED = "converted"
@@ -49,12 +47,12 @@ def work_folder(folder: Path, run: dict[str, Any], *, resume: bool) -> Iterator[
     Raises:
         ValueError: it is there without `resume`, is of another run, damaged, or in use.
     """
+    shutil.rmtree(_done_with(folder), ignore_errors=True)
     work = check_work_folder(folder, run, resume=resume)
-    if not work.exists():
-        work.mkdir(parents=True)
-        (work / _RUN_FILE).write_text(json.dumps(run, indent=2))
-    with (work / _RUN_FILE).open() as file:
-        _lock(file, work)
+    work.mkdir(parents=True, exist_ok=True)
+    with _locked(work):
+        if not (work / _RUN_FILE).exists():
+            _write_run(work, run)
         scratch = [work / HIDDEN_STATES, work / CONVERTED]
         for inner in scratch:
             shutil.rmtree(inner, ignore_errors=True)
@@ -68,7 +66,17 @@ def work_folder(folder: Path, run: dict[str, Any], *, resume: bool) -> Iterator[
         finally:
             for inner in scratch:
                 shutil.rmtree(inner, ignore_errors=True)
-        shutil.rmtree(work)
+        work.rename(_done_with(folder))
+        shutil.rmtree(_done_with(folder))
+
+
+def _done_with(folder: Path) -> Path:
+    """What the work folder is called while it is removed."""
+    return folder.with_name(f".{folder.name}.finished")
+
+
+def _write_run(work: Path, run: dict[str, Any]) -> None:
+    write_file(work / _RUN_FILE, json.dumps(run, indent=2).encode())
 
 
 def describe_run(work: Path, run: dict[str, Any]) -> None:
@@ -80,7 +88,7 @@ def describe_run(work: Path, run: dict[str, Any]) -> None:
     known, run = read_json(work / _RUN_FILE), json.loads(json.dumps(run))
     if known.keys() < run.keys():
         _check_same(work, {key: run[key] for key in known})
-        (work / _RUN_FILE).write_text(json.dumps(run, indent=2))
+        _write_run(work, run)
     else:
         _check_same(work, run)
 
@@ -130,7 +138,7 @@ def check_work_folder(folder: Path, run: dict[str, Any], *, resume: bool) -> Pat
         ValueError: it is there without `resume`, is of another run, or damaged.
     """
     work = _beside(folder)
-    if not work.exists():
+    if not work.exists() or _was_not_begun(work):
         return work
     if not resume:
         raise ValueError(
@@ -138,6 +146,11 @@ def check_work_folder(folder: Path, run: dict[str, Any], *, resume: bool) -> Pat
         )
     _check_same(work, run)
     return work
+
+
+def _was_not_begun(work: Path) -> bool:
+    """Whether a folder holds nothing, but perhaps what a kill left of its first file."""
+    return all(path.name.startswith(f".{_RUN_FILE}.") for path in work.iterdir())
 
 
 def _check_same(work: Path, run: dict[str, Any]) -> None:
@@ -163,13 +176,20 @@ def _differences(key: str, old: Any, new: Any) -> list[str]:
     return [f"{key} was {texts[0]}, now {texts[1]}"]
 
 
-def _lock(file: IO[str], work: Path) -> None:
-    if fcntl is None:
-        return
+@contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """Lock a folder; where the system has no locks, nothing happens."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{work} is in use by a run that still goes on. Wait for it.") from None
+        held = lock(work)
+    except OSError:
+        yield
+        return
+    if held is None:
+        raise ValueError(f"{work} is in use by a run that still goes on. Wait for it.")
+    try:
+        yield
+    finally:
+        os.close(held)
 
 
 def read_json(file: Path) -> dict[str, Any]:

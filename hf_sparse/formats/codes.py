@@ -1,7 +1,8 @@
 """Codings `scales8` and `scales4`: codes of 8 or 4 bits, and a scale for each group of a row.
 
     values                  codes modulo 2**bits; of 4 bits two in a byte, the low half first
-    scales8, scales4 (rows, groups)  BF16; the name tells the bits
+    scales8, scales4 (rows, groups)  BF16; the name tells the bits. Those of 4 bits without zero points
+                            may be negative
     zero_points (bytes,)    of grids that are not symmetric: a number of so many bits for each group,
                             packed as the values are
 
@@ -67,12 +68,14 @@ def check(bits: int, parts: Mapping[str, Tensor], rows: int, columns: int) -> No
             f"'{name}' has {groups} groups for {columns} columns; wanted groups of {known}, or of "
             "all columns"
         )
-    values = scales.float()
+    signs = Grid(bits, None, ZERO_POINTS not in parts).has_signs
+    values = scales.float().abs() if signs else scales.float()
     usable = (values >= SMALLEST_SCALE) & (values <= LARGEST_SCALE)  # False of NaN
     if not bool(usable.all()):
         raise FormatError(
-            f"{int((~usable).sum())} of {values.numel()} scales in '{name}' are zero, negative, too "
-            f"small, too large or NaN; wanted from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}"
+            f"{int((~usable).sum())} of {values.numel()} scales in '{name}' are zero, "
+            f"{'' if signs else 'negative, '}too small, too large or NaN; wanted from "
+            f"{SMALLEST_SCALE:g} to {LARGEST_SCALE:g}{', or their opposites' if signs else ''}"
         )
     _check_zero_points(bits, parts.get(ZERO_POINTS), scales.numel())
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_sparse.arguments import check_kinds, check_model
 from hf_sparse.configuration_sparse import SparsityConfig, check_config
+from hf_sparse.patterns import Pattern
 from hf_sparse.provenance.record import watch_
 from hf_sparse.structure.layers import TargetLayer, by_identity, check_divides
 from hf_sparse.structure.targets import Targets
@@ -54,7 +55,7 @@ def sparse_param_groups(
         check_divides(pattern, layer.weight_name, *layer.weight.shape)
     targets = by_identity(layers)
     for held in targets.values():
-        _check_whole(held)
+        _check_whole(held, pattern)
     # By how they are stored, which groups of weights have to know: transposed, stacked.
     sparse_ones: dict[tuple[bool, bool], list[Any]] = {}
     matrices: list[Any] = []
@@ -64,7 +65,7 @@ def sparse_param_groups(
             continue
         if id(parameter) in targets:
             target = targets[id(parameter)][0]
-            stored = (target.transposed, target.stack is not None)
+            stored = (target.transposed, target.stack is not None and not target.stack.below)
             stored = (False, False) if pattern.elementwise else stored
             sparse_ones.setdefault(stored, []).append((name, parameter))
         else:
@@ -88,11 +89,24 @@ def sparse_param_groups(
     return [group for group in groups if group["params"]]
 
 
-def _check_whole(layers: Sequence[TargetLayer]) -> None:
-    """Refuse a stack of which only some matrices are targets: optimizers step on whole parameters."""
+def _check_whole(layers: Sequence[TargetLayer], pattern: Pattern) -> None:
+    """Refuse a stack of which only some matrices are targets: optimizers step on whole parameters.
+
+    Of one whose matrices lie one below the other, also groups that are not those of the whole.
+    """
     stack = layers[0].stack
     if stack is not None and len(layers) != stack.number:
         raise ValueError(
             f"{len(layers)} of the {stack.number} experts of {layers[0].parameter_name} are targets, "
             "and an optimizer shrinks whole parameters. Name all of them, or leave all out."
+        )
+    if stack is None or not stack.below:
+        return
+    whole = layers[0].parameter.shape
+    rows, columns = reversed(whole) if layers[0].transposed else whole
+    if pattern.group_shape(rows, columns) != pattern.group_shape(*layers[0].weight.shape):
+        raise ValueError(
+            f"the experts of {layers[0].parameter_name} lie one below the other in one matrix, and "
+            f"groups of pattern '{pattern}' would span them. Take another pattern, such as "
+            "'unstructured', '2:4' or 'block:4x4', or leave them out: ignore=['experts.*']."
         )

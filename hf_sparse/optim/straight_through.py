@@ -19,6 +19,7 @@ from hf_sparse.quantization import (
     OffGridError,
     codes_of,
     fitted_scales,
+    lowest_steps,
     nearest_codes,
 )
 from hf_sparse.structure.grids import Gridded
@@ -73,11 +74,9 @@ class StraightThrough:
     def __init__(self, layers: Sequence[Gridded], *, fit: bool = False) -> None:
         self._ranges: list[_Range] = []
         for layer, grid in layers:
-            found = _codes(layer.weight, grid, fit)
-            lowest = torch.full_like(found.scales, grid.lowest_code)
-            if not grid.symmetric:
-                grouped = found.codes.view(*found.scales.shape, -1)
-                lowest = grouped.amin(-1).clamp_max(0).float()
+            found = _codes(layer.weight, grid, fit).steps()
+            steps = found.codes.reshape(*found.scales.shape, -1).float()
+            lowest = lowest_steps(steps, grid)
             self._ranges.append(
                 _Range(layer, found.scales[..., None], lowest[..., None], grid.span)
             )

@@ -13,11 +13,11 @@ from transformers import AutoConfig, PreTrainedModel
 import hf_sparse.models
 from hf_sparse.arguments import check_model
 from hf_sparse.calibration.modes import switched
+from hf_sparse.checkpoint.dense_models import dense_model_class
 from hf_sparse.exporters.can_export import check_can_export
 from hf_sparse.exporters.onnx_export import export_onnx
 from hf_sparse.exporters.verification import runner
 from hf_sparse.pages.sources import Source
-from hf_sparse.pruning.loading import dense_model_class
 from hf_sparse.runtime.llvm.target import host
 from hf_sparse.runtime.model.compiled import compile as compile_model
 from hf_sparse.timing import Benchmark, in_turns, processor_name

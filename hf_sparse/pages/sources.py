@@ -9,9 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from hf_sparse.arguments import check_model
@@ -23,6 +20,7 @@ from hf_sparse.checkpoint.reading import check_is_checkpoint
 from hf_sparse.checkpoint.source import stored_in
 from hf_sparse.checkpoint.writing import is_weight_file
 from hf_sparse.counts import measure_sparsity
+from hf_sparse.files.checkpoint_folder import checkpoint_folder
 from hf_sparse.pages.facts import Files, Looking, ModelFacts
 from hf_sparse.provenance.record import provenance_of
 from hf_sparse.structure.layers import promised_config
@@ -30,7 +28,6 @@ from hf_sparse.structure.targets import Targets
 from hf_sparse.suggestions import did_you_mean
 
 Source = Path | nn.Module
-_FROM_THE_HUB = ("*.json", "*.safetensors", "*.jinja", "README.md", "*.txt", "*.model")
 _TEXT_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens*", "added_tokens*")
 
 
@@ -76,22 +73,9 @@ def _source(given: Any) -> Source:
     if not isinstance(given, str | os.PathLike):
         check_model(given, "report")
         return given  # type: ignore[no-any-return]
-    folder = Path(given)
-    if folder.is_dir():
-        check_is_checkpoint(folder)
-        return folder
-    if folder.exists():
-        raise NotADirectoryError(f"{folder} is a file; wanted the folder of a checkpoint.")
-    try:
-        validate_repo_id(os.fspath(given))
-    except HFValidationError as error:
-        raise FileNotFoundError(f"no such folder: {folder}") from error
-    try:
-        return Path(snapshot_download(os.fspath(given), allow_patterns=list(_FROM_THE_HUB)))
-    except OSError as error:
-        raise OSError(
-            f"{given} is no folder here, and not to be had of the Hub: {error}"
-        ) from error
+    folder = checkpoint_folder(given)
+    check_is_checkpoint(folder)
+    return folder
 
 
 def read_facts(

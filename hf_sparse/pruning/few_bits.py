@@ -31,7 +31,7 @@ from hf_sparse.calibration.linalg import matmul, regularised
 from hf_sparse.patterns import Unstructured
 from hf_sparse.pruning import sparsegpt
 from hf_sparse.pruning.problem import Notes, Problem
-from hf_sparse.quantization import SMALLEST_SCALE, Codes, Grid, codes_of
+from hf_sparse.quantization import SMALLEST_SCALE, Codes, Grid, codes_of, lowest_steps
 from hf_sparse.quantization import rounded as nearest
 from hf_sparse.structure.grids import Gridded, is_on_grid
 
@@ -141,12 +141,11 @@ class _Point:
     @classmethod
     def of(cls, parts: list[Codes], grid: Grid) -> _Point:
         """The weights that codes of layers with the same inputs mean."""
-        codes = torch.cat([part.codes for part in parts])
-        scales = torch.cat([part.scales for part in parts])
-        lowest = torch.full_like(scales, grid.lowest_code)
-        if not grid.symmetric:
-            lowest = codes.view(*scales.shape, -1).amin(-1).float().clamp_max(0)
-        return cls(Codes(codes, scales).weight(), scales, lowest, grid.span, codes != 0)
+        apart = [part.steps() for part in parts]
+        steps = torch.cat([part.codes for part in apart])
+        scales = torch.cat([part.scales for part in apart])
+        lowest = lowest_steps(steps.view(*scales.shape, -1).float(), grid)
+        return cls(Codes(steps, scales).weight(), scales, lowest, grid.span, steps != 0)
 
     @property
     def size(self) -> int:

@@ -20,9 +20,10 @@ from hf_sparse.configuration_sparse import SparsityConfig, check_config
 from hf_sparse.counts import SparsityReport, count_targets
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
+from hf_sparse.pruning.bit_counts import bits_notes
 from hf_sparse.pruning.experts import check_experts, clear_biases_, notes_on_experts
+from hf_sparse.pruning.grid_rounding import check_can_round, round_embeddings_
 from hf_sparse.pruning.methods import Recipe
-from hf_sparse.pruning.quantized import bits_notes, check_can_round, round_embeddings_
 from hf_sparse.pruning.task import Task
 from hf_sparse.pruning.uniform import check_uniform
 from hf_sparse.structure.grids import with_kept_grid

@@ -21,16 +21,11 @@ from hf_sparse.patterns import Pattern
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.pruning import layerwise
+from hf_sparse.pruning.bit_counts import TensorBits, mean_bits, tensors_of
 from hf_sparse.pruning.few_bits import round_nearest_
+from hf_sparse.pruning.grid_rounding import check_can_round, round_embeddings_
 from hf_sparse.pruning.oneshot import check_not_compiled
 from hf_sparse.pruning.problem import Notes
-from hf_sparse.pruning.quantized import (
-    TensorBits,
-    check_can_round,
-    mean_bits,
-    round_embeddings_,
-    tensors_of,
-)
 from hf_sparse.pruning.task import Task
 from hf_sparse.structure.grids import is_on_grid
 from hf_sparse.structure.layers import PRUNED_WITH, TargetLayer, promised_config
@@ -182,8 +177,22 @@ def quantize_(
         method,
         targets.config.grid_values(),
         time.perf_counter() - start,
-        notes.lines(),
+        (*notes.lines(), *_left_out(model, targets)),
     )
+
+
+def _left_out(model: nn.Module, targets: Targets) -> tuple[str, ...]:
+    """What a report tells of the layers that `ignore` keeps out of the grid."""
+    config = targets.config
+    if config.grid is None or not config.ignore:
+        return ()
+    own = {layer.name for layer in targets.layers}
+    whole = Targets.of(model, replace(config, ignore=())).layers
+    left = [layer.name for layer in whole if layer.name not in own]
+    if not left:
+        return ()
+    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+    return (f"{len(left)} layers stay as they are, by ignore: {', '.join(left[:3])}{more}.",)
 
 
 @torch.no_grad()

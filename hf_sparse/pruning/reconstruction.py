@@ -97,7 +97,7 @@ def _gradients(
     step: BlockStep, sample: Sample, parameters: Sequence[nn.Parameter], accelerator: Any
 ) -> dict[int, Tensor]:
     """The gradient of each parameter, by its identity."""
-    with fast_autocast(parameters[0]):
+    with fast_autocast(step.block):
         output = step.forward(sample)
     grads = torch.autograd.grad(_loss(output, sample), parameters, allow_unused=True)
     return {

@@ -29,6 +29,7 @@ from hf_sparse.calibration.activations import on_disk
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.windows import checked_batches, fingerprint
 from hf_sparse.checkpoint.can_save import check_can_save
+from hf_sparse.checkpoint.dense_models import dense_model_class, restored
 from hf_sparse.checkpoint.promised import check_to_load
 from hf_sparse.checkpoint.save import save_model
 from hf_sparse.checkpoint.writing import check_not_lost
@@ -49,7 +50,6 @@ from hf_sparse.formats import FormatError
 from hf_sparse.provenance.record import record_
 from hf_sparse.provenance.values import Calibration, Step
 from hf_sparse.pruning.allocation import layer_sparsities
-from hf_sparse.pruning.loading import dense_model_class, restored
 from hf_sparse.pruning.methods import Recipe
 from hf_sparse.pruning.on_disk import OnDisk
 from hf_sparse.pruning.oneshot import notes_on

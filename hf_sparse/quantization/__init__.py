@@ -6,7 +6,7 @@ no stage keeps a second copy. A scale is a bfloat16, so that the product of scal
 float32, and known again in bfloat16 and float16.
 """
 
-from hf_sparse.quantization.codes import Codes, OffGridError, codes_of, lies_on
+from hf_sparse.quantization.codes import Codes, OffGridError, codes_of, lies_on, lowest_steps
 from hf_sparse.quantization.grid import BITS, GROUP_SIZES, SMALLEST_SCALE, Grid
 from hf_sparse.quantization.rounding import (
     fitted_scales,
@@ -26,6 +26,7 @@ __all__ = [
     "fitted_scales",
     "lies_on",
     "lowest_codes",
+    "lowest_steps",
     "nearest_codes",
     "rounded",
 ]

@@ -21,16 +21,41 @@ class Codes:
 
     Attributes:
         codes: `(out_features, in_features)`; int8 of symmetric grids, otherwise int16.
-        scales: `(out_features, groups)`, float32, each of them a positive bfloat16.
+        scales: `(out_features, groups)`, float32, each of them a bfloat16. Of grids that have signs a
+            group has a negative scale if its largest code would be above the grid's; else positive.
     """
 
     codes: Tensor
     scales: Tensor
 
+    @classmethod
+    def of_steps(cls, steps: Tensor, scales: Tensor, grid: Grid) -> Codes:
+        """The codes of weights that are so many steps of positive scales away from 0.
+
+        Args:
+            steps: `(out_features, in_features)`, whole numbers. Of grids that have signs those of a
+                group lie in the grid's range, or their opposites do.
+            scales: `(out_features, groups)`, positive.
+        """
+        codes = steps.to(torch.int8 if grid.symmetric else torch.int16)
+        if grid.has_signs and codes.numel():
+            grouped = codes.reshape(*scales.shape, -1)
+            turned = grouped.amax(-1) > grid.highest_code
+            codes = torch.where(turned[..., None], -grouped, grouped).reshape(codes.shape)
+            scales = torch.where(turned, -scales, scales)
+        return cls(codes, scales)
+
+    def steps(self) -> Codes:
+        """The same weights with positive scales; codes may be one above the grid's range."""
+        grouped = self.codes.reshape(*self.scales.shape, -1)
+        turned = torch.where((self.scales < 0)[..., None], -grouped, grouped)
+        return Codes(turned.reshape(self.codes.shape), self.scales.abs())
+
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values. In float32 the products are exact."""
+        """The values. In float32 the products are exact; zeros have no sign."""
         rows, groups = self.scales.shape
         grouped = self.codes.reshape(rows, groups, -1).float() * self.scales[..., None]
+        grouped += 0.0  # of -0.0, a zero times a negative scale, it makes 0.0
         return grouped.reshape(self.codes.shape).to(dtype)
 
 
@@ -76,8 +101,9 @@ def codes_of(weight: Tensor, grid: Grid) -> Codes:
         part = slice(start, start + step)
         grouped = weight[part].reshape(-1, size)
         found, fits = _scales(grouped, grid)
-        scales[part] = found.reshape(-1, per_row)
-        codes[part] = _codes(grouped, found, grid).reshape(-1, columns)
+        steps = _steps(grouped, found, grid).reshape(-1, columns)
+        own = Codes.of_steps(steps, found.reshape(-1, per_row), grid)
+        codes[part], scales[part] = own.codes, own.scales
         off += int((~fits).sum())
     if off:
         raise OffGridError(
@@ -111,7 +137,7 @@ def _scales(grouped: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     scales = torch.ones_like(largest)
     fits = largest == 0
     open_groups = torch.nonzero(torch.isfinite(largest) & ~fits)[:, 0]
-    bound = max(grid.highest_code, -grid.lowest_code)
+    bound = grid.largest_step
     sample = grouped[:, :: max(1, grouped.shape[1] // _SAMPLE)]
     # A bfloat16 weight was rounded: the scale may lie beside what the largest weight tells.
     neighbours = (0, 1, -1) if grouped.dtype == torch.bfloat16 else (0,)
@@ -136,16 +162,32 @@ def _as_scale(values: Tensor, neighbour: int) -> Tensor:
 
 def _gives(grouped: Tensor, scales: Tensor, grid: Grid) -> Tensor:
     """Which groups `(groups, size)` are codes of the grid times their scale."""
-    values = _codes(grouped, scales, grid).mul_(scales[:, None])
+    values = _steps(grouped, scales, grid).mul_(scales[:, None])
     return (values.to(grouped.dtype) == grouped).all(1)
 
 
-def _codes(grouped: Tensor, scales: Tensor, grid: Grid) -> Tensor:
-    """The codes of the grid that are nearest to the groups `(groups, size)`, as floats."""
-    codes = (grouped.float() / scales[:, None]).round_()
+def _steps(grouped: Tensor, scales: Tensor, grid: Grid) -> Tensor:
+    """The nearest codes of the groups `(groups, size)`, as floats, of positive scales."""
+    steps = (grouped.float() / scales[:, None]).round_()
+    lowest = lowest_steps(steps, grid)[:, None]
+    return torch.clamp(steps, lowest, lowest + grid.span)
+
+
+def lowest_steps(steps: Tensor, grid: Grid) -> Tensor:
+    """The lowest code of each group, by what its codes with a positive scale would be without bounds.
+
+    Args:
+        steps: `(..., size)`, whole numbers as floats.
+
+    Returns:
+        `(...)`, floats; the highest code of a group lies `grid.span` above it.
+    """
+    lowest, highest = steps.amin(-1), steps.amax(-1)
     if grid.symmetric:
-        return codes.clamp_(grid.lowest_code, grid.highest_code)
+        below = torch.full_like(lowest, grid.lowest_code)
+        if not grid.has_signs:
+            return below
+        return torch.where(highest > -lowest, -float(grid.highest_code), below)
     # A bfloat16 hardly tells 255 steps from 256: the shorter side of zero tells the zero point.
-    lowest, highest = codes.amin(1).clamp_(max=0), codes.amax(1).clamp_(min=0)
-    lowest = torch.where(-lowest > highest, highest - grid.highest_code, lowest)
-    return codes.sub_(lowest[:, None]).clamp_(0, grid.highest_code).add_(lowest[:, None])
+    lowest, highest = lowest.clamp_(max=0), highest.clamp_(min=0)
+    return torch.where(-lowest > highest, highest - grid.highest_code, lowest)

@@ -20,10 +20,11 @@ class Grid:
     Attributes:
         bits: 8 or 4.
         group_size: consecutive inputs of a row that share a scale: 128, 64, 32; None: the whole row.
-        symmetric: codes lie around 0, in [-127, 127] or [-8, 7]. False: each group has a zero point
-            `z` in `[0, 2**bits)`, and its codes `c` in the same range mean `scale * (c - z)`. Zero is
-            on the grid either way. What this package calls the code of a weight is `c - z`: 0 for a
-            zero.
+        symmetric: codes lie around 0, in [-127, 127] or [-8, 7]. A scale of 4 bits may be negative, so
+            that -8 stands for the largest weight of a group whatever its sign. False: each group has a
+            zero point `z` in `[0, 2**bits)`, and its codes `c` in the same range mean
+            `scale * (c - z)`. Zero is on the grid either way. What this package calls the code of a
+            weight is `c - z`: 0 for a zero.
 
     Raises:
         ValueError: a value outside what is allowed.
@@ -62,6 +63,16 @@ class Grid:
         if self.symmetric:
             return 127 if self.bits == 8 else 7
         return int(2**self.bits) - 1
+
+    @property
+    def largest_step(self) -> int:
+        """The largest code of either sign: how many steps of a scale may lie between 0 and a weight."""
+        return max(-self.lowest_code, self.highest_code)
+
+    @property
+    def has_signs(self) -> bool:
+        """Whether scales may be negative: one code more lies below 0 than above it."""
+        return self.symmetric and -self.lowest_code > self.highest_code
 
     @property
     def span(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_sparse.calibration.calling import run_on
 from hf_sparse.calibration.losses import fast_autocast
 from hf_sparse.calibration.progress import steps
 from hf_sparse.optim.keep_zeros import FrozenMask
@@ -96,8 +97,8 @@ def _backward(trained: nn.Module, batches: Sequence[dict[str, Any]]) -> float:
     """Add the gradients of the mean of the batches' losses, and return it."""
     total = 0.0
     for count, batch in _joined(batches):
-        with fast_autocast(next(trained.parameters())):
-            loss = trained(**batch).loss
+        with fast_autocast(trained):
+            loss = run_on(trained, batch).loss
         share = count / len(batches)
         (loss * share).backward()
         total += float(loss.detach()) * share

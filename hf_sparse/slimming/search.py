@@ -53,7 +53,7 @@ def plan_slim(
     mb: float | int | None = None,
     axes: Sequence[str] | None = None,
 ) -> SlimPlan:
-    """Search the mix of fewer blocks, smaller ones and fewer experts that a model misses least.
+    """Search the mix of fewer blocks, smaller blocks and fewer experts with the least loss.
 
     >>> plan = hf_sparse.plan_slim(model, batches, params=0.7)     # doctest: +SKIP
     >>> print(plan)                                                # doctest: +SKIP
@@ -145,7 +145,7 @@ def slim_(
     axes: Sequence[str] | None = None,
     plan: SlimPlan | None = None,
 ) -> SlimReport:
-    """Make a model smaller, in place, by the mix of what it misses least: see `plan_slim`.
+    """Make a model smaller, in place, by the mix with the least loss that `plan_slim` finds.
 
     What is left is a plain model of its family, which transformers loads alone. Train it afterwards
     with the whole model as teacher: `hf_sparse.recover_(model, batches, teacher=...)`. Make optimizers
@@ -197,7 +197,8 @@ def _axes_of(model: PreTrainedModel, axes: Sequence[str] | None) -> tuple[str, .
         ValueError: they are none of those that there are.
     """
     if axes is None:
-        is_mixture = any(ExpertStack.of(module) is not None for module in model.modules())
+        stacks = filter(None, map(ExpertStack.of, model.modules()))
+        is_mixture = any(stack.can_go for stack in stacks)
         return _OF_MIXTURES if is_mixture else _OF_OTHERS
     known = ", ".join(f"'{name}' ({what})" for name, what in AXES.items())
     if isinstance(axes, str) or not axes or any(axis not in AXES for axis in axes):

@@ -1,9 +1,13 @@
 """Which heads and neurons of each block matter least, and a model that does without them for a while.
 
-    score of a neuron = ||column of down||_2 * ||its activations||_2
+    score of a neuron = ||its activations||_2
 
-and of a head of keys the root of the summed squares of its columns behind attention, with all its heads
-of queries: Wanda's score (Sun et al., https://arxiv.org/abs/2306.11695) of whole units.
+as in Sandri et al., "2SSP", https://arxiv.org/abs/2501.17771 (which takes the mean over sequences), and
+
+    score of a column behind attention = ||column||_2 * ||what enters it||_2
+
+whose squares are summed over a head of keys with all its heads of queries: Wanda's score (Sun et al.,
+https://arxiv.org/abs/2306.11695) of whole units.
 """
 
 from __future__ import annotations
@@ -44,13 +48,11 @@ class Ranking:
         norms = input_norms(model, layers, batches)
         groups, neurons = [], []
         for units in blocks:
-            energy = [
-                layer.weight.float().square().sum(dim=0) * norms[layer.name].square()
-                for layer in (units.out, units.down)
-            ]
-            heads = energy[0].view(units.size.key_heads, -1).sum(dim=1)
+            columns = units.out.weight.float().square().sum(dim=0) * norms[units.out.name].square()
+            heads = columns.view(units.size.key_heads, -1).sum(dim=1)
             groups.append(heads.argsort(descending=True, stable=True).cpu())
-            neurons.append(energy[1].argsort(descending=True, stable=True).cpu())
+            own = norms[units.down.name]
+            neurons.append(own.argsort(descending=True, stable=True).cpu())
         size = blocks[0].size
         return cls(tuple(groups), tuple(neurons), size.heads // size.key_heads)
 

@@ -74,8 +74,14 @@ def check_groups(layer: TargetLayer, grid: Grid) -> None:
     """Refuse a layer whose inputs the groups of a grid do not divide.
 
     Raises:
-        ValueError: the message names the layer.
+        ValueError: the message names the layer; or it is one of experts that lie one below the other.
     """
+    if layer.stack is not None and layer.stack.below:
+        raise ValueError(
+            f"{layer.weight_name} is one of {layer.stack.number} experts that lie one below the other "
+            "in a 2-D parameter, and codes are stored for a matrix or for stacked ones. Leave the "
+            "experts out: SparsityConfig(..., ignore=['experts.*'])."
+        )
     try:
         grid.columns_per_scale(layer.weight.shape[1])
     except ValueError as error:

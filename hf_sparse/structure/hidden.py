@@ -23,6 +23,8 @@ from hf_sparse.structure.modules_described import described
 from hf_sparse.structure.parts import NEURONS, full_size, head_size
 from hf_sparse.structure.units import find_units
 
+# How many sizes are tried for one that a config can tell.
+_TRIED = 6
 # Settings that are the hidden size by another name where they have its value.
 _SAME = ("word_embed_proj_dim", "embedding_size")
 
@@ -61,13 +63,10 @@ class HiddenPlan:
         reason = cls._possible(model, size, left)
         if isinstance(reason, HiddenPlan):
             return reason
-        nearest = None
-        head = head_size(model.config)
-        able = sorted(range(head, size, head), key=lambda other: (abs(other - left), -other))
-        for other in able[:3]:
-            if isinstance(cls._possible(model, size, other), HiddenPlan):
-                nearest = other
-                break
+        sizes = _sizes(model.config, size, left)
+        nearest = next(
+            (n for n in sizes if isinstance(cls._possible(model, size, n), HiddenPlan)), None
+        )
         told = (
             "Heads, neurons and blocks can go from it: hf_sparse.shrink_, hf_sparse.drop_blocks_"
             if nearest is None
@@ -98,7 +97,8 @@ class HiddenPlan:
         try:
             small = dict(described(built(model, _with(model.config, settings))))
         except BUILD_ERRORS as error:
-            return f"transformers builds no such model ({error})"
+            told = " ".join(str(error).split()).rstrip(".")
+            return f"transformers builds no such model ({told})"
         plan = cls(
             model,
             size,
@@ -276,6 +276,13 @@ def _cut(tensor: Tensor, dims: Sequence[int], features: Tensor) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(value, requires_grad=tensor.requires_grad)
     return value
+
+
+def _sizes(config: Any, size: int, left: int) -> list[int]:
+    """The hidden sizes nearest to one that heads, or their number, divide."""
+    steps = (head_size(config), config.num_attention_heads)
+    able = {other for step in steps for other in range(step, size, step)}
+    return sorted(able, key=lambda other: (abs(other - left), -other))[:_TRIED]
 
 
 def _settings(config: Any, left: int, heads: int | None) -> dict[str, Any]:

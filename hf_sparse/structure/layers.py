@@ -63,7 +63,9 @@ class TargetLayer:
     @property
     def transposed(self) -> bool:
         """Whether the weight is stored `(in_features, out_features)`, as GPT-2's Conv1D does."""
-        return is_conv1d(self.module) if self.stack is None else self.stack.transposed
+        if self.stack is None:
+            return is_conv1d(self.module)
+        return self.attribute in self.stack.turned
 
     @property
     def is_plain(self) -> bool:
@@ -93,8 +95,7 @@ class TargetLayer:
         """What is added to the outputs, `(out_features,)`."""
         if self.stack is None:
             return getattr(self.module, "bias", None)
-        biases = getattr(self.module, f"{self.attribute}_bias", None)
-        return None if biases is None else biases[self.expert]
+        return self.stack.bias(self.attribute, self.expert)
 
     def part(self, tensor: Tensor) -> Tensor:
         """What belongs to this weight in a tensor like the parameter, `(out_features, in_features)`."""
@@ -103,7 +104,7 @@ class TargetLayer:
 
     def stored(self, tensor: Tensor) -> Tensor:
         """What belongs to this weight in a tensor like the parameter, as it is stored."""
-        return tensor if self.stack is None else tensor[self.expert]
+        return tensor if self.stack is None else self.stack.own(tensor, self.expert)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -140,18 +141,20 @@ def matrices(module: nn.Module, prefix: str = "") -> Iterator[TargetLayer]:
     adapted = [
         name for name, child in module.named_modules(prefix=prefix) if hasattr(child, "base_layer")
     ]
+    held: set[int] = set()
     for name, child in module.named_modules(prefix=prefix):
         owner = next((owner for owner in adapted if name.startswith(f"{owner}.")), None)
         if owner is not None and name.removeprefix(owner).replace(_ADAPTED, ""):
             continue  # of the adapter itself
         if is_matrix(child):
             yield TargetLayer(name, child)
-        elif (stack := ExpertStack.of(child)) is not None:
-            yield from expert_matrices(stack, name)
+        elif (stack := ExpertStack.called(child)) is not None and id(stack.module) not in held:
+            held.add(id(stack.module))
+            yield from expert_matrices(stack, ".".join(filter(None, (name, stack.path))))
 
 
 def expert_matrices(stack: ExpertStack, name: str) -> Iterator[TargetLayer]:
-    """The matrices of all experts of the module of that name."""
+    """The matrices of all experts that the module of that name holds."""
     for attribute in stack.parameters:
         path = f"{name}.{attribute}" if name else attribute
         for expert in range(stack.number):

@@ -84,7 +84,14 @@ class Mixtures:
         """
         kind = type(model).__name__
         stacks = [(name, ExpertStack.of(module)) for name, module in model.named_modules()]
-        mixtures = tuple(Mixture(name, stack) for name, stack in stacks if stack is not None)
+        known = [(name, stack) for name, stack in stacks if stack is not None]
+        if any(stack.below for _, stack in known):
+            raise ValueError(
+                f"the experts of this {kind} lie one below the other in 2-D parameters, from which "
+                "whole ones cannot be taken out; wanted experts stacked in 3-D parameters. Other "
+                "zeros can be had: hf_sparse.prune_ with SparsityConfig('2:4')."
+            )
+        mixtures = tuple(Mixture(name, stack) for name, stack in known if stack.can_go)
         if not mixtures:
             raise ValueError(
                 f"no experts were found in this {kind}; wanted a mixture of experts whose matrices are "

@@ -12,7 +12,7 @@ def is_transposed(module: nn.Module, attribute: str) -> bool:
     """Whether a module stores a weight, or each of a stack, as `(in_features, out_features)`."""
     stack = ExpertStack.of(module)
     if stack is not None and attribute in stack.parameters:
-        return stack.transposed
+        return attribute in stack.turned
     return attribute == "weight" and is_conv1d(module)
 
 

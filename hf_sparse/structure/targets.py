@@ -152,7 +152,8 @@ def _with_units(config: SparsityConfig, model: nn.Module) -> SparsityConfig:
 
 def _with_experts(config: SparsityConfig, model: nn.Module) -> SparsityConfig:
     """A config of whole experts with the matrices of all of them."""
-    found = [layer.parameter_name for layer in matrices(model) if layer.stack is not None]
+    stacked = [layer for layer in matrices(model) if layer.stack is not None]
+    found = [one.parameter_name for one in stacked if one.stack is not None and one.stack.can_go]
     if not found:
         raise ValueError(
             f"pattern '{config.pattern}' means whole experts, and no experts were found in this "

@@ -315,7 +315,7 @@ def _check_plain(model: nn.Module, units: BlockUnits) -> None:
         if not is_matrix(layer):
             raise ValueError(
                 f"{units.name}.{path} is a {type(layer).__name__}; wanted a plain Linear. Merge "
-                "adapters first: model.merge_and_unload()."
+                "adapters (hf_sparse.merge_adapters_), and load the model without quantization."
             )
 
 

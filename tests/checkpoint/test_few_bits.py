@@ -294,7 +294,7 @@ def with_one(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
 SCALES = f"{TARGET}.scales4"
 DAMAGE = {
     "a scale is zero": (put(SCALES, with_one(0.0)), "1 of 64 scales"),
-    "a scale is negative": (put(SCALES, with_one(-0.5)), "1 of 64 scales"),
+    "a scale is tiny and negative": (put(SCALES, with_one(-(2.0**-120))), "1 of 64 scales"),
     "a scale is NaN": (put(SCALES, with_one(float("nan"))), "1 of 64 scales"),
     "scales are missing": (lambda t: t.pop(SCALES), "floats|incomplete|wanted 1-D"),
     "scales of other rows": (

@@ -21,14 +21,13 @@ from transformers import (
 
 import hf_sparse
 from hf_sparse.cli import main
+from tests.support.dense_folders import dense_folder
 from tests.support.tiny_models import prose, tiny_classifier, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
 def dense(tmp_path: Path) -> Path:
-    tiny_model("llama").save_pretrained(tmp_path / "dense")
-    tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    (tmp_path / "text.txt").write_text(prose()[:4000])
+    dense_folder(tmp_path)
     rows = [json.dumps({"text": text}) for text in prose()[:20000].split("\n\n")]
     (tmp_path / "text.jsonl").write_text("\n".join(rows))
     return tmp_path / "dense"

@@ -11,27 +11,19 @@ from transformers import AutoModelForCausalLM
 from hf_sparse import SparsityConfig
 from hf_sparse.cli import main
 from hf_sparse.structure.grids import check_grid
-from tests.support.tiny_models import prose, tiny_model, tiny_tokenizer
+from tests.support.dense_folders import calibration, dense_folder
 
 
 @pytest.fixture
 def dense(tmp_path: Path) -> str:
-    tiny_model("llama").save_pretrained(tmp_path / "dense")
-    tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    (tmp_path / "text.txt").write_text(prose()[:8000])
-    return str(tmp_path / "dense")
-
-
-def calibration(folder: Path) -> list[str]:
-    text = str(folder / "text.txt")
-    return ["--calibration", text, "--num-samples", "2", "--window", "32"]
+    return str(dense_folder(tmp_path, characters=8000))
 
 
 def test_prune_takes_bits(dense: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
     grid = ["--bits", "4", "--group-size", "32", "--asymmetric", "--embedding-bits", "8"]
     arguments = ["prune", dense, out, "--pattern", "2:4", "--method", "magnitude", *grid]
-    assert main([*arguments, *calibration(tmp_path)]) == 0
+    assert main([*arguments, *calibration(tmp_path, 32)]) == 0
     assert "22 weights were rounded to int4" in capsys.readouterr().out
     config = SparsityConfig("2:4", bits=4, group_size=32, symmetric=False, embedding_bits=8)
     check_grid(AutoModelForCausalLM.from_pretrained(out), config)
@@ -42,7 +34,7 @@ def test_quantize_saves_what_it_rounded(
     data: bool, dense: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "out")
-    more = calibration(tmp_path) if data else []
+    more = calibration(tmp_path, 32) if data else []
     assert main(["quantize", dense, out, "--bits", "8", "--json", *more]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["method"], len(told["tensors"])) == ("gptq" if data else "nearest", 21)
@@ -87,7 +79,7 @@ def test_the_card_of_a_rounded_pruning_has_one_step_and_its_code_runs(
 ) -> None:
     out = tmp_path / "out"
     arguments = ["prune", dense, str(out), "--pattern", "2:4", "--bits", "4", "--group-size", "32"]
-    assert main([*arguments, "--method", "wanda", *calibration(tmp_path)]) == 0
+    assert main([*arguments, "--method", "wanda", *calibration(tmp_path, 32)]) == 0
     card = (out / "README.md").read_text()
     assert "Step 2" not in card
     assert "SparsityConfig('2:4', bits=4, group_size=32)" in card

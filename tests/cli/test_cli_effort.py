@@ -11,15 +11,12 @@ from transformers import AutoModelForCausalLM
 from hf_sparse.effort.work import KeptBlocks
 from hf_sparse_cli import main
 from tests.support.closeness import nearly_same
-from tests.support.tiny_models import prose, tiny_model, tiny_tokenizer
+from tests.support.dense_folders import dense_folder
 
 
 @pytest.fixture
 def dense(tmp_path: Path) -> Path:
-    tiny_model("llama").save_pretrained(tmp_path / "dense")
-    tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    (tmp_path / "text.txt").write_text(prose()[:4000])
-    return tmp_path / "dense"
+    return dense_folder(tmp_path)
 
 
 def prune(dense: Path, output: str, *more: str) -> int:

@@ -14,14 +14,14 @@ import pytest
 from transformers.utils import logging as transformers_logging
 
 from hf_sparse.cli import commands
-from hf_sparse.cli.messages import messages
+from hf_sparse.cli.messages import _Once, messages
 from hf_sparse_cli import main
 from hf_sparse_cli.completion import SHELLS, script
 from hf_sparse_cli.messages import EXIT_CODES
 from hf_sparse_cli.parser import make_parser
 from hf_sparse_cli.tour import PURPOSES
 from hf_sparse_cli.upstream import commands_of
-from tests.support.tiny_models import prose, tiny_model, tiny_tokenizer
+from tests.support.dense_folders import dense_folder
 
 
 def run(monkeypatch: pytest.MonkeyPatch, action: Any, *flags: str) -> int:
@@ -171,9 +171,7 @@ def test_what_a_library_logs_is_told_once(given: dict[str, bool], count: int) ->
 def test_a_run_shows_one_bar_for_each_stage_with_the_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny_model("llama").save_pretrained(tmp_path / "dense")
-    tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    (tmp_path / "text.txt").write_text(prose()[:4000])
+    dense_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     line = "prune dense out --pattern 2:4 --calibration text.txt --num-samples 2 --window 16"
@@ -212,3 +210,19 @@ def test_without_shtab_its_install_line_is_told(
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["--completion", "bash"]) == 1
     assert "pip install 'hf_sparse[completion]'" in capsys.readouterr().err
+
+
+def test_a_hub_that_does_not_answer_is_told_of_once() -> None:
+    once = _Once(logging.WARNING)
+    texts = [
+        "'[Errno -2] Name or service not known' thrown while requesting HEAD an address",
+        "Retrying in 1s [Retry 1/5].",
+        "Retrying in 2s [Retry 2/5].",
+        "another warning",
+    ]
+    records = [logging.makeLogRecord({"msg": text, "levelno": logging.WARNING}) for text in texts]
+    shown = [record.getMessage() for record in records if once.filter(record)]
+    assert shown == [
+        "hf-sparse: the Hub does not answer; trying again, for half a minute at most",
+        "another warning",
+    ]

@@ -32,8 +32,8 @@ from hf_sparse_cli import choices, main
 from hf_sparse_cli.parser import make_parser
 from hf_sparse_cli.places import unfinished
 from hf_sparse_cli.usage import implied_sparsity
+from tests.support.dense_folders import calibration, dense_folder
 from tests.support.processes import command, environment, run
-from tests.support.tiny_models import prose, tiny_model, tiny_tokenizer
 
 # Arguments that are refused, and what is told. OLD: an earlier output, FILE: a text, EMPTY: a folder.
 USAGE = [
@@ -136,7 +136,7 @@ USAGE = [
     ("eval EMPTY --tasks piqa --task-data none", "no such folder: none"),
     ("eval user/name --tasks piqa --record", "--record writes into MODEL's folder"),
     ("eval EMPTY --tasks piqa --limit 0", "--limit is 0; wanted at least 1"),
-    ("eval EMPTY --text FILE --record", "--record is for --tasks alone"),
+    ("eval user/name --text FILE --record", "--record writes into MODEL's folder"),
     ("eval EMPTY --text FILE --limit 3", "--limit is for --tasks alone"),
     ("eval EMPTY --text none.txt", "no such file: none.txt"),
     ("inspect none", "no such folder: none"),
@@ -292,12 +292,8 @@ def test_an_interruption_is_told_without_a_traceback(
 def test_an_interrupted_stream_tells_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny_model("llama").save_pretrained(tmp_path / "dense")
-    tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    (tmp_path / "text.txt").write_text(prose()[:4000])
-    out = tmp_path / "out"
-    command = ["prune", str(tmp_path / "dense"), str(out), "--calibration"]
-    command += [str(tmp_path / "text.txt"), "--num-samples", "2", "--window", "16", "--stream"]
+    dense, out = dense_folder(tmp_path), tmp_path / "out"
+    command = ["prune", str(dense), str(out), *calibration(tmp_path), "--stream"]
     finish, done = on_disk.OnDisk.finish, []
 
     def stopping(self, step) -> None:

@@ -207,9 +207,9 @@ def _(described: dict, t: Tensors) -> None:
     described["config"].update(id2label=None, label2id=None, num_labels=10**10)
 
 
-@case("a family that is not compiled", "gpt2", "family 't5'")
+@case("a family that is not compiled", "gpt2", "family 'stablelm'")
 def _(described: dict, t: Tensors) -> None:
-    described["config"].update(model_type="t5", num_layers=10**29)
+    described["config"].update(model_type="stablelm", num_hidden_layers=10**29)
 
 
 @case("tied to nothing", "gpt2", "nowhere")

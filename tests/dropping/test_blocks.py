@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_sparse
 from hf_sparse import SparsityConfig, drop_blocks_
-from hf_sparse.cli import main
 from hf_sparse.dropping.blocks import METHODS
 from hf_sparse.dropping.counts import number_of_some
 from hf_sparse.provenance.record import provenance_of
@@ -23,13 +22,12 @@ from hf_sparse.structure.layers import promised_config
 from hf_sparse.structure.units import find_units
 from hf_sparse_cli.choices import BLOCK_CHOICES
 from tests.support.deep_models import adapted, deep_model, loss_of, quantized
+from tests.support.dense_folders import calibration, check_refused, shrunk
 from tests.support.plain_models import check_plain
 from tests.support.tiny_models import (
-    prose,
     tiny_batches,
     tiny_classifier,
     tiny_model,
-    tiny_tokenizer,
 )
 from tests.support.unchanged import unchanged
 
@@ -228,21 +226,15 @@ def test_a_number_or_a_fraction_of_blocks() -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(BLOCK_CHOICES) == list(METHODS)
-    hf_sparse.save_pretrained(deep_model(), tmp_path / "dense", tokenizer=tiny_tokenizer())
-    (tmp_path / "text.txt").write_text(prose()[:4000])
-    names = [str(tmp_path / "dense"), str(tmp_path / "small")]
-    data = ["--calibration", str(tmp_path / "text.txt"), "--num-samples", "2", "--window", "16"]
-    assert main(["shrink", *names, "--blocks", "0.5", "--by", "similarity", *data, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["blocks"] == [4, 2]
-    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    printed, config = shrunk(deep_model(), tmp_path, "--blocks 0.5 --by similarity", capsys)
+    assert printed["blocks"] == [4, 2]
     assert (config["model_type"], config["num_hidden_layers"]) == ("llama", 2)
-    for arguments, message in (
+    data = calibration(tmp_path)
+    cases = (
         (["--blocks", "4", *data], "every block of 4"),
         (["--blocks", "1"], "--calibration FILE"),
         (["--by", "loss"], "--by is for --blocks N, --experts N"),
         (["--blocks", "1.5", *data], "wanted how many go"),
         (["--blocks", "1", "--uniform", *data], "--uniform is for heads and neurons"),
-    ):
-        assert main(["shrink", names[0], str(tmp_path / "none"), *arguments]) == 1
-        assert message in capsys.readouterr().err
-    assert not (tmp_path / "none").exists()
+    )
+    check_refused(tmp_path, cases, capsys)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_sparse
 from hf_sparse import SparsityConfig, drop_experts_
-from hf_sparse.cli import main
 from hf_sparse.dropping.experts import METHODS
 from hf_sparse.provenance.record import provenance_of
 from hf_sparse.structure.layers import promised_config
@@ -23,6 +21,7 @@ from hf_sparse.structure.mixtures import Mixtures
 from hf_sparse_cli.choices import EXPERT_CHOICES
 from tests.support.any_models import tiny_config
 from tests.support.deep_models import adapted, quantized
+from tests.support.dense_folders import calibration, check_refused, shrunk
 from tests.support.mixtures import (
     MIXTURES,
     SeparateExperts,
@@ -31,7 +30,7 @@ from tests.support.mixtures import (
     tiny_mixture,
 )
 from tests.support.plain_models import check_plain
-from tests.support.tiny_models import prose, tiny_model, tiny_tokenizer
+from tests.support.tiny_models import tiny_model
 from tests.support.unchanged import unchanged
 
 
@@ -339,17 +338,11 @@ def test_values_that_are_not_finite_are_refused_and_nothing_is_lost() -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(EXPERT_CHOICES) == list(METHODS)
-    hf_sparse.save_pretrained(
-        tiny_mixture("mixtral"), tmp_path / "dense", tokenizer=tiny_tokenizer()
-    )
-    (tmp_path / "text.txt").write_text(prose()[:4000])
-    names = [str(tmp_path / "dense"), str(tmp_path / "small")]
-    data = ["--calibration", str(tmp_path / "text.txt"), "--num-samples", "2", "--window", "16"]
-    assert main(["shrink", *names, "--experts", "0.5", *data, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["experts"] == [4, 2]
-    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    printed, config = shrunk(tiny_mixture("mixtral"), tmp_path, "--experts 0.5", capsys)
+    assert printed["experts"] == [4, 2]
     assert (config["model_type"], config["num_local_experts"]) == ("mixtral", 2)
-    for arguments, message in (
+    data = calibration(tmp_path)
+    cases = (
         (["--experts", "3", *data], "--experts is 3, which leaves 1 experts"),
         (["--experts", "1"], "--experts looks at data"),
         (["--experts", "1", "--by", "magnitude", *data], "looks at no data"),
@@ -357,7 +350,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--blocks", "1", "--merge", *data], "--merge is for --experts"),
         (["--experts", "1", "--uniform", *data], "--uniform is for heads and neurons"),
         (["--merge"], "--merge is for --blocks N, --experts N"),
-    ):
-        assert main(["shrink", names[0], str(tmp_path / "none"), *arguments]) == 1
-        assert message in capsys.readouterr().err
-    assert not (tmp_path / "none").exists()
+    )
+    check_refused(tmp_path, cases, capsys)

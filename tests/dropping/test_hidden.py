@@ -18,7 +18,7 @@ from hf_sparse import SparsityConfig, drop_hidden_
 from hf_sparse.cli import main
 from hf_sparse.dropping.counts import number_of_some
 from hf_sparse.provenance.record import provenance_of
-from hf_sparse.structure.gains import norms_of
+from hf_sparse.structure.norms import norms_of
 from hf_sparse.structure.units import find_units
 from tests.support.any_models import tiny_config
 from tests.support.deep_models import adapted
@@ -195,6 +195,16 @@ def pruned() -> PreTrainedModel:
     return model
 
 
+def on_a_grid() -> PreTrainedModel:
+    model = model_of("llama")
+    hf_sparse.quantize_(model, SparsityConfig("unstructured", 0.0, bits=8, format="dense"))
+    return model
+
+
+def nine_heads() -> PreTrainedModel:
+    return tiny_model("llama", hidden_size=72, num_attention_heads=9, num_key_value_heads=3)
+
+
 def shrunk() -> PreTrainedModel:
     model: Any = model_of("llama")
     with torch.no_grad():
@@ -212,6 +222,8 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: model_of("bloom"), {}, "config of type 'bloom'"),
     (lambda: adapted(model_of("llama")), {}, "has adapters"),
     (pruned, {}, "promises zeros of pattern '2:4'"),
+    (on_a_grid, {}, "grid of 8 bits"),
+    (nine_heads, {}, r"nearest hidden size that it can tell is 63 \(remove 9\)"),
     (shrunk, {}, "sizes of their own"),
     (lambda: model_of("llama").to("meta"), {}, "meta device"),
     (lambda: nn.Linear(2, 2), {}, "takes a transformers model"),

@@ -38,6 +38,16 @@ def same(model: Any, other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(tensor, other[name]) for name, tensor in model.state_dict().items())
 
 
+def check_nearly_same(model: Any, other: Any) -> None:
+    for name, tensor in model.state_dict().items():
+        assert nearly_same(tensor, other.state_dict()[name]), name
+
+
+def run_until_stopped(effort: str, out: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        hf_sparse.sparsify_(tiny_model("llama"), CONFIG, data(), effort, folder=out)
+
+
 def chosen(family: str, config: SparsityConfig, effort: str) -> list[str]:
     model = tiny_model(family)
     targets = Targets.of(model, config)
@@ -111,8 +121,7 @@ def test_it_does_what_the_single_calls_do() -> None:
     hf_sparse.recover_(other, batches[:15], "finetune", teacher=tiny_model("llama"), **settings)
     if any("taken back" in note for note in report.notes):
         other.load_state_dict(middle)
-    for name, tensor in model.state_dict().items():
-        assert nearly_same(tensor, other.state_dict()[name])
+    check_nearly_same(model, other)
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
     steps = provenance_of(model).steps
     assert steps[0].method == "alps"
@@ -130,8 +139,7 @@ def test_a_recovery_that_does_not_help_is_taken_back(monkeypatch: pytest.MonkeyP
     report = hf_sparse.sparsify_(model, CONFIG, data(), "hours")
     assert any("it did not help, and was taken back" in note for note in report.notes)
     hf_sparse.prune_(other, CONFIG, "alps", data()[:15], reconstruct=2)
-    for name, tensor in model.state_dict().items():
-        assert nearly_same(tensor, other.state_dict()[name])
+    check_nearly_same(model, other)
     [step] = provenance_of(model).steps
     assert step.method == "alps"
     assert str(dict(step.options)["recovery by finetune"]).startswith(
@@ -149,8 +157,7 @@ def test_a_recipe_repeats_a_run(tmp_path: Path) -> None:
     assert read.digest == plan.digest
     hf_sparse.sparsify_(model, CONFIG, data(), plan)
     hf_sparse.sparsify_(again, None, data(), file)
-    for name, tensor in model.state_dict().items():
-        assert nearly_same(tensor, again.state_dict()[name])
+    check_nearly_same(model, again)
     assert provenance_of(model).steps == provenance_of(again).steps
     hf_sparse.save_pretrained(again, tmp_path / "sparse")
     assert f"{plan.digest}, stage 1 of 1" in (tmp_path / "sparse" / "README.md").read_text()
@@ -242,8 +249,7 @@ def test_a_stopped_run_goes_on_inside_a_stage(
 
     with monkeypatch.context() as patch:
         patch.setattr(KeptBlocks, "finish", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            hf_sparse.sparsify_(tiny_model("llama"), CONFIG, data(), "minutes", folder=out)
+        run_until_stopped("minutes", out)
     work = tmp_path / "out.unfinished"
     kept = sorted(file.name for file in work.glob("*.safetensors"))
     assert len(kept) == 2
@@ -264,8 +270,7 @@ def test_a_stopped_run_goes_on_inside_a_stage(
     model = tiny_model("llama")
     hf_sparse.sparsify_(model, CONFIG, data(), "minutes", folder=out, resume=True)
     assert finished == ["model.layers.2"]
-    for name, tensor in model.state_dict().items():
-        assert nearly_same(tensor, whole.state_dict()[name])
+    check_nearly_same(model, whole)
     assert not work.exists()
 
 
@@ -280,8 +285,7 @@ def test_a_stopped_run_goes_on_between_stages(
 
     with monkeypatch.context() as patch:
         patch.setattr(effort_run, "recover_", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            hf_sparse.sparsify_(tiny_model("llama"), CONFIG, data(), "hours", folder=out)
+        run_until_stopped("hours", out)
     work = tmp_path / "out.unfinished"
     assert [file.name for file in work.glob("*.safetensors")] == ["stage-1.safetensors"]
     whole_file = (work / "stage-1.safetensors").read_bytes()
@@ -292,8 +296,7 @@ def test_a_stopped_run_goes_on_between_stages(
     monkeypatch.setattr(effort_run, "prune_kept", stopped)
     model = tiny_model("llama")
     hf_sparse.sparsify_(model, CONFIG, data(), "hours", folder=out, resume=True)
-    for name, tensor in model.state_dict().items():
-        assert nearly_same(tensor, whole.state_dict()[name])
+    check_nearly_same(model, whole)
     told = [
         [(s.method, dict(s.options)["recipe"]) for s in provenance_of(m).steps]
         for m in (model, whole)

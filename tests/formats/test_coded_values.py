@@ -21,6 +21,7 @@ from hf_sparse.formats import (
 from hf_sparse.patterns import NM, Pattern
 from hf_sparse.quantization import Grid, OffGridError, codes_of, rounded
 from tests.support.crosses import pairwise
+from tests.support.damaged_parts import decompressed_unless_refused
 
 PATTERNS = {"nm": "2:4", "block": "block:2x4"}
 PLACED = [name for name in FORMATS if name != "auto"]
@@ -154,6 +155,19 @@ def test_scales_that_are_no_positive_numbers_are_refused(value):
     refused(parts, r"1 of 10 scales in 'scales8' are zero, negative, too small, too large or NaN")
 
 
+def test_scales_of_4_bits_may_be_negative_but_for_zero_points():
+    parts = valid_parts(grid=Grid(4, 32))
+    weight = decompress(parts)
+    parts["scales4"][1, 1] *= -1
+    weight[1, 32:64] *= -1
+    assert torch.equal(decompress(parts), weight)
+    parts["scales4"][1, 1] = -0.0
+    refused(parts, r"1 of 10 scales in 'scales4' are zero, too small, .*, or their opposites")
+    parts = valid_parts(grid=Grid(4, 32, False))
+    parts["scales4"][1, 1] *= -1
+    refused(parts, r"1 of 10 scales in 'scales4' are zero, negative, too small, too large or NaN")
+
+
 def test_scales_of_other_shapes_are_refused():
     parts = valid_parts()
     scales = parts["scales8"]
@@ -194,7 +208,7 @@ def test_half_a_byte_behind_the_last_value_is_refused():
     weight = torch.zeros(1, 32)
     weight[0, 3] = 1.0
     parts = compress(weight, "bitmask", grid=Grid(4))
-    assert parts[""].tolist() == [4]
+    assert parts[""].tolist() == [8]
     refused({**parts, "": torch.tensor([0x14], dtype=torch.uint8)}, "behind the last one, number 0")
     parts = compress(weight, "bitmask", grid=Grid(4, None, False))
     assert parts["zero_points"].tolist() == [0]
@@ -264,12 +278,8 @@ def test_damaged_parts_give_a_format_error_or_a_weight_on_the_grid(
         elif flat.ndim == 1:
             cut = flat[: place % (len(flat) + 1)]
             parts[chosen] = cut if kind == "cut" else torch.cat([flat, flat[:1] + value % 3])
-    try:
-        weight = decompress(parts)
-    except FormatError:
+    if (weight := decompressed_unless_refused(parts)) is None:
         return
-    rows, columns, transposed = parts["layout"].tolist()[:3]
-    assert weight.shape == ((columns, rows) if transposed else (rows, columns))
     assert weight.isfinite().all() or parts[f"scales{bits}"].float().max() > 1e30
 
 

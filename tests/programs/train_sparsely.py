@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_sparse import SparseAdamW, Sparsifier, SparsityConfig, sparse_param_groups
 from tests.support.tiny_models import tiny_model
-from tests.support.training import prepared, save_whole, shares
+from tests.support.training import prepared, save_whole, train
 
 folder, kind, pattern, method = sys.argv[1:]
 accelerator = Accelerator(cpu=True)
@@ -24,11 +24,7 @@ def optimizer_of(model: nn.Module) -> SparseAdamW:
 
 model, optimizer = prepared(accelerator, kind, model, optimizer_of)
 sparsifier = Sparsifier(optimizer, config, 12, method=method, interval=2)
-model.train()
-for ids in shares(accelerator, 12):
-    model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
+for _ in train(accelerator, model, optimizer, 12):
     sparsifier.step()
 sparsifier.check()
 save_whole(accelerator, model, f"{folder}/{kind}.safetensors")

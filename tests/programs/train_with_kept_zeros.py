@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 import hf_sparse
 from tests.support.tiny_models import tiny_model
-from tests.support.training import prepared, save_whole, shares
+from tests.support.training import prepared, save_whole, train
 
 folder, kind = sys.argv[1:]
 accelerator = Accelerator(cpu=True)
@@ -22,12 +22,8 @@ model, optimizer = prepared(
     lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2, weight_decay=0.3),
 )
 mask = hf_sparse.keep_zeros_(optimizer, model)
-model.train()
-for ids in shares(accelerator, 6):
-    model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-mask.check()
+for _ in train(accelerator, model, optimizer, 6):
+    mask.check()
 save_whole(accelerator, model, f"{folder}/{kind}.safetensors")
 accelerator.wait_for_everyone()
 accelerator.end_training()

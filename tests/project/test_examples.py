@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import hf_sparse
 from hf_sparse.cli import main
+from tests.support.dense_folders import dense_folder
 from tests.support.exporting import WHY_NOT
-from tests.support.tiny_models import prose, tiny_classifier, tiny_model, tiny_tokenizer
+from tests.support.tiny_models import prose, tiny_classifier, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -25,10 +26,7 @@ REFERENCE = (ROOT / "docs/reference.md").read_text()
 
 @pytest.fixture
 def dense(tmp_path: Path) -> Path:
-    tiny_model("llama").save_pretrained(tmp_path / "dense")
-    tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    (tmp_path / "text.txt").write_text(prose()[:20_000])
-    return tmp_path / "dense"
+    return dense_folder(tmp_path, characters=20_000)
 
 
 def blocks(language: str, page: str = REFERENCE) -> list[str]:
@@ -157,20 +155,12 @@ def test_the_commands_of_the_reference(exported: bool, dense: Path, tmp_path: Pa
     for name in ("arc_easy", "piqa"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
     assert names == [*tried, "push", "convert"]
+    outputs = ["SMALLER", "SHALLOWER", "SLIMMER", "GRAPH", "RECOVERED", "recipe.json"]
     instead = {
         "MODEL": str(dense),
         "OUTPUT": str(tmp_path / "sparse"),
-        "OUTPUT-2": str(tmp_path / "sparse-2"),
-        "OUTPUT-4": str(tmp_path / "sparse-4"),
-        "OUTPUT-5": str(tmp_path / "sparse-5"),
-        "recipe.json": str(tmp_path / "recipe.json"),
-        "OUTPUT-3": str(tmp_path / "sparse-3"),
-        "OUTPUT-8": str(tmp_path / "sparse-8"),
-        "SMALLER": str(tmp_path / "smaller"),
-        "SHALLOWER": str(tmp_path / "shallower"),
-        "SLIMMER": str(tmp_path / "slimmer"),
-        "GRAPH": str(tmp_path / "graph"),
-        "RECOVERED": str(tmp_path / "recovered"),
+        **{f"OUTPUT-{number}": str(tmp_path / f"sparse-{number}") for number in (2, 3, 4, 5, 8)},
+        **{name: str(tmp_path / name.lower()) for name in outputs},
         "FOLDER": str(tmp_path),
         "text.jsonl": str(tmp_path / "text.txt"),
         "held_out.txt": str(tmp_path / "text.txt"),

@@ -41,7 +41,9 @@ def plain_gptq(weight: Tensor, gram: Tensor, grid: Grid) -> Tensor:
             group = slice(j, j + size)
             whole = replace(grid, group_size=None)
             scales = fitted_scales(weight[:, group], whole, importance[group])
-        codes = (weight[:, j] / scales[:, 0]).round().clamp(grid.lowest_code, grid.highest_code)
+            upwards = weight[:, group].amax(1) > -weight[:, group].amin(1)
+            lowest = torch.where(upwards, -7, -8)  # the end with the largest weight reaches to 8
+        codes = (weight[:, j] / scales[:, 0]).round().clamp(lowest, lowest + 15)
         found[:, j] = codes * scales[:, 0]
         inverse = torch.linalg.inv(left[j:, j:])
         lost = (weight[:, j] - found[:, j]) / inverse[0, 0]

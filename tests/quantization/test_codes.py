@@ -70,6 +70,50 @@ def test_any_codes_and_scales_are_found(grid, dtype):
         assert (found.scales > 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [32, None])
+def test_a_negative_scale_is_found_where_a_code_of_8_would_be_needed(size, dtype):
+    grid = Grid(4, size)
+    generator = torch.Generator().manual_seed(2)
+    groups = torch.randint(-7, 8, (16, 256 // (size or 256), size or 256), generator=generator)
+    groups[..., 5] = -8
+    groups[::2] *= -1
+    scales = torch.rand(*groups.shape[:2], 1, generator=generator).add_(0.01).bfloat16().float()
+    held = (groups * scales).reshape(16, 256).to(dtype)
+    found = codes_of(held, grid)
+    assert torch.equal(found.weight(dtype), held)
+    assert not torch.signbit(found.weight()[held == 0]).any()
+    assert torch.equal(found.scales < 0, (groups[..., 5] == 8))
+    assert torch.equal(found.codes.reshape(groups.shape) == -8, groups.abs() == 8)
+    assert found.codes.max() <= 7
+    assert torch.equal(found.steps().codes.reshape(groups.shape).long(), groups)
+
+
+def test_a_group_with_8_steps_up_and_down_is_on_no_grid():
+    weight = torch.zeros(4, 64)
+    weight[2, 3], weight[2, 9], weight[2, 11] = 8, -8, 1
+    assert not lies_on(weight, Grid(4, 32))
+    weight[2, 9] = -7
+    assert lies_on(weight, Grid(4, 32))
+
+
+@pytest.mark.parametrize("size", [64, 32, None])
+def test_the_largest_weight_of_4_bits_has_the_code_of_8_steps_whatever_its_sign(size):
+    """So that turning a weight turns what it is rounded to, and errors are those of 16 levels."""
+    grid = Grid(4, size)
+    weight = sparse_weight()
+    found = rounded(weight, grid)
+    assert torch.equal(rounded(-weight, grid), -found)
+    steps = codes_of(found, grid).steps().codes.reshape(24, -1, grid.columns_per_scale(256))
+    assert (steps.amax(-1) == 8).any()
+    assert (steps.amin(-1) == -8).any()
+    assert not ((steps.amax(-1) == 8) & (steps.amin(-1) == -8)).any()
+    old = (weight.reshape(steps.shape).abs().amax(-1) / 7).bfloat16().float()
+    fifteen = (weight.reshape(steps.shape) / old.clamp_min(1e-9)[..., None]).round().clamp(-7, 7)
+    before = (fifteen * old[..., None]).reshape(weight.shape)
+    assert (found - weight).square().sum() < 0.85 * (before - weight).square().sum()
+
+
 def test_the_scale_of_the_rounding_is_found_again():
     """Of float32: the codes of the rounding, not other ones that give the same values."""
     for grid in (Grid(8, 64), Grid(4, 32)):
@@ -104,7 +148,7 @@ def test_searched_scales_are_no_worse_than_the_widest():
         size = grid.columns_per_scale(256)
         grouped = weight.reshape(24, -1, size)
         step = (
-            grouped.abs().amax(-1) / grid.highest_code
+            grouped.abs().amax(-1) / grid.largest_step
             if grid.symmetric
             else (grouped.amax(-1).clamp_min(0) - grouped.amin(-1).clamp_max(0)) / 15
         )

@@ -15,8 +15,9 @@ from hf_sparse import drop_experts_, plan_slim, slim_
 from hf_sparse.cli import commands, main
 from hf_sparse.cli import slimming as slim_command
 from hf_sparse.structure.mixtures import Mixtures
+from tests.support.dense_folders import calibration, dense_folder
 from tests.support.mixtures import grouped_mixture, mixture_batches, tiny_mixture
-from tests.support.tiny_models import prose, tiny_batches, tiny_model, tiny_tokenizer
+from tests.support.tiny_models import tiny_batches, tiny_model
 
 FAMILIES = ("qwen3_moe", "mixtral")
 
@@ -131,11 +132,8 @@ def test_refused_before_work() -> None:
 def test_the_command_refuses_a_budget_before_it_reads_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    deep("mixtral").save_pretrained(tmp_path / "mixture")
-    tiny_tokenizer().save_pretrained(tmp_path / "mixture")
-    (tmp_path / "text.txt").write_text(prose()[:20_000])
-    start = ["slim", str(tmp_path / "mixture"), str(tmp_path / "out")]
-    end = ["--calibration", str(tmp_path / "text.txt"), "--window", "32", "--num-samples", "2"]
+    dense = dense_folder(tmp_path, deep("mixtral"), 20_000)
+    start, end = ["slim", str(dense), str(tmp_path / "out")], calibration(tmp_path, 32)
 
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("weights were read")

@@ -92,7 +92,7 @@ def test_shapes_tell_the_orientation_of_gated_experts_that_do_not(transposed: bo
     module.gate_up_proj, module.down_proj = (nn.Parameter(torch.zeros(s)) for s in shapes)
     stack = ExpertStack.of(module)
     assert stack is not None
-    assert stack.transposed is transposed
+    assert (stack.turned == set(stack.parameters)) is transposed
 
 
 def test_stacks_of_another_kind_are_left_out_and_counted_in_the_report() -> None:

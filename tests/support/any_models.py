@@ -38,6 +38,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
         2,
     ),
     (r"num_hidden_groups|inner_group_num", 1),
+    (r"first_k_dense_replace|(en|de)coder_sparse_step", 1),
     (r"num_experts_per_tok|num_experts_per_token|moe_k|moe_topk|top_k|router_top_k", 2),
     (r"(n_routed|num_local|num|moe_num|n)_experts|num_experts_total", 4),
     (
@@ -70,7 +71,44 @@ _STAGES: tuple[tuple[str, int], ...] = (
     (r"depths|encoder_depths|stage_num_blocks|blocks_per_stage|num_blocks|layers_per_stage", 1),
 )
 # What the rules do not find; a name with dots is in a part of the config.
-_OVERRIDES: dict[str, dict[str, Any]] = {}
+_MIXED = ["dense", "sparse"]
+_IN_THREE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+_OVERRIDES: dict[str, dict[str, Any]] = {
+    "beam": {"mlp_layer_types": _MIXED},
+    "dbrx": {
+        **{"attn_config.rope_theta": 1e4, "attn_config.kv_n_heads": 2, "attn_config.clip_qkv": 8.0},
+        **{"ffn_config.moe_top_k": 2},
+    },
+    "deepseek_ocr2_text": {"mlp_layer_types": _MIXED},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1},
+    "flint": {"mlp_only_layers": [0]},
+    "gemma4_text": {
+        **{"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2},
+        **{"moe_intermediate_size": 64},
+    },
+    "glm4v": {"text_config.rope_parameters": _IN_THREE},
+    "glm46v": {"text_config.rope_parameters": _IN_THREE},
+    "glm4v_moe": {"text_config.rope_parameters": _IN_THREE},
+    "glm_image": {"text_config.rope_parameters": _IN_THREE},
+    "glm_ocr": {"text_config.rope_parameters": _IN_THREE},
+    "glm4v_text": {"rope_parameters": _IN_THREE},
+    "glm4v_moe_text": {"rope_parameters": _IN_THREE},
+    "glm_image_text": {"rope_parameters": _IN_THREE},
+    "glm_ocr_text": {"rope_parameters": _IN_THREE},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {
+        **{"mamba_n_heads": 4, "mamba_n_groups": 1, "layer_types": ["mamba", "attention"]},
+        **{"num_local_experts": 4, "num_experts_per_tok": 2},
+    },
+    "hunyuan_v1_moe": {
+        **{"head_dim": 8, "num_experts": 4, "moe_topk": 2, "num_key_value_heads": 2},
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 64},
+    "step3p5": {"mlp_layer_types": _MIXED},
+    "vitpose_backbone": {"num_experts": 4, "part_features": 8},
+}
 
 
 def model_types() -> list[str]:
@@ -90,7 +128,8 @@ def _small(name: str, value: Any, widths: bool) -> Any:
             if re.fullmatch(pattern, name) and all(isinstance(item, int) for item in value):
                 return [min(item, most) for item in value]
         return value
-    if name == "num_feat_extract_layers":  # as many as there are sizes in `conv_dim`
+    # As many as there are sizes in `conv_dim`; the sum of two other sizes.
+    if name in ("num_feat_extract_layers", "qk_head_dim"):
         return value
     for pattern, most in _SIZES:
         if re.fullmatch(pattern, name):
@@ -131,6 +170,10 @@ def _changes(config: PreTrainedConfig, widths: bool, kinds: bool) -> dict[str, A
             changes[name] = value if 0 <= value < 4 else 10 + special
         elif (small := _small(name, value, widths)) != value:
             changes[name] = small
+    if (
+        "qk_rope_head_dim" in vars(config) and "num_key_value_heads" in changes
+    ):  # all heads have keys
+        changes["num_key_value_heads"] = changes.get("num_attention_heads", 4)
     return changes
 
 

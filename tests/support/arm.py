@@ -42,7 +42,7 @@ RUNNER = Path(__file__).parents[1] / "programs/run_kernels.c"
 _BASE = 0x20_0000_0000
 
 # Kernels that add up the lanes of a vector: no bits are compared.
-UNORDERED = ("sparse_rows", "dense_rows", "norm_row", "attention_row", "capped_row")
+UNORDERED = ("sparse_rows", "dense_rows", "norm_row", "attention_row", "scored_row")
 # Of the largest number; programs carry differences on.
 _TOLERANCE, _OF_PROGRAMS = 1e-5, 1e-4
 

@@ -32,7 +32,9 @@ def random_codes(
     return codes.astype(np.int8)
 
 
-def random_scales(rows: int, groups: int) -> np.ndarray:
-    """Scales `(rows, groups)` float32, each a bfloat16."""
-    scales = np.random.default_rng(rows).random((rows, groups)).astype(np.float32) + 0.5
-    return np.asarray((scales.view(np.uint32) & 0xFFFF0000).view(np.float32))
+def random_scales(rows: int, groups: int, *, signs: bool = False) -> np.ndarray:
+    """Scales `(rows, groups)` float32, each a bfloat16; with signs half of them negative."""
+    random = np.random.default_rng(rows)
+    scales = random.random((rows, groups)).astype(np.float32) + 0.5
+    scales = np.asarray((scales.view(np.uint32) & 0xFFFF0000).view(np.float32))
+    return np.where(random.random(scales.shape) < 0.5, -scales, scales) if signs else scales

@@ -22,21 +22,38 @@ _PAGE = mmap.PAGESIZE
 def guarded(nbytes: int, alignment: int = 1) -> Any:
     """Bytes between two pages without access, as close to the second one as the alignment allows."""
     body = max(-(-nbytes // _PAGE), 1) * _PAGE
+    base = between_guards(body)
+    start = (base + body - nbytes) // alignment * alignment
+    room = (ctypes.c_ubyte * nbytes).from_address(start)
+    weakref.finalize(room, _LIBC.munmap, base - _PAGE, body + 2 * _PAGE)
+    return np.frombuffer(memoryview(room), np.uint8, nbytes)
+
+
+def between_guards(body: int) -> int:
+    """The address of `body` bytes between two pages without access."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     base = _LIBC.mmap(None, body + 2 * _PAGE, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
     assert base != ctypes.c_void_p(-1).value
     for page in (base, base + _PAGE + body):
-        assert _LIBC.mprotect(page, _PAGE, 0) == 0
-    start = (base + _PAGE + body - nbytes) // alignment * alignment
-    room = (ctypes.c_ubyte * nbytes).from_address(start)
-    weakref.finalize(room, _LIBC.munmap, base, body + 2 * _PAGE)
-    return np.frombuffer(memoryview(room), np.uint8, nbytes)
+        assert protect(page, _PAGE, 0)
+    return int(base) + _PAGE
+
+
+def protect(address: int, nbytes: int, access: int) -> bool:
+    """Allow some access to pages, and no other."""
+    return bool(_LIBC.mprotect(address, nbytes, access) == 0)
 
 
 def guard_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put every packed weight, bias and norm of loaded models, and all buffers, in guarded memory."""
     from hf_sparse.runtime.model import single_layers
-    from hf_sparse.runtime.programs import many_tokens, one_token, row_buffers, tile_buffers
+    from hf_sparse.runtime.programs import (
+        distances,
+        one_token,
+        row_buffers,
+        seen_keys,
+        tile_buffers,
+    )
     from hf_sparse.runtime.weights import linear, memory
 
     def aligned(*shape: int) -> torch.Tensor:
@@ -46,7 +63,8 @@ def guard_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     def room(shelf: Any, nbytes: int) -> Any:
         return guarded(nbytes)
 
-    for module in (linear, one_token, many_tokens, row_buffers, tile_buffers, single_layers):
+    programs = (distances, one_token, row_buffers, seen_keys, tile_buffers)
+    for module in (linear, *programs, single_layers):
         monkeypatch.setattr(module, "aligned", aligned)
     linear._no_bias.cache_clear()
     monkeypatch.setattr(memory.Shelf, "room", room)

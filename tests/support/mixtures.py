@@ -85,7 +85,7 @@ class SeparateExperts(nn.Module):
             weights = getattr(module, path).detach()
             biases = getattr(module, f"{path}_bias", None)
             layers = []
-            for expert, weight in enumerate(weights.mT if stack.transposed else weights):
+            for expert, weight in enumerate(weights.mT if path in stack.turned else weights):
                 layer = nn.Linear(weight.shape[1], weight.shape[0], bias=biases is not None)
                 layer.weight.data = weight.clone()
                 if biases is not None:

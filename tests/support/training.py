@@ -33,6 +33,16 @@ def shares(accelerator: Accelerator, steps: int) -> Iterator[Tensor]:
         yield ids[accelerator.process_index :: accelerator.num_processes]
 
 
+def train(accelerator: Accelerator, model: Any, optimizer: Any, steps: int) -> Iterator[int]:
+    """Train on `shares`; comes back after each step of the optimizer, with its number."""
+    model.train()
+    for number, ids in enumerate(shares(accelerator, steps)):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield number
+
+
 def save_whole(accelerator: Accelerator, model: Any, file: str) -> None:
     """Write the whole model's tensors, put together from shards where it has them."""
     state = accelerator.unwrap_model(model).state_dict()

@@ -20,6 +20,7 @@ import math
 import numpy as np
 
 from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.extents import vectors as of_vectors
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.llvm.values import Value, element_of, lanes_of, vector
@@ -114,7 +115,8 @@ def activate(f: Function, target: Target, name: str, x: Value) -> Value:
 
 def activation(target: Target, name: str, *, gated: bool) -> Function:
     """The kernel `name` or `name_gate`."""
-    function = SIGNATURE.function(f"{name}_gate" if gated else name)
+    extents = of_vectors(4 * target.lanes, "x", reads=("y",) if gated else ())
+    function = SIGNATURE.function(f"{name}_gate" if gated else name, extents)
     x, y, vectors = function.parameters
     # One value of several registers: their instructions take turns, and hide each other's latency.
     size, whole = 4 * target.lanes, vectors / UNROLL * UNROLL

@@ -17,8 +17,12 @@ tiles; keys beyond `key_count` are not seen. A query at `first_query + i` sees k
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from hf_sparse.runtime.kernels.activation import exponential
 from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.extents import Call, Extent
+from hf_sparse.runtime.kernels.key_extents import tile_attention
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.llvm.values import Value, Variable, vector
@@ -46,14 +50,12 @@ def name(vectors: int) -> str:
 
 def attention(target: Target, vectors: int) -> Function:
     """The kernel for query tiles `vectors` vectors wide."""
-    function = SIGNATURE.function(name(vectors))
-    _Attention(function, target, vectors).write()
-    return function
+    return _Attention(target, vectors).write()
 
 
 class _Attention:
-    def __init__(self, function: Function, target: Target, vectors: int) -> None:
-        self.f = function
+    def __init__(self, target: Target, vectors: int) -> None:
+        self.f = SIGNATURE.function(name(vectors), self._extents)
         self.target, self.lanes, self.vectors = target, target.lanes, vectors
         self.size = 4 * target.lanes
         self.row_bytes = self.size * vectors
@@ -66,9 +68,18 @@ class _Attention:
         self.width = vectors
         while max(self.keys, _FEATURES) * self.width > most:
             self.width //= 2
-        self.scores = function.scratch(target.widths[0] * self.row_bytes)
+        self.scores = self.f.scratch(target.widths[0] * self.row_bytes)
 
-    def write(self) -> None:
+    def _extents(self, call: Call) -> Iterator[Extent]:
+        heads, head_dim = call["heads"], call["head_dim"]
+        call.wants(head_dim % _FEATURES == 0 and call["group"] > 0, "heads of 4 features each")
+        yield call.reads("q", self.row_bytes * heads * head_dim)
+        yield call.writes("out", self.row_bytes * heads * head_dim)
+        rows = -(-heads // call["group"]) * head_dim
+        yield from tile_attention(call, rows, self.keys, self.target.widths[0])
+
+    def write(self) -> Function:
+        """The kernel."""
         f = self.f
         (q, out, heads, self.head_dim, k_first, v_first, group, *rest) = f.parameters
         (self.table, self.key_tiles, self.mask, self.key_count, first, window, scale) = rest
@@ -82,6 +93,7 @@ class _Attention:
             shared = head / group * self.head_dim
             offset = head * self.head_dim * self.row_bytes
             self._head(q.at(offset), out.at(offset), k_first + shared, v_first + shared)
+        return f
 
     def _constants(self, number: float, count: int) -> list[Variable]:
         return [self.f.variable(self.f.constant(number, self.kind)) for _ in range(count)]

@@ -20,10 +20,16 @@ group) and last one, records of X, Y, bias, start (`START_*` of `spmm.py`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
+
 from hf_sparse.runtime.kernels import spmm
-from hf_sparse.runtime.kernels.call import Signature
-from hf_sparse.runtime.kernels.code_formats import BLOCK, FORMATS, ROWS, UNIT
+from hf_sparse.runtime.kernels.call import Signature, parameters
+from hf_sparse.runtime.kernels.code_formats import BLOCK, FORMATS, ROWS, UNIT, CodeFormat
+from hf_sparse.runtime.kernels.code_masks import masked_bytes
 from hf_sparse.runtime.kernels.code_rows import LARGEST, scales_of
+from hf_sparse.runtime.kernels.extents import Call, Extent, Extents, rounded_up
 from hf_sparse.runtime.kernels.tile_sums import begun_sums, store_sums
 from hf_sparse.runtime.kernels.unpack_bytes import unpack_bytes
 from hf_sparse.runtime.llvm.ir import Function
@@ -39,20 +45,9 @@ _UNROLL = 4
 
 QUANTISE_TILE = Signature(("ptr x", "ptr records", "i64 columns"))
 BYTE_TILES = Signature(
-    (
-        "i64 format",
-        "ptr codes",
-        "ptr places",
-        "ptr scales",
-        "ptr starts",
-        "i64 row_blocks",
-        "i64 columns",
-        "i64 first",
-        "i64 last",
-        "ptr x",
-        "ptr y",
-        "ptr bias",
-        "i64 start",
+    parameters(
+        "i64 format, ptr codes, ptr places, ptr scales, ptr starts, i64 row_blocks, "
+        "i64 columns, i64 first, i64 last, ptr x, ptr y, ptr bias, i64 start"
     ),
     ("x", "y"),
 )
@@ -65,9 +60,14 @@ def record_features(features: int) -> int:
 
 def quantise_tile(target: Target, vectors: int) -> Function:
     """The kernel that makes records of tiles `vectors` vectors wide."""
-    f = QUANTISE_TILE.function(f"quantise_tile{vectors}")
-    x, records, columns = f.parameters
     row = 4 * target.lanes * vectors
+
+    def extents(call: Call) -> Iterator[Extent]:
+        yield call.reads("x", row * call["columns"])
+        yield call.writes("records", row * record_features(call["columns"]))
+
+    f = QUANTISE_TILE.function(f"quantise_tile{vectors}", extents)
+    x, records, columns = f.parameters
     with f.range(columns, step=BLOCK) as begun:
         source = x.at(begun * row)
         record = records.at(begun / BLOCK * (RECORD_NUMBERS * row))
@@ -118,9 +118,50 @@ def name(vectors: int) -> str:
     return f"byte_tiles{vectors}"
 
 
+def _extents(target: Target, row: int) -> Extents:
+    # Without a product of which one factor has no sign, the offsets of a record are not read.
+    last_used = row * (RECORD_NUMBERS - (0 if target.has.unsigned_dot else 2))
+
+    def extents(call: Call) -> Iterator[Extent]:
+        call.wants(0 <= call["format"] < len(FORMATS), f"a format under {len(FORMATS)}")
+        call.wants(0 <= call["start"] <= 2, "a start of 0, 1 or 2")
+        form, first, last, row_blocks = (
+            FORMATS[call["format"]],
+            *(call[name] for name in ("first", "last", "row_blocks")),
+        )
+        count = max(last - first, 0)
+        blocks = rounded_up(call["columns"], BLOCK) // BLOCK
+        for group in range(first // ROWS, (first + rounded_up(count, ROWS)) // ROWS):
+            yield from _of_blocks(call, target, form, group * row_blocks, blocks)
+        if count and blocks:
+            yield call.reads("x", row * RECORD_NUMBERS * (blocks - 1) + last_used)
+            yield call.writes("y", row * count, at=row * first)
+            if call["start"]:
+                yield call.reads("bias", 4 * count, at=4 * first)
+
+    return extents
+
+
+def _of_blocks(
+    call: Call, target: Target, form: CodeFormat, first: int, count: int
+) -> Iterator[Extent]:
+    """The streams of `count` blocks of one group of rows."""
+    yield call.reads("scales", form.scale_bytes * count, at=form.scale_bytes * first)
+    yield call.reads("places", form.place_bytes * count, at=form.place_bytes * first)
+    if not form.is_masked:
+        yield call.reads("codes", form.code_bytes * count, at=form.code_bytes * first)
+        return
+    yield call.reads("starts", 8 * count, at=8 * first)
+    for block in range(first, first + count):
+        place = form.place_bytes * block
+        masks = call.array("places", np.uint8, form.place_bytes, at=place)
+        (start,) = call.array("starts", np.int64, 1, at=8 * block).tolist()
+        yield call.reads("codes", masked_bytes(target, masks), at=start)
+
+
 def byte_tiles(target: Target, vectors: int) -> Function:
     """The kernel for tiles `vectors` vectors wide."""
-    f = BYTE_TILES.function(name(vectors))
+    f = BYTE_TILES.function(name(vectors), _extents(target, 4 * target.lanes * vectors))
     _Kernel(f, target, vectors).write()
     return f
 

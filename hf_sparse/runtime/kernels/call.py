@@ -1,7 +1,7 @@
 """How kernels are called: by an operation, which is built and checked by the kernel's own parameters.
 
     COPY = Signature(("ptr x", "ptr y", "i64 vectors"))
-    function = COPY.function("copy")            # whose code is then written
+    function = COPY.function("copy", extents)   # whose code is then written
     operation = COPY.operation("copy", x=source, y=goal, vectors=4)
 
 Addresses and integers are given as int, floats as float. Addresses of tensors that come and go with
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
+from hf_sparse.runtime.kernels.extents import Extents
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.jit import Code
 
@@ -95,9 +96,14 @@ class Signature:
     parameters: tuple[str, ...]
     shared: tuple[str, ...] = ()
 
-    def function(self, name: str) -> Function:
-        """The kernel `name`, without code as yet."""
-        return Function(name, self.parameters, self.shared)
+    def function(self, name: str, extents: Extents) -> Function:
+        """The kernel `name`, without code as yet.
+
+        Args:
+            name: of the symbol.
+            extents: what a call reads and writes.
+        """
+        return Function(name, self.parameters, self.shared, extents)
 
     def operation(self, kernel: str, **arguments: Argument) -> Operation:
         """Call `kernel` with an argument for each parameter.
@@ -117,6 +123,11 @@ class Signature:
             problem = f"lacks {missing}" if missing else f"has no {unknown}"
             raise TypeError(f"{kernel} {problem}; wanted {', '.join(self.parameters)}.")
         return Operation(kernel, self.parameters, ordered)
+
+
+def parameters(listed: str) -> tuple[str, ...]:
+    """The parameters of a `Signature`, from a list such as `"ptr x, i64 count, float scale"`."""
+    return tuple(listed.split(", "))
 
 
 _LEAST, _MOST = -(1 << 63), (1 << 63) - 1

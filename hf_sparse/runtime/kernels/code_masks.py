@@ -6,6 +6,9 @@ A unit of 16 rows and 4 columns has a word of 64 bits. CPUs with an expand instr
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hf_sparse.runtime.kernels.code_formats import ROWS, UNIT
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
@@ -13,6 +16,15 @@ from hf_sparse.runtime.llvm.values import Value, vector
 
 # Bytes that are spread at once without the instruction, and half of them.
 _WIDE, _HALF = 16, 8
+
+
+def masked_bytes(target: Target, masks: NDArray[np.uint8]) -> int:
+    """Bytes from the first code of some masks to the last one that is loaded: they come by 64 or 8."""
+    if not len(masks):
+        return 0
+    loaded = ROWS * UNIT if target.has.expand and target.lanes == ROWS else _HALF
+    behind = np.bitwise_count(masks[-loaded // 8 :]).sum(dtype=np.int64)
+    return int(np.bitwise_count(masks).sum(dtype=np.int64) - behind) + loaded
 
 
 def masked_codes(

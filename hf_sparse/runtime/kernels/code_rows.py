@@ -14,8 +14,12 @@ bias, rows, blocks of a row, add. y and bias are written and read four rows at a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
+
 from hf_sparse.runtime.kernels.byte_products import Features, beside, byte_products
-from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.call import Signature, parameters
 from hf_sparse.runtime.kernels.code_formats import (
     BESIDE,
     BLOCK,
@@ -27,7 +31,14 @@ from hf_sparse.runtime.kernels.code_formats import (
     UNIT,
     CodeFormat,
 )
-from hf_sparse.runtime.kernels.code_masks import masked_codes
+from hf_sparse.runtime.kernels.code_masks import masked_bytes, masked_codes
+from hf_sparse.runtime.kernels.extents import (
+    Call,
+    Extent,
+    Extents,
+    rounded_up,
+    rows_of_four,
+)
 from hf_sparse.runtime.kernels.single_token import GROUP, write_rows
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
@@ -42,16 +53,8 @@ LARGEST = 127
 
 QUANTISE_ROW = Signature(("ptr x", "ptr records", "i64 blocks"))
 CODE_ROWS = Signature(
-    (
-        "ptr codes",
-        "ptr places",
-        "ptr scales",
-        "ptr x",
-        "ptr y",
-        "ptr bias",
-        "i64 rows",
-        "i64 blocks",
-        "i64 add",
+    parameters(
+        "ptr codes, ptr places, ptr scales, ptr x, ptr y, ptr bias, i64 rows, i64 blocks, i64 add"
     ),
     ("x", "y"),
 )
@@ -62,9 +65,29 @@ def name(form: CodeFormat) -> str:
     return f"code_rows{form.suffix}"
 
 
+def _records(call: Call) -> Iterator[Extent]:
+    yield call.reads("x", 4 * BLOCK * call["blocks"])
+    yield call.writes("records", RECORD * call["blocks"])
+
+
+def _extents(target: Target, form: CodeFormat) -> Extents:
+    def extents(call: Call) -> Iterator[Extent]:
+        blocks = rounded_up(call["rows"], ROWS) // ROWS * call["blocks"]
+        yield call.reads("places", form.place_bytes * blocks)
+        yield call.reads("scales", form.scale_bytes * blocks)
+        nbytes = form.code_bytes * blocks
+        if form.is_masked:
+            nbytes = masked_bytes(target, call.array("places", np.uint8, form.place_bytes * blocks))
+        yield call.reads("codes", nbytes)
+        yield call.reads("x", RECORD * call["blocks"] if blocks else 0)
+        yield from rows_of_four(call, call["rows"])
+
+    return extents
+
+
 def quantise_row(target: Target) -> Function:
     """The kernel that makes records of x."""
-    f = QUANTISE_ROW.function("quantise_row")
+    f = QUANTISE_ROW.function("quantise_row", _records)
     x, records, blocks = f.parameters
     lanes, kind = target.lanes, vector(target.lanes)
     integers = vector(lanes, "i32")
@@ -108,7 +131,7 @@ def _largest(f: Function, a: Value) -> Value:
 
 def code_rows(target: Target, form: CodeFormat) -> Function:
     """The kernel for codes of a format (`CodeWeight` in `weights/codes.py`)."""
-    f = CODE_ROWS.function(name(form))
+    f = CODE_ROWS.function(name(form), _extents(target, form))
     codes, places, scales, x, y, bias, rows, blocks, add = f.parameters
     kind, vectors = vector(target.lanes), ROWS // target.lanes
     streams = [f.variable(stream) for stream in (codes, places, scales)]

@@ -10,7 +10,10 @@ difference is a multiple of 4), X, Y, bias, start (`START_*`).
 
 from __future__ import annotations
 
-from hf_sparse.runtime.kernels.call import Signature
+from collections.abc import Iterator
+
+from hf_sparse.runtime.kernels.call import Signature, parameters
+from hf_sparse.runtime.kernels.extents import Call, Extent, Extents, rounded_up, strided
 from hf_sparse.runtime.kernels.tile_sums import begun_sums, store_sums
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType
 from hf_sparse.runtime.llvm.ir import Function
@@ -25,16 +28,9 @@ _WIDENED = 64
 
 
 SIGNATURE = Signature(
-    (
-        "ptr weight",
-        "i64 row_bytes",
-        "i64 columns",
-        "i64 first",
-        "i64 last",
-        "ptr x",
-        "ptr y",
-        "ptr bias",
-        "i64 start",
+    parameters(
+        "ptr weight, i64 row_bytes, i64 columns, i64 first, i64 last, ptr x, ptr y, ptr bias, "
+        "i64 start"
     ),
     ("x", "y"),
 )
@@ -45,9 +41,26 @@ def name(vectors: int, weight_type: WeightType = FLOAT32) -> str:
     return f"dense{vectors}{weight_type.suffix}"
 
 
+def _extents(weight_type: WeightType, tile_row: int) -> Extents:
+    def extents(call: Call) -> Iterator[Extent]:
+        first, columns, stride = call["first"], call["columns"], call["row_bytes"]
+        rows = rounded_up(call["last"] - first, ROWS)
+        call.wants(0 <= call["start"] <= 2, "a start of 0, 1 or 2")
+        yield call.reads(
+            "weight", strided(rows, stride, weight_type.size * columns), at=first * stride
+        )
+        yield call.reads("x", tile_row * columns if rows else 0)
+        yield call.writes("y", tile_row * rows, at=tile_row * first)
+        if call["start"]:
+            yield call.reads("bias", 4 * rows, at=4 * first)
+
+    return extents
+
+
 def dense(target: Target, vectors: int, weight_type: WeightType = FLOAT32) -> Function:
     """The kernel for tiles `vectors` vectors wide."""
-    function = SIGNATURE.function(name(vectors, weight_type))
+    extents = _extents(weight_type, 4 * target.lanes * vectors)
+    function = SIGNATURE.function(name(vectors, weight_type), extents)
     _Kernel(function, target, vectors, weight_type).write()
     return function
 

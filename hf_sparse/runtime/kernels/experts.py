@@ -17,45 +17,64 @@ to 1). The logits are not changed; of equal ones the first is chosen.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from hf_sparse.runtime.kernels.activation import exponential
-from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.call import Signature, parameters
+from hf_sparse.runtime.kernels.extents import Call, Extent, Extents, strided
 from hf_sparse.runtime.kernels.worker import OPERATION_WORDS
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.llvm.values import Value, vector
 
 ROUTE = Signature(
-    (
-        "ptr logits",
-        "ptr weights",
-        "ptr counts",
-        "i64 experts",
-        "i64 tokens",
-        "i64 row_bytes",
-        "i64 chosen",
-        "i64 normalised",
+    parameters(
+        "ptr logits, ptr weights, ptr counts, i64 experts, i64 tokens, i64 row_bytes, "
+        "i64 chosen, i64 normalised"
     )
 )
 MOVE = Signature(
-    (
-        "ptr x",
-        "ptr y",
-        "ptr weights",
-        "i64 features",
-        "i64 tokens",
-        "i64 x_row_bytes",
-        "i64 y_row_bytes",
+    parameters(
+        "ptr x, ptr y, ptr weights, i64 features, i64 tokens, i64 x_row_bytes, i64 y_row_bytes"
     )
 )
 WEIGH = Signature(("ptr x", "ptr weight", "i64 vectors"))
 WHEN = Signature(("ptr count", "i64 above", "i64 most", "ptr operations", "i64 number"))
 
 
+def _routing(call: Call) -> Iterator[Extent]:
+    experts, size = call["experts"], strided(call["experts"], call["row_bytes"], 4 * call["tokens"])
+    call.wants(0 <= call["chosen"] <= experts, "no more chosen than there are experts")
+    yield call.reads("logits", size)
+    yield call.writes("weights", size)
+    yield call.writes("counts", 8 * experts)
+
+
+def _moving(of_x: str, of_y: str, packs: bool) -> Extents:
+    """Of gather, which packs tokens in y, and scatter, which has them packed in x."""
+
+    def extents(call: Call) -> Iterator[Extent]:
+        features, tokens = call["features"], call["tokens"]
+        yield call.reads("weights", 4 * tokens)
+        taken = int(np.count_nonzero(call.array("weights", np.float32, tokens)))
+        for pointer, stride, packed in (("x", of_x, not packs), ("y", of_y, packs)):
+            size = strided(features, call[stride], 4 * (taken if packed else tokens))
+            yield (call.writes if pointer == "y" else call.reads)(pointer, size)
+
+    return extents
+
+
+def _running(call: Call) -> Iterator[Extent]:
+    """Of `when` itself; `checking.py` looks at the operations that it runs."""
+    yield call.reads("count", 8)
+    yield call.reads("operations", 8 * OPERATION_WORDS * call["number"])
+
+
 def route(target: Target) -> Function:
     """The kernel `route`."""
-    f = ROUTE.function("route")
+    f = ROUTE.function("route", _routing)
     logits, weights, counts, experts, tokens, row_bytes, chosen, normalised = f.parameters
     zero, none = f.constant(0.0, "float"), f.constant(0, "i64")
     with f.range(experts) as e:
@@ -96,7 +115,7 @@ def _exponential(f: Function, target: Target, x: Value) -> Value:
 
 
 def _move(name: str) -> Function:
-    f = MOVE.function(name)
+    f = MOVE.function(name, _moving("x_row_bytes", "y_row_bytes", name == "gather"))
     x, y, weights, features, tokens, x_row_bytes, y_row_bytes = f.parameters
     there = f.variable(f.constant(0, "i64"))
     with f.range(tokens) as t:
@@ -116,9 +135,14 @@ def _move(name: str) -> Function:
 
 def weigh(target: Target) -> Function:
     """The kernel `weigh`."""
-    f = WEIGH.function("weigh")
-    x, weight, vectors = f.parameters
     size, kind = 4 * target.lanes, vector(target.lanes)
+
+    def extents(call: Call) -> Iterator[Extent]:
+        yield call.writes("x", size * call["vectors"])
+        yield call.reads("weight", 4)
+
+    f = WEIGH.function("weigh", extents)
+    x, weight, vectors = f.parameters
     factor = weight.load("float").splat(target.lanes)
     with f.range(vectors) as i:
         place = x.at(i * size)
@@ -128,7 +152,7 @@ def weigh(target: Target) -> Function:
 
 def when() -> Function:
     """Run `number` operations if `above < count <= most`; they lie as a program's do."""
-    f = WHEN.function("when")
+    f = WHEN.function("when", _running)
     place, above, most, operations, number = f.parameters
     count = place.load("i64")
     with f.when(count.compare("gt", above) & count.compare("le", most)), f.range(number) as index:

@@ -12,7 +12,10 @@ Arguments: x, y (they may be the same), features, groups, weight, bias, epsilon.
 
 from __future__ import annotations
 
-from hf_sparse.runtime.kernels.call import Signature
+from collections.abc import Iterator
+
+from hf_sparse.runtime.kernels.call import Signature, parameters
+from hf_sparse.runtime.kernels.extents import Call, Extent, Extents
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.llvm.values import Value, vector
@@ -20,15 +23,7 @@ from hf_sparse.runtime.llvm.values import Value, vector
 NORMS = ("layer", "rms")
 # Of this kernel and of the one for single tokens.
 SIGNATURE = Signature(
-    (
-        "ptr x",
-        "ptr y",
-        "i64 features",
-        "i64 groups",
-        "ptr weight",
-        "ptr bias",
-        "float epsilon",
-    ),
+    parameters("ptr x, ptr y, i64 features, i64 groups, ptr weight, ptr bias, float epsilon"),
     ("x", "y"),
 )
 
@@ -38,9 +33,22 @@ def name(norm: str, vectors: int) -> str:
     return f"{norm}_norm{vectors}"
 
 
+def norm_extents(norm: str, row_bytes: int) -> Extents:
+    """What a norm reads and writes, whose features have `row_bytes` bytes each."""
+
+    def extents(call: Call) -> Iterator[Extent]:
+        rows = call["groups"] * call["features"]
+        yield call.reads("x", row_bytes * rows)
+        yield call.writes("y", row_bytes * rows)
+        for name in ("weight", "bias") if norm == "layer" else ("weight",):
+            yield call.reads(name, 4 * call["features"] if rows else 0)
+
+    return extents
+
+
 def normalisation(target: Target, norm: str, vectors: int) -> Function:
     """The kernel for tiles `vectors` vectors wide."""
-    f = SIGNATURE.function(name(norm, vectors))
+    f = SIGNATURE.function(name(norm, vectors), norm_extents(norm, 4 * target.lanes * vectors))
     x, y, features, groups, weight, bias, epsilon = f.parameters
     size, kind = 4 * target.lanes, vector(target.lanes)
     row_bytes = size * vectors

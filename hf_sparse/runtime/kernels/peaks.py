@@ -8,7 +8,10 @@ Arguments: x (`SUMS` vectors, read and written), rounds; x, nbytes (a multiple o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.extents import Call, Extent, rounded_up
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.llvm.values import vector
@@ -23,9 +26,13 @@ READS = Signature(("ptr x", "i64 nbytes", "ptr y"))
 
 def multiply_adds(target: Target) -> Function:
     """The kernel of multiply-adds: `SUMS` of a vector in each round."""
-    f = MULTIPLY_ADDS.function("multiply_adds")
-    x, rounds = f.parameters
     size, kind = 4 * target.lanes, vector(target.lanes)
+
+    def extents(call: Call) -> Iterator[Extent]:
+        yield call.writes("x", SUMS * size)
+
+    f = MULTIPLY_ADDS.function("multiply_adds", extents)
+    x, rounds = f.parameters
     places = [x.at(size * number) for number in range(SUMS)]
     sums = [f.variable(place.load(kind, 4)) for place in places]
     factor = x.load("float").splat(target.lanes)
@@ -39,9 +46,14 @@ def multiply_adds(target: Target) -> Function:
 
 def reads(target: Target) -> Function:
     """The kernel that reads; y takes the sums of one vector."""
-    f = READS.function("reads")
-    x, nbytes, y = f.parameters
     size, kind = 4 * target.lanes, vector(target.lanes)
+
+    def extents(call: Call) -> Iterator[Extent]:
+        yield call.reads("x", rounded_up(call["nbytes"], SUMS * size))
+        yield call.writes("y", size)
+
+    f = READS.function("reads", extents)
+    x, nbytes, y = f.parameters
     sums = [f.variable(f.constant(0.0, kind)) for _ in range(SUMS)]
     with f.range(nbytes, step=SUMS * size) as offset:
         place = x.at(offset)
@@ -49,8 +61,8 @@ def reads(target: Target) -> Function:
             place.at(_AHEAD + line).prefetch()
         for number, total in enumerate(sums):
             total.set(total.get() + place.at(number * size).load(kind, 4))
-    whole = sums[0].get()
+    found = sums[0].get()
     for total in sums[1:]:
-        whole = whole + total.get()
-    y.store(whole, 4)
+        found = found + total.get()
+    y.store(found, 4)
     return f

@@ -8,7 +8,7 @@ As `attention.py`, whose tiles and tables these are; that kernel is for scores a
 scores are finished in passes of their own, behind the products: the products keep the registers.
 
     scored_attention   a tile of queries
-    capped_row         one query, whose keys are the lanes; a cap, and no bias
+    scored_row         one query, whose keys are the lanes
 
 Arguments: q, out (the head's first rows), head_dim (a multiple of 4), k_first and v_first (row of the
 head's keys and values in a key tile), keys table, key_tiles, mask, key_count, first_query, window,
@@ -20,9 +20,13 @@ tiles of queries and keys.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from hf_sparse.runtime.kernels.activation import exponential
 from hf_sparse.runtime.kernels.attention import SEEN, SEEN_BY_ONE, UNSEEN
 from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.extents import Call, Extent, Extents, rounded_up
+from hf_sparse.runtime.kernels.key_extents import row_attention, tile_attention
 from hf_sparse.runtime.kernels.weighted_values import weighted_values
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
@@ -37,7 +41,7 @@ _HEAD = ("ptr q", "ptr out", "i64 head_dim", "i64 k_first", "i64 v_first")
 SIGNATURE = Signature(
     (*_HEAD, *SEEN, "i64 ahead", "float scale", "float cap", "ptr bias"), ("q", "out")
 )
-ROW = Signature((*_HEAD, *SEEN_BY_ONE, "float cap"), ("q", "out"))
+ROW = Signature((*_HEAD, *SEEN_BY_ONE, "float cap", "ptr bias"), ("q", "out"))
 
 
 def name(vectors: int) -> str:
@@ -53,14 +57,12 @@ def capped(f: Function, target: Target, score: Value, cap: Value) -> Value:
 
 def scored_attention(target: Target, vectors: int) -> Function:
     """The kernel for query tiles `vectors` vectors wide."""
-    function = SIGNATURE.function(name(vectors))
-    _Scored(function, target, vectors).write()
-    return function
+    return _Scored(target, vectors).write()
 
 
 class _Scored:
-    def __init__(self, function: Function, target: Target, vectors: int) -> None:
-        self.f, self.target = function, target
+    def __init__(self, target: Target, vectors: int) -> None:
+        self.f, self.target = SIGNATURE.function(name(vectors), self._extents), target
         self.lanes, self.vectors = target.lanes, vectors
         self.size = 4 * target.lanes
         self.row_bytes = self.size * vectors
@@ -68,9 +70,23 @@ class _Scored:
         # Keys whose scores are summed at a time, as far as there are registers for the sums.
         most = 4 if target.registers >= 32 else 2
         self.keys = most if vectors == 4 else 4
-        self.scores = function.scratch(target.widths[0] * self.row_bytes)
+        self.scores = self.f.scratch(target.widths[0] * self.row_bytes)
 
-    def write(self) -> None:
+    def _extents(self, call: Call) -> Iterator[Extent]:
+        head_dim = call["head_dim"]
+        call.wants(head_dim % _FEATURES == 0, "a head of 4 features")
+        yield call.reads("q", self.row_bytes * head_dim)
+        yield call.writes("out", self.row_bytes * head_dim)
+        mask = None
+        for mask in tile_attention(call, head_dim, self.keys, self.target.widths[0]):
+            yield mask
+        if call["bias"] and mask is not None and call["key_count"] > 0:
+            # The keys of the mask: a query at q adds to the score of key j what is q - j floats away.
+            last = mask.nbytes - 4
+            yield call.reads("bias", last + self.row_bytes, at=4 * call["first_query"] - last)
+
+    def write(self) -> Function:
+        """The kernel."""
         f = self.f
         (self.q, self.out, self.head_dim, k_first, v_first, table, key_tiles, *rest) = f.parameters
         (self.mask, self.key_count, first, window, ahead, scale, cap, self.bias) = rest
@@ -112,6 +128,7 @@ class _Scored:
         with f.range(self.head_dim) as d:
             place = self.out.at(d * self.row_bytes)
             place.store(place.load(self.row, 4) * inverse, 4)
+        return f
 
     def _load(self, place: Value) -> Value:
         return place.load(self.row, self.size)
@@ -186,15 +203,29 @@ class _Scored:
                     place.at(feature * self.row_bytes + number * self.size).store(total.get(), 4)
 
 
-def capped_row(target: Target) -> Function:
-    """Attention of one query over tiles of keys, with a cap.
+def _row_extents(lanes: int) -> Extents:
+    def extents(call: Call) -> Iterator[Extent]:
+        yield call.reads("q", 4 * call["head_dim"])
+        yield call.writes("out", 4 * call["head_dim"])
+        yield from row_attention(call, call["head_dim"], lanes)
+        if call["bias"] and call["key_count"] > 0:
+            tiles = rounded_up(call["key_count"], call["width"])
+            yield call.reads("bias", 4 * tiles, at=4 - 4 * call["key_count"])
+
+    return extents
+
+
+def scored_row(target: Target) -> Function:
+    """Attention of one query over tiles of keys, with a cap, or a bias, or both.
 
     Arguments: q, out, head_dim, k_first, v_first, table, tokens in a key tile, mask, key_count (the
-    query is the last of them), window, scores (memory for a float per key of all tiles), scale, cap.
+    query is the last of them), window, scores (memory for a float per key of all tiles), scale, cap
+    (0: none), bias (where the float for the query's own key is, and those for keys before it before;
+    there are floats for whole tiles of keys; 0: none).
     """
-    f = ROW.function("capped_row")
+    f = ROW.function("scored_row", _row_extents(target.lanes))
     q, out, head_dim, k_first, v_first, table, width, mask, *rest = f.parameters
-    key_count, window, scores, scale, cap = rest
+    key_count, window, scores, scale, cap, bias = rest
     lanes, kind = target.lanes, vector(target.lanes)
     key_tiles = (key_count + width - 1) / width
     count = key_count.cast("trunc", "i32").splat(lanes)
@@ -202,6 +233,8 @@ def capped_row(target: Target) -> Function:
     unseen, zero = f.constant(UNSEEN, kind), f.constant(0.0, kind)
     largest = f.variable(f.constant(2 * UNSEEN, kind))
     factor, limit, numbers = scale.splat(lanes), cap.splat(lanes), f.lane_numbers(lanes)
+    has_cap = cap.compare("gt", 0.0)
+    has_bias = bias.cast("ptrtoint", "i64").compare("ne", 0)
     with f.range(key_tiles) as tile:
         described = table.at(tile * 24)
         stride = described.at(8).load("i64")
@@ -215,7 +248,13 @@ def capped_row(target: Target) -> Function:
             number = tile * width + j
             position = number.cast("trunc", "i32").splat(lanes) + numbers
             exists = position.compare("lt", count) & position.compare("gt", start)
-            score = capped(f, target, total.get() * factor, limit)
+            total.set(total.get() * factor)
+            with f.when(has_cap):
+                total.set(capped(f, target, total.get(), limit))
+            with f.when(has_bias):
+                place = bias.at((number - key_count + 1) * 4)
+                total.set(total.get() + place.load(kind, 4))
+            score = total.get()
             score = exists.select(score + mask.at(number * 4).load(kind, 4), unseen)
             scores.at(number * 4).store(score, 4)
             largest.set(f.maximum(score, largest.get()))
@@ -226,4 +265,4 @@ def capped_row(target: Target) -> Function:
 
 def functions(target: Target) -> list[Function]:
     """All kernels of this file."""
-    return [*(scored_attention(target, vectors) for vectors in (1, 2, 4)), capped_row(target)]
+    return [*(scored_attention(target, vectors) for vectors in (1, 2, 4)), scored_row(target)]

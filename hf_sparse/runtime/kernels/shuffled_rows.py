@@ -23,9 +23,11 @@ last feature.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.call import Signature, parameters
+from hf_sparse.runtime.kernels.extents import Call, Extent, Extents, rounded_up, rows_of_four
 from hf_sparse.runtime.kernels.single_token import GROUP, write_rows
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType
 from hf_sparse.runtime.llvm.ir import Function
@@ -38,16 +40,7 @@ LANES, UNITS = 8, 4
 _AHEAD_VALUES, _AHEAD_WORDS = 4096, 1024
 
 SHUFFLED_ROWS = Signature(
-    (
-        "ptr values",
-        "ptr words",
-        "ptr x",
-        "ptr y",
-        "ptr bias",
-        "i64 rows",
-        "i64 windows",
-        "i64 add",
-    ),
+    parameters("ptr values, ptr words, ptr x, ptr y, ptr bias, i64 rows, i64 windows, i64 add"),
     ("x", "y"),
 )
 
@@ -92,9 +85,20 @@ class Window:
 WINDOWS = (Window(8, 2), Window(8, 4), Window(16, 8))
 
 
+def _extents(window: Window, weight_type: WeightType) -> Extents:
+    def extents(call: Call) -> Iterator[Extent]:
+        units = rounded_up(call["rows"], window.rows) // window.rows * call["windows"] * UNITS
+        yield call.reads("values", LANES * weight_type.size * units)
+        yield call.reads("words", 4 * units)
+        yield call.reads("x", 4 * window.columns * call["windows"] if units else 0)
+        yield from rows_of_four(call, call["rows"])
+
+    return extents
+
+
 def shuffled_rows(target: Target, window: Window, weight_type: WeightType) -> Function:
     """The kernel for weights of a window (`ShuffledWeight` in `weights/shuffled.py`)."""
-    f = SHUFFLED_ROWS.function(window.kernel(weight_type))
+    f = SHUFFLED_ROWS.function(window.kernel(weight_type), _extents(window, weight_type))
     values, words, x, y, bias, rows, windows, add = f.parameters
     lanes = max(target.lanes, LANES)
     units, zero = lanes // LANES, f.constant(0.0, vector(lanes))

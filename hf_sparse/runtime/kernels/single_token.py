@@ -20,9 +20,22 @@ multiple of 16), add.
 
 from __future__ import annotations
 
-from hf_sparse.runtime.kernels import normalisation, tiles
+from collections.abc import Iterator
+
+import numpy as np
+
+from hf_sparse.runtime.kernels import key_extents
 from hf_sparse.runtime.kernels.attention import HEADS, SEEN_BY_ONE, UNSEEN
-from hf_sparse.runtime.kernels.call import Signature
+from hf_sparse.runtime.kernels.call import Signature, parameters
+from hf_sparse.runtime.kernels.extents import (
+    Call,
+    Extent,
+    Extents,
+    rounded_up,
+    rows_of_four,
+    strided,
+)
+from hf_sparse.runtime.kernels.single_norms import row_norm, row_rotary
 from hf_sparse.runtime.kernels.weight_types import BFLOAT16, WeightType
 from hf_sparse.runtime.kernels.weighted_values import weighted_values
 from hf_sparse.runtime.llvm.ir import Function
@@ -34,28 +47,12 @@ GROUP, COLUMNS = 4, 16
 _AHEAD = 4096
 
 SPARSE_ROWS = Signature(
-    (
-        "ptr words",
-        "ptr values",
-        "ptr x",
-        "ptr y",
-        "ptr bias",
-        "i64 groups",
-        "i64 row_words",
-        "i64 add",
-    ),
+    parameters("ptr words, ptr values, ptr x, ptr y, ptr bias, i64 groups, i64 row_words, i64 add"),
     ("x", "y"),
 )
 DENSE_ROWS = Signature(
-    (
-        "ptr weight",
-        "i64 row_bytes",
-        "ptr x",
-        "ptr y",
-        "ptr bias",
-        "i64 groups",
-        "i64 columns",
-        "i64 add",
+    parameters(
+        "ptr weight, i64 row_bytes, ptr x, ptr y, ptr bias, i64 groups, i64 columns, i64 add"
     ),
     ("x", "y"),
 )
@@ -140,9 +137,51 @@ def _shuffles(size: int) -> bytes:
     return bytes(table)
 
 
+def _packed(target: Target, weight_type: WeightType) -> Extents:
+    size, expands = weight_type.size, bool(target.has.expand)
+
+    def extents(call: Call) -> Iterator[Extent]:
+        count = call["groups"] * call["row_words"]
+        yield call.reads("words", 8 * count)
+        words = call.array("words", np.uint64, count)
+        if count:
+            # The last load is for the last row of the last word: 16 lanes, or as many as 16 bytes have.
+            lanes = COLUMNS if expands else 16 // size
+            behind = int(words[-1] >> np.uint64(64 - lanes)).bit_count()
+            loaded = lanes * (4 if expands and weight_type is BFLOAT16 else size)
+            begin = int(np.bitwise_count(words).sum(dtype=np.int64)) - behind
+            yield call.reads("values", size * begin + loaded)
+            yield call.reads("x", 4 * COLUMNS * call["row_words"])
+        yield from rows_of_four(call, GROUP * call["groups"])
+
+    return extents
+
+
+def _plain(target: Target, weight_type: WeightType) -> Extents:
+    def extents(call: Call) -> Iterator[Extent]:
+        rows, columns = GROUP * call["groups"], rounded_up(call["columns"], target.lanes)
+        yield call.reads("weight", strided(rows, call["row_bytes"], weight_type.size * columns))
+        yield call.reads("x", 4 * columns if rows else 0)
+        yield from rows_of_four(call, rows)
+
+    return extents
+
+
+def _attending(lanes: int) -> Extents:
+    def extents(call: Call) -> Iterator[Extent]:
+        heads, head_dim = call["heads"], call["head_dim"]
+        call.wants(call["group"] > 0, "a group of at least one head")
+        yield call.reads("q", 4 * heads * head_dim)
+        yield call.writes("out", 4 * heads * head_dim)
+        rows = -(-heads // call["group"]) * head_dim
+        yield from key_extents.row_attention(call, rows, lanes)
+
+    return extents
+
+
 def sparse_rows(target: Target, weight_type: WeightType) -> Function:
     """The kernel for packed rows (`DecodeWeight` in `weights/rows.py`)."""
-    f = SPARSE_ROWS.function(f"sparse_rows{weight_type.suffix}")
+    f = SPARSE_ROWS.function(f"sparse_rows{weight_type.suffix}", _packed(target, weight_type))
     words, values, x, y, bias, groups, row_words, add = f.parameters
     kind = vector(COLUMNS)
     stream = f.variable(values)
@@ -173,7 +212,7 @@ def sparse_rows(target: Target, weight_type: WeightType) -> Function:
 
 def dense_rows(target: Target, weight_type: WeightType) -> Function:
     """The kernel for a weight that is not packed."""
-    f = DENSE_ROWS.function(f"dense_rows{weight_type.suffix}")
+    f = DENSE_ROWS.function(f"dense_rows{weight_type.suffix}", _plain(target, weight_type))
     weight, row_bytes, x, y, bias, groups, columns, add = f.parameters
     kind, lanes = vector(target.lanes), target.lanes
     zero = f.constant(0.0, kind)
@@ -192,78 +231,13 @@ def dense_rows(target: Target, weight_type: WeightType) -> Function:
     return f
 
 
-def row_norm(target: Target, norm: str) -> Function:
-    """LayerNorm or RMSNorm of vectors: as `normalisation.py`, with features as lanes.
-
-    Arguments: x, y, features (any number), groups, weight, bias, epsilon.
-    """
-    f = normalisation.SIGNATURE.function(f"{norm}_norm_row")
-    x, y, features, groups, weight, bias, epsilon = f.parameters
-    kind, lanes = vector(target.lanes), target.lanes
-    zero, nothing = f.constant(0.0, kind), f.constant(0.0, "float")
-    count = features.cast("uitofp", "float")
-    whole = features / lanes * lanes
-    with f.range(groups) as group:
-        source, result = x.at(group * features * 4), y.at(group * features * 4)
-        mean = nothing
-        if norm == "layer":
-            total, rest = f.variable(zero), f.variable(nothing)
-            with f.range(whole, step=lanes) as i:
-                total.set(total.get() + source.at(i * 4).load(kind, 4))
-            with f.range(features, start=whole) as i:
-                rest.set(rest.get() + source.at(i * 4).load("float"))
-            mean = (f.total(total.get()) + rest.get()) / count
-        squares, rest = f.variable(zero), f.variable(nothing)
-        with f.range(whole, step=lanes) as i:
-            value = source.at(i * 4).load(kind, 4) - mean.splat(lanes)
-            squares.set(f.fma(value, value, squares.get()))
-        with f.range(features, start=whole) as i:
-            value = source.at(i * 4).load("float") - mean
-            rest.set(f.fma(value, value, rest.get()))
-        variance = (f.total(squares.get()) + rest.get()) / count
-        inverse = f.constant(1.0, "float") / f.sqrt(variance + epsilon)
-        with f.range(whole, step=lanes) as i:
-            value = (source.at(i * 4).load(kind, 4) - mean.splat(lanes)) * inverse.splat(lanes)
-            value = value * weight.at(i * 4).load(kind, 4)
-            if norm == "layer":
-                value = value + bias.at(i * 4).load(kind, 4)
-            result.at(i * 4).store(value, 4)
-        with f.range(features, start=whole) as i:
-            value = (source.at(i * 4).load("float") - mean) * inverse
-            value = value * weight.at(i * 4).load("float")
-            if norm == "layer":
-                value = value + bias.at(i * 4).load("float")
-            result.at(i * 4).store(value)
-    return f
-
-
-def row_rotary() -> Function:
-    """As `tiles.rotary`, for one token. Arguments: x, heads, head_dim, cos, sin."""
-    f = tiles.ROTARY.function("rotary_row")
-    x, heads, head_dim, cos, sin = f.parameters
-    half = head_dim / 2
-    with f.range(heads) as head, f.range(half) as d:
-        low = x.at((head * head_dim + d) * 4)
-        high = low.at(half * 4)
-        first, second = low.load("float"), high.load("float")
-        factors = [
-            table.at((d + offset) * 4).load("float")
-            for table in (cos, sin)
-            for offset in (f.constant(0, "i64"), half)
-        ]
-        cos_low, cos_high, sin_low, sin_high = factors
-        low.store(first * cos_low - second * sin_low)
-        high.store(f.fma(second, cos_high, first * sin_high))
-    return f
-
-
 def row_attention(target: Target) -> Function:
     """Attention of one query over tiles of keys, whose tokens are the lanes here.
 
     Arguments: as `attention.py`'s up to the table, then the tokens in a key tile, mask, key_count
     (the query is the last of them), window, scores (memory for a float per key of all tiles), scale.
     """
-    f = ATTENTION.function("attention_row")
+    f = ATTENTION.function("attention_row", _attending(target.lanes))
     q, out, heads, head_dim, k_first, v_first, group, table, width, mask, *rest = f.parameters
     key_count, window, scores, scale = rest
     lanes, kind = target.lanes, vector(target.lanes)

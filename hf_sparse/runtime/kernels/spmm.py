@@ -23,12 +23,19 @@ Nothing is checked here: `weights/panels.py` validates what it reads from files.
 
 from __future__ import annotations
 
-from hf_sparse.runtime.kernels.call import Signature
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_sparse.runtime.kernels.call import Signature, parameters
+from hf_sparse.runtime.kernels.extents import Call, Extent
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WeightType
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.llvm.values import Value, Variable, vector
 
+Array = NDArray[np.int64]
 # How a panel's rows start.
 START_SUM, START_BIAS, START_SUM_BIAS = 0, 1, 2
 
@@ -44,17 +51,9 @@ _AHEAD_VALUES, _AHEAD_INDICES = 2048, 1024
 
 
 SIGNATURE = Signature(
-    (
-        "ptr panels",
-        "i64 panel_count",
-        "ptr groups",
-        "ptr values",
-        "ptr indices",
-        "ptr rows",
-        "ptr x",
-        "ptr y",
-        "ptr bias",
-        "i64 start",
+    parameters(
+        "ptr panels, i64 panel_count, ptr groups, ptr values, ptr indices, ptr rows, ptr x, "
+        "ptr y, ptr bias, i64 start"
     ),
     ("x", "y"),
 )
@@ -72,9 +71,60 @@ def name(height: int, vectors: int, weight_type: WeightType = FLOAT32) -> str:
 
 def spmm(target: Target, height: int, vectors: int, weight_type: WeightType = FLOAT32) -> Function:
     """The kernel for blocks of `height` x 1 weights and tiles `vectors` vectors wide."""
-    function = SIGNATURE.function(name(height, vectors, weight_type))
+    extents = _Streams(target.lanes, height, 4 * target.lanes * vectors, weight_type).extents
+    function = SIGNATURE.function(name(height, vectors, weight_type), extents)
     _Kernel(function, target, height, vectors, weight_type).write()
     return function
+
+
+class _Streams:
+    """How far a kernel reads its streams, and which rows of X and Y they tell of."""
+
+    def __init__(self, lanes: int, height: int, row_bytes: int, weight_type: WeightType) -> None:
+        self.height, self.row_bytes, self.weight_type = height, row_bytes, weight_type
+        self.unroll, self.sides = UNROLL[height], SIDE_BY_SIDE[height]
+        self.index_bytes = INDEX_BYTES[height]
+        # Weights of two bytes are loaded by whole vectors, indices by words of eight bytes.
+        self.together = 1 if weight_type is FLOAT32 else lanes
+
+    def extents(self, call: Call) -> Iterator[Extent]:
+        """What a call reads and writes."""
+        call.wants(0 <= call["start"] <= 2, "a start of 0, 1 or 2")
+        yield call.reads("panels", 12 * call["panel_count"])
+        panels = call.array("panels", np.int32, 3 * call["panel_count"]).reshape(-1, 3)
+        panels = panels.astype(np.int64)
+        yield call.reads("groups", 12 * int(panels[:, 1].sum()))
+        groups = call.array("groups", np.int32, 3 * int(panels[:, 1].sum())).reshape(-1, 3)
+        left, pairs, rounds = groups.astype(np.int64).T
+        call.wants(not len(left) or left.max() < self.unroll, f"remainders under {self.unroll}")
+        yield call.reads("rows", 4 * self.sides * int(pairs.sum()))
+        rows = call.array("rows", np.int32, self.sides * int(pairs.sum())).astype(np.int64)
+        of_side = np.concatenate([[0], np.cumsum((left + rounds * self.unroll) * pairs)])
+        (filled,) = np.nonzero(np.diff(of_side))
+        if len(filled):
+            count = self.unroll if rounds[filled[-1]] else int(left[filled[-1]])
+            begin = (int(of_side[-1]) - count) * self.sides
+            weights = -(-count * self.height * self.sides // self.together) * self.together
+            values = self.weight_type.size * (begin * self.height + weights)
+            words = -(-count * self.index_bytes // 8) * 8
+            last = (self.sides - 1) * count * self.index_bytes + words
+            yield call.reads("values", values)
+            yield call.reads("indices", begin * self.index_bytes + last)
+        edges = of_side[np.concatenate([[0], np.cumsum(panels[:, 1])])] * self.sides
+        yield from self._rows(call, panels[:, 0], edges, rows)
+
+    def _rows(self, call: Call, firsts: Array, edges: Array, rows: Array) -> Iterator[Extent]:
+        kind = np.uint8 if self.index_bytes == 1 else np.uint16
+        columns = call.array("indices", kind, int(edges[-1]))
+        for first, begin, end in zip(firsts.tolist(), edges[:-1], edges[1:], strict=True):
+            if end > begin:
+                low, high = (int(f(columns[begin:end])) + first for f in (np.min, np.max))
+                yield call.reads("x", self.row_bytes * (high + 1 - low), at=self.row_bytes * low)
+        if len(rows):
+            low, count = int(rows.min()), int(rows.max() - rows.min()) + self.height
+            yield call.writes("y", self.row_bytes * count, at=self.row_bytes * low)
+            if call["start"]:
+                yield call.reads("bias", 4 * count, at=4 * low)
 
 
 class _Kernel:

@@ -7,7 +7,13 @@ lanes repeats its last token; those columns are computed and never read.
 
 from __future__ import annotations
 
-from hf_sparse.runtime.kernels.call import Signature
+from collections.abc import Iterator
+
+import numpy as np
+
+from hf_sparse.runtime.kernels.call import Signature, parameters
+from hf_sparse.runtime.kernels.extents import Call, Extent, Extents, strided
+from hf_sparse.runtime.kernels.extents import vectors as of_vectors
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.llvm.values import Value, lanes_of, vector
@@ -16,22 +22,57 @@ TRANSPOSE = Signature(("ptr x", "ptr y", "i64 features", "i64 tokens", "i64 stri
 ROTARY = Signature(("ptr x", "i64 heads", "i64 head_dim", "ptr cos", "ptr sin"))
 COPY = Signature(("ptr x", "ptr y", "i64 vectors"))
 APPEND = Signature(
-    (
-        "ptr x",
-        "i64 features",
-        "i64 tokens",
-        "i64 row_bytes",
-        "ptr table",
-        "i64 first",
-        "i64 position",
-        "i64 width",
+    parameters(
+        "ptr x, i64 features, i64 tokens, i64 row_bytes, ptr table, i64 first, i64 position, "
+        "i64 width"
     )
 )
 
 
+def _transposing(target: Target, vectors: int, tokens: str, tile: str) -> Extents:
+    """Between tokens at one pointer, and a tile at the other one; `y` is written."""
+    width = target.lanes * vectors
+
+    def extents(call: Call) -> Iterator[Extent]:
+        call.wants(call["tokens"] > 0, "at least one token")
+        count, features = min(call["tokens"], width), call["features"]
+        sizes = {tile: 4 * width * features, tokens: strided(count, call["stride"], 4 * features)}
+        yield call.reads("x", sizes["x"])
+        yield call.writes("y", sizes["y"])
+
+    return extents
+
+
+def rotary_extents(row_bytes: int) -> Extents:
+    """What a rotation reads and writes, whose features have `row_bytes` bytes each."""
+
+    def extents(call: Call) -> Iterator[Extent]:
+        pairs = call["head_dim"] // 2 * 2
+        yield call.writes("x", row_bytes * strided(call["heads"], call["head_dim"], pairs))
+        for name in ("cos", "sin"):
+            yield call.reads(name, row_bytes * pairs if call["heads"] > 0 else 0)
+
+    return extents
+
+
+def _appending(call: Call) -> Iterator[Extent]:
+    features, tokens, position, width = (
+        call[name] for name in ("features", "tokens", "position", "width")
+    )
+    call.wants(position >= 0 and width > 0, "a position and a width of key tiles")
+    yield call.reads("x", strided(features, call["row_bytes"], 4 * tokens))
+    for number in range(position // width, -(-(position + tokens) // width) if tokens > 0 else 0):
+        yield call.reads("table", 16, at=24 * number)
+        address, stride = call.array("table", np.int64, 2, at=24 * number).tolist()
+        begin = max(position - number * width, 0)
+        end = min(position + tokens - number * width, width)
+        place = address + call["first"] * stride + 4 * begin
+        yield Extent("keys", place, strided(features, stride, 4 * (end - begin)), True)
+
+
 def to_tile(target: Target, vectors: int) -> Function:
     """`y[f][t] = x[t][f]`. Arguments: x, y, features, tokens, bytes between tokens of x."""
-    f = TRANSPOSE.function(f"to_tile{vectors}")
+    f = TRANSPOSE.function(f"to_tile{vectors}", _transposing(target, vectors, "x", "y"))
     x, y, features, tokens, stride = f.parameters
     lanes, size = target.lanes, 4 * target.lanes
     squares = features / lanes * lanes
@@ -55,7 +96,7 @@ def to_tile(target: Target, vectors: int) -> Function:
 
 def from_tile(target: Target, vectors: int) -> Function:
     """`y[t][f] = x[f][t]`. Arguments: x, y, features, tokens, bytes between tokens of y."""
-    f = TRANSPOSE.function(f"from_tile{vectors}")
+    f = TRANSPOSE.function(f"from_tile{vectors}", _transposing(target, vectors, "y", "x"))
     x, y, features, tokens, stride = f.parameters
     lanes, size = target.lanes, 4 * target.lanes
     squares = features / lanes * lanes
@@ -106,7 +147,7 @@ def rotary(target: Target, vectors: int) -> Function:
     Arguments: x, heads, head_dim, cos, sin; the latter tiles of `head_dim` rows.
     Source: Su et al., RoFormer, https://arxiv.org/abs/2104.09864, in the half-split order of Llama.
     """
-    f = ROTARY.function(f"rotary{vectors}")
+    f = ROTARY.function(f"rotary{vectors}", rotary_extents(4 * target.lanes * vectors))
     x, heads, head_dim, cos, sin = f.parameters
     size, kind = 4 * target.lanes, vector(target.lanes)
     row_bytes = size * vectors
@@ -130,9 +171,9 @@ def rotary(target: Target, vectors: int) -> Function:
 
 def copy(target: Target) -> Function:
     """`y = x`. Arguments: x, y, vectors."""
-    f = COPY.function("copy")
-    x, y, vectors = f.parameters
     size = 4 * target.lanes
+    f = COPY.function("copy", of_vectors(size, "y", reads=("x",)))
+    x, y, vectors = f.parameters
     with f.range(vectors) as i:
         y.at(i * size).store(x.at(i * size).load(vector(target.lanes), 4), 4)
     return f
@@ -144,7 +185,7 @@ def append() -> Function:
     Arguments: x, features, tokens, bytes of a row of x, table of the key tiles (see `attention.py`),
     first row in them, position of the first token, tokens in a key tile.
     """
-    f = APPEND.function("append")
+    f = APPEND.function("append", _appending)
     x, features, tokens, row_bytes, table, first, position, width = f.parameters
     with f.range(tokens) as t:
         at = position + t

@@ -6,10 +6,15 @@ the code, or `code + 128` where the target's products want one factor without a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
+
 from hf_sparse.runtime.kernels.call import Signature
 from hf_sparse.runtime.kernels.code_formats import BLOCK, ROWS, UNIT, CodeFormat
-from hf_sparse.runtime.kernels.code_masks import masked_codes
+from hf_sparse.runtime.kernels.code_masks import masked_bytes, masked_codes
 from hf_sparse.runtime.kernels.code_rows import unit_codes, unit_places
+from hf_sparse.runtime.kernels.extents import Call, Extent, Extents
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.llvm.values import Value, lanes_of
@@ -17,9 +22,21 @@ from hf_sparse.runtime.llvm.values import Value, lanes_of
 UNPACK_BYTES = Signature(("ptr codes", "ptr places", "ptr room"))
 
 
+def _extents(target: Target, form: CodeFormat) -> Extents:
+    def extents(call: Call) -> Iterator[Extent]:
+        yield call.reads("places", form.place_bytes)
+        nbytes = form.code_bytes
+        if form.is_masked:
+            nbytes = masked_bytes(target, call.array("places", np.uint8, form.place_bytes))
+        yield call.reads("codes", nbytes)
+        yield call.writes("room", ROWS * BLOCK)
+
+    return extents
+
+
 def unpack_bytes(target: Target, form: CodeFormat) -> Function:
     """The kernel that makes bytes of a block."""
-    f = UNPACK_BYTES.function(f"unpack_bytes{form.suffix}")
+    f = UNPACK_BYTES.function(f"unpack_bytes{form.suffix}", _extents(target, form))
     codes, places, room = f.parameters
     lanes = target.lanes
     sizes = (form.code_bytes or ROWS * BLOCK // 2, form.place_bytes)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from hf_sparse.runtime.llvm.values import Body, Value, element_of, lanes_of, vector
 
@@ -24,11 +25,18 @@ class Function(Body):
         name: of the symbol.
         parameters: types and names, as `"ptr x"`, `"i64 count"`, `"float scale"`. Pointers do not
             overlap, unless listed in `shared`.
+        extents: what a call reads and writes (`kernels/extents.py`).
     """
 
-    def __init__(self, name: str, parameters: Sequence[str], shared: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        parameters: Sequence[str],
+        shared: Sequence[str] = (),
+        extents: Callable[..., Any] | None = None,
+    ) -> None:
         super().__init__()
-        self.name, self.signature = name, tuple(parameters)
+        self.name, self.signature, self.extents = name, tuple(parameters), extents
         self._kinds = [parameter.split()[0] for parameter in parameters]
         names = [parameter.split()[1] for parameter in parameters]
         self._attributes = [

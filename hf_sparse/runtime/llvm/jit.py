@@ -29,6 +29,7 @@ class Code:
     Attributes:
         addresses: of each kernel's entry.
         parameters: of each kernel, kind and name.
+        extents: what calls of each kernel read and write; None for what is called by none.
     """
 
     def __init__(self, target: Target, object_code: bytes, functions: Sequence[Function]) -> None:
@@ -38,6 +39,7 @@ class Code:
         self._engine.add_object_file(binding.ObjectFileRef.from_data(object_code))
         self._engine.finalize_object()
         self.parameters = {function.name: function.signature for function in functions}
+        self.extents = {function.name: function.extents for function in functions}
         self.addresses = {name: self._engine.get_function_address(name) for name in self.parameters}
         missing = [name for name, address in self.addresses.items() if not address]
         if missing:

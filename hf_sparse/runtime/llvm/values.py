@@ -7,6 +7,7 @@ have their type written out, `<16 x float>`: nothing here is left to the auto-ve
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 Number = int | float
@@ -42,6 +43,16 @@ def literal(number: Number, kind: str) -> str:
     return f"<{', '.join([f'{element} {text}'] * lanes)}>" if lanes else text
 
 
+def _operator(name: str) -> Callable[[Value, Value | Number], Value]:
+    """What a binary operator of Python writes for two values."""
+
+    def write(one: Value, other: Value | Number) -> Value:
+        code = (_FLOAT if one._is_float() else _INTEGER).get(name, name)
+        return one.body.emit(one.kind, f"{code} {one}, {one._operand(other)}")
+
+    return write
+
+
 @dataclass(frozen=True)
 class Value:
     """A number, a vector or a pointer inside a body."""
@@ -63,36 +74,15 @@ class Value:
             return other.name
         return literal(other, self.kind)
 
-    def _binary(self, name: str, other: Value | Number) -> Value:
-        code = (_FLOAT if self._is_float() else _INTEGER).get(name, name)
-        return self.body.emit(self.kind, f"{code} {self}, {self._operand(other)}")
-
-    def __add__(self, other: Value | Number) -> Value:
-        return self._binary("add", other)
-
-    def __sub__(self, other: Value | Number) -> Value:
-        return self._binary("sub", other)
-
-    def __mul__(self, other: Value | Number) -> Value:
-        return self._binary("mul", other)
-
-    def __truediv__(self, other: Value | Number) -> Value:
-        return self._binary("div", other)
-
-    def __and__(self, other: Value | Number) -> Value:
-        return self._binary("and", other)
-
-    def __or__(self, other: Value | Number) -> Value:
-        return self._binary("or", other)
-
-    def __xor__(self, other: Value | Number) -> Value:
-        return self._binary("xor", other)
-
-    def __lshift__(self, other: Value | Number) -> Value:
-        return self._binary("shl", other)
-
-    def __rshift__(self, other: Value | Number) -> Value:
-        return self._binary("lshr", other)
+    __add__ = _operator("add")
+    __sub__ = _operator("sub")
+    __mul__ = _operator("mul")
+    __truediv__ = _operator("div")
+    __and__ = _operator("and")
+    __or__ = _operator("or")
+    __xor__ = _operator("xor")
+    __lshift__ = _operator("shl")
+    __rshift__ = _operator("lshr")
 
     def compare(self, relation: str, other: Value | Number) -> Value:
         """`eq`, `ne`, `lt`, `le`, `gt`, `ge`; integers as signed numbers."""

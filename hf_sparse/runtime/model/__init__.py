@@ -1,1 +1,1 @@
-"""transformers models: what is compiled of them, what is refused, and compiled models in files."""
+"""transformers models: what is compiled of them, what is refused, and a packed stack as arrays."""

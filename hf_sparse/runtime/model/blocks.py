@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,13 +20,13 @@ from hf_sparse.runtime.model.configured import (
     sizes_of,
     window_of,
 )
-from hf_sparse.runtime.model.description import Blocks
+from hf_sparse.runtime.model.description import Blocks, CrossParts
 from hf_sparse.runtime.model.stack_shapes import check_stack
 from hf_sparse.runtime.weights.linear import Linear, pack_linear
 from hf_sparse.runtime.weights.memory import Shelf
 from hf_sparse.runtime.weights.panels import CHUNK_ROWS
 from hf_sparse.runtime.weights.rates import Rates
-from hf_sparse.runtime.weights.stack import Block, Expert, Mixture, Norm, Stack
+from hf_sparse.runtime.weights.stack import Block, Cross, Expert, Mixture, Norm, Stack
 from hf_sparse.structure.layers import is_conv1d
 
 _AS_IT_IS = ModelCoding()
@@ -52,7 +52,16 @@ def pack_blocks(
     rates: Rates,
     coding: ModelCoding = _AS_IT_IS,
 ) -> Stack:
-    """Pack the weights of all blocks, or their codes. The modules are read, not kept."""
+    """Pack the weights of all blocks, or their codes. The modules are read, not kept.
+
+    Args:
+        config: as the stack sees it (`families.seen_by`).
+        family: describes the blocks.
+        modules: the blocks as they run.
+        prefix: of the layers' names.
+        rates: speed of the kernels.
+        coding: which weights become codes.
+    """
     packed: dict[int, Block] = {}
     rows_shelf = Shelf() if family.causal else None
     packer = _Packer(
@@ -67,11 +76,15 @@ def pack_blocks(
         coding,
     )
     blocks = []
+    distances: Tensor | None = None
     for index, module in enumerate(modules):
         if id(module) not in packed:
             window = window_of(config, family, index)
             rotation = family.rotation(config, index)
-            packed[id(module)] = packer.block(module, f"{prefix}.{index}", index, window, rotation)
+            block = packer.block(module, f"{prefix}.{index}", index, window, rotation)
+            if family.distances is not None:
+                distances = distances_of(module, family.distances, config, distances)
+            packed[id(module)] = replace(block, distances=distances)
         blocks.append(packed[id(module)])
     stack = Stack(
         blocks=tuple(blocks),
@@ -137,6 +150,18 @@ class _Packer:
             added_norms=None if added is None else self._norms(module, name, added),
             rotation=rotation,
             mixture=mixture,
+            cross=None if family.cross is None else self._cross(module, name, family.cross),
+        )
+
+    def _cross(self, module: nn.Module, name: str, parts: CrossParts) -> Cross:
+        """Attention to an encoder's states; its keys are never those of single tokens."""
+        norm = self._norm(module, name, parts.norm)
+        assert norm is not None
+        return Cross(
+            query=self._linear(module, name, parts.query),
+            keys=replace(self, rows_shelf=None)._joined(module, name, parts.keys),
+            out=self._linear(module, name, parts.out),
+            norm=norm,
         )
 
     def _perceptron(
@@ -261,6 +286,20 @@ class _Packer:
             rates=self.rates,
             coding=self.coding.blocks if coded else None,
         )
+
+
+def distances_of(module: nn.Module, path: str, config: Any, before: Tensor | None) -> Tensor | None:
+    """`Block.distances` of a block, by its own function; those of the block before if it has none."""
+    attention: Any = module.get_submodule(path)
+    if not hasattr(attention, "relative_attention_bias"):
+        return before
+    check_finite(path, attention.relative_attention_bias.weight)
+    furthest = config.relative_attention_max_distance
+    with torch.no_grad():
+        # Of the first query to all keys, and of all queries to the first key.
+        behind = attention.compute_bias(furthest + 1, 1)[0, :, :, 0]
+        ahead = attention.compute_bias(1, furthest + 1)[0, :, 0, 1:]
+    return torch.cat([ahead.flip(-1), behind], dim=1).float().contiguous()
 
 
 def _parameters(module: nn.Module, *paths: str) -> list[Tensor]:

@@ -100,7 +100,7 @@ class CodedHead(CompiledHead):
         with self._programs.borrow(
             (tokens, threads, bias), lambda: self._program(tokens, threads)
         ) as program:
-            program.run(x=flat.data_ptr(), y=output.data_ptr())
+            program.run([flat, output], x=flat.data_ptr(), y=output.data_ptr())
         return output[:, :rows].reshape(*x.shape[:-1], rows).to(x.dtype)
 
     def _program(self, tokens: int, threads: int) -> Program:
@@ -135,7 +135,8 @@ class CodedHead(CompiledHead):
                 for start in range(first, last, unit)
                 for token, own in enumerate(records)
             ]
-        return Program(self.code, [lists], [self.codes, room, self.bias])
+        own = [record for records in room for record in records]
+        return Program(self.code, [lists], [self.codes, own, self.bias])
 
 
 def _whole(rows: int) -> int:

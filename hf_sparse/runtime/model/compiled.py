@@ -10,14 +10,14 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_sparse.arguments import check_finite, check_kinds
+from hf_sparse.arguments import check_kinds
 from hf_sparse.runtime.llvm.jit import DEFAULT_CACHE
 from hf_sparse.runtime.llvm.target import Target, named
 from hf_sparse.runtime.model.blocks import find_blocks, pack_blocks
@@ -25,10 +25,12 @@ from hf_sparse.runtime.model.coded_head import CodedHead
 from hf_sparse.runtime.model.coding import coding_of
 from hf_sparse.runtime.model.configured import why_not_compiled
 from hf_sparse.runtime.model.copying import with_modules
+from hf_sparse.runtime.model.description import Blocks
 from hf_sparse.runtime.model.explain import Explanation, explain_layers
 from hf_sparse.runtime.model.faithful import check_blocks, check_parents, why_other_attention
-from hf_sparse.runtime.model.families import COMPILED
+from hf_sparse.runtime.model.families import COMPILED, families_in, seen_by
 from hf_sparse.runtime.model.generation import generate
+from hf_sparse.runtime.model.layer_by_layer import with_compiled_layers
 from hf_sparse.runtime.model.layers import (
     NOT_STORED,
     CompiledBlocks,
@@ -42,29 +44,23 @@ from hf_sparse.runtime.model.plain import (
     check_dropout,
     check_in_memory,
     check_no_global_hooks,
-    is_plain_matrix,
+    check_parameters,
+    check_types,
     why_not_plain,
 )
 from hf_sparse.runtime.model.single_layers import CompiledHead, CompiledLinear
-from hf_sparse.runtime.programs.pool import KEPT_BYTES, Pool
-from hf_sparse.runtime.programs.program import Program
 from hf_sparse.runtime.programs.runner import Runner
-from hf_sparse.runtime.weights.linear import Linear, pack_linear
-from hf_sparse.runtime.weights.memory import Shelf
+from hf_sparse.runtime.weights.linear import Linear
 from hf_sparse.runtime.weights.rates import nominal
 from hf_sparse.runtime.weights.rounding import Coding
 from hf_sparse.runtime.weights.stack import Stack
-from hf_sparse.structure.families import base_type
-from hf_sparse.structure.layers import PACKED, target_layers
-from hf_sparse.upstream.peft_by_name import is_of_peft
+from hf_sparse.structure.layers import PACKED
+from hf_sparse.upstream.torch import forward_hooks
 from hf_sparse.upstream.transformers.attention import register_mask
 from hf_sparse.upstream.transformers.models import block_class, forget_output_hooks_, set_attention_
 
 # The name of the attention in the compiled model's config: masks reach the blocks as they were given.
 ATTENTION = "hf_sparse"
-COMPUTABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# A single layer with fewer zeros is left to torch, with which it shares the layout of activations.
-MIN_SPARSITY = 0.4
 
 
 def _as_given(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
@@ -124,68 +120,68 @@ def compile(
     check_types(model)
     check_no_global_hooks()
     check_dropout(model)
-    reason = why_not_compiled(model.config) or why_other_attention(model.config)
+    reason = why_not_whole(model)
     if reason is not None and bits is not None:
         raise ValueError(
             f"bits is {bits}, and {type(model).__name__} is not compiled as a whole: {reason}. Wanted "
             "a model whose blocks are; leave `bits` out."
         )
     if reason is not None:
-        return _compile_layers(model, reason, chosen, folder)
-    family = COMPILED[base_type(model.config.model_type)]
-    check_blocks(model, family)
+        layered = with_compiled_layers(model, reason, chosen, folder)
+        return _finished(layered, reason, chosen, folder)
     base: Any = model.base_model
-    owner, name, modules = find_blocks(base, family)
-    blocks = getattr(owner, name)
-    check_parents(model, [blocks])
+    families = families_in(base)
+    for family in families:
+        check_blocks(model, family)
+    found = [find_blocks(base, family) for family in families]
+    lists = [getattr(owner, name) for owner, name, _ in found]
+    check_parents(model, lists)
     coding, rates = coding_of(model, bits), nominal(chosen)
-    stack = pack_blocks(model.config, family, modules, family.stack, rates, coding)
-    rest = with_modules(model, {blocks: nn.ModuleList()})
+    stacks = [
+        pack_blocks(seen_by(model.config, family), family, modules, family.stack, rates, coding)
+        for family, (_, _, modules) in zip(families, found, strict=True)
+    ]
+    rest = with_modules(model, {blocks: nn.ModuleList() for blocks in lists})
     check_parameters(rest)
-    return assemble(rest, stack, chosen, folder, coding.head)
+    return assemble(rest, stacks, chosen, folder, coding.head)
+
+
+def why_not_whole(model: PreTrainedModel) -> str | None:
+    """Why a model's blocks are not compiled as a whole, or None."""
+    reason = why_not_compiled(model.config)
+    if reason is not None:
+        return reason
+    families = families_in(model.base_model)
+    if not families:
+        return f"a {type(model).__name__} has no encoder and no decoder, but is one of them"
+    holders = [_holder(model, family) for family in families]
+    configs = [model.config, *(getattr(holder, "config", model.config) for holder in holders)]
+    reasons = map(why_other_attention, configs)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def assemble(
     model: PreTrainedModel,
-    stack: Stack,
+    stacks: Sequence[Stack],
     target: Target,
     cache: Path | None,
     head_coding: Coding | None = None,
 ) -> PreTrainedModel:
-    """Put a packed stack into a model that has an empty list of blocks.
+    """Put packed stacks into a model that has empty lists of blocks.
 
     Args:
-        model, stack: which.
+        model, stacks: which; an encoder's before a decoder's.
         target, cache: as `compile`'s.
         head_coding: how the output head becomes codes; None: not at all.
     """
     set_attention_(model.config, ATTENTION)
     register_mask(ATTENTION, _as_given)
-    family = COMPILED[base_type(model.config.model_type)]
-    inner = getattr(model.config, "inner_group_num", 1)
-    if model.config.num_hidden_layers * inner != len(stack.blocks):
-        raise ValueError(
-            f"config.num_hidden_layers is {model.config.num_hidden_layers}, and the model has "
-            f"{len(stack.blocks) // inner}: make them equal, by deleting blocks or in the config."
-        )
-    path, _, name = family.stack.rpartition(".")
-    owner: Any = model.base_model.get_submodule(path)
-    layer_class = compiled_class(block_class(model.base_model, family.block_class), family)
-    runner = Runner(stack, target, cache)
-    layers = [layer_class(runner, index, model.config) for index in range(len(stack.blocks))]
-    setattr(owner, name, CompiledBlocks(layers))
-    owner.register_forward_pre_hook(functools.partial(enter, name=name), with_kwargs=True)
-    if family.rotary_kinds:
-        owner.rotary_emb.register_forward_hook(record_rotation, with_kwargs=True)
-    owner.register_forward_hook(functools.partial(leave, name=name), always_call=True)
-    for module in {model.base_model, owner}:  # heads call either
-        module.register_forward_pre_hook(_refuse_attentions, with_kwargs=True)
+    families = families_in(model.base_model)
+    for family, stack in zip(families, stacks, strict=True):
+        _place(model, family, stack, Runner(stack, target, cache))
     forget_output_hooks_(model)  # transformers hooked the blocks that are gone, if any
-    if family is COMPILED["albert"]:  # its loop goes over groups of layers
-        owner.config = copy.copy(owner.config)
-        owner.config.num_hidden_layers = owner.config.num_hidden_groups = len(layers)
     head = model.get_output_embeddings()
-    if stack.causal:
+    if any(stack.causal for stack in stacks):
         made: CompiledHead | None = None
         if head_coding is not None:
             made = CodedHead.of(head, target, cache, head_coding)
@@ -193,66 +189,47 @@ def assemble(
             made = CompiledHead(head, target, cache)
         if made is not None:
             model.set_output_embeddings(made)
-    if family.last_norm is not None and head is not None and model.can_generate():
+    if families[-1].last_norm is not None and head is not None and model.can_generate():
         model.__dict__["generate"] = types.MethodType(generate, model)
     return _finished(model, None, target, cache)
 
 
-def _compile_layers(
-    model: PreTrainedModel, reason: str, target: Target, cache: Path | None
-) -> PreTrainedModel:
-    """Replace the sparse layers of a model's blocks one by one."""
-    shelf, pool = Shelf(), Pool[Program | Tensor](KEPT_BYTES)
-    replaced: dict[nn.Module, nn.Module] = {}
-    left, adapted = "", _in_adapters(model)
-    for layer in target_layers(model):
-        weight = layer.weight
-        zeros = 1 - int(torch.count_nonzero(weight)) / weight.numel()
-        if zeros >= MIN_SPARSITY and layer.module in adapted:
-            left = f" {layer.name} is left to torch: it lies in an adapter. Merge that first."
-        elif zeros >= MIN_SPARSITY and not is_plain_matrix(layer.module):
-            left = f" {layer.name} is left to torch: it is no plain Linear, or it has hooks."
-        elif zeros >= MIN_SPARSITY:
-            bias: Any = layer.module.bias
-            packed = pack_linear(layer.name, weight, bias, shelf=shelf, rates=nominal(target))
-            replaced[layer.module] = CompiledLinear(packed, target, cache, pool)
-    if not replaced:
+def _place(model: PreTrainedModel, family: Blocks, stack: Stack, runner: Runner) -> None:
+    """Put one stack into the module that has its list of blocks."""
+    name, owner = family.list_name, _holder(model, family)
+    config = getattr(owner, "config", model.config)  # some stacks have a copy of the model's
+    set_attention_(config, ATTENTION)
+    seen = seen_by(config, family)
+    inner = getattr(config, "inner_group_num", 1)
+    if seen.num_hidden_layers * inner != len(stack.blocks):
+        told = family.names.get("num_hidden_layers", "num_hidden_layers")
         raise ValueError(
-            f"{type(model).__name__} is not compiled: {reason}; and no plain layer of its blocks has "
-            f"{100 * MIN_SPARSITY:.0f} % zeros, which single layers need.{left or ' Prune it first.'}"
+            f"config.{told} is {seen.num_hidden_layers}, and the model has "
+            f"{len(stack.blocks) // inner}: make them equal, by deleting blocks or in the config."
         )
-    check_parents(model, list(replaced))
-    compiled = with_modules(model, replaced)
-    check_parameters(compiled)
-    return _finished(compiled, reason, target, cache)
+    layer_class = compiled_class(_block_class(model, owner, family), family)
+    layers = [layer_class(runner, index, config) for index in range(len(stack.blocks))]
+    setattr(owner, name, CompiledBlocks(layers))
+    owner.register_forward_pre_hook(functools.partial(enter, name=name), with_kwargs=True)
+    if family.rotary_kinds:
+        owner.rotary_emb.register_forward_hook(record_rotation, with_kwargs=True)
+    owner.register_forward_hook(functools.partial(leave, name=name), always_call=True)
+    for module in {model.base_model, owner}:  # heads call either
+        if not any(hook is _refuse_attentions for _, hook in forward_hooks(module)):
+            module.register_forward_pre_hook(_refuse_attentions, with_kwargs=True)
+    if family is COMPILED["albert"]:  # its loop goes over groups of layers
+        owner.config = copy.copy(owner.config)
+        owner.config.num_hidden_layers = owner.config.num_hidden_groups = len(layers)
 
 
-def _in_adapters(model: nn.Module) -> set[nn.Module]:
-    """Layers inside modules of PEFT, many of which read the weight and do not call the layer."""
-    return {
-        child for module in model.modules() if is_of_peft(module) for child in module.children()
-    }
+def _holder(model: PreTrainedModel, family: Blocks) -> Any:
+    return model.base_model.get_submodule(family.holder)
 
 
-def check_types(model: nn.Module) -> None:
-    """Raise a ValueError unless torch can compute with the types of all parameters, row by row."""
-    for name, parameter in model.named_parameters():
-        if parameter.layout != torch.strided:
-            raise ValueError(
-                f"{name} has the layout {parameter.layout}; wanted {torch.strided}. Store its "
-                "to_dense() in its place: compile finds the zeros."
-            )
-        if parameter.is_floating_point() and parameter.dtype not in COMPUTABLE:
-            wanted = ", ".join(map(str, COMPUTABLE))
-            raise ValueError(
-                f"{name} is {parameter.dtype}; wanted one of {wanted}: model.to(torch.bfloat16) first."
-            )
-
-
-def check_parameters(model: nn.Module) -> None:
-    """Raise a ValueError unless the parameters that are not packed are finite."""
-    for name, parameter in model.named_parameters():
-        check_finite(name, parameter.detach())
+def _block_class(model: PreTrainedModel, owner: nn.Module, family: Blocks) -> type[nn.Module]:
+    """The class of a stack's blocks, which the model tells, or that part of it that has them."""
+    tells = getattr(owner, "_can_record_outputs", None) is not None
+    return block_class(owner if tells else model.base_model, family.block_class)
 
 
 def _finished(
@@ -284,24 +261,33 @@ def _finished(
     return model
 
 
-def stack_of(model: nn.Module) -> Stack:
-    """The packed weights of a model whose blocks are compiled.
+def stacks_of(model: nn.Module) -> list[Stack]:
+    """The packed weights of a model whose blocks are compiled, of an encoder before those of a decoder.
 
     Raises:
         ValueError: they are not.
     """
-    for module in model.modules():
-        if isinstance(module, CompiledLayer):
-            return module.runner.stack
+    runners = {
+        id(module.runner): module.runner
+        for module in model.modules()
+        if isinstance(module, CompiledLayer)
+    }
+    if runners:
+        return [runner.stack for runner in runners.values()]
     raise ValueError(
         f"the blocks of this {type(model).__name__} are not compiled: hf_sparse.compile(model) first."
     )
 
 
+def stack_of(model: nn.Module) -> Stack:
+    """The only one of `stacks_of`, or the last."""
+    return stacks_of(model)[-1]
+
+
 def linears_of(model: nn.Module) -> list[Linear]:
     """All packed weights of a compiled model, shared ones once."""
     single = [module.packed for module in model.modules() if isinstance(module, CompiledLinear)]
-    return single or stack_of(model).linears
+    return single or [linear for stack in stacks_of(model) for linear in stack.linears]
 
 
 def _refuse_attentions(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

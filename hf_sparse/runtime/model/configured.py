@@ -6,16 +6,23 @@ import math
 from typing import Any
 
 from hf_sparse.runtime.model.description import ACTIVATION_NAMES, Blocks
-from hf_sparse.runtime.model.families import COMPILED, family_of
+from hf_sparse.runtime.model.families import NAMES, families_of, seen_by
 from hf_sparse.runtime.weights.stack import NO_WINDOW, Block, Stack
-from hf_sparse.structure.families import base_type
+
+# The furthest distance up to which biases may differ.
+MOST_DISTANCES = 1 << 16
 
 
 def why_not_compiled(config: Any) -> str | None:
-    """Why the stack of a model with this config cannot be compiled as a whole, or None."""
-    family = family_of(config)
-    if family is None:
-        return f"family '{config.model_type}' is not one of {', '.join(COMPILED)}"
+    """Why the stacks of a model with this config cannot be compiled as a whole, or None."""
+    families = families_of(config)
+    if not families:
+        return f"family '{config.model_type}' is not one of {', '.join(NAMES)}"
+    reasons = (_why_not(seen_by(config, family), family) for family in families)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _why_not(config: Any, family: Blocks) -> str | None:
     for name, values in family.supported.items():
         value = getattr(config, name, values[0])
         if value not in values:
@@ -52,9 +59,17 @@ def _why_not_these_numbers(config: Any, family: Blocks) -> str | None:
         optional = value is None and name == family.softcap
         if name is not None and not optional and not _is_positive(value):
             return f"its config has {name}={value!r}; wanted a number above 0"
+    furthest = furthest_of(config, family)
+    if not isinstance(furthest, int) or not 0 <= furthest <= MOST_DISTANCES:
+        return f"its config has relative_attention_max_distance={furthest!r}"
     if not 0 <= epsilon_of(config, family) < 1:
         return f"its norms have an epsilon of {epsilon_of(config, family)}"
     return None
+
+
+def furthest_of(config: Any, family: Blocks) -> Any:
+    """The distance from which on biases stay the same; 0 for blocks that have none of their own."""
+    return config.relative_attention_max_distance if family.distances else 0
 
 
 def _is_positive(value: Any) -> bool:
@@ -80,7 +95,7 @@ def numbers_of(config: Any, family: Blocks) -> dict[str, Any]:
         "parallel": _told(config, family.parallel),
         "rotated": turned if turned != head_dim else 0,
         "softcap": float(softcap or 0),
-        "biased": family.biased,
+        "biased": family.biased or family.distances is not None,
         "multiplier": multiplier_of(config, family),
     }
 
@@ -130,16 +145,17 @@ def window_of(config: Any, family: Blocks, index: int) -> int:
     return NO_WINDOW if window is None else min(window, NO_WINDOW)
 
 
-def check_config(stack: Stack, config: Any) -> None:
-    """Check that a stack is one of a model with this config.
+def check_config(stack: Stack, whole: Any, family: Blocks) -> None:
+    """Check that a stack is one of a model with this config, and of this entry.
 
     Raises:
         ValueError: a number, a part, or the order of its blocks differs; the message names it.
     """
-    family = COMPILED[base_type(config.model_type)]
-    order = run_order(config)
-    if len(stack.blocks) != len(order):
-        raise ValueError(f"there are {len(stack.blocks)} blocks, the config has {len(order)}")
+    config, count = seen_by(whole, family), len(stack.blocks)
+    told = config.num_hidden_layers
+    order = run_order(config) if type(told) is int and told <= count else []
+    if count != len(order):
+        raise ValueError(f"there are {count} blocks, the config has {len(order) or told}")
     places: dict[int, int] = {}
     turns = [places.setdefault(id(block), len(places)) for block in stack.blocks]
     if turns != order:
@@ -152,12 +168,15 @@ def check_config(stack: Stack, config: Any) -> None:
 
 
 def _check_block(block: Block, index: int, config: Any, family: Blocks) -> None:
-    parts = (block.gate, *block.norms, block.head_norms, block.added_norms)
+    parts: tuple[object, ...] = (block.gate, *block.norms, block.head_norms, block.added_norms)
+    parts += (block.cross, block.distances)
     described = (
         family.gate,
         *family.norm_paths(index),
         family.head_norms,
         family.added_norms,
+        family.cross,
+        family.distances,
     )
     if [part is None for part in parts] != [part is None for part in described]:
         raise ValueError(f"block {index} has other parts than its family's")
@@ -171,8 +190,13 @@ def _check_block(block: Block, index: int, config: Any, family: Blocks) -> None:
     routing = (0, False) if mixture is None else (mixture.chosen, mixture.normalised)
     if routing != (wanted := routing_of(config, family)):
         raise ValueError(f"block {index} routes by {routing}, the config by {wanted}")
+    if block.distances is not None:
+        furthest = (block.distances.shape[1] - 1) // 2
+        if furthest != furthest_of(config, family):
+            raise ValueError(f"block {index} has biases for {furthest} tokens, unlike the config")
     epsilon = epsilon_of(config, family)
-    for norm in (*block.norms, *(block.head_norms or ()), *(block.added_norms or ())):
+    crossing = () if block.cross is None else (block.cross.norm,)
+    for norm in (*crossing, *block.norms, *(block.head_norms or ()), *(block.added_norms or ())):
         if norm is not None and norm.epsilon != epsilon:
             raise ValueError(
                 f"block {index} has a norm with epsilon={norm.epsilon}, the config {epsilon}"

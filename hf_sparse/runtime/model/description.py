@@ -28,6 +28,22 @@ ACTIVATION_NAMES = {
 SLIDING = "sliding_attention"
 
 
+@dataclass(frozen=True)
+class CrossParts:
+    """Paths, in a block, of what attends to an encoder's states.
+
+    Attributes:
+        query, out: projections to queries, and behind attention.
+        keys: projections to keys and to values.
+        norm: before the queries, or behind the residual.
+    """
+
+    query: str
+    keys: tuple[str, str]
+    out: str
+    norm: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Blocks(Parts):
     """What the compiler must know of a family's blocks beside where their parts are.
@@ -54,6 +70,10 @@ class Blocks(Parts):
         rotary_kinds: each kind of attention in the config's `layer_types` has its own rotation.
         unrotated: the config's list that tells which blocks rotate, if not all do.
         biased: the model gives its blocks a bias by distance, which is added to scores.
+        distances: a module in a block that has such a bias for buckets of distances; blocks without one
+            have the first block's.
+        cross: attention to an encoder's states, if blocks have it.
+        names: attributes of the config that have another name for this stack, by their usual names.
         scale: what scores are multiplied by, from the config; by default the usual one.
         softcap: the config's attribute with the largest score.
         multiplier: the config's attribute by which is multiplied what is added to the residual.
@@ -67,7 +87,9 @@ class Blocks(Parts):
         last_norm: the norm behind the blocks, where the model around them is an embedding, the norm and
             a head, and nothing else is done to what they give. None: more is.
         block_class: the class of blocks, where transformers does not tell by which it collects hidden
-            states: there the model's own loop does, and blocks give tuples.
+            states: there the model's own loop does.
+        clamped: hidden states in float16 that are too large become the largest number that there is.
+        outputs: blocks give a tuple of so many values, the hidden states first; 0: these alone.
         supported: attributes of the config, and the values of them that are compiled.
     """
 
@@ -87,6 +109,9 @@ class Blocks(Parts):
     rotary_kinds: bool = False
     unrotated: str | None = None
     biased: bool = False
+    distances: str | None = None
+    cross: CrossParts | None = None
+    names: dict[str, str] = field(default_factory=dict)
     scale: Callable[[Any], float] | None = None
     softcap: str | None = None
     multiplier: str | None = None
@@ -98,7 +123,19 @@ class Blocks(Parts):
     varied: bool = False
     last_norm: str | None = None
     block_class: str | None = None
+    clamped: bool = False
+    outputs: int = 0
     supported: dict[str, tuple[object, ...]] = field(default_factory=dict)
+
+    @property
+    def holder(self) -> str:
+        """The path of the module that has the list of blocks; empty for the base model itself."""
+        return self.stack.rpartition(".")[0]
+
+    @property
+    def list_name(self) -> str:
+        """What that module calls the list."""
+        return self.stack.rpartition(".")[2]
 
     def norm_paths(self, index: int) -> tuple[str | None, str | None]:
         """Attention's and the perceptron's norms in block `index`."""

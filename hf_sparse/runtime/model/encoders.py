@@ -45,6 +45,7 @@ ENCODERS = {
         norm_first=False,
         biased=True,
         block_class="MPNetLayer",
+        outputs=1,
     ),
     "distilbert": _encoder(
         stack="transformer.layer",

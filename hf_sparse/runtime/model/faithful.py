@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_sparse.runtime.kernels.activation import activation_ref
 from hf_sparse.runtime.model.description import ACTIVATION_NAMES, Blocks
 from hf_sparse.runtime.model.exchanged import is_known, why_not_own, why_not_own_function
+from hf_sparse.runtime.model.families import seen_by
 from hf_sparse.runtime.model.plain import foreign_forward, why_instance_not_plain, why_not_plain
 from hf_sparse.runtime.model.references import References, named, own_class
 from hf_sparse.structure.parts import head_size, parts_of
@@ -59,6 +60,14 @@ _MERGE = (
     "before compiling."
 )
 _RESTORE = "Put back what was there, or undo the patch, before compiling."
+# What may differ between a model's config and the copy that one of its stacks has.
+_NO_MATTER_IN_COPIES = {
+    "block_sizes",
+    "use_cache",
+    "dtype",
+    "transformers_version",
+    "_name_or_path",
+}
 _GIVE_BACK = "Give it back what transformers made, or change the config and load the model anew."
 
 
@@ -69,33 +78,50 @@ def check_blocks(model: PreTrainedModel, family: Blocks) -> None:
         ValueError: something differs; the message names the module, what it is, and what was wanted.
     """
     base: Any = model.base_model
-    path, _, name = family.stack.rpartition(".")
+    path, name = family.holder, family.list_name
     own = own_class(base)
     owner = _submodule(base, path)
     blocks = getattr(owner, name, None)
-    config = model.config
-    references = References(own, config, family)
+    references = References(own, model.config, family)
     wanted = references.model(0)
+    config = _config_of(model, owner, wanted, wanted.get_submodule(path))
     prefix = "".join(f"{n}." for n, m in model.named_modules() if m is owner and n)
     _check_owner(owner, own if owner is base else type(wanted.get_submodule(path)), prefix)
-    for part in (base, owner):
-        if vars(part).get("config", config) is not config:
-            raise ValueError(
-                f"{type(part).__name__}.config is not the config of the {type(model).__name__} around "
-                "it, which the blocks are compiled by: make them the same object."
-            )
     if type(blocks) is not nn.ModuleList or not len(blocks):
         raise ValueError(
             f"{prefix}{name} is a {named(type(blocks))}; wanted a ModuleList of blocks."
         )
     first = _blocks_in(references.block(0))[0]
-    _check_activation(BlockUnits("", first, family, head_size(config)).activation, family, config)
+    seen = seen_by(config, family)
+    _check_activation(BlockUnits("", first, family, head_size(seen)).activation, family, config)
     classes = dict[type, str | None]()
     for index, block in enumerate(blocks):
         sized = _sized(references.block(index), block, family, config)
         _check_part(block, sized, f"{prefix}{name}.{index}", config, classes)
     if family.causal:
         _check_places(list(blocks), f"{prefix}{name}")
+
+
+def _config_of(model: PreTrainedModel, owner: Any, reference: Any, wanted: Any) -> Any:
+    """The config that the blocks have: the model's, or, where the family makes one, an equal copy."""
+    config, base = model.config, model.base_model
+    copied = reference.config is not getattr(wanted, "config", reference.config)
+    for part in (base,) if copied else (base, owner):
+        if vars(part).get("config", config) is not config:
+            raise ValueError(
+                f"{type(part).__name__}.config is not the config of the {type(model).__name__} around "
+                "it, which the blocks are compiled by: make them the same object."
+            )
+    if not copied:
+        return config
+    found, expected = owner.config.to_dict(), wanted.config.to_dict()
+    for name in sorted(found.keys() & expected.keys() - _NO_MATTER_IN_COPIES):
+        if found[name] != expected[name]:
+            raise ValueError(
+                f"{type(owner).__name__}.config.{name} is {_short(found[name])}; the config of the "
+                f"{type(model).__name__} around it makes it {_short(expected[name])}. {_GIVE_BACK}"
+            )
+    return owner.config
 
 
 def why_other_attention(config: Any) -> str | None:

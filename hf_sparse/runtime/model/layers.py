@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.runtime.model.description import Blocks
+from hf_sparse.runtime.model.families import seen_by
 from hf_sparse.runtime.programs.cache import alone_with
+from hf_sparse.runtime.programs.encoded import Encoded
 from hf_sparse.runtime.programs.runner import Runner
 from hf_sparse.upstream.torch import (
     children_of,
@@ -24,7 +26,7 @@ from hf_sparse.upstream.torch import (
     has_forward_hooks,
     set_children_,
 )
-from hf_sparse.upstream.transformers.caches import cache_in
+from hf_sparse.upstream.transformers.caches import EncoderDecoderCache, cache_in, own_cache
 from hf_sparse.upstream.transformers.models import ATTENTION_SETTING, EXPERTS_SETTING
 
 NOT_STORED = (
@@ -95,7 +97,7 @@ class CompiledLayer(nn.Module):
     def __init__(self, runner: Runner, index: int, config: Any) -> None:
         nn.Module.__init__(self)
         self.runner, self.index = runner, index
-        self._config, self._built_in = config, _built_in(config)
+        self._config, self._built_in = config, _built_in(seen_by(config, self.family))
         if kinds := getattr(config, "layer_types", None):  # some models ask their blocks
             self.attention_type = kinds[min(index, len(kinds) - 1)]
         # A state dict without the blocks would be saved, and no one would miss them.
@@ -121,7 +123,8 @@ class CompiledLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run all blocks if this is the first one, and give this one's hidden states."""
         found = self._found(hidden_states, args, kwargs)
-        return found if self.family.block_class is None else (found,)
+        outputs = self.family.outputs
+        return (found, *[None] * (outputs - 1)) if outputs else found
 
     def _found(self, hidden_states: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
         results = self.runner.results
@@ -159,7 +162,7 @@ class CompiledLayer(nn.Module):
                 "a compiled model cannot be traced: its blocks would become constants. Trace the model "
                 "that was compiled, or export it by hf_sparse.export_onnx."
             )
-        for name, value in _built_in(self._config).items():
+        for name, value in _built_in(seen_by(self._config, self.family)).items():
             if value != self._built_in[name]:
                 raise ValueError(
                     f"config.{name} is {value}, and was {self._built_in[name]} when the model was "
@@ -182,7 +185,7 @@ class CompiledLayer(nn.Module):
         Args:
             given: what the block was called with beside the hidden states, by name.
         """
-        if given.get("encoder_hidden_states") is not None:
+        if given.get("encoder_hidden_states") is not None and self.family.cross is None:
             raise ValueError("encoder_hidden_states: cross-attention is not compiled.")
         for name in NOT_COMPILED:
             compiled = name == "position_bias" and self.family.biased
@@ -195,12 +198,14 @@ class CompiledLayer(nn.Module):
                 f"config.is_causal is {asked}, or this call has is_causal={asked}, and the blocks were "
                 f"compiled for {causal}. Change the model that was compiled, and compile it again."
             )
+        for name in ("attention_mask", "encoder_attention_mask"):
+            mask = given.get(name)
+            if mask is not None and mask.ndim != 2:
+                raise ValueError(
+                    f"{name} has {mask.ndim} dimensions; a compiled model takes masks of shape "
+                    "(batch, tokens) only."
+                )
         mask = given.get("attention_mask")
-        if mask is not None and mask.ndim != 2:
-            raise ValueError(
-                f"attention_mask has {mask.ndim} dimensions; a compiled model takes masks of shape "
-                "(batch, tokens) only."
-            )
         positions = given.get("position_ids")
         unmasked = causal and mask is None and cache_in(given) is None
         if unmasked and positions is not None and (positions.diff(dim=-1) != 1).any():
@@ -217,11 +222,28 @@ class CompiledLayer(nn.Module):
                 hidden.detach().float(),
                 given.get("attention_mask"),
                 self._rotations(given),
-                cache,
+                own_cache(cache),
                 states=self.is_watched,
                 bias=by_distance(given.get("position_bias")) if self.family.biased else None,
+                encoded=self._encoded(given, cache),
             )
+        if hidden.dtype == torch.float16 and self.family.clamped:
+            most = torch.finfo(torch.float16).max
+            output = output.clamp(-most, most)
         return output.to(hidden.dtype)
+
+    def _encoded(self, given: dict[str, Any], cache: Any) -> Encoded | None:
+        """The states of an encoder to which the blocks attend, if there are any."""
+        states = given.get("encoder_hidden_states")
+        if states is None:
+            return None
+        mask = given.get("encoder_attention_mask")
+        if cache is not None and not isinstance(cache, EncoderDecoderCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}; with encoder_hidden_states a compiled "
+                "model needs an EncoderDecoderCache, transformers' default."
+            )
+        return Encoded(states, mask, cache)
 
     def _rotations(self, given: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         """Cosines and sines of the positions, of each rotation that the blocks have."""

@@ -10,10 +10,11 @@ import functools
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_sparse.arguments import check_has_value
+from hf_sparse.arguments import check_finite, check_has_value
 from hf_sparse.runtime.model.exchanged import why_not_own
 from hf_sparse.upstream.accelerate import hook_of, moves_inputs_alone
 from hf_sparse.upstream.torch import (
@@ -23,6 +24,8 @@ from hf_sparse.upstream.torch import (
     parameters_of,
 )
 from hf_sparse.upstream.transformers.models import collects_outputs
+
+COMPUTABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def why_not_plain(module: nn.Module) -> str | None:
@@ -122,3 +125,24 @@ def _hooked(module: nn.Module) -> str | None:
     if hook is not None and not moves_inputs_alone(module):
         return f"has a hook of accelerate, {type(hook).__name__}"
     return None
+
+
+def check_types(model: nn.Module) -> None:
+    """Raise a ValueError unless torch can compute with the types of all parameters, row by row."""
+    for name, parameter in model.named_parameters():
+        if parameter.layout != torch.strided:
+            raise ValueError(
+                f"{name} has the layout {parameter.layout}; wanted {torch.strided}. Store its "
+                "to_dense() in its place: compile finds the zeros."
+            )
+        if parameter.is_floating_point() and parameter.dtype not in COMPUTABLE:
+            wanted = ", ".join(map(str, COMPUTABLE))
+            raise ValueError(
+                f"{name} is {parameter.dtype}; wanted one of {wanted}: model.to(torch.bfloat16) first."
+            )
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Raise a ValueError unless the parameters that are not packed are finite."""
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter.detach())

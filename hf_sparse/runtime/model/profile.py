@@ -169,12 +169,10 @@ def _code_of(model: nn.Module) -> tuple[Target, Code]:
 def _work(model: nn.Module, tokens: int, single: bool) -> tuple[float, float]:
     """10^9 operations and bytes of all products with weights that kernels compute."""
     operations = nbytes = 0
-    linears: list[Linear] = []
+    linears = _of_blocks(model, single)
     for module in model.modules():
         if isinstance(module, CompiledLinear):
             linears.append(module.packed)
-        if isinstance(module, CompiledLayer) and not linears:
-            linears = [one for block in module.runner.stack.blocks for one in block.linears]
         if isinstance(module, CompiledHead) and single:
             operations += 2 * module.weight.numel() * tokens
             nbytes += module.read_bytes
@@ -187,6 +185,19 @@ def _work(model: nn.Module, tokens: int, single: bool) -> tuple[float, float]:
         else:
             nbytes += sum(packed.nbytes for packed in linear.packed)
     return operations / 1e9, nbytes / 1e9
+
+
+def _of_blocks(model: nn.Module, single: bool) -> list[Linear]:
+    """What the blocks of a call multiply by: with single tokens, of an encoder nothing."""
+    runners = dict.fromkeys(m.runner for m in model.modules() if isinstance(m, CompiledLayer))
+    stacks = [runner.stack for runner in runners]
+    return [
+        linear
+        for stack in (stacks[-1:] if single else stacks)
+        for block in stack.blocks
+        for name, linear in block.named_linears.items()
+        if not (single and name == "cross.keys")
+    ]
 
 
 def measure_peaks(code: Code, target: Target, threads: int, nbytes: int = 64 << 20) -> Peaks:

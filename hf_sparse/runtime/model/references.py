@@ -14,6 +14,9 @@ from hf_sparse.structure.families import base_type
 from hf_sparse.upstream.torch import is_layer_of_torch
 from hf_sparse.upstream.transformers.models import modeling_name, set_attention_
 
+# What configs call the number of blocks.
+LAYERS = {"num_hidden_layers", "decoder_layers", "num_decoder_layers"}
+
 
 class References:
     """Base models of a config on the meta device: one block for each kind of attention.
@@ -55,7 +58,8 @@ class References:
     def _small(self, kind: str) -> Any:
         """A model with a single block, or group of blocks."""
         small = copy.deepcopy(self._config)
-        small.num_hidden_layers = 1
+        for name in {"num_hidden_layers", *self._family.names.values()} & LAYERS:
+            setattr(small, name, 1)
         if kind:
             small.layer_types = [kind]
         if hasattr(small, "num_hidden_groups"):

@@ -140,7 +140,8 @@ class CompiledLinear(_Layer):
             # Layers of one shape share the tiles.
             tiles: Any = self._pool.borrow(("tiles", *shape), lambda: aligned(*shape))
             with made as program, tiles as buffer:
-                program.run(x=flat.data_ptr(), y=output.data_ptr(), tiles=buffer.data_ptr())
+                places = {"x": flat.data_ptr(), "y": output.data_ptr(), "tiles": buffer.data_ptr()}
+                program.run([flat, output, list(buffer)], **places)
         return output.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def _program(self, tokens: int, threads: int) -> Program:
@@ -247,7 +248,7 @@ class CompiledHead(_Layer):
         bias = None if self.bias is None else self.bias.data_ptr()
         key = (len(flat), torch.get_num_threads(), self.weight.data_ptr(), bias)
         with self._programs.borrow(key, lambda: self._program(*key[:2])) as program:
-            program.run(x=flat.data_ptr(), y=output.data_ptr())
+            program.run([flat, output], x=flat.data_ptr(), y=output.data_ptr())
         return output.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def _program(self, tokens: int, threads: int) -> Program:

@@ -11,7 +11,7 @@ from hf_sparse.arguments import check_finite
 from hf_sparse.runtime.weights.damage import require
 from hf_sparse.runtime.weights.linear import Linear
 from hf_sparse.runtime.weights.panels import CHUNK_ROWS
-from hf_sparse.runtime.weights.stack import Block, Expert, Mixture, Norm, Stack
+from hf_sparse.runtime.weights.stack import Block, Cross, Expert, Mixture, Norm, Stack
 
 
 def check_stack(stack: Stack) -> None:
@@ -37,7 +37,7 @@ def check_stack(stack: Stack) -> None:
         first = stack.blocks[0]
         alike = all(
             (getattr(block, part) is None) == (getattr(first, part) is None)
-            for part in ("gate", "head_norms", "added_norms", "mixture")
+            for part in ("gate", "head_norms", "added_norms", "mixture", "cross", "distances")
         )
         require(alike, place, "it has other parts than the first block")
         whole = stack.norm_first or None not in block.norms
@@ -47,6 +47,11 @@ def check_stack(stack: Stack) -> None:
         which = block.rotation
         fits = which is None or (type(which) is int and 0 <= which < len(stack.blocks))
         require(fits, place, f"the rotation {which}")
+        if block.cross is not None:
+            _check_cross(stack, block.cross, place)
+        if block.distances is not None:
+            require(stack.biased, place, "biases by distance, and scores without any")
+            _check_distances(stack, block.distances, place)
         for norm, size in norm_sizes(stack, block):
             require(0 <= norm.epsilon < 1, f"{place}.norms", f"epsilon {norm.epsilon}")
             require_floats(norm.weight, f"{place}.norms", size)
@@ -69,6 +74,27 @@ def _check_sizes(stack: Stack, block: Block, place: str) -> None:
         _check_perceptron(stack, block, block, place)
     else:
         _check_mixture(stack, block, block.mixture, place)
+
+
+def _check_cross(stack: Stack, cross: Cross, place: str) -> None:
+    """The shapes of attention to an encoder's states, whose features are all blocks' the same."""
+    heads, key_heads = stack.cross_heads(cross)
+    fits = key_heads >= 1 and heads >= 1 and not heads % key_heads
+    require(fits and stack.causal, place, f"{heads} heads, {key_heads} of an encoder's keys")
+    require(not stack.parallel, place, "an encoder's states beside parallel parts")
+    first = stack.blocks[0].cross
+    columns = cross.keys.columns if first is None else first.keys.columns
+    queries, keys = heads * stack.head_dim, key_heads * stack.head_dim
+    _check_linear(stack, cross.query, (queries, stack.hidden), f"{place}.cross.query")
+    _check_linear(stack, cross.keys, (2 * keys, columns), f"{place}.cross.keys")
+    _check_linear(stack, cross.out, (stack.hidden, queries), f"{place}.cross.out")
+
+
+def _check_distances(stack: Stack, distances: Tensor, place: str) -> None:
+    fits = distances.ndim == 2 and distances.shape[0] == stack.heads and distances.shape[1] % 2 == 1
+    fits = fits and distances.dtype == torch.float32 and distances.is_contiguous()
+    require(fits, place, f"biases by distance {distances.dtype} {tuple(distances.shape)}")
+    check_finite(f"{place}.distances", distances)
 
 
 def _check_mixture(stack: Stack, block: Block, mixture: Mixture, place: str) -> None:
@@ -112,7 +138,9 @@ def _check_linear(stack: Stack, linear: Linear, shape: tuple[int, int], place: s
 
 def norm_sizes(stack: Stack, block: Block) -> list[tuple[Norm, int]]:
     """A block's norms, and how many features each of them is for."""
-    wide = [norm for norm in chain(block.norms, block.added_norms or ()) if norm is not None]
+    crossing = () if block.cross is None else (block.cross.norm,)
+    every = chain(block.norms, block.added_norms or (), crossing)
+    wide = [norm for norm in every if norm is not None]
     sized = [(norm, stack.hidden) for norm in wide]
     if block.head_norms is None:
         return sized

@@ -27,10 +27,10 @@ from hf_sparse.runtime.weights.panels import CHUNK_ROWS, PANEL_COLUMNS, PackedWe
 from hf_sparse.runtime.weights.rows import DECODE_ROWS, DecodeWeight
 from hf_sparse.runtime.weights.shuffled import ShuffledWeight
 from hf_sparse.runtime.weights.single_rows import SingleWeight
-from hf_sparse.runtime.weights.stack import Block, Expert, Mixture, Norm, Stack
+from hf_sparse.runtime.weights.stack import Block, Cross, Expert, Mixture, Norm, Stack
 
 # Files of another layout are not read: compiling again is quick.
-LAYOUT = [6, CHUNK_ROWS, PANEL_COLUMNS, DECODE_ROWS]
+LAYOUT = [7, CHUNK_ROWS, PANEL_COLUMNS, DECODE_ROWS]
 LAYOUT += [each[height] for each in (UNROLL, SIDE_BY_SIDE, INDEX_BYTES) for height in sorted(each)]
 
 _NUMBERS = ("rows", "columns", "height", "nonzeros")
@@ -50,6 +50,12 @@ def stack_state(stack: Stack) -> tuple[dict[str, Tensor], dict[str, Any]]:
     described = [
         _block_state(block, f"blocks.{number}", tensors) for number, block in enumerate(unique)
     ]
+    owners: dict[int, int] = {}
+    for number, block in enumerate(unique):
+        if block.distances is not None:  # blocks may share them
+            owner = owners.setdefault(id(block.distances), number)
+            described[number]["distances"] = owner
+            tensors[f"blocks.{owner}.distances"] = block.distances
     places = {id(block): number for number, block in enumerate(unique)}
     order = [places[id(block)] for block in stack.blocks]
     return tensors, {"stack": numbers, "blocks": described, "order": order}
@@ -138,13 +144,7 @@ def _block_state(block: Block, prefix: str, tensors: dict[str, Tensor]) -> dict[
         described["normalised"] = block.mixture.normalised
     if block.rotation != 0:
         described["rotation"] = block.rotation
-    norms: dict[str, tuple[Norm | None, ...]] = {
-        "norms": block.norms,
-        "head_norms": block.head_norms or (),
-    }
-    if block.added_norms is not None:
-        norms["added_norms"] = block.added_norms
-    for name, some in norms.items():
+    for name, some in _norms_of(block).items():
         described["epsilons"][name] = [norm and norm.epsilon for norm in some]
         for number, norm in enumerate(some):
             if norm is None:
@@ -152,6 +152,19 @@ def _block_state(block: Block, prefix: str, tensors: dict[str, Tensor]) -> dict[
             tensors[f"{prefix}.{name}.{number}.weight"] = norm.weight
             tensors[f"{prefix}.{name}.{number}.bias"] = norm.bias
     return described
+
+
+def _norms_of(block: Block) -> dict[str, tuple[Norm | None, ...]]:
+    """The norms of a block by their kinds."""
+    norms: dict[str, tuple[Norm | None, ...]] = {
+        "norms": block.norms,
+        "head_norms": block.head_norms or (),
+    }
+    if block.added_norms is not None:
+        norms["added_norms"] = block.added_norms
+    if block.cross is not None:
+        norms["cross_norm"] = (block.cross.norm,)
+    return norms
 
 
 def _numbers(packed: TileWeight) -> dict[str, int]:
@@ -180,9 +193,11 @@ def _restore_block(
         )
         for name, epsilons in described["epsilons"].items()
     }
+    owner = described.get("distances")
     mixture = _restore_mixture(described, linears) if "experts" in described else None
     if mixture is not None:
         linears |= vars(mixture.experts[0])
+    cross = _restore_cross(norms["cross_norm"], linears, prefix) if "cross_norm" in norms else None
     attention, perceptron = norms["norms"]
     return Block(
         **{"gate": None} | linears,
@@ -192,7 +207,18 @@ def _restore_block(
         added_norms=_pair(norms.get("added_norms", ()), prefix),
         rotation=described.get("rotation", 0),
         mixture=mixture,
+        cross=cross,
+        distances=tensors[f"blocks.{owner}.distances"] if owner is not None else None,
     )
+
+
+def _restore_cross(norms: tuple[Norm | None, ...], linears: dict[str, Linear], place: str) -> Cross:
+    """Attention to an encoder's states, whose weights are taken out of a block's."""
+    query, keys, out = (linears.pop(f"cross.{name}") for name in ("query", "keys", "out"))
+    norm = norms[0] if norms else None
+    require(norm is not None, place, "the norm of its cross-attention is missing")
+    assert norm is not None
+    return Cross(query, keys, out, norm)
 
 
 def _restore_mixture(described: Mapping[str, Any], linears: dict[str, Linear]) -> Mixture:

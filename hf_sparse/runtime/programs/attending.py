@@ -43,23 +43,12 @@ class Attending:
         return [self._scored(step, tile, q, out, head) for head in range(step.heads.queries)]
 
     def _plain(self, step: Attend, tile: Tile, q: int, out: int) -> Operation:
-        heads = step.heads
         return attention.SIGNATURE.operation(
             attention.name(tile.vectors),
-            q=q,
-            out=out,
-            heads=heads.queries,
-            head_dim=heads.dim,
-            k_first=self.k_first,
-            v_first=self.k_first + heads.key_rows,
-            group=heads.group,
-            table=self.table,
-            key_tiles=self.key_tiles,
-            mask=self.mask,
-            key_count=self.key_count,
+            heads=step.heads.queries,
+            group=step.heads.group,
+            **self._seen(step, q, out, self.k_first),
             first_query=self.first_query if step.causal else _EVERYWHERE,
-            window=step.window,
-            scale=step.scale,
         )
 
     def _scored(self, step: Attend, tile: Tile, q: int, out: int, head: int) -> Operation:
@@ -71,19 +60,26 @@ class Attending:
             bias = self.biases[head].data_ptr() + 4 * (self.biases.shape[1] // 2)
         return scored_attention.SIGNATURE.operation(
             scored_attention.name(tile.vectors),
-            q=q + offset,
-            out=out + offset,
-            head_dim=heads.dim,
-            k_first=k_first,
-            v_first=k_first + heads.key_rows,
-            table=self.table,
-            key_tiles=self.key_tiles,
-            mask=self.mask,
-            key_count=self.key_count,
+            **self._seen(step, q + offset, out + offset, k_first),
             first_query=self.first_query,
-            window=step.window,
             ahead=step.ahead,
-            scale=step.scale,
             cap=step.softcap,
             bias=bias,
         )
+
+    def _seen(self, step: Attend, q: int, out: int, k_first: int) -> dict[str, Argument]:
+        """What both kernels are told: of queries, keys and values, and which keys are seen."""
+        heads = step.heads
+        return {
+            "q": q,
+            "out": out,
+            "head_dim": heads.dim,
+            "k_first": k_first,
+            "v_first": k_first + heads.key_rows,
+            "table": self.table,
+            "key_tiles": self.key_tiles,
+            "mask": self.mask,
+            "key_count": self.key_count,
+            "window": step.window,
+            "scale": step.scale,
+        }

@@ -27,7 +27,15 @@ from hf_sparse.runtime.programs.step import (
     Step,
     WidthNorms,
 )
-from hf_sparse.runtime.weights.stack import Block, Expert, Mixture, Norm, Stack
+from hf_sparse.runtime.weights.stack import (
+    NO_WINDOW,
+    Block,
+    Cross,
+    Expert,
+    Mixture,
+    Norm,
+    Stack,
+)
 
 
 def residual(stack: Stack) -> Buffer:
@@ -47,16 +55,37 @@ def all_angles(stack: Stack) -> list[Buffer]:
     return [buffer for number in range(stack.rotations) for buffer in angles(stack, number)]
 
 
-def steps(stack: Stack, block: Block) -> list[Step]:
-    """The steps of one block, in order."""
+def filling(stack: Stack) -> list[tuple[int, Step]]:
+    """What keeps the keys and values of an encoder's states, for all blocks, by their numbers."""
+    found: list[tuple[int, Step]] = []
+    for index, block in enumerate(stack.blocks):
+        assert block.cross is not None
+        keys = block.cross.keys
+        heads = Heads(0, stack.cross_heads(block.cross)[1], stack.head_dim)
+        kept = Buffer("keys", keys.rows)
+        found += [(index, Multiply(keys, encoded(stack), kept)), (index, Append(heads, kept))]
+    return found
+
+
+def encoded(stack: Stack) -> Buffer:
+    """The states of an encoder."""
+    cross = stack.blocks[0].cross
+    assert cross is not None
+    return Buffer("encoded", cross.keys.columns)
+
+
+def steps(stack: Stack, block: Block, *, crossing: bool = False) -> list[Step]:
+    """The steps of one block, in order; those of attention to an encoder's states if there are any."""
     x = residual(stack)
     first, second = block.norms
+    cross = _cross_attention(stack, block.cross, x) if crossing and block.cross else []
     if not stack.norm_first:
         behind = [[Normalise(stack.norm, norm, x, x)] for norm in (first, second) if norm]
         attention, perceptron = behind
         return [
             *_attention(stack, block, x, x),
             *attention,
+            *cross,
             _feed_forward(stack, block, x, x),
             *perceptron,
         ]
@@ -65,10 +94,11 @@ def steps(stack: Stack, block: Block) -> list[Step]:
         again, other = _normed(stack, second, x)
         attended = _added(stack, block, 0, _attention(stack, block, source, x))
         if block.mixture is not None:
-            return [*before, *attended, *again, *_mixture(stack, block.mixture, other, x)]
+            return [*before, *attended, *cross, *again, *_mixture(stack, block.mixture, other, x)]
         return [
             *before,
             *attended,
+            *cross,
             *again,
             *_added(stack, block, 1, [_feed_forward(stack, block, other, x)]),
         ]
@@ -123,6 +153,20 @@ def _attention(stack: Stack, block: Block, source: Buffer, goal: Buffer) -> list
         stack.biased,
     )
     return [*found, Append(heads, qkv), attend, Multiply(block.out, context, goal, add=True)]
+
+
+def _cross_attention(stack: Stack, cross: Cross, x: Buffer) -> list[Step]:
+    """Attention of `x` to an encoder's states, added to `x`, and its norm."""
+    heads = Heads(*stack.cross_heads(cross), stack.head_dim)
+    queries, context = (Buffer(name, heads.query_rows) for name in ("queries", "context"))
+    norm, source = _normed(stack, cross.norm, x) if stack.norm_first else ([], x)
+    return [
+        *norm,
+        Multiply(cross.query, source, queries),
+        Attend(heads, queries, context, stack.scale, False, NO_WINDOW, cross=True),
+        Multiply(cross.out, context, x, add=True),
+        *([] if stack.norm_first else [Normalise(stack.norm, cross.norm, x, x)]),
+    ]
 
 
 def _feed_forward(

@@ -7,27 +7,26 @@ Threads wait where one needs the keys of another's tiles: once per block.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 
 from hf_sparse.runtime.kernels import activation, addition, normalisation, tiles
-from hf_sparse.runtime.kernels.call import Operation, Slot
+from hf_sparse.runtime.kernels.call import Argument, Operation, Slot
 from hf_sparse.runtime.llvm.jit import Code
 from hf_sparse.runtime.programs import mixture_tiles
 from hf_sparse.runtime.programs.attending import Attending
-from hf_sparse.runtime.programs.block import all_angles, residual, steps
-from hf_sparse.runtime.programs.dependences import ALL, Use, sections
-from hf_sparse.runtime.programs.eight_bits import in_eight_bits, quantised, with_rooms
+from hf_sparse.runtime.programs.dependences import sections
+from hf_sparse.runtime.programs.distances import biases_of, nbytes_of
+from hf_sparse.runtime.programs.eight_bits import in_eight_bits, quantised
 from hf_sparse.runtime.programs.head_parts import rotated_at_once
-from hf_sparse.runtime.programs.key_tables import cache_tables, table_addresses, tile_tables
+from hf_sparse.runtime.programs.key_tables import tile_tables
 from hf_sparse.runtime.programs.nested import Nested
 from hf_sparse.runtime.programs.program import Program
+from hf_sparse.runtime.programs.seen_keys import SeenKeys
 from hf_sparse.runtime.programs.shape import Shape
 from hf_sparse.runtime.programs.step import (
     Add,
     Append,
     Attend,
-    Buffer,
     Experts,
     FeedForward,
     HeadNorms,
@@ -35,45 +34,20 @@ from hf_sparse.runtime.programs.step import (
     Normalise,
     Rotate,
     Route,
-    Step,
-    Uses,
     WidthNorms,
 )
 from hf_sparse.runtime.programs.tile_buffers import TURNS, TileBuffers
+from hf_sparse.runtime.programs.tile_steps import (
+    Copy,
+    Load,
+    Store,
+    TileStep,
+    numbered_steps,
+    uses,
+)
 from hf_sparse.runtime.programs.tiling import Tile, cut, share
-from hf_sparse.runtime.weights.memory import aligned
 from hf_sparse.runtime.weights.stack import Stack
 
-
-@dataclass(frozen=True, eq=False)
-class Load(Uses):
-    """Turn what a call gives for `slot` into tiles."""
-
-    slot: str
-    y: Buffer
-    READS = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Store(Uses):
-    """Turn tiles into the output, as that of number `state`."""
-
-    x: Buffer
-    state: int
-    WRITES = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Copy(Uses):
-    """`y = x`."""
-
-    x: Buffer
-    y: Buffer
-
-
-TileStep = Step | Load | Store | Copy
-# A step, and the number of its block.
-Numbered = tuple[int, TileStep]
 # Where a tile's buffers are, by their names.
 Places = Mapping[str, int]
 
@@ -82,30 +56,28 @@ class TileProgram:
     """A program for one shape, with its buffers.
 
     Attributes:
-        masks: `(batch, capacity)`, added to the scores of keys.
-        masked: they are not all 0.
-        tables: `(blocks, batch, capacity / width, 3)`, the key tiles of the cache, if there is one.
-        filled: address and shape of the tiles that they tell of.
-        biases: `(heads, distances)`, added to scores, if the stack is biased; distance 0 is in the
-            middle, and those of tokens before it behind.
+        seen: the keys of the input itself and of its past.
+        encoded: those of an encoder's states.
+        biases: of each block, `(heads, distances)`, added to scores, if the stack is biased; distance 0
+            is in the middle, and those of tokens before it behind.
     """
 
     def __init__(self, stack: Stack, code: Code, widths: Sequence[int], shape: Shape) -> None:
         self.shape, self._width = shape, widths[0]
         whole = [tile for b in range(shape.batch) for tile in cut(b, shape.tokens, widths)]
         lists = share(whole, shape.threads)
-        numbered = list(_numbered(stack, shape))
-        keys = {step.x.name for _, step in numbered if isinstance(step, Attend)}
-        between_waits = sections(numbered, lambda item: _uses(*item, keys, shape.cached))
+        numbered = list(numbered_steps(stack, shape))
+        attending = [step for _, step in numbered if isinstance(step, Attend)]
+        keys = {step.x.name for step in attending if not step.cross}
+        between_waits = sections(numbered, lambda item: uses(*item, keys, shape.cached))
         plain = [[step for _, step in section] for section in between_waits]
         self._buffers = TileBuffers(plain, lists, widths[0], keys)
-        self.masks = aligned(shape.batch, shape.capacity)
-        self.masked = False
-        self.filled: tuple[object, ...] = ()
+        blocks = len(stack.blocks)
+        self.seen = SeenKeys(blocks, shape.batch, shape.capacity, self._width)
+        self.encoded = SeenKeys(blocks, shape.batch, shape.encoded, self._width)
         self._nested = Nested(code)
-        distances = 2 * (shape.capacity + self._width)
-        self.biases = aligned(stack.heads if stack.biased else 0, distances)
-        self._find_keys(len(stack.blocks), [tile for part in lists for tile in part], keys)
+        self.biases = biases_of(stack, shape.capacity + self._width, behind=True)
+        self._find_keys([tile for part in lists for tile in part], keys)
         phases = [
             [
                 [
@@ -118,31 +90,28 @@ class TileProgram:
             ]
             for section in between_waits
         ]
-        memory = [stack, self._buffers.memory, self.masks, self.tables, self.biases]
+        memory = [stack, self._buffers.memory, self.seen.memory, self.encoded.memory]
+        memory.append([list(biases) for biases in self.biases])
         memory.append(self._nested.memory)
         self.program = Program(code, phases, memory)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, the tables and the operations."""
-        own = self.tables.nbytes + self.masks.nbytes + self.biases.nbytes + self.program.nbytes
-        return int(self._buffers.nbytes + self._nested.nbytes + own)
+        own = self.seen.nbytes + self.encoded.nbytes + nbytes_of(self.biases)
+        return int(self._buffers.nbytes + self._nested.nbytes + own + self.program.nbytes)
 
-    def _find_keys(self, blocks: int, every: Sequence[Tile], keys: set[str]) -> None:
-        """Make the tables of key tiles: those of the cache, or the input's own."""
-        if self.shape.cached:
-            entries = self.shape.capacity // self._width
-            self.tables = cache_tables(blocks, self.shape.batch, entries, self._width)
-        else:
+    def _find_keys(self, every: Sequence[Tile], keys: set[str]) -> None:
+        """Make the tables of the input's own key tiles, unless keys are in a cache."""
+        if not self.shape.cached:
             (name,) = keys
             every = sorted(every, key=lambda tile: (tile.sequence, tile.start))
             places = [
                 [self._buffers.of(tile, turn)[name] for tile in every] for turn in range(TURNS)
             ]
-            self.tables = tile_tables(places, [tile.width for tile in every])
+            self.seen.use(tile_tables(places, [tile.width for tile in every]))
         self._counts = Counter(tile.sequence for tile in every)
         self._first = {tile.sequence: number for number, tile in reversed(list(enumerate(every)))}
-        self._table_at = table_addresses(self.tables)
 
     def _lower(self, step: TileStep, index: int, tile: Tile, at: Places) -> list[Operation]:
         """The operations of one step of block `index`, for one tile."""
@@ -212,79 +181,39 @@ class TileProgram:
             features=2 * step.heads.key_rows,
             tokens=tile.tokens,
             row_bytes=4 * tile.width,
-            table=self._table_at[index][tile.sequence],
+            table=self.seen.at[index][tile.sequence],
             first=0,
             position=Slot("past", tile.start),
             width=self._width,
         )
 
     def _attend(self, step: Attend, index: int, tile: Tile, at: Places) -> list[Operation]:
-        heads, shape = step.heads, self.shape
+        heads, shape, sequence = step.heads, self.shape, tile.sequence
         last = tile.start + tile.tokens if step.causal else shape.tokens
-        if shape.cached:
-            attending = Attending(
-                table=self._table_at[index][tile.sequence],
-                key_tiles=self.tables.shape[2],
-                key_count=Slot("past", last),
-                first_query=Slot("past", tile.start),
-                k_first=0,
-                mask=self.masks[tile.sequence].data_ptr(),
-                biases=self.biases,
+        count: Argument = Slot("past", last)
+        first: Argument = Slot("past", tile.start)
+        k_first, mask = 0, self.seen.masks[sequence]
+        if step.cross:
+            table, key_tiles = self.encoded.at[index][sequence], self.encoded.tables.shape[2]
+            count, mask = Slot("encoded"), self.encoded.masks[sequence]
+        elif not shape.cached:
+            table, key_tiles = (
+                self.seen.at[index % TURNS][self._first[sequence]],
+                self._counts[sequence],
             )
+            count, first, k_first = last, tile.start, heads.query_rows
         else:
-            attending = Attending(
-                table=self._table_at[index % TURNS][self._first[tile.sequence]],
-                key_tiles=self._counts[tile.sequence],
-                key_count=last,
-                first_query=tile.start,
-                k_first=heads.query_rows,
-                mask=self.masks[tile.sequence].data_ptr(),
-                biases=self.biases,
-            )
+            table, key_tiles = self.seen.at[index][sequence], self.seen.tables.shape[2]
+        attending = Attending(
+            table=table,
+            key_tiles=key_tiles,
+            key_count=count,
+            first_query=first,
+            k_first=k_first,
+            mask=mask.data_ptr(),
+            biases=self.biases[index],
+        )
         return attending.operations(step, tile, at[step.x.name], at[step.y.name])
-
-
-def _numbered(stack: Stack, shape: Shape) -> Iterator[Numbered]:
-    """All steps, from the input to the output, with their blocks' numbers."""
-    x = residual(stack)
-    yield 0, Load("hidden", x)
-    for angle in all_angles(stack):
-        yield 0, Load(angle.name, angle)
-    for index, block in enumerate(stack.blocks):
-        for step in map(with_rooms, steps(stack, block)):
-            for one in _without_overlap(step):
-                yield index, one
-        if shape.states or index == len(stack.blocks) - 1:
-            yield index, Store(x, index if shape.states else 0)
-
-
-def _without_overlap(step: Step) -> list[TileStep]:
-    """A feed-forward that reads one buffer and adds to another: `down` adds to its goal while
-    `opening` still reads, for later chunks, what was there."""
-    if not isinstance(step, FeedForward):
-        return [step]
-    # What is in eight bits was read before `down` begins.
-    if step.down.y not in [one.x for one in step.opening if one.room is None]:
-        return [step]
-    source = Buffer("source", step.down.y.features)
-    opening = tuple(replace(layer, x=source) for layer in step.opening)
-    return [Copy(step.down.y, source), replace(step, opening=opening)]
-
-
-def _uses(index: int, step: TileStep, keys: set[str], cached: bool) -> Iterator[Use]:
-    """A thread uses its own tiles, and attention the keys of all."""
-
-    def memory(buffer: Buffer) -> tuple[str, int]:
-        return buffer.name, index % TURNS if buffer.name in keys else 0
-
-    for buffer in step.reads:
-        yield Use(memory(buffer), "own tiles", False)
-    for buffer in step.writes:
-        yield Use(memory(buffer), "own tiles", True)
-    if isinstance(step, Append) and cached:
-        yield Use(("cache", index), "own tiles", True)
-    if isinstance(step, Attend):
-        yield Use(("cache", index) if cached else memory(step.x), ALL, False)
 
 
 def _norm_heads(step: HeadNorms | WidthNorms, tile: Tile, at: Places) -> list[Operation]:

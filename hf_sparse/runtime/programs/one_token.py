@@ -18,8 +18,8 @@ from hf_sparse.runtime.llvm.jit import Code
 from hf_sparse.runtime.programs import mixture_rows
 from hf_sparse.runtime.programs.block import all_angles, residual
 from hf_sparse.runtime.programs.dependences import sections
+from hf_sparse.runtime.programs.distances import biases_of, nbytes_of
 from hf_sparse.runtime.programs.head_parts import HeadPart, rotated_at_once
-from hf_sparse.runtime.programs.key_tables import cache_tables, table_addresses
 from hf_sparse.runtime.programs.nested import Nested
 from hf_sparse.runtime.programs.program import Program
 from hf_sparse.runtime.programs.row_buffers import RowBuffers
@@ -31,6 +31,7 @@ from hf_sparse.runtime.programs.row_steps import (
     own_buffers,
     uses,
 )
+from hf_sparse.runtime.programs.seen_keys import SeenKeys
 from hf_sparse.runtime.programs.shape import Shape
 from hf_sparse.runtime.programs.step import (
     Activate,
@@ -58,40 +59,41 @@ class RowProgram:
     """A program for one new token of each of `shape.batch` sequences, with its buffers.
 
     Attributes:
-        residual: `(batch, hidden)`: the input before a run, the output behind it.
-        masks, masked, tables, filled: as `TileProgram`'s.
+        residual: `(copies, batch, hidden)`: the input in all copies before a run, the output in the
+            first one behind it.
+        seen, encoded: as `TileProgram`'s.
     """
 
     def __init__(self, stack: Stack, code: Code, lanes: int, width: int, shape: Shape) -> None:
         self.shape, self._lanes, self._width = shape, lanes, width
-        numbered = list(numbered_steps(stack))
+        numbered = list(numbered_steps(stack, crossing=shape.encoded > 0))
         every = [step for _, step in numbered]
         own = own_buffers(every)
         used = dict.fromkeys(buffer for step in every for buffer in (*step.reads, *step.writes))
         given = all_angles(stack)
         buffers = [buffer for buffer in used if buffer not in given]
         self._buffers = RowBuffers(buffers, own, shape.batch, shape.threads)
-        self.residual = self._buffers.memory[residual(stack)][0, :, : stack.hidden]
+        self.residual = self._buffers.memory[residual(stack)][:, :, : stack.hidden]
         self._nested = Nested(code)
-        self.masks = aligned(shape.batch, shape.capacity)
-        self.masked = False
-        self.filled: tuple[object, ...] = ()
-        self._scores = aligned(shape.threads, shape.capacity)
-        entries = shape.capacity // width
-        self.tables = cache_tables(len(stack.blocks), shape.batch, entries, width)
-        self._table_at = table_addresses(self.tables)
+        blocks = len(stack.blocks)
+        self.seen = SeenKeys(blocks, shape.batch, shape.capacity, width)
+        self.encoded = SeenKeys(blocks, shape.batch, shape.encoded, width)
+        self._scores = aligned(shape.threads, max(shape.capacity, shape.encoded))
+        self._biases = biases_of(stack, shape.capacity + width, behind=False)
         phases = [
             [self._lower(section, thread) for thread in range(shape.threads)]
             for section in sections(numbered, lambda item: uses(item[1], own))
         ]
-        memory = [stack, self._buffers.memory, self.masks, self._scores, self.tables]
+        memory = [stack, self._buffers.rows, self.seen.memory, self.encoded.memory]
+        memory += [list(self._scores), [list(biases) for biases in self._biases]]
         memory.append(self._nested.memory)
         self.program = Program(code, phases, memory)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, the tables and the operations."""
-        own = self.masks.nbytes + self._scores.nbytes + self.tables.nbytes + self.program.nbytes
+        own = self.seen.nbytes + self.encoded.nbytes + self._scores.nbytes
+        own += nbytes_of(self._biases) + self.program.nbytes
         return int(self._buffers.nbytes + self._nested.nbytes + own)
 
     def _lower(self, section: Sequence[Numbered], thread: int) -> list[Operation]:
@@ -133,7 +135,7 @@ class RowProgram:
             case Rotate():
                 return _rotate(step, part, b)
             case Append():
-                return self._append(step, part, self._table_at[index][b])
+                return self._append(step, part, self.seen.at[index][b])
             case Attend():
                 return self._attend(step, part, index, thread, b)
 
@@ -237,14 +239,15 @@ class RowProgram:
     def _attend(
         self, step: Attend, part: HeadPart, index: int, thread: int, b: int
     ) -> list[Operation]:
-        """All heads of a part at once; with a cap, one after the other."""
+        """All heads of a part at once; with a cap or biases, one after the other."""
         heads, out = step.heads, self._at(step.y, thread)[b]
+        seen = self.encoded if step.cross else self.seen
         shared: dict[str, Argument] = {
             "head_dim": heads.dim,
-            "table": self._table_at[index][b],
+            "table": seen.at[index][b],
             "width": self._width,
-            "mask": self.masks[b].data_ptr(),
-            "key_count": Slot("past", 1),
+            "mask": seen.masks[b].data_ptr(),
+            "key_count": Slot("encoded") if step.cross else Slot("past", 1),
             "window": step.window,
             "scores": self._scores[thread].data_ptr(),
             "scale": step.scale,
@@ -264,13 +267,18 @@ class RowProgram:
                 **shared,
             )
             return [operation]
-        first = part.first * heads.group
+        first, biases = part.first * heads.group, self._biases[index]
+
+        def bias(head: int) -> int:
+            return biases[head, biases.shape[1] // 2 :].data_ptr() if step.biased else 0
+
         return [
             scored_attention.ROW.operation(
-                "capped_row",
+                "scored_row",
                 q=part.queries_at + 4 * query * heads.dim,
                 out=out + 4 * (first + query) * heads.dim,
                 cap=step.softcap,
+                bias=bias(first + query),
                 **rows((first + query) // heads.group),
                 **shared,
             )

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_sparse.runtime.kernels import checking
 from hf_sparse.runtime.kernels.call import Operation, write
 from hf_sparse.runtime.kernels.worker import OPERATION_WORDS, TICKS, WAITS, name
 from hf_sparse.runtime.llvm.jit import Code
@@ -29,7 +30,8 @@ class Program:
     Args:
         code: has the kernels and the worker.
         phases: for each phase, a list of operations per thread.
-        memory: what the operations point into, kept alive.
+        memory: what the operations point into, kept alive. Kernels touch nothing else but what
+            calls lend (`kernels/checking.py`).
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Program:
             name: tuple(np.array(column) for column in zip(*places, strict=True))
             for name, places in slots.items()
         }
+        self._checked = np.zeros(len(flat), bool)
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._barrier = np.zeros(16, np.int64)
         openmp = threads.openmp()
@@ -79,24 +82,37 @@ class Program:
         slots = sum(column.nbytes for columns in self._slots.values() for column in columns)
         return self._operations.nbytes + slots + 8 * len(self._kernels) + _OBJECTS
 
-    def run(self, **addresses: int) -> None:
+    def run(self, lent: Sequence[object] = (), **addresses: int) -> None:
         """Run all phases.
 
         Args:
+            lent: arrays and tensors behind the addresses, for HF_SPARSE_CHECK=1.
             addresses: fill the slots; more than there are slots for do no harm.
 
         Raises:
             TypeError: a slot is not filled.
+            OutOfBoundsError: with HF_SPARSE_CHECK=1, an operation would leave its memory.
         """
         for slot, (rows, places, offsets) in self._slots.items():
             if slot not in addresses:
                 raise TypeError(f"nothing fills the slot {slot}; given {', '.join(addresses)}.")
             self._operations[rows, places] = addresses[slot] + offsets
+        if checking.is_asked_for():
+            self._check(lent)
         clocks = LISTENING.get()
         if clocks is None:
             self._start(timed=False)
         else:
             self._run_timed(clocks)
+
+    def _check(self, lent: Sequence[object]) -> None:
+        """Compare with the memory all operations that were not yet, and those that have slots."""
+        fresh = ~self._checked
+        buffers = checking.Buffers([*self._memory, *lent])
+        checking.check_words(self._code, self._operations[fresh], buffers)
+        self._checked[:] = True
+        for rows, _, _ in self._slots.values():
+            self._checked[rows] = False
 
     def _start(self, *, timed: bool) -> None:
         """Run the worker on all threads, and wait for them."""

@@ -40,6 +40,11 @@ class RowBuffers:
         """Bytes of all buffers."""
         return sum(memory.nbytes for memory in self.memory.values())
 
+    @property
+    def rows(self) -> list[Tensor]:
+        """The memory of every vector."""
+        return [row for memory in self.memory.values() for part in memory for row in part]
+
     def of(self, buffer: Buffer, thread: int) -> list[int]:
         """The address of each sequence's vector, as a thread sees it."""
         places = self._at[buffer]

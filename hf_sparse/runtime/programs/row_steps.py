@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 
-from hf_sparse.runtime.programs.block import steps
+from hf_sparse.runtime.programs.block import residual, steps
 from hf_sparse.runtime.programs.dependences import ALL, Use
 from hf_sparse.runtime.programs.step import (
     Activate,
     Add,
-    Attend,
     Buffer,
     CloseExperts,
     Experts,
@@ -33,22 +32,38 @@ Numbered = tuple[int, RowStep]
 
 def fits(stack: Stack) -> bool:
     """Whether a stack's single tokens can be computed by rows: else they go as narrow tiles."""
-    every = [step for _, step in numbered_steps(stack)]
+    every = [step for _, step in numbered_steps(stack, crossing=stack.crosses)]
     own = own_buffers(every)
     others = [step for step in every if not isinstance(step, Normalise | Route | Quantise)]
     alone = all(own.isdisjoint(_shared(step)) for step in others)
-    attending = [step for step in every if isinstance(step, Attend)]
-    return alone and all(step.causal and not step.biased for step in attending)
+    given = stack.biased and stack.blocks[0].distances is None
+    return alone and stack.causal and not given
 
 
-def numbered_steps(stack: Stack) -> Iterator[Numbered]:
+def numbered_steps(stack: Stack, *, crossing: bool = False) -> Iterator[Numbered]:
     """All steps with their blocks' numbers; features in eight bits are made where codes need them."""
     packed: dict[Buffer, Buffer] = {}
     for index, block in enumerate(stack.blocks):
-        for step in steps(stack, block):
+        for step in steps(stack, block, crossing=crossing):
             for one in step.parts if isinstance(step, FeedForward | Experts) else (step,):
-                for found in _with_eight_bits(one, packed):
-                    yield index, found
+                for part in [one] if stack.norm_first else _sum_apart(one, residual(stack)):
+                    for found in _with_eight_bits(part, packed):
+                        yield index, found
+
+
+def _sum_apart(step: RowStep, x: Buffer) -> list[RowStep]:
+    """A step of a block whose norms are behind the residual: these are read from elsewhere.
+
+    Every thread norms all features, so `x`, where the result goes, is each thread's own; what is added
+    to it is not, and is added elsewhere, each thread its rows.
+    """
+    total = Buffer("sum", x.features)
+    match step:
+        case Multiply() if step.y == x:
+            return [replace(step, y=total, add=False), Add(x, total)]
+        case Normalise() if step.x == x:
+            return [replace(step, x=total)]
+    return [step]
 
 
 def _with_eight_bits(step: RowStep, packed: dict[Buffer, Buffer]) -> Iterator[RowStep]:

@@ -6,15 +6,14 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hf_sparse.runtime.kernels.all import kernels
-from hf_sparse.runtime.kernels.attention import UNSEEN
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.programs.block import all_angles
 from hf_sparse.runtime.programs.cache import TileLayer, tile_layers
+from hf_sparse.runtime.programs.encoded import Encoded
 from hf_sparse.runtime.programs.many_tokens import TileProgram
 from hf_sparse.runtime.programs.one_token import RowProgram
 from hf_sparse.runtime.programs.pool import KEPT_BYTES, Pool
@@ -36,6 +35,7 @@ class Runner:
         self.stack, self.target = stack, target
         self.code = kernels(target, cache, stack.weight_type, stack.has_codes)
         self._key_rows = [2 * stack.rows_of(block)[1] for block in stack.blocks]
+        self._given_biases = stack.biased and stack.blocks[0].distances is None
         # What the first block computed, for the others: of each calling thread.
         self.results = threading.local()
         self._programs: Pool[TileProgram | RowProgram] = Pool(KEPT_BYTES)
@@ -48,6 +48,7 @@ class Runner:
         cache: Cache | None = None,
         states: bool = False,
         bias: Tensor | None = None,
+        encoded: Encoded | None = None,
     ) -> Tensor:
         """Run all blocks.
 
@@ -59,7 +60,8 @@ class Runner:
             cache: receives keys and values, and has those of the past.
             states: return what each block gives, not only the last.
             bias: `(heads, 2 * tokens - 1)`, added to scores, by how far a query is behind a key, if
-                the stack is biased.
+                the stack is biased, and its blocks have no `distances`.
+            encoded: the states of an encoder, if blocks attend to some.
 
         Returns:
             `(batch, tokens, hidden)`, with `states` `(blocks, batch, tokens, hidden)`.
@@ -88,15 +90,28 @@ class Runner:
         for layer in layers:
             layer.reserve(batch, past + tokens)
         unit = _CAPACITY if cache is not None else self.target.widths[0]
-        capacity = -(-(past + tokens) // unit) * unit
-        threads = torch.get_num_threads()
-        shape = Shape(batch, tokens, threads, cache is not None, capacity, states)
+        others = [] if encoded is None else self._keys_of(encoded, batch)
+        shape = Shape(
+            batch,
+            tokens,
+            torch.get_num_threads(),
+            cache is not None,
+            _whole(past + tokens, unit),
+            states,
+            _whole(others[0].length, unit) if others else 0,
+        )
         with self._programs.borrow(shape, lambda: self._make(shape)) as program:
             if bias is not None and isinstance(program, TileProgram):
-                middle = program.biases.shape[1] // 2
-                program.biases[:, middle - tokens + 1 : middle + tokens] = bias
+                biases = program.biases[0]
+                middle = biases.shape[1] // 2
+                biases[:, middle - tokens + 1 : middle + tokens] = bias
+            if encoded is not None:
+                program.encoded.see(encoded.mask)
+                program.encoded.find(others)
             hidden = hidden / self.stack.multiplier if self.stack.multiplier != 1 else hidden
-            output = self._run(program, hidden, mask, rotations, layers, past)
+            addresses = {"past": past, "encoded": others[0].length if others else 0}
+            tiles = [layer.tiles for layer in (*layers, *others)]
+            output = self._run(program, hidden, mask, rotations, layers, addresses, tiles)
             output = output * self.stack.multiplier if self.stack.multiplier != 1 else output
         for layer in layers:
             layer.length += tokens
@@ -116,10 +131,43 @@ class Runner:
             raise ValueError(
                 f"position_embeddings have {sorted(widths)} features; wanted {self.stack.rotary_dim}."
             )
-        wanted = (self.stack.heads, 2 * tokens - 1) if self.stack.biased else None
+        wanted = (self.stack.heads, 2 * tokens - 1) if self._given_biases else None
         shape = None if bias is None else tuple(bias.shape)
         if shape != wanted:
             raise ValueError(f"the bias by distance has the shape {shape}; wanted {wanted}.")
+
+    def _keys_of(self, encoded: Encoded, batch: int) -> list[TileLayer]:
+        """The keys and values of an encoder's states, computed unless a cache has them."""
+        rows = [block.cross.keys.rows for block in self.stack.blocks if block.cross is not None]
+        layers = encoded.layers(rows, self.target.widths[0])
+        if not encoded.is_kept:
+            self._fill(encoded.states, layers)
+            encoded.keep()
+        encoded.check(layers[0], batch)
+        return layers
+
+    def _fill(self, states: Tensor, layers: list[TileLayer]) -> None:
+        """Put the keys and values of an encoder's states `(batch, tokens, features)` into tiles."""
+        batch, tokens, width = states.shape
+        cross = self.stack.blocks[0].cross
+        columns = None if cross is None else cross.keys.columns
+        if width != columns or not tokens:
+            raise ValueError(
+                f"encoder_hidden_states are {tuple(states.shape)}; wanted (batch, tokens, {columns}), "
+                "one token or more."
+            )
+        capacity = _whole(tokens, self.target.widths[0])
+        threads = torch.get_num_threads()
+        shape = Shape(batch, tokens, threads, True, capacity, False, filling=True)
+        states = states.detach().float().contiguous()
+        for layer in layers:
+            layer.reserve(batch, tokens)
+        with self._programs.borrow(shape, lambda: self._make(shape)) as program:
+            program.seen.find(layers)
+            tiles = [layer.tiles for layer in layers]
+            program.program.run([states, *tiles], hidden=states.data_ptr(), past=0)
+        for layer in layers:
+            layer.length = tokens
 
     def _run(
         self,
@@ -128,50 +176,39 @@ class Runner:
         mask: Tensor | None,
         rotations: Sequence[tuple[Tensor, Tensor]],
         layers: list[TileLayer],
-        past: int,
+        addresses: dict[str, int],
+        lent: list[Tensor],
     ) -> Tensor:
         shape = program.shape
-        if mask is None:
-            if program.masked:
-                program.masks.zero_()
-            program.masked = False
-        else:
-            program.masked = True
-            program.masks[:, : mask.shape[1]].copy_(mask == 0).mul_(UNSEEN)
-        addresses = {"past": past}
+        program.seen.see(mask)
         shaped = (shape.batch, shape.tokens, self.stack.rotary_dim)
         angles = [one.float().expand(shaped).contiguous() for pair in rotations for one in pair]
         for buffer, one in zip(all_angles(self.stack), angles, strict=True):
             addresses[buffer.name] = one.data_ptr()
         if layers:
-            _fill(program, layers)
+            program.seen.find(layers)
         if isinstance(program, RowProgram):
             program.residual.copy_(hidden[:, 0])
-            program.program.run(**addresses)
-            return program.residual[:, None].clone()
+            program.program.run([angles, *lent], **addresses)
+            return program.residual[0][:, None].clone()
         hidden = hidden.contiguous()
         sizes = (len(self.stack.blocks),) if shape.states else ()
         output = torch.empty(*sizes, *hidden.shape, dtype=torch.float32, device="cpu")
-        program.program.run(hidden=hidden.data_ptr(), output=output.data_ptr(), **addresses)
+        program.program.run(
+            [hidden, output, angles, *lent],
+            hidden=hidden.data_ptr(),
+            output=output.data_ptr(),
+            **addresses,
+        )
         return output
 
     def _make(self, shape: Shape) -> TileProgram | RowProgram:
-        single = shape.tokens == 1 and shape.cached and not shape.states
+        single = shape.tokens == 1 and shape.cached and not (shape.states or shape.filling)
         widths = self.target.widths
         if single and fits(self.stack):
             return RowProgram(self.stack, self.code, self.target.lanes, widths[0], shape)
         return TileProgram(self.stack, self.code, widths, shape)
 
 
-def _fill(program: TileProgram | RowProgram, layers: list[TileLayer]) -> None:
-    """Write the addresses of the cache's tiles, unless they are there."""
-    places = tuple((layer.tiles.data_ptr(), layer.tiles.shape) for layer in layers)
-    if places == program.filled:
-        return
-    program.filled = places
-    tables = program.tables
-    batch, entries, _, width = layers[0].tiles.shape
-    entries = min(entries, tables.shape[2])
-    for table, layer in zip(tables, layers, strict=True):
-        starts = layer.tiles.data_ptr() + np.arange(batch) * (4 * layer.tiles.stride(0))
-        table[:, :entries, 0] = starts[:, None] + np.arange(entries) * (4 * layer.rows * width)
+def _whole(tokens: int, unit: int) -> int:
+    return -(-tokens // unit) * unit

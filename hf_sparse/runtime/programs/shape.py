@@ -15,6 +15,8 @@ class Shape:
         cached: keys and values go to a cache, behind those of `past` tokens.
         capacity: tokens for which there are masks and tables, a multiple of the tile's width.
         states: every block's output is written.
+        encoded: an encoder's tokens for which there are masks and tables; 0 without any.
+        filling: it puts the keys and values of an encoder's states into a cache, and does nothing else.
     """
 
     batch: int
@@ -23,3 +25,5 @@ class Shape:
     cached: bool
     capacity: int
     states: bool
+    encoded: int = 0
+    filling: bool = False

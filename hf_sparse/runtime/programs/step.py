@@ -161,13 +161,15 @@ class Append(Uses):
 class Attend(Uses):
     """`y = softmax(cap(scale q k) + bias + mask) v`.
 
-    The queries are in `x`; keys and values are those of the cache, or of all tokens' `x`.
+    The queries are in `x`; keys and values are those of the cache, or of all tokens' `x`, or of an
+    encoder's states.
 
     Attributes:
         causal: a token sees those before it and itself.
         window: how far back it sees, and ahead if not causal: itself and `window - 1` others.
         softcap: the largest score, 0 for none.
         biased: a bias by distance is added to scores.
+        cross: keys and values are those of an encoder's states; all of them are seen.
     """
 
     heads: Heads
@@ -178,6 +180,7 @@ class Attend(Uses):
     window: int
     softcap: float = 0.0
     biased: bool = False
+    cross: bool = False
 
     @property
     def ahead(self) -> int:

@@ -45,6 +45,7 @@ class TileBuffers:
             for buffer in (*step.reads, *step.writes):
                 most = max(self._features.get(buffer.name, 0), buffer.features)
                 self._features[buffer.name] = most
+        # One tensor for each tile, or for each thread.
         self.memory: list[Tensor] = []
         # For each turn and tile: the address of each buffer.
         self._at: list[dict[Tile, dict[str, int]]] = [
@@ -82,8 +83,8 @@ class TileBuffers:
         features = self._features[name]
         for turn in range(turns):
             memory = aligned(ends[-1], features)
-            self.memory.append(memory)
             for tile, end in zip(tiles, ends, strict=True):
+                self.memory.append(memory[end - tile.width : end])
                 place = memory.data_ptr() + 4 * features * (end - tile.width)
                 for at in self._at if turns == 1 else [self._at[turn]]:
                     at[tile][name] = place
@@ -91,7 +92,7 @@ class TileBuffers:
     def _reserve_scratch(self, names: Sequence[str], features: int) -> None:
         """Room for one tile of each thread, which some buffers share."""
         memory = aligned(len(self._lists), features, self._widest)
-        self.memory.append(memory)
+        self.memory += list(memory)
         for part, own in zip(self._lists, memory, strict=True):
             for tile in part:
                 for at in self._at:

@@ -61,8 +61,9 @@ def check_codes(packed: CodeWeight) -> None:
         part = slice(first, first + step)
         there = np.arange(ROWS) < rows - ROWS * np.arange(groups)[part, None]
         scales = packed.scales[part].astype(np.int64)
-        fits = np.where(there[:, None, None], (scales > 0) & (scales < 0x7F80), scales == 0)
-        require(bool(fits.all()), "some scales are not positive, or not finite")
+        sizes = scales & 0x7FFF if form.bits == 4 else scales  # 8 bits have no signs
+        fits = np.where(there[:, None, None], (sizes > 0) & (sizes < 0x7F80), scales == 0)
+        require(bool(fits.all()), "some scales are zero, negative in 8 bits, or not finite")
         if masked:
             nonzero, within = _masks_in(packed, part)
         else:

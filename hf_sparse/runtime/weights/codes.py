@@ -140,7 +140,7 @@ def pack_codes(
     Args:
         codes: `(rows, columns)` integers, from -127 to 127, of 4 bits from -8 to 7, that keep to the
             format's pattern.
-        scales: `(rows, ceil(columns / group_size))` float32, positive, each a bfloat16.
+        scales: `(rows, ceil(columns / group_size))` float32, each a bfloat16; of 8 bits positive.
         group_size: columns of a scale: a multiple of the format's, or all of them.
         form: the format.
         shelf: where to put the streams.
@@ -200,8 +200,10 @@ def _check_given(codes: Array, scales: Array, group_size: int, form: CodeFormat)
         raise ValueError(
             f"scales are {scales.dtype} of shape {scales.shape}; wanted float32 of shape {wanted}."
         )
-    if not (np.isfinite(scales).all() and (scales > 0).all()):
-        raise ValueError("some scales are not positive; wanted finite ones above 0.")
+    if not (np.isfinite(scales).all() and (scales != 0).all()):
+        raise ValueError("some scales are zero or not finite; wanted finite ones.")
+    if form.bits == 8 and (scales < 0).any():
+        raise ValueError("some scales of 8 bits are negative; wanted them above 0.")
     if (scales.view(np.uint32) & 0xFFFF).any():
         raise ValueError("some scales are no bfloat16: round them up to one before coding.")
     if (form.kept, form.window) not in find_patterns(codes, form.bits):

@@ -21,7 +21,6 @@ from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
 from hf_sparse.runtime.weights.code_part import CodePart
 from hf_sparse.runtime.weights.codes import CodeWeight
 from hf_sparse.runtime.weights.dense_weight import DenseWeight
-from hf_sparse.runtime.weights.found import find_pattern
 from hf_sparse.runtime.weights.memory import Shelf, aligned
 from hf_sparse.runtime.weights.panels import PackedWeight, pack_many
 from hf_sparse.runtime.weights.rates import DENSE, Rates
@@ -33,6 +32,7 @@ from hf_sparse.runtime.weights.single_rows import (
     pack_single,
     row_operation,
 )
+from hf_sparse.runtime.weights.zero_pattern import find_pattern
 
 # What multiplies tiles.
 TileWeight = PackedWeight | DenseWeight | CodePart
@@ -142,7 +142,7 @@ class Linear:
         bias = self.bias if part == 0 else None
         if bias is None:
             if not add and part == 0:
-                bias = _no_bias(self.rows)
+                bias = self.no_bias
             start = spmm.START_SUM if bias is None else spmm.START_BIAS
         else:
             start = spmm.START_SUM_BIAS if add else spmm.START_BIAS
@@ -169,6 +169,11 @@ class Linear:
         assert self.single is not None
         bias = 0 if self.bias is None else self.bias.data_ptr()
         return row_operation(self.single, x, y, bias, first, last, add=add)
+
+    @functools.cached_property
+    def no_bias(self) -> Tensor:
+        """Zeros in place of a bias, which layers of one size share."""
+        return _no_bias(self.rows)
 
     @property
     def chunk_rows(self) -> list[tuple[int, int]]:

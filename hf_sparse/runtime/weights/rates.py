@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -74,98 +76,64 @@ class Rates:
         return float(np.interp(density, self.densities, self.speeds[height]))
 
 
+# What was measured, for each of these targets. Of tiles: AVX-512 of the machine in docs/results.md,
+# AVX2 of a Zen 3, portable of a Sapphire Rapids' SSE, as all of single tokens
+# (`benchmarks/one_token.py`); those of codes are of a Zen 5. Only their proportions matter for choosing
+# a kernel.
+_TARGETS = ("avx512", "avx2", "portable")
 _DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
-
-# By the target's name. For tiles: AVX-512 of the machine in docs/results.md, AVX2 of a Zen 3, portable
-# of a Sapphire Rapids' SSE, as all of those for single tokens (`benchmarks/one_token.py`); those of
-# codes are of a Zen 5. Only their proportions matter for choosing a kernel.
-NOMINAL = {
-    "avx512": Rates(
-        _DENSITIES,
-        {
-            1: (117.0, 149.0, 166.0, 177.0, 177.0),
-            2: (180.0, 206.0, 230.0, 242.0, 242.0),
-            4: (230.0, 250.0, 250.0, 250.0, 250.0),
-        },
-        RowRates(
-            14.0,
-            {
-                DENSE: (40.0, 40.0),
-                MASK: (80.0, 75.0),
-                "2 of 8": (15.0, 16.0),
-                "4 of 8": (38.0, 36.0),
-                "8 of 16": (39.0, 33.0),
-            },
-            {
-                "int8 dense": 6.2,
-                "int8 2 of 4": 3.6,
-                "int8 8 of 16": 4.2,
-                "int8 4 of 16": 2.3,
-                "int8 mask": 8.0,
-                "int4 dense": 3.9,
-                "int4 2 of 4": 4.1,
-                "int4 4 of 16": 3.1,
-            },
-        ),
+_TILE_SPEEDS = {
+    1: (
+        (117.0, 149.0, 166.0, 177.0, 177.0),
+        (48.0, 55.0, 61.0, 65.0, 65.0),
+        (28.0, 28.0, 31.0, 31.0, 31.0),
     ),
-    "avx2": Rates(
-        _DENSITIES,
-        {
-            1: (48.0, 55.0, 61.0, 65.0, 65.0),
-            2: (57.0, 66.0, 72.0, 78.0, 78.0),
-            4: (72.0, 77.0, 81.0, 87.0, 90.0),
-        },
-        RowRates(
-            12.0,
-            {
-                DENSE: (60.0, 60.0),
-                MASK: (160.0, 110.0),
-                "2 of 8": (20.0, 20.0),
-                "4 of 8": (46.0, 50.0),
-                "8 of 16": (60.0, 62.0),
-            },
-            {
-                "int8 dense": 10.2,
-                "int8 2 of 4": 10.1,
-                "int8 8 of 16": 8.6,
-                "int8 4 of 16": 4.7,
-                "int8 mask": 110.0,
-                "int4 dense": 8.3,
-                "int4 2 of 4": 11.0,
-                "int4 4 of 16": 4.9,
-            },
-        ),
-        panel_columns=192,
+    2: (
+        (180.0, 206.0, 230.0, 242.0, 242.0),
+        (57.0, 66.0, 72.0, 78.0, 78.0),
+        (26.0, 29.0, 31.0, 32.0, 32.0),
     ),
-    "portable": Rates(
-        _DENSITIES,
-        {
-            1: (28.0, 28.0, 31.0, 31.0, 31.0),
-            2: (26.0, 29.0, 31.0, 32.0, 32.0),
-            4: (29.0, 29.0, 31.0, 32.0, 32.0),
-        },
-        RowRates(
-            12.0,
-            {
-                DENSE: (80.0, 105.0),
-                MASK: (180.0, 140.0),
-                "2 of 8": (132.0, 140.0),
-                "4 of 8": (280.0, 280.0),
-                "8 of 16": (450.0, 450.0),
-            },
-            {
-                "int8 dense": 21.7,
-                "int8 2 of 4": 21.1,
-                "int8 8 of 16": 17.5,
-                "int8 4 of 16": 9.9,
-                "int8 mask": 140.0,
-                "int4 dense": 17.5,
-                "int4 2 of 4": 25.4,
-                "int4 4 of 16": 11.2,
-            },
-        ),
+    4: (
+        (230.0, 250.0, 250.0, 250.0, 250.0),
+        (72.0, 77.0, 81.0, 87.0, 90.0),
+        (29.0, 29.0, 31.0, 32.0, 32.0),
     ),
 }
+_PANEL_COLUMNS = (PANEL_COLUMNS, 192, PANEL_COLUMNS)
+_BANDWIDTH = (14.0, 12.0, 12.0)
+_ROW_SPEEDS = {
+    DENSE: ((40.0, 40.0), (60.0, 60.0), (80.0, 105.0)),
+    MASK: ((80.0, 75.0), (160.0, 110.0), (180.0, 140.0)),
+    "2 of 8": ((15.0, 16.0), (20.0, 20.0), (132.0, 140.0)),
+    "4 of 8": ((38.0, 36.0), (46.0, 50.0), (280.0, 280.0)),
+    "8 of 16": ((39.0, 33.0), (60.0, 62.0), (450.0, 450.0)),
+}
+_CODE_SPEEDS = {
+    "int8 dense": (6.2, 10.2, 21.7),
+    "int8 2 of 4": (3.6, 10.1, 21.1),
+    "int8 8 of 16": (4.2, 8.6, 17.5),
+    "int8 4 of 16": (2.3, 4.7, 9.9),
+    "int8 mask": (8.0, 110.0, 140.0),
+    "int4 dense": (3.9, 8.3, 17.5),
+    "int4 2 of 4": (4.1, 11.0, 25.4),
+    "int4 4 of 16": (3.1, 4.9, 11.2),
+}
+
+
+Measured = TypeVar("Measured")
+
+
+def _rates(target: int) -> Rates:
+    """The column of a target."""
+
+    def column(table: Mapping[Any, Sequence[Measured]]) -> dict[Any, Measured]:
+        return {name: each[target] for name, each in table.items()}
+
+    rows = RowRates(_BANDWIDTH[target], column(_ROW_SPEEDS), column(_CODE_SPEEDS))
+    return Rates(_DENSITIES, column(_TILE_SPEEDS), rows, _PANEL_COLUMNS[target])
+
+
+NOMINAL = {name: _rates(number) for number, name in enumerate(_TARGETS)}
 # The lanes of what was measured.
 _LANES = {"avx512": 16, "avx2": 8, "portable": 4}
 

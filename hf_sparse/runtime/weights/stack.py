@@ -64,6 +64,23 @@ class Mixture:
 
 
 @dataclass(frozen=True, eq=False)
+class Cross:
+    """Attention of a decoder's block to the states that an encoder gave.
+
+    Attributes:
+        query: queries, of what the block has.
+        keys: keys and values, of the encoder's states.
+        out: the projection behind attention.
+        norm: before the queries, or behind the sum with the residual (`Stack.norm_first`).
+    """
+
+    query: Linear
+    keys: Linear
+    out: Linear
+    norm: Norm
+
+
+@dataclass(frozen=True, eq=False)
 class Block:
     """One block. Parts are None where the family has none.
 
@@ -76,6 +93,9 @@ class Block:
         window: how many tokens back a token sees; if attention is not causal, as many ahead.
         rotation: which of a call's rotations turns queries and keys; None for none.
         mixture: experts in place of one perceptron; `gate`, `up` and `down` are the first one's.
+        cross: attention to an encoder's states, between attention and the perceptron.
+        distances: `(heads, 2 * furthest + 1)`, what is added to scores, by how far a query is behind a
+            key: distance 0 is in the middle; of those further apart, as of the furthest.
     """
 
     qkv: Linear
@@ -89,11 +109,16 @@ class Block:
     added_norms: tuple[Norm, Norm] | None = None
     rotation: int | None = 0
     mixture: Mixture | None = None
+    cross: Cross | None = None
+    distances: Tensor | None = None
 
     @property
     def named_linears(self) -> dict[str, Linear]:
         """The packed weights by their places in the block, in the order of their use."""
         named: dict[str, Linear | None] = {"qkv": self.qkv, "out": self.out}
+        if self.cross is not None:
+            parts = {"query": self.cross.query, "keys": self.cross.keys, "out": self.cross.out}
+            named |= {f"cross.{name}": linear for name, linear in parts.items()}
         if self.mixture is None:
             named |= {"gate": self.gate, "up": self.up, "down": self.down}
         else:
@@ -120,7 +145,8 @@ class Stack:
         norm, norm_first, causal, rotary, activation, parallel: see `families.Blocks`.
         rotated: the first features of each head, which are rotated; 0 for all.
         softcap: the largest score, by a tanh; 0 for no such limit.
-        biased: a call brings what is added to scores by distance.
+        biased: something is added to scores by distance: the blocks' `distances`, or what a call brings
+            if they have none.
         multiplier: of what blocks add to the residual. The residual is divided by it on the way in
             and multiplied on the way out, so that blocks add what they have; norms take no notice,
             since their epsilons are divided by its square.
@@ -163,6 +189,15 @@ class Stack:
         """Rows of a block's queries, and of its keys."""
         heads, key_heads = self.heads_of(block)
         return heads * self.head_dim, key_heads * self.head_dim
+
+    def cross_heads(self, cross: Cross) -> tuple[int, int]:
+        """Heads of queries and of keys that attention to an encoder's states has."""
+        return cross.out.columns // self.head_dim, cross.keys.rows // (2 * self.head_dim)
+
+    @property
+    def crosses(self) -> bool:
+        """Whether blocks can attend to an encoder's states."""
+        return self.blocks[0].cross is not None
 
     @property
     def rotations(self) -> int:

@@ -11,6 +11,7 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
 )
 
 __all__ = [
@@ -19,8 +20,10 @@ __all__ = [
     "CacheLayerMixin",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
+    "EncoderDecoderCache",
     "cache_in",
     "cache_name",
+    "own_cache",
 ]
 
 # The argument of a model's forward, and the field of its outputs, that hold keys and values:
@@ -41,3 +44,8 @@ def cache_in(values: Mapping[str, Any]) -> Any:
     names = (*CACHE_NAMES, _OF_BLOCKS)
     caches = (values[name] for name in names if values.get(name) is not None)
     return next(caches, None)
+
+
+def own_cache(cache: Any) -> Any:
+    """The part of a cache that has the keys of a decoder's own tokens; all of it without an encoder."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache

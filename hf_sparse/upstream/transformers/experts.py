@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["gated", "is_spread"]
+__all__ = ["gated", "is_spread", "runs_in_autocast"]
+
+# Modules that add tensors of the type of products to those of the type of their inputs, which differ.
+_NOT_IN_AUTOCAST = ("DbrxExperts",)
 
 
 def is_spread(module: Any) -> bool:
@@ -27,3 +30,8 @@ def gated(module: Any, both: Tensor) -> Tensor:
     gate, up = both.chunk(2, dim=-1)
     result: Tensor = module.act_fn(gate) * up
     return result
+
+
+def runs_in_autocast(module: nn.Module) -> bool:
+    """Whether a module's forward runs where products are of a narrower type than its weights."""
+    return not any(type(part).__name__ in _NOT_IN_AUTOCAST for part in module.modules())

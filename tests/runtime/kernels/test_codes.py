@@ -114,7 +114,7 @@ def test_one_token(
     code = compiled(name)
     codes, scales = (
         random_codes(rows, columns, form, extreme),
-        random_scales(rows, -(-columns // form.group)),
+        random_scales(rows, -(-columns // form.group), signs=form.bits == 4),
     )
     packed = pack_codes(codes, scales, form.group, form)
     x = features(columns, extreme)

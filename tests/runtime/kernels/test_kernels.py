@@ -240,6 +240,21 @@ def test_activation(code: Code, chosen: target.Target, name: str) -> None:
     np.testing.assert_allclose(gated.numpy(), reference * gate.numpy(), atol=2e-5)
 
 
+def normalised(
+    code: Code, kernel: str, x: torch.Tensor, y: torch.Tensor, features: int
+) -> np.ndarray:
+    """Normalise two groups of features from `x` to `y`, with the weights and biases returned."""
+    parameters = np.random.default_rng(0).standard_normal((2, features)).astype(np.float32)
+    weight, bias = map(address, parameters)
+    operation = normalisation.SIGNATURE.operation(
+        kernel,
+        **{"x": address(x), "y": address(y), "features": features, "groups": 2},
+        **{"weight": weight, "bias": bias, "epsilon": 1e-5},
+    )
+    run(code, operation)
+    return parameters
+
+
 @pairwise("features, norm, vectors", [1, 37, 768], normalisation.NORMS, [1, 2, 4])
 def test_normalisation(
     code: Code, chosen: target.Target, features: int, norm: str, vectors: int
@@ -247,20 +262,7 @@ def test_normalisation(
     x = random_tile(2 * features, vectors * chosen.lanes) + 3
     x = aligned(*x.shape).copy_(x)
     y = aligned(*x.shape)
-    weight, bias = np.random.default_rng(0).standard_normal((2, features)).astype(np.float32)
-    run(
-        code,
-        normalisation.SIGNATURE.operation(
-            normalisation.name(norm, vectors),
-            x=address(x),
-            y=address(y),
-            features=features,
-            groups=2,
-            weight=address(weight),
-            bias=address(bias),
-            epsilon=1e-5,
-        ),
-    )
+    weight, bias = normalised(code, normalisation.name(norm, vectors), x, y, features)
     for half in range(2):
         rows = slice(half * features, (half + 1) * features)
         wanted = normalisation_ref(norm, x[rows].numpy(), weight, bias, 1e-5)
@@ -464,20 +466,7 @@ def test_rows_of_one_token(code: Code, rows: int, columns: int, sparsity: float,
 def test_norm_and_rotary_of_one_token(code: Code, chosen: target.Target, norm: str) -> None:
     features = 3 * chosen.lanes
     x, y = aligned(2, features).copy_(torch.randn(2, features)), aligned(2, features)
-    weight, bias = np.random.default_rng(0).standard_normal((2, features)).astype(np.float32)
-    run(
-        code,
-        normalisation.SIGNATURE.operation(
-            f"{norm}_norm_row",
-            x=address(x),
-            y=address(y),
-            features=features,
-            groups=2,
-            weight=address(weight),
-            bias=address(bias),
-            epsilon=1e-5,
-        ),
-    )
+    weight, bias = normalised(code, f"{norm}_norm_row", x, y, features)
     wanted = normalisation_ref(norm, x.T.numpy(), weight, bias, 1e-5)
     np.testing.assert_allclose(y.T.numpy(), wanted, atol=1e-5)
     q, cos, sin = torch.randn(3, 6), torch.randn(6), torch.randn(6)

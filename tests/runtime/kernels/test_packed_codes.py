@@ -35,7 +35,7 @@ NAMES = list(target.targets())
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.suffix)
 def test_packed_codes_are_the_codes(form: CodeFormat) -> None:
     codes = random_codes(21, 150, form)
-    scales = random_scales(21, -(-150 // form.group))
+    scales = random_scales(21, -(-150 // form.group), signs=form.bits == 4)
     packed = pack_codes(codes, scales, form.group, form, Shelf())
     check_codes(packed)
     found, own = unpack_codes(packed)
@@ -126,7 +126,11 @@ REFUSED: dict[str, tuple[Callable[[], CodeWeight], str]] = {
         lambda: pack_codes(
             random_codes(4, 64, FORMATS[1]), np.zeros((4, 1), np.float32), 64, FORMATS[1]
         ),
-        "not positive",
+        "scales are zero",
+    ),
+    "a negative scale of 8 bits": (
+        lambda: pack_codes(random_codes(4, 64, FORMATS[1]), -random_scales(4, 1), 64, FORMATS[1]),
+        "8 bits are negative",
     ),
     "a scale that is no bfloat16": (
         lambda: pack_codes(
@@ -197,7 +201,11 @@ DAMAGE: dict[str, tuple[Callable[[], CodeWeight], str]] = {
     "a code of -128": (lambda: spoiled("codes", (0, 0, 3), 128), "-128"),
     "a column beyond": (lambda: spoiled("codes", (0, -1, -1), 5), "no column"),
     "a row beyond": (lambda: spoiled("codes", (-1, 0, 63), 5), "no row"),
-    "a scale of 0": (lambda: spoiled("scales", (0, 0, 0, 0), 0), "not positive"),
+    "a scale of 0": (lambda: spoiled("scales", (0, 0, 0, 0), 0), "scales are zero"),
+    "a negative scale of 8 bits": (
+        lambda: spoiled("scales", (0, 0, 0, 0), 0xBF80),
+        "negative in 8 bits",
+    ),
     "an infinite scale": (lambda: spoiled("scales", (0, 0, 1, 3), 0x7F80), "not finite"),
     "a scale of no row": (lambda: spoiled("scales", (-1, 0, 0, 15), 1), "scales"),
     "one column twice": (lambda: spoiled("places", (0, 0, slice(None)), 0), "mixed up"),

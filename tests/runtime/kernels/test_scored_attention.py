@@ -80,28 +80,31 @@ def test_scored_attention(code: Code, chosen: target.Target, vectors: int, case:
     np.testing.assert_allclose(out.T.numpy()[sees], wanted[sees], atol=4e-6)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case[5] and not case[6]])
-def test_capped_attention_of_one_token(code: Code, chosen: target.Target, case: tuple) -> None:
-    dim, tokens, _, window, _, cap, _ = case
+@pytest.mark.parametrize("case", CASES)
+def test_scored_attention_of_one_token(code: Code, chosen: target.Target, case: tuple) -> None:
+    dim, tokens, _, window, _, cap, biased = case
     random = np.random.default_rng(tokens)
     keys, values = random.standard_normal((2, 1, tokens, dim)).astype(np.float32)
     width = chosen.widths[0]
     tiles, table = key_tiles(keys, values, width)
     mask = np.zeros(len(tiles) * width, np.float32)
     mask[1:tokens:5] = UNSEEN
+    bias = random.standard_normal(1024).astype(np.float32)
+    behind = bias[::-1].copy()  # by how far a key is behind the query, 0 at 511
     q, scores = aligned(dim), aligned(len(mask))
     q.copy_(torch.from_numpy(random.standard_normal(dim)))
     out = call_attention(
         code,
-        partial(scored_attention.ROW.operation, "capped_row"),
+        partial(scored_attention.ROW.operation, "scored_row"),
         q,
         dim,
         **{"head_dim": dim, "scale": dim**-0.5, "cap": cap},
         **{"table": table, "width": width, "mask": mask, "key_count": tokens},
         **{"window": window, "scores": scores},
+        bias=behind.ctypes.data + 4 * 511 if biased else 0,
     )
-    last = (dim, tokens, tokens - 1, window, 0, cap, False)
-    wanted = expected(q[None].numpy(), keys, values, mask, last, np.zeros(2, np.float32))
+    last = (dim, tokens, tokens - 1, window, 0, cap, biased)
+    wanted = expected(q[None].numpy(), keys, values, mask, last, bias)
     np.testing.assert_allclose(out[None].numpy(), wanted, atol=4e-6)
 
 

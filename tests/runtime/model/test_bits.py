@@ -12,8 +12,6 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 import hf_sparse
@@ -30,6 +28,7 @@ from tests.support.compiled_folders import DECODER, logits
 from tests.support.rounded_models import rounded_model
 from tests.support.single_tokens import check_nan_stays_in_its_sequence
 from tests.support.sparse_models import random_model
+from tests.support.tiny_models import tiny_model
 
 TARGETS = list(target.targets())
 MODELS: dict[str, Any] = {
@@ -178,8 +177,7 @@ def test_other_bits_than_8_and_4_are_refused(bits: int) -> None:
 
 
 def test_bits_of_what_is_not_compiled_as_a_whole_are_refused() -> None:
-    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4}
-    model = T5ForConditionalGeneration(T5Config(vocab_size=32, **sizes))
+    model = tiny_model("stablelm")
     with pytest.raises(ValueError, match=r"bits is 8, and .* is not compiled as a whole"):
         hf_sparse.compile(model, bits=8)
 

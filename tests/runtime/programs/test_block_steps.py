@@ -16,7 +16,7 @@ from transformers import DynamicCache
 import hf_sparse
 from hf_sparse.runtime.kernels.worker import PHASES
 from hf_sparse.runtime.model.compiled import CompiledLayer
-from hf_sparse.runtime.programs import block, many_tokens, row_steps
+from hf_sparse.runtime.programs import block, row_steps, tile_steps
 from hf_sparse.runtime.programs.dependences import Use, apart, needed_behind, sections
 from hf_sparse.runtime.programs.shape import Shape
 from hf_sparse.runtime.programs.step import Buffer, FeedForward, Multiply, Normalise, Uses
@@ -106,9 +106,9 @@ def test_threads_wait_where_they_need_others_and_nowhere_else(seed: int) -> None
         assert any(collide(section[0], earlier) for earlier in before)
 
 
-def parallel_steps(stack: Stack, one: Block) -> list[AnyStep]:
+def parallel_steps(stack: Stack, one: Block, *, crossing: bool = False) -> list[AnyStep]:
     """Attention and perceptron of the same hidden states, side by side."""
-    found = block.steps(stack, one)
+    found = block.steps(stack, one, crossing=crossing)
     norms = [step for step in found if isinstance(step, Normalise)]
     (feed_forward,) = (step for step in found if isinstance(step, FeedForward))
     rest = [step for step in found if step not in (*norms, feed_forward)]
@@ -128,7 +128,7 @@ def parallel_forward(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor
 def test_another_order_of_steps_is_all_that_a_parallel_block_needs(
     family: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(many_tokens, "steps", parallel_steps)
+    monkeypatch.setattr(tile_steps, "steps", parallel_steps)
     monkeypatch.setattr(row_steps, "steps", parallel_steps)
     model = tiny_model(family)
     compiled = hf_sparse.compile(model)
@@ -157,7 +157,7 @@ def test_the_waits_of_a_block_follow_from_its_steps(
     order: Any, waits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(row_steps, "steps", order)
-    monkeypatch.setattr(many_tokens, "steps", order)
+    monkeypatch.setattr(tile_steps, "steps", order)
     compiled = hf_sparse.compile(tiny_model("llama"))
     runner = next(m.runner for m in compiled.modules() if isinstance(m, CompiledLayer))
     blocks = len(runner.stack.blocks)

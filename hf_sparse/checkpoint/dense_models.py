@@ -1,4 +1,4 @@
-"""Finding the transformers class that a checkpoint was saved with."""
+"""How a dense checkpoint is loaded to be pruned: by which class, and with floats for codes."""
 
 from __future__ import annotations
 

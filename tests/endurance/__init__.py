@@ -1,0 +1,1 @@
+"""Long runs and many users of one process: `make endurance`."""

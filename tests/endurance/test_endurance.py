@@ -1,0 +1,146 @@
+"""Threads, forks, workers and interruptions around compiled models; memory over long runs."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import hf_sparse
+from hf_sparse import SparsityConfig
+from tests.endurance.plateaus import RUNS, grows, plateau
+from tests.support.compiled_folders import in_a_child
+from tests.support.processes import environment
+from tests.support.tiny_models import tiny_model
+
+IDS = torch.arange(2, 26).view(2, 12)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    plain = tiny_model("llama")
+    hf_sparse.prune_(plain, SparsityConfig("2:4"), "magnitude")
+    return hf_sparse.compile(plain)
+
+
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=ids).logits
+    return found
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_memory_does_not_grow(name: str) -> None:
+    """In a process of its own, as other tests leave memory behind; `make endurance` runs it longer."""
+    count = max(RUNS[name][1] // 20, 20)
+    code = (
+        "import sys; from tests.endurance.plateaus import plateau, grows; "
+        f"sys.exit(grows(*plateau({name!r}, {count})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), check=False)
+    assert done.returncode == 0
+
+
+def test_growth_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    grow = (lambda room: lambda number: kept.append(torch.ones(1 << 21)), 0)
+    monkeypatch.setitem(RUNS, "growing", grow)
+    assert grows(*plateau("growing", 10))
+
+
+def test_eight_threads_share_a_model(model: Any) -> None:
+    inputs = [IDS[:, : 3 + number] for number in range(8)]
+    wanted = [logits(model, ids) for ids in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            found = list(pool.map(lambda ids: logits(model, ids), inputs))
+            assert all(map(close, found, wanted))
+
+
+def test_threads_with_models_of_their_own() -> None:
+    models = [
+        hf_sparse.compile(tiny_model("llama", seed, num_hidden_layers=1)) for seed in range(4)
+    ]
+    wanted = [logits(one) for one in models]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(close, pool.map(logits, models), wanted))
+
+
+def test_a_fork_computes_the_same(model: Any) -> None:
+    wanted = logits(model)
+
+    def run() -> None:
+        assert close(logits(model), wanted)
+
+    assert in_a_child(run) == 0
+    assert close(logits(model), wanted)
+
+
+class Computed(Dataset[torch.Tensor]):
+    """Items that a compiled model gives, in the process that asks for them."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return logits(self.model, IDS[:, : 2 + index])[0, -1]
+
+
+def test_workers_of_a_data_loader_compute(model: Any) -> None:
+    wanted = [Computed(model)[number] for number in range(4)]
+    found = list(DataLoader(Computed(model), batch_size=None, num_workers=2))
+    assert all(map(close, found, wanted))
+
+
+def forever(model: Any, timer: threading.Timer) -> None:
+    timer.start()
+    while True:
+        logits(model)
+
+
+def test_an_interruption_leaves_the_model_whole(model: Any) -> None:
+    wanted = logits(model)
+    for delay in (0.0005, 0.002, 0.005):
+        timer = threading.Timer(delay, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            forever(model, timer)
+        timer.join()
+        assert close(logits(model), wanted)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-42, 1e-30, 1e30])
+def test_strange_sizes_give_what_the_plain_model_gives(size: float) -> None:
+    plain = tiny_model("llama", num_hidden_layers=1)
+    compiled = hf_sparse.compile(plain)
+    embeds = torch.full((1, 5, 32), size)
+    embeds[0, :, ::3] = -size
+    with torch.no_grad():
+        found, wanted = (one(inputs_embeds=embeds).logits for one in (compiled, plain))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [math.nan, math.inf])
+def test_what_is_not_finite_stays_so(model: Any, size: float) -> None:
+    embeds = torch.randn(2, 5, 32)
+    embeds[1, 2, 3] = size
+    with torch.no_grad():
+        found = model(inputs_embeds=embeds).logits
+    assert torch.isfinite(found[0]).all()
+    assert not torch.isfinite(found[1, 2]).any()

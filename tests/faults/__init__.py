@@ -1,0 +1,1 @@
+"""Writing that is killed, or whose system calls fail: `make kill-tests COUNT=200`."""
