@@ -21,7 +21,7 @@ from cells import Keyed, add_flags, append, measured, measured_texts, missing, p
 
 if __name__ == "__main__":  # help and wrong usage need no slow import
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add_flags(parser, "2:4 seconds 64", "benchmarks/results/effort.jsonl")
+    add_flags(parser, "2:4 seconds 64", "bench_output/effort.jsonl")
     parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
 

@@ -21,8 +21,8 @@ def fast_attention(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> It
     """For a while a model computes attention by whole matrices of scores, where that is faster.
 
     torch's fused attention keeps no matrix of scores, and computes it again in the backward pass. On
-    CPUs with products in bfloat16 both passes then take more than twice as long as products of whole
-    matrices (Zen 5, 512 tokens: 46 against 19 ms). Other models, and long sequences, are left alone.
+    CPUs with products in bfloat16 products of whole matrices take less time in both passes. Other
+    models, and long sequences, are left alone.
 
     Args:
         model: that runs on the batches.
