@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cells import Keyed, add_flags, answer, append, measured, missing, read
+from cells import Keyed, add_flags, append, measured, measured_texts, missing, print_head, table
 
 if __name__ == "__main__":  # help and wrong usage need no slow import
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -102,18 +102,19 @@ def main(options: argparse.Namespace) -> None:
     """Fill the table, print it, or with --cell measure one line in this process."""
     disable_progress_bar()
     torch.set_num_threads(options.threads)
-    if answer(Cell, options, machine(), measure):
-        return
-    if not options.table:
-        options.work.mkdir(parents=True, exist_ok=True)
-        if not (options.work / "dense" / "config.json").exists():
-            dense_smollm2(options.work / "dense")
-        todo = missing(Cell, cells(), options)
-        for number, cell in enumerate(todo, 1):
-            print(f"{number} of {len(todo)}: {cell.name}", flush=True)
-            append(options.out, row := measured(cell))
-            print(row, flush=True)
-    print_table(read(options.out))
+    table(Cell, options, machine(), measure=measure, fill=fill, show=print_table)
+
+
+def fill(options: argparse.Namespace) -> None:
+    """Measure the cells that are missing."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    if not (options.work / "dense" / "config.json").exists():
+        dense_smollm2(options.work / "dense")
+    todo = missing(Cell, cells(), options)
+    for number, cell in enumerate(todo, 1):
+        print(f"{number} of {len(todo)}: {cell.name}", flush=True)
+        append(options.out, row := measured(cell))
+        print(row, flush=True)
 
 
 def measure(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
@@ -178,14 +179,11 @@ def started(
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Print the results as Markdown."""
-    if not rows:
-        print("no results yet")
+    if not (names := measured_texts(rows)):
         return
-    print("\n\n".join(dict.fromkeys(row["machine"] for row in rows)) + "\n")
-    names = list(rows[0]["perplexity"])
     head = ["zeros", "start", "recovery", *(f"perplexity {name}" for name in names)]
     head += ["zero-shot mean", "CPU s pruning", "CPU s recovery", "peak, MB"]
-    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    print_head(head)
     for row in rows:
         cell = Cell(**row["cell"])
         extras = "".join(f", {key}={value}" for key, value in cell.options.items())

@@ -112,3 +112,17 @@ def append(file: Path, row: dict[str, Any]) -> None:
 def read(file: Path) -> list[dict[str, Any]]:
     """The lines of the results."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def measured_texts(rows: list[dict[str, Any]]) -> list[str]:
+    """Print the machines of the results; the texts whose perplexities they have, none without rows."""
+    if not rows:
+        print("no results yet")
+        return []
+    print("\n\n".join(dict.fromkeys(row["machine"] for row in rows)) + "\n")
+    return list(rows[0]["perplexity"])
+
+
+def print_head(columns: list[str]) -> None:
+    """Print the head of a table in Markdown."""
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))

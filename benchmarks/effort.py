@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cells import Keyed, add_flags, answer, append, measured, missing, read
+from cells import Keyed, add_flags, append, measured, measured_texts, missing, print_head, table
 
 if __name__ == "__main__":  # help and wrong usage need no slow import
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -60,16 +60,17 @@ def cells() -> Iterator[Cell]:
 def main(options: argparse.Namespace) -> None:
     """Fill the table, print it, or with --cell measure one line in this process."""
     disable_progress_bar()
-    if answer(Cell, options, machine(), measure):
-        return
-    if not options.table:
-        todo = missing(Cell, cells(), options)
-        with tempfile.TemporaryDirectory() as temporary:
-            dense_smollm2(Path(temporary))
-            for number, cell in enumerate(todo, 1):
-                print(f"{number} of {len(todo)}: {cell.name}", flush=True)
-                append(options.out, measured(cell, "--models", temporary))
-    print_table(read(options.out))
+    table(Cell, options, machine(), measure=measure, fill=fill, show=print_table)
+
+
+def fill(options: argparse.Namespace) -> None:
+    """Measure the cells that are missing."""
+    todo = missing(Cell, cells(), options)
+    with tempfile.TemporaryDirectory() as temporary:
+        dense_smollm2(Path(temporary))
+        for number, cell in enumerate(todo, 1):
+            print(f"{number} of {len(todo)}: {cell.name}", flush=True)
+            append(options.out, measured(cell, "--models", temporary))
 
 
 def measure(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
@@ -100,14 +101,11 @@ def measure(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Print the results as Markdown."""
-    if not rows:
-        print("no results yet")
+    if not (names := measured_texts(rows)):
         return
-    print("\n\n".join(dict.fromkeys(row["machine"] for row in rows)) + "\n")
-    names = list(rows[0]["perplexity"])
     head = ["zeros", "effort", "windows", "estimated, s", "took, s", "ratio"]
     head += [f"perplexity {name}" for name in names]
-    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    print_head(head)
     for row in rows:
         cell = Cell(**row["cell"])
         ratio = row["seconds"] / row["estimated"]

@@ -38,9 +38,9 @@ COMMANDS = (
     "python3 -m venv .venv",
     '.venv/bin/pip install -q -c constraints.txt ".[runtime,plots]"',
     f".venv/bin/hf-sparse prune {MODEL} smollm2-sparse --pattern 2:4 --method wanda"
-    " --calibration calibration.txt --num-samples 32 --window 512",
+    " --calibration calibration.txt --num-samples 8 --window 512",
     f".venv/bin/hf-sparse eval smollm2-sparse --dense {MODEL} --text held_out.txt --window 512"
-    " --max-windows 16 --record",
+    " --max-windows 4 --record",
     ".venv/bin/hf-sparse report smollm2-sparse --html report.html --figures smollm2-sparse/figures",
     f".venv/bin/hf-sparse push smollm2-sparse {SPARSE}",
 )

@@ -101,6 +101,21 @@ def windows(place: Place, tokenizer: Any, number: int, window: int = WINDOW) -> 
     return hf_sparse.calibration_batches(tokenizer, documents, num_samples=number, window=window)
 
 
+def save(
+    place: Place,
+    name: str,
+    model: Any,
+    config: SparsityConfig | None,
+    tokenizer: Any,
+    report: Any,
+    metrics: list[Metric],
+    **told: Any,
+) -> None:
+    """Save a sparse model with its figures, and what else its card tells."""
+    made = {"tokenizer": tokenizer, "report": report, "metrics": metrics}
+    hf_sparse.save_pretrained(model, place.of(name), config, **made, **told)
+
+
 def prune_smollm2(place: Place, name: str, config: SparsityConfig, recovered: int) -> None:
     """SparseGPT, and recovery by masked LoRA on so many windows."""
     dense = place.dense("smollm2")
@@ -112,16 +127,8 @@ def prune_smollm2(place: Place, name: str, config: SparsityConfig, recovered: in
         hf_sparse.recover_(model, windows(place, tokenizer, recovered), "lora", seed=SEED)
         report = None
     found = metrics(perplexities(place, model, tokenizer), perplexities(place, teacher, tokenizer))
-    hf_sparse.save_pretrained(
-        model,
-        place.of(name),
-        config,
-        tokenizer=tokenizer,
-        report=report,
-        metrics=found,
-        base_model=SMOLLM2,
-        card_data={"license": "apache-2.0", "language": "en"},
-    )
+    card = {"license": "apache-2.0", "language": "en"}
+    save(place, name, model, config, tokenizer, report, found, base_model=SMOLLM2, card_data=card)
 
 
 def learn(
@@ -254,16 +261,9 @@ def save_classifier(
     """Measure both models and save one."""
     scores = [evaluate(found, validation, "accuracy") for found in (model, dense)]
     model.eval()
-    hf_sparse.save_pretrained(
-        model,
-        place.of(name),
-        config,
-        tokenizer=tokenizer,
-        report=report,
-        metrics=[Metric("accuracy, SST-2 validation, %", *scores)],
-        base_model=base,
-        card_data={"license": "apache-2.0", **DATA} if base else DATA,
-    )
+    measured = [Metric("accuracy, SST-2 validation, %", *scores)]
+    card = {"license": "apache-2.0", **DATA} if base else DATA
+    save(place, name, model, config, tokenizer, report, measured, base_model=base, card_data=card)
 
 
 def shrunk_minilm(place: Place, name: str) -> None:
@@ -322,15 +322,8 @@ def pruned_gpt2(place: Place, name: str, config: SparsityConfig) -> None:
     model = copy.deepcopy(teacher)
     report = hf_sparse.prune_(model, config, "alps", windows(place, tokenizer, 64, LENGTH))
     found = [perplexities(place, one, tokenizer, LENGTH) for one in (model, teacher)]
-    hf_sparse.save_pretrained(
-        model,
-        place.of(name),
-        config,
-        tokenizer=tokenizer,
-        report=report,
-        metrics=metrics(*found),
-        card_data={"language": "en", "datasets": ["allenai/c4"]},
-    )
+    card = {"language": "en", "datasets": ["allenai/c4"]}
+    save(place, name, model, config, tokenizer, report, metrics(*found), card_data=card)
 
 
 DENSE: dict[str, Callable[[Place, Path], Any]] = {

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cells import Keyed, add_flags, append, measured, missing, table
+from cells import Keyed, add_flags, append, measured, measured_texts, missing, print_head, table
 
 if __name__ == "__main__":  # help and wrong usage need no slow import
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -283,15 +283,12 @@ def timed(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Any], f
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Print the results as Markdown."""
     found = {Cell(**row["cell"]): row for row in rows}
-    if not found:
-        print("no results yet")
+    if not (names := measured_texts(rows)):
         return
-    print("\n\n".join(dict.fromkeys(row["machine"] for row in rows)) + "\n")
-    names = list(rows[0]["perplexity"])
     head = ["zeros", "recovery", "lr", *(f"perplexity {name}" for name in names)]
     head += [f"recovered {name}" for name in names]
     head += ["sparsity", "same zeros", "CPU s per window", "peak, MB"]
-    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    print_head(head)
     dense = found.get(Cell("0 %"))
     for cell, row in found.items():
         pruned = found.get(Cell(cell.zeros))

@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ if __name__ == "__main__":  # help and wrong usage need no slow import
     parser.add_argument("--model", choices=("llama", "mixture"), default="llama")
     parser.add_argument("--method", default="sparsegpt")
     parser.add_argument("--num-samples", type=int, default=12, help="windows of 512 tokens")
+    parser.add_argument("--blocks", type=int, help="of the model (default: those of its shape)")
     parser.add_argument("--limit-gb", type=float, default=3.0)
     parser.add_argument(
         "--kill-after", type=float, help="seconds after which a second run is killed"
@@ -77,6 +79,8 @@ def main(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=options.work) as temporary:
         folder = Path(temporary)
         shape = SHAPES[options.model]
+        if options.blocks is not None:
+            shape = type(shape)(**{**shape.to_dict(), "num_hidden_layers": options.blocks})
         weights = make_checkpoint(shape, folder / "dense")
         size = weights * shape.dtype.itemsize
         print(
@@ -205,6 +209,8 @@ def prune(options: argparse.Namespace) -> None:
         torch.randint(0, SHAPES[options.model].vocab_size, (1, 512), generator=generator)
         for _ in range(options.num_samples)
     ]
+    watch = Anonymous()
+    watch.start()
     report = hf_sparse.prune_checkpoint(
         options.source,
         options.output,
@@ -219,8 +225,28 @@ def prune(options: argparse.Namespace) -> None:
     print(
         f"{len(batches)} windows of 512 tokens, {torch.get_num_threads()} threads: {taken[0]:.1f} "
         f"minutes with loading and saving, {taken[1]:.1f} of CPU; peak RSS {peak_mb() / 1000:.2f} GB, "
-        f"{hard}"
+        f"without pages of files {watch.peak:.2f} GB, {hard}"
     )
+
+
+class Anonymous(threading.Thread):
+    """Watches the memory of this process that is no page of a file, ten times a second (Linux).
+
+    Attributes:
+        peak: the most so far, in GB.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0.0
+
+    def run(self) -> None:
+        """Watch until the process ends."""
+        while True:
+            status = Path("/proc/self/status").read_text()
+            line = next(line for line in status.splitlines() if line.startswith("RssAnon:"))
+            self.peak = max(self.peak, int(line.split()[1]) * 1024 / 1e9)
+            time.sleep(0.1)
 
 
 def enter_group(limit: int) -> bool:

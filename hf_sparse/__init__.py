@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from hf_sparse.adapters.merging import merge_adapters_ as merge_adapters_
     from hf_sparse.budget import allocate as allocate
     from hf_sparse.budget import sparsity_for as sparsity_for
+    from hf_sparse.byte_budget import BitBudget as BitBudget
+    from hf_sparse.byte_budget import bit_budget as bit_budget
     from hf_sparse.calibration.labels import labelled_batches as labelled_batches
     from hf_sparse.calibration.windows import calibration_batches as calibration_batches
     from hf_sparse.checkpoint.inspect import inspect_checkpoint as inspect_checkpoint
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "ChoiceReport": "hf_sparse.zeroshot.report",
+    "BitBudget": "hf_sparse.byte_budget",
     "Distillation": "hf_sparse.distillation",
     "DropReport": "hf_sparse.dropping.report",
     "ExpertReport": "hf_sparse.dropping.expert_report",
@@ -108,6 +111,7 @@ _PUBLIC = {
     "add_shrinkage_": "hf_sparse.optim.shrinkage",
     "allocate": "hf_sparse.budget",
     "benchmark": "hf_sparse.timing",
+    "bit_budget": "hf_sparse.byte_budget",
     "calibration_batches": "hf_sparse.calibration.windows",
     "compile": "hf_sparse.runtime.model.compiled",
     "convert_legacy": "hf_sparse.checkpoint.legacy",

@@ -107,6 +107,13 @@ def add_model(
     return group
 
 
+def add_folder(command: argparse.ArgumentParser, title: str, help: str) -> Any:
+    """Add the group of flags that name a checkpoint's folder; the group is returned."""
+    group = command.add_argument_group(title)
+    group.add_argument("folder", metavar="FOLDER", help=help)
+    return group
+
+
 def add_calibration(command: Any, told: str, *, required: bool) -> None:
     """Add the group of flags that name calibration data: texts, or rows with labels."""
     calibration = command.add_argument_group("calibration", told)

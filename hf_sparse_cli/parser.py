@@ -20,6 +20,7 @@ from hf_sparse_cli.choices import (
 from hf_sparse_cli.effort import add_effort
 from hf_sparse_cli.flags import (
     TEXT,
+    add_folder,
     add_labels,
     add_loading,
     add_model,
@@ -258,8 +259,7 @@ def _add_push(commands: Any) -> None:
         "FOLDER REPO_ID",
         ["SPARSE user/name-sparse --dry-run", "SPARSE user/name-sparse --onnx"],
     )
-    what = command.add_argument_group("what to upload")
-    what.add_argument("folder", metavar="FOLDER", help="checkpoint folder, or that of an adapter")
+    what = add_folder(command, "what to upload", "checkpoint folder, or that of an adapter")
     what.add_argument(
         "--base", help="folder or Hub name of the adapter's base model (default: what it names)"
     )
@@ -293,8 +293,7 @@ def _add_convert(commands: Any) -> None:
         "FOLDER OUTPUT",
         ["OLD_FOLDER NEW_FOLDER"],
     )
-    what = command.add_argument_group("what to convert")
-    what.add_argument("folder", metavar="FOLDER", help="the old checkpoint folder")
+    add_folder(command, "what to convert", "the old checkpoint folder")
     output = output_group(command, "folder to save the converted model in")
     output.add_argument(
         "--format", default="auto", choices=FORMATS, metavar="NAME", help="storage (default auto)"

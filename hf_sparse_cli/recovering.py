@@ -8,6 +8,7 @@ from typing import Any
 from hf_sparse_cli.choices import FORMATS, RECOVERIES
 from hf_sparse_cli.flags import (
     TEXT,
+    add_folder,
     add_loading,
     add_overwrite,
     add_printing,
@@ -27,8 +28,7 @@ def add_recover(commands: Any) -> None:
         "FOLDER OUTPUT --data FILE [FILE ...] [--method NAME]",
         ["SPARSE OUTPUT --data text.jsonl --method lora --teacher DENSE"],
     )
-    what = command.add_argument_group("what to train")
-    what.add_argument("folder", metavar="FOLDER", help="folder or Hub name of the sparse model")
+    what = add_folder(command, "what to train", "folder or Hub name of the sparse model")
     add_loading(what)
     how = command.add_argument_group("how to train", named_list("methods", RECOVERIES))
     how.add_argument(

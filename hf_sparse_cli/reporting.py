@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hf_sparse_cli.flags import add_printing, command_parser
+from hf_sparse_cli.flags import add_folder, add_printing, command_parser
 
 
 def add_report(commands: Any) -> None:
@@ -56,6 +56,5 @@ def add_inspect(commands: Any) -> None:
         "FOLDER",
         ["SPARSE", "user/name-sparse --tensors"],
     )
-    what = command.add_argument_group("what to read")
-    what.add_argument("folder", metavar="FOLDER", help="folder, or user/name on the Hub")
+    add_folder(command, "what to read", "folder, or user/name on the Hub")
     add_printing(command.add_argument_group("output"), tensors=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,21 +42,43 @@ def sensitivities(
     Outputs of padding count nowhere. The weights are changed for a while, one layer at a time, and put
     back.
     """
+    pattern = Pattern.parse("unstructured")
+    kept = {layer.name: pattern.keep(scores[layer.name], PROBE) for layer in layers}
+    changes = output_changes(model, layers, lambda one: one.weight * kept[one.name], batches)
+    return {
+        name: change / max(lost_energy(scores[name], kept[name]), _TINY)
+        for name, change in changes.items()
+    }
+
+
+@torch.no_grad()
+def output_changes(
+    model: nn.Module,
+    layers: Sequence[TargetLayer],
+    changed: Callable[[TargetLayer], Tensor],
+    batches: Sequence[Mapping[str, Tensor]],
+) -> dict[str, float]:
+    """How far the model's output moves, in squares and relative, when one layer alone is changed.
+
+    Args:
+        model: its weights are changed for a while, one layer at a time, and put back.
+        layers: of the model.
+        changed: gives the weight of a layer, `(out_features, in_features)`, that is tried.
+        batches: inputs; outputs of padding count nowhere.
+    """
     wanted = _outputs(model, batches)
     size = sum(float(output.square().sum()) for output in wanted)
     found = {}
     for layer in layers:
-        score = scores[layer.name]
-        kept = Pattern.parse("unstructured").keep(score, PROBE)
         before = layer.weight.clone()
         try:
-            layer.weight.mul_(kept)
-            changed = _outputs(model, batches)
+            layer.weight.copy_(changed(layer))
+            outputs = _outputs(model, batches)
         finally:
             layer.weight.copy_(before)
-        pairs = zip(changed, wanted, strict=True)
-        error = sum(float((a - b).square().sum()) for a, b in pairs) / max(size, _TINY)
-        found[layer.name] = error / max(lost_energy(score, kept), _TINY)
+        pairs = zip(outputs, wanted, strict=True)
+        error = sum(float((a - b).square().sum()) for a, b in pairs)
+        found[layer.name] = error / max(size, _TINY)
     return found
 
 

@@ -183,7 +183,7 @@ class SparseHfQuantizer(Restorer):
                         f"{wanted}"
                     )
                 FORMATS[layout.format].check_direction(layout, transposed)
-                weight = decompress(parts)
+                weight = decompress(parts, layout)
                 coded = layout.coding is not None
                 promised = local in self._targets or is_target(
                     stored.name if stored else name, True, config, coded=coded

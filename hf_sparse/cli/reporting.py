@@ -10,16 +10,9 @@ import hf_sparse
 
 def report(options: argparse.Namespace) -> int:
     """Write a page about models, and their pictures."""
-    made = hf_sparse.report(
-        options.models,
-        options.html,
-        figures=options.figures,
-        base=options.base,
-        matrix=options.matrix,
-        latency=options.latency,
-        tokens=options.tokens,
-        repeats=options.repeats,
-    )
+    flags = ("figures", "base", "matrix", "latency", "tokens", "repeats")
+    given = {name: getattr(options, name) for name in flags}
+    made = hf_sparse.report(options.models, options.html, **given)
     size = len(made.html.encode())
     if options.json:
         pictures = {picture.name: picture.title for picture in made.pictures}

@@ -147,7 +147,6 @@ def load_compiled(
     described = _read_description(folder)
     try:
         tensors = _read_weights(folder / COMPILED_WEIGHTS, described)
-        check_digests(described, tensors)
         stacks = restore_stacks(described["config"]["model_type"], tensors, described)
         old = is_old(described["layout"])
         if old:
@@ -160,6 +159,7 @@ def load_compiled(
         fill(model, rest, under(_BUFFER, tensors))
         set_generation(model, described["generation"])
         coding = _head_coding(described.get("head"))
+        check_digests(described, tensors)  # last: the other checks tell more of what is wrong
     except Exception as error:  # a damaged description can make any class of a config fail
         raise FormatError(f"{folder}: {error or repr(error)}") from error
     if old:

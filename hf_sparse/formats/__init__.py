@@ -124,16 +124,20 @@ def can_compress(weight: Tensor) -> bool:
     return weight.ndim in (2, 3) and weight.dtype in _FLOATS
 
 
-def decompress(parts: Mapping[str, Tensor]) -> Tensor:
+def decompress(parts: Mapping[str, Tensor], layout: Layout | None = None) -> Tensor:
     """Rebuild a weight from the parts that `compress` gave, on the device of its values.
 
     Coded values come back as float32: the exact products of codes and scales.
+
+    Args:
+        parts: of the weight.
+        layout: what `read_layout` gave for these parts; None: it is read.
 
     Raises:
         FormatError: the parts contradict each other. Nothing is trusted: types, lengths, counts
             and ranges are checked before a weight is returned.
     """
-    layout, values = read_layout(parts), parts[""]
+    layout, values = layout or read_layout(parts), parts[""]
     rows, columns = layout.all_rows, layout.columns
     try:
         if layout.coding is not None:

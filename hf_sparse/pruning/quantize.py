@@ -177,8 +177,22 @@ def quantize_(
         method,
         targets.config.grid_values(),
         time.perf_counter() - start,
-        notes.lines(),
+        (*notes.lines(), *_left_out(model, targets)),
     )
+
+
+def _left_out(model: nn.Module, targets: Targets) -> tuple[str, ...]:
+    """What a report tells of the layers that `ignore` keeps out of the grid."""
+    config = targets.config
+    if config.grid is None or not config.ignore:
+        return ()
+    own = {layer.name for layer in targets.layers}
+    whole = Targets.of(model, replace(config, ignore=())).layers
+    left = [layer.name for layer in whole if layer.name not in own]
+    if not left:
+        return ()
+    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+    return (f"{len(left)} layers stay as they are, by ignore: {', '.join(left[:3])}{more}.",)
 
 
 @torch.no_grad()

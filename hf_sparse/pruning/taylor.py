@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hf_sparse.calibration.attending import fast_attention
 from hf_sparse.calibration.losses import check_labels, loss_of
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.processes import summed
@@ -65,7 +66,7 @@ def _unit_scores(task: Task) -> dict[str, Tensor]:
     pattern = task.config.pattern
     parameters = parameters_of(task.layers)
     found: dict[str, Tensor] = {}
-    with switched(task.model, trained=parameters):
+    with switched(task.model, trained=parameters), fast_attention(task.model, task.batches):
         for batch in steps(task.batches, "Measuring gradients"):
             grads = torch.autograd.grad(loss_of(task.model, batch), parameters, allow_unused=True)
             by_parameter = {id(p): grad for p, grad in zip(parameters, grads, strict=True)}

@@ -61,6 +61,11 @@ CALLS: dict[str, Callable[[Path], dict[str, Any]]] = {
     },
     "allocate": lambda _: {"model": tiny_model("llama"), "budget": 0.5},
     "benchmark": lambda _: {"model": tiny_model("llama")},
+    "bit_budget": lambda _: {
+        "model": tiny_model("llama"),
+        "budget": 0.5,
+        "batches": tiny_batches("llama"),
+    },
     "calibration_batches": lambda _: {"tokenizer": tiny_tokenizer(), "documents": prose()},
     "compile": lambda _: {"model": tiny_model("llama")},
     "convert_legacy": lambda folder: {"folder": folder, "output": folder / "out"},
@@ -130,6 +135,7 @@ CALLS: dict[str, Callable[[Path], dict[str, Any]]] = {
 # Calls without a parameter of a kind that is checked, and values that calls return.
 WITHOUT = {
     *(
+        "BitBudget",
         "ChoiceReport",
         "DropReport",
         "ExpertReport",

@@ -32,6 +32,7 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "load_adapter": lambda model, folder: hf_sparse.load_adapter(model, folder),
     "merge_adapters_": lambda model, _: hf_sparse.merge_adapters_(model),
     "Distillation": lambda model, _: hf_sparse.Distillation(model),
+    "bit_budget": lambda model, _: hf_sparse.bit_budget(model, 0.5, tiny_batches("llama")),
     "allocate": lambda model, _: hf_sparse.allocate(model, 0.5),
     "perplexity": lambda model, _: hf_sparse.perplexity(model, tiny_tokenizer(), "text"),
     "accuracy": lambda model, _: hf_sparse.accuracy(model, tiny_tokenizer(), ["a"], [0]),

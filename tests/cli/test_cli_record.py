@@ -6,17 +6,14 @@ from pathlib import Path
 
 import pytest
 
-import hf_sparse
 from hf_sparse_cli import main
-from tests.support.tiny_models import prose, tiny_model, tiny_tokenizer
+from tests.support.dense_folders import sparse_folders
+from tests.support.tiny_models import prose
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    for name, seed in (("dense", 1), ("sparse", 0)):
-        model = tiny_model("llama", seed)
-        hf_sparse.prune_(model, hf_sparse.SparsityConfig("2:4"), "magnitude")
-        hf_sparse.save_pretrained(model, tmp_path / name, tokenizer=tiny_tokenizer())
+    sparse_folders(tmp_path)
     (tmp_path / "held_out.txt").write_text(prose()[:4000])
     return tmp_path
 

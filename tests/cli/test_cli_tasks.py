@@ -13,16 +13,14 @@ from hf_sparse.checkpoint.same_weights import hash_weights
 from hf_sparse.checkpoint.save import tensors_to_store
 from hf_sparse.provenance.record import provenance_of
 from hf_sparse_cli import main
-from tests.support.tiny_models import tiny_model, tiny_tokenizer
+from tests.support.dense_folders import sparse_folders
+from tests.support.tiny_models import tiny_tokenizer
 from tests.zeroshot.test_zeroshot import choice_rows
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    for name, seed in (("dense", 1), ("sparse", 0)):
-        model = tiny_model("llama", seed)
-        hf_sparse.prune_(model, hf_sparse.SparsityConfig("2:4"), "magnitude")
-        hf_sparse.save_pretrained(model, tmp_path / name, tokenizer=tiny_tokenizer())
+    sparse_folders(tmp_path)
     for name in ("arc_easy", "piqa"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, choice_rows(8))))
     return tmp_path

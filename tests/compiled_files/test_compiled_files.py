@@ -15,6 +15,7 @@ from hf_sparse.formats import FormatError
 from hf_sparse.runtime.model.compiled import linears_of
 from hf_sparse.runtime.model.families import COMPILED
 from tests.support.closeness import same
+from tests.support.compiled_folders import unsigned
 from tests.support.sparse_models import inputs, random_model
 from tests.support.tiny_models import CONFIGS
 
@@ -100,6 +101,7 @@ def rewrite(folder: Path, change) -> None:  # type: ignore[no-untyped-def]
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     change(tensors)
     save_file(tensors, file)
+    (folder / "compiled.json").write_text(json.dumps(unsigned(folder)))
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +193,7 @@ def test_streams_that_are_cut_off_are_found(folder: Path, part: str, how: str) -
 )
 def test_damaged_descriptions_are_found(folder: Path, change) -> None:  # type: ignore[no-untyped-def]
     file = folder / "compiled.json"
-    described = json.loads(file.read_text())
+    described = unsigned(folder)
     change(described)
     file.write_text(json.dumps(described))
     with pytest.raises(hf_sparse.FormatError):
@@ -233,7 +235,7 @@ def test_weights_of_two_bytes_come_back_and_are_checked(
     with torch.no_grad():
         assert same(loaded(**given).logits, model(**given).logits)
     file = tmp_path / "compiled.json"
-    whole = file.read_text()
+    whole = json.dumps(unsigned(tmp_path))
     for wrong in ("torch.float32", "torch.int8"):
         file.write_text(
             whole.replace(f'"dtype": "{kind}", "parts"', f'"dtype": "{wrong}", "parts"')
@@ -273,7 +275,7 @@ def test_shared_blocks_come_back_and_their_order_is_checked(tmp_path: Path) -> N
         found = hf_sparse.load_compiled(tmp_path)(**given).logits
         assert same(found, model(**given).logits)
     file = tmp_path / "compiled.json"
-    described = json.loads(file.read_text())
+    described = unsigned(tmp_path)
     assert described["order"] == [0, 1, 0, 1, 0, 1, 2, 3, 2, 3]
     described["order"] = [0, 1, 0, 1, 2, 3, 2, 3, 2, 3]
     file.write_text(json.dumps(described))

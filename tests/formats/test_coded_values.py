@@ -208,7 +208,7 @@ def test_half_a_byte_behind_the_last_value_is_refused():
     weight = torch.zeros(1, 32)
     weight[0, 3] = 1.0
     parts = compress(weight, "bitmask", grid=Grid(4))
-    assert parts[""].tolist() == [4]
+    assert parts[""].tolist() == [8]
     refused({**parts, "": torch.tensor([0x14], dtype=torch.uint8)}, "behind the last one, number 0")
     parts = compress(weight, "bitmask", grid=Grid(4, None, False))
     assert parts["zero_points"].tolist() == [0]

@@ -40,7 +40,7 @@ FLOORS = [
         "budget",
         "timing",
     ],
-    ["recover", "slimming", "shrinking", "zeroshot"],
+    ["recover", "slimming", "shrinking", "zeroshot", "byte_budget"],
     ["effort"],
     ["saving", "uploads"],
     ["hub"],

@@ -17,6 +17,7 @@ from hf_sparse.checkpoint.source import stored_in
 from hf_sparse.cli import main
 from hf_sparse.provenance.record import provenance_of
 from tests.support.exporting import needs_export
+from tests.support.sparse_models import pruned_and_loaded
 from tests.support.tiny_models import (
     prose,
     tiny_batches,
@@ -79,11 +80,7 @@ def test_what_config_json_tells_is_read_back(sparse: Path) -> None:
 
 
 def test_every_step_is_told_once_and_in_order(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    batches = tiny_batches("llama")
-    hf_sparse.prune_(model, SparsityConfig("column", 0.25), "wanda", batches)
-    hf_sparse.save_pretrained(model, tmp_path / "a")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    model = pruned_and_loaded(tmp_path / "a", SparsityConfig("column", 0.25), "wanda")
     hf_sparse.shrink_(model)
     report = hf_sparse.prune_(model, SparsityConfig("2:4", targets=["mlp.*"]), "magnitude")
     assert methods_of(model) == ["wanda", "shrink", "magnitude"]

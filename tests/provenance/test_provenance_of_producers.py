@@ -17,6 +17,7 @@ from hf_sparse import SparseAdamW, Sparsifier, SparsityConfig, sparse_param_grou
 from hf_sparse.provenance.record import provenance_of
 from hf_sparse.provenance.values import Calibration, Step
 from tests.checkpoint.test_legacy import sparse_llama, write_legacy
+from tests.support.sparse_models import pruned_and_loaded
 from tests.support.tiny_models import tiny_batches, tiny_classifier, tiny_model
 
 CONFIG = SparsityConfig("unstructured", 0.6)
@@ -202,11 +203,9 @@ def test_a_teacher_is_told_with_the_training(tmp_path: Path, way: str) -> None:
 
 
 def test_of_two_prunings_both_are_told_in_full(tmp_path: Path) -> None:
-    model = tiny_model("llama")
+    first = SparsityConfig("unstructured", 0.7)
+    model = pruned_and_loaded(tmp_path / "first", first, "sparsegpt")
     batches = tiny_batches("llama")
-    hf_sparse.prune_(model, SparsityConfig("unstructured", 0.7), "sparsegpt", batches)
-    hf_sparse.save_pretrained(model, tmp_path / "first")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
     hf_sparse.prune_(model, SparsityConfig("2:4", targets="mlp.*"), "wanda", batches)
     card = card_of(model, tmp_path / "second")
     first, second = (rows(part) for part in re.split(r"### Step \d", card)[1:])

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import hf_sparse
 from hf_sparse_cli import main
 from tests.support.tiny_models import prose, tiny_model, tiny_tokenizer
 
@@ -27,6 +28,14 @@ def dense_folder(folder: Path, model: Any = None, characters: int = 4000) -> Pat
     tiny_tokenizer().save_pretrained(dense)
     (folder / "text.txt").write_text(prose()[:characters])
     return dense
+
+
+def sparse_folders(folder: Path) -> None:
+    """Save two pruned Llamas, with their tokenizers, in `folder/dense` and in `folder/sparse`."""
+    for name, seed in (("dense", 1), ("sparse", 0)):
+        model = tiny_model("llama", seed)
+        hf_sparse.prune_(model, hf_sparse.SparsityConfig("2:4"), "magnitude")
+        hf_sparse.save_pretrained(model, folder / name, tokenizer=tiny_tokenizer())
 
 
 def shrunk(model: Any, folder: Path, flags: str, capsys: Any) -> tuple[Any, Any]:

@@ -136,6 +136,7 @@ _OPTIMIZING = ("SparseAdamW", "sparse_param_groups")
 BESIDE: dict[str, Callable[[], dict[str, Any]]] = {
     "labelled_batches(": classifier_given,
     "export_gguf(": quantized_given,
+    "bit_budget(": lambda: {"model": tiny_model("llama")},
     "drop_experts_(": lambda: {"model": tiny_mixture("mixtral")},
     "drop_hidden_(": lambda: {"model": transformers.AutoModelForCausalLM.from_pretrained(CAUSAL)},
     "optimize_model(": lambda: {"model": tiny_model("llama", num_hidden_layers=2)},

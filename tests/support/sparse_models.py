@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import hf_sparse
 from hf_sparse import SparsityConfig
 from hf_sparse.optim.zeros import sparse_layers
 from hf_sparse.runtime.model.families import COMPILED
-from tests.support.tiny_models import tiny_model
+from tests.support.tiny_models import tiny_batches, tiny_model
 
 
 def sparse_model(family: str = "llama", pattern: str = "2:4", **changes: Any) -> Any:
@@ -25,6 +26,14 @@ def sparse_model(family: str = "llama", pattern: str = "2:4", **changes: Any) ->
     sparsity = None if ":" in pattern else 0.6
     hf_sparse.prune_(model, SparsityConfig(pattern, sparsity), "magnitude")
     return model
+
+
+def pruned_and_loaded(folder: Path, config: SparsityConfig, method: str) -> Any:
+    """A tiny Llama that was pruned on data, saved to a folder and loaded from it."""
+    model = tiny_model("llama")
+    hf_sparse.prune_(model, config, method, tiny_batches("llama"))
+    hf_sparse.save_pretrained(model, folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def places(model: Any) -> dict[str, Tensor]:

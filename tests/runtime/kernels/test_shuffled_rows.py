@@ -29,7 +29,7 @@ from hf_sparse.runtime.weights.shuffled import (
 )
 from hf_sparse.runtime.weights.single_rows import choose_kernel
 from tests.support.closeness import same
-from tests.support.compiled_folders import DECODER, logits
+from tests.support.compiled_folders import DECODER, logits, unsigned
 from tests.support.crosses import cross
 from tests.support.kernel_references import unpack_shuffled
 from tests.support.single_tokens import check_nan_stays_in_its_sequence, check_rows
@@ -171,7 +171,7 @@ def test_a_window_in_a_file_that_its_streams_do_not_fit_is_refused(pruned, tmp_p
         pytest.skip("weights are not shuffled here")
     hf_sparse.save_compiled(hf_sparse.compile(pruned), tmp_path)
     file = tmp_path / "compiled.json"
-    described = json.loads(file.read_text())
+    described = unsigned(tmp_path)
     for window, message in (
         ([8, 2], "words have the shape"),
         ([8, 3], "none"),

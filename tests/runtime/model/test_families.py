@@ -41,6 +41,7 @@ from tests.support.compiled_families import (
     seen,
     tensors_of,
 )
+from tests.support.compiled_models import change_attribute, compiled_for
 from tests.support.crosses import cross
 from tests.support.tiny_models import CONFIGS
 
@@ -206,10 +207,7 @@ def test_a_saved_model_comes_back(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", some(("mpnet", "modernbert", "gemma2"), ("gemma2",)))
 def test_other_vector_widths(family: str, name: str) -> None:
     model, _ = pair(family)
-    try:
-        compiled = hf_sparse.compile(model, target=name)
-    except ValueError as error:
-        pytest.skip(str(error))
+    compiled = compiled_for(name, model)
     given = inputs_of(family, 2, 45)
     with torch.no_grad():
         torch.testing.assert_close(compiled(**given)[0], model(**given)[0], **TOLERANCE)
@@ -261,11 +259,6 @@ def test_sequences_past_the_positions_are_an_error_as_in_torch(family: str) -> N
     for one in pair(family):
         with torch.no_grad(), pytest.raises((IndexError, RuntimeError)):
             one(**inputs_of(family, 1, 131))
-
-
-def change_attribute(block: Any, name: str) -> None:
-    path, _, last = name.rpartition(".")
-    setattr(block.get_submodule(path), last, 0.123)
 
 
 @pytest.mark.parametrize(

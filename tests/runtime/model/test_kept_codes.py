@@ -20,7 +20,7 @@ from hf_sparse.structure.layers import PRUNED_WITH, target_layers
 from tests.runtime.model.test_bits import MODELS, distance, model_for
 from tests.support.closeness import same
 from tests.support.compiled_families import inputs_of, model_of
-from tests.support.compiled_folders import logits
+from tests.support.compiled_folders import logits, unsigned
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -62,7 +62,7 @@ def test_a_changed_description_is_refused(name: str, tmp_path: Path) -> None:
     changes, message = CHANGES[name]
     hf_sparse.save_compiled(hf_sparse.compile(model_for("llama", "2:4"), bits=8), tmp_path)
     file = tmp_path / "compiled.json"
-    described = json.loads(file.read_text())
+    described = unsigned(tmp_path)
     described["blocks"][1]["linears"]["qkv"] |= changes
     file.write_text(json.dumps(described))
     with pytest.raises(FormatError, match=message):
@@ -73,7 +73,7 @@ def test_a_changed_description_is_refused(name: str, tmp_path: Path) -> None:
 def test_a_head_that_is_no_grid_is_refused(told: Any, tmp_path: Path) -> None:
     hf_sparse.save_compiled(hf_sparse.compile(model_for("gpt2"), bits=8), tmp_path)
     file = tmp_path / "compiled.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"head": told}))
+    file.write_text(json.dumps(unsigned(tmp_path) | {"head": told}))
     with pytest.raises(FormatError):
         hf_sparse.load_compiled(tmp_path)
 

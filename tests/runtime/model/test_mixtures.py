@@ -16,6 +16,7 @@ from hf_sparse.formats import FormatError
 from hf_sparse.runtime.model.compiled import stack_of
 from hf_sparse.upstream.transformers.caches import cache_name
 from tests.support.compiled_families import inputs_of, model_of
+from tests.support.compiled_folders import unsigned
 
 MIXTURES = ["mixtral", "qwen3_moe"]
 TOLERANCE = {"atol": 3e-5, "rtol": 1e-4}
@@ -130,7 +131,7 @@ def test_a_function_of_experts_of_the_users_own_is_kept(monkeypatch: pytest.Monk
 def test_damaged_descriptions_of_mixtures_are_refused(change: Any, tmp_path: Path) -> None:
     hf_sparse.save_compiled(hf_sparse.compile(model_of("mixtral")), tmp_path)
     file = tmp_path / "compiled.json"
-    described = json.loads(file.read_text())
+    described = unsigned(tmp_path)
     change(described["blocks"][0])
     file.write_text(json.dumps(described))
     with pytest.raises(FormatError):

@@ -30,6 +30,7 @@ from hf_sparse.upstream.transformers.caches import cache_name
 from tests.support.closeness import same
 from tests.support.compiled_families import tensors_of
 from tests.support.compiled_folders import in_a_child
+from tests.support.compiled_models import compiled_for
 from tests.support.guarded_memory import guard_the_runtime
 from tests.support.pairs import CONFIGS, ids_of, inputs_of, pair_of
 
@@ -233,10 +234,7 @@ def test_patterns(family: str, pattern: str) -> None:
 @pytest.mark.parametrize("family", some(VARIED, ()))
 def test_other_vector_widths(family: str, name: str) -> None:
     model, _ = pair(family)
-    try:
-        compiled = hf_sparse.compile(model, target=name)
-    except ValueError as error:
-        pytest.skip(str(error))
+    compiled = compiled_for(name, model)
     ids, mask = ids_of(2, 45, right=4)
     generated = [one.generate(ids, attention_mask=mask, **GENERATED) for one in (model, compiled)]
     assert torch.equal(*generated)

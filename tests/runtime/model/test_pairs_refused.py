@@ -19,6 +19,7 @@ from hf_sparse.checkpoint.writing import COMPILED_DESCRIPTION, COMPILED_WEIGHTS
 from hf_sparse.runtime.model.pairs import PAIRS
 from hf_sparse.upstream.transformers.caches import cache_name
 from tests.support.compiled_folders import write
+from tests.support.compiled_models import change_attribute
 from tests.support.pairs import ids_of, inputs_of, pair_of
 
 
@@ -117,11 +118,6 @@ def test_one_of_the_two_alone_goes_layer_by_layer(part: str) -> None:
     model = getattr(pair_of("bart").model, part)
     compiled = hf_sparse.compile(model)
     assert "has no encoder and no decoder" in compiled.explain(tokens=1).reason
-
-
-def change_attribute(block: Any, name: str) -> None:
-    path, _, last = name.rpartition(".")
-    setattr(block.get_submodule(path), last, 0.123)
 
 
 @pytest.mark.parametrize(
