@@ -37,7 +37,7 @@ def test_a_padding_token_beyond_the_vocabulary_is_told(
 ) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token_id": 10**6}))
-    with pytest.raises(FormatError, match=r"config\.json describes no model.*[Pp]adding"):
+    with pytest.raises(FormatError, match=r"config\.json: it describes no model.*[Pp]adding"):
         hf_sparse.inspect_checkpoint(folder)
     assert main(["inspect", str(folder)]) == 1
     assert "describes no model" in capsys.readouterr().err

@@ -524,7 +524,7 @@ def test_other_checkpoints_are_refused(
 def test_configs_that_describe_no_model_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
     old = write_legacy(tmp_path / "old", sparse_llama())
     edit_config(old, lambda config: config.update(values))
-    with pytest.raises(FormatError, match=r"config.json describes no model"):
+    with pytest.raises(FormatError, match=r"config.json: it describes no model"):
         convert_legacy(old, tmp_path / "new")
 
 
