@@ -15,9 +15,8 @@ from hf_sparse_cli.words import in_flags
 PACKAGE = Path(hf_sparse.__file__).parent
 # Rooms that no command enters, or whose errors are about Python objects that commands make right.
 UNREACHED = (
-    *("optim/", "models/", "distillation.py", "budget.py", "recovery/frozen.py"),
-    *("recovery/adapter", "recovery/masked_lora.py", "recovery/shira.py", "arguments.py"),
-    *("suggestions.py", "pruning/texts.py", "runtime/", "cli/"),
+    *("optim/", "models/", "distillation.py", "budget.py", "byte_budget.py", "arguments.py"),
+    *("suggestions.py", "runtime/", "cli/"),
 )
 CALLS = ("prune_", "prune_checkpoint", "recover_", "shrink_", "export_onnx", "calibration_batches")
 # Errors about arguments that a command always makes right.
