@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_sparse.arguments import check_kinds
 from hf_sparse.calibration.texts import check_tokenizer, documents_of
 from hf_sparse.suggestions import shortened
+from hf_sparse.upstream.torch import bytes_of
 from hf_sparse.upstream.transformers.caches import cache_in
 
 
@@ -249,8 +250,7 @@ def fingerprint(batches: Iterable[Mapping[str, Any]]) -> str:
             digest.update(name.encode())
             if isinstance(value, Tensor):
                 digest.update(str(tuple(value.shape)).encode())
-                plain = value.detach().cpu().reshape(-1).contiguous()
-                digest.update(plain.view(torch.uint8).numpy().data)
+                digest.update(bytes_of(value).numpy().data)
             else:
                 digest.update(repr(value).encode())
     return digest.hexdigest()

@@ -34,7 +34,7 @@ from hf_sparse.structure.experts import ExpertStack
 from hf_sparse.structure.families import base_type
 from hf_sparse.structure.parts import PARTS, sizes_in
 from hf_sparse.structure.units import resize_
-from hf_sparse.upstream.transformers.configs import with_special_floats
+from hf_sparse.upstream.transformers.configs import NAME_OR_PATH, with_special_floats
 from hf_sparse.upstream.transformers.models import build
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ _COUNTED = {
 # What a config.json tells the loader, and not the model.
 _LOADER_KEYS = ("quantization_config", "auto_map")
 # Where a config was read, and the type of its weights: the model has the same names and shapes.
-_CHANGES_NO_SHAPE = (*_LOADER_KEYS, "_name_or_path", "transformers_version", "dtype")
+_CHANGES_NO_SHAPE = (*_LOADER_KEYS, NAME_OR_PATH, "transformers_version", "dtype")
 # What modules call the number of experts that a token is sent to.
 _CHOICES = ("top_k", "num_experts_per_tok")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_sparse.checkpoint.reading import StoredTensor, checkpoint_files, read_headers, read_parts
 from hf_sparse.formats import FormatError, decompress
+from hf_sparse.upstream.torch import bytes_of
 
 # Types in which adding zero makes 0.0 of -0.0, as compression does, and changes nothing else.
 _SIGNED_ZEROS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -31,8 +32,7 @@ class WeightsHash:
         digest = hashlib.blake2b(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode())
         if weight.dtype in _SIGNED_ZEROS:
             weight = weight + 0.0
-        flat = weight.reshape(-1).contiguous()
-        digest.update(flat.view(torch.uint8).numpy().data)
+        digest.update(bytes_of(weight).numpy().data)
         self._digests.append(digest.hexdigest())
 
     def hexdigest(self) -> str:

@@ -23,6 +23,7 @@ __all__ = [
     "adamw_step",
     "all_hooks",
     "buffers_of",
+    "bytes_of",
     "children_of",
     "copy_forward_hooks_",
     "foreach_clamp_max",
@@ -74,6 +75,16 @@ _FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _BACKWARD_HOOKS = ("_backward_pre_hooks", "_backward_hooks")
 _CALL_HOOKS = (*_FORWARD_HOOKS, *_BACKWARD_HOOKS)
 _STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor in one row, on the CPU; of one that is contiguous there, without a copy.
+
+    torch views numbers as bytes where neighbours lie side by side, which it also asks of a single
+    number: that may have any stride.
+    """
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)
 
 
 def onednn(operation: str) -> Callable[..., Any] | None:

@@ -21,7 +21,7 @@ from hf_sparse import SparsityConfig
 from hf_sparse.structure.layers import target_layers
 from tests.support.tiny_models import tiny_batches, tiny_model
 
-FILE = Path(__file__).with_name("masks.safetensors")
+FILE = Path(__file__).parent / "masks" / "masks.safetensors"
 METHODS = {"magnitude": "unstructured", "wanda": "2:4", "sparsegpt": "unstructured"}
 
 

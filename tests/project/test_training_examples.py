@@ -315,6 +315,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
 def test_every_example_is_tested() -> None:
     tests = [
         *("project/test_training_examples", "project/test_examples", "test_timing"),
+        "project/test_serving",
         *("exporters/test_export", "project/test_slim_example"),
     ]
     folder = Path(__file__).parents[1]

@@ -283,3 +283,15 @@ def test_onednn_multiplies_and_tells_whether_in_bfloat16() -> None:
 def test_a_torch_that_was_built_without_onednn_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._C, "_has_mkldnn", False)
     assert of_torch.onednn("_linear_pointwise") is None
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.bool, torch.int64], ids=str)
+def test_torch_views_any_tensor_as_bytes(kind: torch.dtype) -> None:
+    row = torch.arange(6).to(kind)
+    one = torch.ones(1).to(kind).as_strided((1,), (0,))
+    for tensor in (row, row.view(2, 3).T, row[::2], row[:1].expand(4), row[:0], one, one[0]):
+        wanted = tensor.reshape(-1)
+        found = of_torch.bytes_of(tensor)
+        assert found.dtype == torch.uint8
+        assert torch.equal(found.view(kind), wanted)
+    assert of_torch.bytes_of(row).data_ptr() == row.data_ptr()

@@ -74,6 +74,7 @@ def test_transformers_tells_what_files_may_lack_and_have() -> None:
 def test_transformers_hooks_blocks_to_collect_their_outputs() -> None:
     model: Any = tiny_model("llama")
     assert models.block_class(model.base_model) is type(model.model.layers[0])
+    assert models.tells_outputs(model.base_model)
 
     def hooks() -> Iterator[Any]:
         return (hook for block in model.model.layers for _, hook in of_torch.forward_hooks(block))
@@ -152,6 +153,8 @@ def test_transformers_caches_keys_and_values() -> None:
     assert isinstance(cache, caches.Cache)
     assert all(isinstance(layer, caches.DynamicLayer) for layer in cache.layers)
     assert issubclass(caches.DynamicSlidingWindowLayer, caches.CacheLayerMixin)
+    both = caches.EncoderDecoderCache(cache, type(cache)())
+    assert caches.own_cache(both) is caches.own_cache(cache) is cache
     assert cache.layers[0].is_initialized
     assert not cache.layers[0].is_sliding
     assert cache.layers[0].keys.shape == cache.layers[0].values.shape
@@ -209,6 +212,7 @@ def test_transformers_gates_what_enters_the_last_product_of_an_expert(family: st
     model = tiny_mixture(family)
     [module, *_] = [each for name, each in model.named_modules() if name.endswith("mlp.experts")]
     assert not experts.is_spread(module)
+    assert experts.runs_in_autocast(module)
     width = module.down_proj.shape[1 if family == "gpt_oss" else 2]
     given = torch.linspace(-2, 2, 3 * 2 * width).view(3, 2 * width)
     result = experts.gated(module, given)
@@ -226,6 +230,7 @@ def test_transformers_finds_configs_by_their_types() -> None:
         config_class = TriedConfig
 
     assert {"BertConfig", "LlamaConfig"} <= configs.config_names()
+    assert hasattr(BertConfig(), configs.NAME_OR_PATH)
     configs.extend_types_(lambda types: types)
     AutoConfig.register("tried_bert", TriedConfig)
     try:

@@ -57,7 +57,12 @@ from hf_sparse.runtime.weights.stack import Stack
 from hf_sparse.structure.layers import PACKED
 from hf_sparse.upstream.torch import forward_hooks
 from hf_sparse.upstream.transformers.attention import register_mask
-from hf_sparse.upstream.transformers.models import block_class, forget_output_hooks_, set_attention_
+from hf_sparse.upstream.transformers.models import (
+    block_class,
+    forget_output_hooks_,
+    set_attention_,
+    tells_outputs,
+)
 
 # The name of the attention in the compiled model's config: masks reach the blocks as they were given.
 ATTENTION = "hf_sparse"
@@ -228,8 +233,8 @@ def _holder(model: PreTrainedModel, family: Blocks) -> Any:
 
 def _block_class(model: PreTrainedModel, owner: nn.Module, family: Blocks) -> type[nn.Module]:
     """The class of a stack's blocks, which the model tells, or that part of it that has them."""
-    tells = getattr(owner, "_can_record_outputs", None) is not None
-    return block_class(owner if tells else model.base_model, family.block_class)
+    teller = owner if tells_outputs(owner) else model.base_model
+    return block_class(teller, family.block_class)
 
 
 def _finished(

@@ -34,6 +34,7 @@ from hf_sparse.upstream.transformers.attention import (
     experts_function,
     mask_function,
 )
+from hf_sparse.upstream.transformers.configs import NAME_OR_PATH
 from hf_sparse.upstream.transformers.models import (
     EXPERTS_SETTING,
     KEPT_ON_MODULES,
@@ -66,7 +67,7 @@ _NO_MATTER_IN_COPIES = {
     "use_cache",
     "dtype",
     "transformers_version",
-    "_name_or_path",
+    NAME_OR_PATH,
 }
 _GIVE_BACK = "Give it back what transformers made, or change the config and load the model anew."
 

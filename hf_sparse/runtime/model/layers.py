@@ -21,6 +21,7 @@ from hf_sparse.runtime.programs.cache import alone_with
 from hf_sparse.runtime.programs.encoded import Encoded
 from hf_sparse.runtime.programs.runner import Runner
 from hf_sparse.upstream.torch import (
+    bytes_of,
     children_of,
     copy_forward_hooks_,
     has_forward_hooks,
@@ -293,7 +294,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     if a is b:
         return True
     alike = a.shape == b.shape and a.dtype == b.dtype
-    return alike and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return alike and torch.equal(bytes_of(a), bytes_of(b))
 
 
 def enter(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str) -> None:

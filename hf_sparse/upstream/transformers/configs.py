@@ -8,7 +8,16 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import configuration_auto
 
-__all__ = ["config_names", "extend_types_", "registered_configs", "with_special_floats"]
+__all__ = [
+    "NAME_OR_PATH",
+    "config_names",
+    "extend_types_",
+    "registered_configs",
+    "with_special_floats",
+]
+
+# Where a config was read: an attribute of each.
+NAME_OR_PATH = "_name_or_path"
 
 Types = dict[str, type[PreTrainedConfig]]
 

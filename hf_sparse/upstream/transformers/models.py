@@ -35,6 +35,7 @@ __all__ = [
     "not_saved",
     "quantized_by",
     "set_attention_",
+    "tells_outputs",
     "tied_names",
 ]
 
@@ -104,6 +105,11 @@ def attention_of(config: Any) -> str | None:
 def set_attention_(config: Any, name: str) -> None:
     """Let the function of this name compute the attention of a config's model."""
     setattr(config, ATTENTION_SETTING, name)
+
+
+def tells_outputs(module: nn.Module) -> bool:
+    """Whether transformers collects a module's outputs, hidden states among them, by its class."""
+    return getattr(module, "_can_record_outputs", None) is not None
 
 
 def block_class(base: Any, name: str | None = None) -> type[nn.Module]:
