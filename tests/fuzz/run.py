@@ -39,7 +39,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--guided", action="store_true")
     asked = parser.parse_args()
-    from tests.fuzz.subjects import SUBJECTS
+    from tests.fuzz.subjects import SUBJECTS, be_quiet
+
+    be_quiet()
 
     names = asked.subject or list(SUBJECTS)
     seed = int(time.time()) if asked.seed is None else asked.seed

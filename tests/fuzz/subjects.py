@@ -208,5 +208,8 @@ SUBJECTS: dict[str, Subject] = {
     },
 }
 
-logging.set_verbosity_error()
-logging.disable_progress_bar()
+
+def be_quiet() -> None:
+    """Let transformers tell nothing in this process, of the many things that it would tell."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
