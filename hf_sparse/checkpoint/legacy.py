@@ -35,6 +35,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from hf_sparse.arguments import check_kinds, check_path
+from hf_sparse.checkpoint.bounds import Size, bounded
 from hf_sparse.checkpoint.can_save import check_can_save
 from hf_sparse.checkpoint.described import describing
 from hf_sparse.checkpoint.index import read_object
@@ -281,12 +282,24 @@ def _refuse_quantised(folder: Path, found: str) -> None:
 
 
 def _meta_model(values: dict[str, Any], folder: Path) -> PreTrainedModel:
-    """The model that the config describes, without memory for weights."""
+    """The model that the config describes, without memory for weights, if it can be what is stored."""
+    stored = _size_in(folder)
     with describing(folder / "config.json"), torch.device("meta"):
         config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
         model_class = getattr(transformers, values["architectures"][0])
-        model: PreTrainedModel = build(model_class, config)
+        with bounded(stored):
+            model: PreTrainedModel = build(model_class, config)
     return model
+
+
+def _size_in(folder: Path) -> Size:
+    """What is stored in a folder, the parts of a weight as tensors of their own."""
+    tensors, nbytes = 0, 0
+    for file in checkpoint_files(folder):
+        with open_file(file) as reader:
+            tensors += len(list(reader.keys()))
+        nbytes += file.stat().st_size
+    return Size(tensors, nbytes)
 
 
 class _SmallFiles:

@@ -528,6 +528,14 @@ def test_configs_that_describe_no_model_are_refused(values: dict[str, Any], tmp_
         convert_legacy(old, tmp_path / "new")
 
 
+def test_a_config_of_far_more_blocks_than_are_stored_is_refused_at_once(tmp_path: Path) -> None:
+    old = write_legacy(tmp_path / "old", sparse_llama())
+    edit_config(old, lambda config: config.update(num_hidden_layers=10**7))
+    with pytest.raises(FormatError, match=r"describes a model of more than .* parameters, and"):
+        convert_legacy(old, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("text", [b"{", b"[1]", b"\xff", b"[" * 100_000])
 def test_config_that_is_no_json_object_is_refused(text: bytes, tmp_path: Path) -> None:
     old = write_legacy(tmp_path / "old", sparse_llama())
