@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -256,11 +257,11 @@ def test_an_old_checkpoint_is_refused_before_its_weights_are_read(tmp_path: Path
     old = tmp_path / "old"
     old.mkdir()
     (old / "config.json").write_text(json.dumps(values))
-    with pytest.raises(
-        ValueError, match="cannot be stored compressed"
-    ):  # and not: there are no weights
+    save_file({"foreign": torch.ones(1)}, old / "model.safetensors")
+    # And not: its weights are of another model.
+    with pytest.raises(ValueError, match="cannot be stored compressed"):
         hf_sparse.convert_legacy(old, tmp_path / "new")
-    with pytest.raises(ValueError, match="has neither model"):
+    with pytest.raises(ValueError, match="describes no such tensor"):
         hf_sparse.convert_legacy(old, tmp_path / "new", format="dense")
 
 
