@@ -146,8 +146,9 @@ def bit_budget(
         group_size=group_size,
         symmetric=symmetric,
     )
-    check_can_round(model, Targets.of(model, config))
-    layers = Targets.of(model, config).layers
+    meant = Targets.of(model, config)
+    check_can_round(model, meant)
+    layers = meant.layers
     inputs = checked_batches(batches, model, "bit_budget")
     grid = config.grid
     assert grid is not None

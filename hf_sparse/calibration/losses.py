@@ -14,6 +14,10 @@ from hf_sparse.upstream.torch import onednn
 from hf_sparse.upstream.transformers.experts import runs_in_autocast
 
 
+class NotFiniteError(ValueError):
+    """The loss of a model is infinite or no number."""
+
+
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16, and torch uses them."""
     supported = onednn("_is_mkldnn_bf16_supported")
@@ -105,7 +109,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
         loss: Tensor = run_on(model, inputs).loss
     check_predicts(inputs)
     if not torch.isfinite(loss):
-        raise ValueError(
+        raise NotFiniteError(
             f"the loss of {type(model).__name__} is {float(loss)} while masks are learned. Lower "
             "the learning rate or lam, if the method has them, or load the model in float32."
         )

@@ -144,7 +144,6 @@ def read_checkpoint(
     stored = read_headers(files)
     known = Known.of(folder, stored, config)
     check_digests(files)
-    check_digests(files)
     counts: list[TensorSparsity] = []
     formats, sizes, parameters, other_zeros = {}, {}, 0, 0
     bits, weights = {}, {}

@@ -71,13 +71,7 @@ def replacing(folder: Path, is_stale: Callable[[str], bool] = lambda name: False
 @contextmanager
 def _hidden_folder(parent: Path, name: str) -> Iterator[Path]:
     """An empty folder for the new files of the folder `name`: locked, and removed at the end."""
-    held = None
-    while held is None:
-        hidden = Path(tempfile.mkdtemp(prefix=_prefix(name), dir=parent))
-        try:
-            held = lock(hidden)  # None: in this moment another process has taken it for a leftover
-        except OSError:  # no locks here: nobody will take it for one
-            break
+    hidden, held = made_and_locked(lambda: Path(tempfile.mkdtemp(prefix=_prefix(name), dir=parent)))
     try:
         (hidden / _MARKER).touch()
         (hidden / _FILES).mkdir()
@@ -114,6 +108,18 @@ def _remove(hidden: Path) -> None:
             shutil.rmtree(hidden / _FILES)
         (hidden / _MARKER).unlink(missing_ok=True)
         hidden.rmdir()
+
+
+def made_and_locked(make: Callable[[], Path]) -> tuple[Path, int | None]:
+    """A new hidden file or folder, and the descriptor of its lock; None: the file system has none."""
+    while True:
+        hidden = make()
+        try:
+            held = lock(hidden)
+        except OSError:  # no locks here: nobody will take it for a leftover
+            return hidden, None
+        if held is not None:  # else in this moment another process has taken it for one
+            return hidden, held
 
 
 def lock(path: Path) -> int | None:

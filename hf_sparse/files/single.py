@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hf_sparse.files.atomic import lock, sync_file
+from hf_sparse.files.atomic import lock, made_and_locked, sync_file
 
 
 @contextmanager
@@ -59,20 +59,19 @@ def _put_in_place(fresh: Path, file: Path) -> None:
 @contextmanager
 def _hidden_file(file: Path) -> Iterator[Path]:
     """A new file for what `file` is to hold: locked, and removed at the end if it is there still."""
-    held = None
-    while held is None:
-        descriptor, name = tempfile.mkstemp(prefix=_prefix(file), dir=file.parent)
-        os.close(descriptor)
-        try:
-            held = lock(Path(name))  # None: another process has taken it for a leftover
-        except OSError:  # no locks here: nobody will take it for one
-            break
+    fresh, held = made_and_locked(lambda: _new_file(file))
     try:
-        yield Path(name)
+        yield fresh
     finally:
-        Path(name).unlink(missing_ok=True)
+        fresh.unlink(missing_ok=True)
         if held is not None:
             os.close(held)
+
+
+def _new_file(file: Path) -> Path:
+    descriptor, name = tempfile.mkstemp(prefix=_prefix(file), dir=file.parent)
+    os.close(descriptor)
+    return Path(name)
 
 
 def _remove_leftovers(file: Path) -> None:

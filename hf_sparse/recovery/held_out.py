@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_sparse.calibration.losses import loss_of
 from hf_sparse.calibration.modes import switched
@@ -61,8 +61,3 @@ class HeldOut:
         """Give the model the weights that were best."""
         for kept, weight in zip(self._kept, self._weights, strict=True):
             weight.copy_(kept)
-
-    @property
-    def started_with(self) -> list[Tensor]:
-        """The weights that are kept now: at first those from before training."""
-        return self._kept

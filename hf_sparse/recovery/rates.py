@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_sparse.calibration.losses import NotFiniteError
 from hf_sparse.recovery.held_out import HeldOut, mean_loss
 from hf_sparse.recovery.methods import Recovery
 from hf_sparse.recovery.training import train
@@ -47,10 +48,9 @@ def chosen_rate(
         tried = replace(recovery, lr=recovery.lr * factor, epochs=1)
         try:
             train(tried, trained, batches[:count], describe="Choosing a rate", **settings)
-            loss = mean_loss(trained, held_out)
-        except ValueError:  # not finite
-            loss = math.inf
-        found[tried.lr] = loss if math.isfinite(loss) else math.inf
+            found[tried.lr] = mean_loss(trained, held_out)
+        except NotFiniteError:
+            found[tried.lr] = math.inf
         start.restore_()
     best = min(found, key=found.__getitem__)
     if found[best] == math.inf:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_sparse.calibration.calling import run_on
-from hf_sparse.calibration.losses import fast_autocast
+from hf_sparse.calibration.losses import NotFiniteError, fast_autocast
 from hf_sparse.calibration.progress import steps
 from hf_sparse.optim.keep_zeros import FrozenMask
 from hf_sparse.optim.straight_through import StraightThrough
@@ -52,7 +52,7 @@ def train(
         The mean loss of each step.
 
     Raises:
-        ValueError: the loss is no longer finite.
+        NotFiniteError: the loss is no longer finite.
     """
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recovery.lr, weight_decay=0.0, fused=True)
@@ -67,7 +67,7 @@ def train(
         on_grids.round_()
         total = _backward(trained, [batches[index] for index in group])
         if not math.isfinite(total):
-            raise ValueError(
+            raise NotFiniteError(
                 f"the loss is {total} after {len(losses)} steps. Load the model again, and take a "
                 f"lower learning rate than {recovery.lr}."
             )

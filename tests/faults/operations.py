@@ -48,8 +48,8 @@ def _batches() -> list[Any]:
 
 
 @cache
-def _model(seed: int) -> Any:
-    model = tiny_model("llama", seed, num_hidden_layers=2)
+def _model(seed: int, blocks: int = 2) -> Any:
+    model = tiny_model("llama", seed, num_hidden_layers=blocks)
     hf_sparse.prune_(model, CONFIG, "magnitude")
     return model
 
@@ -126,15 +126,7 @@ def _of_plan(folder: Path) -> str:
 
 
 def _export(folder: Path, seed: int) -> None:
-    model = _rows_of_32(seed)
-    hf_sparse.export_gguf(model, folder / "model.gguf", overwrite=True)
-
-
-@cache
-def _rows_of_32(seed: int) -> Any:
-    model = tiny_model("llama", seed, num_hidden_layers=1)
-    hf_sparse.prune_(model, CONFIG, "magnitude")
-    return model
+    hf_sparse.export_gguf(_model(seed, 1), folder / "model.gguf", overwrite=True)
 
 
 def _of_file(folder: Path) -> str:

@@ -35,17 +35,6 @@ static int inside(const char *path) {
     return folder[0] && path && strncmp(path, folder, strlen(folder)) == 0;
 }
 
-static int inside_at(int fd, const char *path) {
-    char link[64], place[PATH_MAX];
-    if (!folder[0] || !path) return 0;
-    if (path[0] == '/' || fd == AT_FDCWD) return inside(path);
-    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t length = readlink(link, place, sizeof place - 1);
-    if (length <= 0) return 0;
-    place[length] = 0;
-    return inside(place);
-}
-
 static int is_file_inside(int fd) {
     char link[64], place[PATH_MAX];
     if (!folder[0]) return 0;
@@ -54,6 +43,11 @@ static int is_file_inside(int fd) {
     if (length <= 0) return 0;
     place[length] = 0;
     return inside(place);
+}
+
+static int inside_at(int fd, const char *path) {
+    if (!path) return 0;
+    return path[0] == '/' || fd == AT_FDCWD ? inside(path) : is_file_inside(fd);
 }
 
 /* Whether this call fails; a call that cannot be short does not when one is to be. */

@@ -37,5 +37,6 @@ def test_a_card_is_what_its_results_give(file: Path, cards: Any) -> None:
     assert f"zeros | {zeros:,} of" in text or "what is left of the blocks" in text
 
 
+@pytest.mark.skipif(not RESULTS, reason="no results of our own models are kept")
 def test_every_result_has_its_card() -> None:
     assert {file.stem for file in RESULTS} <= {file.stem for file in CARDS.glob("*.md")}

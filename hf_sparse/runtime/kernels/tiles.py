@@ -14,6 +14,7 @@ import numpy as np
 from hf_sparse.runtime.kernels.call import Signature, parameters
 from hf_sparse.runtime.kernels.extents import Call, Extent, Extents, strided
 from hf_sparse.runtime.kernels.extents import vectors as of_vectors
+from hf_sparse.runtime.kernels.key_extents import ENTRY
 from hf_sparse.runtime.llvm.ir import Function
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.llvm.values import Value, lanes_of, vector
@@ -62,8 +63,8 @@ def _appending(call: Call) -> Iterator[Extent]:
     call.wants(position >= 0 and width > 0, "a position and a width of key tiles")
     yield call.reads("x", strided(features, call["row_bytes"], 4 * tokens))
     for number in range(position // width, -(-(position + tokens) // width) if tokens > 0 else 0):
-        yield call.reads("table", 16, at=24 * number)
-        address, stride = call.array("table", np.int64, 2, at=24 * number).tolist()
+        yield call.reads("table", 16, at=ENTRY * number)
+        address, stride = call.array("table", np.int64, 2, at=ENTRY * number).tolist()
         begin = max(position - number * width, 0)
         end = min(position + tokens - number * width, width)
         place = address + call["first"] * stride + 4 * begin

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_sparse.runtime.kernels.call import Operation, Slot
 from hf_sparse.runtime.kernels.code_formats import BLOCK, RECORD
 from hf_sparse.runtime.kernels.code_rows import QUANTISE_ROW
+from hf_sparse.runtime.kernels.extents import rounded_up
 from hf_sparse.runtime.kernels.single_token import GROUP
 from hf_sparse.runtime.kernels.weight_types import WEIGHT_TYPES
 from hf_sparse.runtime.llvm.target import Target
@@ -95,12 +96,12 @@ class CodedHead(CompiledHead):
         flat = x.detach().reshape(-1, columns).float()
         flat = nn.functional.pad(flat, (0, -columns % BLOCK)).contiguous()
         tokens, threads = len(flat), torch.get_num_threads()
-        output = torch.empty(tokens, _whole(rows), dtype=torch.float32, device="cpu")
+        output = torch.empty(tokens, rounded_up(rows, GROUP), dtype=torch.float32, device="cpu")
         bias = None if self.bias is None else self.bias.data_ptr()
         with self._programs.borrow(
             (tokens, threads, bias), lambda: self._program(tokens, threads)
         ) as program:
-            program.run([flat, output], x=flat.data_ptr(), y=output.data_ptr())
+            program.run(lambda: [flat, output], x=flat.data_ptr(), y=output.data_ptr())
         return output[:, :rows].reshape(*x.shape[:-1], rows).to(x.dtype)
 
     def _program(self, tokens: int, threads: int) -> Program:
@@ -126,7 +127,7 @@ class CodedHead(CompiledHead):
             lists[-1] += [
                 self.codes.operation(
                     own.data_ptr(),
-                    Slot("y", 4 * token * _whole(rows)),
+                    Slot("y", 4 * token * rounded_up(rows, GROUP)),
                     bias,
                     start,
                     min(start + unit, last),
@@ -137,11 +138,6 @@ class CodedHead(CompiledHead):
             ]
         own = [record for records in room for record in records]
         return Program(self.code, [lists], [self.codes, own, self.bias])
-
-
-def _whole(rows: int) -> int:
-    """Rows up to a whole group, as kernels write them."""
-    return -(-rows // GROUP) * GROUP
 
 
 def _state(weight: Tensor) -> tuple[int, int]:

@@ -141,7 +141,7 @@ class CompiledLinear(_Layer):
             tiles: Any = self._pool.borrow(("tiles", *shape), lambda: aligned(*shape))
             with made as program, tiles as buffer:
                 places = {"x": flat.data_ptr(), "y": output.data_ptr(), "tiles": buffer.data_ptr()}
-                program.run([flat, output, list(buffer)], **places)
+                program.run(lambda: [flat, output, *buffer], **places)
         return output.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def _program(self, tokens: int, threads: int) -> Program:
@@ -248,7 +248,7 @@ class CompiledHead(_Layer):
         bias = None if self.bias is None else self.bias.data_ptr()
         key = (len(flat), torch.get_num_threads(), self.weight.data_ptr(), bias)
         with self._programs.borrow(key, lambda: self._program(*key[:2])) as program:
-            program.run([flat, output], x=flat.data_ptr(), y=output.data_ptr())
+            program.run(lambda: [flat, output], x=flat.data_ptr(), y=output.data_ptr())
         return output.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def _program(self, tokens: int, threads: int) -> Program:

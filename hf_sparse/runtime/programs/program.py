@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,11 +82,11 @@ class Program:
         slots = sum(column.nbytes for columns in self._slots.values() for column in columns)
         return self._operations.nbytes + slots + 8 * len(self._kernels) + _OBJECTS
 
-    def run(self, lent: Sequence[object] = (), **addresses: int) -> None:
+    def run(self, lent: Callable[[], Iterable[object]] = tuple, **addresses: int) -> None:
         """Run all phases.
 
         Args:
-            lent: arrays and tensors behind the addresses, for HF_SPARSE_CHECK=1.
+            lent: gives what lies behind the addresses, arrays and tensors: for HF_SPARSE_CHECK=1.
             addresses: fill the slots; more than there are slots for do no harm.
 
         Raises:
@@ -98,14 +98,14 @@ class Program:
                 raise TypeError(f"nothing fills the slot {slot}; given {', '.join(addresses)}.")
             self._operations[rows, places] = addresses[slot] + offsets
         if checking.is_asked_for():
-            self._check(lent)
+            self._check(lent())
         clocks = LISTENING.get()
         if clocks is None:
             self._start(timed=False)
         else:
             self._run_timed(clocks)
 
-    def _check(self, lent: Sequence[object]) -> None:
+    def _check(self, lent: Iterable[object]) -> None:
         """Compare with the memory all operations that were not yet, and those that have slots."""
         fresh = ~self._checked
         buffers = checking.Buffers([*self._memory, *lent])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.runtime.kernels.all import kernels
+from hf_sparse.runtime.kernels.extents import rounded_up
 from hf_sparse.runtime.llvm.target import Target
 from hf_sparse.runtime.programs.block import all_angles
 from hf_sparse.runtime.programs.cache import TileLayer, tile_layers
@@ -96,9 +97,9 @@ class Runner:
             tokens,
             torch.get_num_threads(),
             cache is not None,
-            _whole(past + tokens, unit),
+            rounded_up(past + tokens, unit),
             states,
-            _whole(others[0].length, unit) if others else 0,
+            rounded_up(others[0].length, unit) if others else 0,
         )
         with self._programs.borrow(shape, lambda: self._make(shape)) as program:
             if bias is not None and isinstance(program, TileProgram):
@@ -110,8 +111,7 @@ class Runner:
                 program.encoded.find(others)
             hidden = hidden / self.stack.multiplier if self.stack.multiplier != 1 else hidden
             addresses = {"past": past, "encoded": others[0].length if others else 0}
-            tiles = [layer.tiles for layer in (*layers, *others)]
-            output = self._run(program, hidden, mask, rotations, layers, addresses, tiles)
+            output = self._run(program, hidden, mask, rotations, layers, addresses, others)
             output = output * self.stack.multiplier if self.stack.multiplier != 1 else output
         for layer in layers:
             layer.length += tokens
@@ -156,7 +156,7 @@ class Runner:
                 f"encoder_hidden_states are {tuple(states.shape)}; wanted (batch, tokens, {columns}), "
                 "one token or more."
             )
-        capacity = _whole(tokens, self.target.widths[0])
+        capacity = rounded_up(tokens, self.target.widths[0])
         threads = torch.get_num_threads()
         shape = Shape(batch, tokens, threads, True, capacity, False, filling=True)
         states = states.detach().float().contiguous()
@@ -164,8 +164,7 @@ class Runner:
             layer.reserve(batch, tokens)
         with self._programs.borrow(shape, lambda: self._make(shape)) as program:
             program.seen.find(layers)
-            tiles = [layer.tiles for layer in layers]
-            program.program.run([states, *tiles], hidden=states.data_ptr(), past=0)
+            program.program.run(lambda: [states, *_tiles(layers)], hidden=states.data_ptr(), past=0)
         for layer in layers:
             layer.length = tokens
 
@@ -177,7 +176,7 @@ class Runner:
         rotations: Sequence[tuple[Tensor, Tensor]],
         layers: list[TileLayer],
         addresses: dict[str, int],
-        lent: list[Tensor],
+        others: list[TileLayer],
     ) -> Tensor:
         shape = program.shape
         program.seen.see(mask)
@@ -189,13 +188,13 @@ class Runner:
             program.seen.find(layers)
         if isinstance(program, RowProgram):
             program.residual.copy_(hidden[:, 0])
-            program.program.run([angles, *lent], **addresses)
+            program.program.run(lambda: [angles, *_tiles([*layers, *others])], **addresses)
             return program.residual[0][:, None].clone()
         hidden = hidden.contiguous()
         sizes = (len(self.stack.blocks),) if shape.states else ()
         output = torch.empty(*sizes, *hidden.shape, dtype=torch.float32, device="cpu")
         program.program.run(
-            [hidden, output, angles, *lent],
+            lambda: [hidden, output, angles, *_tiles([*layers, *others])],
             hidden=hidden.data_ptr(),
             output=output.data_ptr(),
             **addresses,
@@ -210,5 +209,5 @@ class Runner:
         return TileProgram(self.stack, self.code, widths, shape)
 
 
-def _whole(tokens: int, unit: int) -> int:
-    return -(-tokens // unit) * unit
+def _tiles(layers: Sequence[TileLayer]) -> list[Tensor]:
+    return [layer.tiles for layer in layers]

@@ -144,9 +144,9 @@ def test_what_is_lent_is_checked(
     operation = tiles.COPY.operation("copy", x=Slot("x", 4), y=goal.ctypes.data, vectors=1)
     program = Program(code, [[[operation]]], [goal])
     monkeypatch.setenv("HF_SPARSE_CHECK", "1")
-    program.run([source], x=source.ctypes.data)
+    program.run(lambda: [source], x=source.ctypes.data)
     last = source[-chosen.lanes :]
     with pytest.raises(OutOfBoundsError, match="copy would read"):
-        program.run([last], x=last.ctypes.data)
+        program.run(lambda: [last], x=last.ctypes.data)
     with pytest.raises(OutOfBoundsError, match="its memory is not there"):
         program.run(x=source.ctypes.data)
