@@ -89,9 +89,9 @@ def sparsify_(
 ) -> SparsityReport:
     """Make a model sparse in place, as well as an effort allows.
 
-    Method, allocation, refinement, reconstruction and recovery are those that have measured best for
-    pattern, sparsity, kind of model and number of tokens (docs/effort.md); `prune_` and `recover_` do
-    single steps. The plan is printed with its estimates before it starts, one progress bar goes over
+    Method, allocation, refinement and reconstruction are those that have measured best for pattern,
+    sparsity, kind of model and number of tokens; docs/effort.md tells what of recovery was measured.
+    `prune_` and `recover_` do single steps. The plan is printed with its estimates before it starts, one progress bar goes over
     all of it, and the model's card tells every stage and the recipe.
 
     Args:
