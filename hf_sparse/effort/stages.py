@@ -1,8 +1,8 @@
 """What is done for an effort: stages with all their settings, by what has measured best.
 
 Each choice is a row of docs/results.md (one-shot pruning and recovery of SmolLM2-135M, pruning of
-MiniLM). Where nothing was measured the nearest row stands, and the plan says so. The losses and the rate
-of recovery by the dense model were not compared with others.
+MiniLM). Where nothing was measured the nearest row stands, and the plan says so. The losses and the
+rate of recovery by the dense model were not compared with others.
 """
 
 from __future__ import annotations
