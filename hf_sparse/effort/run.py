@@ -91,8 +91,8 @@ def sparsify_(
 
     Method, allocation, refinement and reconstruction are those that have measured best for pattern,
     sparsity, kind of model and number of tokens; docs/effort.md tells what of recovery was measured.
-    `prune_` and `recover_` do single steps. The plan is printed with its estimates before it starts, one
-    progress bar goes over all of it, and the model's card tells every stage and the recipe.
+    `prune_` and `recover_` do single steps. The plan is printed with its estimates before it starts,
+    one progress bar goes over all of it, and the model's card tells every stage and the recipe.
 
     Args:
         model: any transformers model, dense, in memory.
