@@ -35,6 +35,7 @@ from hf_sparse.runtime.programs.shape import Shape
 from hf_sparse.runtime.weights.rates import NOMINAL
 from hf_sparse.upstream.transformers.caches import cache_in, cache_name
 from tests.support.closeness import same
+from tests.support.compiled_models import compiled_for
 from tests.support.crosses import cross
 from tests.support.sparse_models import inputs, random_model
 from tests.support.tiny_models import CONFIGS, tiny_config, tiny_model, tiny_tokenizer
@@ -151,10 +152,7 @@ def test_variants_of_families(config: PreTrainedConfig) -> None:
 @pytest.mark.parametrize("family", ["bert", "qwen3"])
 def test_other_vector_widths(models: dict, name: str, family: str) -> None:
     model, _ = models[family]
-    try:
-        compiled = hf_sparse.compile(model, target=name)
-    except ValueError as error:
-        pytest.skip(str(error))
+    compiled = compiled_for(name, model)
     given = inputs(3, 37)
     with torch.no_grad():
         torch.testing.assert_close(compiled(**given).logits, model(**given).logits, **TOLERANCE)
@@ -219,10 +217,7 @@ def test_two_bytes_a_weight_give_what_float32_gives(
     """To the last bit, with half the bytes."""
     narrow = random_model(CONFIGS[family], sparsity).to(kind)
     wide = copy.deepcopy(narrow).float()
-    try:
-        compiled = [hf_sparse.compile(model, target=name) for model in (narrow, wide)]
-    except ValueError as error:
-        pytest.skip(str(error))
+    compiled = [compiled_for(name, model) for model in (narrow, wide)]
     found, wanted = (run_stack(model) for model in compiled)
     for one, other in zip(found, wanted, strict=True):
         assert torch.equal(one, other)
