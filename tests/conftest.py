@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from tests.support.crosses import spread
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
@@ -43,6 +45,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
         target.named(name)  # which refuses what this CPU cannot run
         target.host = lambda: target.targets()[name]
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test that is marked `few(n)`, all cases but n are slow: see `spread`."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("few") and not item.get_closest_marker("slow"):
+            tests.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for cases in tests.values():
+        (count,) = cases[0].get_closest_marker("few").args
+        for place in set(range(len(cases))) - spread(len(cases), count):
+            cases[place].add_marker(pytest.mark.slow)
 
 
 class Jitter(TorchFunctionMode):

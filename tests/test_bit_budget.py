@@ -61,6 +61,7 @@ def test_the_model_that_a_plan_gives_has_both_kinds_of_weights():
     assert stayed in str(report)
 
 
+@pytest.mark.slow
 def test_a_whole_budget_keeps_all_layers_and_a_tight_one_none():
     model, whole = measured(1.0)
     assert len(whole.kept) == len(whole.layers)

@@ -21,6 +21,7 @@ def nominal_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "calibrate", lambda target, cache: NOMINAL["avx512"])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("fraction", [0.2, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_the_budget_is_kept_and_used(fraction: float, calibrated: bool) -> None:

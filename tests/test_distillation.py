@@ -148,6 +148,7 @@ def test_regression_question_answering_and_language_models() -> None:
     assert float(student(**inputs, labels=labels).loss) == pytest.approx(float(wanted), rel=1e-4)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("logits", [1.0, 0.5])
 def test_gradient_accumulation_changes_nothing_for_language_models(
     logits: float, tmp_path: Path

@@ -57,6 +57,7 @@ def test_perplexity_refuses_models_that_see_what_they_predict() -> None:
         perplexity(BertForMaskedLM(config), tiny_tokenizer(), prose()[:2000], 32)
 
 
+@pytest.mark.slow
 def test_perplexity_tells_what_it_cannot_measure() -> None:
     model, tokenizer, text = tiny_model("gpt2"), tiny_tokenizer(), prose()[:20_000]
     with pytest.raises(ValueError, match="GPT2LMHeadModel cannot take 512 tokens"):

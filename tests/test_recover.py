@@ -28,6 +28,7 @@ def windows() -> list[Any]:
     )
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("taught", [False, True])
 @pytest.mark.parametrize("method", RECOVERIES)
 def test_the_loss_falls_and_the_zeros_stay(method: str, taught: bool) -> None:
@@ -58,6 +59,7 @@ def test_the_loss_falls_and_the_zeros_stay(method: str, taught: bool) -> None:
     assert not model._forward_hooks
 
 
+@pytest.mark.slow
 def test_it_is_repeatable() -> None:
     pytest.importorskip("peft")
     for method in RECOVERIES:
@@ -128,6 +130,7 @@ def test_an_adapter_over_a_bfloat16_base() -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", RECOVERIES)
 def test_the_command(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("peft")

@@ -28,6 +28,7 @@ def labelled(count: int) -> list[dict[str, Any]]:
     return [{**batch, "labels": batch["input_ids"]} for batch in windows(count)]
 
 
+@pytest.mark.slow
 def test_the_rate_with_the_least_held_out_loss_is_taken() -> None:
     def recovered(lr: Any) -> tuple[Any, Any]:
         model = sparse_model()
@@ -141,7 +142,7 @@ def test_the_own_loss_is_not_computed_where_it_does_not_count(monkeypatch: Any) 
         raise AssertionError("the own loss is computed")
 
     monkeypatch.setattr(type(student), "loss_function", property(lambda self: fails))
-    assert float(student(**batch).loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-4)
+    assert float(student(**batch).loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-3)
 
 
 def test_fast_attention_gives_the_same_losses(monkeypatch: Any) -> None:

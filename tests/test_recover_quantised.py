@@ -35,6 +35,7 @@ def mean_loss(model: Any) -> float:
     return float(sum(losses)) / len(losses)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("config", [SPARSE, DENSE], ids=["sparse", "dense"])
 @pytest.mark.parametrize("method", RECOVERIES)
 def test_the_loss_falls_and_grid_and_zeros_stay(method: str, config: SparsityConfig) -> None:
@@ -90,6 +91,7 @@ def test_what_the_forward_pass_sees_is_on_the_grid_that_was_there(symmetric: boo
     assert all(torch.equal(moved[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_model_that_left_its_grid_is_refused_before_training() -> None:
     model = tiny_model("llama")
     quantize_(model, bits=8)

@@ -86,6 +86,7 @@ def assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
         torch.testing.assert_close(one, other, **TOLERANCE)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("family", "name"), HEADS)
 def test_every_head_gives_the_same_and_comes_back(tmp_path: Path, family: str, name: str) -> None:
     model = model_of(name, family)
@@ -108,6 +109,7 @@ def test_every_head_gives_the_same_and_comes_back(tmp_path: Path, family: str, n
         assert same(one, other)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", PARTS)
 def test_auto_classes_load_it_sharded_and_with_a_device_map(tmp_path: Path, family: str) -> None:
     model = tiny_model(family)
@@ -132,6 +134,7 @@ def test_auto_classes_load_it_sharded_and_with_a_device_map(tmp_path: Path, fami
     assert hf_sparse.inspect_checkpoint(tmp_path / "again").report.parameters > 0
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", CAUSAL)
 def test_generation_with_every_kind_of_cache(family: str) -> None:
     model = tiny_model(family)
@@ -238,6 +241,7 @@ def test_heads_of_queries_go_from_every_group() -> None:
     assert_same(outputs_of(model), wanted)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", PARTS)
 @torch.no_grad()
 def test_a_block_of_zeros_keeps_one_head_and_one_neuron(tmp_path: Path, family: str) -> None:
@@ -356,6 +360,7 @@ def change(folder: Path, edit: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -462,6 +467,7 @@ def test_bfloat16(tmp_path: Path) -> None:
     assert_same(outputs_of(loaded), outputs_of(model))
 
 
+@pytest.mark.slow
 def test_trainer_fine_tunes_saves_and_resumes(tmp_path: Path) -> None:
     rows = [
         {"input_ids": torch.randint(2, 256, (8,)), "labels": number % 3} for number in range(16)
@@ -489,6 +495,7 @@ def test_trainer_fine_tunes_saves_and_resumes(tmp_path: Path) -> None:
         assert same(one, wanted, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", PARTS)
 def test_compiled_models_have_the_smaller_blocks(tmp_path: Path, family: str) -> None:
     model = tiny_model(family)

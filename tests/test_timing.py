@@ -58,6 +58,7 @@ def test_benchmark_refuses_what_it_cannot_time() -> None:
         hf_sparse.benchmark(tiny_model("t5"))
 
 
+@pytest.mark.slow
 def test_the_bench_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_model("bert")
     config = hf_sparse.SparsityConfig("block:4x1", 0.75)

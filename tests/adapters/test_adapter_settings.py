@@ -163,6 +163,7 @@ def label(value: Any) -> str | None:
     return ",".join(value) or "none" if isinstance(value, dict) else None
 
 
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("family", "settings"), TAKEN, ids=label)
 def test_a_setting_that_is_taken_survives_to_the_end(
@@ -171,6 +172,7 @@ def test_a_setting_that_is_taken_survives_to_the_end(
     check_round_trip(family, lora(family, settings), tmp_path)
 
 
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("settings", SHIRA_TAKEN, ids=label)
 def test_a_setting_of_shira_that_is_taken_survives_to_the_end(
@@ -189,6 +191,7 @@ def check_refused(config: Any, message: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.few(15)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("settings", "message"), REFUSED, ids=label)
 def test_a_setting_that_is_refused_leaves_the_model_alone(

@@ -62,6 +62,7 @@ def reference(x: Tensor, layer: Any, adapters: list[str]) -> Tensor:
     return nn.functional.linear(x, whole, base.bias)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("adapters", [["default"], ["default", "second"]])
@@ -90,6 +91,7 @@ def test_the_layer_and_its_gradients_are_the_formula(
         torch.testing.assert_close(mine, right)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("changes", [{}, {"use_rslora": True, "lora_dropout": 0.2}])
 def test_masked_lora_keeps_zeros_through_everything(

@@ -96,6 +96,7 @@ def test_embeddings_beside_an_adapter_are_expected(folder: Path) -> None:
     assert same(outputs(load_adapter(sparse_model(), folder)), wanted)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -120,6 +121,7 @@ def test_settings_that_cannot_be(folder: Path, changes: dict[str, Any]) -> None:
     refused(folder, rf"{folder}/adapter_config\.json has {name}=.*; wanted ")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_weights_that_are_cut_off(folder: Path, share: float) -> None:
     whole = (folder / WEIGHTS).read_bytes()
@@ -164,6 +166,7 @@ def trained_weights(model: Any) -> list[Tensor]:
     return [parameter.data for parameter in model.parameters() if parameter.requires_grad]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_in_a_file(folder: Path, bad: float) -> None:
     def spoilt(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

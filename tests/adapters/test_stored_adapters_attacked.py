@@ -58,6 +58,7 @@ def test_every_switch_of_peft_has_a_row_in_the_table_of_settings() -> None:
     assert switches <= set(_SETTINGS)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["inference_mode", "fan_in_fan_out"])
 @pytest.mark.parametrize("value", ["x", 1, None, []])
@@ -68,6 +69,7 @@ def test_switches_that_are_neither_true_nor_false(
     refused(folder, f"has {name}=.*; wanted true or false")
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -91,6 +93,7 @@ def test_a_seed_of_shira_that_cannot_be(seed: Any, tmp_path: Path) -> None:
     refused(changed(saved(tmp_path, "shira"), random_seed=seed), "has random_seed=.*; wanted")
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.bool])
 def test_whole_numbers_in_the_place_of_floats(

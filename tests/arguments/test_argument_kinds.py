@@ -168,6 +168,7 @@ def checked(call: str) -> dict[str, list[str]]:
     return {name: kinds for name, kinds in known.items() if all(kind in _KINDS for kind in kinds)}
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("call", CALLS)
 def test_values_of_a_wrong_kind_are_refused(call: str, tmp_path: Path) -> None:
     skip_unless_exports(call)

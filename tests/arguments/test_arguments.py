@@ -73,6 +73,7 @@ class Pipeline:
         self.model = nn.Linear(2, 2)
 
 
+@pytest.mark.few(111)
 @pytest.mark.parametrize(
     ("model", "way_out"),
     [

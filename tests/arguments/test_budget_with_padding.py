@@ -37,6 +37,7 @@ def padded(batches: list[Any], count: int, side: str) -> list[Any]:
     return found
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["bert", "llama", "question answering"])
 def test_padding_changes_no_sensitivity(kind: str) -> None:
     if kind == "question answering":

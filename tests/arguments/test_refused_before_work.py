@@ -69,6 +69,7 @@ def test_compressed_tensors_that_a_model_does_not_have_are_not_decompressed(
         other.load_state_dict(later)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_in_inference_mode_work_or_say_that_they_need_gradients(method: str) -> None:
     model = tiny_model("llama")

@@ -55,6 +55,7 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
 }
 
 
+@pytest.mark.few(16)
 @pytest.mark.parametrize("part", ["", "model.layers.1"])
 @pytest.mark.parametrize("call", CALLS)
 def test_what_has_no_values_is_refused(call: str, part: str, tmp_path: Path) -> None:
@@ -67,6 +68,7 @@ def test_what_has_no_values_is_refused(call: str, part: str, tmp_path: Path) -> 
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_models_that_accelerate_offloads_are_measured() -> None:
     model, text = sparse_model(), prose()[:2000]
     wanted = hf_sparse.perplexity(model, tiny_tokenizer(), text, 16)

@@ -85,6 +85,7 @@ def check(model: PreTrainedModel, name: str) -> None:
     torch.testing.assert_close(outputs(compiled, inputs), wanted, **TOLERANCE)
 
 
+@pytest.mark.few(4)
 @pairwise("sizes, sparsity, name", LLAMAS, [0.0, 0.6], targets())
 def test_nan_stays_in_its_sequence(sizes: str, sparsity: float, name: str) -> None:
     torch.set_num_threads(1)

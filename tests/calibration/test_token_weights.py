@@ -92,6 +92,7 @@ def weighted_error(weight: Tensor, pruned: Tensor, inputs: Tensor, weights: Tens
     return float((lost * weights).sum())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("options", [{}, {"refine": "swaps"}])
 @pytest.mark.parametrize("method", ["sparsegpt", "alps"])
 def test_solvers_lower_the_weighted_error(method: str, options: dict[str, str]) -> None:

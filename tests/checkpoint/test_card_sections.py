@@ -35,6 +35,7 @@ def code_of(text: str) -> str:
     return re.findall(r"## How to make it.*?```python\n(.*?)```", text, re.DOTALL)[0]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("config", "method", "options"),
     [

@@ -57,6 +57,7 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
         assert torch.equal(value, second[name]), name
 
 
+@pytest.mark.few(3)
 @pairwise(
     "family, format, dtype",
     ["llama", "gpt2", "albert"],
@@ -74,6 +75,7 @@ def test_round_trip_is_exact(tmp_path: Path, family: str, format: str, dtype: to
     assert format == "dense" or formats == {"bitmask" if format == "auto" else format}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_loads_as_its_sparse_class(tmp_path: Path, family: str) -> None:
     model = pruned(family)
@@ -317,6 +319,7 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_size", [None, "20KB"])
 def test_trainer_checkpoints_resume(tmp_path: Path, shard_size: str | None) -> None:
     hf_sparse.save_pretrained(

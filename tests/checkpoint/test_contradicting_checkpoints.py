@@ -59,6 +59,7 @@ def test_counts_that_transformers_makes_lists_of_are_bounded(
         hf_sparse.inspect_checkpoint(folder)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("family", "name", "twin"),
     [

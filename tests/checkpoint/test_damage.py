@@ -88,6 +88,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named_by_tensor_and_file(folder: Path, damage: str) -> None:
     change, message = DAMAGE[damage]
@@ -172,6 +173,7 @@ def test_pickled_weights_are_refused(folder: Path) -> None:
         load(folder)
 
 
+@pytest.mark.slow
 def test_without_the_package_loading_fails(folder: Path) -> None:
     done = run("load_without_the_package", folder)
     assert done.returncode == 0, done.stderr
@@ -182,6 +184,7 @@ def test_without_the_package_loading_fails(folder: Path) -> None:
     assert "hf_sparse" in lines[1]
 
 
+@pytest.mark.slow
 def test_trust_remote_code_imports_the_package(folder: Path) -> None:
     done = run("load_by_remote_code", folder)
     assert done.returncode == 0, done.stderr
@@ -362,6 +365,7 @@ def start(program: str, target: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempts", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_kill_leaves_the_old_or_the_new(attempts: int, tmp_path: Path) -> None:
     """Two versions are saved in turn by a process that is killed at many moments."""
@@ -385,6 +389,7 @@ def test_a_kill_leaves_the_old_or_the_new(attempts: int, tmp_path: Path) -> None
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "there",
     ["a model", *(pytest.param(x, marks=pytest.mark.slow) for x in ("nothing", "a folder"))],

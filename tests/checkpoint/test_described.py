@@ -14,6 +14,7 @@ from hf_sparse.checkpoint import described
 from tests.support.tiny_models import tiny_classifier
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("auto_class", "changes", "count"),
     [

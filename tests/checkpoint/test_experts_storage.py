@@ -87,6 +87,7 @@ def test_blocks_that_cross_matrices_are_refused() -> None:
         decompress(parts)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("notation", ["2:4", "unstructured", "block:4x4"])
 @pytest.mark.parametrize("family", MIXTURES)
 def test_mixtures_come_back_bit_for_bit(family: str, notation: str, tmp_path: Path) -> None:

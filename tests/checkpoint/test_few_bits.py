@@ -41,6 +41,7 @@ def assert_same_weights(one: Any, other: Any) -> None:
         assert torch.equal(weight, theirs[name]), name
 
 
+@pytest.mark.few(1)
 @pairwise(
     "family, pattern, bits, size, symmetric, embedding_bits, dtype",
     ["llama", "gpt2", "opt", "mistral"],
@@ -80,6 +81,7 @@ def test_a_model_comes_back_from_its_codes(
     assert first == {p.name: p.read_bytes() for p in (tmp_path / "again").glob("*.safetensors")}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
 def test_a_model_is_loaded_in_any_type_as_the_exact_products(tmp_path, dtype, held):
@@ -114,6 +116,7 @@ def test_an_output_head_of_its_own_is_coded_too(tmp_path):
     assert_same_weights(model, AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
+@pytest.mark.slow
 def test_an_encoder_and_its_config(tmp_path):
     config = SparsityConfig("unstructured", 0.8, bits=8, group_size=32, embedding_bits=8)
     model = quantise_(hf_sparse.SparseBertForMaskedLM(quantised(family="bert").config), config)
@@ -125,6 +128,7 @@ def test_an_encoder_and_its_config(tmp_path):
     assert (stored["bits"], stored["group_size"], stored["embedding_bits"]) == (8, 32, 8)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("ignore", [(), ("experts.down_proj.1",)])
 def test_experts_are_coded_where_all_of_a_stack_are_targets(tmp_path, ignore):
     config = SparsityConfig("2:4", bits=8, ignore=ignore)
@@ -208,6 +212,7 @@ def test_without_a_config_lost_codes_are_a_warning(tmp_path):
     assert_same_weights(model, AutoModelForCausalLM.from_pretrained(tmp_path / "lost"))
 
 
+@pytest.mark.slow
 def test_a_dense_model_of_few_bits_is_coded(tmp_path):
     config = SparsityConfig("unstructured", 0.0, bits=8, group_size=32, embedding_bits=8)
     model = quantised(config)
@@ -244,6 +249,7 @@ def test_groups_that_divide_nothing_are_refused_before_work(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_a_streamed_checkpoint_is_stored_as_codes(tmp_path):
     source = quantised(SparsityConfig("unstructured", 0.0, bits=8, group_size=32, embedding_bits=8))
     source.save_pretrained(tmp_path / "dense")
@@ -316,6 +322,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named_by_tensor_and_file(tmp_path, damage):
     hf_sparse.save_pretrained(quantised(), tmp_path, INT4)
@@ -328,6 +335,7 @@ def test_damage_is_named_by_tensor_and_file(tmp_path, damage):
         assert str(tmp_path / "model.safetensors") in str(caught.value)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -347,6 +355,7 @@ def test_another_grid_than_is_promised_is_refused(tmp_path, change, message):
             read(tmp_path)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("change", [{"bits": 3}, {"bits": True}, {"group_size": 7}, {"bits": "4"}])
 def test_bits_that_do_not_exist_are_refused(tmp_path, change):
     hf_sparse.save_pretrained(quantised(), tmp_path, INT4)

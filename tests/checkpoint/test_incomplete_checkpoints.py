@@ -79,6 +79,7 @@ def test_whole_tensors_that_are_missing_are_named(tmp_path: Path, name: str) -> 
             read(folder)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_another_number_of_blocks_is_refused(tmp_path: Path, family: str) -> None:
     folder = saved(tmp_path / "model", family)
@@ -104,6 +105,7 @@ def test_another_number_of_blocks_is_refused(tmp_path: Path, family: str) -> Non
             read(folder)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -316,6 +318,7 @@ def test_a_single_file_beside_shards_is_refused(tmp_path: Path) -> None:
             read(folder)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_checkpoint_that_is_replaced_while_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool
@@ -353,6 +356,7 @@ def test_a_dense_source_that_lacks_weights_is_not_streamed(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_parameters_that_are_no_floats_are_refused(

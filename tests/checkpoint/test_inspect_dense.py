@@ -21,6 +21,7 @@ def model_of(model_type: str) -> Any:
     return build(config, next(usual, known[0]))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "model_type",
     [

@@ -185,6 +185,7 @@ def test_24_layout_in_golden_bytes() -> None:
         assert torch.equal(value, parts[part])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -394,6 +395,7 @@ ATTACKS = {
 }
 
 
+@pytest.mark.few(11)
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_damaged_tensors_are_refused(attack: str, tmp_path: Path) -> None:
     old = write_legacy(tmp_path / "old", sparse_llama())
@@ -528,6 +530,7 @@ def test_configs_that_describe_no_model_are_refused(values: dict[str, Any], tmp_
         convert_legacy(old, tmp_path / "new")
 
 
+@pytest.mark.slow
 def test_a_config_of_far_more_blocks_than_are_stored_is_refused_at_once(tmp_path: Path) -> None:
     old = write_legacy(tmp_path / "old", sparse_llama())
     edit_config(old, lambda config: config.update(num_hidden_layers=10**7))

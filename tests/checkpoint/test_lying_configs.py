@@ -69,6 +69,7 @@ def test_widths_beyond_all_that_is_stored_take_no_memory(tmp_path: Path, size: i
     assert extra(load) < 50
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("model_type", "values", "message"),
     [

@@ -132,6 +132,7 @@ def compiled(name: str, folder: Path = FOLDER) -> Any:
         return hf_sparse.load_compiled(folder / f"compiled-{name}")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", COMPILED)
 def test_an_old_compiled_model_gives_the_same_bytes_and_outputs(name: str, tmp_path: Path) -> None:
     model = compiled(name)

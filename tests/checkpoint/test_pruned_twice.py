@@ -45,6 +45,7 @@ def zeros_of(model: nn.Module) -> int:
     return sum(int((parameter == 0).sum()) for parameter in model.parameters())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_heads_and_then_neurons_are_all_compressed(tmp_path: Path, family: str) -> None:
     model = pruned("heads, then neurons", family)
@@ -67,6 +68,7 @@ def test_heads_and_then_neurons_are_all_compressed(tmp_path: Path, family: str) 
     assert found.file_bytes < 1.05 * whole.file_bytes
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", IN_TURN)
 def test_zeros_of_the_whole_model_are_true_everywhere(tmp_path: Path, name: str) -> None:
     model = pruned(name)

@@ -27,6 +27,7 @@ def flip(folder: Path, name: str) -> None:
     change_tensors(folder, change)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("format", ["bitmask", "gap4", "gap8"])
 @pytest.mark.parametrize("family", sorted(LAYERS))
 def test_a_flag_of_an_unstructured_square_weight_is_refused(

@@ -19,6 +19,7 @@ def dense(tmp_path: Path) -> str:
     return str(dense_folder(tmp_path, characters=8000))
 
 
+@pytest.mark.slow
 def test_prune_takes_bits(dense: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
     grid = ["--bits", "4", "--group-size", "32", "--asymmetric", "--embedding-bits", "8"]
@@ -29,6 +30,7 @@ def test_prune_takes_bits(dense: str, tmp_path: Path, capsys: pytest.CaptureFixt
     check_grid(AutoModelForCausalLM.from_pretrained(out), config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [True, False])
 def test_quantize_saves_what_it_rounded(
     data: bool, dense: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -87,6 +89,7 @@ def test_the_card_of_a_rounded_pruning_has_one_step_and_its_code_runs(
     assert "bits" not in card.partition("hf_sparse.prune_(")[2].partition(")")[0]
 
 
+@pytest.mark.slow
 def test_the_card_of_a_quantised_model_calls_quantize(dense: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ignored = ["--ignore", "up_proj"]

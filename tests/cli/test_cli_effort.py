@@ -24,6 +24,7 @@ def prune(dense: Path, output: str, *more: str) -> int:
     return main(["prune", str(dense), str(dense.parent / output), *data, *more])
 
 
+@pytest.mark.slow
 def test_an_effort_its_recipe_and_its_card(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = dense.parent
     recipe = str(folder / "recipe.json")
@@ -44,6 +45,7 @@ def test_an_effort_its_recipe_and_its_card(dense: Path, capsys: pytest.CaptureFi
     assert "and the data have 3" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_effort_goes_on(
     dense: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

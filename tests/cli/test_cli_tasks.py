@@ -26,6 +26,7 @@ def folders(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_figures_are_printed_and_recorded(
     folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,6 +26,7 @@ def compiled_model(family: str) -> PreTrainedModel:
     return hf_sparse.compile(random_model(CONFIGS[family]))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_model_comes_back(family: str, tmp_path: Path) -> None:
     model = compiled_model(family)
@@ -50,6 +51,7 @@ def test_rounded_rotary_frequencies_come_back(tmp_path: Path) -> None:
         assert same(loaded(**inputs(2, 19)).logits, model(**inputs(2, 19)).logits)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", ["bert", "llama", "albert"])
 def test_sparse_classes_come_back(family: str, tmp_path: Path) -> None:
     config = hf_sparse.SparsityConfig("block:4x1", 0.75)
@@ -132,6 +134,7 @@ STREAMS = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", STREAMS)
 def test_damaged_streams_are_found(folder: Path, name: str) -> None:
     tensor, change, message = STREAMS[name]
@@ -156,6 +159,7 @@ def test_streams_that_are_cut_off_are_found(folder: Path, part: str, how: str) -
         hf_sparse.load_compiled(folder)
 
 
+@pytest.mark.few(13)
 @pytest.mark.parametrize(
     "change",
     [
@@ -218,6 +222,7 @@ def test_dense_layers_come_back_and_are_checked(family: str, tmp_path: Path) -> 
         hf_sparse.load_compiled(tmp_path)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sparsity", [0.0, 0.6])
 def test_weights_of_two_bytes_come_back_and_are_checked(
@@ -283,6 +288,7 @@ def test_shared_blocks_come_back_and_their_order_is_checked(tmp_path: Path) -> N
         hf_sparse.load_compiled(tmp_path)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sparsity", [0.0, 0.6])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

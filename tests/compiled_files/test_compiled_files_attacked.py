@@ -232,6 +232,7 @@ def _(described: dict, t: Tensors) -> None:
     t.pop("id")
 
 
+@pytest.mark.few(18)
 @pytest.mark.parametrize("name", CASES)
 def test_what_was_changed_is_found(name: str, tmp_path: Path) -> None:
     model, change, message = CASES[name]

@@ -117,6 +117,7 @@ def attack(folder: Path, seed: int, count: int, old: bool) -> Counter[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seed", "count", "old"),
     [

@@ -195,6 +195,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("make", "changes", "message"), REFUSED, ids=[row[2] for row in REFUSED])
 def test_it_is_refused_before_work(make: Any, changes: dict[str, Any], message: str) -> None:
     model = make()

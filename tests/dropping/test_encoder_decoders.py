@@ -51,6 +51,7 @@ def without(model: Any, place: tuple[str, int]) -> Any:
     return other
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("model_type", CLASSES)
 def test_the_blocks_of_both_halves_compete(model_type: str, tmp_path: Path) -> None:
     model = deep(model_type)

@@ -241,6 +241,7 @@ FAMILIES = ["deepseek_v2", "qwen2_moe", "olmoe", "granitemoe", "phimoe", "glm4_m
 FAMILIES += ["ernie4_5_moe", "minimax_m2", "llama4_text", "nemotron_h", "afmoe"]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_belongs_to_experts_is_found_from_the_structure(family: str) -> None:
     config = copy.deepcopy(tiny_config(family))

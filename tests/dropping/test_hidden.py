@@ -68,6 +68,7 @@ def without_features(model: Any, gone: list[int]) -> None:
         module.weight[:] = 0.5 + torch.rand(32) - (norm.offset or 0)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     "family",
     [
@@ -141,6 +142,7 @@ def test_what_a_norm_multiplies_by_is_told_by_what_it_does() -> None:
             assert (norm.centred, norm.offset) == expected, norm.name
 
 
+@pytest.mark.slow
 def test_heads_go_along_where_their_size_follows_from_the_hidden_size() -> None:
     for family in ("gpt2", "opt", "bert"):
         model: Any = tiny_classifier() if family == "bert" else model_of(family)
@@ -230,6 +232,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("make", "changes", "message"), REFUSED, ids=[row[2] for row in REFUSED])
 def test_it_is_refused_before_work(make: Any, changes: dict[str, Any], message: str) -> None:
     model = make()

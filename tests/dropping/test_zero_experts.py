@@ -31,6 +31,7 @@ def with_zero_experts(family: str, *numbers: tuple[int, ...], **changes: Any) ->
     return model
 
 
+@pytest.mark.few(1)
 @cross("family, method", MIXTURES, EXPERT_METHODS)
 def test_pruned_and_shrunk_is_what_drop_experts_leaves(
     family: str, method: str, tmp_path: Path

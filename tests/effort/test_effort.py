@@ -110,6 +110,7 @@ def test_a_plan_leaves_the_model_as_it_was(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_it_does_what_the_single_calls_do() -> None:
     pytest.importorskip("peft")
     config, batches = SparsityConfig("unstructured", 0.5), data()
@@ -128,6 +129,7 @@ def test_it_does_what_the_single_calls_do() -> None:
     assert {"effort", "recipe", "reconstruct"} <= set(dict(steps[0].options))
 
 
+@pytest.mark.slow
 def test_a_recovery_that_does_not_help_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def worse(model: Any, batches: Any, method: str, **options: Any) -> Any:
         with torch.no_grad():
@@ -148,6 +150,7 @@ def test_a_recovery_that_does_not_help_is_taken_back(monkeypatch: pytest.MonkeyP
     assert report.method == "alps"
 
 
+@pytest.mark.slow
 def test_a_recipe_repeats_a_run(tmp_path: Path) -> None:
     model, again = tiny_model("llama"), tiny_model("llama")
     plan = hf_sparse.plan_sparsify(model, CONFIG, data(), "minutes")
@@ -166,6 +169,7 @@ def test_a_recipe_repeats_a_run(tmp_path: Path) -> None:
     assert "the data are not those that the recipe was made with" in told
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -234,6 +238,7 @@ def test_bad_input_is_told_before_any_work() -> None:
     assert same(model, before)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_inside_a_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +279,7 @@ def test_a_stopped_run_goes_on_inside_a_stage(
     assert not work.exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_between_stages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +311,7 @@ def test_a_stopped_run_goes_on_between_stages(
     assert hf_sparse.measure_sparsity(model).pattern == "2:4"
 
 
+@pytest.mark.slow
 def test_one_bar_goes_over_all_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[Any] = []
 

@@ -24,6 +24,7 @@ def test_every_family(family: str, effort: str) -> None:
     assert (report.sparsity, report.violations) == (0.5, 0)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("pattern", "method"), [("column", "taylor"), ("2:4", "sparsegpt")])
 def test_a_classifier_with_labels(pattern: str, method: str) -> None:
     model, words = tiny_classifier(), prose().split()

@@ -56,6 +56,7 @@ def test_memory_does_not_grow(name: str) -> None:
     assert done.returncode == 0
 
 
+@pytest.mark.slow
 def test_growth_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = []
     grow = (lambda room: lambda number: kept.append(torch.ones(1 << 21)), 0)

@@ -77,6 +77,7 @@ def headed_model(family: str, ending: str, **changes: Any) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "ending"), HEADED)
 def test_every_head_gives_what_torch_gives(family: str, ending: str, tmp_path: Path) -> None:
     model = headed_model(family, ending)
@@ -267,6 +268,7 @@ def test_half_precision(tmp_path: Path) -> None:
     assert all(v.dtype != ir.DataType.FLOAT for v in graph.initializers.values() if v.shape.rank())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["dynamic", pytest.param("static", marks=pytest.mark.slow)])
 def test_quantized_weights_keep_their_zeros(quantize: str, tmp_path: Path) -> None:
     model = headed_model("bert", "ForSequenceClassification")
@@ -316,6 +318,7 @@ def test_an_export_replaces_an_export_and_nothing_else(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_what_is_beside_an_export_stays_and_checkpoints_are_safe(tmp_path: Path) -> None:
     model, folder = headed_model("bert", "ForSequenceClassification", num_hidden_layers=1), tmp_path
     shutil.copytree(OLD_EXPORT, folder, dirs_exist_ok=True)

@@ -63,6 +63,7 @@ def turned(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight[places]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "config",
     [
@@ -135,6 +136,7 @@ def test_a_model_without_bits_is_written_in_its_type(tmp_path):
         assert report.types[kind] >= 22
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_is_refused_and_nothing_changes(tmp_path):
     file = tmp_path / "model.gguf"
     with pytest.raises(ValueError, match="wanted a LlamaForCausalLM"):

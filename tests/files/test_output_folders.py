@@ -23,6 +23,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["a dense model", "an earlier output", "a note"])
 def test_a_streamed_pruning_never_replaces_a_folder_unasked(
     dense: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

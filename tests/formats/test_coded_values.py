@@ -35,6 +35,7 @@ def grid_weight(grid, pattern="unstructured", rows=12, columns=128, sparsity=0.5
     return rounded(weight, grid)
 
 
+@pytest.mark.few(9)
 @pairwise(
     "name, bits, size, symmetric, transposed, matrices, dtype",
     ["auto", *PLACED],
@@ -74,6 +75,7 @@ def test_the_codes_are_those_of_the_weight(grid):
     assert torch.equal(found.scales, wanted.scales)
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("shape", [(1, 32), (3, 32), (0, 32), (4, 0), (5, 96)])
 @pytest.mark.parametrize("name", ["auto", "dense", "bitmask", "gap4", "rice"])
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -85,6 +87,7 @@ def test_odd_shapes(shape, name, symmetric):
         assert torch.equal(decompress(compress(weight, name, grid=grid)), weight)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("sparsity", [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99])
 def test_size_is_near_the_bound(bits, sparsity):
@@ -109,9 +112,10 @@ def test_size_of_2_4_is_near_the_bound(bits):
     assert num_bytes(stored) <= 1.01 * least
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("notation", ["unstructured", "2:4", "block:2x4"])
 @given(sparsity=st.floats(0, 1), bits=st.sampled_from([8, 4]), transposed=st.booleans())
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 def test_auto_is_never_larger_than_another_format(notation, sparsity, bits, transposed):
     grid, pattern = Grid(bits, 32), Pattern.parse(notation)
     weight = torch.arange(1.0, 1 + 8 * 64).view(8, 64)
@@ -258,11 +262,12 @@ damages = st.lists(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLACED)
 @given(
     damages=damages, bits=st.sampled_from([8, 4]), symmetric=st.booleans(), part=st.integers(0, 9)
 )
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 def test_damaged_parts_give_a_format_error_or_a_weight_on_the_grid(
     name, damages, bits, symmetric, part
 ):

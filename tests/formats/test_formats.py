@@ -25,7 +25,7 @@ from hf_sparse.patterns import NM, GroupPattern, Pattern
 from tests.support.crosses import cross, pairwise
 from tests.support.damaged_parts import decompressed_unless_refused
 
-EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
+EXAMPLES = settings(max_examples=20, deadline=None, derandomize=True)
 CODED = [name for name in FORMATS if name not in ("auto", "dense")]
 DTYPES = {
     torch.float64: torch.int64,
@@ -91,6 +91,7 @@ def can_hold(name, pattern):
     return isinstance(pattern, GroupPattern) if name == "block" else True
 
 
+@pytest.mark.few(8)
 @pairwise(
     "transposed, notation, name, dtype",
     [False, True],
@@ -135,6 +136,7 @@ def test_every_bit_pattern_of_a_type_survives(name, dtype):
     assert torch.equal(found.view(DTYPES[dtype]), expected)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", FORMATS)
 @given(
     rows=st.integers(1, 12),
@@ -338,6 +340,7 @@ def test_size_of_2_4_is_near_the_entropy_bound(dtype):
     assert_same_bits(decompress(parts), without_negative_zeros(weight.to(dtype)))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("notation", ["unstructured", "2:4", "1:16", "block:2x4", "row", "column"])
 @pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.bfloat16, torch.float64])
 @given(density=st.floats(0, 1), shape=st.sampled_from(SHAPES), transposed=st.booleans())
@@ -580,9 +583,10 @@ def damaged(parts, name, damages):
     return parts
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", CODED)
 @given(damages=damages)
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_damaged_parts_give_a_format_error_or_the_right_shape(name, damages):
     parts = damaged(valid_parts(name), name, damages)
     if (weight := decompressed_unless_refused(parts)) is None:
@@ -594,6 +598,7 @@ def test_damaged_parts_give_a_format_error_or_the_right_shape(name, damages):
     assert sorted(restored[restored != 0].tolist()) == sorted(nonzero.tolist())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", CODED)
 def test_every_single_changed_byte_is_refused_or_moves_a_value(name):
     """No byte of the positions is ignored: a change is noticed or gives another weight."""

@@ -192,6 +192,7 @@ def test_today_gives_the_bytes_of_the_golden_file_of_few_bits(name):
     assert torch.equal(decompress(parts), CODED_WEIGHT)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(

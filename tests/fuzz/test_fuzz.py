@@ -22,11 +22,13 @@ FOUND = [
 ]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "file"), FOUND)
 def test_what_was_found_once_is_handled(name: str, file: Path) -> None:
     assert trials.trial(name, file.read_bytes()) in ("refused", "same", "other")
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", FAST)
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(data=st.binary(min_size=8, max_size=64))

@@ -20,6 +20,7 @@ TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 GIVEN = {".gitattributes", "README.md"}
 
 
+@pytest.mark.slow
 def test_push_and_pull(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     with HubStandIn() as hub:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.support.hub_stand_in import HubStandIn
 from tests.support.processes import run
 
@@ -11,6 +13,7 @@ def run_client(hub: HubStandIn, program: str, tmp_path: Path, *arguments: Path) 
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_a_pushed_model_comes_back(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     with HubStandIn() as hub:
@@ -23,6 +26,7 @@ def test_a_pushed_model_comes_back(tmp_path: Path) -> None:
         assert hub.commits("user/tiny") == ["initial commit", "Add the model", "Remove a file"]
 
 
+@pytest.mark.slow
 def test_what_is_missing_raises_the_clients_errors(tmp_path: Path) -> None:
     with HubStandIn(lfs=False) as hub:
         run_client(hub, "ask_for_what_is_missing", tmp_path)

@@ -115,6 +115,7 @@ def test_shards_types_and_device_maps(tmp_path: Path) -> None:
         same(on_disk(**inputs).logits, loaded(**inputs).logits)
 
 
+@pytest.mark.slow
 def test_a_trainer_goes_on_with_its_checkpoint(tmp_path: Path) -> None:
     hf_sparse.save_pretrained(pruned("roberta", AutoModelForMaskedLM), tmp_path / "sparse")
     rows = [{"input_ids": row, "labels": row} for row in batches()[0]["input_ids"]]
@@ -198,6 +199,7 @@ def test_graphs_of_other_inputs_than_tokens_are_refused(
     assert not (tmp_path / "graph").exists()
 
 
+@pytest.mark.slow
 def test_a_config_of_far_more_blocks_than_are_stored_is_refused(tmp_path: Path) -> None:
     hf_sparse.save_pretrained(pruned("phi3"), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

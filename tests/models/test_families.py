@@ -39,6 +39,7 @@ def sparse_model(name: str, family: str, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("family", "name"), HEADS)
 def test_every_head_is_saved_and_loaded(tmp_path: Path, family: str, name: str) -> None:
     model = sparse_model(name, family)
@@ -52,6 +53,7 @@ def test_every_head_is_saved_and_loaded(tmp_path: Path, family: str, name: str) 
         assert torch.equal(value, loaded.state_dict()[key]), key
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "auto_class",
@@ -142,6 +144,7 @@ def test_text_classification_pipeline(tmp_path: Path) -> None:
     assert classify("a class of objects")[0]["score"] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "mistral", "qwen3"])
 def test_text_generation_pipeline_and_generate(tmp_path: Path, family: str) -> None:
     name = f"Sparse{AutoModelForCausalLM._model_mapping[type(CONFIGS[family])].__name__}"

@@ -65,6 +65,7 @@ def test_the_updates_are_those_of_the_formulas() -> None:
     assert set(optimizer.state[weight]) == {"step", "exp_avg", "exp_avg_sq"}
 
 
+@pytest.mark.slow
 def test_masks_move_to_a_lower_loss_than_that_of_the_smallest_weights() -> None:
     """Least squares with inputs of very different sizes: small weights of large inputs must stay."""
     torch.manual_seed(1)

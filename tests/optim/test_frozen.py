@@ -36,6 +36,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_zeros_stay_and_the_rest_steps_as_without_the_mask(name: str, family: str) -> None:
@@ -128,6 +129,7 @@ def trainer(model: Any, folder: Path, **changes: Any) -> Trainer:
     return Trainer(model, args, train_dataset=rows, callbacks=[KeepZeros()])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}])
 def test_trainer_keeps_zeros_and_resumes_bit_for_bit(tmp_path: Path, precision: dict) -> None:
     model = sparse_model(tie_word_embeddings=False)

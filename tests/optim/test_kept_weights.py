@@ -114,6 +114,7 @@ WAYS: dict[str, Callable[[Any, Path], None]] = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_kept_weight_that_lands_on_zero_stays_kept_and_moves_on(

@@ -73,6 +73,7 @@ OPERATORS = [
 ]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("notation", OPERATORS)
 def test_no_random_neighbour_is_better(notation: str) -> None:
     torch.manual_seed(0)
@@ -130,6 +131,7 @@ def test_group_lasso_meets_the_subgradient_condition() -> None:
     assert (removed[sizes == 0] <= 0.8 * 2 + 1e-12).all()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("tau", [0.1, 1.0, 5.0])
 def test_nm_prox_equals_a_search_over_a_grid(tau: float) -> None:
     torch.manual_seed(3)

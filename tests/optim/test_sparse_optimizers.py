@@ -88,6 +88,7 @@ def lasso(hessian: Tensor, slope: Tensor, lam: float) -> Tensor:
     return weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adaptive AdamW", "SGD"])
 def test_on_a_quadratic_it_finds_the_lasso_solution(kind: str) -> None:
     torch.manual_seed(0)
@@ -110,6 +111,7 @@ def test_on_a_quadratic_it_finds_the_lasso_solution(kind: str) -> None:
     assert torch.equal(weight == 0, wanted == 0)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(("penalty", "pattern"), PAIRS)
 @pytest.mark.parametrize("optimizer_cls", [SparseAdamW, SparseSGD])
 def test_strength_makes_exact_zeros_of_the_pattern(
@@ -359,6 +361,7 @@ def test_weight_decay_is_the_optimizers_unless_given() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.2, 0.0]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("family", ["bert", "albert", "gpt2", "llama"])
 @pytest.mark.parametrize("pattern", ["unstructured", "block:4x1", "2:4"])
 def test_groups_of_a_model_hold_each_weight_once(family: str, pattern: str) -> None:

@@ -70,6 +70,7 @@ def sparsities(model: nn.Module, optimizer: Any, sparsifier: Sparsifier, steps: 
     return reached
 
 
+@pytest.mark.few(1)
 @cross("method, pattern, family", TRAINING_METHODS, PATTERNS, ["gpt2", "llama"])
 def test_the_target_is_reached_exactly_and_kept(method: str, pattern: str, family: str) -> None:
     model = tiny_model(family)
@@ -86,6 +87,7 @@ def test_the_target_is_reached_exactly_and_kept(method: str, pattern: str, famil
     assert sparsifier.sparsity == report.sparsity
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("penalty", "pattern", "scale"),
     [
@@ -115,6 +117,7 @@ def test_the_controller_alone_follows_the_schedule(penalty: str, pattern: str, s
     assert abs(sparsifier.sparsity - 0.7 * 150 / 160) < 0.06
 
 
+@pytest.mark.few(1)
 @cross("method, pattern, stop", TRAINING_METHODS, ["unstructured", "2:4"], [14, 30])
 def test_resume_is_bit_exact(method: str, pattern: str, stop: int) -> None:
     config = config_of(pattern)
@@ -138,6 +141,7 @@ def test_resume_is_bit_exact(method: str, pattern: str, stop: int) -> None:
         assert nearly_same(value, expected[name]), name
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", TRAINING_METHODS)
 def test_any_optimizer_reaches_the_target(method: str) -> None:
     model = tiny_model("gpt2")
@@ -156,6 +160,7 @@ def test_any_optimizer_reaches_the_target(method: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_sparse_training_learns_and_beats_pruning_at_the_end() -> None:
     batches = tiny_batches("gpt2", 8)
 
@@ -253,6 +258,7 @@ def test_the_check_notices_lost_zeros() -> None:
         sparsifier.check()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", TRAINING_METHODS)
 def test_nothing_happens_before_the_beginning(method: str) -> None:
     model = tiny_model("gpt2")
@@ -264,6 +270,7 @@ def test_nothing_happens_before_the_beginning(method: str) -> None:
     assert sparsifier.lam == 0
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", TRAINING_METHODS)
 def test_a_short_run_adjusts_more_often(method: str) -> None:
     model = tiny_model("gpt2")
@@ -277,6 +284,7 @@ def test_a_short_run_adjusts_more_often(method: str) -> None:
         assert 0 < reached[3] < reached[5] < 0.6
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("sparsity", "method"), [(0.8, "proximal"), (0.3, "proximal"), (0.6, "magnitude")]
 )

@@ -88,6 +88,7 @@ def trainer(
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("method", "pattern"),
     [
@@ -132,6 +133,7 @@ def test_only_targets_are_shrunk() -> None:
         assert bool((value == 0).all()) if sparse else torch.equal(value, before[name]), name
 
 
+@pytest.mark.slow
 def test_other_optimizers_get_the_shrinkage(tmp_path: Path) -> None:
     for optimizer_cls in (torch.optim.NAdam, SparseSGD):
         run = trainer(tmp_path, optimizer={"optimizer_cls": optimizer_cls, "lr": 1e-2})
@@ -171,6 +173,7 @@ def weights_of(run: Trainer) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in run.model.state_dict().items()}
 
 
+@pytest.mark.slow
 @cross("method, stop", ["proximal", "magnitude", "movement"], [6, 16])
 def test_a_resumed_run_equals_an_unbroken_one(method: str, stop: int, tmp_path: Path) -> None:
     whole = trainer(tmp_path / "whole", method=method, save_strategy="steps", save_steps=stop)
@@ -183,6 +186,7 @@ def test_a_resumed_run_equals_an_unbroken_one(method: str, stop: int, tmp_path: 
         assert name.endswith("key.bias") or nearly_same(value, expected[name], share=0.9), name
 
 
+@pytest.mark.slow
 def test_resume_with_another_pattern_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, save_strategy="steps", save_steps=6).train()
     other = trainer(tmp_path, SparsityConfig("block:4x1", 0.6))
@@ -190,6 +194,7 @@ def test_resume_with_another_pattern_is_refused(tmp_path: Path) -> None:
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("every", [4, 1])
 def test_the_best_checkpoint_is_a_sparse_one(every: int, tmp_path: Path) -> None:
     class Worsen(TrainerCallback):
@@ -278,6 +283,7 @@ def test_other_targets_than_the_optimizers_are_refused(tmp_path: Path) -> None:
         run.train()
 
 
+@pytest.mark.slow
 def test_a_second_run_of_a_trainer_is_refused_clearly(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.train()
@@ -308,6 +314,7 @@ def test_the_report_tells_how_it_was_made(tmp_path: Path) -> None:
     assert sparsity.report.zeros == round(0.6 * sparsity.report.numel)
 
 
+@pytest.mark.slow
 def test_fine_tuning_a_sparse_model_keeps_its_zeros(tmp_path: Path) -> None:
     model = tiny_classifier()
     hf_sparse.prune_(model, CONFIG, "magnitude")

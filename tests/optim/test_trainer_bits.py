@@ -31,6 +31,7 @@ class Watch(TrainerCallback):
         self.weights.append(target_layers(model)[0].weight.clone())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["proximal", "movement"])
 def test_the_last_phase_trains_on_the_grid(method: str, tmp_path: Path) -> None:
     config = SparsityConfig("2:4", bits=4, group_size=32, embedding_bits=8)

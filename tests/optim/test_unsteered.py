@@ -155,6 +155,7 @@ def run(tmp_path: Path, *, callbacks: Any = (), **settings: Any) -> Trainer:
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("optimizer_cls", [SparseAdamW, SparseSGD, torch.optim.AdamW])
 def test_a_trainer_without_the_callback_is_refused_before_it_trains(
     optimizer_cls: Any, tmp_path: Path
@@ -168,6 +169,7 @@ def test_a_trainer_without_the_callback_is_refused_before_it_trains(
     )
 
 
+@pytest.mark.slow
 def test_a_trainer_with_the_callback_or_lam_trains(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -87,6 +87,7 @@ def page(made: Any) -> Page:
     return Page(made.html)
 
 
+@pytest.mark.slow
 def test_the_page_is_well_formed_and_holds_all_that_it_shows(made: Any, page: Page) -> None:
     assert (page.wrong, page.open) == ([], [])
     assert len(made.html) < 3_000_000
@@ -98,6 +99,7 @@ def test_the_page_is_well_formed_and_holds_all_that_it_shows(made: Any, page: Pa
     assert "@import" not in made.html
 
 
+@pytest.mark.slow
 def test_who_does_not_see_the_pictures_finds_what_they_show(page: Page) -> None:
     images, figures = page.all("img"), page.all("figure")
     assert len(images) == len(figures) > 10
@@ -138,6 +140,7 @@ def test_the_figures_are_those_of_the_models(folders: dict[str, Path], page: Pag
     assert "100.00%" in groups
 
 
+@pytest.mark.slow
 def test_no_step_and_no_metric_are_told(folders: dict[str, Path]) -> None:
     found = hf_sparse.report(folders["dense"], html=folders["dense"].parent / "dense.html")
     text = Page(found.html).text
@@ -147,6 +150,7 @@ def test_no_step_and_no_metric_are_told(folders: dict[str, Path]) -> None:
     assert (folders["dense"].parent / "dense.html").read_text() == found.html
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_is_shown_without_files(folders: dict[str, Path]) -> None:
     dense, model = tiny_model("llama"), tiny_model("llama")
     with torch.no_grad():

@@ -161,6 +161,7 @@ def test_implied_sparsity():
     assert all(Pattern.parse(notation).implied_sparsity is None for notation in FREE)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("notation", FREE)
 @pytest.mark.parametrize("per_row", [False, True])
 @given(scores=small_integers, sparsity=sparsities)

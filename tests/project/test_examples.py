@@ -33,6 +33,7 @@ def blocks(language: str, page: str = REFERENCE) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_prune_and_reload(dense: Path, tmp_path: Path) -> None:
     pytest.importorskip("llvmlite")
     text = str(tmp_path / "text.txt")
@@ -141,6 +142,7 @@ def test_the_first_code_of_the_readme(
     assert hf_sparse.inspect_checkpoint(tmp_path / "smollm2-sparse").report.sparsity == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exported", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_commands_of_the_reference(exported: bool, dense: Path, tmp_path: Path) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines()]

@@ -6,8 +6,6 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import hf_sparse
 from hf_sparse import patterns
 
@@ -63,13 +61,15 @@ def test_a_docstring_is_not_counted_and_an_inner_function_is() -> None:
     assert long_functions(nested) == {"f": 62, "f.g": 61}
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_a_file_and_its_functions_are_short(file: str) -> None:
-    source = (ROOT / file).read_text()
-    length = len(source.splitlines())
-    assert length <= MOST_LINES_OF_A_FILE, f"{file} has {length} lines"
-    too_long = long_functions(source)
-    assert not too_long, f"{file}: these functions are too long: {too_long}"
+def test_files_and_their_functions_are_short() -> None:
+    sources = {file: (ROOT / file).read_text() for file in FILES}
+    lengths = {file: len(source.splitlines()) for file, source in sources.items()}
+    too_long = {file: lines for file, lines in lengths.items() if lines > MOST_LINES_OF_A_FILE}
+    assert not too_long
+    functions_too_long = {
+        file: found for file, source in sources.items() if (found := long_functions(source))
+    }
+    assert not functions_too_long
 
 
 def checks_of_patterns(source: str) -> int:

@@ -43,6 +43,7 @@ def test_the_trainer_of_the_tour_reaches_its_sparsity(
     assert hf_sparse.measure_sparsity(loaded).sparsity == pytest.approx(0.8, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_recovery_compiling_and_exporting_of_the_tour_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

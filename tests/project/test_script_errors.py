@@ -43,6 +43,7 @@ def test_a_missing_package_is_told_with_how_to_install_it(script: Path) -> None:
             assert node in told, f"{script.name}:{node.lineno}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -76,6 +76,7 @@ def labelled(count: int, regression: bool = False) -> list[dict]:
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "arguments", "kind"),
     [
@@ -139,6 +140,7 @@ def test_run_glue_dense_only(tmp_path: Path) -> None:
     assert set(run("run_glue", *common(tmp_path, "bert"), *data)) == {"dense"}
 
 
+@pytest.mark.slow
 def test_run_clm(tmp_path: Path) -> None:
     for name, text in (("train", prose()[:30_000]), ("valid", prose()[30_000:40_000])):
         (tmp_path / f"{name}.txt").write_text(text)
@@ -154,6 +156,7 @@ def test_run_clm(tmp_path: Path) -> None:
     assert hf_sparse.measure_sparsity(model).sparsity == pytest.approx(0.5, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_run_multiple_choice(tmp_path: Path) -> None:
     chooser = random.Random(0)
     rows = [
@@ -194,6 +197,7 @@ def squad(file: Path, version: int) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_run_qa(version: int, tmp_path: Path) -> None:
     file = squad(tmp_path / "squad.json", version)

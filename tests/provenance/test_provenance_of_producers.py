@@ -72,6 +72,7 @@ def trained_by_callback(
     return model, callback
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["proximal", "magnitude"])
 def test_training_with_the_callback_is_told_without_a_report(tmp_path: Path, method: str) -> None:
     model, callback = trained_by_callback(tmp_path, method)
@@ -135,6 +136,7 @@ def test_an_optimizer_alone_is_told(tmp_path: Path) -> None:
     assert {("lam", 0.01), ("penalty", "l1"), ("lr", 1e-3)} <= set(step.options)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "way", ["KeepZeros", "keep_zeros_", "trainer_optimizer", "freeze_zeros_", "DDP"]
 )
@@ -167,6 +169,7 @@ def test_fine_tuning_with_frozen_zeros_is_told(tmp_path: Path, way: str) -> None
     assert "### Step 2" in card_of(model, tmp_path / "saved")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("way", ["callback", "sparsifier", "KeepZeros", "recover_"])
 def test_a_teacher_is_told_with_the_training(tmp_path: Path, way: str) -> None:
     if way == "recover_":

@@ -28,6 +28,7 @@ from tests.provenance.test_provenance_of_producers import (
 from tests.support.tiny_models import tiny_batches, tiny_classifier, tiny_model
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("removed", [False, True])
 def test_a_teacher_in_a_plain_trainer_is_told(tmp_path: Path, removed: bool) -> None:
     model = tiny_classifier()
@@ -136,6 +137,7 @@ def test_recovery_tells_of_its_teacher_in_one_place(tmp_path: Path) -> None:
     assert [step.method for step in steps_of(model)] == ["magnitude", "recovery by finetune"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["proximal", "magnitude"])
 def test_the_learning_rate_of_sparse_training_is_told(tmp_path: Path, method: str) -> None:
     model, _ = trained_by_callback(tmp_path, method, lr=2e-3)

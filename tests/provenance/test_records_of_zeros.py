@@ -129,6 +129,7 @@ def test_a_broken_pattern_of_an_earlier_pruning_is_not_told(tmp_path: Path) -> N
     assert rows(save(model, tmp_path / "b"))["patterns"] == "2:4, row, unstructured"
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("loaded", [False, True])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "column"])
 def test_a_model_whose_zeros_are_all_filled_is_saved_as_dense(

@@ -94,6 +94,7 @@ def test_norms_of_few_tokens_are_told() -> None:
     assert any("saw fewer than 32 calibration tokens" in note for note in report.notes)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_mixture_is_pruned_from_disk_to_disk_as_in_memory(family: str, tmp_path: Path) -> None:
     model, config = tiny_mixture(family), SparsityConfig("2:4")
@@ -109,6 +110,7 @@ def test_a_mixture_is_pruned_from_disk_to_disk_as_in_memory(family: str, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "sparse"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_over_experts_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,7 @@ def test_the_matrices_of_its_experts_are_targets() -> None:
     ]
 
 
+@pytest.mark.few(1)
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 def test_pruned_stored_and_loaded(method: str, tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def test_shared_experts_of_inkling_see_all_tokens_and_the_last_product_their_wei
         close(seen[f"{path}.down_proj.{expert}"], inner * weights[:, expert, None])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("model_type", ["dbrx", "inkling_text"])
 @pytest.mark.parametrize(
     ("pattern", "method"),

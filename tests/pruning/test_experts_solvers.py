@@ -45,6 +45,7 @@ def pruned_both_ways(
     return [(layer.name, layer.weight, wanted[layer.name]) for layer in block_layers(model)]
 
 
+@pytest.mark.few(1)
 @cross("family, method", MIXTURES, METHODS)
 def test_every_method_prunes_experts_as_it_prunes_linear_layers(family: str, method: str) -> None:
     pairs = pruned_both_ways(family, SparsityConfig("2:4"), method, **METHODS[method])

@@ -62,6 +62,7 @@ def test_the_sweep_is_gptq(size: int | None) -> None:
     assert off.any(1).float().mean() < 0.1
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("unstructured", 0.6)])
 def test_rounding_keeps_zeros_and_loses_less_than_nearest(
@@ -126,6 +127,7 @@ def test_the_descent_ends_where_no_single_code_lowers_the_error() -> None:
             assert (squared(other) > least * (1 - 1e-5)).all()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_prunes_to_few_bits(method: str) -> None:
     model = tiny_model("llama")
@@ -141,6 +143,7 @@ def test_every_method_prunes_to_few_bits(method: str) -> None:
     assert head.weight is embeddings.weight
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "options", [{"reconstruct": 1}, {"refine": "swaps"}, {"allocation": "alpha"}]
 )
@@ -173,6 +176,7 @@ def test_half_precision_holds_the_grid(dtype: torch.dtype) -> None:
     assert all(layer.weight.dtype == dtype for layer in target_layers(model))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
 def test_experts_are_rounded_each_on_its_own(family: str, method: str) -> None:
@@ -182,6 +186,7 @@ def test_experts_are_rounded_each_on_its_own(family: str, method: str) -> None:
     check_grid(model, config)
 
 
+@pytest.mark.slow
 def test_a_stream_gives_what_memory_gives(tmp_path: Path) -> None:
     dense = tiny_model("llama")
     dense.save_pretrained(tmp_path / "dense")

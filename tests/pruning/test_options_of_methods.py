@@ -56,6 +56,7 @@ def test_every_option_of_every_method_has_bounds() -> None:
     assert {name for row in METHODS.values() for name in row.options()} == set(BOUNDS) == set(BAD)
 
 
+@pytest.mark.few(23)
 @pytest.mark.parametrize(("method", "name", "value"), CASES)
 def test_a_bad_value_is_refused_before_data_are_read(method: str, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} is .*wanted"):

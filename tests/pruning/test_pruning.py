@@ -43,6 +43,7 @@ def config_for(method: str) -> SparsityConfig:
     return SparsityConfig("2:4" if METHODS[method].nm_only else "unstructured", 0.5)
 
 
+@pytest.mark.few(2)
 @cross("family, method", ALL, METHODS)
 def test_every_family_gets_exact_counts_and_keeps_the_rest(family: str, method: str) -> None:
     model = tiny_model(family)
@@ -65,6 +66,7 @@ def test_every_family_gets_exact_counts_and_keeps_the_rest(family: str, method: 
             assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.few(2)
 @cross("pattern, sparsity, method, family", PATTERNS, METHODS, ["gpt2", "llama"])
 def test_every_pattern_is_followed(
     family: str, method: str, pattern: str, sparsity: float | None
@@ -106,6 +108,7 @@ def naive_wanda(model: nn.Module, batches: list[dict[str, Tensor]], sparsity: fl
                 weight.scatter_(1, cut, 0.0)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", ALL)
 @torch.no_grad()
 def test_wanda_equals_a_reference_that_runs_the_whole_model(family: str) -> None:

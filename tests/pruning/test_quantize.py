@@ -24,6 +24,7 @@ def zeros_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {layer.name: layer.weight == 0 for layer in target_layers(model)}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "albert", "t5", "bert"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("data", [True, False])
@@ -45,6 +46,7 @@ def test_dense_models_of_every_kind_come_onto_the_grid(
     assert (step.method, dict(step.options)["bits"]) == ("quantize", 4)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
 @pytest.mark.parametrize("method", [None, "nearest"])
 @pytest.mark.parametrize("data", [True, False])
@@ -60,6 +62,7 @@ def test_zeros_of_sparse_models_stay(pattern: str, method: str | None, data: boo
     check_grid(model, SparsityConfig(pattern, 0.5, **INT4))
 
 
+@pytest.mark.slow
 def test_zeros_that_nobody_promised_are_counted_before_rounding_adds_some() -> None:
     model = tiny_model("llama")
     for layer in target_layers(model):
@@ -113,6 +116,7 @@ def test_experts_are_rounded_each_on_its_own(family: str) -> None:
     check_grid(model, SparsityConfig("unstructured", 0.0, bits=4))
 
 
+@pytest.mark.slow
 def test_targets_are_those_of_the_config() -> None:
     model = tiny_model("llama")
     quantize_(model, SparsityConfig("unstructured", 0.0, targets="down_proj", bits=8))
@@ -170,6 +174,7 @@ def test_what_cannot_be_done_is_told_before_any_work(
     assert not provenance_of(model).steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [{"bits": 8}, {"bits": 4, "symmetric": False}])
 def test_another_grid_on_top_is_refused(again: dict[str, Any]) -> None:
     model = tiny_model("llama")
@@ -208,6 +213,7 @@ def test_embeddings_that_groups_do_not_divide_are_named() -> None:
     quantize_(model, **INT4)  # its shared blocks, once
 
 
+@pytest.mark.slow
 def test_classifiers_keep_their_heads() -> None:
     model = tiny_classifier()
     head = model.classifier.weight.detach().clone()
@@ -216,6 +222,7 @@ def test_classifiers_keep_their_heads() -> None:
     codes_of(model.get_input_embeddings().weight.detach(), Grid(8))
 
 
+@pytest.mark.slow
 def test_small_weights_keep_their_size() -> None:
     model = copy.deepcopy(tiny_model("llama"))
     weight = model.model.layers[0].mlp.up_proj.weight

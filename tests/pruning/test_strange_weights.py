@@ -72,6 +72,7 @@ def test_a_tensor_that_stores_its_values_in_its_own_way_is_refused() -> None:
         prune(model, "magnitude")
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
 @pytest.mark.parametrize("kind", RIGHT)
 def test_a_view_is_pruned_as_the_plain_weight_is(kind: str, method: str) -> None:
@@ -132,6 +133,7 @@ def made_in_inference_mode(family: str) -> Any:
         return tiny_model(family)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 def test_a_model_of_inference_mode_is_pruned_where_no_gradients_are_needed(

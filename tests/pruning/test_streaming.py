@@ -42,6 +42,7 @@ def agree(one: torch.Tensor, other: torch.Tensor, recipe: dict[str, object]) -> 
     return nearly_same(one, other, share=0.9)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_result_is_that_of_prune(
@@ -63,6 +64,7 @@ def test_the_result_is_that_of_prune(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_a_killed_run_goes_on_and_gives_the_same(
@@ -184,6 +186,7 @@ def test_a_source_with_other_weights_is_not_resumed(dense: Path, stopped: Path) 
         resume(dense, stopped)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("damage", ["value", "tensor", "metadata", "truncated"])
 def test_damaged_blocks_are_not_resumed(dense: Path, stopped: Path, damage: str) -> None:
     file = stopped / "model.layers.0.safetensors"

@@ -25,6 +25,7 @@ def batches(decoder: bool) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": i, **({"decoder_input_ids": i} if decoder else {})} for i in ids]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("model_type", "auto_class"),
     [

@@ -82,6 +82,7 @@ def test_patterns_without_targets_name_the_layers_of_units(family: str) -> None:
     assert Targets.of(model, SparsityConfig("head", 0.5)).pattern == Head(width, inputs=True)
 
 
+@pytest.mark.few(7)
 @pairwise(
     "family, pattern, method", CAUSAL, UNITS, ["magnitude", "wanda", "taylor", "sparsegpt", "alps"]
 )
@@ -143,6 +144,7 @@ def gate_effects(model: nn.Module, batches: list[Any], pattern: str) -> dict[str
     return scores
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("pattern", UNITS)
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
@@ -259,6 +261,7 @@ def test_refit_changes_nothing_when_nothing_went_and_leaves_dead_inputs_alone() 
     assert not fitted[:, :3].any()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "taylor"])
 @pytest.mark.parametrize("pattern", UNITS)
 def test_refit_brings_the_model_nearer_to_the_dense_one(pattern: str, method: str) -> None:
@@ -345,6 +348,7 @@ def test_a_streamed_checkpoint_can_be_shrunk(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded.state_dict()[key], value, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.few(3)
 @pairwise("family, pattern, penalty", PARTS, UNITS, ["group_l2", "l0"])
 def test_training_zeros_whole_units(family: str, pattern: str, penalty: str) -> None:
     model = tiny_model(family)

@@ -42,6 +42,7 @@ def first_output(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return output
 
 
+@pytest.mark.slow
 def test_every_family_loads_as_a_plain_model_without_the_package(tmp_path: Path) -> None:
     ids = tiny_batches("llama")[0]["input_ids"]
     wanted, models, generated = {}, {}, {}

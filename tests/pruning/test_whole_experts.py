@@ -92,6 +92,7 @@ def test_zero_experts_go_first() -> None:
         assert len(both) == 2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", MIXTURES)
 def test_stored_and_loaded_again(family: str, tmp_path: Path) -> None:
     model = tiny_mixture(family)

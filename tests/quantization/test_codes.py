@@ -47,6 +47,7 @@ def values_on(grid, seed):
     return (codes * scales).reshape(rows, columns)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_a_rounded_weight_gives_its_codes_back(grid):
     weight = rounded(sparse_weight(), grid)
@@ -58,6 +59,7 @@ def test_a_rounded_weight_gives_its_codes_back(grid):
         assert codes.codes.max() <= grid.highest_code
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_codes_and_scales_are_found(grid, dtype):
@@ -202,6 +204,7 @@ def test_a_group_size_that_does_not_divide_is_refused():
         rounded(torch.ones(2, 576), Grid(8, 128))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_rounding_twice_is_rounding_once(grid):
     """Also where no code of a group is the largest one, which a search for scales would change."""

@@ -168,6 +168,7 @@ def _causal(model_type: str) -> Any:
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(tiny_config(model_type))]
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize(("make", "changes", "message"), REFUSED)
 def test_it_is_refused_before_work(make: Any, changes: dict[str, Any], message: str) -> None:
     model = make()

@@ -129,6 +129,7 @@ def test_refused_before_work() -> None:
         slim_(model, plan=plan)
 
 
+@pytest.mark.slow
 def test_the_command_refuses_a_budget_before_it_reads_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,11 +89,13 @@ def check_shrinks(model: Any, pattern: str, folder: Path) -> None:
     assert_close(outputs_of(loaded.eval(), inputs), wanted)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("model_type", some(FAMILIES))
 def test_neurons_go_without_a_trace(model_type: str, tmp_path: Path) -> None:
     check_shrinks(model_of(model_type), "column", tmp_path)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("model_type", some(FAMILIES))
 def test_heads_go_without_a_trace_or_are_refused(model_type: str, tmp_path: Path) -> None:
     model = model_of(model_type)

@@ -103,6 +103,7 @@ def test_stacks_of_another_kind_are_left_out_and_counted_in_the_report() -> None
     assert any(note.startswith("24 weights in the blocks are in stacks") for note in report.notes)
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("family", MIXTURES)
 @pytest.mark.parametrize(
     "notation", ["unstructured", "2:4", "block:4x4", "row", "column", "head:8"]

@@ -63,6 +63,12 @@ def covering(sizes: Sequence[int]) -> set[Place]:
     return chosen
 
 
+def spread(length: int, count: int) -> set[int]:
+    """`count` places of a list, evenly spread from its first to its last."""
+    count = min(count, length)
+    return {step * (length - 1) // max(count - 1, 1) for step in range(count)}
+
+
 def _parametrize(
     names: str,
     axes: Sequence[Sequence[Any]],

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from tests.support.crosses import covering, cross, pairwise
+from tests.support.crosses import covering, cross, pairwise, spread
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (3, 1, 4), (2, 3, 4), (5, 5, 2, 2), (1, 1), (11, 8, 2)])
@@ -28,3 +28,15 @@ def test_fast_and_slow_together_are_the_whole_cross() -> None:
         assert {case.values for case in cases} == whole
         assert len(cases) == len(whole)
         assert sum(not case.marks for case in cases) == fast
+
+
+@pytest.mark.parametrize(
+    ("length", "count"), [(1, 1), (1, 3), (2, 1), (5, 2), (7, 3), (40, 39), (4, 4)]
+)
+def test_few_cases_are_spread_from_the_first_to_the_last(length: int, count: int) -> None:
+    places = sorted(spread(length, count))
+    assert len(places) == min(length, count)
+    assert places[0] == 0
+    assert count == 1 or places[-1] == length - 1
+    gaps = [later - sooner for sooner, later in itertools.pairwise(places)]
+    assert max(gaps, default=0) - min(gaps, default=0) <= 1

@@ -56,6 +56,7 @@ def product(
     return y.numpy()
 
 
+@pytest.mark.few(4)
 @cross("rows, columns, form, vectors", SIZES, FORMATS, [4, 2, 1])
 def test_the_product_is_that_of_exact_integers(
     code: Code, chosen: target.Target, rows: int, columns: int, form: CodeFormat, vectors: int
@@ -73,6 +74,7 @@ def test_the_product_is_that_of_exact_integers(
         assert error <= 1e-6 * np.abs(wanted).max() * columns**0.5 + 1e-5
 
 
+@pytest.mark.few(19)
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.suffix)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_no_sum_overflows_at_the_extremes(

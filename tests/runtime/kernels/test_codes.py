@@ -76,6 +76,7 @@ def features(columns: int, extreme: bool = False) -> torch.Tensor:
     return x.sign_().mul_(3) if extreme else x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_features_are_rounded_as_numpy_rounds_them(name: str, compiled) -> None:
     code, x = compiled(name), features(300)

@@ -49,6 +49,7 @@ def code_for(
     return kernels(chosen, folder, kept)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "at_end",
     [
@@ -97,6 +98,7 @@ def test_kernels_need_what_they_declare(
     assert [key for key, dies in found.items() if not dies] == []
 
 
+@pytest.mark.slow
 def test_every_kernel_is_tried(chosen: target.Target) -> None:
     tried = {example.operation.kernel for calls, _ in CALLS.values() for example in calls(chosen)}
     for kept in TYPES:

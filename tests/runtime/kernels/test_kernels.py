@@ -79,6 +79,7 @@ def call_spmm(
         run(code, packed.operation(chunk, vectors, address(x), address(y), address(bias), start))
 
 
+@pytest.mark.few(5)
 @pairwise("rows, columns, height, sparsity", SIZES, spmm.UNROLL, [0.0, 0.5, 0.9, 1.0])
 def test_packing_loses_nothing(rows: int, columns: int, height: int, sparsity: float) -> None:
     weight = sparse_weight(rows, columns, height, sparsity)
@@ -106,6 +107,7 @@ def test_packing_of_two_bytes_loses_nothing(kept: WeightType) -> None:
         panel_checks.check(panels.pack(weight, 1, kept), FLOAT32)
 
 
+@pytest.mark.few(1)
 @cross("rows, columns, chosen, kept", SIZES, TARGETS, NARROW, indirect=["chosen"])
 def test_two_bytes_give_what_float32_gives(
     codes: Callable[[WeightType], Code],

@@ -30,6 +30,7 @@ def weight() -> np.ndarray:
     return np.where(kept, random.standard_normal((ROWS, COLUMNS)), 0).astype(np.float32)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("columns", [64, 128, 192, 256])
 def test_panels_of_any_width_give_the_product(
     code: Code, chosen: target.Target, columns: int

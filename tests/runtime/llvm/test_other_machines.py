@@ -25,6 +25,7 @@ def check(row: target.InstructionSet, functions: list[Function]) -> None:
         assert f"\0{function.name}\0".encode() in code
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("row", ROWS)
 def test_every_instruction_of_the_table_compiles(
     row: target.InstructionSet, capfd: pytest.CaptureFixture[str]
@@ -52,6 +53,7 @@ def test_every_kernel_compiles(row: target.InstructionSet, kept: WeightType) -> 
     check(row, kernel_functions(target.elsewhere(row), kept, codes=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "row", [row for row in target.INSTRUCTION_SETS if row.extras], ids=lambda row: row.name
 )

@@ -58,6 +58,7 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_compiled_model_is_the_rounded_one(name: str, bits: int) -> None:
@@ -71,6 +72,7 @@ def test_a_compiled_model_is_the_rounded_one(name: str, bits: int) -> None:
     assert {linear.codes.form.bits for linear in linears_of(compiled)} == {bits}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_target_gives_the_same(name: str) -> None:
     if TARGETS.index(name) < TARGETS.index(target.host().name):
@@ -81,6 +83,7 @@ def test_every_target_gives_the_same(name: str) -> None:
     assert distance(found, wanted) < 1e-2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("zeros", "pattern"), [("2:4", "2 of 4"), ("4:8", "8 of 16"), ("4:16", "4 of 16")]
 )
@@ -98,6 +101,7 @@ def test_zeros_of_a_pattern_are_read_by_its_kernel(zeros: str, pattern: str) -> 
     assert sizes[0] < sizes[1] / 4
 
 
+@pytest.mark.slow
 def test_zeros_of_no_pattern_are_read_by_masks_where_they_can_be_expanded(tmp_path: Path) -> None:
     model = random_model(MODELS["llama"], 0.6)
     compiled = hf_sparse.compile(model, bits=8)

@@ -56,6 +56,7 @@ def models() -> dict[str, tuple[PreTrainedModel, PreTrainedModel]]:
     return found
 
 
+@pytest.mark.few(2)
 @cross("batch, tokens, name", [(1, 1), (1, 5), (3, 37), (2, 100)], FAMILIES)
 def test_forward_and_hidden_states(models: dict, name: str, batch: int, tokens: int) -> None:
     model, compiled = models[name]
@@ -87,6 +88,7 @@ def test_any_number_of_threads_gives_the_same(models: dict, threads: int) -> Non
         assert same(compiled(**given).logits, wanted)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}])
 def test_generate(models: dict, name: str, options: dict) -> None:
@@ -126,6 +128,7 @@ def test_a_cache_that_the_model_filled_is_taken_over(models: dict) -> None:
     torch.testing.assert_close(again, found[:, 5:], **TOLERANCE)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "config",
     [
@@ -158,6 +161,7 @@ def test_other_vector_widths(models: dict, name: str, family: str) -> None:
         torch.testing.assert_close(compiled(**given).logits, model(**given).logits, **TOLERANCE)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("sparsity", [0.0, 0.95])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block:2x1", "block:4x1", "block:16x1"])
 def test_patterns_find_their_kernel(
@@ -204,6 +208,7 @@ def run_stack(compiled: PreTrainedModel) -> list[torch.Tensor]:
     return results
 
 
+@pytest.mark.few(1)
 @cross(
     "family, kind, sparsity, name",
     ["bert", "gpt2", "llama"],
@@ -328,6 +333,7 @@ def test_attention_weights_are_refused(models: dict, name: str) -> None:
             compiled(**inputs(1, 6))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_another_number_of_blocks_is_refused(models: dict, name: str) -> None:
     model, compiled = (copy.deepcopy(one) for one in models[name])
@@ -385,6 +391,7 @@ def test_blocks_that_were_changed_are_refused(models: dict, name: str, how: str)
             changed(**inputs(1, 6))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", ["bert", "llama", "stablelm"])
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_state_is_not_loaded_into_a_compiled_model(family: str, strict: bool) -> None:
@@ -504,6 +511,7 @@ def test_weights_that_are_not_finite_are_refused(part: str, value: float) -> Non
         hf_sparse.compile(model)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("value", [float("-inf"), float("nan")])
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
@@ -563,6 +571,7 @@ def test_models_that_cannot_be_compiled_are_refused() -> None:
         hf_sparse.compile(hf_sparse.compile(random_model(CONFIGS["bert"])))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["stablelm", "gpt2"])
 def test_other_models_get_compiled_layers(family: str) -> None:
     """Also GPT-2 with an option that its kernels cannot do, whose layers are Conv1Ds."""
@@ -652,6 +661,7 @@ def test_explain_tells_each_layer() -> None:
         compiled.explain(tokens=0)
 
 
+@pytest.mark.slow
 def test_a_compiled_head_equals_the_linear() -> None:
     linear = torch.nn.Linear(32, 64)
     head = CompiledHead(linear, target.host(), None).eval()
@@ -663,6 +673,7 @@ def test_a_compiled_head_equals_the_linear() -> None:
     assert not CompiledHead.suits(linear.bfloat16())  # for its bias
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
 def test_a_head_of_two_byte_weights_sums_in_float32(kind: torch.dtype) -> None:
     linear = torch.nn.Linear(64, 32, bias=False)
@@ -788,6 +799,7 @@ def test_layers_that_are_no_plain_linears_are_refused() -> None:
         hf_sparse.compile(model)
 
 
+@pytest.mark.slow
 def test_a_head_that_was_changed_is_left_to_torch() -> None:
     head = CompiledHead(torch.nn.Linear(32, 64), target.host(), None).eval()
     x = torch.randn(2, 32)

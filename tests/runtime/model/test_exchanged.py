@@ -41,6 +41,7 @@ def twice(function: Any) -> Any:
     return mine
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("owner", "name", "match"),
     [
@@ -113,6 +114,7 @@ def test_attributes_that_a_class_computes_are_refused(how: str, monkeypatch: Pat
     )
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("how", ["torch", "wraps", "partial", "object", "mask"])
 def test_attention_that_was_exchanged_is_left_to_torch(how: str, monkeypatch: Patch) -> None:
     model, before = model_of("llama"), ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -187,6 +189,7 @@ def test_other_layouts_than_rows_are_refused(family: str, layout: str) -> None:
     check(model, rf"layers\.1\.mlp\.up_proj\.weight has the layout torch\.{layout}; wanted")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["LoraConfig", "DoRA", "LoHaConfig", "BOFTConfig", "HRAConfig"])
 @pytest.mark.filterwarnings("ignore")
 def test_layers_inside_adapters_are_left_to_torch(kind: str) -> None:

@@ -98,6 +98,7 @@ def change_each_attribute(
     return refused
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["bert", "albert", "gpt2", "opt", "qwen3"])
 def test_an_attribute_of_any_module_is_refused_or_makes_no_difference(family: str) -> None:
     model = model_of(family, use_cache=False)
@@ -146,6 +147,7 @@ def check_changed_parts(model: Any, block: Any, how: str) -> None:
     hf_sparse.compile(model)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", ["subclass", "wrapped", "hook", "pre-hook", "forward", "hidden"])
 @pytest.mark.parametrize("family", ["bert", "albert", "gpt2", "opt", "qwen3"])
 def test_any_module_that_is_changed_is_refused(family: str, how: str) -> None:
@@ -276,6 +278,7 @@ def other_forward_of_all(m: Any) -> None:
     m.forward = lambda *args, **kwargs: before(*args, **kwargs)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -457,6 +460,7 @@ def test_a_head_that_does_more_is_left_to_torch(how: str) -> None:
     torch.testing.assert_close(found, wanted, **TOLERANCE)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("how", ["hook", "pre-hook", "forward", "subclass", "twice"])
 def test_single_layers_that_do_more_are_left_to_torch(how: str) -> None:
     model = model_of("stablelm")
@@ -504,6 +508,7 @@ def test_the_implementation_of_attention_is_built_in() -> None:
         result(compiled)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("window", [4, 2**31, 2**32, 2**32 + 4, 10**12])
 def test_windows_of_any_length(window: int) -> None:
     check_same(model_of("mistral", sliding_window=window))
@@ -649,6 +654,7 @@ def test_the_cache_goes_on_after_the_checks() -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), wanted, **TOLERANCE)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_shrunk_model_is_taken(family: str) -> None:
     model = tiny_model(family)

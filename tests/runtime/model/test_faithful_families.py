@@ -19,6 +19,7 @@ EACH = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", EACH)
 def test_an_attribute_of_any_module_is_refused_or_makes_no_difference(family: str) -> None:
     model, given = model_of(family), inputs_of(family, 1, 12)

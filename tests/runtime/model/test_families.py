@@ -88,6 +88,7 @@ def test_the_reference_lists_every_family() -> None:
     assert {*re.findall("`([^`]+)`", table)} == set(NAMES)
 
 
+@pytest.mark.few(1)
 @cross("batch, tokens, family", [(1, 1), (1, 5), (3, 37), (2, 100)], FAMILIES)
 def test_hidden_states(family: str, batch: int, tokens: int) -> None:
     model, compiled = pair(family)
@@ -111,6 +112,7 @@ FIRST += [("distilbert", "masked"), ("modernbert", "sequence"), ("gemma2", "caus
 FIRST += [("phi3", "tokens"), ("gpt_neox", "question"), ("granite", "causal")]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("padding", some(["left", "right"], ["left"]))
 @pytest.mark.parametrize("which", some(PAIRS, FIRST))
 def test_every_head(which: tuple[str, str], padding: str) -> None:
@@ -132,6 +134,7 @@ def test_every_head(which: tuple[str, str], padding: str) -> None:
 OPTIONS: list[dict[str, Any]] = [{"num_beams": 3}, {}, {"use_cache": False}]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("options", some(OPTIONS, [{"num_beams": 3}]), ids=str)
 @pytest.mark.parametrize("family", some(DECODERS, ("gpt_neox", "gemma2", "smollm3", "mixtral")))
 def test_generate(family: str, options: dict[str, Any]) -> None:
@@ -142,6 +145,7 @@ def test_generate(family: str, options: dict[str, Any]) -> None:
     assert torch.equal(compiled.generate(**given, **GENERATED, **options), wanted)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", DECODERS)
 def test_a_cache_goes_on_from_any_position(family: str) -> None:
     """Several tokens at a time, and single ones by rows, on more threads than one."""
@@ -172,6 +176,7 @@ def test_a_cache_that_the_model_filled_is_taken_over(family: str) -> None:
     torch.testing.assert_close(found, wanted, **TOLERANCE)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", some(FAMILIES, ("mpnet", "gemma2", "mixtral")))
 def test_two_byte_models(family: str, kind: torch.dtype) -> None:
@@ -190,6 +195,7 @@ def test_two_byte_models(family: str, kind: torch.dtype) -> None:
     torch.testing.assert_close(found.float(), wanted.float(), atol=0.05 * scale, rtol=0)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", some(FAMILIES, VARIED))
 def test_a_saved_model_comes_back(family: str, tmp_path: Path) -> None:
     auto = AutoModelForCausalLM if family in DECODERS else AutoModel
@@ -225,6 +231,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("family", "changes", "reason"), REFUSED)
 def test_what_kernels_cannot_do_goes_layer_by_layer(
     family: str, changes: dict[str, Any], reason: str
@@ -244,6 +251,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)
 def test_variants_of_families(family: str, changes: dict[str, Any]) -> None:
     model = model_of(family, **changes)

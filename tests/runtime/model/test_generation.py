@@ -66,6 +66,7 @@ class Stream:
         self.ended = True
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("left", [0, 4], ids=["whole", "padded"])
 def test_every_family_gives_the_tokens_of_transformers_loop(

@@ -35,6 +35,7 @@ def embeddings(model: Any, batch: int = 3, tokens: int = TOKENS) -> torch.Tensor
     return torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e38, 1e-42])
 def test_no_sequence_sees_its_neighbours(family: str, poison: float) -> None:
@@ -60,6 +61,7 @@ def test_no_token_sees_the_tokens_behind_it(family: str) -> None:
     torch.testing.assert_close(found[:, :11], wanted[:, :11], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_of_the_memory_before_is_read(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers that hold NaN before the first call give what buffers of zeros give."""
@@ -75,6 +77,7 @@ def test_nothing_of_the_memory_before_is_read(family: str, monkeypatch: pytest.M
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_codes_read_nothing_of_the_memory_before(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = embeddings(tiny_model("llama"))
     wanted = states(hf_sparse.compile(quantised(), bits=4), plain)
@@ -87,6 +90,7 @@ def test_codes_read_nothing_of_the_memory_before(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_calls_before_change_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt and a token of a model that has just computed NaN give what a fresh model gives."""

@@ -57,6 +57,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_description_is_refused(name: str, tmp_path: Path) -> None:
     changes, message = CHANGES[name]
@@ -93,6 +94,7 @@ def on_grid(model: Any, grid: Grid, **more: Any) -> Any:
     return model
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "grid", [Grid(8, 32), Grid(4, 32), Grid(8), Grid(4, 32, symmetric=False)], ids=str
 )

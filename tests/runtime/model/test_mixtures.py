@@ -58,6 +58,7 @@ def test_experts_that_get_no_token_or_all(family: str) -> None:
     check(model)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", MIXTURES)
 @pytest.mark.parametrize("chosen", [1, 4])
 def test_any_number_of_experts_of_a_token(family: str, chosen: int) -> None:
@@ -114,6 +115,7 @@ def test_a_function_of_experts_of_the_users_own_is_kept(monkeypatch: pytest.Monk
     assert "its function of experts is 'mine'" in compiled.explain(tokens=1).reason
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "change",
     [

@@ -97,6 +97,7 @@ def test_the_encoder_runs_once_for_all_tokens(monkeypatch: pytest.MonkeyPatch) -
     assert filled == [6]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("family", "changes", "reason"),
     [
@@ -231,6 +232,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hf_sparse.save_compiled(pair("t5")[1], tmp_path_factory.mktemp("t5"))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", DAMAGES)
 def test_files_that_were_changed_are_refused(name: str, saved: Path, tmp_path: Path) -> None:
     told, damage = DAMAGES[name]

@@ -20,6 +20,7 @@ def test_a_target_that_was_measured_has_its_own_rates(name: str) -> None:
     assert nominal(replace(chosen, name="wide", lanes=64)) is NOMINAL["avx512"]
 
 
+@pytest.mark.slow
 def test_a_new_row_of_instruction_sets_is_all_that_compile_needs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
