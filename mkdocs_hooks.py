@@ -14,7 +14,13 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent
 # Files outside of docs/ that the site has; a link to another one is a broken link.
-BROUGHT = ("CONTRIBUTING.md", "CHANGELOG.md", "model_cards/*.md", "benchmarks/results/*")
+BROUGHT = (
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "CHANGELOG.md",
+    "model_cards/*.md",
+    "benchmarks/results/*",
+)
 LINK = re.compile(r"(?<=\]\()[^)\s#:]+(?=[)#])")
 
 

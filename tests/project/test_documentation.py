@@ -72,6 +72,26 @@ def test_the_page_of_the_command_line_tells_commands_and_exit_codes() -> None:
     assert set(commands.COMMANDS) <= set(rows)
 
 
+def test_what_pages_link_to_outside_of_docs_is_brought_to_the_site() -> None:
+    hooks = ast.parse((ROOT / "mkdocs_hooks.py").read_text())
+    [brought] = [
+        ast.literal_eval(node.value)
+        for node in hooks.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "BROUGHT"
+    ]
+    there = {file for pattern in brought for file in ROOT.glob(pattern)}
+    pages = [*DOCS.rglob("*.md"), *(file for file in there if file.suffix == ".md")]
+    missing = []
+    for page in pages:
+        for link in re.findall(r"\]\(([^)\s#:]+)[)#]", page.read_text()):
+            target = (page.parent / link).resolve()
+            if DOCS in target.parents or target == ROOT / "README.md":
+                continue
+            if target not in there and not (target.is_dir() and there & {*target.glob("*.md")}):
+                missing.append(f"{page.relative_to(ROOT)}: {link}")
+    assert missing == []
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
