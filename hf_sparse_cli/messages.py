@@ -18,8 +18,8 @@ EXIT_CODES = {
     DONE: "done",
     FAILED: "refused or failed: the reason is on stderr, and nothing was half written",
     USAGE: "the command line cannot be parsed",
-    INTERRUPTED: "interrupted by Ctrl-C",
-    BROKEN_PIPE: "nobody reads the output any more",
+    INTERRUPTED: "interrupted by Ctrl-C: --stream and --effort keep finished blocks",
+    BROKEN_PIPE: "the program that reads the output has ended (as head does)",
 }
 # Modules whose warnings are about what the user gave; those of others are shown by --verbose.
 _OURS = r"hf_sparse(\.|_cli|$)"
