@@ -8,7 +8,7 @@ restores the weights while they are read and then leaves no trace on the model, 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,13 @@ from hf_sparse.checkpoint.promised import (
     check_shapes,
     promised_by,
 )
-from hf_sparse.checkpoint.reading import StoredTensor, check_digests, is_target, read_headers, watch
+from hf_sparse.checkpoint.reading import (
+    StoredTensor,
+    begin_check_digests,
+    is_target,
+    read_headers,
+    watch,
+)
 from hf_sparse.checkpoint.source import remember_source_
 from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.formats import (
@@ -88,6 +94,7 @@ class SparseHfQuantizer(Restorer):
         self._dtype_plan: Mapping[str, torch.dtype] = {}
         self._errors: list[FormatError] = []
         self._check_unchanged = watch([])
+        self._check_digests: Callable[[], None] = lambda: None
         self._targets: Mapping[str, tuple[TargetLayer, ...]] = {}
         self._grids: Mapping[str, OnGrid] = {}
         self._own_conversions = 0
@@ -124,7 +131,7 @@ class SparseHfQuantizer(Restorer):
             stored = list(self._stored.values())
             promised = promised_by(files[0].parent, stored, model)
             promised.check(stored)
-            check_digests(files)
+            self._check_digests = begin_check_digests(files)
             self._targets = promised.targets(self.quantization_config.sparsity)
             self._grids = promised.grids(self.quantization_config.sparsity)
             if promised.model is not model:
@@ -204,10 +211,11 @@ class SparseHfQuantizer(Restorer):
         """Raise what was wrong with the weights, then detach from the model.
 
         Raises:
-            FormatError: a compressed tensor is damaged, or a file was replaced while it was read; no
+            FormatError: a tensor is damaged or changed, or a file was replaced while it was read; no
             model is returned.
         """
         self._check_unchanged()
+        self._check_digests()
         if self._errors:
             more = f" ({len(self._errors) - 1} more like it)" if len(self._errors) > 1 else ""
             raise FormatError(f"{self._errors[0]}{more}")

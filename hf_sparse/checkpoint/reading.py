@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hf_sparse.checkpoint.digests import digest_in_order
+from hf_sparse.checkpoint.digests import digest_of_file
 from hf_sparse.checkpoint.index import DIGEST, INDEX_NAME, index_of, read_index
 from hf_sparse.checkpoint.writing import COMPILED_DESCRIPTION
 from hf_sparse.configuration_sparse import SparsityConfig, matches
@@ -202,7 +203,7 @@ def _version(file: Path) -> tuple[int, ...] | None:
 def check_digests(files: Iterable[Path]) -> None:
     """Compare the tensors of safetensors files with the digests in their headers.
 
-    Files without a digest, of earlier versions or of others, pass. Memory: one tensor.
+    Files without a digest, of earlier versions or of others, pass. Memory: pages of the file.
 
     Raises:
         FormatError: the tensors are not those that were saved.
@@ -212,14 +213,24 @@ def check_digests(files: Iterable[Path]) -> None:
             promised = (reader.metadata() or {}).get(DIGEST)
             if promised is None:
                 continue
-            found = digest_in_order(
-                (name, reader.get_tensor(name)) for name in sorted(reader.keys())
-            )
+            found = digest_of_file(file, reader)
         if found != promised:
             raise FormatError(
                 f"{file} was changed since it was saved: its tensors have the digest {found}, and its "
                 f"header tells {str(promised)[:80]}. Copy or download it again."
             )
+
+
+def begin_check_digests(files: Sequence[Path]) -> Callable[[], None]:
+    """`check_digests` in a thread of its own, while the weights are restored.
+
+    Returns:
+        What waits for its end, and raises its error.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="hf_sparse digests")
+    checked = pool.submit(check_digests, files)
+    pool.shutdown(wait=False)
+    return checked.result
 
 
 def read_parts(stored: StoredTensor) -> dict[str, Tensor]:

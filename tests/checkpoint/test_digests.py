@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_sparse
 from hf_sparse import FormatError, SparsityConfig
+from hf_sparse.checkpoint.digests import digest_of, digest_of_file
 from tests.support.tiny_models import tiny_model
 
 CONFIG = SparsityConfig("2:4")
@@ -53,6 +54,24 @@ def test_files_without_digest_load(folder: Path) -> None:
     rewritten(folder, NORM, {"format": "pt"})
     for read in READERS:
         read(folder)
+
+
+def test_the_digest_of_a_file_is_that_of_its_tensors(tmp_path: Path) -> None:
+    """Also where the file has another order than names, and is cut off while it is read."""
+    tensors = {
+        "b.10": torch.randn(3, 5).bfloat16(),
+        "b.2": torch.randn(201).to(torch.float8_e4m3fn),
+        "a": torch.zeros(0, 7),
+        "z": torch.tensor(3),
+        "c": torch.randint(0, 256, (11,), dtype=torch.uint8),
+    }
+    save_file(tensors, file := tmp_path / "x.safetensors")
+    with safe_open(file, "pt") as reader:
+        assert list(reader.offset_keys()) != sorted(tensors)
+        assert digest_of_file(file, reader) == digest_of(tensors)
+        with file.open("r+b") as opened:
+            opened.truncate(file.stat().st_size - 5)
+        assert digest_of_file(file, reader) != digest_of(tensors)
 
 
 @pytest.mark.parametrize("entry", ["digests", "description", "weights"])
