@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from hf_sparse.arguments import check_kinds, check_path
-from hf_sparse.checkpoint.bounds import Size, bounded
+from hf_sparse.checkpoint.bounds import Size, bounded, check_widths
 from hf_sparse.checkpoint.can_save import check_can_save
 from hf_sparse.checkpoint.described import describing
 from hf_sparse.checkpoint.index import read_object
@@ -110,12 +110,13 @@ def convert_legacy(
     if output.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"output {output} lies in {folder}, which is only read: choose another.")
     values, sparsity = _read_config(folder)
-    model = _meta_model(values, folder)
+    stored = _Stored(folder)
+    model = _meta_model(values, folder, stored.size)
     check_can_save(model, output, SparsityConfig("unstructured", 0.0, format=format))
     if not overwrite:
         check_not_lost(output)
     small_files = _SmallFiles(folder)
-    weights = _OldWeights(folder, LAYOUTS[sparsity["format"]], model)
+    weights = _OldWeights(stored, LAYOUTS[sparsity["format"]], model)
     config = _measure(weights, model, sparsity, format)
     # As for a model that `device_map` left on the disk, the weights are asked for by name.
     fetch_weights_from_(model, weights)
@@ -124,20 +125,36 @@ def convert_legacy(
     return output
 
 
+class _Stored:
+    """What is stored in a folder: the keys of each file, and their size; headers are read once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        files = checkpoint_files(folder)
+        self.check_unchanged = watch(files)
+        self.keys: dict[Path, list[str]] = {}
+        for file in files:
+            with open_file(file) as reader:
+                self.keys[file] = list(reader.keys())
+
+    @property
+    def size(self) -> Size:
+        """The parts of a weight are tensors of their own."""
+        tensors = sum(map(len, self.keys.values()))
+        return Size(tensors, sum(file.stat().st_size for file in self.keys))
+
+
 class _OldWeights:
     """The weights of an old checkpoint by their names in the model, read when they are asked for.
 
     `parts` has for each weight its parts (`""`: the weight, stored whole): their keys and files.
     """
 
-    def __init__(self, folder: Path, layout: tuple[str, ...], model: PreTrainedModel) -> None:
+    def __init__(self, stored: _Stored, layout: tuple[str, ...], model: PreTrainedModel) -> None:
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self.parts: dict[str, dict[str, tuple[str, Path]]] = {}
-        files = checkpoint_files(folder)
-        self._check_unchanged = watch(files)
-        for file in files:
-            with open_file(file) as reader:
-                keys = list(reader.keys())
+        self._check_unchanged = stored.check_unchanged
+        for file, keys in stored.keys.items():
             for key in keys:
                 layer, _, part = key.rpartition(".")
                 name, part = (layer, part) if part in layout else (key, "")
@@ -146,7 +163,7 @@ class _OldWeights:
                     raise FormatError(f"{self.place(name)}: {file} has '{part}' a second time")
                 self.parts[name][part] = key, file
         if scales := [name for name in self.parts if name.endswith(_QUANTISED)]:
-            _refuse_quantised(folder, f"the tensor {scales[0]}")
+            _refuse_quantised(stored.folder, f"the tensor {scales[0]}")
         for name, parts in self.parts.items():
             if name not in self._shapes:
                 raise FormatError(f"{self.place(name)}: config.json describes no such tensor")
@@ -159,12 +176,13 @@ class _OldWeights:
         for name in self._shapes:
             tied.setdefault(id(model.get_parameter_or_buffer(name)), []).append(name)
         for names in tied.values():
-            stored = [name for name in names if name in self.parts]
-            if not stored:
+            there = [name for name in names if name in self.parts]
+            if not there:
                 raise FormatError(
-                    f"{folder} lacks the tensor {names[0]} of the model that config.json describes"
+                    f"{stored.folder} lacks the tensor {names[0]} of the model that config.json "
+                    "describes"
                 )
-            self.parts |= {name: self.parts[stored[0]] for name in names if name not in stored}
+            self.parts |= {name: self.parts[there[0]] for name in names if name not in there}
 
     def place(self, name: str) -> str:
         """Tensor and files, for error messages."""
@@ -281,25 +299,16 @@ def _refuse_quantised(folder: Path, found: str) -> None:
     )
 
 
-def _meta_model(values: dict[str, Any], folder: Path) -> PreTrainedModel:
+def _meta_model(values: dict[str, Any], folder: Path, stored: Size) -> PreTrainedModel:
     """The model that the config describes, without memory for weights, if it can be what is stored."""
-    stored = _size_in(folder)
-    with describing(folder / "config.json"), torch.device("meta"):
+    file = folder / "config.json"
+    check_widths(values, stored, file)
+    with describing(file), torch.device("meta"):
         config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
         model_class = getattr(transformers, values["architectures"][0])
         with bounded(stored):
             model: PreTrainedModel = build(model_class, config)
     return model
-
-
-def _size_in(folder: Path) -> Size:
-    """What is stored in a folder, the parts of a weight as tensors of their own."""
-    tensors, nbytes = 0, 0
-    for file in checkpoint_files(folder):
-        with open_file(file) as reader:
-            tensors += len(list(reader.keys()))
-        nbytes += file.stat().st_size
-    return Size(tensors, nbytes)
 
 
 class _SmallFiles:
