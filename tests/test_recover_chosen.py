@@ -12,7 +12,7 @@ from torch import Tensor
 import hf_sparse
 from hf_sparse import Distillation, recover_
 from hf_sparse.calibration.attending import fast_attention
-from hf_sparse.recovery.held_out import HeldOut, mean_loss
+from hf_sparse.recovery.held_out import HeldOut, held_out_loss
 from hf_sparse.recovery.training import _backward, _joined
 from tests.support.sparse_models import assert_same, places, sparse_model
 from tests.support.tiny_models import prose, tiny_batches, tiny_model, tiny_tokenizer
@@ -38,10 +38,10 @@ def test_the_rate_with_the_least_held_out_loss_is_taken() -> None:
     rate = float(next(note for note in report.notes if "learning rate" in note).split()[2][:-1])
     losses = {}
     for lr in (1e-4, 3e-4, 9e-4):  # the short runs had all eight batches, as these have
-        losses[lr] = mean_loss(recovered(lr)[0], windows()[-4:])
+        losses[lr] = held_out_loss(recovered(lr)[0], windows()[-4:])
     assert rate == pytest.approx(min(losses, key=losses.__getitem__))
     assert report.options["lr"] == pytest.approx(rate)
-    assert mean_loss(model, windows()[-4:]) == pytest.approx(
+    assert held_out_loss(model, windows()[-4:]) == pytest.approx(
         losses[min(losses, key=losses.get)], 1e-3
     )  # type: ignore[arg-type]
 
@@ -67,13 +67,13 @@ def test_a_recovery_that_harms_gives_the_weights_from_before_back(method: str) -
         accumulate=1,
     )
     handle.remove()
-    after = mean_loss(model, [held])
+    after = held_out_loss(model, [held])
     assert "held-out batches" in report.notes[1]
     before = copy.deepcopy(model)
     before.load_state_dict(start)
-    assert after <= mean_loss(before, [held])
+    assert after <= held_out_loss(before, [held])
     assert_same(places(model), zeros)
-    if after == mean_loss(before, [held]):
+    if after == held_out_loss(before, [held]):
         assert len(steps) == 4  # two looks of four, and no more
 
 
@@ -87,7 +87,7 @@ def test_the_best_weights_come_back() -> None:
     assert watch.look()
     watch.restore_()
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
-    assert watch.best == watch.before == pytest.approx(mean_loss(model, windows(2)))
+    assert watch.best == watch.before == pytest.approx(held_out_loss(model, windows(2)))
 
 
 def test_batches_that_run_together_have_the_gradients_of_single_ones() -> None:

@@ -1,4 +1,4 @@
-"""What a model would miss without a block: the loss when blocks are skipped, and their influence."""
+"""What a model would miss without a block: how blocks are skipped, and their influence."""
 
 from __future__ import annotations
 
@@ -9,22 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.calibration.calling import run_on
-from hf_sparse.calibration.losses import check_predicts, with_labels
-
 Batches = Sequence[Mapping[str, Any]]
-
-
-def mean_loss(model: nn.Module, batches: Batches) -> float:
-    """The model's loss over batches, by the number of their labels; causal models predict tokens."""
-    total, count = 0.0, 0
-    for batch in batches:
-        inputs = with_labels(batch)
-        check_predicts(inputs)
-        labels = int((inputs["labels"] != -100).sum())
-        total += labels * float(run_on(model, inputs).loss)
-        count += labels
-    return total / count
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.calibration.calling import run_on
+from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.recording import Batch
 from hf_sparse.upstream.torch import onednn
 from hf_sparse.upstream.transformers.experts import runs_in_autocast
@@ -108,9 +110,34 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     with fast_autocast(model):
         loss: Tensor = run_on(model, inputs).loss
     check_predicts(inputs)
-    if not torch.isfinite(loss):
+    check_finite(model, float(loss.detach()))
+    return loss
+
+
+def check_finite(model: nn.Module, loss: float) -> None:
+    """Raise a NotFiniteError if the loss of a model that is trained is infinite or no number."""
+    if not math.isfinite(loss):
         raise NotFiniteError(
-            f"the loss of {type(model).__name__} is {float(loss)} while masks are learned. Lower "
+            f"the loss of {type(model).__name__} is {loss} while it is trained. Lower "
             "the learning rate or lam, if the method has them, or load the model in float32."
         )
-    return loss
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """The model's loss in eval mode, by the number of labels of each batch; nan without any.
+
+    It may be infinite or no number; a causal model without labels predicts the next token.
+
+    Raises:
+        ValueError: there is no token to predict.
+    """
+    total, count = 0.0, 0
+    with switched(model, training=False):
+        for batch in batches:
+            inputs = with_labels(batch)
+            check_predicts(inputs)
+            labels = int((inputs["labels"] != -100).sum())
+            total += labels * float(run_on(model, inputs).loss)
+            count += labels
+    return total / count if count else math.nan

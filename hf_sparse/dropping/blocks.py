@@ -29,9 +29,9 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from hf_sparse.arguments import check_kinds, check_model
-from hf_sparse.calibration.block_scores import Batches, Influence, mean_loss, skipping
+from hf_sparse.calibration.block_scores import Batches, Influence, skipping
 from hf_sparse.calibration.calling import run_on
-from hf_sparse.calibration.losses import check_labels
+from hf_sparse.calibration.losses import check_labels, mean_loss
 from hf_sparse.calibration.modes import switched
 from hf_sparse.calibration.windows import checked_batches, fingerprint
 from hf_sparse.dropping.counts import number_of_some

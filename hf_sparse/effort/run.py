@@ -33,7 +33,7 @@ from hf_sparse.provenance.record import provenance_of, remember_
 from hf_sparse.provenance.values import Calibration, pairs
 from hf_sparse.pruning.oneshot import prune_kept
 from hf_sparse.recover import recover_
-from hf_sparse.recovery.held_out import mean_loss
+from hf_sparse.recovery.held_out import held_out_loss
 from hf_sparse.recovery.methods import RECOVERIES
 from hf_sparse.structure.changeable import check_changeable
 from hf_sparse.structure.targets import Targets
@@ -307,11 +307,11 @@ def _recover(
     kept = (
         {name: tensor.clone() for name, tensor in tensors_to_store(model).items()} if held else {}
     )
-    known, before = provenance_of(model), mean_loss(model, held)
+    known, before = provenance_of(model), held_out_loss(model, held)
     report = recover_(model, batches[: stage.batches], stage.method, **options)
     if not held:
         return report
-    after = mean_loss(model, held)
+    after = held_out_loss(model, held)
     told = f"loss on {len(held)} held-out batches: {before:.3f}, recovered {after:.3f}"
     if after < before:
         losses = {"held_out_loss_before": round(before, 3), "held_out_loss": round(after, 3)}

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_sparse.calibration.losses import loss_of
-from hf_sparse.calibration.modes import switched
+from hf_sparse.calibration.losses import check_finite, fast_autocast, mean_loss
 
 
-@torch.no_grad()
-def mean_loss(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> float:
-    """The mean loss of a model over batches, in eval mode; nan without any."""
-    with switched(model, training=False):
-        losses = [float(loss_of(model, batch)) for batch in batches]
-    return sum(losses) / len(losses) if losses else math.nan
+def held_out_loss(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> float:
+    """The mean loss over batches, with products as in training; nan without any.
+
+    Raises:
+        NotFiniteError: it is infinite or no number.
+    """
+    with fast_autocast(model):
+        loss = mean_loss(model, batches)
+    if batches:
+        check_finite(model, loss)
+    return loss
 
 
 class HeldOut:
@@ -37,7 +40,7 @@ class HeldOut:
     ) -> None:
         self._model, self._batches, self._patience = model, batches, patience
         self._weights = [p for p in model.parameters() if p.requires_grad]
-        self.before = self.best = mean_loss(model, batches)
+        self.before = self.best = held_out_loss(model, batches)
         self._kept = [weight.detach().clone() for weight in self._weights]
         self._worse = 0
 
@@ -47,7 +50,7 @@ class HeldOut:
         Returns:
             Whether training should stop.
         """
-        loss = mean_loss(self._model, self._batches)
+        loss = held_out_loss(self._model, self._batches)
         if loss < self.best:
             self.best, self._worse = loss, 0
             for kept, weight in zip(self._kept, self._weights, strict=True):

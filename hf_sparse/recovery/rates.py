@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from hf_sparse.calibration.losses import NotFiniteError
-from hf_sparse.recovery.held_out import HeldOut, mean_loss
+from hf_sparse.recovery.held_out import HeldOut, held_out_loss
 from hf_sparse.recovery.methods import Recovery
 from hf_sparse.recovery.training import train
 from hf_sparse.structure.grids import Gridded
@@ -48,7 +48,7 @@ def chosen_rate(
         tried = replace(recovery, lr=recovery.lr * factor, epochs=1)
         try:
             train(tried, trained, batches[:count], describe="Choosing a rate", **settings)
-            found[tried.lr] = mean_loss(trained, held_out)
+            found[tried.lr] = held_out_loss(trained, held_out)
         except NotFiniteError:
             found[tried.lr] = math.inf
         start.restore_()

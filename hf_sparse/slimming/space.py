@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from hf_sparse.calibration.block_scores import Batches, mean_loss, skipping
+from hf_sparse.calibration.block_scores import Batches, skipping
+from hf_sparse.calibration.losses import mean_loss
 from hf_sparse.dropping.blocks import Choice, by_loss
 from hf_sparse.slimming.budget import Budget
 from hf_sparse.slimming.costs import Costs, Weights, times_of
