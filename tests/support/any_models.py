@@ -73,6 +73,7 @@ _STAGES: tuple[tuple[str, int], ...] = (
 # What the rules do not find; a name with dots is in a part of the config.
 _MIXED = ["dense", "sparse"]
 _IN_THREE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+_IN_THREE_WHOLE = {**_IN_THREE, "partial_rotary_factor": 1.0}  # its default turns half of a head
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "beam": {"mlp_layer_types": _MIXED},
     "dbrx": {
@@ -89,11 +90,11 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "glm4v": {"text_config.rope_parameters": _IN_THREE},
     "glm46v": {"text_config.rope_parameters": _IN_THREE},
-    "glm4v_moe": {"text_config.rope_parameters": _IN_THREE},
+    "glm4v_moe": {"text_config.rope_parameters": _IN_THREE_WHOLE},
     "glm_image": {"text_config.rope_parameters": _IN_THREE},
     "glm_ocr": {"text_config.rope_parameters": _IN_THREE},
     "glm4v_text": {"rope_parameters": _IN_THREE},
-    "glm4v_moe_text": {"rope_parameters": _IN_THREE},
+    "glm4v_moe_text": {"rope_parameters": _IN_THREE_WHOLE},
     "glm_image_text": {"rope_parameters": _IN_THREE},
     "glm_ocr_text": {"rope_parameters": _IN_THREE},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -105,6 +106,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         **{"head_dim": 8, "num_experts": 4, "moe_topk": 2, "num_key_value_heads": 2},
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mistral4": {"head_dim": 16},  # turns half of it: as many as qk_rope_head_dim
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 64},
     "step3p5": {"mlp_layer_types": _MIXED},
     "vitpose_backbone": {"num_experts": 4, "part_features": 8},
