@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from hf_sparse.arguments import check_has_values, check_kinds, check_model
@@ -27,7 +26,7 @@ from hf_sparse.configuration_sparse import SparsityConfig
 from hf_sparse.counts import format_table
 from hf_sparse.pruning.bit_counts import bits_a_weight
 from hf_sparse.pruning.grid_rounding import check_can_round
-from hf_sparse.quantization import Grid, rounded
+from hf_sparse.quantization import rounded
 from hf_sparse.structure.layers import TargetLayer, promised_config
 from hf_sparse.structure.targets import Targets
 
@@ -153,12 +152,23 @@ def bit_budget(
     grid = config.grid
     assert grid is not None
     norms = input_norms(model, layers, inputs)
+    few: dict[str, int] = {}
 
     def on_grid(layer: TargetLayer) -> Tensor:
-        return rounded(layer.weight, grid, norms[layer.name].square())
+        weight = rounded(layer.weight, grid, norms[layer.name].square())
+        few[layer.name] = round(weight.numel() * bits_a_weight(weight, grid, None) / 8)
+        return weight
 
     errors = output_changes(model, layers, on_grid, inputs)
-    found = [_layer_bits(layer, grid, errors[layer.name]) for layer in layers]
+    found = [
+        LayerBits(
+            layer.name,
+            errors[layer.name],
+            layer.weight.numel() * layer.weight.element_size(),
+            few[layer.name],
+        )
+        for layer in layers
+    ]
     chosen = _kept(found, wanted)
     kept = tuple(layer.name for layer in chosen if layer.is_kept)
     return BitBudget(tuple(chosen), replace(config, ignore=(*config.ignore, *kept)))
@@ -173,13 +183,6 @@ def _check_dense(model: nn.Module) -> None:
             "is promised of them. Take the dense model, and prune what quantize_ leaves; or round all "
             "layers: quantize_(model, bits=...)."
         )
-
-
-@torch.no_grad()
-def _layer_bits(layer: TargetLayer, grid: Grid, error: float) -> LayerBits:
-    weight = layer.weight
-    few = weight.numel() * bits_a_weight(rounded(weight, grid), grid, None) / 8
-    return LayerBits(layer.name, error, weight.numel() * weight.element_size(), round(few))
 
 
 def _kept(layers: Sequence[LayerBits], wanted: float) -> list[LayerBits]:

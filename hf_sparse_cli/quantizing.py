@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
 from hf_sparse_cli.choices import BITS, GROUP_SIZES, ROUNDINGS
@@ -45,6 +46,7 @@ def add_quantize(commands: Any) -> None:
         [
             "MODEL OUTPUT --bits 8 --embedding-bits 8",
             "MODEL OUTPUT --bits 4 --group-size 32 --calibration text.jsonl",
+            "MODEL OUTPUT --bits 4 --group-size 32 --bit-budget 0.2x --calibration text.jsonl",
         ],
     )
     what = add_model(command, "what to quantise")
@@ -56,6 +58,11 @@ def add_quantize(commands: Any) -> None:
         choices=ROUNDINGS,
         metavar="NAME",
         help="see above (default gptq with --calibration, else nearest)",
+    )
+    how.add_argument(
+        "--bit-budget",
+        metavar="SHARE",
+        help="leave out layers that are worth their bytes: of all targets' bytes, as 0.2x",
     )
     add_calibration(command, "Texts whose activations errors are measured on.", required=False)
     add_output(command, "folder to save the quantised model in", tensors=True)
@@ -84,12 +91,33 @@ def check_quantize(options: argparse.Namespace) -> None:
     """Refuse what `hf-sparse quantize` cannot do.
 
     Raises:
-        ValueError: no bits, or a method that needs data without any.
+        ValueError: no bits, or a method or a budget that needs data without any.
     """
     check_grid(options, needed=True)
+    if options.bit_budget is not None:
+        _check_budget(options)
     if options.method == "gptq" and not options.calibration and not options.labels:
         raise ValueError(
             "method 'gptq' needs calibration text: --calibration FILE, or of a classifier --labels FILE"
+        )
+
+
+def _check_budget(options: argparse.Namespace) -> None:
+    """Refuse --bit-budget that is no share, or without bits or data."""
+    text = options.bit_budget.removesuffix("x")
+    if not re.fullmatch(r"\d*\.?\d+", text) or not 0 < float(text) <= 1:
+        raise ValueError(
+            f"--bit-budget {options.bit_budget}: wanted a share of the bytes that the targets take "
+            "now, above 0 and at most 1, as 0.2x."
+        )
+    if options.bits is None:
+        raise ValueError(
+            "--bit-budget chooses among the targets, which stay as they are: add --bits 4."
+        )
+    if not options.calibration and not options.labels:
+        raise ValueError(
+            "--bit-budget measures each layer on text: --calibration FILE, or of a classifier "
+            "--labels FILE."
         )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hf_sparse
-from hf_sparse import SparsityConfig
+from hf_sparse import SparsityConfig, byte_budget
 from hf_sparse.byte_budget import LayerBits, _kept
 from hf_sparse.structure.grids import check_grid
 from tests.support.tiny_models import tiny_batches, tiny_model
@@ -70,6 +70,17 @@ def test_a_whole_budget_keeps_all_layers_and_a_tight_one_none():
     assert not tight.kept
     with pytest.raises(ValueError, match=r"budget 0\.100 cannot be kept: .* take 0\.1[0-9]+ of"):
         hf_sparse.bit_budget(model, 0.1, tiny_batches("llama"))
+
+
+def test_each_layer_is_rounded_once(monkeypatch):
+    real, seen = byte_budget.rounded, []
+    monkeypatch.setattr(byte_budget, "rounded", lambda *given: (seen.append(1), real(*given))[1])
+    _, plan = measured()
+    assert len(seen) == len(plan.layers)
+    quantised = tiny_model("llama")
+    report = hf_sparse.quantize_(quantised, bits=4, group_size=32, batches=tiny_batches("llama"))
+    bits = sum(one.bits * one.numel for one in report.tensors) / 8
+    assert sum(layer.few for layer in plan.layers) == pytest.approx(bits, rel=0.01)
 
 
 def test_no_choice_of_as_many_bytes_is_much_better():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,30 @@ def test_quantize_saves_what_it_rounded(
     check_grid(AutoModelForCausalLM.from_pretrained(out), config)
 
 
+def test_a_budget_of_bytes_leaves_layers_out(
+    dense: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    grid = ["--bits", "4", "--group-size", "32", "--embedding-bits", "8", "--ignore", "*.up_proj"]
+    more = ["--bit-budget", "0.3x", *calibration(tmp_path, 32)]
+    assert main(["quantize", dense, out, *grid, *more]) == 0
+    told = capsys.readouterr().out
+    assert "layers stay as they are, by ignore" in told
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    config = SparsityConfig.from_dict(loaded.config.sparsity_config)
+    assert config.ignore[0] == "*.up_proj"
+    assert len(config.ignore) > 1
+    assert config.embedding_bits == 8
+    check_grid(loaded, config)
+    with pytest.raises(ValueError, match="grid"):
+        check_grid(loaded, replace(config, ignore=None))
+    assert (
+        main(["quantize", dense, str(tmp_path / "none"), *grid, *more[:1], "0.1", *more[2:]]) == 1
+    )
+    assert "budget 0.100 cannot be kept" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -51,6 +76,10 @@ def test_quantize_saves_what_it_rounded(
         (["quantize", "--group-size", "32"], "no bits are given"),
         (["quantize", "--bits", "5"], "invalid choice"),
         (["quantize", "--bits", "8", "--method", "gptq"], "needs calibration text"),
+        (["quantize", "--bits", "4", "--bit-budget", "2x"], "--bit-budget 2x: wanted a share"),
+        (["quantize", "--bits", "4", "--bit-budget", "all"], "--bit-budget all: wanted a share"),
+        (["quantize", "--bits", "4", "--bit-budget", "0.3"], "--bit-budget measures each layer"),
+        (["quantize", "--embedding-bits", "8", "--bit-budget", "0.3"], "add --bits 4"),
         (["quantize", "--bits", "8", "--group-size", "128"], "128 does not divide the 32 inputs"),
         (["prune", "--sparsity", "0.5", "--group-size", "32"], "--group-size tells of a grid"),
         (["prune", "--sparsity", "0.5", "--asymmetric"], "--asymmetric tells of a grid"),
