@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from hf_sparse.runtime.kernels import byte_tiles, spmm
+from hf_sparse.runtime.kernels.all import kernels
 from hf_sparse.runtime.kernels.call import run
 from hf_sparse.runtime.kernels.code_formats import FORMATS, CodeFormat
 from hf_sparse.runtime.llvm import target
-from hf_sparse.runtime.llvm.jit import Code, compile_kernels
+from hf_sparse.runtime.llvm.code_cache import DEFAULT_CACHE
+from hf_sparse.runtime.llvm.jit import Code
 from hf_sparse.runtime.weights.code_part import CodePart
 from hf_sparse.runtime.weights.codes import pack_codes
 from hf_sparse.runtime.weights.memory import aligned
@@ -23,7 +25,7 @@ SIZES = [(4, 1), (13, 70), (36, 129), (116, 256)]
 
 @pytest.fixture(scope="module")
 def code(chosen: target.Target) -> Code:
-    return compile_kernels(byte_tiles.byte_tile_functions(chosen), chosen, None)
+    return kernels(chosen, DEFAULT_CACHE, codes=True)
 
 
 def random_tile(features: int, width: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from hf_sparse.runtime.kernels.code_formats import BESIDE, BLOCK, FORMATS, RECOR
 from hf_sparse.runtime.kernels.code_rows import QUANTISE_ROW
 from hf_sparse.runtime.kernels.weight_types import FLOAT32
 from hf_sparse.runtime.llvm import target
+from hf_sparse.runtime.llvm.code_cache import DEFAULT_CACHE
 from hf_sparse.runtime.llvm.jit import Code
 from hf_sparse.runtime.weights.codes import (
     pack_codes,
@@ -39,7 +40,7 @@ NAMES += PLAIN
 
 
 @pytest.fixture
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Code]:
+def compiled() -> Callable[[str], Code]:
     def code(name: str) -> Code:
         own = name.removesuffix(", plain")
         if NAMES.index(own) < NAMES.index(target.host().name):
@@ -50,8 +51,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Code]:
                 pytest.skip("the target of another machine is the plain one already")
             (row,) = (one for one in target.INSTRUCTION_SETS if one.name == own)
             chosen = replace(target.elsewhere(row), triple="")
-        folder = tmp_path_factory.getbasetemp().parent / "kernels"
-        return kernels(chosen, folder, FLOAT32, codes=True)
+        return kernels(chosen, DEFAULT_CACHE, FLOAT32, codes=True)
 
     return code
 

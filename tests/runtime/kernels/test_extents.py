@@ -9,12 +9,11 @@ import pytest
 
 from hf_sparse.runtime.kernels import checking, tiles
 from hf_sparse.runtime.kernels.all import kernel_functions, kernels
-from hf_sparse.runtime.kernels.byte_tiles import byte_tile_functions
-from hf_sparse.runtime.kernels.code_rows import code_functions
 from hf_sparse.runtime.kernels.extents import OutOfBoundsError
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WEIGHT_TYPES, WeightType
 from hf_sparse.runtime.llvm import target
-from hf_sparse.runtime.llvm.jit import Code, compile_kernels
+from hf_sparse.runtime.llvm.code_cache import DEFAULT_CACHE
+from hf_sparse.runtime.llvm.jit import Code
 from hf_sparse.runtime.programs.program import Program
 from tests.support.exact_memory import call_of, died, pointers_of, run_exactly
 from tests.support.kernel_calls import (
@@ -39,14 +38,8 @@ CALLS: dict[str, tuple[Calls, WeightType | None]] = {
 }
 
 
-def code_for(
-    chosen: target.Target, kept: WeightType | None, tmp_path_factory: pytest.TempPathFactory
-) -> Code:
-    folder = tmp_path_factory.getbasetemp().parent / "kernels"
-    if kept is None:
-        functions = code_functions(chosen) + byte_tile_functions(chosen)
-        return compile_kernels(functions, chosen, folder)
-    return kernels(chosen, folder, kept)
+def code_for(chosen: target.Target, kept: WeightType | None) -> Code:
+    return kernels(chosen, DEFAULT_CACHE, kept or FLOAT32, codes=kept is None)
 
 
 @pytest.mark.few(1)
@@ -58,11 +51,9 @@ def code_for(
     ],
 )
 @pytest.mark.parametrize("name", CALLS)
-def test_kernels_stay_in_their_memory(
-    chosen: target.Target, name: str, at_end: bool, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_kernels_stay_in_their_memory(chosen: target.Target, name: str, at_end: bool) -> None:
     calls, kept = CALLS[name]
-    code, examples = code_for(chosen, kept, tmp_path_factory), list(calls(chosen))
+    code, examples = code_for(chosen, kept), list(calls(chosen))
 
     def work(number: np.ndarray) -> None:
         for place, example in enumerate(examples):
@@ -75,12 +66,10 @@ def test_kernels_stay_in_their_memory(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
-def test_kernels_need_what_they_declare(
-    chosen: target.Target, name: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_kernels_need_what_they_declare(chosen: target.Target, name: str) -> None:
     """Without the last 64 bytes behind any pointer, some call of every kernel ends its process."""
     calls, kept = CALLS[name]
-    code = code_for(chosen, kept, tmp_path_factory)
+    code = code_for(chosen, kept)
     found: dict[tuple[str, str], bool] = {}
     for example in calls(chosen):
         for pointer in pointers_of(code, example):
@@ -118,10 +107,9 @@ def copying(code: Code, goal: np.ndarray, vectors: int) -> Program:
 
 def test_programs_are_checked_if_asked(
     chosen: target.Target,
-    tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    code = code_for(chosen, FLOAT32, tmp_path_factory)
+    code = code_for(chosen, FLOAT32)
     room = np.zeros(64, np.float32)
     goal = room[: 2 * chosen.lanes]
     monkeypatch.setenv("HF_SPARSE_CHECK", "1")
@@ -136,12 +124,11 @@ def test_programs_are_checked_if_asked(
 
 def test_what_is_lent_is_checked(
     chosen: target.Target,
-    tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from hf_sparse.runtime.kernels.call import Slot
 
-    code = code_for(chosen, FLOAT32, tmp_path_factory)
+    code = code_for(chosen, FLOAT32)
     goal, source = (np.zeros(64, np.float32) for _ in range(2))
     operation = tiles.COPY.operation("copy", x=Slot("x", 4), y=goal.ctypes.data, vectors=1)
     program = Program(code, [[[operation]]], [goal])

@@ -16,6 +16,7 @@ from hf_sparse.runtime.kernels.all import kernels
 from hf_sparse.runtime.kernels.call import Operation, Slot, run
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WEIGHT_TYPES, WeightType
 from hf_sparse.runtime.llvm import target
+from hf_sparse.runtime.llvm.code_cache import DEFAULT_CACHE
 from hf_sparse.runtime.llvm.jit import Code
 from hf_sparse.runtime.programs.program import Program
 from hf_sparse.runtime.weights import panel_checks, panels
@@ -33,10 +34,8 @@ SIZES = [(4, 1), (12, 7), (36, 129), (772, 256), (768, 768)]
 
 
 @pytest.fixture
-def codes(
-    chosen: target.Target, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[WeightType], Code]:
-    return partial(kernels, chosen, tmp_path_factory.getbasetemp().parent / "kernels")
+def codes(chosen: target.Target) -> Callable[[WeightType], Code]:
+    return partial(kernels, chosen, DEFAULT_CACHE)
 
 
 @pytest.fixture

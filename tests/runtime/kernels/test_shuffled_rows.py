@@ -18,6 +18,7 @@ from hf_sparse.runtime.kernels.all import kernels
 from hf_sparse.runtime.kernels.shuffled_rows import WINDOWS, Window
 from hf_sparse.runtime.kernels.weight_types import FLOAT32, WEIGHT_TYPES, WeightType
 from hf_sparse.runtime.llvm import target
+from hf_sparse.runtime.llvm.code_cache import DEFAULT_CACHE
 from hf_sparse.runtime.model.compiled import stack_of
 from hf_sparse.runtime.weights.memory import aligned
 from hf_sparse.runtime.weights.rates import DENSE, MASK, NOMINAL
@@ -55,12 +56,12 @@ def windowed(
 
 @cross("rows, columns, window, kept, name", SIZES, WINDOWS, TYPES, list(target.targets()))
 def test_shuffled_rows(
-    rows: int, columns: int, window: Window, kept: WeightType, name: str, tmp_path_factory
+    rows: int, columns: int, window: Window, kept: WeightType, name: str
 ) -> None:
     order = list(target.targets())
     if order.index(name) < order.index(target.host().name):
         pytest.skip(f"this CPU cannot run {name}")
-    code = kernels(target.named(name), tmp_path_factory.getbasetemp().parent / "kernels", kept)
+    code = kernels(target.named(name), DEFAULT_CACHE, kept)
     weight = windowed(rows, columns, window, kept)
     packed = pack_shuffled(weight, window, kept)
     check_shuffled(packed, kept)
