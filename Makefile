@@ -54,9 +54,10 @@ kill-tests: $(VENV)/dev
 	$(BIN)/python -m tests.faults.kills --count $(or $(COUNT),20)
 	$(BIN)/python -m tests.faults.system_calls
 
-# Memory over 10,000 inferences, 1,000 models compiled, 1,000 loaded and 50 pruned.
+# Memory over 10,000 inferences, 1,000 models compiled, 1,000 loaded and 50 pruned; bounds of docstrings.
 endurance: $(VENV)/dev
 	$(BIN)/python -m tests.endurance.plateaus
+	$(BIN)/python -m tests.endurance.memory_bounds
 
 # The oldest and the newest releases, with each Python that is asked for: make test-matrix PYTHONS="python3.11"
 PYTHONS ?= python3.11 python3.12 python3.13

@@ -9,7 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import hf_sparse
 from hf_sparse import SparsityConfig
+from tests.endurance.memory_bounds import BOUNDS, Bound, is_kept
 from tests.endurance.plateaus import RUNS, grows, plateau
 from tests.support.compiled_folders import in_a_child
 from tests.support.processes import environment
@@ -90,6 +94,36 @@ def test_a_fork_computes_the_same(model: Any) -> None:
 
     assert in_a_child(run) == 0
     assert close(logits(model), wanted)
+
+
+def logits_of_files(folder: str) -> list[float]:
+    found: list[float] = logits(hf_sparse.load_compiled(folder)).reshape(-1).tolist()
+    return found
+
+
+def test_a_spawned_process_computes_the_same(model: Any, tmp_path: Path) -> None:
+    wanted = logits(model)
+    hf_sparse.save_compiled(model, tmp_path)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        found = pool.submit(logits_of_files, str(tmp_path)).result()
+    assert close(torch.tensor(found).view_as(wanted), wanted)
+    assert close(logits(model), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="wants RLIMIT_DATA")
+@pytest.mark.parametrize("name", BOUNDS)
+def test_memory_of_docstrings_is_enough(name: str) -> None:
+    """In a process of its own, as a limit also counts what other tests left behind."""
+    command = [sys.executable, "-m", "tests.endurance.memory_bounds", "--call", name]
+    assert subprocess.run(command, env=environment(), check=False).returncode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="wants RLIMIT_DATA")
+def test_a_bound_that_is_too_small_is_seen() -> None:
+    careless = Bound(lambda: None, lambda given, folder: torch.ones(100 << 20), 50 << 20)
+    assert not is_kept(careless)
+    assert is_kept(replace(careless, nbytes=450 << 20))
 
 
 class Computed(Dataset[torch.Tensor]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ import hf_sparse
 from hf_sparse import SparsityConfig
 from hf_sparse.checkpoint.digests import digest_of
 from hf_sparse.effort.plan import SparsifyPlan
+from hf_sparse.provenance.record import provenance_of
+from tests.faults import pushes
 from tests.support.tiny_models import tiny_batches, tiny_model
 
 CONFIG = SparsityConfig("2:4")
@@ -134,6 +137,19 @@ def _of_file(folder: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else NOTHING
 
 
+def _recover(folder: Path) -> None:
+    model = copy.deepcopy(_model(0))
+    hf_sparse.recover_(model, _batches())
+    hf_sparse.save_pretrained(model, folder / "model", CONFIG)
+
+
+def _steps_of_model(folder: Path) -> str:
+    """What was done to a model that is whole: training need not give the same last bits again."""
+    hf_sparse.inspect_checkpoint(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    return str([step.method for step in provenance_of(model).steps])
+
+
 def _nothing(folder: Path) -> None:
     pass
 
@@ -169,6 +185,13 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "stream": Operation(_dense, _stream, _of_model, kept=("dense", "model"), resumes=True),
     "sparsify": Operation(_nothing, _sparsify, _of_model, resumes=True),
+    "recover": Operation(lambda folder: _save(folder, 0), _recover, _steps_of_model),
+    "push": Operation(
+        lambda folder: pushes.begin(folder, _model(0)),
+        lambda folder: pushes.push(folder, _model(1)),
+        pushes.state,
+        kept=(pushes.ROOM,),
+    ),
 }
 
 
