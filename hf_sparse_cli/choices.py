@@ -160,6 +160,6 @@ PATTERNS = {
     "block:RxC": "whole blocks of R rows (out) x C columns (in), as block:4x1",
     "row": "whole rows: output features, or neurons",
     "column": "whole columns: input features, or neurons",
-    "head": "whole attention heads; head:D, head_in:D tell the size of one",
+    "head": "whole attention heads; head:D, head_in:D give the size of a head",
     "expert": "whole experts of a mixture, by the methods reap, frequency, magnitude",
 }

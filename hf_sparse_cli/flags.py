@@ -57,23 +57,28 @@ def add_output(command: argparse.ArgumentParser, help: str, tensors: bool = Fals
 
 def add_overwrite(group: Any) -> None:
     """Whether the output may replace what is there."""
-    group.add_argument(
-        "--overwrite", action="store_true", help="replace the model that is in OUTPUT"
-    )
+    group.add_argument("--overwrite", action="store_true", help="replace a model that is in OUTPUT")
 
 
 def add_printing(group: Any, tensors: bool = False) -> None:
     """How the result is printed."""
     if tensors:
         group.add_argument("--tensors", action="store_true", help="list every tensor")
-    group.add_argument("--json", action="store_true", help="print JSON for machines")
+    group.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def add_labels(group: Any, data: Any) -> None:
     """Labelled texts, of a classifier."""
-    data.add_argument("--labels", nargs="+", metavar="FILE", help=".jsonl with texts and a label")
+    data.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="FILE",
+        help='.jsonl with text fields and "label", for classifiers',
+    )
     group.add_argument(
-        "--fields", default="sentence", help="text fields of --labels, by commas (default sentence)"
+        "--fields",
+        default="sentence",
+        help="names of the text fields in --labels: one, or two with a comma (default sentence)",
     )
 
 
@@ -86,11 +91,18 @@ def add_windows(group: Any) -> None:
 def add_loading(group: Any, tokenizer: bool = True) -> None:
     """What loading a model needs beside its name."""
     if tokenizer:
-        group.add_argument("--tokenizer", help="folder or Hub name, if the model's folder has none")
+        group.add_argument(
+            "--tokenizer", help="folder or Hub name of the tokenizer, if the model has none"
+        )
     group.add_argument(
-        "--dtype", default="auto", choices=DTYPES, help="of the weights (default auto: as stored)"
+        "--dtype",
+        default="auto",
+        choices=DTYPES,
+        help="type of the weights (default auto: as stored)",
     )
-    group.add_argument("--gguf-file", help="GGUF file in the dense model's folder")
+    group.add_argument(
+        "--gguf-file", help="name of the GGUF file in the dense model's folder, to read it instead"
+    )
 
 
 def add_model(
@@ -121,6 +133,9 @@ def add_calibration(command: Any, told: str, *, required: bool) -> None:
     data.add_argument("--calibration", nargs="+", metavar="FILE", help=TEXT)
     add_labels(calibration, data)
     calibration.add_argument(
-        "--num-samples", type=int, default=32, help="windows, or rows at most (default 32)"
+        "--num-samples",
+        type=int,
+        default=32,
+        help="windows of text, or rows of --labels, at most (default 32)",
     )
     add_windows(calibration)

@@ -30,8 +30,8 @@ def add_messages(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("messages")
     loudness = group.add_mutually_exclusive_group()
     for short, flag, help in (
-        ("-q", "--quiet", "the result and errors alone: no progress bars, no warnings"),
-        ("-v", "--verbose", "also what other libraries tell"),
+        ("-q", "--quiet", "print only the result and errors: no progress bars, no warnings"),
+        ("-v", "--verbose", "also print logs and warnings of other libraries"),
     ):
         loudness.add_argument(
             short, flag, action="store_true", default=argparse.SUPPRESS, help=help
@@ -40,7 +40,7 @@ def add_messages(parser: argparse.ArgumentParser) -> None:
         "--debug",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="show where errors come from",
+        help="print errors with a traceback",
     )
 
 

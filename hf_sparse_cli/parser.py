@@ -22,7 +22,6 @@ from hf_sparse_cli.flags import (
     TEXT,
     add_folder,
     add_labels,
-    add_loading,
     add_model,
     add_overwrite,
     add_printing,
@@ -84,7 +83,7 @@ def _add_prune(commands: Any) -> None:
     )
     _add_targets(command)
     _add_method(command)
-    add_grid(command.add_argument_group("bits of what is kept"))
+    add_grid(command.add_argument_group("bits of the kept weights"))
     add_effort(command)
     _add_calibration(command)
     output = output_group(
@@ -102,16 +101,19 @@ def _add_prune(commands: Any) -> None:
 
 
 def _add_targets(command: argparse.ArgumentParser) -> None:
+    add_model(command, "model")
     what = command.add_argument_group("what to prune", named_list("patterns", PATTERNS))
-    what.add_argument("model", metavar="MODEL", help="folder or Hub name of the dense model")
     what.add_argument("--pattern", default="unstructured", help="see above (default unstructured)")
-    what.add_argument("--sparsity", type=fraction, help="fraction of zeros, as 0.5; N:M fixes it")
-    what.add_argument("--targets", nargs="+", metavar="GLOB", help="layers to prune")
+    what.add_argument(
+        "--sparsity", type=fraction, help="fraction of zeros, such as 0.5; N:M fixes it"
+    )
+    what.add_argument(
+        "--targets", nargs="+", metavar="GLOB", help="layers to prune (default: all of the blocks)"
+    )
     what.add_argument("--ignore", nargs="+", metavar="GLOB", help="layers to leave out")
     what.add_argument(
-        "--uniform", action="store_true", help="as many heads or neurons of every block"
+        "--uniform", action="store_true", help="prune as many heads or neurons of every block"
     )
-    add_loading(what)
 
 
 def _add_method(command: argparse.ArgumentParser) -> None:
@@ -130,38 +132,56 @@ def _add_method(command: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--scope",
         choices=SCOPES,
-        help="magnitude, taylor, of experts: where weights compete (default layer)",
+        help="of magnitude, taylor, pattern expert: what competes (default layer: each by itself)",
     )
     how.add_argument(
-        "--allocation", choices=ALLOCATIONS, help="sparsity of the blocks (default uniform)"
-    )
-    how.add_argument("--refine", choices=REFINEMENTS, help="improve each layer with its zeros")
-    how.add_argument(
-        "--reconstruct", type=int, metavar="EPOCHS", help="train each block with its zeros fixed"
+        "--allocation",
+        choices=ALLOCATIONS,
+        help="how the sparsity is shared among the blocks (default uniform)",
     )
     how.add_argument(
-        "--token-weights", choices=TOKEN_WEIGHTS, help="tokens count by the loss's gradients"
+        "--refine",
+        choices=REFINEMENTS,
+        help="improve each pruned layer: exchange zeros, or fit kept columns",
     )
     how.add_argument(
-        "--option", action="append", metavar="NAME=VALUE", help="an option of the method"
+        "--reconstruct",
+        type=int,
+        metavar="EPOCHS",
+        help="train each block for so many passes, its zeros fixed",
     )
     how.add_argument(
-        "--stream", action="store_true", help="prune block by block from the disk: any size"
+        "--token-weights",
+        choices=TOKEN_WEIGHTS,
+        help="weight tokens by the gradients of the model's loss",
     )
     how.add_argument(
-        "--resume", action="store_true", help="go on with a stopped run of --stream or --effort"
+        "--option",
+        action="append",
+        metavar="NAME=VALUE",
+        help="an option of the method; may be repeated",
+    )
+    how.add_argument(
+        "--stream",
+        action="store_true",
+        help="read, prune and write one block at a time, for models larger than memory",
+    )
+    how.add_argument(
+        "--resume", action="store_true", help="continue a stopped run of --stream or --effort"
     )
 
 
 def _add_calibration(command: argparse.ArgumentParser) -> None:
     calibration = command.add_argument_group(
-        "calibration", "Texts that all methods but magnitude look at, and rounding to few bits."
+        "calibration", "Texts for all methods but magnitude, and for rounding to few bits."
     )
     data = calibration.add_mutually_exclusive_group()
     data.add_argument("--calibration", nargs="+", metavar="FILE", help=TEXT)
     add_labels(calibration, data)
     calibration.add_argument(
-        "--num-samples", type=int, help="windows, or rows at most (default 128; of --effort all)"
+        "--num-samples",
+        type=int,
+        help="windows of text, or rows of --labels, at most (default 128; with --effort all)",
     )
     add_windows(calibration)
 
@@ -180,21 +200,21 @@ def _add_eval(commands: Any) -> None:
         ],
     )
     what = add_model(command, "what to measure")
-    what.add_argument("--dense", help="the dense model, to be measured beside it")
+    what.add_argument("--dense", help="folder or Hub name of the dense model, to be measured, too")
     on = command.add_argument_group("data")
     data = on.add_mutually_exclusive_group(required=True)
     data.add_argument("--text", nargs="+", metavar="FILE", help=f"for perplexity: {TEXT}")
     add_labels(on, data)
     data.add_argument("--tasks", metavar="NAMES", help="zero-shot tasks below, by commas")
-    on.add_argument("--max-windows", type=int, help="use only the first windows")
+    on.add_argument("--max-windows", type=int, help="measure only so many windows")
     on.add_argument("--window", type=int, default=512, help="tokens in a window (default 512)")
     on.add_argument(
-        "--batch-size", type=int, help="windows or texts at a time (default 1, of --tasks 16)"
+        "--batch-size", type=int, help="windows or texts at a time (default 1, with --tasks 16)"
     )
     add_tasks(command)
     output = command.add_argument_group("output")
     output.add_argument(
-        "--record", action="store_true", help="tell the figures in MODEL's card, too"
+        "--record", action="store_true", help="also write the figures into the model card in MODEL"
     )
     add_printing(output)
 
@@ -205,21 +225,23 @@ def _add_bench(commands: Any) -> None:
         "bench",
         "time a sparse model on this CPU: torch, dense kernels, compiled",
         "MODEL",
-        ["SPARSE --tokens 64 --explain"],
+        ["SPARSE --tokens 64 --explain", "SPARSE --bits 8 --json"],
     )
     add_model(command, "what to time", tokenizer=False)
     how = command.add_argument_group("how to time")
-    how.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
-    how.add_argument("--tokens", type=int, default=128, help="tokens in each (default 128)")
-    how.add_argument("--repeats", type=int, default=10, help="calls of each (default 10)")
+    how.add_argument("--batch", type=int, default=1, help="sequences in a call (default 1)")
+    how.add_argument("--tokens", type=int, default=128, help="tokens in a sequence (default 128)")
+    how.add_argument(
+        "--repeats", type=int, default=10, help="timed calls of each model (default 10)"
+    )
     how.add_argument("--threads", type=int, help="torch's threads (default: as torch chooses)")
-    bits = "compile with weights of so many bits, rounded where they are not"
+    bits = "also compile with weights of so many bits, rounded if needed"
     how.add_argument("--bits", type=int, choices=(8, 4), help=bits)
     output = command.add_argument_group("output")
     output.add_argument(
-        "--explain", action="store_true", help="also print what became of each layer"
+        "--explain", action="store_true", help="also print the pattern and the kernel of each layer"
     )
-    profile = "print each kernel's time in a call instead, by threads"
+    profile = "print the time of each kernel in a call, by threads, instead"
     output.add_argument("--profile", action="store_true", help=profile)
     add_printing(output)
 
@@ -236,17 +258,17 @@ def _add_export(commands: Any) -> None:
             "INT4 int4.gguf --gguf",
         ],
     )
-    add_model(command, "what to export", "A model of any family.")
+    add_model(command, "what to export", "For ONNX: encoders and decoders that read token ids.")
     how = command.add_argument_group("how to export")
     how.add_argument("--quantize", choices=QUANTIZATIONS, help="8-bit weights and activations")
     how.add_argument("--no-pack", action="store_true", help="store zeros as they are")
-    gguf = "write a dense GGUF file, OUTPUT, of a model of few bits"
+    gguf = "write a model of few bits as a dense GGUF file, OUTPUT"
     how.add_argument("--gguf", action="store_true", help=gguf)
     data = command.add_argument_group("calibration", "Texts for --quantize static.")
     data.add_argument("--calibration", nargs="+", metavar="FILE", help=TEXT)
-    data.add_argument("--num-samples", type=int, default=32, help="windows of it (default 32)")
+    data.add_argument("--num-samples", type=int, default=32, help="windows of text (default 32)")
     add_windows(data)
-    folder = "folder for the graph: new, empty or an earlier export; with --gguf NAME.gguf"
+    folder = "folder for the graph: new, empty or an earlier export; with --gguf a file NAME.gguf"
     output = output_group(command, folder)
     add_printing(output)
 
@@ -259,16 +281,20 @@ def _add_push(commands: Any) -> None:
         "FOLDER REPO_ID",
         ["SPARSE user/name-sparse --dry-run", "SPARSE user/name-sparse --onnx"],
     )
-    what = add_folder(command, "what to upload", "checkpoint folder, or that of an adapter")
+    what = add_folder(command, "what to upload", "folder of a checkpoint or of an adapter")
     what.add_argument(
-        "--base", help="folder or Hub name of the adapter's base model (default: what it names)"
+        "--base",
+        help="folder or Hub name of the adapter's base model (default: the one that the adapter names)",
     )
     what.add_argument(
-        "--onnx", action="store_true", help="put the ONNX graph into its folder onnx/, too"
+        "--onnx", action="store_true", help="also upload an ONNX graph, in the folder onnx/"
     )
     what.add_argument("--tokenizer", help="folder or Hub name, if the model has none")
     what.add_argument(
-        "--dtype", default="auto", choices=DTYPES, help="of graph or merged model (default auto)"
+        "--dtype",
+        default="auto",
+        choices=DTYPES,
+        help="type of the weights in the graph or the merged model (default auto)",
     )
     where = command.add_argument_group("where to")
     where.add_argument("repo_id", metavar="REPO_ID", help="user/name on the Hub")

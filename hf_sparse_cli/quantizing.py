@@ -19,7 +19,7 @@ from hf_sparse_cli.flags import (
 def add_grid(group: Any) -> None:
     """The grid that weights are rounded to."""
     group.add_argument(
-        "--bits", type=int, choices=BITS, help="of the targets (default: as they are)"
+        "--bits", type=int, choices=BITS, help="bits of the weights (default: not rounded)"
     )
     group.add_argument(
         "--group-size",
@@ -27,12 +27,14 @@ def add_grid(group: Any) -> None:
         choices=GROUP_SIZES,
         help="inputs of a row that share a scale (default: the whole row)",
     )
-    group.add_argument("--asymmetric", action="store_true", help="a zero point for each group, too")
+    group.add_argument(
+        "--asymmetric", action="store_true", help="give each group a zero point, too"
+    )
     group.add_argument(
         "--embedding-bits",
         type=int,
         choices=BITS,
-        help="of the input embeddings and the output head (default: as they are)",
+        help="bits of the input embeddings and the output head (default: not rounded)",
     )
 
 
@@ -64,7 +66,9 @@ def add_quantize(commands: Any) -> None:
         metavar="SHARE",
         help="leave out layers that are worth their bytes: of all targets' bytes, as 0.2x",
     )
-    add_calibration(command, "Texts whose activations errors are measured on.", required=False)
+    add_calibration(
+        command, "Texts on which the errors of the layers are measured.", required=False
+    )
     add_output(command, "folder to save the quantised model in", tensors=True)
 
 

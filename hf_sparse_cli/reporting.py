@@ -24,17 +24,23 @@ def add_report(commands: Any) -> None:
     )
     what = command.add_argument_group("what to show")
     what.add_argument("models", metavar="MODEL", nargs="+", help="checkpoint folder or Hub name")
-    what.add_argument("--base", help="the dense model, to show its weights beside")
-    what.add_argument("--matrix", metavar="GLOB", help="the matrix whose zeros are shown")
+    what.add_argument(
+        "--base", help="folder or Hub name of the dense model, to compare weights with"
+    )
+    what.add_argument(
+        "--matrix", metavar="GLOB", help="the matrix whose zeros are drawn (default: the first)"
+    )
     what.add_argument("--latency", action="store_true", help="also time a call on this machine")
-    what.add_argument("--tokens", type=int, default=128, help="of a timed call (default 128)")
+    what.add_argument(
+        "--tokens", type=int, default=128, help="tokens in a timed call (default 128)"
+    )
     what.add_argument("--repeats", type=int, default=10, help="timed calls (default 10)")
     output = command.add_argument_group("output")
     output.add_argument(
         "--html", default="report.html", metavar="FILE", help="the page (default report.html)"
     )
     output.add_argument(
-        "--figures", metavar="FOLDER", help="write the pictures as SVG and PNG, too"
+        "--figures", metavar="FOLDER", help="also write the pictures as SVG and PNG"
     )
     add_printing(output)
 

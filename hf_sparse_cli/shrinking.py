@@ -41,10 +41,12 @@ def add_shrink(commands: Any) -> None:
     )
     add_model(command, "what to shrink")
     units = command.add_argument_group(
-        "heads, neurons, zero experts", "Those that are zero, without the flags below."
+        "heads, neurons, zero experts", "Without flags of the next group, what is zero is removed."
     )
     units.add_argument(
-        "--uniform", action="store_true", help="blocks of one size: loads without hf_sparse"
+        "--uniform",
+        action="store_true",
+        help="leave blocks of one size, so that the model loads without hf_sparse",
     )
     whole = command.add_argument_group(
         "blocks, experts, hidden features",
@@ -52,9 +54,9 @@ def add_shrink(commands: Any) -> None:
     )
     parts = whole.add_mutually_exclusive_group()
     for flag, help in (
-        ("--blocks", "how many blocks go instead: a number, or a fraction of them"),
-        ("--experts", "how many experts of each block go instead, likewise"),
-        ("--hidden", "how many features of the hidden size go instead, likewise"),
+        ("--blocks", "remove blocks instead: their number, or a fraction"),
+        ("--experts", "remove experts of each block instead: a number, or a fraction"),
+        ("--hidden", "remove features of the hidden size instead: a number, or a fraction"),
     ):
         parts.add_argument(flag, type=number_or_fraction, metavar="N", help=help)
     whole.add_argument(
@@ -64,9 +66,9 @@ def add_shrink(commands: Any) -> None:
         help="see above (default loss, or reap)",
     )
     whole.add_argument(
-        "--merge", action="store_true", help="average experts that go into those that stay"
+        "--merge", action="store_true", help="average removed experts into kept ones"
     )
-    add_calibration(command, "Texts that --blocks, --experts and --hidden look at.", required=False)
+    add_calibration(command, "Texts for --blocks, --experts and --hidden.", required=False)
     output = output_group(command, "folder to save the smaller model in")
     add_saving(output)
     add_printing(output)

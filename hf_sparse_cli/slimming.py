@@ -34,16 +34,18 @@ def add_slim(commands: Any) -> None:
         "--params",
         type=number_or_fraction,
         metavar="N",
-        help="weights of the whole model: a share, as 0.7, or a number",
+        help="weights of the whole model: a share, such as 0.7, or a number",
     )
-    one.add_argument("--ms", metavar="TIME", help="of a forward pass: milliseconds, or 0.6x")
+    one.add_argument(
+        "--ms", metavar="TIME", help="time of a forward pass: milliseconds, or a share such as 0.6x"
+    )
     one.add_argument("--mb", type=float, metavar="SIZE", help="megabytes of weights")
     wanted.add_argument(
         "--axes",
         nargs="+",
         choices=SLIM_AXES,
         metavar="NAME",
-        help="see above (default depth and width, of a mixture depth and experts)",
+        help="what to remove, see above (default depth and width; for mixtures depth and experts)",
     )
-    add_calibration(command, "Texts that losses are measured on.", required=True)
+    add_calibration(command, "Texts on which the losses are measured.", required=True)
     add_output(command, "folder to save the smaller model in")

@@ -79,7 +79,7 @@ def _class_and_config(source: str, options: argparse.Namespace) -> tuple[Any, An
         if Path(source).exists():
             raise
         raise OSError(
-            f"{source} is no folder here, and not to be had of the Hub: {error}"
+            f"{source} is no folder here, and the Hub does not give it: {error}"
         ) from error
     name = (config.architectures or ["AutoModelForCausalLM" if known else ""])[0]
     if name.startswith("Sparse") and hasattr(hf_sparse, name):

@@ -36,5 +36,5 @@ def checkpoint_folder(named: str | os.PathLike[str]) -> Path:
         return Path(snapshot_download(os.fspath(named), allow_patterns=list(_FROM_THE_HUB)))
     except OSError as error:
         raise OSError(
-            f"{named} is no folder here, and not to be had of the Hub: {error}"
+            f"{named} is no folder here, and the Hub does not give it: {error}"
         ) from error

@@ -49,7 +49,7 @@ def test_inspect_and_report_read_a_model_of_the_hub(folder: Path, tmp_path: Path
     assert page.returncode == 0, page.stderr
     assert "page.html: 1 model, " in page.stdout
     assert none.returncode == 1
-    assert "user/none is no folder here, and not to be had of the Hub" in none.stderr
+    assert "user/none is no folder here, and the Hub does not give it" in none.stderr
 
 
 def test_a_path_is_no_name_of_the_hub(
