@@ -64,7 +64,7 @@ def add_quantize(commands: Any) -> None:
     how.add_argument(
         "--bit-budget",
         metavar="SHARE",
-        help="leave the layers with the largest errors unrounded, within this share of the bytes, such as 0.2x",
+        help="keep layers with the largest errors unrounded, within a share of the bytes such as 0.2x",
     )
     add_calibration(
         command, "Texts on which the errors of the layers are measured.", required=False
