@@ -15,6 +15,7 @@ from hf_sparse.calibration.windows import token_windows
 from tests.support.tiny_models import VOCABULARY, prose, tiny_classifier, tiny_model, tiny_tokenizer
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_perplexity_equals_a_token_by_token_reference(batch_size: int) -> None:
     model, tokenizer, text = tiny_model("llama").train(), tiny_tokenizer(), prose()[:2000]

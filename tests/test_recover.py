@@ -28,7 +28,7 @@ def windows() -> list[Any]:
     )
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("taught", [False, True])
 @pytest.mark.parametrize("method", RECOVERIES)
 def test_the_loss_falls_and_the_zeros_stay(method: str, taught: bool) -> None:

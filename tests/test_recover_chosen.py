@@ -28,7 +28,6 @@ def labelled(count: int) -> list[dict[str, Any]]:
     return [{**batch, "labels": batch["input_ids"]} for batch in windows(count)]
 
 
-@pytest.mark.slow
 def test_the_rate_with_the_least_held_out_loss_is_taken() -> None:
     def recovered(lr: Any) -> tuple[Any, Any]:
         model = sparse_model()

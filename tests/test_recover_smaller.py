@@ -44,6 +44,7 @@ def divergence(model: Any, teacher: Any) -> float:
     return float((theirs.exp() * (theirs - mine)).sum(-1).mean())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", ["drop", "shrink"])
 def test_a_smaller_model_learns_from_the_whole_one(how: str, tmp_path: Path) -> None:
     model, teacher = smaller(how), whole()

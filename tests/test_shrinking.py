@@ -109,7 +109,7 @@ def test_every_head_gives_the_same_and_comes_back(tmp_path: Path, family: str, n
         assert same(one, other)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", PARTS)
 def test_auto_classes_load_it_sharded_and_with_a_device_map(tmp_path: Path, family: str) -> None:
     model = tiny_model(family)

@@ -163,7 +163,7 @@ def label(value: Any) -> str | None:
     return ",".join(value) or "none" if isinstance(value, dict) else None
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("family", "settings"), TAKEN, ids=label)
 def test_a_setting_that_is_taken_survives_to_the_end(

@@ -219,6 +219,7 @@ def test_weights_that_are_not_here_whole_are_told() -> None:
         merge_adapters_(model)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("config", [lora(), shira()])
 def test_saving_merges_and_leaves_the_adapter(config: Any, tmp_path: Path) -> None:
     base = sparse_model()

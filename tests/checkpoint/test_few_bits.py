@@ -322,7 +322,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named_by_tensor_and_file(tmp_path, damage):
     hf_sparse.save_pretrained(quantised(), tmp_path, INT4)

@@ -45,7 +45,6 @@ def test_an_effort_its_recipe_and_its_card(dense: Path, capsys: pytest.CaptureFi
     assert "and the data have 3" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_an_interrupted_effort_goes_on(
     dense: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

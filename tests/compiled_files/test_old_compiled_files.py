@@ -32,7 +32,7 @@ def test_an_old_layout_gives_the_same_model(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(old), logits(new))
 
 
-@pytest.mark.few(18)
+@pytest.mark.few(9)
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"no id", "another save's description"}))
 @pytest.mark.filterwarnings(WARNS)
 def test_what_was_changed_is_found(name: str, tmp_path: Path) -> None:

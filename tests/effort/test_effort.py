@@ -110,7 +110,6 @@ def test_a_plan_leaves_the_model_as_it_was(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.slow
 def test_it_does_what_the_single_calls_do() -> None:
     pytest.importorskip("peft")
     config, batches = SparsityConfig("unstructured", 0.5), data()

@@ -47,7 +47,7 @@ def logits(graph, model, ids: np.ndarray) -> np.ndarray:
     return graph.run(["logits"], feed)[0]
 
 
-@pytest.mark.slow
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "config",
     [

@@ -15,7 +15,7 @@ from tests.support.any_models import build, tiny_config
 torch.set_num_threads(1)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "gemma3", "blip-2"])
 def test_every_part_comes_back_by_automodel(model_type: str, tmp_path: Path) -> None:
     config = tiny_config(model_type)

@@ -110,6 +110,7 @@ def _solved(gram: Tensor, row: Tensor, kept: Tensor) -> Tensor:
     return out
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("pattern", ["2:4", "block:4x1"])
 def test_a_run_resumes_from_the_states_of_its_optimizer(pattern: str) -> None:
     config = SparsityConfig(pattern, None if pattern == "2:4" else 0.6)

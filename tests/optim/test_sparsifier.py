@@ -352,6 +352,7 @@ def test_a_first_step_that_the_scaler_skipped_is_waited_for() -> None:
     assert sparsifier.lam == 0
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("scale", ["lr", "adaptive"])
 def test_l0_holds_its_zeros_when_no_more_are_due(scale: str) -> None:
     model = tiny_model("gpt2")

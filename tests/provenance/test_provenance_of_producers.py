@@ -169,7 +169,7 @@ def test_fine_tuning_with_frozen_zeros_is_told(tmp_path: Path, way: str) -> None
     assert "### Step 2" in card_of(model, tmp_path / "saved")
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("way", ["callback", "sparsifier", "KeepZeros", "recover_"])
 def test_a_teacher_is_told_with_the_training(tmp_path: Path, way: str) -> None:
     if way == "recover_":

@@ -65,7 +65,7 @@ def test_heavier_tails_have_smaller_exponents() -> None:
     assert tail_exponent(layers) > before  # the score is the exponent, negated
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].nm_only])
 def test_reconstruction_lowers_the_error_and_keeps_the_zeros(method: str) -> None:
     batches = tiny_batches("gpt2", count=4)
@@ -182,7 +182,7 @@ def network_error(model: nn.Module, dense: nn.Module, seed: int = 0) -> float:
     return float((found - wanted).square().sum())
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("sparsity", [0.5, 0.8])
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 def test_sparsellm_is_never_worse_than_its_round_0(family: str, sparsity: float) -> None:
@@ -271,7 +271,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, call: int) -> list[object]:
     return calls
 
 
-@pytest.mark.slow
+@pytest.mark.few(1)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_proxsparse_goes_on_where_it_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
@@ -421,7 +421,7 @@ def test_layers_that_are_zero_already_are_no_error(method: str) -> None:
     assert report.violations == 0
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps", "sparsellm"])
 def test_the_order_of_the_batches_makes_no_difference(method: str) -> None:
     batches = tiny_batches("llama", count=5)

@@ -43,6 +43,7 @@ def test_norms_of_all_experts_are_seen_in_one_pass() -> None:
     assert len(Norms().passes(experts_alone(tiny_mixture("mixtral")))) == 1
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["sparsegpt", "alps"])
 def test_many_passes_give_the_result_of_one(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     models = [tiny_mixture("gpt_oss") for _ in range(2)]

@@ -65,6 +65,7 @@ def test_an_expert_is_shown_the_tokens_that_its_router_gives_it() -> None:
         torch.testing.assert_close(seen.statistic, own.double().norm(dim=0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("pattern", "method"), [("2:4", "sparsegpt"), ("unstructured", "magnitude")]
 )

@@ -54,6 +54,7 @@ def test_every_method_prunes_experts_as_it_prunes_linear_layers(family: str, met
         assert int((weight == 0).sum()) == weight.numel() // 2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("composed", COMPOSED)
 def test_what_follows_a_method_works_on_experts_as_on_linear_layers(composed: str) -> None:
     method, options = COMPOSED[composed]

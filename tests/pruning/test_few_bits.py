@@ -143,7 +143,7 @@ def test_every_method_prunes_to_few_bits(method: str) -> None:
     assert head.weight is embeddings.weight
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "options", [{"reconstruct": 1}, {"refine": "swaps"}, {"allocation": "alpha"}]
 )
@@ -167,6 +167,7 @@ def test_data_make_rounding_better_behind_magnitude() -> None:
     assert lost[1] < lost[0]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_holds_the_grid(dtype: torch.dtype) -> None:
     model = tiny_model("llama").to(dtype)

@@ -24,7 +24,7 @@ def zeros_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {layer.name: layer.weight == 0 for layer in target_layers(model)}
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "albert", "t5", "bert"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("data", [True, False])
@@ -46,7 +46,7 @@ def test_dense_models_of_every_kind_come_onto_the_grid(
     assert (step.method, dict(step.options)["bits"]) == ("quantize", 4)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
 @pytest.mark.parametrize("method", [None, "nearest"])
 @pytest.mark.parametrize("data", [True, False])
@@ -109,6 +109,7 @@ def test_embeddings_can_follow_later_and_tied_ones_stay_tied() -> None:
         check_grid(untied, SparsityConfig("unstructured", 0.0, bits=4))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_experts_are_rounded_each_on_its_own(family: str) -> None:
     model = tiny_mixture(family)

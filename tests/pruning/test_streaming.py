@@ -186,7 +186,7 @@ def test_a_source_with_other_weights_is_not_resumed(dense: Path, stopped: Path) 
         resume(dense, stopped)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("damage", ["value", "tensor", "metadata", "truncated"])
 def test_damaged_blocks_are_not_resumed(dense: Path, stopped: Path, damage: str) -> None:
     file = stopped / "model.layers.0.safetensors"

@@ -33,6 +33,7 @@ def deep(family: str = "llama") -> Any:
     return deep_model(family, least=2)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "family", ["llama", pytest.param("gemma", marks=pytest.mark.slow), "gpt_neox"]
 )

@@ -36,6 +36,7 @@ def loss_of(model: Any, batches: list[Any]) -> float:
     return float(torch.stack(losses).mean())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_left_has_the_weights_and_the_loss_of_the_plan(family: str, tmp_path: Path) -> None:
     model, batches = deep(family), data()

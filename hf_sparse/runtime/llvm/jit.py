@@ -56,7 +56,7 @@ def compile_kernels(
         target: what the code is for.
         cache: folder of the object code, or None to keep none; `~` is the home folder.
     """
-    text = _text(functions)
+    text = module_text(functions)
     version = ".".join(map(str, llvm().llvm_version_info))
     key = hashlib.sha256(f"{version}\n{target}\n{text}".encode()).hexdigest()
     with _LOCK:
@@ -71,10 +71,10 @@ def compile_kernels(
 def object_code(functions: Sequence[Function], target: Target) -> bytes:
     """An object file with `functions`, for this machine or another (`target.elsewhere`)."""
     with _LOCK:
-        return _compile(_text(functions), target)
+        return _compile(module_text(functions), target)
 
 
-def _text(functions: Sequence[Function]) -> str:
+def module_text(functions: Sequence[Function]) -> str:
     """The IR of a module."""
     declared = sorted(set().union(*(function.declarations for function in functions)))
     return "\n".join([*declared, *(function.text() for function in functions)])

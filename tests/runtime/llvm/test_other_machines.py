@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 
 from hf_sparse.runtime.kernels import activation, code_rows, single_token, tiles, worker
 from hf_sparse.runtime.kernels.all import kernel_functions
 from hf_sparse.runtime.kernels.shuffled_rows import WINDOWS, shuffled_rows
-from hf_sparse.runtime.kernels.weight_types import BFLOAT16, FLOAT16, WEIGHT_TYPES, WeightType
+from hf_sparse.runtime.kernels.weight_types import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    WEIGHT_TYPES,
+    WeightType,
+)
 from hf_sparse.runtime.llvm import target
 from hf_sparse.runtime.llvm.ir import Function
-from hf_sparse.runtime.llvm.jit import object_code
+from hf_sparse.runtime.llvm.jit import module_text, object_code
+from hf_sparse.runtime.llvm.target import llvm
 
 ROWS = [pytest.param(row, id=row.name) for row in target.INSTRUCTION_SETS]
 # What files for Linux call the machines.
@@ -44,6 +54,21 @@ def test_every_instruction_of_the_table_compiles(
     assert (
         not capfd.readouterr().err
     )  # LLVM complains about features and CPUs that it does not know
+
+
+@functools.cache
+def parameters_here() -> dict[str, Any]:
+    functions = kernel_functions(target.host(), FLOAT32, codes=True)
+    return {function.name: function.signature for function in functions}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_target_has_the_same_kernels(row: target.InstructionSet) -> None:
+    """Written as valid code, with the same parameters as those of this CPU, whatever the target."""
+    chosen = target.elsewhere(row, extras=bool(row.extras))
+    functions = kernel_functions(chosen, FLOAT32, codes=True)
+    assert {function.name: function.signature for function in functions} == parameters_here()
+    llvm().parse_assembly(module_text(functions)).verify()
 
 
 @pytest.mark.slow

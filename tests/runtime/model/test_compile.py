@@ -56,7 +56,7 @@ def models() -> dict[str, tuple[PreTrainedModel, PreTrainedModel]]:
     return found
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @cross("batch, tokens, name", [(1, 1), (1, 5), (3, 37), (2, 100)], FAMILIES)
 def test_forward_and_hidden_states(models: dict, name: str, batch: int, tokens: int) -> None:
     model, compiled = models[name]
@@ -369,6 +369,7 @@ def test_a_config_that_was_changed_is_refused(
         models[family][1](**inputs(1, 6))
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize("how", ["deleted", "reordered", "shortened", "replaced", "added"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_blocks_that_were_changed_are_refused(models: dict, name: str, how: str) -> None:

@@ -23,6 +23,7 @@ from tests.support.compiled_families import inputs_of, model_of
 from tests.support.compiled_folders import logits, unsigned
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_files_hold_the_codes(name: str, tmp_path: Path) -> None:
     compiled = hf_sparse.compile(model_for(name, "2:4" if name == "llama" else ""), bits=4)
@@ -94,7 +95,7 @@ def on_grid(model: Any, grid: Grid, **more: Any) -> Any:
     return model
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "grid", [Grid(8, 32), Grid(4, 32), Grid(8), Grid(4, 32, symmetric=False)], ids=str
 )

@@ -55,6 +55,7 @@ def test_every_family_is_tried() -> None:
     assert set(CONFIGS) == set(PAIRS)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", some(CONFIGS, ("bart", "umt5")))
 def test_hidden_states_of_both_stacks(family: str) -> None:
     model, compiled = pair(family)
