@@ -101,6 +101,7 @@ def logits_of_files(folder: str) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_a_spawned_process_computes_the_same(model: Any, tmp_path: Path) -> None:
     wanted = logits(model)
     hf_sparse.save_compiled(model, tmp_path)

@@ -46,6 +46,7 @@ DOCUMENTED = (
 )
 # What some builds of torch lack, or is called by other names in another release.
 BUILT_IN_SOME = ("torch.backends", "torch.ops.aten", "torch.ops.mkldnn")
+LAST_PARTS = {name.rpartition(".")[2] for name in BUILT_IN_SOME}
 # What may not be installed: where its modules are, and what those need.
 OPTIONAL = {"peft": ["peft"], "transformers.exporters": ["transformers.exporters", "onnxruntime"]}
 # Private names that may stand everywhere, and why.
@@ -123,6 +124,7 @@ def own_names() -> frozenset[str]:
     return frozenset[str]().union(*map(defined_in, trees)) - known_private()
 
 
+@cache
 def names_a_module(text: str) -> bool:
     """Whether a text is the name of a module of others, or asks whether something is from them."""
     match = re.fullmatch(rf"({'|'.join(FOREIGN)})\.(\w*)[\w.]*", text)
@@ -173,8 +175,8 @@ def misplaced(tree: ast.Module, own: frozenset[str]) -> Iterator[str]:
             owner = ast.unparse(node.value)
             if node.attr not in own and not (owner in ("self", "cls") and node.attr in here):
                 yield f"{owner}.{node.attr}"
-        elif isinstance(node, ast.Attribute) and ast.unparse(node) in BUILT_IN_SOME:
-            yield ast.unparse(node)
+        elif isinstance(node, ast.Attribute) and node.attr in LAST_PARTS:
+            yield from {ast.unparse(node)} & set(BUILT_IN_SOME)
         elif isinstance(node, ast.Constant) and isinstance(text := node.value, str):
             yield from [text] if text in known or names_a_module(text) else []
 

@@ -572,7 +572,7 @@ def test_models_that_cannot_be_compiled_are_refused() -> None:
         hf_sparse.compile(hf_sparse.compile(random_model(CONFIGS["bert"])))
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["stablelm", "gpt2"])
 def test_other_models_get_compiled_layers(family: str) -> None:
     """Also GPT-2 with an option that its kernels cannot do, whose layers are Conv1Ds."""
