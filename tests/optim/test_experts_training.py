@@ -57,7 +57,7 @@ def test_experts_are_shrunk_as_linear_layers_are(
     assert zeros == hf_sparse.measure_sparsity(reference, config).zeros > 0
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("method", ["proximal", "magnitude", "movement"])
 @pytest.mark.parametrize("notation", ["2:4", "block:4x4"])
 def test_a_sparsifier_reaches_the_sparsity_of_experts(method: str, notation: str) -> None:

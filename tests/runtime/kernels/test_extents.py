@@ -42,7 +42,6 @@ def code_for(chosen: target.Target, kept: WeightType | None) -> Code:
     return kernels(chosen, DEFAULT_CACHE, kept or FLOAT32, codes=kept is None)
 
 
-@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "at_end",
     [
