@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -102,6 +103,14 @@ class Jitter(TorchFunctionMode):
 def _one_thread() -> None:
     """Test workers share two cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _gradients_are_on() -> None:
+    """Once in a while something before a test leaves them switched off: the warning names the test."""
+    if not torch.is_grad_enabled():
+        warnings.warn("gradients were switched off before this test", stacklevel=1)
+        torch.set_grad_enabled(True)
 
 
 @pytest.fixture(autouse=True)
